@@ -1,0 +1,176 @@
+"""The paged cache: rows of past tokens, in pages of 64, that block tables assign to sequences.
+
+A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer. A
+layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe`` (qk_rope_head_dim values), or, for
+``--mla 0``, the keys and values of all heads. Rows are stored as ggml blocks, so q8_0 takes 34 bytes for 32 values;
+``k_pe`` stays 16-bit then.
+
+Memory is reserved for the whole cache at once and taken from the system page by page, when it is first written.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pymla import ggml
+from pymla.errors import CacheFull, PymlaError
+from pymla.weights import QTensor
+
+PAGE = 64
+
+#: Cache types and the ggml type of their rows.
+CACHE_TYPES = {"f32": ggml.F32, "f16": ggml.F16, "bf16": ggml.BF16, "q8_0": ggml.Q8_0}
+
+
+class LatentCache(NamedTuple):
+    """A layer's cache: slots × kv_lora_rank and slots × qk_rope_head_dim."""
+
+    latent: QTensor
+    rope: QTensor
+
+
+class FullCache(NamedTuple):
+    """A layer's cache for ``--mla 0``: slots × H * qk_head_dim and slots × H * v_head_dim."""
+
+    keys: QTensor
+    values: QTensor
+
+
+class Step(NamedTuple):
+    """What a forward pass works on: T tokens of B sequences, those of a sequence next to each other."""
+
+    tokens: np.ndarray  # int32 (T,)
+    positions: np.ndarray  # int32 (T,)
+    seq_of: np.ndarray  # int32 (T,): row of block_tables
+    slots: np.ndarray  # int32 (T,): where the token's rows go
+    block_tables: np.ndarray  # int32 (B, pages)
+
+    def part(self, start, stop):
+        """The step of some of the tokens."""
+        return Step(*(array[start:stop] for array in self[:4]), self.block_tables)
+
+
+class Sequence:
+    """A text in the cache."""
+
+    def __init__(self):
+        self.length = 0  # tokens in the cache
+        self.pages = []
+
+
+def row_layout(config, cache_type, mla):
+    """Names, ggml types and widths of the two kinds of rows of a layer.
+
+    Raises
+    ------
+    PymlaError
+        The type is unknown, or its blocks of 32 do not fit the model's sizes.
+    """
+    if cache_type not in CACHE_TYPES:
+        raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(CACHE_TYPES)}")
+    qtype = CACHE_TYPES[cache_type]
+    if mla == "0":
+        heads = config.num_attention_heads
+        layout = (
+            ("qk_head_dim", qtype, config.qk_head_dim, heads * config.qk_head_dim),
+            ("v_head_dim", qtype, config.v_head_dim, heads * config.v_head_dim),
+        )
+    else:
+        rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
+        layout = (
+            ("kv_lora_rank", qtype, config.kv_lora_rank, config.kv_lora_rank),
+            ("qk_rope_head_dim", rope_type, config.qk_rope_head_dim, config.qk_rope_head_dim),
+        )
+    for name, each, size, _ in layout:
+        if size % ggml.BLOCK_SIZE[each]:
+            raise PymlaError(f"cache type {cache_type} needs a {name} that 32 divides, and it is {size}; choose f16")
+    return [(each, width) for _, each, _, width in layout]
+
+
+def row_bytes(config, cache_type, mla):
+    """Bytes of a token in the cache, all layers."""
+    layout = row_layout(config, cache_type, mla)
+    return sum(ggml.row_bytes(qtype, width) for qtype, width in layout) * config.num_hidden_layers
+
+
+class PagedCache:
+    """Rows of all layers, and the pages that are free.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    cache_type : str
+        One of `CACHE_TYPES`.
+    mla : str
+        "0" keeps keys and values of all heads; the others the latent rows.
+    pages : int
+        Pages of 64 tokens, for all sequences together.
+    ctx : int
+        The longest sequence.
+    """
+
+    def __init__(self, config, cache_type, mla, pages, ctx):
+        self.ctx = ctx
+        self.row_bytes = row_bytes(config, cache_type, mla)
+        self._free = list(range(pages - 1, -1, -1))
+        kind = FullCache if mla == "0" else LatentCache
+        layout = row_layout(config, cache_type, mla)
+        self.layers = [
+            kind(*(QTensor(t, np.empty((pages * PAGE, ggml.row_bytes(t, width)), np.uint8)) for t, width in layout))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def free_pages(self):
+        return len(self._free)
+
+    def extend(self, batch):
+        """Find slots for new tokens. Lengths stay as they are until `advance`.
+
+        Parameters
+        ----------
+        batch : list of (Sequence, int32 array)
+
+        Returns
+        -------
+        Step
+
+        Raises
+        ------
+        CacheFull
+            A sequence would outgrow the context, or the pages are used up. Nothing has changed then.
+        """
+        missing = []
+        for sequence, tokens in batch:
+            length = sequence.length + len(tokens)
+            if length > self.ctx:
+                raise CacheFull(
+                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx"
+                )
+            missing.append(max(0, -(-length // PAGE) - len(sequence.pages)))
+        if sum(missing) > len(self._free):
+            raise CacheFull(
+                f"the cache has {len(self._free)} free pages of {PAGE} tokens and {sum(missing)} are needed; raise --ctx"
+            )
+        for (sequence, _), count in zip(batch, missing, strict=True):
+            sequence.pages += [self._free.pop() for _ in range(count)]
+        tables = np.zeros((len(batch), max(len(s.pages) for s, _ in batch)), np.int32)
+        for b, (sequence, _) in enumerate(batch):
+            tables[b, : len(sequence.pages)] = sequence.pages
+        tokens = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in batch])
+        positions = np.concatenate([np.arange(s.length, s.length + len(t), dtype=np.int32) for s, t in batch])
+        seq_of = np.repeat(np.arange(len(batch), dtype=np.int32), [len(t) for _, t in batch])
+        slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
+        return Step(tokens, positions, seq_of, slots.astype(np.int32), tables)
+
+    @staticmethod
+    def advance(batch):
+        """Count the tokens of a finished step."""
+        for sequence, tokens in batch:
+            sequence.length += len(tokens)
+
+    def free(self, sequence):
+        """Give a sequence's pages back and empty it."""
+        self._free += reversed(sequence.pages)
+        sequence.pages = []
+        sequence.length = 0

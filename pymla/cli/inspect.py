@@ -1,0 +1,428 @@
+"""``pymla inspect``: what a model file holds, and what it takes to run it."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from pymla import costs, ggml
+from pymla.config import ModelConfig
+from pymla.errors import PymlaError
+from pymla.memory import available_memory
+from pymla.modelfile import ModelFile
+
+#: Tokens in the cache at which costs are shown.
+CONTEXTS = (0, 4096, 16384)
+
+#: Tokens of a prompt step, for its costs and its scratch memory.
+PROMPT_TOKENS = 512
+
+_LAYOUTS = {
+    (True, False): "kv_b",
+    (False, True): "k_b + v_b",
+    (True, True): "all: kv_b, k_b and v_b",
+}
+_LONGEST_ARRAY = 16  # elements of metadata arrays that are shown one by one
+
+
+def report(file: ModelFile) -> dict[str, Any]:
+    """All that the command shows, as values that JSON can hold.
+
+    Never fails for what the engine cannot run: ``runs`` says whether it can, ``problems`` why not. ``config``,
+    ``memory`` and ``costs`` are None where they cannot be known.
+    """
+    problems = []
+    config = memory = step_costs = None
+    try:
+        config = ModelConfig.from_gguf(file)
+        problems += _unsupported_types(file)
+        step_costs = _costs(config, file)
+        memory = _memory(config, file)
+    except PymlaError as error:
+        problems.append(str(error).removeprefix(f"{file.path}: "))
+    return {
+        "path": str(file.path),
+        "parts": [str(part) for part in file.parts],
+        "bytes": file.nbytes,
+        "version": file.version,
+        "architecture": _json(file.metadata.get("general.architecture")),
+        "name": _json(file.metadata.get("general.name")),
+        "weights": sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
+        "layout": _layout(file),
+        "runs": not problems,
+        "problems": problems,
+        "config": None if config is None else dataclasses.asdict(config) | {"softmax_scale": config.softmax_scale},
+        "types": _types(file),
+        "tokenizer": _tokenizer(file),
+        "memory": memory,
+        "costs": step_costs,
+        "metadata": {key: _json(value) for key, value in file.metadata.items()},
+        "tensors": [
+            {
+                "name": tensor.name,
+                "type": ggml.NAME[tensor.qtype],
+                "shape": list(tensor.shape),
+                "bytes": tensor.data.nbytes,
+                "part": file.parts.index(tensor.path) + 1,
+            }
+            for tensor in file.tensors.values()
+        ],
+    }
+
+
+def _json(value: Any) -> Any:
+    """A metadata value that JSON can hold: long arrays are told by their length, NaN and infinity by name."""
+    if isinstance(value, list | np.ndarray):
+        if len(value) > _LONGEST_ARRAY:
+            return {"length": len(value)}
+        return [_json(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unsupported_types(file: ModelFile) -> list[str]:
+    """One problem for each type that is not run."""
+    first, count = {}, {}
+    for tensor in file.tensors.values():
+        first.setdefault(tensor.qtype, tensor.name)
+        count[tensor.qtype] = count.get(tensor.qtype, 0) + 1
+    problems = []
+    for qtype, name in first.items():
+        if qtype not in ggml.SUPPORTED:
+            others = f" and {count[qtype] - 1} more" if count[qtype] > 1 else ""
+            problems.append(f"tensor {name}{others}: type {ggml.NAME[qtype]} is not run yet")
+    return problems
+
+
+def _layout(file: ModelFile) -> str | None:
+    blk = "blk.0.attn_"
+    return _LAYOUTS.get((f"{blk}kv_b.weight" in file.tensors, f"{blk}k_b.weight" in file.tensors))
+
+
+def _types(file: ModelFile) -> list[dict[str, Any]]:
+    """Counts by type, most bytes first."""
+    types: dict[int, dict[str, Any]] = {}
+    for tensor in file.tensors.values():
+        name, supported = ggml.NAME[tensor.qtype], tensor.qtype in ggml.SUPPORTED
+        entry = types.setdefault(
+            tensor.qtype, {"type": name, "tensors": 0, "weights": 0, "bytes": 0, "supported": supported}
+        )
+        entry["tensors"] += 1
+        entry["weights"] += math.prod(tensor.shape)
+        entry["bytes"] += tensor.data.nbytes
+    return sorted(types.values(), key=lambda entry: -entry["bytes"])
+
+
+def _tokenizer(file: ModelFile) -> dict[str, Any] | None:
+    prefix = "tokenizer.ggml."
+    found = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    if not found:
+        return None
+    tokens = found.get("tokens")
+    special = {}
+    for key, value in found.items():
+        if key.endswith("_token_id"):
+            known = isinstance(tokens, list) and isinstance(value, int) and 0 <= value < len(tokens)
+            special[key.removesuffix("_token_id")] = {"id": _json(value), "token": tokens[value] if known else None}
+    return {
+        "model": _json(found.get("model")),
+        "pre": _json(found.get("pre")),
+        "tokens": _length(tokens),
+        "merges": _length(found.get("merges")),
+        "special": special,
+        "add_bos": _json(found.get("add_bos_token")),
+        "add_eos": _json(found.get("add_eos_token")),
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+    }
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list | np.ndarray) else None
+
+
+def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
+    plan = costs.memory_plan(config, file, tokens=PROMPT_TOKENS)
+    rows = {cache_type: costs.row_bytes(config, cache_type, "auto") for cache_type in costs.CACHE_TYPES}
+    return {
+        "weights": plan.weights,
+        "derived": plan.derived,
+        "scratch": plan.scratch,
+        "scratch_tokens": PROMPT_TOKENS,
+        "process": plan.process,
+        "available": available_memory(),
+        "cache_per_1000_tokens": {cache_type: 1000 * nbytes for cache_type, nbytes in rows.items()},
+        "cache_at_context_length": {
+            cache_type: costs.cache_bytes(config, cache_type, "auto", config.context_length) for cache_type in rows
+        },
+    }
+
+
+def _costs(config: ModelConfig, file: ModelFile) -> list[dict[str, Any]]:
+    """A token's costs in a prompt step and in generation, after `context` tokens."""
+    return [
+        {
+            "context": context,
+            "prompt": _token_cost(config, file, PROMPT_TOKENS, context),
+            "generation": _token_cost(config, file, 1, context),
+        }
+        for context in CONTEXTS
+        if context < config.context_length
+    ]
+
+
+def _token_cost(config: ModelConfig, file: ModelFile, tokens: int, context: int) -> dict[str, Any]:
+    ops = costs.step_ops(config, file.tensors, tokens, context + tokens)
+    nbytes = sum(op.nbytes for op in ops)
+    cache = sum(op.nbytes for op in ops if op.name == "attention")
+    return {
+        "tokens": tokens,
+        "macs": sum(op.macs for op in ops) / tokens,
+        "bytes": nbytes / tokens,
+        "cache_share": cache / nbytes,
+        "ops": {op.name: {"macs": op.macs / tokens, "bytes": op.nbytes / tokens} for op in ops},
+    }
+
+
+# What a person reads --------------------------------------------------------------------------------------------------
+
+
+class _Page:
+    """Tables, one below the other. Names and values come from the file, so nothing in them is taken for markup."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+
+    def table(self, title: str, *columns: str, rows: list[tuple], numbers: tuple[int, ...] = ()) -> None:
+        """Print a table. Columns whose index is in `numbers` are aligned to the right; no columns, no header."""
+        from rich import box
+        from rich.padding import Padding
+        from rich.table import Table
+        from rich.text import Text
+
+        width = len(rows[0])
+        table = Table(box=box.SIMPLE_HEAD if columns else None, show_header=bool(columns), show_edge=False)
+        for index in range(width):
+            right = index in numbers
+            table.add_column(
+                columns[index] if columns else "",
+                justify="right" if right else "left",
+                no_wrap=right,
+                overflow="fold",
+            )
+        for row in rows:
+            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        self.console.print(Text(f"\n{title}", style="bold"))
+        self.console.print(Padding(table, (0, 0, 0, 1), expand=False))
+
+    def warn(self, message: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(message, style="bold red"))
+
+
+def _show(found: dict[str, Any], tensors: bool) -> None:
+    page = _Page()
+    for problem in found["problems"]:
+        page.warn(f"Not run: {_plain(problem, 1000)}")
+    page.table("File", rows=_file_rows(found))
+    page.table("Model", rows=_model_rows(found))
+    if found["types"]:
+        rows = [
+            (
+                entry["type"] if entry["supported"] else f"{entry['type']} (not run)",
+                entry["tensors"],
+                _count(entry["weights"]).strip(),
+                _size(entry["bytes"]),
+            )
+            for entry in found["types"]
+        ]
+        page.table("Types", "type", "tensors", "weights", "size", rows=rows, numbers=(1, 2, 3))
+    if found["tokenizer"]:
+        page.table("Tokenizer", rows=_tokenizer_rows(found["tokenizer"]))
+    if found["memory"]:
+        _show_memory(page, found["memory"], found["config"]["context_length"])
+    if found["costs"]:
+        _show_costs(page, found["costs"])
+    if tensors and found["tensors"]:
+        rows = [
+            (tensor["name"], tensor["type"], " × ".join(map(str, tensor["shape"])), _size(tensor["bytes"]))
+            for tensor in found["tensors"]
+        ]
+        page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
+
+
+def _file_rows(found: dict[str, Any]) -> list[tuple]:
+    parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
+    return [
+        ("path", found["path"]),
+        ("size", _size(found["bytes"]) + parts),
+        ("format", f"GGUF {found['version']}, {len(found['metadata'])} keys, {len(found['tensors'])} tensors"),
+    ]
+
+
+def _model_rows(found: dict[str, Any]) -> list[tuple]:
+    rows = [
+        ("name", _plain(found["name"])),
+        ("architecture", _plain(found["architecture"])),
+        ("weights", _count(found["weights"]).strip()),
+    ]
+    if found["layout"]:
+        rows.append(("kv_b layout", found["layout"]))
+    config = found["config"]
+    if config is None:
+        prefix = f"{found['architecture']}."
+        return rows + [
+            (key.removeprefix(prefix), _plain(value))
+            for key, value in found["metadata"].items()
+            if key.startswith(prefix)
+        ]
+    moe = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    rows += [
+        ("context", f"{config['context_length']:,} tokens"),
+        ("vocabulary", f"{config['vocab_size']:,} tokens"),
+        ("layers", f"{config['num_hidden_layers']}, of them {moe} with experts"),
+        ("hidden size", f"{config['hidden_size']}, dense feed-forward {config['intermediate_size']}"),
+        ("heads", f"{config['num_attention_heads']}, sizes {_head_sizes(config)}"),
+        ("ranks", f"queries {config['q_lora_rank'] or 'none'}, keys and values {config['kv_lora_rank']}"),
+    ]
+    if moe:
+        rows += [("experts", _experts(config)), ("routing", _routing(config))]
+    return [*rows, ("rope", _rope(config))]
+
+
+def _head_sizes(config: dict[str, Any]) -> str:
+    return "nope {qk_nope_head_dim}, rope {qk_rope_head_dim}, v {v_head_dim}".format(**config)
+
+
+def _experts(config: dict[str, Any]) -> str:
+    return (
+        "{num_experts_per_tok} of {n_routed_experts} and {n_shared_experts} shared, size {moe_intermediate_size}"
+    ).format(**config)
+
+
+def _routing(config: dict[str, Any]) -> str:
+    words = [config["scoring_func"]]
+    if config["n_group"] > 1:
+        score = {"max": "best", "top2": "two best"}[config["group_score"]]
+        words.append(f"{config['topk_group']} of {config['n_group']} groups by their {score}")
+    if config["norm_topk_prob"]:
+        words.append("normalised")
+    if config["routed_scaling_factor"] != 1:
+        words.append(f"scaled by {config['routed_scaling_factor']:g}")
+    return ", ".join(words)
+
+
+def _rope(config: dict[str, Any]) -> str:
+    yarn = config["yarn"]
+    text = f"theta {config['rope_theta']:g}, softmax scale {config['softmax_scale']:.4f}"
+    return text if yarn is None else f"{text}, YaRN {yarn['factor']:g} × {yarn['original_context_length']}"
+
+
+def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple]:
+    rows = [
+        ("model", f"{_plain(tokenizer['model'])}, pre-tokenizer {_plain(tokenizer['pre'])}"),
+        ("tokens", f"{_count_or_none(tokenizer['tokens'])}, merges {_count_or_none(tokenizer['merges'])}"),
+    ]
+    for name, special in tokenizer["special"].items():
+        token = "" if special["token"] is None else f" {_plain(special['token'])}"
+        rows.append((name, f"{_plain(special['id'])}{token}"))
+    added = [name for name in ("bos", "eos") if tokenizer[f"add_{name}"] is True]
+    rows += [
+        ("adds", " and ".join(added) or "nothing"),
+        ("chat template", "yes" if tokenizer["chat_template"] else "no"),
+    ]
+    return rows
+
+
+def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> None:
+    rows = [
+        ("weights, mapped from the file", _size(memory["weights"])),
+        ("k_b, derived at load", _size(memory["derived"])),
+        (f"scratch, prompts in slices of {memory['scratch_tokens']}", _size(memory["scratch"])),
+        ("program", _size(memory["process"])),
+        ("available on this machine", _size(memory["available"])),
+    ]
+    page.table("Memory", rows=rows, numbers=(1,))
+    rows = [
+        (cache_type, _size(nbytes), _size(memory["cache_at_context_length"][cache_type]))
+        for cache_type, nbytes in memory["cache_per_1000_tokens"].items()
+    ]
+    page.table("Cache", "type", "1,000 tokens", f"{context_length:,} tokens", rows=rows, numbers=(1, 2))
+
+
+def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:
+    rows = []
+    for cost in step_costs:
+        prompt, generation = cost["prompt"], cost["generation"]
+        rows.append(
+            (
+                f"{cost['context']:,}",
+                f"{_count(prompt['macs'])}MAC",
+                _size(prompt["bytes"]),
+                f"{_count(generation['macs'])}MAC",
+                _size(generation["bytes"]),
+                f"{generation['cache_share']:.0%}",
+            )
+        )
+    page.table(
+        f"Cost per token; prompts in steps of {PROMPT_TOKENS}, cache q8_0",
+        "context",
+        "prompt",
+        "reads",
+        "generated",
+        "reads",
+        "of it cache",
+        rows=rows,
+        numbers=(0, 1, 2, 3, 4, 5),
+    )
+
+
+def _size(nbytes: float) -> str:
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f} "
+
+
+def _count_or_none(number: int | None) -> str:
+    return "none" if number is None else f"{number:,}"
+
+
+def _plain(value: Any, longest: int = 60) -> str:
+    """A value from the file on one line, without control characters."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return f"array of {value['length']}"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything, tensors and metadata included, as JSON.")
+def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+    """Show what the GGUF file FILE holds, and what it takes to run it.
+
+    Any part of a split file stands for all of them. Works for files that pymla cannot run, too, and says why.
+    """
+    found = report(ModelFile.open(file))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        _show(found, tensors)

@@ -1,0 +1,322 @@
+"""What a step costs: multiply-adds, bytes read, and memory.
+
+Everything here is arithmetic on the model's sizes and, for bytes, on the types of its tensors. It tells the engine
+which form of attention is cheaper, the command line whether the memory suffices, and a benchmark what the limit is.
+
+Counted are the products with weights and with the cache. Norms, rope, softmax and activation functions are left out:
+together they are below 1 % of the multiply-adds and read next to nothing.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pymla import ggml
+from pymla.config import ModelConfig
+from pymla.errors import PymlaError
+from pymla.modelfile import ModelFile, TensorInfo
+
+PAGE = 64
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+#: Python, NumPy, Numba with LLVM, and the compiled kernels.
+PROCESS_BYTES = 300 << 20
+
+#: Expanded keys and values are computed for as many heads at a time as fit here.
+EXPANDED_BYTES = 256 << 20
+
+
+class Op(NamedTuple):
+    """What an operation costs in one step, all layers together."""
+
+    name: str
+    macs: int  # multiply-adds
+    nbytes: int  # read from weights and cache
+
+
+class _Matrix(NamedTuple):
+    op: str
+    name: str  # the tensor's, without ".weight"
+    weights: int  # of one expert, for those of experts
+    experts: int = 1
+    used: int = 1  # experts per token
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of memory that a model needs."""
+
+    weights: int  # the mapped file: read again from disk where memory is short
+    derived: int  # parts of kv_b that the file has in another layout only
+    cache: int
+    scratch: int
+    process: int  # before a model is loaded
+
+    @property
+    def allocated(self) -> int:
+        """What must fit, however little of the file stays in memory."""
+        return self.derived + self.cache + self.scratch + self.process
+
+    @property
+    def total(self) -> int:
+        """What makes it run from memory alone."""
+        return self.weights + self.allocated
+
+
+def cheaper_form(config: ModelConfig, tokens: int, cached: int) -> str:
+    """The form of attention that takes fewer multiply-adds, "absorbed" or "expanded".
+
+    The absorbed form pays ``2 rank + rope`` for each pair of query and key, and the products with ``W_k_b`` and
+    ``W_v_b`` once per new token. The expanded form pays ``nope + rope + v`` per pair, and those products once per
+    cached token. A single token is absorbed.
+
+    Parameters
+    ----------
+    tokens : new tokens of a sequence, T
+    cached : tokens in its cache after the step, S
+    """
+    if tokens == 1:
+        return "absorbed"
+    up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    pairs = _pairs(tokens, cached)
+    absorbed = tokens * up + pairs * _absorbed_pair(config)
+    expanded = cached * up + pairs * _expanded_pair(config)
+    return "absorbed" if absorbed <= expanded else "expanded"
+
+
+def step_ops(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo] | None,
+    tokens: int,
+    cached: int,
+    *,
+    cache_type: str = "q8_0",
+    mla: str = "auto",
+    logits: int = 1,
+) -> list[Op]:
+    """Operations of a step of one sequence, in the order of the model.
+
+    Each weight and each cache row counts as read once per step; of the experts of a step, as many as `tokens` choices
+    at random touch.
+
+    Parameters
+    ----------
+    tensors : the file's tensors; None leaves the bytes of weights at 0
+    tokens : new tokens, T
+    cached : tokens in the cache after the step, S, at least T
+    cache_type, mla : as for Model
+    logits : tokens whose logits are computed
+
+    Raises
+    ------
+    PymlaError
+        A tensor is missing.
+    """
+    totals: dict[str, list[int]] = {}
+
+    def add(op: str, macs: float, nbytes: float) -> None:
+        total = totals.setdefault(op, [0, 0])
+        total[0] += round(macs)
+        total[1] += round(nbytes)
+
+    embedding = 0 if tensors is None else _tensor_bytes(tensors, "token_embd") / config.vocab_size
+    add("embedding", 0, tokens * embedding)
+    up = config.num_attention_heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    form = _form(config, tokens, cached, mla)
+    pair = config.num_attention_heads * (_absorbed_pair(config) if form == "absorbed" else _expanded_pair(config))
+    cache_bytes = row_bytes(config, cache_type, mla) / config.num_hidden_layers * cached
+    for layer in range(config.num_hidden_layers):
+        for matrix in _attention_matrices(config, layer):
+            add(matrix.op, tokens * matrix.weights, _read(tensors, matrix, tokens))
+        up_bytes = 0 if tensors is None else _up_bytes(config, tensors, layer)
+        add("attention up", (cached if form == "expanded" else tokens) * up, up_bytes)
+        add("attention", _pairs(tokens, cached) * pair, cache_bytes)
+        for matrix in _output_matrices(config, layer):
+            add(matrix.op, tokens * matrix.weights * matrix.used, _read(tensors, matrix, tokens))
+    name = "output" if tensors is None or "output.weight" in tensors else "token_embd"
+    output = _Matrix("output", name, config.vocab_size * config.hidden_size)
+    add(output.op, logits * output.weights, _read(tensors, output, logits) if logits else 0)
+    return [Op(name, *total) for name, total in totals.items()]
+
+
+def token_macs(config: ModelConfig, cached: int, *, mla: str = "auto") -> int:
+    """Multiply-adds of a generated token, with `cached` tokens in the cache, itself included."""
+    return sum(op.macs for op in step_ops(config, None, 1, cached, mla=mla))
+
+
+def token_bytes(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    cached: int,
+    *,
+    cache_type: str = "q8_0",
+    mla: str = "auto",
+) -> int:
+    """Bytes that a generated token reads, with `cached` tokens in the cache, itself included."""
+    return sum(op.nbytes for op in step_ops(config, tensors, 1, cached, cache_type=cache_type, mla=mla))
+
+
+def memory_plan(
+    config: ModelConfig,
+    file: ModelFile,
+    cache_type: str = "q8_0",
+    mla: str = "auto",
+    ctx: int | None = None,
+    tokens: int = 512,
+) -> MemoryPlan:
+    """Memory that a model takes.
+
+    Parameters
+    ----------
+    ctx : tokens that the cache holds; by default the model's context
+    tokens : of a slice of a prompt, T
+    """
+    ctx = config.context_length if ctx is None else ctx
+    return MemoryPlan(
+        weights=file.nbytes,
+        derived=derived_bytes(config, file.tensors),
+        cache=cache_bytes(config, cache_type, mla, ctx),
+        scratch=scratch_bytes(config, mla, ctx, tokens),
+        process=PROCESS_BYTES,
+    )
+
+
+def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
+    """Bytes of a cache for `ctx` tokens, which are whole pages of 64."""
+    return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla)
+
+
+def row_bytes(config: ModelConfig, cache_type: str, mla: str) -> int:
+    """Bytes of a token in the cache, all layers."""
+    if mla == "0":
+        values = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+        row = {"f32": 4 * values, "f16": 2 * values, "bf16": 2 * values, "q8_0": values + values // 32 * 4}
+    else:
+        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        values = rank + rope
+        row = {"f32": 4 * values, "f16": 2 * values, "bf16": 2 * values, "q8_0": rank + rank // 32 * 4 + 2 * rope}
+    if cache_type not in row:
+        raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(row)}")
+    return row[cache_type] * config.num_hidden_layers
+
+
+def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the k_b matrices that are derived at load, where the file has kv_b alone.
+
+    The rows of v_b lie in kv_b as they are needed; k_b is its transpose.
+    """
+    weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        kv_b = tensors.get(f"blk.{layer}.attn_kv_b.weight")
+        if kv_b is not None and f"blk.{layer}.attn_k_b.weight" not in tensors:
+            total += weights * _derived_size(kv_b.qtype)
+    return total
+
+
+def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
+    """Bytes of intermediate results of a step of `tokens`, in a sequence of at most `ctx`."""
+    heads = config.num_attention_heads
+    expert_rows = config.num_experts_per_tok * config.moe_intermediate_size
+    inner = max(config.intermediate_size, expert_rows + config.n_shared_experts * config.moe_intermediate_size)
+    values = (
+        4 * config.hidden_size  # residual, normalised, attention's and experts' results
+        + config.q_lora_rank
+        + heads * (config.qk_head_dim + config.kv_lora_rank + config.qk_rope_head_dim)  # queries, and absorbed
+        + heads * (config.kv_lora_rank + config.v_head_dim)
+        + 2 * inner  # gate and up
+        + config.num_experts_per_tok * config.hidden_size
+    )
+    expanded = 0 if mla == "1" else heads * (config.qk_head_dim + config.v_head_dim) * ctx * 4
+    logits = config.vocab_size * 4
+    # The quarter is the int8 copies of what matrices read.
+    return tokens * values * 5 + min(expanded, EXPANDED_BYTES) + logits
+
+
+def _absorbed_pair(config: ModelConfig) -> int:
+    """Multiply-adds of one head for a query and a key."""
+    return 2 * config.kv_lora_rank + config.qk_rope_head_dim
+
+
+def _expanded_pair(config: ModelConfig) -> int:
+    return config.qk_head_dim + config.v_head_dim
+
+
+def _pairs(tokens: int, cached: int) -> int:
+    """Pairs of a new token and one that it sees."""
+    return tokens * cached - tokens * (tokens - 1) // 2
+
+
+def _form(config: ModelConfig, tokens: int, cached: int, mla: str) -> str:
+    """The form that a mode takes: absorbed, expanded, or full, where the cache holds keys and values of all heads."""
+    if mla == "auto":
+        return cheaper_form(config, tokens, cached)
+    if mla == "0":
+        return "full"
+    return "absorbed" if mla == "1" or tokens == 1 else "expanded"
+
+
+def _attention_matrices(config: ModelConfig, layer: int) -> Iterator[_Matrix]:
+    hidden, blk = config.hidden_size, f"blk.{layer}."
+    queries = config.num_attention_heads * config.qk_head_dim
+    if config.q_lora_rank:
+        yield _Matrix("query", blk + "attn_q_a", hidden * config.q_lora_rank)
+        yield _Matrix("query", blk + "attn_q_b", config.q_lora_rank * queries)
+    else:
+        yield _Matrix("query", blk + "attn_q", hidden * queries)
+    yield _Matrix("latent", blk + "attn_kv_a_mqa", hidden * (config.kv_lora_rank + config.qk_rope_head_dim))
+
+
+def _output_matrices(config: ModelConfig, layer: int) -> Iterator[_Matrix]:
+    """The matrices of a layer behind its attention."""
+    hidden, blk = config.hidden_size, f"blk.{layer}."
+    yield _Matrix("attention output", blk + "attn_output", config.num_attention_heads * config.v_head_dim * hidden)
+    if layer < config.first_k_dense_replace:
+        for name in ("gate", "up", "down"):
+            yield _Matrix("dense", f"{blk}ffn_{name}", hidden * config.intermediate_size)
+        return
+    experts = config.n_routed_experts
+    yield _Matrix("router", blk + "ffn_gate_inp", hidden * experts)
+    weights = hidden * config.moe_intermediate_size
+    for name in ("gate", "up", "down"):
+        yield _Matrix("experts", f"{blk}ffn_{name}_exps", weights, experts, config.num_experts_per_tok)
+    if config.n_shared_experts:
+        for name in ("gate", "up", "down"):
+            yield _Matrix("shared experts", f"{blk}ffn_{name}_shexp", weights * config.n_shared_experts)
+
+
+def _read(tensors: Mapping[str, TensorInfo] | None, matrix: _Matrix, tokens: int) -> float:
+    if tensors is None:
+        return 0
+    return _tensor_bytes(tensors, matrix.name) * (1 - (1 - matrix.used / matrix.experts) ** tokens)
+
+
+def _up_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: int) -> float:
+    """k_b and v_b, from the file or derived."""
+    blk = f"blk.{layer}.attn_"
+    if f"{blk}k_b.weight" in tensors:
+        return _tensor_bytes(tensors, blk + "k_b") + _tensor_bytes(tensors, blk + "v_b")
+    kv_b = _tensor_bytes(tensors, blk + "kv_b")
+    k_b = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
+    share = config.v_head_dim / (config.qk_nope_head_dim + config.v_head_dim)
+    return k_b * _derived_size(tensors[f"{blk}kv_b.weight"].qtype) + kv_b * share
+
+
+def _derived_size(qtype: int) -> int:
+    """Bytes of a weight that is derived from one of type `qtype`: float32 stays exact, the others become 16-bit."""
+    return 4 if qtype == ggml.F32 else 2
+
+
+def _tensor_bytes(tensors: Mapping[str, TensorInfo], name: str) -> float:
+    if f"{name}.weight" in tensors:
+        return tensor_bytes(tensors[f"{name}.weight"])
+    blk, _, last = name.rpartition(".")
+    if last in ("ffn_gate_exps", "ffn_up_exps") and f"{blk}.ffn_gate_up_exps.weight" in tensors:
+        return tensor_bytes(tensors[f"{blk}.ffn_gate_up_exps.weight"]) / 2
+    raise PymlaError(f"tensor {name}.weight is missing; convert the model again or take another file")
+
+
+def tensor_bytes(tensor: TensorInfo) -> int:
+    """Bytes of a tensor by its type and shape."""
+    return math.prod(tensor.shape[:-1]) * ggml.row_bytes(tensor.qtype, tensor.shape[-1])

@@ -1,0 +1,9 @@
+"""Errors that a user can mend. The command line prints them in one line and exits with code 2."""
+
+
+class PymlaError(Exception):
+    """A mistake in the input or the environment. The message names the file, the tensor and the value, and what to do."""
+
+
+class CacheFull(PymlaError):
+    """No page or no position is left for another token."""

@@ -1,0 +1,75 @@
+"""How much memory there is to use."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Names of: the limit, the usage, the part of memory.stat that is page cache. Version 1 of cgroups counts it per group
+# and, as total_*, with its children, to which the limit applies.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def available_memory(root: str | Path = "/") -> int:
+    """Bytes that can be allocated without pushing anything else out of memory.
+
+    On Linux ``MemAvailable``, and no more than any control group of this process has left. The page cache counts as
+    free: that of a mapped model is dropped when memory runs short. Elsewhere the machine's free or, where that is
+    unknown, whole memory; ``sys.maxsize`` where neither is known.
+
+    Parameters
+    ----------
+    root : where ``proc`` and ``sys`` are, for tests
+    """
+    root = Path(root)
+    meminfo = _numbers(root / "proc/meminfo")
+    if "MemAvailable:" not in meminfo:
+        return _sysconf()
+    return max(0, min([meminfo["MemAvailable:"] * 1024, *_left_in_groups(root)]))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each limited control group that this process is in has left."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", _V2
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", _V1
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        # In a container the path may be the host's, which is not visible; the mount is then the container's group.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                yield from _left(folder, *names)
+
+
+def _left(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> Iterator[int]:
+    limits, usages = _lines(group / limit), _lines(group / usage)
+    if limits and usages and limits[0] != "max":
+        stat = _numbers(group / "memory.stat")
+        yield int(limits[0]) - int(usages[0]) + sum(stat.get(name, 0) for name in cache)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the kernel's; none where it does not exist or is not for us."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """First and second word of each line."""
+    words = (line.split() for line in _lines(path))
+    return {line[0]: int(line[1]) for line in words if len(line) > 1}
+
+
+def _sysconf() -> int:
+    names = getattr(os, "sysconf_names", {})
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if pages in names:
+            return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize

@@ -1,0 +1,135 @@
+"""Multi-head latent attention over a paged cache, in its absorbed and its expanded form.
+
+A cache row belongs to a slot: slot ``block_table[p // 64] * 64 + p % 64`` holds position p of a sequence. Lengths say what
+is attended: the token at position p sees positions 0 to p of its sequence, and nothing else is ever read.
+
+DeepSeek-V2 (2024), section 2.1 and appendix C.
+"""
+
+import numpy as np
+
+from pymla.reference.quant import dequantise, quantise
+
+PAGE = 64
+
+
+def store(rows, slots, cache):
+    """Write rows into the cache in its type.
+
+    Parameters
+    ----------
+    rows : float array (T, W)
+    slots : int32 array (T,)
+    cache : QTensor of (number of slots) rows and W columns
+    """
+    cache.data[slots] = quantise(rows.astype(np.float32), cache.qtype)
+
+
+def load(cache, block_table, length, dtype=np.float32):
+    """The first `length` rows of a sequence as numbers, float array (length, W)."""
+    positions = np.arange(length)
+    return dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype).astype(dtype)
+
+
+def absorbed(q, latent, rope, step, scale, out):
+    """Attention in the latent space: multi-query, with keys of size rank + R and values of size rank.
+
+    ``out[t, h] = Σ softmax(scale * q[t, h] · [c_kv; k_pe])[p] * c_kv[p]`` over the positions p ≤ ``step.positions[t]``.
+
+    Parameters
+    ----------
+    q : float array (T, H, rank + R)
+        Queries with ``W_k_b`` folded in; the last R values are rotated.
+    latent : QTensor of slots × rank
+        ``c_kv`` of the layer.
+    rope : QTensor of slots × R
+        ``k_pe`` of the layer.
+    step : Step
+        ``seq_of`` (T,), ``positions`` (T,) and ``block_tables`` (B, pages).
+    scale : float
+    out : float array (T, H, rank)
+    """
+    for b in np.unique(step.seq_of):
+        tokens = np.flatnonzero(step.seq_of == b)
+        length = int(step.positions[tokens].max()) + 1
+        c_kv = load(latent, step.block_tables[b], length, q.dtype)
+        keys = np.concatenate([c_kv, load(rope, step.block_tables[b], length, q.dtype)], axis=1)
+        for t in tokens:
+            seen = int(step.positions[t]) + 1
+            out[t] = _softmax(scale * (q[t] @ keys[:seen].T)) @ c_kv[:seen]
+    return out
+
+
+#: The same mathematics with all scores in memory at once. The reference has no other way, so the two are one function.
+absorbed_materialised = absorbed
+
+
+def expand(latent, rope, block_table, length, k_b, v_b, keys, values):
+    """Keys and values of some heads from the latent cache: ``k = [W_k_b c_kv; k_pe]``, ``v = W_v_b c_kv``.
+
+    Parameters
+    ----------
+    latent, rope : QTensor
+        The layer's cache.
+    block_table : int32 array (pages,)
+    length : int
+        Tokens of the sequence, S.
+    k_b : QTensor of H matrices of rank rows and nope columns
+        Transposed, as the file's ``attn_k_b``.
+    v_b : QTensor of H matrices of v rows and rank columns
+    keys : float array (S, H, nope + R)
+    values : float array (S, H, v)
+    """
+    c_kv = load(latent, block_table, length, keys.dtype)
+    nope = keys.shape[2] - load(rope, block_table, 1).shape[1]
+    keys[..., :nope] = np.einsum("sr,hrn->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
+    keys[..., nope:] = load(rope, block_table, length, keys.dtype)[:, None]
+    values[...] = np.einsum("sr,hvr->shv", c_kv, dequantise(v_b.data, v_b.qtype).astype(keys.dtype))
+
+
+def expanded(q, keys, values, positions, scale, out):
+    """Causal attention of one sequence over expanded keys and values.
+
+    Parameters
+    ----------
+    q : float array (T, H, nope + R)
+    keys : float array (S, H, nope + R)
+    values : float array (S, H, v)
+    positions : int32 array (T,)
+        Position p attends to the first p + 1 rows.
+    scale : float
+    out : float array (T, H, v)
+    """
+    for t, position in enumerate(positions):
+        seen = int(position) + 1
+        weights = _softmax(scale * np.einsum("hd,shd->hs", q[t], keys[:seen]))
+        out[t] = np.einsum("hs,shv->hv", weights, values[:seen])
+    return out
+
+
+def full(q, keys, values, step, scale, out):
+    """Attention over a cache of whole keys and values (``--mla 0``).
+
+    Parameters
+    ----------
+    q : float array (T, H, nope + R)
+    keys : QTensor of slots × H * (nope + R)
+    values : QTensor of slots × H * v
+    step : Step
+    scale : float
+    out : float array (T, H, v)
+    """
+    heads = q.shape[1]
+    for b in np.unique(step.seq_of):
+        tokens = np.flatnonzero(step.seq_of == b)
+        length = int(step.positions[tokens].max()) + 1
+        k = load(keys, step.block_tables[b], length, q.dtype).reshape(length, heads, -1)
+        v = load(values, step.block_tables[b], length, q.dtype).reshape(length, heads, -1)
+        result = np.empty((len(tokens), *out.shape[1:]), out.dtype)
+        out[tokens] = expanded(q[tokens], k, v, step.positions[tokens], scale, result)
+    return out
+
+
+def _softmax(scores):
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return scores / scores.sum(-1, keepdims=True)

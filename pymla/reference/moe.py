@@ -1,0 +1,91 @@
+"""The mixture of experts: which experts a token goes to, and what they compute."""
+
+import numpy as np
+
+from pymla.reference.quant import dequantise
+
+
+def router(logits, bias, config, ids, weights):
+    """Choose `num_experts_per_tok` experts for every token.
+
+    Parameters
+    ----------
+    logits : float array (T, E)
+        The router's matrix product. Left untouched.
+    bias : float32 array (E,) or None
+        ``exp_probs_b``: added to the scores for the choice only, never to the weights.
+    config : ModelConfig
+        Its fields ``scoring_func``, ``n_group``, ``topk_group``, ``group_score``, ``norm_topk_prob`` and
+        ``routed_scaling_factor``.
+    ids : int32 array (T, k)
+        Out: the chosen experts, best first.
+    weights : float array (T, k)
+        Out: their weights.
+
+    Notes
+    -----
+    DeepSeek-V2 (2024), section 2.2, with group-limited routing as the model's own code does it (a group counts as its
+    best expert); DeepSeek-V3 (2024), section 2.1.2 (a group counts as the sum of its two best). Experts outside the
+    chosen groups are never chosen.
+    """
+    if config.scoring_func == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    choice = scores if bias is None else scores + bias.astype(scores.dtype)
+    if config.n_group > 1:
+        grouped = choice.reshape(len(choice), config.n_group, -1)
+        best = 1 if config.group_score == "max" else 2
+        group_score = np.sort(grouped, axis=-1)[..., -best:].sum(-1)
+        kept = np.argsort(-group_score, axis=-1, kind="stable")[:, : config.topk_group]
+        mask = np.zeros(group_score.shape, bool)
+        np.put_along_axis(mask, kept, True, axis=-1)
+        choice = np.where(mask[..., None], grouped, -np.inf).reshape(choice.shape)
+    ids[...] = np.argsort(-choice, axis=-1, kind="stable")[:, : ids.shape[1]]
+    chosen = np.take_along_axis(scores, ids, axis=-1)
+    if config.norm_topk_prob:
+        chosen = chosen / (chosen.sum(-1, keepdims=True) + 1e-20)
+    weights[...] = chosen * config.routed_scaling_factor
+
+
+def experts(activation, ids, weights, gate, up, down, out):
+    """``out[t] = Σ weights[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` over the experts e = ids[t, j].
+
+    Parameters
+    ----------
+    activation : Activation of float array (T, K)
+    ids : int32 array (T, k)
+    weights : float array (T, k)
+    gate, up : QTensor of E matrices of F rows and K columns
+    down : QTensor of E matrices of K rows and F columns
+    out : float array (T, K)
+        Overwritten.
+    """
+    x = activation.x
+    out[...] = 0
+    for e in np.unique(ids):
+        token, slot = np.nonzero(ids == e)
+        matrices = (dequantise(w.data[e], w.qtype).astype(x.dtype) for w in (gate, up, down))
+        out[token] += weights[token, slot, None] * _swiglu(x[token], *matrices)
+    return out
+
+
+def ffn(activation, gate, up, down, out):
+    """The dense feed-forward network, also the shared experts: ``out = down @ (silu(gate @ x) * (up @ x))``.
+
+    Parameters
+    ----------
+    activation : Activation of float array (T, K)
+    gate, up : QTensor of F rows and K columns
+    down : QTensor of K rows and F columns
+    out : float array (T, K)
+    """
+    x = activation.x
+    out[...] = _swiglu(x, *(dequantise(w.data, w.qtype).astype(x.dtype) for w in (gate, up, down)))
+    return out
+
+
+def _swiglu(x, gate, up, down):
+    hidden = x @ gate.T
+    return (hidden / (1 + np.exp(-hidden)) * (x @ up.T)) @ down.T

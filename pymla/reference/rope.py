@@ -1,0 +1,46 @@
+"""Rotary position embedding on interleaved pairs, as DeepSeek's models use it."""
+
+import numpy as np
+
+
+def angles(positions, inv_freq, magnitude, out):
+    """Cosine and sine of every position and frequency, times `magnitude`.
+
+    Parameters
+    ----------
+    positions : int32 array (T,)
+    inv_freq : float64 array (R // 2,)
+        Radians per position (`ModelConfig.inv_freq`).
+    magnitude : float
+        `ModelConfig.rope_magnitude`.
+    out : float array (T, R // 2, 2)
+        The last axis holds cosine and sine. Angles are taken in float64: in float32 a position of 100,000 has an error
+        of 0.004 radians.
+    """
+    theta = positions[:, None].astype(np.float64) * inv_freq
+    out[..., 0] = np.cos(theta) * magnitude
+    out[..., 1] = np.sin(theta) * magnitude
+    return out
+
+
+def rope_interleaved(x, cos_sin):
+    """Rotate pairs (2i, 2i + 1) of the last R values of every head, in place.
+
+    Parameters
+    ----------
+    x : float array (T, H, D)
+        D ≥ R; the first D - R values stay as they are.
+    cos_sin : float array (T, R // 2, 2)
+        From `angles`.
+
+    Notes
+    -----
+    Su et al., "RoFormer" (2021), equation 34; the interleaved layout of llama.cpp's ``LLAMA_ROPE_TYPE_NORM``.
+    """
+    size = 2 * cos_sin.shape[1]
+    pairs = x[..., x.shape[-1] - size :].reshape(*x.shape[:-1], size // 2, 2)
+    cos, sin = cos_sin[:, None, :, 0], cos_sin[:, None, :, 1]
+    even = pairs[..., 0] * cos - pairs[..., 1] * sin
+    odd = pairs[..., 0] * sin + pairs[..., 1] * cos
+    x[..., x.shape[-1] - size :] = np.stack([even, odd], axis=-1).reshape(*x.shape[:-1], size)
+    return x

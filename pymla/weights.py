@@ -1,0 +1,208 @@
+"""The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout allows.
+
+Three layouts of ``W_k_b`` and ``W_v_b`` exist in files: ``attn_kv_b`` alone (before April 2025), ``attn_k_b`` and
+``attn_v_b`` (llama.cpp since), and all three (ik_llama.cpp, with a two-dimensional ``attn_k_b``). The engine wants the last
+two. Where only ``attn_kv_b`` is there, ``attn_v_b`` is a view of its rows, and ``attn_k_b`` is transposed at load.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pymla import ggml
+from pymla.errors import PymlaError
+
+
+class QTensor(NamedTuple):
+    """A matrix, or several of one shape, in ggml blocks. A NamedTuple, so that Numba kernels take it as it is."""
+
+    qtype: int  # ggml type id
+    data: np.ndarray  # uint8 (rows, row_bytes), or (matrices, rows, row_bytes)
+
+    def rows(self, start, stop):
+        """Some rows of a matrix, without a copy."""
+        return QTensor(self.qtype, self.data[start:stop])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's tensors; None where the model has no such tensor. Norms and biases are float32 vectors."""
+
+    attn_norm: np.ndarray
+    attn_q: QTensor | None
+    attn_q_a: QTensor | None
+    attn_q_a_norm: np.ndarray | None
+    attn_q_b: QTensor | None
+    attn_kv_a_mqa: QTensor
+    attn_kv_a_norm: np.ndarray
+    attn_k_b: QTensor  # H matrices of rank rows and nope columns
+    attn_v_b: QTensor  # H matrices of v rows and rank columns
+    attn_output: QTensor
+    ffn_norm: np.ndarray
+    ffn_gate: QTensor | None  # a dense layer's, or the shared experts'
+    ffn_up: QTensor | None
+    ffn_down: QTensor | None
+    ffn_gate_inp: QTensor | None  # the router
+    exp_probs_b: np.ndarray | None
+    ffn_gate_exps: QTensor | None
+    ffn_up_exps: QTensor | None
+    ffn_down_exps: QTensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a model."""
+
+    token_embd: QTensor
+    output_norm: np.ndarray
+    output: QTensor
+    layers: list[Layer]
+
+    @classmethod
+    def from_gguf(cls, file, config, progress=None):
+        """Find, check and lay out the tensors.
+
+        Parameters
+        ----------
+        file : ModelFile
+        config : ModelConfig
+        progress : callable(done, total), optional
+            Layers; the transposition of ``attn_kv_b`` takes some time.
+
+        Raises
+        ------
+        PymlaError
+            A tensor is missing, has another shape than the metadata says, or a type that is not implemented.
+        """
+        take = _Taker(file)
+        embedding = (config.vocab_size, config.hidden_size)
+        token_embd = take.matrix("token_embd.weight", embedding)
+        layers = []
+        for i in range(config.num_hidden_layers):
+            layers.append(_layer(take, config, i))
+            if progress:
+                progress(i + 1, config.num_hidden_layers)
+        return cls(
+            token_embd=token_embd,
+            output_norm=take.vector("output_norm.weight", config.hidden_size),
+            output=take.matrix("output.weight", embedding) if take.has("output.weight") else token_embd,
+            layers=layers,
+        )
+
+
+class _Taker:
+    """Tensors of a file, checked."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def has(self, name):
+        return name in self.file.tensors
+
+    def tensor(self, name, *shapes):
+        """A tensor that has one of `shapes`."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise PymlaError(f"{self.file.path}: tensor {name} is missing; convert the model again or take another file")
+        if info.qtype not in ggml.SUPPORTED:
+            names = ", ".join(ggml.NAME[t] for t in ggml.SUPPORTED)
+            raise PymlaError(
+                f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, which pymla does not run; it runs {names}"
+            )
+        if info.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise PymlaError(f"{info.path}: tensor {name} has shape {list(info.shape)}, expected {expected}")
+        return info
+
+    def matrix(self, name, *shapes):
+        info = self.tensor(name, *shapes)
+        return QTensor(info.qtype, info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1])))
+
+    def vector(self, name, size):
+        info = self.tensor(name, (size,))
+        if info.qtype != ggml.F32:
+            raise PymlaError(f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, expected F32")
+        return info.data.view(np.float32)
+
+
+def _layer(take, config, index):
+    blk = f"blk.{index}."
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    tensors = dict.fromkeys(Layer.__dataclass_fields__)
+    tensors |= {
+        "attn_norm": take.vector(blk + "attn_norm.weight", hidden),
+        "attn_kv_a_mqa": take.matrix(blk + "attn_kv_a_mqa.weight", (rank + config.qk_rope_head_dim, hidden)),
+        "attn_kv_a_norm": take.vector(blk + "attn_kv_a_norm.weight", rank),
+        "attn_output": take.matrix(blk + "attn_output.weight", (hidden, heads * config.v_head_dim)),
+        "ffn_norm": take.vector(blk + "ffn_norm.weight", hidden),
+    }
+    if config.q_lora_rank:
+        tensors["attn_q_a"] = take.matrix(blk + "attn_q_a.weight", (config.q_lora_rank, hidden))
+        tensors["attn_q_a_norm"] = take.vector(blk + "attn_q_a_norm.weight", config.q_lora_rank)
+        tensors["attn_q_b"] = take.matrix(blk + "attn_q_b.weight", (queries, config.q_lora_rank))
+    else:
+        tensors["attn_q"] = take.matrix(blk + "attn_q.weight", (queries, hidden))
+    tensors["attn_k_b"], tensors["attn_v_b"] = _kv_b(take, config, blk)
+    if index < config.first_k_dense_replace:
+        tensors |= _ffn(take, blk, "", config.intermediate_size, hidden)
+    else:
+        tensors |= _experts(take, config, blk)
+    return Layer(**tensors)
+
+
+def _ffn(take, blk, suffix, inner, hidden):
+    return {
+        "ffn_gate": take.matrix(f"{blk}ffn_gate{suffix}.weight", (inner, hidden)),
+        "ffn_up": take.matrix(f"{blk}ffn_up{suffix}.weight", (inner, hidden)),
+        "ffn_down": take.matrix(f"{blk}ffn_down{suffix}.weight", (hidden, inner)),
+    }
+
+
+def _experts(take, config, blk):
+    experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    tensors = {
+        "ffn_gate_inp": take.matrix(blk + "ffn_gate_inp.weight", (experts, hidden)),
+        "ffn_down_exps": take.matrix(blk + "ffn_down_exps.weight", (experts, hidden, inner)),
+    }
+    if take.has(blk + "exp_probs_b.bias"):
+        tensors["exp_probs_b"] = take.vector(blk + "exp_probs_b.bias", experts)
+    if take.has(blk + "ffn_gate_up_exps.weight"):
+        both = take.matrix(blk + "ffn_gate_up_exps.weight", (experts, 2 * inner, hidden))
+        tensors["ffn_gate_exps"] = QTensor(both.qtype, both.data[:, :inner])
+        tensors["ffn_up_exps"] = QTensor(both.qtype, both.data[:, inner:])
+    else:
+        tensors["ffn_gate_exps"] = take.matrix(blk + "ffn_gate_exps.weight", (experts, inner, hidden))
+        tensors["ffn_up_exps"] = take.matrix(blk + "ffn_up_exps.weight", (experts, inner, hidden))
+    if config.n_shared_experts:
+        tensors |= _ffn(take, blk, "_shexp", config.n_shared_experts * inner, hidden)
+    return tensors
+
+
+def _kv_b(take, config, blk):
+    """``attn_k_b`` and ``attn_v_b``, each H matrices, from any of the three layouts."""
+    heads, rank, nope, v = (
+        config.num_attention_heads,
+        config.kv_lora_rank,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+    )
+    if take.has(blk + "attn_k_b.weight") and take.has(blk + "attn_v_b.weight"):
+        k_b = take.matrix(blk + "attn_k_b.weight", (heads, rank, nope), (heads * rank, nope))
+        v_b = take.matrix(blk + "attn_v_b.weight", (heads, v, rank), (heads * v, rank))
+        return (QTensor(w.qtype, w.data.reshape(heads, -1, w.data.shape[-1])) for w in (k_b, v_b))
+    kv_b = take.matrix(blk + "attn_kv_b.weight", (heads * (nope + v), rank))
+    by_head = kv_b.data.reshape(heads, nope + v, -1)
+    return _transpose(QTensor(kv_b.qtype, by_head[:, :nope])), QTensor(kv_b.qtype, by_head[:, nope:])
+
+
+def _transpose(w):
+    """Transposed matrices, read-only. Float types stay what they are; quantised ones become F16, which keeps more bits
+    than their blocks have, at half the size of F32."""
+    from pymla.reference.quant import dequantise, quantise
+
+    qtype = w.qtype if w.qtype not in ggml.QUANTISED else ggml.F16
+    data = np.stack([quantise(dequantise(matrix, w.qtype).T, qtype) for matrix in w.data])
+    data.flags.writeable = False
+    return QTensor(qtype, data)

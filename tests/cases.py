@@ -1,0 +1,37 @@
+"""Inputs shared by tests and benchmarks."""
+
+import numpy as np
+from make_golden import SHAPES
+from make_model import PRESETS, Shape, random_blocks
+
+from pymla import ggml
+from pymla.weights import QTensor
+
+#: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
+TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
+
+#: Rows of a matrix: one, fewer than a panel of 16, whole panels, and a panel with a rest.
+ROWS = (1, 5, 16, 33)
+
+#: Tokens of a step: generation, a small batch, a batch with a rest, more than a page of 64.
+TOKENS = (1, 3, 17, 65)
+
+
+def columns(qtype: int) -> tuple[int, ...]:
+    """Row lengths that the type's block divides, beginning with a single block."""
+    block = ggml.BLOCK_SIZE[qtype]
+    return (256, 768) if block == 256 else (32, 96, 1408)
+
+
+def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
+    """Random weights of mean 0 and standard deviation 1/sqrt(columns).
+
+    Parameters
+    ----------
+    qtype : a type of ``ggml.SUPPORTED``
+    shape : (rows, columns) or (matrices, rows, columns)
+    """
+    pieces = random_blocks(seed, "case", int(np.prod(shape)), qtype, shape[-1] ** -0.5)
+    data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
+    data.flags.writeable = False
+    return QTensor(qtype, data.reshape(*shape[:-1], -1))

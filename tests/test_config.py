@@ -1,0 +1,501 @@
+"""ModelConfig from metadata as converters write it, and everything it must refuse."""
+
+import dataclasses
+import math
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFValueType
+
+from pymla.config import ModelConfig, Yarn
+from pymla.errors import PymlaError
+from pymla.modelfile import ModelFile
+
+# Metadata of published files, without the architecture's prefix.
+V2_LITE = {
+    "block_count": 27,
+    "context_length": 163840,
+    "embedding_length": 2048,
+    "feed_forward_length": 10944,
+    "leading_dense_block_count": 1,
+    "vocab_size": 102400,
+    "attention.head_count": 16,
+    "attention.head_count_kv": 16,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.kv_lora_rank": 512,
+    "attention.key_length": 192,
+    "attention.value_length": 128,
+    "expert_count": 64,
+    "expert_used_count": 6,
+    "expert_shared_count": 2,
+    "expert_feed_forward_length": 1408,
+    "expert_weights_scale": 1.0,
+    "rope.dimension_count": 64,
+    "rope.freq_base": 10000.0,
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 40.0,
+    "rope.scaling.original_context_length": 4096,
+    "rope.scaling.yarn_log_multiplier": 0.0707,
+}
+MLA = {
+    "attention.head_count_kv": 1,
+    "attention.key_length": 576,
+    "attention.value_length": 512,
+    "attention.key_length_mla": 192,
+    "attention.value_length_mla": 128,
+}
+V2 = V2_LITE | {
+    "block_count": 60,
+    "embedding_length": 5120,
+    "feed_forward_length": 12288,
+    "attention.head_count": 128,
+    "attention.head_count_kv": 128,
+    "attention.q_lora_rank": 1536,
+    "expert_count": 160,
+    "expert_feed_forward_length": 1536,
+    "expert_weights_scale": 16.0,
+    "expert_weights_norm": False,
+    "expert_gating_func": 1,
+    "expert_group_count": 8,
+    "expert_group_used_count": 3,
+}
+V3 = (
+    V2
+    | MLA
+    | {
+        "block_count": 61,
+        "embedding_length": 7168,
+        "feed_forward_length": 18432,
+        "leading_dense_block_count": 3,
+        "vocab_size": 129280,
+        "expert_count": 256,
+        "expert_used_count": 8,
+        "expert_shared_count": 1,
+        "expert_feed_forward_length": 2048,
+        "expert_weights_scale": 2.5,
+        "expert_weights_norm": True,
+        "expert_gating_func": 2,
+        "expert_group_count": 8,
+        "expert_group_used_count": 4,
+        "rope.scaling.yarn_log_multiplier": 0.1,
+    }
+)
+GLM_4_7_FLASH = MLA | {
+    "block_count": 48,
+    "nextn_predict_layers": 1,
+    "context_length": 202752,
+    "embedding_length": 2048,
+    "feed_forward_length": 10240,
+    "leading_dense_block_count": 1,
+    "vocab_size": 154880,
+    "attention.head_count": 20,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.q_lora_rank": 768,
+    "attention.kv_lora_rank": 512,
+    "attention.key_length_mla": 256,
+    "attention.value_length_mla": 256,
+    "expert_count": 64,
+    "expert_used_count": 4,
+    "expert_shared_count": 1,
+    "expert_feed_forward_length": 1536,
+    "expert_weights_scale": 1.8,
+    "expert_weights_norm": True,
+    "rope.dimension_count": 64,
+    "rope.freq_base": 1e6,
+}
+KIMI_K2 = V3 | {
+    "context_length": 131072,
+    "leading_dense_block_count": 1,
+    "vocab_size": 163840,
+    "attention.head_count": 64,
+    "expert_count": 384,
+    "expert_weights_scale": 2.827,
+    "expert_group_count": 1,
+    "expert_group_used_count": 1,
+    "rope.freq_base": 50000.0,
+    "rope.scaling.factor": 32.0,
+    "rope.scaling.yarn_beta_fast": 1.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A function that writes metadata, and tensors of a given shape, and reads the configuration."""
+
+    def load(metadata, shapes=None, arch="deepseek2", general=None):
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, arch)
+        for key, value in ({f"{arch}.{k}": v for k, v in metadata.items()} | (general or {})).items():
+            add(writer, key, value)
+        for name, shape in (shapes or {}).items():
+            writer.add_tensor(name, np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return ModelConfig.from_gguf(ModelFile.open(path))
+
+    return load
+
+
+def add(writer, key, value):
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds = {
+            bool: GGUFValueType.BOOL,
+            float: GGUFValueType.FLOAT32,
+            int: GGUFValueType.INT64,
+            str: GGUFValueType.STRING,
+        }
+        writer.add_key_value(key, value, kinds[type(value)])
+
+
+def without(metadata, *keys):
+    return {key: value for key, value in metadata.items() if key not in keys}
+
+
+def test_v2_lite(load):
+    config = load(V2_LITE, general={"general.name": "DeepSeek-V2-Lite"})
+    assert config == ModelConfig(
+        architecture="deepseek2",
+        name="DeepSeek-V2-Lite",
+        vocab_size=102400,
+        context_length=163840,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        intermediate_size=10944,
+        first_k_dense_replace=1,
+        num_attention_heads=16,
+        rms_norm_eps=float(np.float32(1e-6)),
+        q_lora_rank=0,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        moe_intermediate_size=1408,
+        routed_scaling_factor=1.0,
+        norm_topk_prob=False,
+        scoring_func="softmax",
+        n_group=1,
+        topk_group=1,
+        group_score="max",
+        rope_theta=10000.0,
+        yarn=Yarn(40.0, 4096, float(np.float32(0.0707)), 32.0, 1.0),
+    )
+    assert config.qk_head_dim == 192
+    assert config.softmax_scale == pytest.approx(0.1147, abs=5e-5)
+    assert config.rope_magnitude == 1.0
+
+
+def test_the_two_conventions_agree(load):
+    assert load(V2_LITE | MLA) == load(V2_LITE)
+
+
+def test_v2(load):
+    config = load(V2)
+    assert (config.n_group, config.topk_group, config.group_score) == (8, 3, "max")
+    assert (config.routed_scaling_factor, config.norm_topk_prob) == (16.0, False)
+    assert config.q_lora_rank == 1536
+
+
+def test_v3(load):
+    config = load(V3)
+    assert (config.n_group, config.topk_group, config.group_score) == (8, 4, "top2")
+    assert (config.routed_scaling_factor, config.norm_topk_prob) == (2.5, True)
+    assert config.scoring_func == "sigmoid"
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (128, 64, 128)
+    assert config.first_k_dense_replace == 3
+    assert config.softmax_scale == pytest.approx(0.1352, abs=5e-5)
+
+
+def test_kimi_k2(load):
+    config = load(KIMI_K2)
+    assert (config.n_group, config.topk_group) == (1, 1)
+    assert (config.yarn.beta_fast, config.yarn.beta_slow) == (1.0, 1.0)
+
+
+def test_glm_4_7_flash(load):
+    config = load(GLM_4_7_FLASH)
+    assert config.scoring_func == "sigmoid"
+    assert config.num_hidden_layers == 47
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (192, 64, 256)
+    assert config.yarn is None
+    assert config.softmax_scale == pytest.approx(256**-0.5)
+    assert load(without(GLM_4_7_FLASH, "nextn_predict_layers") | {"block_count": 47}).scoring_func == "sigmoid"
+    assert load(GLM_4_7_FLASH | {"vocab_size": 154881}).scoring_func == "softmax"
+    assert load(GLM_4_7_FLASH | {"expert_gating_func": 1}).scoring_func == "softmax"
+
+
+def test_dense_model(load):
+    config = load({key: value for key, value in V2_LITE.items() if "expert" not in key})
+    assert config.n_routed_experts == 0
+    assert config.first_k_dense_replace == config.num_hidden_layers == 27
+
+
+def test_all_experts(load):
+    config = load(without(V2_LITE, "feed_forward_length", "leading_dense_block_count", "expert_shared_count"))
+    assert (config.first_k_dense_replace, config.intermediate_size, config.n_shared_experts) == (0, 0, 0)
+
+
+def test_defaults(load):
+    config = load(without(V2_LITE, "rope.freq_base", "attention.head_count_kv", "expert_weights_scale"))
+    assert config.rope_theta == 10000.0
+    assert config.routed_scaling_factor == 1.0
+    assert config.name == "model"
+    assert load(V2_LITE | {"expert_weights_scale": 0.0}).routed_scaling_factor == 1.0
+
+
+def test_integers_where_numbers_are_expected(load):
+    config = load(V2_LITE | {"rope.freq_base": 10000, "rope.scaling.factor": 40})
+    assert isinstance(config.rope_theta, float)
+    assert isinstance(config.yarn.factor, float)
+
+
+def test_tensors_tell_vocabulary_and_q_lora(load):
+    shapes = {"token_embd.weight": (40, 8), "blk.0.attn_q_a.weight": (24, 8)}
+    config = load(without(V2_LITE, "vocab_size"), shapes)
+    assert (config.vocab_size, config.q_lora_rank) == (40, 24)
+    # A file may keep the key and have no q-LoRA.
+    assert load(V2 | {"vocab_size": 40}, {"token_embd.weight": (40, 8)}).q_lora_rank == 0
+
+
+def test_vocabulary_from_the_tokens(load):
+    config = load(without(V2_LITE, "vocab_size"), general={"tokenizer.ggml.tokens": ["a", "b", "c"]})
+    assert config.vocab_size == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"vocab_size": 41}, "token_embd.weight has 40 rows"),
+        ({"vocab_size": 40, "attention.q_lora_rank": 32}, "blk.0.attn_q_a.weight has 24 rows"),
+    ],
+)
+def test_tensors_contradict(load, changed, words):
+    with pytest.raises(PymlaError, match=words):
+        load(V2_LITE | changed, {"token_embd.weight": (40, 8), "blk.0.attn_q_a.weight": (24, 8)})
+
+
+# YaRN -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope.scaling.type": "none"}, {"rope.scaling.type": "yarn"}])
+@pytest.mark.parametrize("factor", [{}, {"rope.scaling.factor": 1.0}, {"rope.scaling.factor": 0.0}])
+def test_no_yarn(load, scaling, factor):
+    plain = {key: value for key, value in V2_LITE.items() if "scaling" not in key}
+    config = load(plain | scaling | factor)
+    assert config.yarn is None
+    assert config.rope_magnitude == 1.0
+    assert config.softmax_scale == pytest.approx(192**-0.5)
+    np.testing.assert_allclose(config.inv_freq(), [10000 ** (-2 * i / 64) for i in range(32)], rtol=1e-15)
+
+
+def test_no_factor_means_no_scaling(load):
+    """A factor beside the type none is not used, as in llama.cpp."""
+    assert load(V2_LITE | {"rope.scaling.type": "none"}).yarn is None
+
+
+def test_yarn_without_log_multiplier(load):
+    """mscale_all_dim 0: nothing on the softmax scale, mscale 1 on cos and sin."""
+    config = load(without(V2_LITE, "rope.scaling.yarn_log_multiplier", "rope.scaling.original_context_length"))
+    assert config.yarn == Yarn(40.0, 163840, 0.0)
+    assert config.softmax_scale == pytest.approx(192**-0.5)
+    assert config.rope_magnitude == pytest.approx(1 + 0.1 * math.log(40))
+
+
+def yarn_config(load, dim, theta, yarn):
+    base = load(V2_LITE | {"rope.dimension_count": dim, "attention.key_length": 256})
+    return dataclasses.replace(base, rope_theta=theta, yarn=yarn)
+
+
+YARNS = [
+    (64, 10000.0, Yarn(40.0, 4096, 0.0707)),
+    (64, 10000.0, Yarn(40.0, 4096, 0.1)),
+    (64, 50000.0, Yarn(32.0, 4096, 0.1, 1.0, 1.0)),  # Kimi-K2: the ramp is one step
+    (32, 10000.0, Yarn(4.0, 256, 0.1)),
+    (128, 1e6, Yarn(8.0, 32768, 0.0)),
+    (16, 100.0, Yarn(2.5, 64, 0.05, 8.0, 2.0)),
+    (2, 10000.0, Yarn(40.0, 4096, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("dim", "theta", "yarn"), YARNS)
+def test_inv_freq(load, dim, theta, yarn):
+    """Pair by pair, by the wavelength: what is shorter than L / beta_fast stays, what is longer than L / beta_slow is
+    interpolated, with the ramp's ends at whole pairs."""
+    inv_freq = yarn_config(load, dim, theta, yarn).inv_freq()
+    assert inv_freq.dtype == np.float64
+    assert inv_freq.shape == (dim // 2,)
+
+    def first_pair_with_wavelength(wavelength):
+        return math.log(wavelength / (2 * math.pi), theta) * dim / 2
+
+    low = max(0, math.floor(first_pair_with_wavelength(yarn.original_context_length / yarn.beta_fast)))
+    high = min(dim - 1, math.ceil(first_pair_with_wavelength(yarn.original_context_length / yarn.beta_slow)))
+    for i, actual in enumerate(inv_freq):
+        plain = theta ** (-2 * i / dim)
+        if i <= low:
+            expected = plain
+        elif i >= high:
+            expected = plain / yarn.factor
+        else:
+            share = (i - low) / (high - low)
+            expected = plain * ((1 - share) + share / yarn.factor)
+        assert actual == pytest.approx(expected, rel=1e-14), i
+
+
+@pytest.mark.parametrize(("dim", "theta", "yarn"), YARNS)
+def test_same_as_transformers(load, dim, theta, yarn):
+    pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    config = yarn_config(load, dim, theta, yarn)
+    scaling = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_context_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }
+    mscale = 10 * yarn.log_multiplier
+    if mscale:
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
+    theirs = transformers.DeepseekV3Config(
+        max_position_embeddings=163840, qk_rope_head_dim=dim, rope_parameters=scaling
+    )
+    inv_freq, magnitude = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    np.testing.assert_allclose(config.inv_freq(), inv_freq.double().numpy(), rtol=1e-5)
+    assert config.rope_magnitude == pytest.approx(magnitude, rel=1e-7)
+    if mscale:
+        modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+        expected = modeling.yarn_apply_mscale(theirs.rope_parameters, config.qk_head_dim**-0.5)
+        assert config.softmax_scale == pytest.approx(expected, rel=1e-7)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_architecture(load):
+    with pytest.raises(PymlaError, match=r"model\.gguf: metadata general\.architecture is 'llama'"):
+        load({}, arch="llama")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+        "attention.kv_lora_rank",
+        "attention.key_length",
+        "attention.value_length",
+        "expert_used_count",
+        "expert_feed_forward_length",
+        "rope.dimension_count",
+    ],
+)
+def test_missing(load, key):
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} is missing"):
+        load(without(V2_LITE, key))
+
+
+@pytest.mark.parametrize("key", ["attention.key_length_mla", "attention.value_length_mla"])
+def test_missing_mla(load, key):
+    with pytest.raises(PymlaError, match=rf"deepseek2\.{key} is missing"):
+        load(without(V3, key))
+
+
+def test_missing_groups_used(load):
+    with pytest.raises(PymlaError, match="expert_group_used_count is missing"):
+        load(without(V3, "expert_group_used_count"))
+
+
+@pytest.mark.parametrize("key", [*V2, "nextn_predict_layers", "attention.key_length_mla"])
+def test_wrong_type(load, key):
+    wrong = 5 if isinstance(V2.get(key), str | bool) else "five"
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} is '?{wrong}"):
+        load(V2 | {key: wrong})
+
+
+@pytest.mark.parametrize("key", [key for key, value in V2.items() if type(value) is int])
+@pytest.mark.parametrize("value", [-1, 2**40, [1, 2, 3]], ids=["negative", "huge", "array"])
+def test_absurd_sizes(load, key, value):
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} is"):
+        load(V2 | {key: value})
+
+
+@pytest.mark.parametrize("key", [key for key, value in V2.items() if isinstance(value, float)])
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_absurd_numbers(load, key, value):
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} is {value}"):
+        load(V2 | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.head_count_kv", 2),
+        ("attention.head_count_kv", 0),
+        ("attention.layer_norm_rms_epsilon", 0.0),
+        ("attention.temperature_scale", 0.1),
+        ("attention.sliding_window", 4096),
+        ("block_count", 0),
+        ("block_count", 100000),
+        ("expert_gating_func", 3),
+        ("expert_gating_func", 4),
+        ("expert_group_count", 7),
+        ("expert_group_count", 161),
+        ("expert_group_used_count", 0),
+        ("expert_group_used_count", 9),
+        ("expert_used_count", 0),
+        ("expert_used_count", 161),
+        ("expert_used_count", 61),  # three groups of twenty
+        ("final_logit_softcapping", 30.0),
+        ("leading_dense_block_count", 61),
+        ("logit_scale", 0.5),
+        ("nextn_predict_layers", 60),
+        ("rope.dimension_count", 63),
+        ("rope.dimension_count", 192),
+        ("rope.freq_base", 1.0),
+        ("rope.scale_linear", 4.0),
+        ("rope.scaling.attn_factor", 0.9),
+        ("rope.scaling.factor", 0.5),
+        ("rope.scaling.original_context_length", 0),
+        ("rope.scaling.type", "linear"),
+        ("rope.scaling.type", "longrope"),
+        ("rope.scaling.yarn_beta_fast", 0.5),
+        ("rope.scaling.yarn_ext_factor", 0.5),
+    ],
+)
+def test_not_implemented(load, key, value):
+    with pytest.raises(PymlaError) as caught:
+        load(V2 | {key: value})
+    message = str(caught.value)
+    blamed = "expert_group_used_count is 3" if (key, value) == ("expert_used_count", 61) else key
+    assert f"metadata deepseek2.{blamed}" in message
+    assert "model.gguf: " in message
+    assert "\n" not in message
+
+
+def test_linear_scaling_without_a_type(load):
+    """llama.cpp takes a factor without a type for linear scaling."""
+    with pytest.raises(PymlaError, match=r"rope\.scaling\.type is linear"):
+        load(without(V2, "rope.scaling.type"))
+
+
+def test_groups_of_one_expert(load):
+    with pytest.raises(PymlaError, match="two or more"):
+        load(V3 | {"expert_group_count": 256, "expert_group_used_count": 8})
+    assert load(V2 | {"expert_group_count": 160, "expert_group_used_count": 8}).n_group == 160

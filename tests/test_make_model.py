@@ -1,0 +1,214 @@
+import dataclasses
+import shutil
+from collections import namedtuple
+
+import gguf
+import make_model as script
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gguf import quants
+from make_model import PRESETS, fitting_type, make_model
+
+from pymla import ggml
+from pymla.errors import PymlaError
+
+TINY = dataclasses.replace(
+    PRESETS["tiny"],
+    hidden_size=96,
+    intermediate_size=160,
+    moe_intermediate_size=64,
+    num_hidden_layers=2,
+    vocab_size=300,
+)
+
+
+def read(path):
+    """Tensors by name and metadata by key, by the gguf package."""
+    reader = gguf.GGUFReader(path)
+    return {t.name: t for t in reader.tensors}, {key: field.contents() for key, field in reader.fields.items()}
+
+
+def weights(tensor):
+    return quants.dequantize(tensor.data, tensor.tensor_type)
+
+
+@pytest.mark.parametrize("qtype", script.QTYPES, ids=script.QTYPE_NAMES)
+def test_weights_have_the_asked_type_and_scale(tmp_path, qtype):
+    shape = dataclasses.replace(TINY, hidden_size=256)
+    tensors, metadata = read(make_model(tmp_path / "m.gguf", shape, qtype=qtype))
+    assert tensors["blk.1.ffn_gate_exps.weight"].tensor_type == qtype
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == ggml.F32
+    assert tensors["output.weight"].tensor_type == (ggml.Q6_K if qtype in ggml.QUANTISED else qtype)
+    assert metadata["general.file_type"] == script.FILE_TYPES[qtype]
+    for name in ("token_embd.weight", "output.weight", "blk.1.ffn_gate_exps.weight"):
+        w = weights(tensors[name])
+        scale = 1 if name.startswith("token") else w.shape[-1] ** -0.5
+        assert abs(w.std() / scale - 1) < 0.05
+        assert abs(w.mean() / scale) < 0.05
+
+
+def test_types_that_do_not_fit_a_row_fall_back():
+    assert fitting_type(ggml.Q6_K, 512) == ggml.Q6_K
+    assert fitting_type(ggml.Q6_K, 1408) == ggml.Q8_0
+    assert fitting_type(ggml.Q4_0, 100) == ggml.F16
+    assert fitting_type(ggml.F32, 7) == ggml.F32
+
+
+def test_a_seed_gives_one_model_and_another_seed_another(tmp_path):
+    a = make_model(tmp_path / "a.gguf", TINY).read_bytes()
+    b = make_model(tmp_path / "b.gguf", TINY).read_bytes()
+    c = make_model(tmp_path / "c.gguf", TINY, seed=1).read_bytes()
+    assert a == b
+    assert a != c
+    assert len(a) == len(c)
+
+
+def test_experts_and_layers_differ(tmp_path):
+    shape = dataclasses.replace(TINY, first_k_dense_replace=0)
+    tensors, _ = read(make_model(tmp_path / "m.gguf", shape))
+    experts = np.concatenate([tensors[f"blk.{i}.ffn_up_exps.weight"].data for i in range(2)])
+    assert len({expert.tobytes() for expert in experts}) == 2 * TINY.n_routed_experts
+
+
+@pytest.mark.parametrize(("qtype", "allowed"), [("f32", 0), ("q8_0", 0.02), ("q4_0", 0.2)])
+def test_layouts_hold_the_same_weights(tmp_path, qtype, allowed):
+    kv_b, _ = read(make_model(tmp_path / "kv_b.gguf", TINY, qtype=qtype))
+    split, metadata = read(make_model(tmp_path / "split.gguf", TINY, qtype=qtype, layout="split"))
+    every, _ = read(make_model(tmp_path / "all.gguf", TINY, qtype=qtype, layout="all"))
+    name = "blk.1.attn_{}.weight".format
+    assert name("kv_b") not in split
+    assert name("k_b") not in kv_b
+    assert metadata["deepseek2.attention.head_count_kv"] == 1
+    assert metadata["deepseek2.attention.key_length"] == TINY.kv_lora_rank + TINY.qk_rope_head_dim
+    assert metadata["deepseek2.attention.key_length_mla"] == TINY.qk_nope_head_dim + TINY.qk_rope_head_dim
+
+    heads, nope, rank = TINY.num_attention_heads, TINY.qk_nope_head_dim, TINY.kv_lora_rank
+    both = weights(kv_b[name("kv_b")]).reshape(heads, nope + TINY.v_head_dim, rank)
+    np.testing.assert_array_equal(weights(split[name("v_b")]), both[:, nope:])
+    k_b = weights(split[name("k_b")])
+    assert k_b.shape == (heads, rank, nope)
+    # k_b is quantised again after transposing.
+    assert np.abs(k_b - both[:, :nope].transpose(0, 2, 1)).max() <= allowed * np.abs(both).max()
+    assert every[name("k_b")].data.tobytes() == split[name("k_b")].data.tobytes()
+    assert weights(every[name("k_b")]).shape == (heads * rank, nope)
+    assert every[name("kv_b")].data.tobytes() == kv_b[name("kv_b")].data.tobytes()
+
+
+def test_switches_of_a_shape_show_in_the_file(tmp_path):
+    tensors, metadata = read(make_model(tmp_path / "v3.gguf", TINY))
+    assert "blk.1.attn_q_a.weight" in tensors
+    assert "blk.1.exp_probs_b.bias" in tensors
+    assert metadata["deepseek2.expert_gating_func"] == 2
+    assert metadata["deepseek2.expert_group_used_count"] == 2
+    assert metadata["deepseek2.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.1)
+    lite = dataclasses.replace(
+        TINY, q_lora_rank=0, scoring_func="softmax", n_group=1, yarn_factor=1.0, tie_word_embeddings=True
+    )
+    tensors, metadata = read(make_model(tmp_path / "lite.gguf", lite))
+    assert "blk.1.attn_q.weight" in tensors
+    assert not {"blk.1.exp_probs_b.bias", "output.weight"} & tensors.keys()
+    assert metadata["deepseek2.expert_gating_func"] == 1
+    assert not {"deepseek2.expert_group_count", "deepseek2.rope.scaling.type"} & metadata.keys()
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    [
+        ("v2-lite", 15.7),
+        ("v2", 235.7),
+        ("v3", 671.0),
+        ("kimi-k2", 1026.4),
+        ("glm-4.7-flash", 29.9),
+        ("moonlight", 16.0),
+    ],
+)
+def test_presets_have_the_real_models_size(preset, billions):
+    # As the model cards give it; V3's without its 14 B of multi-token prediction.
+    tensors = script._tensors(PRESETS[preset], "kv_b", ggml.Q4_0, ggml.Q6_K, 0)
+    count = sum(int(np.prod(t.shape)) for t in tensors)
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_layers_option(tmp_path):
+    tensors, metadata = read(make_model(tmp_path / "m.gguf", TINY, layers=1))
+    assert metadata["deepseek2.block_count"] == 1
+    assert metadata["deepseek2.leading_dense_block_count"] == 1
+    assert not any(name.startswith("blk.1.") for name in tensors)
+
+
+def test_vocabulary_is_copied_and_padded(tmp_path):
+    vocab = make_model(tmp_path / "vocab.gguf", TINY)
+    larger = dataclasses.replace(TINY, vocab_size=320)
+    tensors, metadata = read(make_model(tmp_path / "m.gguf", larger, vocab=vocab))
+    _, original = read(vocab)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tensors["token_embd.weight"].shape[1] == len(tokens) == 320
+    assert tokens[:300] == original["tokenizer.ggml.tokens"]
+    assert tokens[-1] == "[PAD319]"
+    assert metadata["tokenizer.ggml.token_type"][300:] == [gguf.TokenType.UNUSED] * 20
+    for key in ("merges", "bos_token_id", "eos_token_id", "add_bos_token", "add_eos_token", "pre", "model"):
+        assert metadata[f"tokenizer.ggml.{key}"] == original[f"tokenizer.ggml.{key}"]
+    with pytest.raises(PymlaError, match="300 tokens, but the model's vocabulary holds 280"):
+        make_model(tmp_path / "n.gguf", dataclasses.replace(TINY, vocab_size=280), vocab=vocab)
+
+
+def test_synthetic_tokenizer_covers_the_bytes():
+    tokenizer = script.synthetic_tokenizer(258)
+    tokens = tokenizer["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(set(tokens)) == 258
+    assert tokens[ord("A")] == "A"
+    assert tokens[ord(" ")] == "Ġ"
+    with pytest.raises(PymlaError, match="257 tokens is too small"):
+        script.synthetic_tokenizer(257)
+
+
+def test_a_full_disk_is_found_before_writing(tmp_path, monkeypatch):
+    usage = namedtuple("Usage", "total used free")(10, 9, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PymlaError, match="free"):
+        make_model(tmp_path / "m.gguf", TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_model(tmp_path / "m.gguf", TINY, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    calls = []
+    make_model(tmp_path / "m.gguf", TINY, progress=lambda *call: calls.append(call))
+    assert calls[-1][0] == calls[-1][1]
+    assert sorted(calls) == calls
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "v9"}, "unknown preset 'v9'"),
+        ({"layout": "mixed"}, "unknown layout 'mixed'"),
+        ({"qtype": "q2_k"}, "no random weights of type"),
+        ({"layers": 0}, "at least one layer"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, options, message):
+    with pytest.raises(PymlaError, match=message):
+        make_model(tmp_path / "m.gguf", **{"shape": TINY} | options)
+
+
+def test_command_line(tmp_path):
+    run = CliRunner().invoke
+    assert "Examples:" in run(script.main, ["--help"]).output
+    out = tmp_path / "m.gguf"
+    result = run(script.main, ["tiny", str(out), "--layers", "2", "--qtype", "q8_0"])
+    assert result.exit_code == 0, result.output
+    assert read(out)[1]["deepseek2.block_count"] == 2
+    result = run(script.main, ["tiny", str(tmp_path / "missing" / "m.gguf")])
+    assert result.exit_code == 2
+    assert "missing" in result.output
+    assert "refuse" in run(script.main, ["v2-lite", str(tmp_path / "missing" / "m"), "--layers", "2"]).output

@@ -1,0 +1,262 @@
+"""Golden files: tiny random models with the logits that transformers computes for them.
+
+Needs torch and transformers. The tests read what it writes and need neither, so both are imported where they are used.
+"""
+
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+from make_model import Shape, synthetic_tokenizer
+
+SEED = 20
+_SMALL = Shape(
+    name="",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    num_attention_heads=4,
+    vocab_size=288,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    context_length=128,
+)
+_YARN = {"yarn_factor": 4.0, "yarn_original": 32}
+
+#: One model for each way a real one is built. Only DeepSeek V3's class scores experts by sigmoid.
+SHAPES = {
+    "v2-lite": dataclasses.replace(
+        _SMALL, name="v2-lite", n_routed_experts=12, n_shared_experts=2, mscale_all_dim=0.707, **_YARN
+    ),
+    "v2": dataclasses.replace(
+        _SMALL,
+        name="v2",
+        q_lora_rank=32,
+        routed_scaling_factor=16.0,
+        n_group=4,
+        topk_group=2,
+        mscale_all_dim=0.707,
+        **_YARN,
+    ),
+    "v3": dataclasses.replace(
+        _SMALL,
+        name="v3",
+        q_lora_rank=32,
+        scoring_func="sigmoid",
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        n_group=4,
+        topk_group=2,
+        **_YARN,
+    ),
+    "moonlight": dataclasses.replace(
+        _SMALL,
+        name="moonlight",
+        scoring_func="sigmoid",
+        routed_scaling_factor=2.446,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+        num_attention_heads=3,
+        n_routed_experts=10,
+    ),
+}
+
+
+def hf_config(shape: Shape):
+    """transformers' configuration of a shape."""
+    from transformers import DeepseekV2Config, DeepseekV3Config
+
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.yarn_factor > 1:
+        rope |= {
+            "rope_type": "yarn",
+            "factor": shape.yarn_factor,
+            "original_max_position_embeddings": shape.yarn_original,
+            "beta_fast": shape.beta_fast,
+            "beta_slow": shape.beta_slow,
+            "mscale": shape.mscale_all_dim,
+            "mscale_all_dim": shape.mscale_all_dim,
+        }
+    tokenizer = synthetic_tokenizer(shape.vocab_size)
+    config_class = DeepseekV3Config if shape.scoring_func == "sigmoid" else DeepseekV2Config
+    names = {field.name for field in dataclasses.fields(config_class)}
+    values = {name: value for name, value in dataclasses.asdict(shape).items() if name in names} | {
+        "num_key_value_heads": shape.num_attention_heads,
+        "q_lora_rank": shape.q_lora_rank or None,
+        "max_position_embeddings": shape.context_length,
+        "rope_parameters": rope,
+        "bos_token_id": tokenizer["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": tokenizer["tokenizer.ggml.eos_token_id"],
+        "n_group": shape.n_group,
+        "topk_group": shape.topk_group,
+        "attn_implementation": "eager",
+    }
+    if shape.scoring_func == "sigmoid":
+        return config_class(**values, num_mtp_layers=0)
+    return config_class(**values, topk_method="greedy" if shape.n_group == 1 else "group_limited_greedy")
+
+
+def random_model(shape: Shape, seed: int):
+    """transformers' float32 model with weights that matter: unit activations, clear expert choices, uneven norms."""
+    import torch
+    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+
+    model_class = DeepseekV3ForCausalLM if shape.scoring_func == "sigmoid" else DeepseekV2ForCausalLM
+    model = model_class(hf_config(shape)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *biases.items()]:
+            noise = torch.randn(value.shape, generator=generator)
+            if name in biases:
+                value.copy_(0.3 * noise)
+            elif value.ndim == 1:
+                value.copy_(1 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                value.copy_(noise)
+            else:
+                gain = 3 if "mlp.gate." in name else 1.5
+                value.copy_(gain * noise / value.shape[-1] ** 0.5)
+    return model
+
+
+def logits(model, ids) -> np.ndarray:
+    """Logits of every position, float32 (T, V)."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(ids, np.int64))[None]).logits[0].float().numpy()
+
+
+def prompts(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """Token ids: a single token, a short prompt, one past the original context length."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.integers(0, shape.vocab_size, n, np.int32) for name, n in (("one", 1), ("short", 9), ("long", 100))
+    }
+
+
+def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
+    """Experts chosen for every token in each layer, with relative `noise` on the embeddings."""
+    import torch
+
+    chosen = []
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_module, _inputs, output):
+        return output * (1 + noise * torch.randn(output.shape, generator=generator))
+
+    def record(_module, _inputs, output):
+        chosen.append(np.sort(output[2].numpy(), axis=-1))
+
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(record) for gate in gates]
+    hooks.append(model.get_input_embeddings().register_forward_hook(disturb))
+    try:
+        logits(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return chosen
+
+
+def choices_are_clear(model, ids, noise: float = 1e-5) -> bool:
+    """Whether rounding cannot change which experts are chosen, so that another engine must choose the same."""
+    exact, disturbed = expert_choices(model, ids), expert_choices(model, ids, noise)
+    return all(np.array_equal(a, b) for a, b in zip(exact, disturbed, strict=True))
+
+
+def clear_model(shape: Shape, seed: int):
+    """The first model from `seed` on whose expert choices are clear for all prompts, and its seed."""
+    for candidate in range(seed, seed + 100):
+        model = random_model(shape, candidate)
+        if all(choices_are_clear(model, ids) for ids in prompts(shape, candidate).values()):
+            return model, candidate
+    raise RuntimeError(f"{shape.name}: no model with clear expert choices from seed {seed} on")
+
+
+def save(model, shape: Shape, directory: Path):
+    """A Hugging Face directory: configuration, safetensors and the synthetic tokenizer."""
+    import tokenizers
+
+    model.save_pretrained(directory)
+    metadata = synthetic_tokenizer(shape.vocab_size)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    bos, eos = (tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens) if not token.startswith("[PAD")}
+    bpe = tokenizers.models.BPE(vocab, merges)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in (bos, eos)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": bos, "eos_token": eos, "pad_token": eos}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
+    """Convert a transformers model; `options` are convert's."""
+    from pymla.convert import convert
+
+    with tempfile.TemporaryDirectory() as directory:
+        save(model, shape, Path(directory))
+        convert(directory, path, **{"qtype": "f32", "pre": "deepseek-llm", "name": shape.name} | options)
+    return path
+
+
+def make_golden(name: str, out: Path, seed: int) -> dict:
+    """Write ``NAME.gguf`` and ``NAME.npz`` (ids and logits of every prompt); return their provenance."""
+    shape = SHAPES[name]
+    model, used_seed = clear_model(shape, seed)
+    to_gguf(model, shape, out / f"{name}.gguf")
+    arrays = {}
+    for prompt, ids in prompts(shape, used_seed).items():
+        arrays[f"{prompt}_ids"] = ids
+        arrays[f"{prompt}_logits"] = logits(model, ids)
+    np.savez_compressed(out / f"{name}.npz", **arrays)
+    return {"seed": used_seed, "class": type(model).__name__, "shape": dataclasses.asdict(shape)}
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(__file__).parents[1] / "tests" / "golden",
+    help="Folder to write to.  [default: tests/golden]",
+)
+@click.option("--seed", default=SEED, show_default=True)
+def main(out, seed):
+    """Write the golden models, their logits and provenance.json."""
+    import torch
+    import transformers
+
+    out.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "command": " ".join(["python tools/make_golden.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+        "computed": "float32, eager attention, on the CPU",
+        "models": {name: make_golden(name, out, seed) for name in SHAPES},
+    }
+    (out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
