@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pymla import ggml
+from pymla.cache import PAGE, row_bytes
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile, TensorInfo
 
-PAGE = 64
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0")
-
 #: Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
+
+#: Tokens whose intermediate results exist at a time.
+SLICE = 512
 
 #: Expanded keys and values are computed for as many heads at a time as fit here.
 EXPANDED_BYTES = 256 << 20
@@ -185,20 +186,6 @@ def memory_plan(
 def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
     """Bytes of a cache for `ctx` tokens, which are whole pages of 64."""
     return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla)
-
-
-def row_bytes(config: ModelConfig, cache_type: str, mla: str) -> int:
-    """Bytes of a token in the cache, all layers."""
-    if mla == "0":
-        values = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-        row = {"f32": 4 * values, "f16": 2 * values, "bf16": 2 * values, "q8_0": values + values // 32 * 4}
-    else:
-        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
-        values = rank + rope
-        row = {"f32": 4 * values, "f16": 2 * values, "bf16": 2 * values, "q8_0": rank + rank // 32 * 4 + 2 * rope}
-    if cache_type not in row:
-        raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(row)}")
-    return row[cache_type] * config.num_hidden_layers
 
 
 def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> int:

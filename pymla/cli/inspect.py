@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from pymla import costs, ggml
+from pymla.cache import CACHE_TYPES, row_bytes
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.memory import available_memory
@@ -146,7 +147,7 @@ def _length(value: Any) -> int | None:
 
 def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
     plan = costs.memory_plan(config, file, tokens=PROMPT_TOKENS)
-    rows = {cache_type: costs.row_bytes(config, cache_type, "auto") for cache_type in costs.CACHE_TYPES}
+    rows = {cache_type: row_bytes(config, cache_type, "auto") for cache_type in CACHE_TYPES}
     return {
         "weights": plan.weights,
         "derived": plan.derived,

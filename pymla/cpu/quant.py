@@ -25,12 +25,13 @@ from pymla.cpu.formats import (
     dot_unpacked,
     has_minimum,
     is_float,
-    load_float,
     read_row,
     unpack_row,
 )
 from pymla.cpu.jit import inline, kernel
 from pymla.weights import QTensor
+
+F32 = ggml.F32
 
 #: Numba types of the kernels' arguments.
 MATRIX = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C", readonly=True)), QTensor)
@@ -175,43 +176,33 @@ def matmul_many(w, x, codes, scale, sums, out):
                     )
 
 
+@inline
+def read_matrix_row(qtype, row, out, columns):
+    """A row of weights of any type, at an address, as float32 array (columns,)."""
+    if is_float(qtype):
+        read_row(qtype, row, out.ctypes.data, columns)
+    else:
+        codes = np.empty(columns, np.int8)
+        d = np.empty(columns // 4, np.float32)
+        m = np.zeros(columns // 32, np.float32)
+        unpack_row(qtype, row, codes.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
+        for i in range(columns):
+            out[i] = codes[i] * d[i // 16 * 4] + m[i // 32]
+
+
 @kernel(MATRICES, F3, F3)
 def _matmul_heads(w, x, out):
     tokens, heads, columns = x.shape
     rows = w.data.shape[1]
-    quantised = not is_float(w.qtype)
     for h in prange(heads):
-        # Eight more values than needed: a matrix may have fewer columns than a vector has lanes.
         row = np.empty(columns, np.float32)
         for r in range(rows):
-            address = w.data[h, r].ctypes.data
-            if quantised:
-                read_row(w.qtype, address, row.ctypes.data, columns)
+            read_matrix_row(w.qtype, w.data[h, r].ctypes.data, row, columns)
             for t in range(tokens):
-                vector = x[t, h].ctypes.data
-                if quantised:
-                    out[t, h, r] = dot_float(F32, row.ctypes.data, vector, columns)
-                else:
-                    out[t, h, r] = dot_float(w.qtype, address, vector, columns)
-
-
-F32 = ggml.F32
-F16, BF16 = ggml.F16, ggml.BF16
+                out[t, h, r] = dot_float(F32, row.ctypes.data, x[t, h].ctypes.data, columns)
 
 
 @kernel(MATRIX, I1, F2)
 def _embedding_rows(w, tokens, out):
-    columns = out.shape[1]
     for t in prange(len(tokens)):
-        row = w.data[tokens[t]].ctypes.data
-        if is_float(w.qtype):
-            size = 4 if w.qtype == F32 else 2
-            for i in range(columns):
-                out[t, i] = load_float(w.qtype, row + size * i)
-        else:
-            codes = np.empty(columns, np.int8)
-            d = np.empty(columns // 4, np.float32)
-            m = np.zeros(columns // 32, np.float32)
-            unpack_row(w.qtype, row, codes.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
-            for i in range(columns):
-                out[t, i] = codes[i] * d[i // 16 * 4] + m[i // 32]
+        read_matrix_row(w.qtype, w.data[tokens[t]].ctypes.data, out[t], out.shape[1])

@@ -8,9 +8,8 @@ DeepSeek-V2 (2024), section 2.1 and appendix C.
 
 import numpy as np
 
+from pymla.cache import PAGE
 from pymla.reference.quant import dequantise, quantise
-
-PAGE = 64
 
 
 def store(rows, slots, cache):
@@ -25,10 +24,34 @@ def store(rows, slots, cache):
     cache.data[slots] = quantise(rows.astype(np.float32), cache.qtype)
 
 
-def load(cache, block_table, length, dtype=np.float32):
-    """The first `length` rows of a sequence as numbers, float array (length, W)."""
-    positions = np.arange(length)
-    return dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype).astype(dtype)
+def load(cache, block_table, out):
+    """The first rows of a sequence as numbers.
+
+    Parameters
+    ----------
+    cache : QTensor of slots × W
+    block_table : int32 array (pages,)
+    out : float array (S, W)
+    """
+    positions = np.arange(len(out))
+    out[...] = dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype)
+    return out
+
+
+def absorb(q, k_b, out):
+    """Queries of the absorbed form: ``out[t, h] = [k_b[h] @ q[t, h, :nope]; q[t, h, nope:]]``.
+
+    Parameters
+    ----------
+    q : float array (T, H, nope + R)
+    k_b : QTensor of H matrices of rank rows and nope columns
+    out : float array (T, H, rank + R)
+    """
+    rank = k_b.data.shape[1]
+    nope = q.shape[2] - (out.shape[2] - rank)
+    out[..., :rank] = np.einsum("thn,hrn->thr", q[..., :nope], dequantise(k_b.data, k_b.qtype).astype(q.dtype))
+    out[..., rank:] = q[..., nope:]
+    return out
 
 
 def absorbed(q, latent, rope, step, scale, out):
@@ -52,8 +75,9 @@ def absorbed(q, latent, rope, step, scale, out):
     for b in np.unique(step.seq_of):
         tokens = np.flatnonzero(step.seq_of == b)
         length = int(step.positions[tokens].max()) + 1
-        c_kv = load(latent, step.block_tables[b], length, q.dtype)
-        keys = np.concatenate([c_kv, load(rope, step.block_tables[b], length, q.dtype)], axis=1)
+        c_kv = load(latent, step.block_tables[b], np.empty((length, out.shape[2]), q.dtype))
+        k_pe = load(rope, step.block_tables[b], np.empty((length, q.shape[2] - out.shape[2]), q.dtype))
+        keys = np.concatenate([c_kv, k_pe], axis=1)
         for t in tokens:
             seen = int(step.positions[t]) + 1
             out[t] = _softmax(scale * (q[t] @ keys[:seen].T)) @ c_kv[:seen]
@@ -64,26 +88,23 @@ def absorbed(q, latent, rope, step, scale, out):
 absorbed_materialised = absorbed
 
 
-def expand(latent, rope, block_table, length, k_b, v_b, keys, values):
-    """Keys and values of some heads from the latent cache: ``k = [W_k_b c_kv; k_pe]``, ``v = W_v_b c_kv``.
+def expand(c_kv, k_pe, k_b, v_b, keys, values):
+    """Keys and values of some heads from latent rows: ``k = [W_k_b c_kv; k_pe]``, ``v = W_v_b c_kv``.
 
     Parameters
     ----------
-    latent, rope : QTensor
-        The layer's cache.
-    block_table : int32 array (pages,)
-    length : int
-        Tokens of the sequence, S.
+    c_kv : float array (S, rank)
+    k_pe : float array (S, R)
+        Rotated; all heads share it.
     k_b : QTensor of H matrices of rank rows and nope columns
         Transposed, as the file's ``attn_k_b``.
     v_b : QTensor of H matrices of v rows and rank columns
     keys : float array (S, H, nope + R)
     values : float array (S, H, v)
     """
-    c_kv = load(latent, block_table, length, keys.dtype)
-    nope = keys.shape[2] - load(rope, block_table, 1).shape[1]
+    nope = keys.shape[2] - k_pe.shape[1]
     keys[..., :nope] = np.einsum("sr,hrn->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
-    keys[..., nope:] = load(rope, block_table, length, keys.dtype)[:, None]
+    keys[..., nope:] = k_pe[:, None]
     values[...] = np.einsum("sr,hvr->shv", c_kv, dequantise(v_b.data, v_b.qtype).astype(keys.dtype))
 
 
@@ -123,8 +144,9 @@ def full(q, keys, values, step, scale, out):
     for b in np.unique(step.seq_of):
         tokens = np.flatnonzero(step.seq_of == b)
         length = int(step.positions[tokens].max()) + 1
-        k = load(keys, step.block_tables[b], length, q.dtype).reshape(length, heads, -1)
-        v = load(values, step.block_tables[b], length, q.dtype).reshape(length, heads, -1)
+        k = load(keys, step.block_tables[b], np.empty((length, heads * q.shape[2]), q.dtype)).reshape(length, heads, -1)
+        v = load(values, step.block_tables[b], np.empty((length, heads * out.shape[2]), q.dtype))
+        v = v.reshape(length, heads, -1)
         result = np.empty((len(tokens), *out.shape[1:]), out.dtype)
         out[tokens] = expanded(q[tokens], k, v, step.positions[tokens], scale, result)
     return out

@@ -1,0 +1,685 @@
+import json
+import math
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from pymla import ggml
+from pymla import convert as module
+from pymla.checkpoint import Checkpoint
+from pymla.cli.convert import convert as command
+from pymla.config import ModelConfig, Yarn
+from pymla.convert import LAYOUTS, QTYPES, convert
+from pymla.errors import PymlaError
+from pymla.modelfile import ModelFile
+from pymla.reference.quant import dequantise, quantise
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16,
+    "beta_slow": 2.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+V2 = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 96,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 16,
+    "topk_method": "group_limited_greedy",
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_parameters": YARN,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+V3 = V2 | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+}
+LITE = V2 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+
+
+def shapes(c):
+    """Tensors of a checkpoint, named and shaped as Hugging Face has them."""
+    hidden, heads, rank, width = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["moe_intermediate_size"]
+    nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+    found = {
+        "model.embed_tokens.weight": (c["vocab_size"], hidden),
+        "lm_head.weight": (c["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+
+    def mlp(prefix, size):
+        found.update({f"{prefix}{part}_proj.weight": (size, hidden) for part in ("gate", "up")})
+        found[prefix + "down_proj.weight"] = (hidden, size)
+
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        attn = layer + "self_attn."
+        found[layer + "input_layernorm.weight"] = found[layer + "post_attention_layernorm.weight"] = (hidden,)
+        if c["q_lora_rank"]:
+            found[attn + "q_a_proj.weight"] = (c["q_lora_rank"], hidden)
+            found[attn + "q_a_layernorm.weight"] = (c["q_lora_rank"],)
+            found[attn + "q_b_proj.weight"] = (heads * (nope + rope), c["q_lora_rank"])
+        else:
+            found[attn + "q_proj.weight"] = (heads * (nope + rope), hidden)
+        found[attn + "kv_a_proj_with_mqa.weight"] = (rank + rope, hidden)
+        found[attn + "kv_a_layernorm.weight"] = (rank,)
+        found[attn + "kv_b_proj.weight"] = (heads * (nope + v), rank)
+        found[attn + "o_proj.weight"] = (hidden, heads * v)
+        if i < c["first_k_dense_replace"]:
+            mlp(layer + "mlp.", c["intermediate_size"])
+            continue
+        found[layer + "mlp.gate.weight"] = (c["n_routed_experts"], hidden)
+        if c["model_type"] == "deepseek_v3":
+            found[layer + "mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
+        for expert in range(c["n_routed_experts"]):
+            mlp(f"{layer}mlp.experts.{expert}.", width)
+        mlp(layer + "mlp.shared_experts.", c["n_shared_experts"] * width)
+    return found
+
+
+def random_weights(c, seed=0):
+    """Values that bfloat16 holds exactly."""
+    rng = np.random.default_rng(seed)
+    return {name: bf16(rng.normal(0, 0.3, shape).astype(np.float32)) for name, shape in shapes(c).items()}
+
+
+def bf16(x):
+    return (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+def safetensors(path, tensors, dtype="F32"):
+    """Write a safetensors file. `tensors` maps a name to float32 values, or to a pair of type and bytes."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, value in tensors.items():
+        if isinstance(value, tuple):
+            kind, value = value
+            raw = value.tobytes()
+        else:
+            kind = dtype
+            raw = {
+                "F32": lambda x: x,
+                "F16": lambda x: x.astype(np.float16),
+                "F64": lambda x: x.astype(np.float64),
+                "BF16": lambda x: (x.view(np.uint32) >> 16).astype(np.uint16),
+            }[dtype](value).tobytes()
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def byte_alphabet():
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def tokenizer_json(pre_tokenizers):
+    letters = byte_alphabet()
+    merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("1", "2"), (letters[0xD0], letters[0xBD]), ("Ċ", "Ċ")]
+    merges += [("3", "3"), ("33", "3"), ("Ġ", "Ġ"), ("ĠĠ", "Ġ"), ("!", "!"), (":", "Ċ")]
+    vocab = {letters[byte]: byte for byte in range(256)}
+    vocab |= {left + right: 258 + i for i, (left, right) in enumerate(merges)}
+    added = [("<｜begin▁of▁sentence｜>", 256, True), ("<｜end▁of▁sentence｜>", 257, True)]
+    added += [("<｜fim▁hole｜>", 280, False), ("a▁word", 281, False)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token_id,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": not special,
+                "special": special,
+            }
+            for content, token_id, special in added
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                *pre_tokenizers,
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [" ".join(pair) for pair in merges],
+        },
+    }
+
+
+TOKENIZER_CONFIG = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"},
+    "eos_token": "<｜end▁of▁sentence｜>",
+    "chat_template": "{{ bos_token }}{{ messages[0]['content'] }}",
+}
+#: As the tokenizer.json of deepseek-coder has it: digits one by one, not by a regular expression.
+CODER = [
+    *(split(pattern) for pattern in ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")),
+    {"type": "Digits", "individual_digits": True},
+]
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def hub_folder(folder, config, weights, dtype="F32", files=1):
+    """A folder as the Hugging Face hub has it."""
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    write_json(folder / "tokenizer.json", tokenizer_json(CODER))
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    if files == 1:
+        safetensors(folder / "model.safetensors", weights, dtype)
+        return folder
+    names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    where = {name: names[i % files] for i, name in enumerate(weights)}
+    for file in names:
+        safetensors(folder / file, {name: weights[name] for name in weights if where[name] == file}, dtype)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    return folder
+
+
+def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):
+    folder = hub_folder(tmp_path / "Tiny", config, random_weights(config) if weights is None else weights, dtype, files)
+    options.setdefault("pre", "deepseek-coder")
+    return ModelFile.open(convert(folder, tmp_path / "m.gguf", **options).path)
+
+
+def expected_tensors(c, w, layout):
+    """GGUF names and float32 values of a checkpoint, written down once more, from DESIGN's list and gguf's names."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, c["num_hidden_layers"])
+    found = {}
+    experts = {}
+    for name, value in w.items():
+        parts = name.split(".")
+        if "experts" in parts:
+            parts.pop(parts.index("experts") + 1)
+            experts.setdefault(".".join(parts), []).append(value)
+        elif name.endswith("kv_b_proj.weight"):
+            by_head = value.reshape(c["num_attention_heads"], -1, c["kv_lora_rank"])
+            k, v = by_head[:, : c["qk_nope_head_dim"]].transpose(0, 2, 1), by_head[:, c["qk_nope_head_dim"] :]
+            if layout != "split":
+                found[names.get_name(name, (".weight",))] = value
+            if layout != "kv_b":
+                for letter, part in (("k", k), ("v", v)):
+                    flat = part.reshape(-1, part.shape[-1]) if layout == "all" else part
+                    found[names.get_name(name.replace("kv_b", f"{letter}_b"), (".weight",))] = flat
+        elif name.endswith("e_score_correction_bias"):
+            found[names.get_name(name.replace("_bias", ".bias"), (".bias",))] = value
+        else:
+            found[names.get_name(name, (".weight",))] = value
+    return found | {names.get_name(name, (".weight",)): np.stack(values) for name, values in experts.items()}
+
+
+def assert_holds(file, expected, qtype, others=()):
+    """Every tensor, and no other, in the type asked for, blocks exactly as quantised whole."""
+    assert set(file.tensors) == set(expected)
+    for name, value in expected.items():
+        plain = value.ndim == 1 or "ffn_gate_inp" in name
+        wanted = ggml.F32 if plain else dict(others).get(name, qtype)
+        info = file.tensors[name]
+        assert (info.qtype, info.shape) == (wanted, value.shape), name
+        np.testing.assert_array_equal(info.data, quantise(value, wanted).reshape(-1), err_msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("config", [LITE, V2, V3], ids=["lite", "v2", "v3"])
+def test_tensors_in_every_type_and_layout(tmp_path, config, qtype, layout):
+    weights = random_weights(config)
+    file = converted(tmp_path, config, weights, qtype=qtype, layout=layout)
+    others = {"output.weight": ggml.Q8_0} if qtype == "q4_0" else {}
+    assert_holds(file, expected_tensors(config, weights, layout), QTYPES[qtype][0], others)
+
+
+def test_the_gguf_package_reads_the_same(tmp_path):
+    weights = random_weights(V3)
+    converted(tmp_path, V3, weights, qtype="q8_0", layout="split")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    expected = expected_tensors(V3, weights, "split")
+    assert {tensor.name for tensor in reader.tensors} == set(expected)
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_allclose(values, expected[tensor.name], atol=0.02)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_config_reads_back(tmp_path, layout):
+    config = ModelConfig.from_gguf(converted(tmp_path, V2, layout=layout))
+    for key, value in V2.items():
+        if hasattr(config, key):
+            assert getattr(config, key) == pytest.approx(value), key
+    assert config.context_length == 256
+    assert config.rope_theta == 5000.0
+    assert config.yarn == pytest.approx(Yarn(4.0, 64, 0.0707, 16.0, 2.0)) or vars(config.yarn) == pytest.approx(
+        vars(Yarn(4.0, 64, 0.0707, 16.0, 2.0))
+    )
+    assert (config.scoring_func, config.group_score) == ("softmax", "max")
+
+
+def test_metadata_of_the_layouts(tmp_path):
+    whole = converted(tmp_path, V2, layout="kv_b").metadata
+    split_up = ModelFile.open(convert(tmp_path / "Tiny", tmp_path / "s.gguf", layout="split", pre="x").path).metadata
+    keys = ["head_count_kv", "key_length", "value_length", "key_length_mla", "value_length_mla"]
+    assert [whole.get(f"deepseek2.attention.{key}") for key in keys] == [2, 48, 96, None, None]
+    assert [split_up.get(f"deepseek2.attention.{key}") for key in keys] == [1, 80, 64, 48, 96]
+    assert split_up["deepseek2.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.0707)
+    assert split_up["deepseek2.rope.scaling.original_context_length"] == 64
+    assert split_up["deepseek2.expert_gating_func"] == 1
+    assert (split_up["deepseek2.expert_group_count"], split_up["deepseek2.expert_group_used_count"]) == (2, 1)
+    assert split_up["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert (split_up["general.architecture"], split_up["general.name"]) == ("deepseek2", "Tiny")
+
+
+def test_what_v3_leaves_unsaid(tmp_path):
+    bare = {key: value for key, value in V3.items() if key not in ("rms_norm_eps", "rope_parameters", "hidden_act")}
+    config = ModelConfig.from_gguf(converted(tmp_path, bare | {"rope_theta": 20000}, name="A name"))
+    assert (config.scoring_func, config.group_score, config.norm_topk_prob) == ("sigmoid", "top2", True)
+    assert (config.rope_theta, config.yarn, config.name) == (20000.0, None, "A name")
+    assert config.rms_norm_eps == pytest.approx(1e-6)
+
+
+def test_greedy_choice_ignores_groups(tmp_path):
+    assert ModelConfig.from_gguf(converted(tmp_path, V2 | {"topk_method": "greedy"})).n_group == 1
+
+
+def test_rope_scaling_of_older_files(tmp_path):
+    older = {key: value for key, value in YARN.items() if key not in ("rope_type", "rope_theta")}
+    config = V2 | {"rope_parameters": None, "rope_theta": 7000.0, "rope_scaling": older | {"type": "yarn"}}
+    read = ModelConfig.from_gguf(converted(tmp_path, config))
+    assert read.rope_theta == 7000.0
+    assert read.yarn.factor == 4.0
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F16", "BF16"])
+@pytest.mark.parametrize("files", [1, 3])
+def test_other_source_types_and_several_files(tmp_path, dtype, files):
+    weights = random_weights(V2)
+    if dtype == "F16":
+        weights = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
+    file = converted(tmp_path, V2, weights, dtype, files, qtype="f32")
+    assert_holds(file, expected_tensors(V2, weights, "kv_b"), ggml.F32)
+
+
+def fused(weights):
+    """The experts of layer 1 in the tensors that transformers 5 holds them in."""
+    prefix = "model.layers.1.mlp.experts."
+    rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+
+    def stack(part):
+        return np.stack([weights[f"{prefix}{i}.{part}_proj.weight"] for i in range(4)])
+
+    gate_up = np.concatenate([stack("gate"), stack("up")], axis=1)
+    return rest | {prefix + "gate_up_proj": gate_up, prefix + "down_proj": stack("down")}
+
+
+@pytest.mark.parametrize("piece", [100, 1 << 22])
+def test_fused_experts_and_small_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(module, "_PIECE_WEIGHTS", piece)
+    weights = random_weights(V2)
+    file = converted(tmp_path, V2, fused(weights), qtype="q8_0")
+    assert_holds(file, expected_tensors(V2, weights, "kv_b"), ggml.Q8_0)
+
+
+def test_float8_weights_with_scales_per_block(tmp_path):
+    config = V3 | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [48, 40]}}
+    weights = random_weights(config)
+    rng = np.random.default_rng(1)
+    stored, name = dict(weights), "model.layers.0.mlp.gate_proj.weight"  # 96 × 64
+    codes = rng.integers(0, 127, (96, 64), np.uint8) | (rng.integers(0, 2, (96, 64), np.uint8) << 7)
+    scales = rng.uniform(0.1, 2, (2, 2)).astype(np.float32)
+    stored[name] = ("F8_E4M3", codes)
+    stored[name + "_scale_inv"] = scales
+
+    def value(code):
+        exponent, mantissa = code >> 3 & 15, code & 7
+        magnitude = math.ldexp(mantissa, -9) if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10)
+        return -magnitude if code & 128 else magnitude
+
+    weights[name] = np.array(
+        [[np.float32(value(int(codes[i, j]))) * scales[i // 48, j // 40] for j in range(64)] for i in range(96)]
+    )
+    file = converted(tmp_path, config, stored, qtype="f32")
+    assert_holds(file, expected_tensors(config, weights, "kv_b"), ggml.F32)
+
+
+def test_columns_that_do_not_fit_a_block_become_f16(tmp_path):
+    config = V2 | {"qk_nope_head_dim": 24, "moe_intermediate_size": 40, "n_shared_experts": 4}
+    folder = hub_folder(tmp_path / "odd", config, random_weights(config))
+    done = convert(folder, tmp_path / "m.gguf", qtype="q4_0", layout="split", pre="deepseek-coder")
+    tensors = ModelFile.open(done.path).tensors
+    odd = ["blk.0.attn_k_b.weight", "blk.1.attn_k_b.weight", "blk.1.ffn_down_exps.weight"]
+    assert [note.split()[0] for note in done.notes] == odd
+    assert {tensors[name].qtype for name in odd} == {ggml.F16}
+    assert tensors["blk.1.ffn_down_shexp.weight"].qtype == ggml.Q4_0
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tied_embeddings(tmp_path, stored):
+    weights = random_weights(V2)
+    if not stored:
+        del weights["lm_head.weight"]
+    file = converted(tmp_path, V2 | {"tie_word_embeddings": True}, weights, qtype="q4_0")
+    assert "output.weight" not in file.tensors
+    assert file.tensors["token_embd.weight"].qtype == ggml.Q8_0
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    weights = random_weights(V3)
+    extra = {"model.layers.2.eh_proj.weight": np.ones((64, 128), np.float32)}
+    extra["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    folder = hub_folder(tmp_path / "nextn", V3, weights | extra)
+    done = convert(folder, tmp_path / "m.gguf", qtype="f32", pre="deepseek-coder")
+    assert done.notes == ("layers 2 predict further tokens and are left out",)
+    assert_holds(ModelFile.open(done.path), expected_tensors(V3, weights, "kv_b"), ggml.F32)
+
+
+def test_a_dense_model(tmp_path):
+    config = V3 | {"first_k_dense_replace": 2, "n_routed_experts": None}
+    weights = random_weights(V3 | {"first_k_dense_replace": 2})
+    file = converted(tmp_path, config, weights, qtype="f32")
+    assert_holds(file, expected_tensors(config, weights, "kv_b"), ggml.F32)
+    read = ModelConfig.from_gguf(file)
+    assert (read.n_routed_experts, read.first_k_dense_replace) == (0, 2)
+
+
+def test_tokenizer_metadata(tmp_path):
+    metadata = converted(tmp_path).metadata
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    assert (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) == ("gpt2", "deepseek-coder")
+    assert len(tokens) == len(types) == 300
+    assert (tokens[ord("A")], tokens[32], tokens[258]) == ("A", "Ġ", "Ġa")
+    assert (tokens[256], types[256]) == ("<｜begin▁of▁sentence｜>", gguf.TokenType.CONTROL)
+    assert (tokens[280], types[280]) == ("<｜fim▁hole｜>", gguf.TokenType.CONTROL)
+    assert (tokens[281], types[281]) == ("a word", gguf.TokenType.USER_DEFINED)
+    assert (tokens[299], types[299]) == ("[PAD299]", gguf.TokenType.UNUSED)
+    assert metadata["tokenizer.ggml.merges"][:3] == ["Ġ a", "t h", "th e"]
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (256, 257)
+    assert (metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_eos_token"]) == (True, False)
+    assert metadata["tokenizer.chat_template"] == TOKENIZER_CONFIG["chat_template"]
+
+
+def test_merges_as_pairs(tmp_path):
+    folder = hub_folder(tmp_path / "pairs", V2, random_weights(V2))
+    tokenizer = tokenizer_json(CODER)
+    tokenizer["model"]["merges"] = [merge.split() for merge in tokenizer["model"]["merges"]]
+    write_json(folder / "tokenizer.json", tokenizer)
+    metadata = ModelFile.open(convert(folder, tmp_path / "m.gguf").path).metadata
+    assert metadata["tokenizer.ggml.merges"][:3] == ["Ġ a", "t h", "th e"]
+    assert metadata["tokenizer.ggml.pre"] == "deepseek-coder"
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    out = tmp_path / "out" / "m.gguf"
+    out.parent.mkdir()
+    out.write_bytes(b"an older file")
+    seen = []
+
+    def interrupt(done, total):
+        seen.append((done, total))
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, out, progress=interrupt, pre="deepseek-coder")
+    assert list(out.parent.iterdir()) == [out]
+    assert out.read_bytes() == b"an older file"
+    assert all(0 < done <= total for done, total in seen)
+    convert(folder, out, progress=lambda *step: seen.append(step), pre="deepseek-coder")
+    assert seen[-1][0] == seen[-1][1]
+    assert ModelFile.open(out).tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"architectures": None}, "architectures"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": 128}, "model.embed_tokens.weight has shape"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ({"num_attention_heads": True}, "num_attention_heads is true"),
+        ({"q_lora_rank": None}, "q_proj.weight is missing"),
+        ({"n_shared_experts": None}, "shared_experts"),
+        ({"scoring_func": "tanh"}, "scoring_func"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq"),
+        ({"vocab_size": 256}, "embed_tokens"),
+        ({"rope_parameters": YARN | {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": YARN | {"factor": None}}, "factor of the rope parameters is missing"),
+        ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
+        ({"rope_parameters": YARN | {"attention_factor": 1.5}}, "attention_factor"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size"),
+    ],
+)
+def test_config_errors(tmp_path, change, message):
+    folder = hub_folder(tmp_path / "bad", V2, random_weights(V2))
+    write_json(folder / "config.json", V2 | change)
+    with pytest.raises(PymlaError, match=message) as error:
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def spoil(folder, kind):
+    weights = random_weights(V2)
+    file = folder / "model.safetensors"
+    if kind == "no weights":
+        file.unlink()
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif kind == "config no JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == "config no object":
+        (folder / "config.json").write_text("[]")
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif kind == "truncated header":
+        file.write_bytes(file.read_bytes()[:50])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "header no JSON":
+        file.write_bytes((5).to_bytes(8, "little") + b"{{{{{")
+    elif kind == "header entry":
+        header = b'{"x": {"dtype": "F32", "shape": [2]}}'
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+    elif kind == "index without files":
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "model-9.safetensors"}})
+    elif kind == "index without map":
+        write_json(folder / "model.safetensors.index.json", {"weight_map": [1]})
+    elif kind == "another tensor":
+        safetensors(file, weights | {"model.layers.0.self_attn.q_proj.bias": np.ones(3, np.float32)})
+    elif kind == "NaN":
+        weights["model.layers.1.mlp.gate.weight"][2, 3] = np.nan
+        safetensors(file, weights)
+    elif kind == "integers":
+        safetensors(file, weights | {"model.norm.weight": ("I64", np.ones(64, np.int64))})
+    elif kind == "float8 without scales":
+        name = "model.layers.0.mlp.up_proj.weight"
+        safetensors(file, weights | {name: ("F8_E4M3", np.ones((96, 64), np.uint8))})
+    elif kind == "not BPE":
+        write_json(folder / "tokenizer.json", {"model": {"type": "Unigram", "vocab": []}})
+    elif kind == "vocabulary":
+        write_json(folder / "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "b", "c": 1}}})
+    elif kind == "too many tokens":
+        write_json(folder / "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 300}, "merges": []}})
+    elif kind == "merges":
+        write_json(folder / "tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1]}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no weights", "neither model.safetensors"),
+        ("no config", "config.json"),
+        ("no tokenizer", "tokenizer.json"),
+        ("config no JSON", "not valid JSON"),
+        ("config no object", "JSON list"),
+        ("truncated", "does not fit the file"),
+        ("truncated header", "truncated"),
+        ("empty", "truncated"),
+        ("header no JSON", "not valid JSON"),
+        ("header entry", "tensor x has a damaged"),
+        ("index without files", "1 of the 1 files"),
+        ("index without map", "weight_map"),
+        ("another tensor", "model.layers.0.self_attn.q_proj.bias"),
+        ("NaN", "model.layers.1.mlp.gate.weight holds infinity or NaN"),
+        ("integers", "type I64"),
+        ("float8 without scales", "up_proj.weight_scale_inv is missing"),
+        ("not BPE", "byte-pair"),
+        ("vocabulary", "damaged vocabulary"),
+        ("too many tokens", "300"),
+        ("merges", "special tokens|merges"),
+    ],
+)
+def test_damaged_folders(tmp_path, kind, message):
+    folder = hub_folder(tmp_path / "bad", V2, random_weights(V2))
+    spoil(folder, kind)
+    with pytest.raises(PymlaError, match=message) as error:
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_a_weight_too_large_for_f16(tmp_path):
+    weights = random_weights(V2)
+    weights["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = 1e6
+    with pytest.raises(PymlaError, match=r"blk.1.ffn_up_exps.weight holds 1e\+06"):
+        converted(tmp_path, V2, weights, qtype="f16")
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    with pytest.raises(PymlaError, match="cannot be written"):
+        convert(folder, tmp_path / "nowhere" / "m.gguf", pre="deepseek-coder")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(PymlaError, match="cannot be written"):
+        convert(folder, tmp_path / "taken", pre="deepseek-coder")
+    assert not list(tmp_path.glob("taken*/*"))
+    assert not (tmp_path / "taken.part").exists()
+
+
+def test_a_full_disk_is_found_out_before_writing(tmp_path, monkeypatch):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(PymlaError, match="disk has 0.0 GiB free"):
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+
+
+@pytest.mark.parametrize(("option", "value"), [("qtype", "q6_k"), ("layout", "k_b")])
+def test_unknown_options(tmp_path, option, value):
+    with pytest.raises(PymlaError, match=value):
+        convert(tmp_path, tmp_path / "m.gguf", **{option: value})
+
+
+def test_rows_of_a_checkpoint(tmp_path):
+    weights = random_weights(V2)
+    checkpoint = Checkpoint(hub_folder(tmp_path / "Tiny", V2, weights, "BF16", 2))
+    assert checkpoint.names == set(weights)
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(checkpoint.rows(name, 3, 9), weights[name][3:9])
+    np.testing.assert_array_equal(checkpoint.rows(name, 3, 3), weights[name][3:3])
+    np.testing.assert_array_equal(checkpoint.read(name), weights[name])
+
+
+def test_command(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    result = CliRunner().invoke(
+        command, [str(folder), str(tmp_path / "m.gguf"), "--type", "q4_0", "--layout", "all", "--name", "N"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    file = ModelFile.open(tmp_path / "m.gguf")
+    assert file.metadata["general.name"] == "N"
+    assert "blk.0.attn_k_b.weight" in file.tensors
+    assert f"{file.nbytes / 2**20:.1f} MiB" in result.stderr
+
+
+@pytest.mark.parametrize("pre", ["deepseek-coder", "deepseek-llm", "deepseek-v3"])
+def test_pre_tokenizer_is_found_out(tmp_path, pre):
+    from pymla.tokenizer import PRE_TOKENIZERS
+
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    patterns = {
+        "deepseek-coder": CODER,
+        "deepseek-llm": None,
+        "deepseek-v3": None,
+    }[pre]
+    tokenizer = tokenizer_json(patterns or [])
+    write_json(folder / "tokenizer.json", tokenizer)
+    assert ModelFile.open(convert(folder, tmp_path / "m.gguf").path).metadata["tokenizer.ggml.pre"] == pre
+    assert PRE_TOKENIZERS
+
+
+def test_roundtrip_error_is_that_of_the_type(tmp_path):
+    weights = random_weights(V2)
+    for qtype, error in (("f32", 0), ("bf16", 0), ("f16", 1e-3), ("q8_0", 0.01), ("q4_0", 0.15)):
+        shutil.rmtree(tmp_path / "Tiny", ignore_errors=True)
+        info = converted(tmp_path, V2, weights, qtype=qtype).tensors["blk.1.ffn_up_exps.weight"]
+        values = dequantise(info.data.reshape(4 * 32, -1), info.qtype).reshape(4, 32, 64)
+        for expert in range(4):
+            wanted = weights[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"]
+            assert np.abs(values[expert] - wanted).max() <= error * np.abs(wanted).max()
