@@ -144,9 +144,7 @@ class PagedCache:
         for sequence, tokens in batch:
             length = sequence.length + len(tokens)
             if length > self.ctx:
-                raise CacheFull(
-                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx"
-                )
+                raise CacheFull(f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx")
             missing.append(max(0, -(-length // PAGE) - len(sequence.pages)))
         if sum(missing) > len(self._free):
             raise CacheFull(

@@ -509,9 +509,8 @@ def _looks_special(token: str) -> bool:
 
 def _detect_pre(path: Path) -> str:
     """Name of the pre-tokenizer that gives the same tokens as the file's own on a text that tells them apart."""
-    from tokenizers import Tokenizer, normalizers
-
     from pymla.tokenizer import PRE_TOKENIZERS
+    from tokenizers import Tokenizer, normalizers
 
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -36,9 +36,7 @@ class Model:
         Of intermediate results. Only the reference computes in float64.
     """
 
-    def __init__(
-        self, config, weights, backend, *, cache_type="q8_0", mla="auto", ctx, cache_tokens=None, dtype=np.float32
-    ):
+    def __init__(self, config, weights, backend, *, cache_type="q8_0", mla="auto", ctx, cache_tokens=None, dtype=np.float32):
         if mla not in MLA_MODES:
             raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
         self.config, self.weights, self.backend, self.mla, self.ctx = config, weights, backend, mla, ctx

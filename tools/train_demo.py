@@ -1,10 +1,11 @@
 """Train the demo model: a small DeepSeek-V2 that writes Python, on the standard library's own source.
 
-Needs torch, transformers, tokenizers and two cores for an hour. It writes a Hugging Face directory, then converts it
+Needs torch, transformers and two cores for an hour. It writes a Hugging Face directory, then converts it
 to GGUF. A run that was stopped goes on from its last checkpoint when it is started again.
 """
 
 import hashlib
+import json
 import math
 import sys
 import sysconfig
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+
+from pymla.convert import convert
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -65,7 +68,7 @@ def read_texts(paths: list[Path]) -> list[str]:
 
 def train_tokenizer(texts: list[str], vocab_size: int):
     """Byte-level BPE behind the deepseek-llm pre-tokenizer, BOS and EOS as ids 0 and 1."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -80,11 +83,14 @@ def train_tokenizer(texts: list[str], vocab_size: int):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, 0)]
+    )
     return tokenizer
 
 
 def build_model(vocab_size: int, context_length: int):
-    """A DeepSeek-V2 of 5.2 M weights that llama.cpp and ik_llama.cpp load: q-LoRA, every K a multiple of 32.
+    """A DeepSeek-V2 of 5.3 M weights that llama.cpp and ik_llama.cpp load: q-LoRA, every K a multiple of 32.
 
     ik_llama.cpp wants an output matrix of its own, so the embeddings are not tied.
     """
@@ -124,6 +130,40 @@ def build_model(vocab_size: int, context_length: int):
     return model
 
 
+def space_splits(tokenizer) -> dict[int, list[int]]:
+    """Token ids that begin with a space, each with the ids of the text behind that space."""
+    vocab = tokenizer.get_vocab()
+    return {
+        token_id: tokenizer.encode(tokenizer.decode([token_id])[1:], add_special_tokens=False).ids
+        for token, token_id in vocab.items()
+        if token.startswith("Ġ") and token.strip("Ġ") and not token.startswith("ĠĠ")
+    }
+
+
+def split_spaces(ids: list[int], tokenizer, share: float, rng: np.random.Generator) -> list[int]:
+    """Cut the space off a share of the tokens that begin with one, as if a prompt had ended there.
+
+    The pre-tokenizer puts a space into the word behind it, so a text that ends with a space, such as "def ", ends with
+    tokens that no file contains in front of a word. A space behind others joins them, as it would in a prompt.
+    """
+    splits = space_splits(tokenizer)
+    vocab = tokenizer.get_vocab()
+    one_longer = {vocab["Ġ" * n]: vocab.get("Ġ" * (n + 1)) for n in range(1, 99) if "Ġ" * n in vocab}
+    chosen = rng.random(len(ids)) < share
+    found: list[int] = []
+    for token_id, cut_off in zip(ids, chosen, strict=True):
+        if not cut_off or token_id not in splits:
+            found.append(token_id)
+            continue
+        joined = one_longer.get(found[-1]) if found else None
+        if joined is not None:
+            found[-1] = joined
+        else:
+            found.append(vocab["Ġ"])
+        found.extend(splits[token_id])
+    return found
+
+
 class Windows:
     """Training windows: BOS, then text from the start of a random line. EOS stands between files.
 
@@ -131,13 +171,14 @@ class Windows:
     ----------
     texts : list[str]
     tokenizer : tokenizers.Tokenizer
+    split : share of the tokens with a space in front that lose it, see `split_spaces`
     """
 
-    def __init__(self, texts: list[str], tokenizer):
+    def __init__(self, texts: list[str], tokenizer, split: float = 0.0):
         ids = []
         for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
             ids.extend((*encoding.ids, 1))
-        self.ids = np.array(ids, np.int64)
+        self.ids = np.array(split_spaces(ids, tokenizer, split, np.random.default_rng(0)), np.int64)
         newline = tokenizer.token_to_id("Ċ")
         self.starts = np.flatnonzero((self.ids[:-1] == newline) | (self.ids[:-1] == 1)) + 1
 
@@ -286,6 +327,33 @@ def train(model, data: Windows, heldout: np.ndarray, checkpoint: Path, *, minute
     return step
 
 
+def save(model, tokenizer, out: Path) -> None:
+    """Write a Hugging Face folder."""
+    model.config.use_cache = model.generation_config.use_cache = True
+    model.save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_position_embeddings,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def continuation(model, tokenizer, prompt: str, count: int) -> str:
+    """The text that `count` greedily chosen tokens add to a prompt."""
+    import torch
+
+    model.eval()
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    found = model.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=1)
+    return tokenizer.decode(found[0, ids.shape[1] :].tolist())
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--minutes", default=55.0, show_default=True, help="Wall-clock time to train for.")
@@ -304,7 +372,6 @@ def main(out, minutes, vocab_size, context_length, batch_tokens, threads, seed, 
       python tools/train_demo.py build/demo --minutes 55 --gguf pymla/demo.gguf
     """
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -314,11 +381,11 @@ def main(out, minutes, vocab_size, context_length, batch_tokens, threads, seed, 
     if heldout_out:
         heldout_out.write_text("".join(held_out), encoding="utf-8")
     tokenizer = train_tokenizer(training, vocab_size)
-    data, rest = Windows(training, tokenizer), Windows(held_out, tokenizer)
+    data, rest = Windows(training, tokenizer, split=0.03), Windows(held_out, tokenizer)
     nbytes = sum(len(text.encode()) for text in held_out)
     click.echo(
         f"Python {sys.version.split()[0]}: {len(training)} files, {len(data.ids) / 1e6:.2f} M tokens to train on; "
-        f"{len(held_out)} files, {len(rest.ids) / 1e6:.2f} M tokens held out, {nbytes / len(rest.ids):.2f} bytes a token"
+        f"{len(held_out)} files, {len(rest.ids) / 1e6:.2f} M tokens held out ({nbytes / len(rest.ids):.2f} bytes each)"
     )
     model = build_model(tokenizer.get_vocab_size(), context_length)
     click.echo(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M weights")
@@ -335,18 +402,11 @@ def main(out, minutes, vocab_size, context_length, batch_tokens, threads, seed, 
     )
     loss = heldout_loss(model, rest.fixed(512, 10**9))
     click.echo(f"held-out loss {loss:.4f} nats a token, {loss / math.log(2) * len(rest.ids) / nbytes:.4f} bits a byte")
-    model.config.use_cache = True
-    model.save_pretrained(out)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, add_bos_token=True, model_max_length=context_length
-    )
-    wrapped.save_pretrained(out)
-
-    from pymla.convert import convert
-
+    save(model, tokenizer, out)
+    click.echo(f"greedily: {continuation(model, tokenizer, 'def ', 60)!r}")
     gguf = gguf or out / "demo.gguf"
-    convert(out, gguf, qtype="q8_0")
-    click.echo(f"{gguf}: {gguf.stat().st_size / 1e6:.2f} MB")
+    done = convert(out, gguf, qtype="q8_0", name="pymla demo")
+    click.echo(f"{gguf}: {done.nbytes / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pymla import ggml
 from pymla.cache import PAGE, Step
 from pymla.cpu.formats import dot_float, read_row, write_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.quant import F2, F3, I1, MATRICES, matmul_heads, read_matrix_row
+from pymla.cpu.quant import F2, F3, I1, MATRICES, Matrices, matmul_heads, read_matrix_row
 from pymla.cpu.simd import fma, load_f32x8, mul, splat_f32, store_f32x8
 from pymla.weights import QTensor
 
@@ -73,7 +73,8 @@ def absorbed_materialised(q, latent, rope, step, scale, out):
 
 def expand(c_kv, k_pe, k_b, v_b, keys, values):
     """Keys, float32 (S, H, nope + R), and values, float32 (S, H, v), of some heads from latent rows."""
-    _expand(c_kv, k_pe, k_b, v_b, keys, values)
+    parts = max(1, get_num_threads() // values.shape[1])
+    _expand(c_kv, k_pe, Matrices.of(k_b), Matrices.of(v_b), parts, keys, values)
 
 
 def expanded(q, keys, values, positions, scale, out):
@@ -245,20 +246,19 @@ def _materialised(q, latent, rope, table, scale, position, scores, out):
             add_scaled(scores[h, p], row.ctypes.data, out[h].ctypes.data, rank)
 
 
-@kernel(F2, F2, MATRICES, MATRICES, F3, F3)
-def _expand(c_kv, k_pe, k_b, v_b, keys, values):
+@kernel(F2, F2, MATRICES, MATRICES, types.int64, F3, F3)
+def _expand(c_kv, k_pe, k_b, v_b, parts, keys, values):
     length, rank = c_kv.shape
     heads, v = values.shape[1], values.shape[2]
     rope_size = k_pe.shape[1]
     nope = keys.shape[2] - rope_size
-    parts = max(1, get_num_threads() // heads)
     for task in prange(heads * parts):
         h, part = task // parts, task % parts
         first, last = length * part // parts, length * (part + 1) // parts
         row = np.empty(max(rank, nope), np.float32)
         transposed = np.empty((nope, rank), np.float32)
         for r in range(rank):
-            read_matrix_row(k_b.qtype, k_b.data[h, r].ctypes.data, row, nope)
+            read_matrix_row(k_b.qtype, k_b.address + h * k_b.matrix_stride + r * k_b.row_stride, row, nope)
             for n in range(nope):
                 transposed[n, r] = row[n]
         for n in range(nope):
@@ -268,7 +268,7 @@ def _expand(c_kv, k_pe, k_b, v_b, keys, values):
             for i in range(rope_size):
                 keys[s, h, nope + i] = k_pe[s, i]
         for i in range(v):
-            read_matrix_row(v_b.qtype, v_b.data[h, i].ctypes.data, row, rank)
+            read_matrix_row(v_b.qtype, v_b.address + h * v_b.matrix_stride + i * v_b.row_stride, row, rank)
             for s in range(first, last):
                 values[s, h, i] = dot_float(F32, row.ctypes.data, c_kv[s].ctypes.data, rank)
 

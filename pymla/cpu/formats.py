@@ -54,7 +54,7 @@ Q4_0, Q4_1, Q8_0, Q6_K = ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
 @inline
 def is_float(qtype):
     """Whether products with this type are taken in float32."""
-    return qtype == F32 or qtype == F16 or qtype == BF16
+    return qtype in (F32, F16, BF16)
 
 
 @inline

@@ -1,11 +1,12 @@
 """The mixture of experts. Twin of `pymla.reference.moe`."""
 
 import numpy as np
-from numba import get_num_threads, prange, types
+from numba import prange
 
 from pymla.cpu.formats import dot_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.quant import F2, I1, I8, MATRICES, Activation, matmul
+from pymla.cpu.quant import CHUNKS, F2, I1, I8, MATRICES, Activation, Matrices, matmul
+from pymla.ggml import QUANTISED
 
 #: The router's choice is a matter of a few hundred numbers per token, which NumPy handles.
 from pymla.reference.moe import router
@@ -22,12 +23,10 @@ def experts(activation, ids, weights, gate, up, down, out):
     pairs = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
     starts = np.searchsorted(ids.reshape(-1)[pairs], np.arange(len(gate.data) + 1)).astype(np.int32)
     hidden = np.empty((len(pairs), gate.data.shape[1]), np.float32)
-    codes, scale, sums = activation.quantised(gate.qtype)
-    if up.qtype != gate.qtype:
-        codes, scale, sums = max(activation.quantised(gate.qtype), activation.quantised(up.qtype), key=lambda q: q[0].size)
-    _gate_up(gate, up, pairs, starts, activation.x, codes, scale, sums, hidden)
+    codes, scale, sums = activation.quantised(gate.qtype if gate.qtype in QUANTISED else up.qtype)
+    _gate_up(Matrices.of(gate), Matrices.of(up), pairs, starts, activation.x, codes, scale, sums, hidden)
     inner = Activation(hidden)
-    _down(down, pairs, starts, weights, inner.x, *inner.quantised(down.qtype), out)
+    _down(Matrices.of(down), pairs, starts, weights, inner.x, *inner.quantised(down.qtype), out)
     return out
 
 
@@ -57,16 +56,17 @@ def _silu_mul(x, y):
 @kernel(MATRICES, MATRICES, I1, I1, F2, I8, F2, F2, F2)
 def _gate_up(gate, up, pairs, starts, x, codes, scale, sums, hidden):
     """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair in order of experts."""
-    count, rows = gate.data.shape[0], gate.data.shape[1]
+    rows = gate.rows
     columns = x.shape[1]
     choices = len(pairs) // len(x)
-    chunks = min(rows, 8 * get_num_threads())
+    chunks = min(rows, CHUNKS)
     for chunk in prange(chunks):
-        for e in range(count):
+        for e in range(len(starts) - 1):
             for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
                 if starts[e] == starts[e + 1]:
                     break
-                gate_row, up_row = gate.data[e, r].ctypes.data, up.data[e, r].ctypes.data
+                gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
+                up_row = up.address + e * up.matrix_stride + r * up.row_stride
                 for i in range(starts[e], starts[e + 1]):
                     t = pairs[i] // choices
                     a, c, s, m = x[t].ctypes.data, codes[t:].ctypes.data, scale[t:].ctypes.data, sums[t:].ctypes.data
@@ -77,20 +77,20 @@ def _gate_up(gate, up, pairs, starts, x, codes, scale, sums, hidden):
 @kernel(MATRICES, I1, I1, F2, F2, I8, F2, F2, F2)
 def _down(down, pairs, starts, weights, x, codes, scale, sums, out):
     """``out[t] = Σ weights[t, j] * (down[e] @ hidden)``; a thread owns rows of `out`, so none waits for another."""
-    count, rows = down.data.shape[0], down.data.shape[1]
+    rows = down.rows
     columns = x.shape[1]
     choices = weights.shape[1]
-    chunks = min(rows, 8 * get_num_threads())
+    chunks = min(rows, CHUNKS)
     for chunk in prange(chunks):
         first, last = rows * chunk // chunks, rows * (chunk + 1) // chunks
         for t in range(len(out)):
             for r in range(first, last):
                 out[t, r] = 0
-        for e in range(count):
+        for e in range(len(starts) - 1):
             for r in range(first, last):
                 if starts[e] == starts[e + 1]:
                     break
-                row = down.data[e, r].ctypes.data
+                row = down.address + e * down.matrix_stride + r * down.row_stride
                 for i in range(starts[e], starts[e + 1]):
                     t, j = pairs[i] // choices, pairs[i] % choices
                     product = dot_row(

@@ -15,8 +15,10 @@ them (`Activation`). Float types multiply in float32.
 True
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from numba import get_num_threads, prange, types
+from numba import prange, types
 
 from pymla import ggml
 from pymla.cpu.formats import (
@@ -35,7 +37,6 @@ F32 = ggml.F32
 
 #: Numba types of the kernels' arguments.
 MATRIX = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C", readonly=True)), QTensor)
-MATRICES = types.NamedTuple((types.int64, types.Array(types.uint8, 3, "A", readonly=True)), QTensor)
 F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "C")
 F3 = types.Array(types.float32, 3, "C")
@@ -44,6 +45,29 @@ I1 = types.Array(types.int32, 1, "C")
 
 #: Up to this many tokens each row is read once per token, straight from the file; beyond, it is unpacked once for all.
 FEW = 3
+
+
+#: Parallel loops over rows make this many chunks, more than any machine here has threads.
+CHUNKS = 64
+
+
+class Matrices(NamedTuple):
+    """Several matrices of a QTensor for a kernel: rows of a matrix are contiguous, matrices may lie apart."""
+
+    qtype: int
+    address: int
+    matrix_stride: int  # bytes
+    row_stride: int
+    count: int
+    rows: int
+
+    @classmethod
+    def of(cls, w):
+        """The view of a QTensor with three-dimensional data."""
+        return cls(w.qtype, w.data.__array_interface__["data"][0], *w.data.strides[:2], *w.data.shape[:2])
+
+
+MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 
 
 class Activation:
@@ -91,7 +115,7 @@ def matmul(w, activation, out):
 
 def matmul_heads(w, x, out):
     """A matrix for each head: ``out[t, h] = W[h] @ x[t, h]``, `x` float32 (T, H, K), `out` float32 (T, H, N)."""
-    _matmul_heads(w, x, out)
+    _matmul_heads(Matrices.of(w), x, out)
     return out
 
 
@@ -131,7 +155,7 @@ def quantise_activations(x, codes, scale, sums):
 def matvec(w, x, codes, scale, sums, out):
     """`matmul` for few tokens: every row of blocks is read straight from the file."""
     rows, columns = len(w.data), x.shape[1]
-    chunks = min(rows, 8 * get_num_threads())
+    chunks = min(rows, CHUNKS)
     for chunk in prange(chunks):
         for t in range(len(x)):
             for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
@@ -150,7 +174,7 @@ def matvec(w, x, codes, scale, sums, out):
 def matmul_many(w, x, codes, scale, sums, out):
     """`matmul` for many tokens: every row is unpacked once and stays in the cache for all of them."""
     rows, columns = len(w.data), x.shape[1]
-    chunks = min(rows, 8 * get_num_threads())
+    chunks = min(rows, CHUNKS)
     floats, minimum = is_float(w.qtype), has_minimum(w.qtype)
     for chunk in prange(chunks):
         unpacked = np.empty(columns, np.int8)
@@ -193,11 +217,10 @@ def read_matrix_row(qtype, row, out, columns):
 @kernel(MATRICES, F3, F3)
 def _matmul_heads(w, x, out):
     tokens, heads, columns = x.shape
-    rows = w.data.shape[1]
     for h in prange(heads):
         row = np.empty(columns, np.float32)
-        for r in range(rows):
-            read_matrix_row(w.qtype, w.data[h, r].ctypes.data, row, columns)
+        for r in range(w.rows):
+            read_matrix_row(w.qtype, w.address + h * w.matrix_stride + r * w.row_stride, row, columns)
             for t in range(tokens):
                 out[t, h, r] = dot_float(F32, row.ctypes.data, x[t, h].ctypes.data, columns)
 
