@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 from gguf import LlamaFileType
+from tokenizers import Tokenizer, normalizers
 
 from pymla import ggml
 from pymla.checkpoint import Checkpoint, read_json
 from pymla.errors import PymlaError
 from pymla.reference.quant import quantise
+from pymla.tokenizer import PRE_TOKENIZERS
 
 LAYOUTS = ("kv_b", "split", "all")
 
@@ -508,18 +510,26 @@ def _looks_special(token: str) -> bool:
 
 
 def _detect_pre(path: Path) -> str:
-    """Name of the pre-tokenizer that gives the same tokens as the file's own on a text that tells them apart."""
-    from pymla.tokenizer import PRE_TOKENIZERS
-    from tokenizers import Tokenizer, normalizers
+    """Name of the pre-tokenizer that cuts a telling text as the file's own does, or that leads to the same tokens.
 
+    The second is for files that say the same differently: DeepSeek's take numbers apart digit by digit, llama.cpp's
+    deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        own = tokenizer.pre_tokenizer
+        pieces = own.pre_tokenize_str(_PROBE) if own else None
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     except Exception as error:  # the tokenizers package raises nothing more precise
         raise PymlaError(f"{path}: cannot be read by the tokenizers package ({error})") from error
-    expected = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
+    same_ids = []
     for name, pre_tokenizer in PRE_TOKENIZERS.items():
         tokenizer.pre_tokenizer = pre_tokenizer
-        if tokenizer.encode(_PROBE, add_special_tokens=False).ids == expected:
-            return name
-    raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name the nearest with --pre")
+        if tokenizer.encode(_PROBE, add_special_tokens=False).ids == ids:
+            if pre_tokenizer.pre_tokenize_str(_PROBE) == pieces:
+                return name
+            same_ids.append(name)
+    if not same_ids:
+        raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name one with --pre")
+    return same_ids[0]

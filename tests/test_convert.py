@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 
@@ -27,6 +28,7 @@ from pymla.convert import LAYOUTS, QTYPES, convert
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile
 from pymla.reference.quant import dequantise, quantise
+from pymla.tokenizer import PRE_TOKENIZERS
 
 
 def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):
@@ -451,3 +453,50 @@ def test_roundtrip_error_is_that_of_the_type(tmp_path):
         for expert in range(4):
             wanted = weights[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"]
             assert np.abs(values[expert] - wanted).max() <= error * np.abs(wanted).max()
+
+
+def llama_pre(name):
+    """llama.cpp's own regular expressions, as tokenizer.json holds them."""
+    return json.loads(PRE_TOKENIZERS[name].__getstate__())["pretokenizers"][:-1]
+
+
+def write_tokenizer(folder, pre_tokenizers, **changes):
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "tokenizer.json", tokenizer_json(pre_tokenizers) | changes)
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_pre_tokenizer_is_found_out_by_where_it_cuts(tmp_path, name):
+    assert module._detect_pre(write_tokenizer(tmp_path, llama_pre(name))) == name
+
+
+def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
+    digits = {"type": "Digits", "individual_digits": True}
+    for name in ("deepseek-llm", "deepseek-coder"):
+        path = write_tokenizer(tmp_path, [*llama_pre(name)[:-1], digits])
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if not m[0].isdigit()]
+        write_json(path, tokenizer)
+        assert module._detect_pre(path) == name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}},
+    ],
+)
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path, changes):
+    path = write_tokenizer(tmp_path, llama_pre("deepseek-v3"), **changes)
+    with pytest.raises(PymlaError, match="none of deepseek-llm, .*--pre"):
+        module._detect_pre(path)
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path):
+    path = write_tokenizer(tmp_path, [], pre_tokenizer={"type": "Unheard"})
+    with pytest.raises(PymlaError, match="cannot be read by the tokenizers package"):
+        module._detect_pre(path)

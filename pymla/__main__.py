@@ -1,0 +1,3 @@
+from pymla.cli import main
+
+main()

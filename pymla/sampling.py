@@ -1,0 +1,142 @@
+"""Choosing the next token from logits.
+
+In the order of llama.cpp's default chain: logit bias, penalties, top-k, top-p, min-p, temperature, then a draw.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from pymla.errors import PymlaError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; the defaults are llama.cpp's.
+
+    Raises
+    ------
+    PymlaError
+        A value is out of range.
+    """
+
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 40  # 0: off
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.05  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_window: int = 64  # tokens that the penalties look back on; 0: all
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int = 0  # alternatives to report for each token
+
+    def __post_init__(self):
+        limits = {
+            "temperature": (0, 100),
+            "top_k": (0, 1 << 31),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "repetition_penalty": (0.01, 100),
+            "frequency_penalty": (-100, 100),
+            "presence_penalty": (-100, 100),
+            "penalty_window": (0, 1 << 31),
+            "logprobs": (0, 1000),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise PymlaError(f"{name} is {value}; it must lie between {low} and {high}")
+        if self.seed is not None and self.seed < 0:
+            raise PymlaError(f"seed is {self.seed}; it must not be negative")
+
+
+class Sampled(NamedTuple):
+    """A chosen token."""
+
+    token: int
+    logprob: float  # of the model's own distribution, before bias, penalties and temperature
+    alternatives: list[tuple[int, float]]  # the likeliest tokens and their log probabilities, if asked for
+
+
+class Sampler:
+    """Draws tokens for one sequence. Same parameters, seed and logits: same tokens.
+
+    Parameters
+    ----------
+    params : SamplingParams
+    history : list of int
+        Tokens so far, which the penalties look back on.
+    """
+
+    def __init__(self, params, history=()):
+        self.params = params
+        self.history = list(history)
+        self._generator = np.random.Generator(np.random.PCG64(params.seed))
+
+    def sample(self, logits):
+        """The next token after float32 logits (V,).
+
+        Raises
+        ------
+        PymlaError
+            A logit is not a number, or a biased token is outside the vocabulary.
+        """
+        p = self.params
+        logits = logits.astype(np.float64)
+        if not np.isfinite(logits).all():
+            bad = int(np.flatnonzero(~np.isfinite(logits))[0])
+            raise PymlaError(f"the model's logit of token {bad} is {logits[bad]}: its weights are damaged, or overflow")
+        raw = logits
+        logits = self._penalised(self._biased(logits))
+        token = int(logits.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(logits)
+        self.history.append(token)
+        highest = raw.max()
+        normaliser = highest + np.log(np.exp(raw - highest).sum())
+        best = np.argsort(-raw, kind="stable")[: p.logprobs] if p.logprobs else ()
+        return Sampled(token, float(raw[token] - normaliser), [(int(i), float(raw[i] - normaliser)) for i in best])
+
+    def _biased(self, logits):
+        if self.params.logit_bias:
+            logits = logits.copy()
+            for token, bias in self.params.logit_bias.items():
+                if not 0 <= token < len(logits):
+                    raise PymlaError(f"logit bias for token {token}: the vocabulary has {len(logits)} tokens")
+                logits[token] += bias
+        return logits
+
+    def _penalised(self, logits):
+        p = self.params
+        if p.repetition_penalty == 1 and p.frequency_penalty == 0 and p.presence_penalty == 0:
+            return logits
+        tokens, counts = np.unique(
+            self.history[-p.penalty_window :] if p.penalty_window else self.history, return_counts=True
+        )
+        tokens = tokens.astype(int)
+        logits = logits.copy()
+        seen = logits[tokens]
+        seen = np.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
+        logits[tokens] = seen - counts * p.frequency_penalty - p.presence_penalty
+        return logits
+
+    def _draw(self, logits):
+        p = self.params
+        kept = np.argsort(-logits, kind="stable")
+        if p.top_k:
+            kept = kept[: p.top_k]
+        probabilities = _softmax(logits[kept])
+        if p.top_p < 1:
+            # The fewest tokens that reach top_p together, at least one.
+            count = int(np.searchsorted(np.cumsum(probabilities), p.top_p)) + 1
+            kept, probabilities = kept[:count], probabilities[:count]
+        kept = kept[probabilities >= p.min_p * probabilities[0]]
+        probabilities = _softmax(logits[kept] / p.temperature)
+        at = int(np.searchsorted(np.cumsum(probabilities), self._generator.random(), side="right"))
+        return int(kept[min(at, len(kept) - 1)])
+
+
+def _softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()

@@ -1,0 +1,240 @@
+"""Text to token ids and back, from the tokenizer in a GGUF file.
+
+Byte-level BPE (``tokenizer.ggml.model`` "gpt2"): text is split by the pre-tokenizer's regular expressions, one after the
+other, each piece's UTF-8 bytes are written as printable characters, and the tokenizers package merges them.
+"""
+
+import codecs
+import re
+from functools import cache
+
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Bpe
+
+from pymla.errors import PymlaError
+from pymla.modelfile import ModelFile
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Regular expressions of llama.cpp's src/llama-vocab.cpp, which are those of the models' tokenizer.json.
+_DEEPSEEK_LLM = (
+    "[\r\n]",
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    "\\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    "\\p{N}+",
+)
+_DEEPSEEK_CODER = ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[一-龥ࠀ-一가-퟿]+", "\\p{N}")
+_DEEPSEEK_V3 = (
+    "\\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
+
+def _pre_tokenizer(patterns):
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+#: Pre-tokenizers by the name that ``tokenizer.ggml.pre`` gives them.
+PRE_TOKENIZERS = {
+    "deepseek-llm": _pre_tokenizer(_DEEPSEEK_LLM),
+    "deepseek-coder": _pre_tokenizer(_DEEPSEEK_CODER),
+    "deepseek-v3": _pre_tokenizer(_DEEPSEEK_V3),
+}
+
+#: Tokens that end a text whatever the metadata says, by name.
+_END_NAMES = frozenset(
+    ("<｜end▁of▁sentence｜>", "<|EOT|>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "</s>")
+)
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes
+    ----------
+    vocab_size : int
+        Tokens in the file. A model's matrices may have rows for more.
+    bos_id : int or None
+    eos_ids : frozenset of int
+        Tokens that end a text.
+    add_bos : bool
+        Whether the model expects BOS in front of a text.
+    chat_template : str or None
+    """
+
+    def __init__(self, tokens, kinds, merges, pre, *, where="tokenizer", bos_id=None, eos_ids=(), add_bos=False):
+        if pre not in PRE_TOKENIZERS:
+            raise PymlaError(
+                f"{where}: metadata tokenizer.ggml.pre is {pre!r}, which pymla does not know; it knows "
+                f"{', '.join(PRE_TOKENIZERS)}"
+            )
+        self._tokens, self._kinds = tokens, kinds
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        missing = sum(character not in vocabulary for character in _byte_alphabet())
+        if missing:
+            raise PymlaError(f"{where}: metadata tokenizer.ggml.tokens lacks {missing} of the 256 bytes")
+        try:
+            self._bpe = Bpe(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+        except Exception as error:  # the tokenizers package raises nothing more precise
+            raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
+        self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
+        self._whole = _splitter(tokens, kinds, (USER_DEFINED,))
+        self._special = _splitter(tokens, kinds, (USER_DEFINED, CONTROL, UNKNOWN))
+        self._ids = vocabulary
+        self.vocab_size = len(tokens)
+        self.bos_id = bos_id
+        self.eos_ids = frozenset(eos_ids)
+        self.add_bos = add_bos
+        self.chat_template = None
+
+    @classmethod
+    def from_gguf(cls, file):
+        """The tokenizer of a model file, or of a file that has nothing but a vocabulary.
+
+        Parameters
+        ----------
+        file : str, Path or ModelFile
+
+        Raises
+        ------
+        PymlaError
+            The tokenizer is of a kind that is not implemented, or its metadata is damaged.
+        """
+        if not isinstance(file, ModelFile):
+            file = ModelFile.open(file)
+        model = file.get("tokenizer.ggml.model", str)
+        if model != "gpt2":
+            raise PymlaError(f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE)")
+        tokens = _strings(file, "tokenizer.ggml.tokens")
+        merges = _strings(file, "tokenizer.ggml.merges")
+        kinds = file.get("tokenizer.ggml.token_type", list, None)
+        kinds = [NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
+        if len(kinds) != len(tokens):
+            raise PymlaError(
+                f"{file.path}: metadata tokenizer.ggml.token_type has {len(kinds)} entries, for {len(tokens)} tokens"
+            )
+        for merge in merges:
+            if merge.count(" ") != 1:
+                raise PymlaError(
+                    f"{file.path}: metadata tokenizer.ggml.merges has {merge!r}; two tokens and a space expected"
+                )
+        ends = {i for i, token in enumerate(tokens) if kinds[i] == CONTROL and token in _END_NAMES}
+        for key in ("eos_token_id", "eot_token_id"):
+            ends.add(_special_id(file, key, len(tokens)))
+        bos_id = _special_id(file, "bos_token_id", len(tokens))
+        tokenizer = cls(
+            tokens,
+            kinds,
+            merges,
+            file.get("tokenizer.ggml.pre", str),
+            where=file.path,
+            bos_id=bos_id,
+            eos_ids=ends - {None},
+            add_bos=file.get("tokenizer.ggml.add_bos_token", bool, bos_id is not None) and bos_id is not None,
+        )
+        tokenizer.chat_template = file.get("tokenizer.chat_template", str, None)
+        return tokenizer
+
+    def encode(self, text, add_bos=True, parse_special=False):
+        """Token ids of a text.
+
+        Parameters
+        ----------
+        text : str
+        add_bos : bool
+            Put BOS in front, if the file says that the model expects it.
+        parse_special : bool
+            Take control tokens that are spelt out in the text for what they say. User-defined tokens always are.
+
+        Raises
+        ------
+        PymlaError
+            The text has a lone surrogate: it did not come from valid UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PymlaError(f"the text has an invalid character at position {error.start}; it must be valid UTF-8") from None
+        ids = [self.bos_id] if add_bos and self.add_bos else []
+        splitter = self._special if parse_special else self._whole
+        for i, piece in enumerate(splitter.split(text) if splitter else [text]):
+            if i % 2:
+                ids.append(self._ids[piece])
+            elif piece:
+                ids += self._bpe.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, token):
+        """The bytes that a token stands for; a control token's are its name."""
+        if not 0 <= token < len(self._tokens):
+            raise PymlaError(f"token id {token} is outside the vocabulary of {len(self._tokens)}")
+        text = self._tokens[token]
+        if self._kinds[token] == NORMAL:
+            alphabet = _byte_alphabet()
+            if all(character in alphabet for character in text):
+                return bytes(alphabet[character] for character in text)
+        return text.encode()
+
+    def is_special(self, token):
+        """Whether a token is left out of decoded text: control, unknown and unused tokens."""
+        return not 0 <= token < len(self._kinds) or self._kinds[token] in (CONTROL, UNKNOWN, UNUSED)
+
+    def decode(self, ids, skip_special=True):
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        kept = (i for i in ids if not (skip_special and 0 <= i < self.vocab_size and self.is_special(i)))
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def stream(self):
+        """A `TextStream` that decodes tokens one by one."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Text from tokens as they come, never half a character."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token):
+        """The characters that are complete with this token."""
+        if self._tokenizer.is_special(token):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self):
+        """What is left at the end: U+FFFD for a character that never became complete."""
+        return self._decoder.decode(b"", final=True)
+
+
+@cache
+def _byte_alphabet():
+    """The printable character of each byte in byte-level BPE: printable ones stand for themselves, the rest follow U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = (byte for byte in range(256) if byte not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def _splitter(tokens, kinds, wanted):
+    """A regular expression that finds tokens of some kinds, the longest first, or None."""
+    found = sorted((t for t, kind in zip(tokens, kinds, strict=True) if kind in wanted and t), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else None
+
+
+def _strings(file, key):
+    values = file.get(key, list)
+    if not isinstance(values, list):
+        raise PymlaError(f"{file.path}: metadata {key} is an array of numbers; strings are expected")
+    return values
+
+
+def _special_id(file, key, count):
+    token = file.get(f"tokenizer.ggml.{key}", int, None)
+    if token is not None and not 0 <= token < count:
+        raise PymlaError(f"{file.path}: metadata tokenizer.ggml.{key} is {token}; the vocabulary has {count} tokens")
+    return token

@@ -1,0 +1,39 @@
+import math
+
+import numpy as np
+import perplexity as script
+import pytest
+from llama_losses import token_losses
+
+from pymla.errors import PymlaError
+
+
+def test_windows_start_with_bos_and_cover_the_text_once():
+    windows = script.cut(list(range(10, 33)), 1, 6, None)
+    assert windows.shape == (4, 6)
+    assert (windows[:, 0] == 1).all()
+    np.testing.assert_array_equal(windows[:, 1:].reshape(-1), np.arange(10, 30))
+
+
+def test_a_limit_spreads_the_windows():
+    windows = script.cut(list(range(100)), 1, 11, 3)
+    np.testing.assert_array_equal(windows[:, 1], [0, 40, 90])
+
+
+def test_a_text_shorter_than_a_window():
+    with pytest.raises(PymlaError, match="3 tokens"):
+        script.cut([1, 2, 3], 0, 5, None)
+
+
+def test_losses_of_known_probabilities():
+    window = np.array([0, 2, 1, 1])
+    probabilities = np.array([[0.2, 0.3, 0.5], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [math.nan] * 3])
+    losses = token_losses(np.log(probabilities) + 7, window)
+    np.testing.assert_allclose(np.exp(-losses), [0.5, 0.6, 0.25])
+
+
+def test_report():
+    row = script.report("x", np.array([[1.0, 2.0], [2.0, 3.0]]), 1.0, 1.9)
+    assert row["perplexity"] == pytest.approx(math.exp(2))
+    assert row["relative_to_first"] == pytest.approx(math.exp(0.1) - 1)
+    assert row["standard_error"] == pytest.approx(math.exp(2) * 0.5)
