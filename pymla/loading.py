@@ -183,7 +183,7 @@ def _plan(file, config, cache_type, mla, ctx, report):
     needed = plan(wanted)
     if needed.allocated > available:
         raise PymlaError(
-            f"not enough memory for a context of {wanted} tokens: cache {_gib(needed.cache)}, scratch {_gib(needed.scratch)}, "
+            f"not enough memory for {wanted} tokens of context: cache {_gib(needed.cache)}, scratch {_gib(needed.scratch)}, "
             f"derived weights {_gib(needed.derived)}, process {_gib(needed.process)}; {_gib(available)} is available. "
             "Lower --ctx or choose a smaller --cache-type"
         )

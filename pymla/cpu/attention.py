@@ -11,9 +11,9 @@ from numba import get_num_threads, prange, types
 
 from pymla import ggml
 from pymla.cache import PAGE, Step
-from pymla.cpu.formats import dot_float, read_row, write_row
+from pymla.cpu.formats import dequantise_row, dot_float, write_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.quant import F2, F3, I1, MATRICES, Matrices, matmul_heads, read_matrix_row
+from pymla.cpu.quant import F2, F3, I1, MATRICES, Matrices, matmul_heads
 from pymla.cpu.simd import fma, load_f32x8, mul, splat_f32, store_f32x8
 from pymla.weights import QTensor
 
@@ -106,7 +106,7 @@ def _store(rows, slots, cache):
 def _load(cache, block_table, out):
     for p in prange(len(out)):
         row = cache.data[block_table[p // PAGE] * PAGE + p % PAGE]
-        read_row(cache.qtype, row.ctypes.data, out[p].ctypes.data, out.shape[1])
+        dequantise_row(cache.qtype, row.ctypes.data, out[p].ctypes.data, out.shape[1])
 
 
 @inline
@@ -177,8 +177,8 @@ def _absorbed(q, latent, rope, step, scale, splits, partial, sums):
             count = min(PAGE, length - page * PAGE)
             for s in range(count):
                 slot = table[page] * PAGE + s
-                read_row(latent.qtype, latent.data[slot].ctypes.data, c_kv[s].ctypes.data, rank)
-                read_row(rope.qtype, rope.data[slot].ctypes.data, k_pe[s].ctypes.data, rope_size)
+                dequantise_row(latent.qtype, latent.data[slot].ctypes.data, c_kv[s].ctypes.data, rank)
+                dequantise_row(rope.qtype, rope.data[slot].ctypes.data, k_pe[s].ctypes.data, rope_size)
             for h in range(heads):
                 query = q[t, h].ctypes.data
                 for s in range(count):
@@ -221,8 +221,8 @@ def _materialised(q, latent, rope, table, scale, position, scores, out):
         k_pe = np.empty(rope_size, np.float32)
         for p in range(page * PAGE, min(page * PAGE + PAGE, length)):
             slot = table[page] * PAGE + p % PAGE
-            read_row(latent.qtype, latent.data[slot].ctypes.data, c_kv.ctypes.data, rank)
-            read_row(rope.qtype, rope.data[slot].ctypes.data, k_pe.ctypes.data, rope_size)
+            dequantise_row(latent.qtype, latent.data[slot].ctypes.data, c_kv.ctypes.data, rank)
+            dequantise_row(rope.qtype, rope.data[slot].ctypes.data, k_pe.ctypes.data, rope_size)
             for h in range(heads):
                 score = dot_float(F32, c_kv.ctypes.data, q[h].ctypes.data, rank)
                 score += dot_float(F32, k_pe.ctypes.data, q[h].ctypes.data + 4 * rank, rope_size)
@@ -242,7 +242,7 @@ def _materialised(q, latent, rope, table, scale, position, scores, out):
             out[h, i] = 0
         for p in range(length):
             slot = table[p // PAGE] * PAGE + p % PAGE
-            read_row(latent.qtype, latent.data[slot].ctypes.data, row.ctypes.data, rank)
+            dequantise_row(latent.qtype, latent.data[slot].ctypes.data, row.ctypes.data, rank)
             add_scaled(scores[h, p], row.ctypes.data, out[h].ctypes.data, rank)
 
 
@@ -258,7 +258,7 @@ def _expand(c_kv, k_pe, k_b, v_b, parts, keys, values):
         row = np.empty(max(rank, nope), np.float32)
         transposed = np.empty((nope, rank), np.float32)
         for r in range(rank):
-            read_matrix_row(k_b.qtype, k_b.address + h * k_b.matrix_stride + r * k_b.row_stride, row, nope)
+            dequantise_row(k_b.qtype, k_b.address + h * k_b.matrix_stride + r * k_b.row_stride, row.ctypes.data, nope)
             for n in range(nope):
                 transposed[n, r] = row[n]
         for n in range(nope):
@@ -268,7 +268,7 @@ def _expand(c_kv, k_pe, k_b, v_b, parts, keys, values):
             for i in range(rope_size):
                 keys[s, h, nope + i] = k_pe[s, i]
         for i in range(v):
-            read_matrix_row(v_b.qtype, v_b.address + h * v_b.matrix_stride + i * v_b.row_stride, row, rank)
+            dequantise_row(v_b.qtype, v_b.address + h * v_b.matrix_stride + i * v_b.row_stride, row.ctypes.data, rank)
             for s in range(first, last):
                 values[s, h, i] = dot_float(F32, row.ctypes.data, c_kv[s].ctypes.data, rank)
 
@@ -359,8 +359,8 @@ def _full(q, keys, values, step, scale, out):
                 count = min(PAGE, length - first)
                 for s in range(count):
                     slot = table[first // PAGE] * PAGE + s
-                    read_row(keys.qtype, keys.data[slot].ctypes.data + h * key_bytes, k[s].ctypes.data, size)
-                    read_row(values.qtype, values.data[slot].ctypes.data + h * value_bytes, value[s].ctypes.data, v)
+                    dequantise_row(keys.qtype, keys.data[slot].ctypes.data + h * key_bytes, k[s].ctypes.data, size)
+                    dequantise_row(values.qtype, values.data[slot].ctypes.data + h * value_bytes, value[s].ctypes.data, v)
                 attend_block(
                     query,
                     k.ctypes.data,

@@ -151,8 +151,16 @@ def _q6_k_codes(block, group):
 
 
 @inline
+def _q6_k_scales(block, group):
+    """Scales of the two sixteens of a group, each in all lanes."""
+    d = load_f16(block + 208)
+    scales = block + 192 + 2 * group
+    return splat_f32(d * load_i8_as_f32(scales)), splat_f32(d * load_i8_as_f32(scales + 1))
+
+
+@inline
 def _q6_k_scale(block, group):
-    """Scales of the two sixteens of a group, four lanes each."""
+    """Scales of the two sixteens of a group, four lanes each: as the products of `dot_i8` lie."""
     d = load_f16(block + 208)
     scales = block + 192 + 2 * group
     return splat_halves(d * load_i8_as_f32(scales), d * load_i8_as_f32(scales + 1))
@@ -269,20 +277,42 @@ def dot_unpacked(w_codes, d, m, minimum, codes, scale, sums, columns):
 
 
 @inline
-def read_row(qtype, row, out, columns):
-    """Weights or cached values of a type that the cache has (F32, F16, BF16, Q8_0) as float32 at `out`."""
-    if qtype == Q8_0:
-        for block in range(columns // 32):
-            d = splat_f32(load_f16(row + 34 * block))
-            for i in range(0, 32, 8):
-                store_f32x8(out + 128 * block + 4 * i, mul(load_i8_as_f32x8(row + 34 * block + 2 + i), d))
-    else:
+def dequantise_row(qtype, row, out, columns):
+    """A row of any type, of weights or of the cache, as float32 at `out`; all three are addresses or sizes."""
+    if is_float(qtype):
         size = 4 if qtype == F32 else 2
         whole = columns // 8 * 8
         for i in range(0, whole, 8):
             store_f32x8(out + 4 * i, load_f8(qtype, row + size * i))
         for i in range(whole, columns):
             store_f32(out + 4 * i, load_float(qtype, row + size * i))
+        return
+    minimum = splat_f32(np.float32(0))
+    for block in range(columns // 32):
+        if qtype == Q8_0:
+            codes = row + 34 * block + 2
+            low = high = splat_f32(load_f16(row + 34 * block))
+        else:
+            # The codes lie in the last bytes of their own results until they are converted.
+            codes = out + 96
+            if qtype == Q6_K:
+                start, group = row + block // 8 * 210, block % 8
+                store_i8x32(codes, _q6_k_codes(start, group))
+                low, high = _q6_k_scales(start, group)
+            elif qtype == Q4_0:
+                start = row + 18 * block
+                store_i8x32(codes, subtract_i8(_nibbles(start + 2), 8))
+                low = high = splat_f32(load_f16(start))
+            else:
+                start = row + 20 * block
+                store_i8x32(codes, _nibbles(start + 4))
+                low = high = splat_f32(load_f16(start))
+                minimum = splat_f32(load_f16(start + 2))
+        for i in range(2):
+            store_f32x8(out + 32 * i, fma(load_i8_as_f32x8(codes + 8 * i), low, minimum))
+        for i in range(2, 4):
+            store_f32x8(out + 32 * i, fma(load_i8_as_f32x8(codes + 8 * i), high, minimum))
+        out += 128
 
 
 @inline

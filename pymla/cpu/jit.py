@@ -14,6 +14,10 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 
+# Threads that wait for the next parallel loop sleep. By default they spin, and where another program holds a core, each of
+# the hundreds of loops of a step then waits for the scheduler: 1 token/s where 280 are possible. Read when the threads start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Reassociating sums is what lets LLVM use vector registers. NaN and infinity keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 

@@ -22,12 +22,12 @@ from numba import prange, types
 
 from pymla import ggml
 from pymla.cpu.formats import (
+    dequantise_row,
     dot_float,
     dot_row,
     dot_unpacked,
     has_minimum,
     is_float,
-    read_row,
     unpack_row,
 )
 from pymla.cpu.jit import inline, kernel
@@ -200,27 +200,13 @@ def matmul_many(w, x, codes, scale, sums, out):
                     )
 
 
-@inline
-def read_matrix_row(qtype, row, out, columns):
-    """A row of weights of any type, at an address, as float32 array (columns,)."""
-    if is_float(qtype):
-        read_row(qtype, row, out.ctypes.data, columns)
-    else:
-        codes = np.empty(columns, np.int8)
-        d = np.empty(columns // 4, np.float32)
-        m = np.zeros(columns // 32, np.float32)
-        unpack_row(qtype, row, codes.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
-        for i in range(columns):
-            out[i] = codes[i] * d[i // 16 * 4] + m[i // 32]
-
-
 @kernel(MATRICES, F3, F3)
 def _matmul_heads(w, x, out):
     tokens, heads, columns = x.shape
     for h in prange(heads):
         row = np.empty(columns, np.float32)
         for r in range(w.rows):
-            read_matrix_row(w.qtype, w.address + h * w.matrix_stride + r * w.row_stride, row, columns)
+            dequantise_row(w.qtype, w.address + h * w.matrix_stride + r * w.row_stride, row.ctypes.data, columns)
             for t in range(tokens):
                 out[t, h, r] = dot_float(F32, row.ctypes.data, x[t, h].ctypes.data, columns)
 
@@ -228,4 +214,4 @@ def _matmul_heads(w, x, out):
 @kernel(MATRIX, I1, F2)
 def _embedding_rows(w, tokens, out):
     for t in prange(len(tokens)):
-        read_matrix_row(w.qtype, w.data[tokens[t]].ctypes.data, out[t], out.shape[1])
+        dequantise_row(w.qtype, w.data[tokens[t]].ctypes.data, out[t].ctypes.data, out.shape[1])
