@@ -184,7 +184,7 @@ def test_full_attention_reads_no_masked_token(cache_type):
 
 
 def test_expanded_attention_reads_no_masked_token():
-    heads, size, v, length = 3, 96, 64, 150
+    heads, size, v, length = 3, 99, 61, 150
     keys, values = normal(length + 9, heads, size), normal(length + 9, heads, v, seed=1)
     keys[length:] = values[length:] = np.nan
     for tokens in (1, 16, 17, length):

@@ -53,7 +53,7 @@ def test_logprobs_are_the_models_own():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match="top_p is 1.5"):
+    with pytest.raises(PymlaError, match=r"top_p is 1.5"):
         SamplingParams(top_p=1.5)
     with pytest.raises(PymlaError, match="temperature is nan"):
         SamplingParams(temperature=float("nan"))

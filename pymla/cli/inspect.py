@@ -409,7 +409,15 @@ def _plain(value: Any, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-@click.command()
+EXAMPLES = """\b
+Examples:
+  pymla inspect model.gguf
+  pymla inspect model-00001-of-00004.gguf --tensors
+  pymla inspect model.gguf --json | jq .memory
+"""
+
+
+@click.command(epilog=EXAMPLES)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensors and metadata included, as JSON.")

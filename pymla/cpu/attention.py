@@ -14,7 +14,7 @@ from pymla.cache import PAGE, Step
 from pymla.cpu.formats import dequantise_row, dot_float, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.quant import F2, F3, I1, MATRICES, Matrices, matmul_heads
-from pymla.cpu.simd import fma, load_f32x8, mul, splat_f32, store_f32x8
+from pymla.cpu.simd import fma, load_f32, load_f32x8, mul, splat_f32, store_f32, store_f32x8
 from pymla.weights import QTensor
 
 __all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "load", "store"]
@@ -116,6 +116,8 @@ def add_scaled(weight, x, out, columns):
     whole = columns // 8 * 8
     for i in range(0, 4 * whole, 32):
         store_f32x8(out + i, fma(factor, load_f32x8(x + i), load_f32x8(out + i)))
+    for i in range(4 * whole, 4 * columns, 4):
+        store_f32(out + i, load_f32(out + i) + weight * load_f32(x + i))
 
 
 @inline
@@ -124,6 +126,8 @@ def shrink(factor, out, columns):
     splat = splat_f32(factor)
     for i in range(0, columns // 8 * 32, 32):
         store_f32x8(out + i, mul(splat, load_f32x8(out + i)))
+    for i in range(columns // 8 * 32, 4 * columns, 4):
+        store_f32(out + i, load_f32(out + i) * factor)
 
 
 @inline
