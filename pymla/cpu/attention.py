@@ -30,7 +30,7 @@ BLOCK = 16
 
 
 def store(rows, slots, cache):
-    """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type."""
+    """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type; a row is contiguous."""
     _store(rows, slots, cache)
 
 
@@ -97,9 +97,7 @@ def _tasks():
 def _store(rows, slots, cache):
     columns = rows.shape[1]
     for t in prange(len(rows)):
-        row = np.empty(columns, np.float32)
-        row[:] = rows[t]
-        write_row(cache.qtype, row.ctypes.data, cache.data[slots[t]].ctypes.data, columns)
+        write_row(cache.qtype, rows[t].ctypes.data, cache.data[slots[t]].ctypes.data, columns)
 
 
 @kernel(CACHE, I1, F2)

@@ -46,8 +46,9 @@ def kernel(*signature, parallel=True):
     return decorate
 
 
-#: A function that kernels call. It becomes part of each kernel that uses it.
-inline = numba.njit(inline="never", fastmath=FASTMATH, error_model="numpy", nogil=True)
+#: A function that kernels call. It becomes part of each kernel that uses it, and sums in the order that is written: with
+#: reassociation its result depended on the kernel around it, and a freshly compiled one differed from a cached one.
+inline = numba.njit(inline="never", error_model="numpy", nogil=True)
 
 
 class _Kernel:
