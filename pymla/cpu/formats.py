@@ -17,6 +17,7 @@ from pymla.cpu.simd import (
     bit_or,
     bits_2,
     dot_i8,
+    dot_u7,
     fma,
     high_nibbles,
     join_i8,
@@ -72,7 +73,7 @@ def dot_row(qtype, row, x, codes, scale, sums, columns):
     columns : int
     """
     if qtype == Q4_0:
-        return _dot_q4_0(row, codes, scale, columns)
+        return _dot_q4_0(row, codes, scale, sums, columns)
     if qtype == Q8_0:
         return _dot_q8_0(row, codes, scale, columns)
     if qtype == Q6_K:
@@ -90,16 +91,27 @@ def _nibbles(address):
 
 
 @inline
-def _dot_q4_0(row, codes, scale, columns):
-    acc = splat_f32(np.float32(0))
+def _dot_q4_0(row, codes, scale, sums, columns):
+    # Codes stay unsigned, which saves three instructions in eight: the zero point of 8 comes off by the sums. Two
+    # accumulators, because a block takes fewer cycles than a multiply-add takes to finish.
+    a = splat_f32(np.float32(0))
+    b = splat_f32(np.float32(0))
     zero = zero_i32x8()
-    for _ in range(columns // 32):
-        products = dot_i8(zero, subtract_i8(_nibbles(row + 2), 8), load_i8x32(codes))
-        acc = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), acc)
-        row += 18
-        codes += 32
-        scale += 4
-    return total(acc)
+    offset = np.float32(0)
+    for _ in range(columns // 64):
+        d, e = load_f16(row), load_f16(row + 18)
+        a = fma(to_f32(dot_u7(zero, _nibbles(row + 2), load_i8x32(codes))), splat_f32(d * load_f32(scale)), a)
+        b = fma(to_f32(dot_u7(zero, _nibbles(row + 20), load_i8x32(codes + 32))), splat_f32(e * load_f32(scale + 4)), b)
+        offset += d * load_f32(sums) + e * load_f32(sums + 4)
+        row += 36
+        codes += 64
+        scale += 8
+        sums += 8
+    if columns % 64:
+        d = load_f16(row)
+        a = fma(to_f32(dot_u7(zero, _nibbles(row + 2), load_i8x32(codes))), splat_f32(d * load_f32(scale)), a)
+        offset += d * load_f32(sums)
+    return total(a) + total(b) - np.float32(8) * offset
 
 
 @inline

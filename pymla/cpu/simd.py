@@ -296,6 +296,15 @@ def join_i8(typingctx, low, high):
     return i8x32(i8x16, i8x16), codegen
 
 
+def _portable_dot(builder, acc, a, b):
+    wide = ir.VectorType(_I16, 32)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    product = builder.sext(product, ir.VectorType(_I32, 32))
+    for lane in range(4):
+        acc = builder.add(acc, _shuffle(builder, product, product, list(range(lane, 32, 4))))
+    return acc
+
+
 @intrinsic
 def dot_i8(typingctx, acc, a, b):
     """``acc[i] += a[4i] b[4i] + … + a[4i+3] b[4i+3]`` on signed bytes, exact.
@@ -312,15 +321,21 @@ def dot_i8(typingctx, acc, a, b):
         pairs = builder.call(multiply, [builder.call(sign, [a, a]), builder.call(sign, [b, a])])
         return builder.add(acc, builder.call(add_pairs, [pairs, _constant(words, 1)]))
 
-    def portable(builder, acc, a, b):
-        wide = ir.VectorType(_I16, 32)
-        product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-        product = builder.sext(product, ir.VectorType(_I32, 32))
-        for lane in range(4):
-            acc = builder.add(acc, _shuffle(builder, product, product, list(range(lane, 32, 4))))
-        return acc
+    emit = avx2 if ISA == "avx2" else _portable_dot
+    return i32x8(i32x8, i8x32, i8x32), lambda context, builder, signature, args: emit(builder, *args)
 
-    emit = avx2 if ISA == "avx2" else portable
+
+@intrinsic
+def dot_u7(typingctx, acc, a, b):
+    """`dot_i8` for `a` from 0 to 127: sums of two products fit an int16 as they are."""
+
+    def avx2(builder, acc, a, b):
+        bytes_, words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(_I16, 16)
+        multiply = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [bytes_, bytes_])
+        add_pairs = _function(builder, "llvm.x86.avx2.pmadd.wd", _ir_type(i32x8), [words, words])
+        return builder.add(acc, builder.call(add_pairs, [builder.call(multiply, [a, b]), _constant(words, 1)]))
+
+    emit = avx2 if ISA == "avx2" else _portable_dot
     return i32x8(i32x8, i8x32, i8x32), lambda context, builder, signature, args: emit(builder, *args)
 
 
