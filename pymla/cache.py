@@ -144,11 +144,13 @@ class PagedCache:
         for sequence, tokens in batch:
             length = sequence.length + len(tokens)
             if length > self.ctx:
-                raise CacheFull(f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx")
+                raise CacheFull(
+                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx"
+                )
             missing.append(max(0, -(-length // PAGE) - len(sequence.pages)))
         if sum(missing) > len(self._free):
             raise CacheFull(
-                f"the cache has {len(self._free)} free pages of {PAGE} tokens and {sum(missing)} are needed; raise --ctx"
+                f"the cache has {len(self._free)} free pages of {PAGE} tokens and needs {sum(missing)}; raise --ctx"
             )
         for (sequence, _), count in zip(batch, missing, strict=True):
             sequence.pages += [self._free.pop() for _ in range(count)]
@@ -167,8 +169,13 @@ class PagedCache:
         for sequence, tokens in batch:
             sequence.length += len(tokens)
 
+    def truncate(self, sequence, length):
+        """Forget a sequence's tokens from position `length` on, and give back the pages that only they used."""
+        keep = -(-length // PAGE)
+        self._free += reversed(sequence.pages[keep:])
+        del sequence.pages[keep:]
+        sequence.length = length
+
     def free(self, sequence):
         """Give a sequence's pages back and empty it."""
-        self._free += reversed(sequence.pages)
-        sequence.pages = []
-        sequence.length = 0
+        self.truncate(sequence, 0)

@@ -40,8 +40,8 @@ def render(template, messages, add_generation_prompt=True, bos="", eos="", **var
 
     Notes
     -----
-    The template comes with the model, so it runs in Jinja's sandbox. Control tokens spelt out in a message are tokens to
-    the model, as in llama.cpp: take care with text that is not yours.
+    The template comes with the model, so it runs in Jinja's sandbox. Control tokens spelt out in a message are tokens
+    to the model, as in llama.cpp: take care with text that is not yours.
     """
 
     def refuse(message):
@@ -51,7 +51,12 @@ def render(template, messages, add_generation_prompt=True, bos="", eos="", **var
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt, "bos_token": bos, "eos_token": eos}
+    variables |= {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos,
+        "eos_token": eos,
+    }
     try:
         return environment.from_string(template or DEEPSEEK).render(**variables)
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -49,7 +49,7 @@ class MemoryPlan:
     """Bytes of memory that a model needs."""
 
     weights: int  # the mapped file: read again from disk where memory is short
-    derived: int  # parts of kv_b that the file has in another layout only
+    derived: int  # k_b, where the file has it transposed only
     cache: int
     scratch: int
     process: int  # before a model is loaded
@@ -189,16 +189,13 @@ def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int
 
 
 def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the k_b matrices that are derived at load, where the file has kv_b alone.
-
-    The rows of v_b lie in kv_b as they are needed; k_b is its transpose.
-    """
+    """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b."""
     weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     total = 0
     for layer in range(config.num_hidden_layers):
-        kv_b = tensors.get(f"blk.{layer}.attn_kv_b.weight")
-        if kv_b is not None and f"blk.{layer}.attn_k_b.weight" not in tensors:
-            total += weights * _derived_size(kv_b.qtype)
+        k_b = tensors.get(f"blk.{layer}.attn_k_b.weight")
+        if k_b is not None and f"blk.{layer}.attn_kv_b.weight" not in tensors:
+            total += weights * _derived_size(k_b.qtype)
     return total
 
 
@@ -282,12 +279,11 @@ def _read(tensors: Mapping[str, TensorInfo] | None, matrix: _Matrix, tokens: int
 def _up_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: int) -> float:
     """k_b and v_b, from the file or derived."""
     blk = f"blk.{layer}.attn_"
-    if f"{blk}k_b.weight" in tensors:
-        return _tensor_bytes(tensors, blk + "k_b") + _tensor_bytes(tensors, blk + "v_b")
-    kv_b = _tensor_bytes(tensors, blk + "kv_b")
+    if f"{blk}kv_b.weight" in tensors:
+        return _tensor_bytes(tensors, blk + "kv_b")
     k_b = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
-    share = config.v_head_dim / (config.qk_nope_head_dim + config.v_head_dim)
-    return k_b * _derived_size(tensors[f"{blk}kv_b.weight"].qtype) + kv_b * share
+    qtype = tensors[f"{blk}k_b.weight"].qtype if f"{blk}k_b.weight" in tensors else ggml.F32
+    return k_b * _derived_size(qtype) + _tensor_bytes(tensors, blk + "v_b")
 
 
 def _derived_size(qtype: int) -> int:

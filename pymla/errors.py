@@ -2,7 +2,8 @@
 
 
 class PymlaError(Exception):
-    """A mistake in the input or the environment. The message names the file, the tensor and the value, and what to do."""
+    """A mistake in the input or the environment. The message names the file, the tensor and the value, and what to
+    do."""
 
 
 class CacheFull(PymlaError):

@@ -126,7 +126,8 @@ class LanguageModel:
             self.model.free(sequence)
 
     def generation(self, prompt, *, max_tokens=None, stop=(), progress=None, **sampling):
-        """A `Generation` to iterate over; `prompt` is a text or token ids, `sampling` the fields of `SamplingParams`."""
+        """A `Generation` to iterate over; `prompt` is a text or token ids, `sampling` the fields of
+        `SamplingParams`."""
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt).tolist()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return Generation(self.model, self.tokenizer, ids, SamplingParams(**sampling), max_tokens, stop, progress)
@@ -154,7 +155,9 @@ class LanguageModel:
         if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise PymlaError("token ids must be a list of at least one integer")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise PymlaError(f"token ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.config.vocab_size}")
+            raise PymlaError(
+                f"token ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.config.vocab_size}"
+            )
         return ids.astype(np.int32)
 
 
@@ -183,15 +186,16 @@ def _plan(file, config, cache_type, mla, ctx, report):
     needed = plan(wanted)
     if needed.allocated > available:
         raise PymlaError(
-            f"not enough memory for {wanted} tokens of context: cache {_gib(needed.cache)}, scratch {_gib(needed.scratch)}, "
-            f"derived weights {_gib(needed.derived)}, process {_gib(needed.process)}; {_gib(available)} is available. "
+            f"not enough memory for {wanted} tokens of context: cache {_gib(needed.cache)}, "
+            f"scratch {_gib(needed.scratch)}, derived weights {_gib(needed.derived)}, process {_gib(needed.process)}; "
+            f"{_gib(available)} is available. "
             "Lower --ctx or choose a smaller --cache-type"
         )
     short = needed.total - available
     if short > 0:
         report.warn(
-            f"{file.path} takes {_gib(file.nbytes)} and {_gib(available)} of memory are available: about {_gib(short)} are "
-            f"read from disk again and again, up to {short / _DISK:.0f} s for a token"
+            f"{file.path} takes {_gib(file.nbytes)} and {_gib(available)} of memory are available: about {_gib(short)} "
+            f"are read from disk again and again, up to {short / _DISK:.0f} s for a token"
         )
     return wanted
 
@@ -213,5 +217,5 @@ def _backend(device, threads, report):
     cpu.set_threads(threads or cores)
     if cpu.cache_dir_warning():
         report.warn(cpu.cache_dir_warning())
-    cpu.compile_kernels(report.compiling if cpu.needs_compiling() else None)
+    cpu.compile_all(report.compiling if cpu.needs_compiling() else None)
     return cpu

@@ -7,13 +7,17 @@ slices, so that scratch stays bounded and each layer's keys and values are expan
 
 import numpy as np
 
-from pymla.cache import PagedCache, Sequence
+from pymla.cache import PAGE, PagedCache, Sequence, Step
 from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form
 from pymla.errors import PymlaError
 
 #: auto: whichever takes fewer multiply-adds, per sequence and step. 0: full K and V cache. 1: absorbed always.
 #: 2: expanded prompt, absorbed generation with materialised scores. 3: the same with online softmax.
 MLA_MODES = ("auto", "0", "1", "2", "3")
+
+#: Steps of up to so many sequences by one token each are recorded and replayed (`Graph`). Not with ``--mla 2``: the
+#: scores of the longest context would be kept for every layer.
+GRAPH_TOKENS = 8
 
 
 class Model:
@@ -36,13 +40,16 @@ class Model:
         Of intermediate results. Only the reference computes in float64.
     """
 
-    def __init__(self, config, weights, backend, *, cache_type="q8_0", mla="auto", ctx, cache_tokens=None, dtype=np.float32):
+    def __init__(
+        self, config, weights, backend, *, cache_type="q8_0", mla="auto", ctx, cache_tokens=None, dtype=np.float32
+    ):
         if mla not in MLA_MODES:
             raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
         self.config, self.weights, self.backend, self.mla, self.ctx = config, weights, backend, mla, ctx
         self.dtype = dtype
         self.inv_freq = config.inv_freq()
         self.cache = PagedCache(config, cache_type, mla, -(-(cache_tokens or ctx) // 64), ctx)
+        self._graphs = {}
 
     def new_sequence(self):
         """An empty sequence."""
@@ -72,34 +79,57 @@ class Model:
         CacheFull
             Before anything is computed.
         """
-        be, config, weights = self.backend, self.config, self.weights
         step = self.cache.extend(batch)
+        runs = self._runs(batch)
+        if len(batch) == len(step.tokens) <= GRAPH_TOKENS and self.mla != "2":
+            result = self._replay(step, runs)
+        else:
+            rows = slice(None) if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
+            result = self._step(step, runs, rows, progress)
+        self.cache.advance(batch)
+        return result.astype(np.float32)
+
+    def _replay(self, step, runs):
+        """The step of a few sequences that go on by one token each: recorded once, with arrays of its own for the
+        input."""
+        size = len(step.tokens)
+        if size not in self._graphs:
+            tables = np.zeros((size, -(-self.ctx // PAGE)), np.int32)
+            own = Step(*(np.zeros(size, np.int32) for _ in range(4)), tables)
+            self._graphs[size] = own, self.backend.Graph(lambda: self._step(own, runs, slice(None)))
+        own, graph = self._graphs[size]
+        for mine, new in zip(own[:4], step[:4], strict=True):
+            mine[:] = new
+        own.block_tables[:, : step.block_tables.shape[1]] = step.block_tables
+        return graph.replay()
+
+    def _step(self, step, runs, rows, progress=None):
+        """Logits after the tokens `rows`."""
+        be, config, weights = self.backend, self.config, self.weights
         tokens = len(step.tokens)
         cos_sin = be.rope.angles(
             step.positions, self.inv_freq, config.rope_magnitude, self._empty(tokens, len(self.inv_freq), 2)
         )
         x = be.quant.embedding_rows(weights.token_embd, step.tokens, self._empty(tokens, config.hidden_size))
         for i, (layer, cache) in enumerate(zip(weights.layers, self.cache.layers, strict=True)):
-            self._attention(layer, cache, x, step, cos_sin, batch)
+            self._attention(layer, cache, x, step, cos_sin, runs)
             self._feed_forward(layer, x)
             if progress:
                 progress(i + 1, config.num_hidden_layers)
-        if logits == "last":
-            x = x[np.cumsum([len(new) for _, new in batch]) - 1]
+        x = x[rows]
         h = be.quant.Activation(self._norm(x, weights.output_norm))
-        result = be.quant.matmul(weights.output, h, self._empty(len(x), config.vocab_size))
-        self.cache.advance(batch)
-        return result.astype(np.float32, copy=False)
+        return be.quant.matmul(weights.output, h, self._empty(len(x), config.vocab_size))
 
-    def _attention(self, layer, cache, x, step, cos_sin, batch):
+    def _attention(self, layer, cache, x, step, cos_sin, runs):
         """``x += W_o attention(norm(x))``, and the tokens' rows into the cache."""
         be = self.backend
         for part in slices(0, len(x)):
             self._store(layer, cache, x[part], step.slots[part], cos_sin[part])
-        for form, start, stop, b in self._runs(batch):
+        for form, start, stop, length in runs:
             if form == "expanded":
-                length = batch[b][0].length + len(batch[b][1])
-                attended = self._expanded(layer, cache, x[start:stop], step.part(start, stop), cos_sin[start:stop], length)
+                attended = self._expanded(
+                    layer, cache, x[start:stop], step.part(start, stop), cos_sin[start:stop], length
+                )
                 self._project(layer, x[start:stop], attended)
                 continue
             for part in slices(start, stop):
@@ -192,18 +222,19 @@ class Model:
                 be.norm.add(x[part], be.moe.experts(h, ids, weights, *experts, out))
 
     def _runs(self, batch):
-        """The forms of attention of a step: (form, first token, behind the last, sequence) of neighbours alike.
+        """The forms of attention of a step: (form, first token, behind the last, tokens in the cache then) of
+        neighbours.
 
         A run of the expanded form is one sequence; the other forms take several at once.
         """
         runs, stop = [], 0
-        for b, (sequence, new) in enumerate(batch):
-            start, stop = stop, stop + len(new)
-            form = self._form(len(new), sequence.length + len(new))
+        for sequence, new in batch:
+            start, stop, length = stop, stop + len(new), sequence.length + len(new)
+            form = self._form(len(new), length)
             if runs and form == runs[-1][0] != "expanded":
-                runs[-1] = (form, runs[-1][1], stop, b)
+                runs[-1] = (form, runs[-1][1], stop, length)
             else:
-                runs.append((form, start, stop, b))
+                runs.append((form, start, stop, length))
         return runs
 
     def _form(self, tokens, cached):

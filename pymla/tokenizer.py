@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer in a GGUF file.
 
-Byte-level BPE (``tokenizer.ggml.model`` "gpt2"): text is split by the pre-tokenizer's regular expressions, one after the
-other, each piece's UTF-8 bytes are written as printable characters, and the tokenizers package merges them.
+Byte-level BPE (``tokenizer.ggml.model`` "gpt2"): text is split by the pre-tokenizer's regular expressions, one after
+the other, each piece's UTF-8 bytes are written as printable characters, and the tokenizers package merges them.
 """
 
 import codecs
@@ -48,7 +48,16 @@ PRE_TOKENIZERS = {
 
 #: Tokens that end a text whatever the metadata says, by name.
 _END_NAMES = frozenset(
-    ("<｜end▁of▁sentence｜>", "<|EOT|>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "</s>")
+    (
+        "<｜end▁of▁sentence｜>",
+        "<|EOT|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|user|>",
+        "</s>",
+    )
 )
 
 
@@ -109,7 +118,9 @@ class Tokenizer:
             file = ModelFile.open(file)
         model = file.get("tokenizer.ggml.model", str)
         if model != "gpt2":
-            raise PymlaError(f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE)")
+            raise PymlaError(
+                f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE)"
+            )
         tokens = _strings(file, "tokenizer.ggml.tokens")
         merges = _strings(file, "tokenizer.ggml.merges")
         kinds = file.get("tokenizer.ggml.token_type", list, None)
@@ -159,7 +170,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PymlaError(f"the text has an invalid character at position {error.start}; it must be valid UTF-8") from None
+            raise PymlaError(
+                f"the text has an invalid character at position {error.start}; it must be valid UTF-8"
+            ) from None
         ids = [self.bos_id] if add_bos and self.add_bos else []
         splitter = self._special if parse_special else self._whole
         for i, piece in enumerate(splitter.split(text) if splitter else [text]):
@@ -214,7 +227,7 @@ class TextStream:
 
 @cache
 def _byte_alphabet():
-    """The printable character of each byte in byte-level BPE: printable ones stand for themselves, the rest follow U+0100."""
+    """The printable character of each byte in byte-level BPE: printable ones stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = (byte for byte in range(256) if byte not in printable)
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,8 +1,9 @@
 """The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout allows.
 
 Three layouts of ``W_k_b`` and ``W_v_b`` exist in files: ``attn_kv_b`` alone (before April 2025), ``attn_k_b`` and
-``attn_v_b`` (llama.cpp since), and all three (ik_llama.cpp, with a two-dimensional ``attn_k_b``). The engine wants the last
-two. Where only ``attn_kv_b`` is there, ``attn_v_b`` is a view of its rows, and ``attn_k_b`` is transposed at load.
+``attn_v_b`` (llama.cpp since), and all three (ik_llama.cpp, with a two-dimensional ``attn_k_b``). The engine works with
+the rows of ``attn_kv_b``, in its absorbed form as well: what it saves in reading pays for multiplying by the transpose.
+Where a file has ``attn_k_b`` alone, which is the transpose, it is transposed back at load.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Layer:
     attn_q_b: QTensor | None
     attn_kv_a_mqa: QTensor
     attn_kv_a_norm: np.ndarray
-    attn_k_b: QTensor  # H matrices of rank rows and nope columns
+    attn_k_b: QTensor  # H matrices of nope rows and rank columns
     attn_v_b: QTensor  # H matrices of v rows and rank columns
     attn_output: QTensor
     ffn_norm: np.ndarray
@@ -104,11 +105,14 @@ class _Taker:
         """A tensor that has one of `shapes`."""
         info = self.file.tensors.get(name)
         if info is None:
-            raise PymlaError(f"{self.file.path}: tensor {name} is missing; convert the model again or take another file")
+            raise PymlaError(
+                f"{self.file.path}: tensor {name} is missing; convert the model again or take another file"
+            )
         if info.qtype not in ggml.SUPPORTED:
             names = ", ".join(ggml.NAME[t] for t in ggml.SUPPORTED)
             raise PymlaError(
-                f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, which pymla does not run; it runs {names}"
+                f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, which pymla does not run; "
+                f"it runs {names}"
             )
         if info.shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
@@ -181,20 +185,21 @@ def _experts(take, config, blk):
 
 
 def _kv_b(take, config, blk):
-    """``attn_k_b`` and ``attn_v_b``, each H matrices, from any of the three layouts."""
+    """``W_k_b`` and ``W_v_b``, each H matrices of rank columns, from any of the three layouts."""
     heads, rank, nope, v = (
         config.num_attention_heads,
         config.kv_lora_rank,
         config.qk_nope_head_dim,
         config.v_head_dim,
     )
-    if take.has(blk + "attn_k_b.weight") and take.has(blk + "attn_v_b.weight"):
+    if take.has(blk + "attn_k_b.weight") and not take.has(blk + "attn_kv_b.weight"):
         k_b = take.matrix(blk + "attn_k_b.weight", (heads, rank, nope), (heads * rank, nope))
         v_b = take.matrix(blk + "attn_v_b.weight", (heads, v, rank), (heads * v, rank))
-        return (QTensor(w.qtype, w.data.reshape(heads, -1, w.data.shape[-1])) for w in (k_b, v_b))
+        k_b, v_b = (QTensor(w.qtype, w.data.reshape(heads, -1, w.data.shape[-1])) for w in (k_b, v_b))
+        return _transpose(k_b), v_b
     kv_b = take.matrix(blk + "attn_kv_b.weight", (heads * (nope + v), rank))
     by_head = kv_b.data.reshape(heads, nope + v, -1)
-    return _transpose(QTensor(kv_b.qtype, by_head[:, :nope])), QTensor(kv_b.qtype, by_head[:, nope:])
+    return QTensor(kv_b.qtype, by_head[:, :nope]), QTensor(kv_b.qtype, by_head[:, nope:])
 
 
 def _transpose(w):

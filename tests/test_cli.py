@@ -74,7 +74,9 @@ def test_generate_json(run, model):
     assert report["finish_reason"] == "length"
     assert len(report["tokens"]) == len(report["logprobs"]) == 5
     assert report["stats"]["generated_tokens"] == 5
-    assert run("generate", "-m", model, "abc", "-n", 5, "--seed", 3, "--json")[1].count(json.dumps(report["tokens"])) == 1
+    assert (
+        run("generate", "-m", model, "abc", "-n", 5, "--seed", 3, "--json")[1].count(json.dumps(report["tokens"])) == 1
+    )
 
 
 def test_prompt_from_a_file_and_standard_input(run, model, tmp_path):
@@ -89,7 +91,9 @@ def test_prompt_from_a_file_and_standard_input(run, model, tmp_path):
 
 
 def test_full_context_is_said(run, model):
-    code, _, err = run("generate", "-m", model, "abc", "--ctx", 64, "-n", 500, "--temperature", 0, "--logit-bias", "7=100")
+    code, _, err = run(
+        "generate", "-m", model, "abc", "--ctx", 64, "-n", 500, "--temperature", 0, "--logit-bias", "7=100"
+    )
     assert code == 0
     assert "context of 64 tokens is full" in err
 
@@ -154,7 +158,9 @@ def rewritten(model, path, *, metadata=None, tensors=None):
         if name.startswith("GGUF.") or name in metadata or name == "general.architecture":
             continue
         kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+        writer.add_key_value(
+            name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        )
     for name, value in metadata.items():
         if name == "general.architecture":
             writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.STRING)
@@ -187,7 +193,9 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     ],
 )
 def test_bad_metadata(refused, model, tmp_path, metadata, parts):
-    refused("generate", "-m", rewritten(model, tmp_path / "bad.gguf", metadata=metadata), "x", parts=["bad.gguf", *parts])
+    refused(
+        "generate", "-m", rewritten(model, tmp_path / "bad.gguf", metadata=metadata), "x", parts=["bad.gguf", *parts]
+    )
 
 
 def test_bad_tensors(refused, model, tmp_path):

@@ -367,7 +367,9 @@ def test_same_as_transformers(load, dim, theta, yarn):
     mscale = 10 * yarn.log_multiplier
     if mscale:
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
-    theirs = transformers.DeepseekV3Config(max_position_embeddings=163840, qk_rope_head_dim=dim, rope_parameters=scaling)
+    theirs = transformers.DeepseekV3Config(
+        max_position_embeddings=163840, qk_rope_head_dim=dim, rope_parameters=scaling
+    )
     inv_freq, magnitude = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
     np.testing.assert_allclose(config.inv_freq(), inv_freq.double().numpy(), rtol=1e-5)
     assert config.rope_magnitude == pytest.approx(magnitude, rel=1e-7)

@@ -100,12 +100,14 @@ def test_json(tiny):
         assert sum(op["bytes"] for op in part["ops"].values()) == pytest.approx(part["bytes"])
 
 
-@pytest.mark.parametrize(("layout", "words"), [("split", "k_b + v_b"), ("all", "all: kv_b, k_b and v_b"), ("kv_b", "kv_b")])
+@pytest.mark.parametrize(
+    ("layout", "words"), [("split", "k_b + v_b"), ("all", "all: kv_b, k_b and v_b"), ("kv_b", "kv_b")]
+)
 def test_layouts(tmp_path, layout, words):
     file = ModelFile.open(make_model(tmp_path / "model.gguf", "tiny", layout=layout))
     found = report(file)
     assert found["layout"] == words
-    assert (found["memory"]["derived"] > 0) is (layout == "kv_b")
+    assert (found["memory"]["derived"] > 0) is (layout == "split")
 
 
 def test_unknown_architecture(tmp_path):
@@ -147,7 +149,9 @@ def test_type_that_is_not_run(tiny, tmp_path):
 
 def test_missing_tensor(tiny, tmp_path):
     path = tmp_path / "renamed.gguf"
-    path.write_bytes(tiny.read_bytes().replace(b"blk.2.ffn_norm", b"blk.2.ffn_none").replace(b"blk.2.attn_q_b", b"x" * 14))
+    path.write_bytes(
+        tiny.read_bytes().replace(b"blk.2.ffn_norm", b"blk.2.ffn_none").replace(b"blk.2.attn_q_b", b"x" * 14)
+    )
     text = output(path)
     assert "tensor blk.2.attn_q_b.weight is missing" in text
     assert "Cost" not in text

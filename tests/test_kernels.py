@@ -13,7 +13,7 @@ from pymla.config import ModelConfig
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
-INT8 = {"rtol_max": 2e-6, "reason": "the reference multiplies the same int8 activations"}
+INT8 = {"rtol_max": 5e-6, "reason": "the reference multiplies the same int8 activations, in float64"}
 
 
 def normal(*shape, seed=0):
@@ -64,7 +64,7 @@ def test_matmul_at_extreme_codes(qtype, byte):
 def test_quantise_activations():
     x = normal(7, 96)
     x[2, :32] = 0
-    codes, scale, sums = cpu.quant.Activation(x).quantised(ggml.Q4_0)
+    codes, scale, sums = cpu.quant.Activation(x).input(ggml.Q4_0)[1:4]
     expected_codes, expected_scale = reference.quant.quantise_activations(x)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_array_equal(scale, expected_scale)
@@ -83,7 +83,8 @@ def test_embedding_rows(qtype):
 def test_matmul_heads(qtype):
     w, x = random_qtensor(qtype, 3, 5, 256), normal(7, 3, 256)
     actual = cpu.quant.matmul_heads(w, x, poisoned(7, 3, 5))
-    assert_close(actual, reference.quant.matmul_heads(w, x, np.empty((7, 3, 5))), **EXACT)
+    seen = as_multiplied(x.reshape(21, 256), qtype).reshape(x.shape)
+    assert_close(actual, reference.quant.matmul_heads(w, seen, np.empty((7, 3, 5))), **INT8)
 
 
 def test_norm_and_residual():
@@ -116,7 +117,9 @@ def test_experts(qtype, choice):
     down = random_qtensor(qtype, experts, hidden, inner, seed=3)
     x = as_multiplied(normal(tokens, hidden), qtype).astype(np.float32)
     actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden))
-    expected = reference.moe.experts(reference.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden))
+    expected = reference.moe.experts(
+        reference.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden)
+    )
     tolerance = EXACT if qtype == ggml.F32 else {"rtol_max": 0.02, "reason": "hidden activations are int8"}
     assert_close(actual, expected, **tolerance)
 
@@ -192,14 +195,16 @@ def test_expanded_attention_reads_no_masked_token():
         q = normal(tokens, heads, size, seed=2)
         expected = reference.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v))
         assert np.isfinite(expected).all()
-        assert_close(cpu.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v)), expected, **EXACT)
+        assert_close(
+            cpu.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v)), expected, **EXACT
+        )
 
 
 @pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
 def test_expand_and_absorb(qtype):
     heads, rank, nope, rope, v, length = 3, 256, 256, 32, 40, 70
-    k_b, v_b = random_qtensor(qtype, heads, rank, nope), random_qtensor(qtype, heads, v, rank, seed=1)
-    c_kv, k_pe = normal(length, rank), normal(length, rope, seed=1)
+    k_b, v_b = random_qtensor(qtype, heads, nope, rank), random_qtensor(qtype, heads, v, rank, seed=1)
+    c_kv, k_pe = as_multiplied(normal(length, rank), qtype).astype(np.float32), normal(length, rope, seed=1)
     outs = [(poisoned(length, heads, nope + rope), poisoned(length, heads, v)) for _ in range(2)]
     cpu.attention.expand(c_kv, k_pe, k_b, v_b, *outs[0])
     reference.attention.expand(c_kv, k_pe, k_b, v_b, *outs[1])
@@ -238,7 +243,9 @@ def test_router(scoring_func, groups):
     ids, weights = np.empty((9, 3), np.int32), poisoned(9, 3)
     cpu.moe.router(logits, bias, config, ids, weights)
     for t in range(9):
-        scores = 1 / (1 + np.exp(-logits[t])) if scoring_func == "sigmoid" else np.exp(logits[t]) / np.exp(logits[t]).sum()
+        scores = (
+            1 / (1 + np.exp(-logits[t])) if scoring_func == "sigmoid" else np.exp(logits[t]) / np.exp(logits[t]).sum()
+        )
         choice = (scores + bias).reshape(groups[0], -1)
         rank = sorted(range(groups[0]), key=lambda g: -sum(sorted(choice[g])[-best:]))[: groups[1]]
         allowed = [g * choice.shape[1] + i for g in rank for i in range(choice.shape[1])]

@@ -10,7 +10,9 @@ LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
 
 
 def drawn(count=400, history=(), **params):
-    sampler = Sampler(SamplingParams(**{"top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1, "seed": 1} | params), history)
+    sampler = Sampler(
+        SamplingParams(**{"top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1, "seed": 1} | params), history
+    )
     return [sampler.sample(LOGITS).token for _ in range(count)]
 
 

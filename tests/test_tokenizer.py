@@ -27,7 +27,9 @@ def small(pre="deepseek-llm", **kwargs):
     merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     kinds = [NORMAL] * len(tokens) + [CONTROL, USER_DEFINED]
     bos = len(tokens)
-    return Tokenizer([*tokens, "<|bos|>", "<tool>"], kinds, merges, pre, bos_id=bos, eos_ids=[bos], add_bos=True, **kwargs)
+    return Tokenizer(
+        [*tokens, "<|bos|>", "<tool>"], kinds, merges, pre, bos_id=bos, eos_ids=[bos], add_bos=True, **kwargs
+    )
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

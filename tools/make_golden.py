@@ -144,7 +144,9 @@ def logits(model, ids) -> np.ndarray:
 def prompts(shape: Shape, seed: int) -> dict[str, np.ndarray]:
     """Token ids: a single token, a short prompt, one past the original context length."""
     rng = np.random.default_rng(seed)
-    return {name: rng.integers(0, shape.vocab_size, n, np.int32) for name, n in (("one", 1), ("short", 9), ("long", 100))}
+    return {
+        name: rng.integers(0, shape.vocab_size, n, np.int32) for name, n in (("one", 1), ("short", 9), ("long", 100))
+    }
 
 
 def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:

@@ -306,7 +306,9 @@ def _type_id(qtype):
     if isinstance(qtype, str):
         qtype = ggml.ID.get(qtype.upper(), qtype)
     if qtype not in QTYPES:
-        raise PymlaError(f"no random weights of type {qtype!r}; choose {', '.join(ggml.NAME[t].lower() for t in QTYPES)}")
+        raise PymlaError(
+            f"no random weights of type {qtype!r}; choose {', '.join(ggml.NAME[t].lower() for t in QTYPES)}"
+        )
     return qtype
 
 

@@ -36,7 +36,9 @@ def _sampling(name, kind, help_):
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", "path", type=click.Path(path_type=Path), help="GGUF file. [default: the demo model]")
 @click.option("-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=256, show_default=True, help="Tokens to generate.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=0), default=256, show_default=True, help="Tokens to generate."
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="System message, with --chat.")
 @_sampling("temperature", float, "0: always the likeliest token.")
@@ -53,7 +55,9 @@ def _sampling(name, kind, help_):
 @click.option(
     "--logprobs", type=click.IntRange(0, 1000), default=0, help="Report so many likely tokens for each, with --json."
 )
-@click.option("--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]")
+@click.option(
+    "--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]"
+)
 @click.option("--cache-type", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), default="q8_0", show_default=True)
 @click.option(
     "--mla",
@@ -65,7 +69,9 @@ def _sampling(name, kind, help_):
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or reference.")
-@click.option("--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]")
+@click.option(
+    "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and figures.")
 @click.option("--quiet", is_flag=True, help="Nothing but the generated text; no figures.")
 def generate(

@@ -109,7 +109,9 @@ def _types(file: ModelFile) -> list[dict[str, Any]]:
     types: dict[int, dict[str, Any]] = {}
     for tensor in file.tensors.values():
         name, supported = ggml.NAME[tensor.qtype], tensor.qtype in ggml.SUPPORTED
-        entry = types.setdefault(tensor.qtype, {"type": name, "tensors": 0, "weights": 0, "bytes": 0, "supported": supported})
+        entry = types.setdefault(
+            tensor.qtype, {"type": name, "tensors": 0, "weights": 0, "bytes": 0, "supported": supported}
+        )
         entry["tensors"] += 1
         entry["weights"] += math.prod(tensor.shape)
         entry["bytes"] += tensor.data.nbytes
@@ -277,7 +279,9 @@ def _model_rows(found: dict[str, Any]) -> list[tuple]:
     if config is None:
         prefix = f"{found['architecture']}."
         return rows + [
-            (key.removeprefix(prefix), _plain(value)) for key, value in found["metadata"].items() if key.startswith(prefix)
+            (key.removeprefix(prefix), _plain(value))
+            for key, value in found["metadata"].items()
+            if key.startswith(prefix)
         ]
     moe = config["num_hidden_layers"] - config["first_k_dense_replace"]
     rows += [
@@ -298,9 +302,9 @@ def _head_sizes(config: dict[str, Any]) -> str:
 
 
 def _experts(config: dict[str, Any]) -> str:
-    return ("{num_experts_per_tok} of {n_routed_experts} and {n_shared_experts} shared, size {moe_intermediate_size}").format(
-        **config
-    )
+    return (
+        "{num_experts_per_tok} of {n_routed_experts} and {n_shared_experts} shared, size {moe_intermediate_size}"
+    ).format(**config)
 
 
 def _routing(config: dict[str, Any]) -> str:

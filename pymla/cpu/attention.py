@@ -1,52 +1,87 @@
 """Multi-head latent attention over a paged cache. Twin of `pymla.reference.attention`.
 
-Rows of the cache are read a page at a time into float32 scratch of the thread, then used for all heads (absorbed) or for a
-block of queries (expanded, full). Sums run over pages with an online softmax (Milakov and Gimelshein, 2018): a running
-maximum m, a running sum l, and the accumulated values, which shrink by exp(m_old - m_new) where the maximum grows.
+All forms run over the cache a page of 64 positions at a time, with an online softmax (Milakov and Gimelshein, 2018): a
+running maximum m, a running sum l, and accumulated values, which shrink by exp(m_old - m_new) where the maximum grows.
 Positions behind a query are never read.
+
+- *Absorbed*: a page is dequantised once and meets 16 heads, which are the lanes of two registers, in two small matrix
+  products. The pages of a token are split over threads, and the shares merged.
+- *Expanded*, *full*: blocks of queries of one head, against keys and values of that head.
+
+>>> import numpy as np
+>>> from pymla.cpu import attention
+>>> q, keys, values = (np.ones((5, 2, size), np.float32) for size in (48, 48, 32))
+>>> positions = np.arange(5, dtype=np.int32)
+>>> attention.expanded(q, keys, values, positions, 48**-0.5, np.empty((5, 2, 32), np.float32))[4, 1, :3].tolist()
+[1.0, 1.0, 1.0]
 """
 
 import numpy as np
-from numba import get_num_threads, prange, types
+from numba import types
 
-from pymla import ggml
 from pymla.cache import PAGE, Step
-from pymla.cpu.formats import dequantise_row, dot_float, write_row
+from pymla.cpu import threads
+from pymla.cpu.formats import dequantise_row, dot_row, write_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.quant import F2, F3, I1, MATRICES, Matrices, matmul_heads
-from pymla.cpu.simd import fma, load_f32, load_f32x8, mul, splat_f32, store_f32, store_f32x8
+from pymla.cpu.panels import tile_f32, transpose_panel
+from pymla.cpu.quant import (
+    F2,
+    F3,
+    I1,
+    I2,
+    Activation,
+    add_scaled,
+    matmul,
+    matmul_heads_transposed,
+)
+from pymla.cpu.simd import (
+    add,
+    address,
+    exp,
+    larger,
+    load_f32,
+    load_f32x8,
+    mul,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    sub,
+    total,
+)
+from pymla.ggml import F32
 from pymla.weights import QTensor
 
 __all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "load", "store"]
 
 CACHE = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C")), QTensor)
-I2 = types.Array(types.int32, 2, "C")
 STEP = types.NamedTuple((I1, I1, I1, I1, I2), Step)
 ROWS = types.Array(types.float32, 2, "A")
-F32 = ggml.F32
 
-#: Queries that share the reading of a page in the expanded and full forms.
-BLOCK = 16
+#: Heads that share the reading of a page in the absorbed form.
+HEADS = 16
+#: Queries of a head that share the reading of a page in the expanded and full forms.
+BLOCK = 64
 
 
 def store(rows, slots, cache):
     """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type; a row is contiguous."""
-    _store(rows, slots, cache)
+    _store[len(rows)](rows, slots, cache)
 
 
 def load(cache, block_table, out):
     """The first ``len(out)`` rows of a sequence as float32 (S, W)."""
-    _load(cache, block_table, out)
+    _load[len(out)](cache, block_table, out)
     return out
 
 
 def absorb(q, k_b, out):
-    """Queries of the absorbed form: ``out[t, h] = [k_b[h] @ q[t, h, :nope]; q[t, h, nope:]]``, float32 (T, H, rank + R)."""
-    rank = k_b.data.shape[1]
-    nope = q.shape[2] - (out.shape[2] - rank)
-    latent = np.empty((*q.shape[:2], rank), np.float32)
-    out[..., :rank] = matmul_heads(k_b, np.ascontiguousarray(q[..., :nope]), latent)
-    out[..., rank:] = q[..., nope:]
+    """Queries of the absorbed form: ``out[t, h] = [k_b[h].T @ q[t, h, :nope]; q[t, h, nope:]]``.
+
+    `q` float32 (T, H, nope + R), `k_b` of H matrices of nope rows and rank columns, `out` float32 (T, H, rank + R).
+    """
+    nope = k_b.data.shape[1]
+    matmul_heads_transposed(k_b, q[..., :nope], out[..., : out.shape[2] - (q.shape[2] - nope)])
+    _copy_rope[len(q)](q, out, q.shape[2] - nope)
     return out
 
 
@@ -54,68 +89,85 @@ def absorbed(q, latent, rope, step, scale, out):
     """Attention in the latent space: `q` float32 (T, H, rank + R), `out` float32 (T, H, rank)."""
     tokens, heads, rank = out.shape
     # Few tokens leave threads idle, so the pages of a token are split over several.
-    pages = int(step.positions.max()) // PAGE + 1
-    splits = max(1, min(pages, _tasks() // tokens))
+    groups = -(-heads // HEADS)
+    splits = max(1, 4 * threads.thread_count() // (tokens * groups))
     partial = np.empty((tokens * splits, heads, rank), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
-    _absorbed(q, latent, rope, step, scale, splits, partial, sums)
-    _merge(partial, sums, splits, out)
+    _absorbed[tokens * splits * groups, 1](q, latent, rope, step, scale, splits, partial, sums)
+    _merge[tokens * heads](partial, sums, splits, out)
     return out
 
 
 def absorbed_materialised(q, latent, rope, step, scale, out):
     """`absorbed` with all scores of a token in memory before the first value is read (``--mla 2``)."""
-    scores = np.empty((q.shape[1], int(step.positions.max()) + 1), np.float32)
-    for t in range(len(q)):
-        _materialised(q[t], latent, rope, step.block_tables[step.seq_of[t]], scale, step.positions[t], scores, out[t])
+    tokens, heads, _ = out.shape
+    pages = step.block_tables.shape[1]
+    for t in range(tokens):
+        scores = np.empty((heads, pages * PAGE), np.float32)
+        _scores[pages](q, latent, rope, step, scale, t, scores)
+        _values[heads, 1](scores, latent, step, t, out)
     return out
 
 
 def expand(c_kv, k_pe, k_b, v_b, keys, values):
-    """Keys, float32 (S, H, nope + R), and values, float32 (S, H, v), of some heads from latent rows."""
-    parts = max(1, get_num_threads() // values.shape[1])
-    _expand(c_kv, k_pe, Matrices.of(k_b), Matrices.of(v_b), parts, keys, values)
+    """Keys, float32 (S, H, nope + R), and values, float32 (S, H, v), of some heads from latent rows.
+
+    `c_kv` float32 (S, rank), `k_pe` float32 (S, R), `k_b` of H matrices of nope rows and `v_b` of H matrices of v rows,
+    both of rank columns.
+    """
+    length, heads, v = values.shape
+    x = Activation(c_kv)
+    nope = np.empty((length, heads * k_b.data.shape[1]), np.float32)
+    matmul(k_b, x, nope)
+    matmul(v_b, x, values.reshape(length, heads * v))
+    _join_keys[length](nope.reshape(length, heads, -1), k_pe, keys)
 
 
 def expanded(q, keys, values, positions, scale, out):
     """Causal attention of one sequence over expanded keys and values; all float32, `out` (T, H, v)."""
-    _expanded(q, keys, values, positions, scale, out)
+    tokens, heads, _ = q.shape
+    _expanded[heads * -(-tokens // BLOCK), 1](q, keys, values, positions, scale, out)
     return out
 
 
 def full(q, keys, values, step, scale, out):
     """Attention over a cache of whole keys and values (``--mla 0``); `q` float32 (T, H, nope + R), `out` (T, H, v)."""
-    _full(q, keys, values, step, scale, out)
+    tokens, heads, _ = q.shape
+    _full[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale, out)
     return out
 
 
-def _tasks():
-    return 2 * get_num_threads()
-
-
 @kernel(ROWS, I1, CACHE)
-def _store(rows, slots, cache):
-    columns = rows.shape[1]
-    for t in prange(len(rows)):
-        write_row(cache.qtype, rows[t].ctypes.data, cache.data[slots[t]].ctypes.data, columns)
+def _store(first, last, rows, slots, cache):
+    for t in range(first, last):
+        write_row(cache.qtype, address(rows[t]), address(cache.data[slots[t]]), rows.shape[1])
 
 
 @kernel(CACHE, I1, F2)
-def _load(cache, block_table, out):
-    for p in prange(len(out)):
+def _load(first, last, cache, block_table, out):
+    for p in range(first, last):
         row = cache.data[block_table[p // PAGE] * PAGE + p % PAGE]
-        dequantise_row(cache.qtype, row.ctypes.data, out[p].ctypes.data, out.shape[1])
+        dequantise_row(cache.qtype, address(row), address(out[p]), out.shape[1])
 
 
-@inline
-def add_scaled(weight, x, out, columns):
-    """``out += weight * x`` at addresses of float32."""
-    factor = splat_f32(weight)
-    whole = columns // 8 * 8
-    for i in range(0, 4 * whole, 32):
-        store_f32x8(out + i, fma(factor, load_f32x8(x + i), load_f32x8(out + i)))
-    for i in range(4 * whole, 4 * columns, 4):
-        store_f32(out + i, load_f32(out + i) + weight * load_f32(x + i))
+@kernel(F3, F3, types.int64)
+def _copy_rope(first, last, q, out, size):
+    for t in range(first, last):
+        for h in range(q.shape[1]):
+            for i in range(size):
+                out[t, h, out.shape[2] - size + i] = q[t, h, q.shape[2] - size + i]
+
+
+@kernel(F3, F2, F3)
+def _join_keys(first, last, nope, k_pe, keys):
+    """``keys[s, h] = [nope[s, h]; k_pe[s]]``."""
+    size = nope.shape[2]
+    for s in range(first, last):
+        for h in range(keys.shape[1]):
+            for i in range(size):
+                keys[s, h, i] = nope[s, h, i]
+            for i in range(k_pe.shape[1]):
+                keys[s, h, size + i] = k_pe[s, i]
 
 
 @inline
@@ -128,108 +180,146 @@ def shrink(factor, out, columns):
         store_f32(out + i, load_f32(out + i) * factor)
 
 
-@inline
-def attend_page(scores, count, state, values, stride, out, columns):
-    """Take a page into one head's online softmax.
-
-    Parameters
-    ----------
-    scores : float32 array
-        `count` of them; become the softmax's unnormalised weights.
-    state : float32 array (2,)
-        Running maximum and sum.
-    values, stride : int
-        Address of the first value row, float32, and bytes from row to row.
-    out : int
-        Address of the accumulated values, float32 (columns,).
-    """
-    largest = state[0]
-    for s in range(count):
-        largest = max(largest, scores[s])
-    if largest > state[0]:
-        correction = np.exp(state[0] - largest)
-        state[1] *= correction
-        shrink(correction, out, columns)
-        state[0] = largest
-    for s in range(count):
-        weight = np.exp(scores[s] - largest)
-        state[1] += weight
-        add_scaled(weight, values + s * stride, out, columns)
-
-
 @kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F3, F3)
-def _absorbed(q, latent, rope, step, scale, splits, partial, sums):
-    """Unnormalised values (T * splits, H, rank), and maximum and sum (T * splits, H, 2), of each share of the pages."""
+def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
+    """Unnormalised values (T * splits, H, rank), and maximum and sum (T * splits, H, 2), of each share of the pages.
+
+    An item is a token, a group of heads and a share.
+    """
     heads, rank = partial.shape[1], partial.shape[2]
-    rope_size = q.shape[2] - rank
-    for task in prange(len(partial)):
+    size = q.shape[2]
+    groups = (heads + HEADS - 1) // HEADS
+    padded = (rank + 15) // 16 * 16
+    queries = np.empty((HEADS, size), np.float32)
+    panel = np.empty((size, HEADS), np.float32)
+    rows = np.zeros((PAGE, size + 16), np.float32)
+    scores = np.empty((PAGE, HEADS), np.float32)
+    values = np.empty((HEADS, padded), np.float32)
+    state = np.empty((2, HEADS), np.float32)
+    stride = 4 * (size + 16)
+    for item in range(first, last):
+        task, group = item // groups, item % groups
         t, split = task // splits, task % splits
+        begin = group * HEADS
+        count = min(HEADS, heads - begin)
         length = step.positions[t] + 1
         pages = (length + PAGE - 1) // PAGE
+        from_page, to_page = pages * split // splits, pages * (split + 1) // splits
+        for h in range(begin, begin + count):
+            sums[task, h, 0], sums[task, h, 1] = -np.inf, 0
+        if from_page == to_page:
+            continue
+        for h in range(count):
+            for i in range(size):
+                queries[h, i] = q[t, begin + h, i] * np.float32(scale)
+        transpose_panel(address(queries), 4 * size, count, size, address(panel))
+        values[:] = 0
+        state[0], state[1] = -np.inf, 0
         table = step.block_tables[step.seq_of[t]]
-        c_kv = np.empty((PAGE, rank), np.float32)
-        k_pe = np.empty((PAGE, rope_size), np.float32)
-        scores = np.empty(PAGE, np.float32)
-        for h in range(heads):
-            sums[task, h, 0] = -np.inf
-            sums[task, h, 1] = 0
-            for i in range(rank):
-                partial[task, h, i] = 0
-        for page in range(pages * split // splits, pages * (split + 1) // splits):
-            count = min(PAGE, length - page * PAGE)
-            for s in range(count):
+        for page in range(from_page, to_page):
+            seen = min(PAGE, length - page * PAGE)
+            for s in range(seen):
                 slot = table[page] * PAGE + s
-                dequantise_row(latent.qtype, latent.data[slot].ctypes.data, c_kv[s].ctypes.data, rank)
-                dequantise_row(rope.qtype, rope.data[slot].ctypes.data, k_pe[s].ctypes.data, rope_size)
-            for h in range(heads):
-                query = q[t, h].ctypes.data
-                for s in range(count):
-                    score = dot_float(F32, c_kv[s].ctypes.data, query, rank)
-                    score += dot_float(F32, k_pe[s].ctypes.data, query + 4 * rank, rope_size)
-                    scores[s] = score * np.float32(scale)
-                address = partial[task, h].ctypes.data
-                attend_page(scores, count, sums[task, h], c_kv.ctypes.data, 4 * rank, address, rank)
+                row = address(rows[s])
+                dequantise_row(latent.qtype, address(latent.data[slot]), row, rank)
+                dequantise_row(rope.qtype, address(rope.data[slot]), row + 4 * rank, size - rank)
+            for s in range(0, seen, 4):
+                a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
+                tile_f32(
+                    address(rows[s]), a * stride, b * stride, c * stride, 4,
+                    address(panel), 64, size, address(scores[s]), 64, False,
+                )  # fmt: skip
+            heads_softmax(address(scores), seen, address(state), address(values), padded)
+            for h in range(0, HEADS, 4):
+                for i in range(0, rank, 16):
+                    tile_f32(
+                        address(scores) + 4 * h, 4, 8, 12, 64,
+                        address(rows) + 4 * i, stride, seen, address(values[h, i:]), 4 * padded, True,
+                    )  # fmt: skip
+        for h in range(count):
+            sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
+            for i in range(rank):
+                partial[task, begin + h, i] = values[h, i]
+
+
+@inline
+def heads_softmax(scores, seen, state, values, columns):
+    """Scores (seen, 16) of 16 heads become weights; their maxima and sums (2, 16), and values (16, columns), follow.
+
+    All but the numbers are addresses of float32.
+    """
+    for half in range(0, 64, 32):
+        old = load_f32x8(state + half)
+        most = old
+        for s in range(seen):
+            most = larger(load_f32x8(scores + 64 * s + half), most)
+        correction = exp(sub(old, most))
+        summed = mul(load_f32x8(state + 64 + half), correction)
+        for s in range(seen):
+            weight = exp(sub(load_f32x8(scores + 64 * s + half), most))
+            store_f32x8(scores + 64 * s + half, weight)
+            summed = add(summed, weight)
+        store_f32x8(state + half, most)
+        store_f32x8(state + 64 + half, summed)
+        factors = np.empty(8, np.float32)
+        store_f32x8(address(factors), correction)
+        for h in range(8):
+            if factors[h] != 1:
+                shrink(factors[h], values + 4 * columns * (half // 4 + h), columns)
 
 
 @kernel(F3, F3, types.int64, F3)
-def _merge(partial, sums, splits, out):
-    """Bring the shares of each token together: values weighted by exp(their maximum - the largest)."""
-    tokens, heads, rank = out.shape
-    for t in prange(tokens):
-        for h in range(heads):
-            largest = np.float32(-np.inf)
-            for split in range(splits):
-                largest = max(largest, sums[t * splits + split, h, 0])
-            total = np.float32(0)
-            for i in range(rank):
-                out[t, h, i] = 0
-            for split in range(splits):
-                each = t * splits + split
-                # A share may be empty: its maximum is -inf and its weight 0.
-                weight = np.exp(sums[each, h, 0] - largest)
-                total += weight * sums[each, h, 1]
-                add_scaled(weight, partial[each, h].ctypes.data, out[t, h].ctypes.data, rank)
-            shrink(np.float32(1) / total, out[t, h].ctypes.data, rank)
+def _merge(first, last, partial, sums, splits, out):
+    """Bring the shares of each token and head together: values weighted by exp(their maximum - the largest)."""
+    _, heads, rank = out.shape
+    for item in range(first, last):
+        t, h = item // heads, item % heads
+        largest = np.float32(-np.inf)
+        for split in range(splits):
+            largest = max(largest, sums[t * splits + split, h, 0])
+        total = np.float32(0)
+        out[t, h, :] = 0
+        for split in range(splits):
+            each = t * splits + split
+            if sums[each, h, 1] == 0:
+                continue
+            weight = np.float32(np.exp(sums[each, h, 0] - largest))
+            total += weight * sums[each, h, 1]
+            add_scaled(weight, address(partial[each, h]), address(out[t, h]), rank)
+        shrink(np.float32(1) / total, address(out[t, h]), rank)
 
 
-@kernel(F2, CACHE, CACHE, I1, types.float64, types.int64, F2, F2)
-def _materialised(q, latent, rope, table, scale, position, scores, out):
-    """One token, all heads: scores (H, S), their softmax, then the values by slices of the latent row."""
-    heads, rank = out.shape
-    rope_size = q.shape[1] - rank
-    length = position + 1
-    for page in prange((length + PAGE - 1) // PAGE):
-        c_kv = np.empty(rank, np.float32)
-        k_pe = np.empty(rope_size, np.float32)
-        for p in range(page * PAGE, min(page * PAGE + PAGE, length)):
+@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F2)
+def _scores(first, last, q, latent, rope, step, scale, t, scores):
+    """One token's scores (H, S), over pages; those behind its position have none."""
+    heads, size = q.shape[1], q.shape[2]
+    rank = size - rope_width(rope)
+    table = step.block_tables[step.seq_of[t]]
+    row = np.empty(size, np.float32)
+    for page in range(first, last):
+        for p in range(page * PAGE, min(page * PAGE + PAGE, step.positions[t] + 1)):
             slot = table[page] * PAGE + p % PAGE
-            dequantise_row(latent.qtype, latent.data[slot].ctypes.data, c_kv.ctypes.data, rank)
-            dequantise_row(rope.qtype, rope.data[slot].ctypes.data, k_pe.ctypes.data, rope_size)
+            dequantise_row(latent.qtype, address(latent.data[slot]), address(row), rank)
+            dequantise_row(rope.qtype, address(rope.data[slot]), address(row[rank:]), size - rank)
             for h in range(heads):
-                score = dot_float(F32, c_kv.ctypes.data, q[h].ctypes.data, rank)
-                score += dot_float(F32, k_pe.ctypes.data, q[h].ctypes.data + 4 * rank, rope_size)
+                score = dot_row(F32, address(row), address(q[t, h]), 0, 0, 0, size)
                 scores[h, p] = score * np.float32(scale)
-    for h in prange(heads):
+
+
+@inline
+def rope_width(rope):
+    """Values in a row of ``k_pe``, whose type is a float type."""
+    return rope.data.shape[1] // (4 if rope.qtype == F32 else 2)
+
+
+@kernel(F2, CACHE, STEP, types.int64, F3)
+def _values(first, last, scores, latent, step, t, out):
+    """The softmax of one token's scores, then the values, over heads."""
+    rank = out.shape[2]
+    length = step.positions[t] + 1
+    table = step.block_tables[step.seq_of[t]]
+    row = np.empty(rank, np.float32)
+    for h in range(first, last):
         largest = scores[h, 0]
         for p in range(length):
             largest = max(largest, scores[h, p])
@@ -237,147 +327,172 @@ def _materialised(q, latent, rope, table, scale, position, scores, out):
         for p in range(length):
             scores[h, p] = np.exp(scores[h, p] - largest)
             total += scores[h, p]
-        for p in range(length):
-            scores[h, p] /= total
-        row = np.empty(rank, np.float32)
-        for i in range(rank):
-            out[h, i] = 0
+        out[t, h, :] = 0
         for p in range(length):
             slot = table[p // PAGE] * PAGE + p % PAGE
-            dequantise_row(latent.qtype, latent.data[slot].ctypes.data, row.ctypes.data, rank)
-            add_scaled(scores[h, p], row.ctypes.data, out[h].ctypes.data, rank)
-
-
-@kernel(F2, F2, MATRICES, MATRICES, types.int64, F3, F3)
-def _expand(c_kv, k_pe, k_b, v_b, parts, keys, values):
-    length, rank = c_kv.shape
-    heads, v = values.shape[1], values.shape[2]
-    rope_size = k_pe.shape[1]
-    nope = keys.shape[2] - rope_size
-    for task in prange(heads * parts):
-        h, part = task // parts, task % parts
-        first, last = length * part // parts, length * (part + 1) // parts
-        row = np.empty(max(rank, nope), np.float32)
-        transposed = np.empty((nope, rank), np.float32)
-        for r in range(rank):
-            dequantise_row(k_b.qtype, k_b.address + h * k_b.matrix_stride + r * k_b.row_stride, row.ctypes.data, nope)
-            for n in range(nope):
-                transposed[n, r] = row[n]
-        for n in range(nope):
-            for s in range(first, last):
-                keys[s, h, n] = dot_float(F32, transposed[n].ctypes.data, c_kv[s].ctypes.data, rank)
-        for s in range(first, last):
-            for i in range(rope_size):
-                keys[s, h, nope + i] = k_pe[s, i]
-        for i in range(v):
-            dequantise_row(v_b.qtype, v_b.address + h * v_b.matrix_stride + i * v_b.row_stride, row.ctypes.data, rank)
-            for s in range(first, last):
-                values[s, h, i] = dot_float(F32, row.ctypes.data, c_kv[s].ctypes.data, rank)
+            dequantise_row(latent.qtype, address(latent.data[slot]), address(row), rank)
+            add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
 
 
 @inline
-def start(state, out, queries, columns):
-    """Empty online softmax of some queries."""
-    for i in range(queries):
-        state[i, 0] = -np.inf
-        state[i, 1] = 0
-        for j in range(columns):
-            out[i, j] = 0
+def attend_page(queries, count, positions, keys, values, key_stride, value_stride, first, seen, size, v, scratch):
+    """Take the rows at positions first to first + seen - 1 into the online softmax of a block of queries.
 
-
-@inline
-def attend_block(q, keys, key_stride, values, value_stride, first, count, positions, scale, scores, state, out):
-    """Take the rows at positions first to first + count - 1 into the online softmax of a block of queries.
-
-    `q` (Q, D), `state` (Q, 2) and `out` (Q, v) are float32 arrays, `positions` int32 (Q,); `keys` and `values` are addresses.
+    Parameters
+    ----------
+    queries : float32 array (BLOCK, D)
+        `count` of them, scaled.
+    positions : int32 array (count,)
+    keys, values : int
+        Addresses of the first row of each, float32.
+    key_stride, value_stride : int
+        Bytes from row to row.
+    size, v : int
+        Values in a key and in a value.
+    scratch : tuple of float32 arrays
+        Panel (D, 16), scores (BLOCK, PAGE), values (PAGE, padded v), state (BLOCK, 2), accumulated (BLOCK, padded v).
     """
-    for i in range(len(q)):
-        seen = min(count, positions[i] + 1 - first)
-        if seen > 0:
-            for s in range(seen):
-                product = dot_float(F32, keys + s * key_stride, q[i].ctypes.data, q.shape[1])
-                scores[s] = product * np.float32(scale)
-            attend_page(scores, seen, state[i], values, value_stride, out[i].ctypes.data, out.shape[1])
+    panel, scores, padded, state, result = scratch
+    width = padded.shape[1]
+    rows = (count + 3) // 4 * 4
+    for s in range(0, seen, 16):
+        transpose_panel(keys + s * key_stride, key_stride, min(16, seen - s), size, address(panel))
+        for i in range(0, rows, 4):
+            tile_f32(
+                address(queries[i]), 4 * size, 8 * size, 12 * size, 4,
+                address(panel), 64, size, address(scores[i, s:]), 4 * PAGE, False,
+            )  # fmt: skip
+    for s in range(seen):
+        source, target = values + s * value_stride, address(padded[s])
+        for i in range(0, 4 * (v // 8 * 8), 32):
+            store_f32x8(target + i, load_f32x8(source + i))
+        for i in range(4 * (v // 8 * 8), 4 * v, 4):
+            store_f32(target + i, load_f32(source + i))
+    for i in range(count):
+        query_softmax(scores[i], min(seen, positions[i] + 1 - first), state[i], address(result[i]), width)
+    for i in range(0, rows, 4):
+        for j in range(0, v, 16):
+            tile_f32(
+                address(scores[i]), 4 * PAGE, 8 * PAGE, 12 * PAGE, 4,
+                address(padded) + 4 * j, 4 * width, seen, address(result[i, j:]), 4 * width, True,
+            )  # fmt: skip
+
+
+@inline
+def query_softmax(scores, seen, state, result, columns):
+    """Scores (PAGE,) of a query, which sees some of them, become weights, 0 for the rest; maximum, sum, values
+    follow."""
+    row = address(scores)
+    if seen <= 0:
+        scores[:] = 0
+        return
+    for s in range(seen, PAGE):
+        scores[s] = -np.inf
+    most = state[0]
+    for s in range(seen):
+        most = max(most, scores[s])
+    if most > state[0]:
+        correction = np.float32(np.exp(state[0] - most))
+        state[1] *= correction
+        shrink(correction, result, columns)
+        state[0] = most
+    negative = splat_f32(-most)
+    for s in range(0, 4 * PAGE, 32):
+        store_f32x8(row + s, exp(add(load_f32x8(row + s), negative)))
+    # `exp` of minus infinity is a very small number: what the query does not see must count for nothing.
+    for s in range(seen, PAGE):
+        scores[s] = 0
+    sums = splat_f32(np.float32(0))
+    for s in range(0, 4 * PAGE, 32):
+        sums = add(sums, load_f32x8(row + s))
+    state[1] += total(sums)
 
 
 @kernel(F3, F3, F3, I1, types.float64, F3)
-def _expanded(q, keys, values, positions, scale, out):
+def _expanded(first, last, q, keys, values, positions, scale, out):
+    """Over blocks of queries of each head. Late blocks have more to read: they are dealt out first."""
     tokens, heads, v = out.shape
+    size = q.shape[2]
     blocks = (tokens + BLOCK - 1) // BLOCK
-    for task in prange(blocks * heads):
-        # Late blocks have more to read: they are dealt out first.
-        begin, h = (blocks - 1 - task // heads) * BLOCK, task % heads
-        end = min(begin + BLOCK, tokens)
-        query = q[begin:end, h].copy()
-        result = np.empty((end - begin, v), np.float32)
-        state = np.empty((end - begin, 2), np.float32)
-        scores = np.empty(PAGE, np.float32)
-        start(state, result, end - begin, v)
-        for first in range(0, positions[end - 1] + 1, PAGE):
-            attend_block(
-                query,
-                keys[first, h].ctypes.data,
-                4 * heads * keys.shape[2],
-                values[first, h].ctypes.data,
-                4 * heads * v,
-                first,
-                min(PAGE, len(keys) - first),
-                positions[begin:end],
-                scale,
-                scores,
-                state,
-                result,
-            )
-        for i in range(end - begin):
-            for j in range(v):
-                out[begin + i, h, j] = result[i, j] / state[i, 1]
+    queries, scratch = block_scratch(size, v)
+    for item in range(first, last):
+        begin, h = (blocks - 1 - item // heads) * BLOCK, item % heads
+        count = min(BLOCK, tokens - begin)
+        start_block(q, begin, count, h, scale, queries, scratch)
+        length = positions[begin + count - 1] + 1
+        for page in range(0, length, PAGE):
+            attend_page(
+                queries, count, positions[begin : begin + count],
+                address(keys[page, h]), address(values[page, h]), 4 * heads * size, 4 * heads * v,
+                page, min(PAGE, length - page), size, v, scratch,
+            )  # fmt: skip
+        finish_block(scratch, out, begin, count, h)
 
 
 @kernel(F3, CACHE, CACHE, STEP, types.float64, F3)
-def _full(q, keys, values, step, scale, out):
+def _full(first, last, q, keys, values, step, scale, out):
+    """Over blocks of queries of each head; a block may reach over sequences, and each of them is a run of its own."""
     tokens, heads, v = out.shape
     size = q.shape[2]
     key_bytes, value_bytes = keys.data.shape[1] // heads, values.data.shape[1] // heads
     blocks = (tokens + BLOCK - 1) // BLOCK
-    for task in prange(blocks * heads):
-        begin, h = (blocks - 1 - task // heads) * BLOCK, task % heads
+    queries, scratch = block_scratch(size, v)
+    k = np.empty((PAGE, size), np.float32)
+    value = np.empty((PAGE, v), np.float32)
+    for item in range(first, last):
+        begin, h = (blocks - 1 - item // heads) * BLOCK, item % heads
         end = min(begin + BLOCK, tokens)
-        result = np.empty((end - begin, v), np.float32)
-        state = np.empty((end - begin, 2), np.float32)
-        scores = np.empty(PAGE, np.float32)
-        k = np.empty((PAGE, size), np.float32)
-        value = np.empty((PAGE, v), np.float32)
-        start(state, result, end - begin, v)
-        # A block of queries may reach over sequences: each run of one sequence is a block of its own.
         while begin < end:
-            run = begin + 1
-            while run < end and step.seq_of[run] == step.seq_of[begin]:
-                run += 1
-            query = q[begin:run, h].copy()
-            offset = begin % BLOCK
+            stop = begin + 1
+            while stop < end and step.seq_of[stop] == step.seq_of[begin]:
+                stop += 1
+            start_block(q, begin, stop - begin, h, scale, queries, scratch)
             table = step.block_tables[step.seq_of[begin]]
-            length = step.positions[run - 1] + 1
-            for first in range(0, length, PAGE):
-                count = min(PAGE, length - first)
-                for s in range(count):
-                    slot = table[first // PAGE] * PAGE + s
-                    dequantise_row(keys.qtype, keys.data[slot].ctypes.data + h * key_bytes, k[s].ctypes.data, size)
-                    dequantise_row(values.qtype, values.data[slot].ctypes.data + h * value_bytes, value[s].ctypes.data, v)
-                attend_block(
-                    query,
-                    k.ctypes.data,
-                    4 * size,
-                    value.ctypes.data,
-                    4 * v,
-                    first,
-                    count,
-                    step.positions[begin:run],
-                    scale,
-                    scores,
-                    state[offset : offset + run - begin],
-                    result[offset : offset + run - begin],
-                )
-            for i in range(run - begin):
-                for j in range(v):
-                    out[begin + i, h, j] = result[offset + i, j] / state[offset + i, 1]
-            begin = run
+            length = step.positions[stop - 1] + 1
+            for page in range(0, length, PAGE):
+                seen = min(PAGE, length - page)
+                for s in range(seen):
+                    slot = table[page // PAGE] * PAGE + s
+                    dequantise_row(keys.qtype, address(keys.data[slot]) + h * key_bytes, address(k[s]), size)
+                    dequantise_row(values.qtype, address(values.data[slot]) + h * value_bytes, address(value[s]), v)
+                attend_page(
+                    queries, stop - begin, step.positions[begin:stop],
+                    address(k), address(value), 4 * size, 4 * v, page, seen, size, v, scratch,
+                )  # fmt: skip
+            finish_block(scratch, out, begin, stop - begin, h)
+            begin = stop
+
+
+@inline
+def block_scratch(size, v):
+    """Queries (BLOCK, D), and the scratch of `attend_page`."""
+    width = (v + 15) // 16 * 16
+    return np.zeros((BLOCK, size), np.float32), (
+        np.empty((size, 16), np.float32),
+        np.empty((BLOCK, PAGE), np.float32),
+        np.zeros((PAGE, width), np.float32),
+        np.empty((BLOCK, 2), np.float32),
+        np.empty((BLOCK, width), np.float32),
+    )
+
+
+@inline
+def start_block(q, begin, count, h, scale, queries, scratch):
+    """Scaled queries of a head, and an empty online softmax."""
+    _, scores, _, state, result = scratch
+    for i in range(count):
+        for j in range(q.shape[2]):
+            queries[i, j] = q[begin + i, h, j] * np.float32(scale)
+    state[:, 0] = -np.inf
+    state[:, 1] = 0
+    scores[:] = 0
+    result[:] = 0
+
+
+@inline
+def finish_block(scratch, out, begin, count, h):
+    """The values, divided by the softmax's sums."""
+    _, _, _, state, result = scratch
+    for i in range(count):
+        for j in range(out.shape[2]):
+            out[begin + i, h, j] = result[i, j] / state[i, 1]

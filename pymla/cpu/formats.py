@@ -1,10 +1,10 @@
-"""What a ggml type is to a kernel: how to dot a row, how to unpack a row for many columns, how to read and write numbers.
+"""What a ggml type is to a kernel: how to dot a row, how to unpack a block for a panel, how to read and write numbers.
 
-Adding a type means a branch in `dot_row` and in `unpack_row`, and nothing anywhere else. A branch is taken once per row,
-so it costs nothing.
+Adding a type means a branch in `dot_row`, and in `panel_bits` and the functions of its number of bits: nothing anywhere
+else. A branch is taken once per row or block.
 
-Weights of a block are ``w = d * code + m`` with codes of at most 8 bits, signed: a type's constant zero point is taken off
-when it is unpacked. Activations are ``x = scale * a``. So ``w · x = Σ_blocks scale * (d * Σ code * a + m * Σ a)``.
+Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
+``w · x = Σ_blocks scale * (d * Σ code * a + m * Σ a)``.
 
 All addresses are int64; the functions run inside kernels.
 """
@@ -12,15 +12,20 @@ All addresses are int64; the functions run inside kernels.
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.jit import inline
+from pymla.cpu.compiling import inline
 from pymla.cpu.simd import (
+    absolute,
+    add,
     bit_or,
     bits_2,
+    broadcast_f32x8,
     dot_i8,
     dot_u7,
     fma,
     high_nibbles,
     join_i8,
+    larger,
+    largest,
     load_bf16,
     load_bf16x8,
     load_f16,
@@ -31,17 +36,26 @@ from pymla.cpu.simd import (
     load_i8_as_f32x8,
     load_i8x16,
     load_i8x32,
+    load_nibbles,
+    load_scales_18,
+    load_scales_20,
     low_nibbles,
     mul,
+    round_away,
+    round_even,
+    spill,
     splat_f32,
     splat_halves,
+    store_as_i8,
     store_bf16,
     store_f16,
     store_f32,
     store_f32x8,
-    store_i8,
     store_i8x32,
+    store_i32,
+    store_start4,
     subtract_i8,
+    sum_i8x16,
     to_f32,
     total,
     zero_i32x8,
@@ -56,6 +70,12 @@ Q4_0, Q4_1, Q8_0, Q6_K = ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
 def is_float(qtype):
     """Whether products with this type are taken in float32."""
     return qtype in (F32, F16, BF16)
+
+
+@inline
+def float_bytes(qtype):
+    """Bytes of a number of a float type."""
+    return 4 if qtype == F32 else 2
 
 
 @inline
@@ -84,50 +104,70 @@ def dot_row(qtype, row, x, codes, scale, sums, columns):
 
 
 @inline
-def _nibbles(address):
-    """Thirty-two codes of 4 bits: the low halves of sixteen bytes come first, then the high halves."""
-    packed = load_i8x16(address)
-    return join_i8(low_nibbles(packed), high_nibbles(packed))
+def _dot_q4_0(row, codes, scale, sums, columns):
+    # Codes stay unsigned, which saves three instructions in eight: the zero point of 8 comes off by the sums. Scales
+    # are prepared for eight blocks at a time.
+    a = splat_f32(np.float32(0))
+    b = splat_f32(np.float32(0))
+    offset = splat_f32(np.float32(0))
+    whole = columns // 256
+    for _ in range(whole):
+        d = load_scales_18(row)
+        factors = spill(mul(d, load_f32x8(scale)))
+        offset = fma(d, load_f32x8(sums), offset)
+        for i in range(0, 8, 2):
+            a = _add_block4(row + 18 * i + 2, codes + 32 * i, factors + 4 * i, a)
+            b = _add_block4(row + 18 * i + 20, codes + 32 * i + 32, factors + 4 * i + 4, b)
+        row += 144
+        codes += 256
+        scale += 32
+        sums += 32
+    rest = np.float32(0)
+    for _ in range((columns - 256 * whole) // 32):
+        d = load_f16(row)
+        products = dot_u7(zero_i32x8(), load_nibbles(row + 2), load_i8x32(codes))
+        a = fma(to_f32(products), splat_f32(d * load_f32(scale)), a)
+        rest += d * load_f32(sums)
+        row += 18
+        codes += 32
+        scale += 4
+        sums += 4
+    return total(a) + total(b) - np.float32(8) * (total(offset) + rest)
 
 
 @inline
-def _dot_q4_0(row, codes, scale, sums, columns):
-    # Codes stay unsigned, which saves three instructions in eight: the zero point of 8 comes off by the sums. Two
-    # accumulators, because a block takes fewer cycles than a multiply-add takes to finish.
-    a = splat_f32(np.float32(0))
-    b = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    offset = np.float32(0)
-    for _ in range(columns // 64):
-        d, e = load_f16(row), load_f16(row + 18)
-        a = fma(to_f32(dot_u7(zero, _nibbles(row + 2), load_i8x32(codes))), splat_f32(d * load_f32(scale)), a)
-        b = fma(to_f32(dot_u7(zero, _nibbles(row + 20), load_i8x32(codes + 32))), splat_f32(e * load_f32(scale + 4)), b)
-        offset += d * load_f32(sums) + e * load_f32(sums + 4)
-        row += 36
-        codes += 64
-        scale += 8
-        sums += 8
-    if columns % 64:
-        d = load_f16(row)
-        a = fma(to_f32(dot_u7(zero, _nibbles(row + 2), load_i8x32(codes))), splat_f32(d * load_f32(scale)), a)
-        offset += d * load_f32(sums)
-    return total(a) + total(b) - np.float32(8) * offset
+def _add_block4(nibbles, codes, factor, acc):
+    """Add a block's products, times the float32 at `factor`."""
+    products = dot_u7(zero_i32x8(), load_nibbles(nibbles), load_i8x32(codes))
+    return fma(to_f32(products), broadcast_f32x8(factor), acc)
 
 
 @inline
 def _dot_q4_1(row, codes, scale, sums, columns):
-    acc = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    minimum = np.float32(0)
-    for _ in range(columns // 32):
-        products = dot_i8(zero, _nibbles(row + 4), load_i8x32(codes))
-        acc = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), acc)
-        minimum += load_f16(row + 2) * load_f32(sums)
+    a = splat_f32(np.float32(0))
+    b = splat_f32(np.float32(0))
+    minimum = splat_f32(np.float32(0))
+    whole = columns // 256
+    for _ in range(whole):
+        factors = spill(mul(load_scales_20(row), load_f32x8(scale)))
+        minimum = fma(load_scales_20(row + 2), load_f32x8(sums), minimum)
+        for i in range(0, 8, 2):
+            a = _add_block4(row + 20 * i + 4, codes + 32 * i, factors + 4 * i, a)
+            b = _add_block4(row + 20 * i + 24, codes + 32 * i + 32, factors + 4 * i + 4, b)
+        row += 160
+        codes += 256
+        scale += 32
+        sums += 32
+    rest = np.float32(0)
+    for _ in range((columns - 256 * whole) // 32):
+        products = dot_u7(zero_i32x8(), load_nibbles(row + 4), load_i8x32(codes))
+        a = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), a)
+        rest += load_f16(row + 2) * load_f32(sums)
         row += 20
         codes += 32
         scale += 4
         sums += 4
-    return total(acc) + minimum
+    return total(a) + total(b) + total(minimum) + rest
 
 
 @inline
@@ -197,7 +237,7 @@ def dot_float(qtype, row, x, columns):
     """`dot_row` of a float type: F32, F16 or BF16."""
     a = splat_f32(np.float32(0))
     b = splat_f32(np.float32(0))
-    size = 4 if qtype == F32 else 2
+    size = float_bytes(qtype)
     for _ in range(columns // 16):
         a = fma(load_f8(qtype, row), load_f32x8(x), a)
         b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
@@ -232,38 +272,11 @@ def load_float(qtype, address):
 
 
 @inline
-def unpack_row(qtype, row, codes, d, m, columns):
-    """A row of a quantised type as codes and scales, for products with many columns (`dot_unpacked`).
-
-    Parameters
-    ----------
-    qtype, row, columns : as in `dot_row`
-    codes : int
-        Out: address of int8 (columns,).
-    d : int
-        Out: address of float32 (columns // 32, 8): the scale of the first sixteen weights four times, then of the last.
-    m : int
-        Out: address of float32 (columns // 32,); written only by types with a minimum (`has_minimum`).
-    """
-    for block in range(columns // 32):
-        if qtype == Q6_K:
-            start = row + block // 8 * 210
-            unpacked = _q6_k_codes(start, block % 8)
-            store_f32x8(d + 32 * block, _q6_k_scale(start, block % 8))
-        elif qtype == Q8_0:
-            start = row + block * 34
-            unpacked = load_i8x32(start + 2)
-            store_f32x8(d + 32 * block, splat_f32(load_f16(start)))
-        elif qtype == Q4_0:
-            start = row + block * 18
-            unpacked = subtract_i8(_nibbles(start + 2), 8)
-            store_f32x8(d + 32 * block, splat_f32(load_f16(start)))
-        else:
-            start = row + block * 20
-            unpacked = _nibbles(start + 4)
-            store_f32x8(d + 32 * block, splat_f32(load_f16(start)))
-            store_f32(m + 4 * block, load_f16(start + 2))
-        store_i8x32(codes + 32 * block, unpacked)
+def panel_bits(qtype):
+    """Bits of the codes of a type in a panel: 4 or 8; 0 for float types."""
+    if is_float(qtype):
+        return 0
+    return 4 if qtype in (Q4_0, Q4_1) else 8
 
 
 @inline
@@ -273,26 +286,47 @@ def has_minimum(qtype):
 
 
 @inline
-def dot_unpacked(w_codes, d, m, minimum, codes, scale, sums, columns):
-    """An unpacked row times one activation vector, float32; `minimum` tells whether `m` counts."""
-    acc = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    for block in range(columns // 32):
-        products = dot_i8(zero, load_i8x32(w_codes + 32 * block), load_i8x32(codes + 32 * block))
-        weight = mul(load_f32x8(d + 32 * block), splat_f32(load_f32(scale + 4 * block)))
-        acc = fma(to_f32(products), weight, acc)
-    result = total(acc)
-    if minimum:
-        for block in range(columns // 32):
-            result += load_f32(m + 4 * block) * load_f32(sums + 4 * block)
-    return result
+def nibbles(qtype, row, block):
+    """Thirty-two codes from 0 to 15 of a type of 4 bits."""
+    if qtype == Q4_0:
+        return load_nibbles(row + 18 * block + 2)
+    return load_nibbles(row + 20 * block + 4)
+
+
+@inline
+def block_scale(qtype, row, block):
+    """The scale of a block of a type of 4 bits."""
+    return load_f16(row + (18 if qtype == Q4_0 else 20) * block)
+
+
+@inline
+def block_minimum(row, block):
+    """The minimum of a block of Q4_1."""
+    return load_f16(row + 20 * block + 2)
+
+
+@inline
+def codes8(qtype, row, block):
+    """Thirty-two signed codes of a type of 8 bits, the `block`-th of a row."""
+    if qtype == Q8_0:
+        return load_i8x32(row + 34 * block + 2)
+    return _q6_k_codes(row + block // 8 * 210, block % 8)
+
+
+@inline
+def scale16(qtype, row, sixteen):
+    """The scale of sixteen weights of a type of 8 bits, the `sixteen`-th of a row."""
+    if qtype == Q8_0:
+        return load_f16(row + 34 * (sixteen // 2))
+    start = row + sixteen // 16 * 210
+    return load_f16(start + 208) * load_i8_as_f32(start + 192 + sixteen % 16)
 
 
 @inline
 def dequantise_row(qtype, row, out, columns):
     """A row of any type, of weights or of the cache, as float32 at `out`; all three are addresses or sizes."""
     if is_float(qtype):
-        size = 4 if qtype == F32 else 2
+        size = float_bytes(qtype)
         whole = columns // 8 * 8
         for i in range(0, whole, 8):
             store_f32x8(out + 4 * i, load_f8(qtype, row + size * i))
@@ -313,11 +347,11 @@ def dequantise_row(qtype, row, out, columns):
                 low, high = _q6_k_scales(start, group)
             elif qtype == Q4_0:
                 start = row + 18 * block
-                store_i8x32(codes, subtract_i8(_nibbles(start + 2), 8))
+                store_i8x32(codes, subtract_i8(load_nibbles(start + 2), 8))
                 low = high = splat_f32(load_f16(start))
             else:
                 start = row + 20 * block
-                store_i8x32(codes, _nibbles(start + 4))
+                store_i8x32(codes, load_nibbles(start + 4))
                 low = high = splat_f32(load_f16(start))
                 minimum = splat_f32(load_f16(start + 2))
         for i in range(2):
@@ -329,7 +363,8 @@ def dequantise_row(qtype, row, out, columns):
 
 @inline
 def write_row(qtype, x, row, columns):
-    """Float32 values at `x` as a row of a cache type: F32, F16, BF16 or Q8_0. Same bytes as ``reference.quant.quantise``."""
+    """Float32 values at `x` as a row of a cache type: F32, F16, BF16 or Q8_0. The bytes of
+    ``reference.quant.quantise``."""
     if qtype == Q8_0:
         for block in range(columns // 32):
             _write_q8_0(x + 128 * block, row + 34 * block)
@@ -346,16 +381,45 @@ def write_row(qtype, x, row, columns):
 
 @inline
 def _write_q8_0(x, block):
-    largest = np.float32(0)
-    for i in range(32):
-        largest = max(largest, abs(load_f32(x + 4 * i)))
-    d = largest / np.float32(127)
+    a, b, c, e = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
+    most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(e))))
+    d = (most + not_finite(a, b, c, e)) / np.float32(127)
     inverse = np.float32(0)
     if d > 0:
         inverse = np.float32(1) / d
     store_f16(block, d)
-    for i in range(32):
-        scaled = load_f32(x + 4 * i) * inverse
-        # ggml rounds halves away from zero.
-        rounded = np.floor(abs(scaled) + np.float32(0.5))
-        store_i8(block + 2 + i, np.int8(rounded if scaled >= 0 else -rounded))
+    factor = splat_f32(inverse)
+    store_as_i8(block + 2, round_away(mul(a, factor)))
+    store_as_i8(block + 10, round_away(mul(b, factor)))
+    store_as_i8(block + 18, round_away(mul(c, factor)))
+    store_as_i8(block + 26, round_away(mul(e, factor)))
+
+
+@inline
+def not_finite(a, b, c, d):
+    """0, or NaN where one of 32 values is infinite or NaN: a scale with it added keeps the fault in sight, where codes
+    would turn it into a number."""
+    return total(mul(add(add(a, b), add(c, d)), splat_f32(np.float32(0))))
+
+
+@inline
+def quantise_block(x, codes, scale, sums, starts, sum16):
+    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; all are addresses."""
+    a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
+    most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
+    inverse = np.float32(0)
+    if most > 0:
+        inverse = np.float32(127) / most
+    factor = splat_f32(inverse)
+    store_as_i8(codes, round_even(mul(a, factor)))
+    store_as_i8(codes + 8, round_even(mul(b, factor)))
+    store_as_i8(codes + 16, round_even(mul(c, factor)))
+    store_as_i8(codes + 24, round_even(mul(d, factor)))
+    step = (most + not_finite(a, b, c, d)) / np.float32(127)
+    store_f32(scale, step)
+    block = load_i8x32(codes)
+    store_start4(starts, block)
+    low, high = sum_i8x16(load_i8x16(codes)), sum_i8x16(load_i8x16(codes + 16))
+    store_i32(sum16, low)
+    store_i32(sum16 + 4, high)
+    store_f32(sums, step * np.float32(low + high))

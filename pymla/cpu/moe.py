@@ -1,32 +1,95 @@
-"""The mixture of experts. Twin of `pymla.reference.moe`."""
+"""The mixture of experts. Twin of `pymla.reference.moe`.
+
+Pairs of a token and an expert are sorted by expert, so that an expert's rows are read once for all of its tokens. Gate
+and up rows of the same number are multiplied together, and SiLU is applied before anything is stored.
+
+>>> import numpy as np
+>>> from pymla import ggml
+>>> from pymla.cpu import moe, quant
+>>> from pymla.reference.quant import quantise
+>>> from pymla.weights import QTensor
+>>> def matrices(count, rows, columns):
+...     values = np.random.default_rng(rows).standard_normal((count * rows, columns), np.float32)
+...     return QTensor(ggml.Q4_0, quantise(values, ggml.Q4_0).reshape(count, rows, -1))
+>>> gate, up, down = matrices(8, 64, 96), matrices(8, 64, 96), matrices(8, 96, 64)
+>>> x = quant.Activation(np.ones((2, 96), np.float32))
+>>> ids, weights = np.array([[3, 5], [5, 0]], np.int32), np.full((2, 2), 0.5, np.float32)
+>>> moe.experts(x, ids, weights, gate, up, down, np.empty((2, 96), np.float32)).shape
+(2, 96)
+"""
 
 import numpy as np
-from numba import prange
+from numba import types
 
-from pymla.cpu.formats import dot_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.quant import CHUNKS, F2, I1, I8, MATRICES, Activation, Matrices, matmul
+from pymla.cpu.panels import ROWS, SCRATCH, product
+from pymla.cpu.quant import (
+    F2,
+    I1,
+    I2,
+    INPUT,
+    MATRICES,
+    Activation,
+    Matrices,
+    add_scaled,
+    copy,
+    counting,
+    dot_token,
+    matmul,
+    parts,
+)
+from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
 from pymla.ggml import QUANTISED
 
-#: The router's choice is a matter of a few hundred numbers per token, which NumPy handles.
-from pymla.reference.moe import router
-
 __all__ = ["experts", "ffn", "router"]
+
+VECTOR = types.Array(types.float32, 1, "C", readonly=True)
+_NO_BIAS = np.empty(0, np.float32)
+
+#: Pairs for each expert on average, from which panels are faster than rows.
+FEW_PAIRS = 2
+
+
+def router(logits, bias, config, ids, weights):
+    """Choose `num_experts_per_tok` experts for every token (`pymla.reference.moe.router`)."""
+    _router[len(logits), 16](
+        logits,
+        _NO_BIAS if bias is None else bias,
+        config.scoring_func == "sigmoid",
+        config.n_group,
+        config.topk_group,
+        1 if config.group_score == "max" else 2,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+        ids,
+        weights,
+    )
 
 
 def experts(activation, ids, weights, gate, up, down, out):
     """Routed experts, fused: gate and up of all pairs of token and expert in one pass, then down with the weights.
 
-    `activation` of (T, K); `ids` int32 and `weights` float32 (T, k); `gate` and `up` of E matrices of F rows and K columns,
-    `down` of E matrices of K rows and F columns; `out` float32 (T, K), overwritten. No expert's rows are read twice.
+    `activation` of (T, K); `ids` int32 and `weights` float32 (T, k); `gate` and `up` of E matrices of F rows and K
+    columns, `down` of E matrices of K rows and F columns; `out` float32 (T, K), overwritten.
     """
-    pairs = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
-    starts = np.searchsorted(ids.reshape(-1)[pairs], np.arange(len(gate.data) + 1)).astype(np.int32)
-    hidden = np.empty((len(pairs), gate.data.shape[1]), np.float32)
-    codes, scale, sums = activation.quantised(gate.qtype if gate.qtype in QUANTISED else up.qtype)
-    _gate_up(Matrices.of(gate), Matrices.of(up), pairs, starts, activation.x, codes, scale, sums, hidden)
-    inner = Activation(hidden)
-    _down(Matrices.of(down), pairs, starts, weights, inner.x, *inner.quantised(down.qtype), out)
+    count, inner = gate.data.shape[:2]
+    pairs = np.empty(ids.size, np.int32)
+    tokens = np.empty(ids.size, np.int32)
+    starts = np.empty(count + 1, np.int32)
+    _sort_pairs[1](ids, pairs, tokens, starts)
+    hidden = np.empty((ids.size, inner), np.float32)
+    x = activation.input(gate.qtype if gate.qtype in QUANTISED else up.qtype)
+    gates, ups, downs = Matrices.of(gate), Matrices.of(up), Matrices.of(down)
+    by_panels = ids.size > FEW_PAIRS * count and gate.qtype == up.qtype and gate.qtype in QUANTISED
+    if by_panels:
+        _gate_up_panels[count * -(-inner // LANES), 1](gates, ups, tokens, starts, x, hidden)
+    else:
+        _gate_up_rows[inner](gates, ups, tokens, starts, x, hidden)
+    y = Activation(hidden).input(down.qtype)
+    if ids.size > FEW_PAIRS * count and down.qtype in QUANTISED:
+        _down_panels[-(-len(down.data[0]) // ROWS), 1](downs, pairs, counting(len(pairs)), starts, weights, y, out)
+    else:
+        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y, out)
     return out
 
 
@@ -36,70 +99,229 @@ def ffn(activation, gate, up, down, out):
     other = np.empty_like(inner)
     matmul(gate, activation, inner)
     matmul(up, activation, other)
-    _silu_mul(inner, other)
+    _silu_mul[len(inner)](inner, other)
     return matmul(down, Activation(inner), out)
 
 
 @inline
+def silu_mul(x, y, out, count):
+    """``out = x / (1 + exp(-x)) * y`` of `count` float32; addresses. Up to 7 more are written where `count` is no
+    multiple of 8."""
+    one, zero = splat_f32(np.float32(1)), splat_f32(np.float32(0))
+    for i in range(0, 4 * count, 32):
+        value = load_f32x8(x + i)
+        value = div(value, add(one, exp(sub(zero, value))))
+        store_f32x8(out + i, mul(value, load_f32x8(y + i)))
+
+
+@inline
 def silu(x):
-    """``x / (1 + exp(-x))``."""
+    """``x / (1 + exp(-x))`` of one number."""
     return x / (np.float32(1) + np.exp(-x))
 
 
 @kernel(F2, F2)
-def _silu_mul(x, y):
-    for t in prange(len(x)):
-        for i in range(x.shape[1]):
+def _silu_mul(first, last, x, y):
+    """``x = silu(x) * y`` over tokens."""
+    count = x.shape[1]
+    for t in range(first, last):
+        silu_mul(address(x[t]), address(y[t]), address(x[t]), count // 8 * 8)
+        for i in range(count // 8 * 8, count):
             x[t, i] = silu(x[t, i]) * y[t, i]
 
 
-@kernel(MATRICES, MATRICES, I1, I1, F2, I8, F2, F2, F2)
-def _gate_up(gate, up, pairs, starts, x, codes, scale, sums, hidden):
-    """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair in order of experts."""
-    rows = gate.rows
-    columns = x.shape[1]
-    choices = len(pairs) // len(x)
-    chunks = min(rows, CHUNKS)
-    for chunk in prange(chunks):
-        for e in range(len(starts) - 1):
-            for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
-                if starts[e] == starts[e + 1]:
-                    break
-                gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
-                up_row = up.address + e * up.matrix_stride + r * up.row_stride
-                for i in range(starts[e], starts[e + 1]):
-                    t = pairs[i] // choices
-                    a, c, s, m = x[t].ctypes.data, codes[t:].ctypes.data, scale[t:].ctypes.data, sums[t:].ctypes.data
-                    g = dot_row(gate.qtype, gate_row, a, c, s, m, columns)
-                    hidden[i, r] = silu(g) * dot_row(up.qtype, up_row, a, c, s, m, columns)
+@kernel(
+    F2,
+    VECTOR,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.int64,
+    types.float64,
+    I2,
+    F2,
+)
+def _router(first, last, logits, bias, sigmoid, groups, kept, best, normalise, factor, ids, weights):
+    """`router` over tokens."""
+    count, used = logits.shape[1], ids.shape[1]
+    size = count // groups
+    scores = np.empty(count, np.float32)
+    choice = np.empty(count, np.float32)
+    group_scores = np.empty(groups, np.float32)
+    for t in range(first, last):
+        most = logits[t, 0]
+        for e in range(count):
+            most = max(most, logits[t, e])
+        total = np.float32(0)
+        for e in range(count):
+            if sigmoid:
+                scores[e] = np.float32(1) / (np.float32(1) + np.exp(-logits[t, e]))
+            else:
+                scores[e] = np.exp(logits[t, e] - most)
+                total += scores[e]
+        for e in range(count):
+            if not sigmoid:
+                scores[e] /= total
+            choice[e] = scores[e] + (bias[e] if len(bias) else np.float32(0))
+        if groups > 1:
+            for g in range(groups):
+                top, second = np.float32(-np.inf), np.float32(-np.inf)
+                for e in range(g * size, (g + 1) * size):
+                    if choice[e] > top:
+                        top, second = choice[e], top
+                    elif choice[e] > second:
+                        second = choice[e]
+                group_scores[g] = top if best == 1 else top + second
+            for _ in range(groups - kept):
+                # The last of the worst goes: among equals the first is chosen.
+                worst = 0
+                for g in range(groups):
+                    if group_scores[g] <= group_scores[worst]:
+                        worst = g
+                group_scores[worst] = np.inf
+                for e in range(worst * size, (worst + 1) * size):
+                    choice[e] = -np.inf
+        chosen = np.float32(0)
+        for j in range(used):
+            top = 0
+            for e in range(count):
+                if choice[e] > choice[top]:
+                    top = e
+            ids[t, j] = top
+            weights[t, j] = scores[top]
+            chosen += scores[top]
+            choice[top] = -np.inf
+        for j in range(used):
+            share = weights[t, j] / (chosen + np.float32(1e-20)) if normalise else weights[t, j]
+            weights[t, j] = share * np.float32(factor)
 
 
-@kernel(MATRICES, I1, I1, F2, F2, I8, F2, F2, F2)
-def _down(down, pairs, starts, weights, x, codes, scale, sums, out):
-    """``out[t] = Σ weights[t, j] * (down[e] @ hidden)``; a thread owns rows of `out`, so none waits for another."""
-    rows = down.rows
-    columns = x.shape[1]
+@kernel(I2, I1, I1, I1)
+def _sort_pairs(first, last, ids, pairs, tokens, starts):
+    """Numbers of the pairs (token * k + choice) by expert, their tokens, and where each expert's pairs begin."""
+    used = ids.shape[1]
+    count = len(starts) - 1
+    starts[:] = 0
+    for t in range(len(ids)):
+        for j in range(used):
+            starts[ids[t, j] + 1] += 1
+    for e in range(count):
+        starts[e + 1] += starts[e]
+    next_of = starts.copy()
+    for t in range(len(ids)):
+        for j in range(used):
+            at = next_of[ids[t, j]]
+            next_of[ids[t, j]] += 1
+            pairs[at] = t * used + j
+            tokens[at] = t
+
+
+@kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
+def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
+    """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices."""
+    columns, activations = x.x.shape[1], parts(x)
+    for e in range(gate.count):
+        if starts[e] == starts[e + 1]:
+            continue
+        for r in range(first, last):
+            gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
+            up_row = up.address + e * up.matrix_stride + r * up.row_stride
+            for i in range(starts[e], starts[e + 1]):
+                g = dot_token(gate.qtype, gate_row, activations, tokens[i], columns)
+                hidden[i, r] = silu(g) * dot_token(up.qtype, up_row, activations, tokens[i], columns)
+
+
+@kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
+def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
+    """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows."""
+    columns = x.x.shape[1]
+    groups = (gate.rows + LANES - 1) // LANES
+    scratch = np.empty(SCRATCH, np.uint8)
+    most = 0
+    for e in range(first // groups, (last - 1) // groups + 1):
+        most = max(most, starts[e + 1] - starts[e])
+    result = np.empty((max(1, most), ROWS), np.float32)
+    for item in range(first, last):
+        e, row = item // groups, item % groups * LANES
+        begin, end = starts[e], starts[e + 1]
+        if begin == end:
+            continue
+        count = min(LANES, gate.rows - row)
+        product(
+            gate.qtype,
+            gate.address + e * gate.matrix_stride + row * gate.row_stride,
+            up.address + e * up.matrix_stride + row * up.row_stride,
+            count,
+            count,
+            gate.row_stride,
+            columns,
+            x,
+            tokens,
+            (begin, end),
+            address(scratch),
+            address(result),
+        )
+        for i in range(end - begin):
+            at = address(result[i])
+            silu_mul(at, at + 4 * LANES, at, LANES)
+            copy(at, address(hidden[begin + i, row:]), count)
+
+
+@kernel(MATRICES, I1, I1, F2, INPUT, F2)
+def _down_rows(first, last, down, pairs, starts, weights, x, out):
+    """``out[t] = Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
+    columns, activations = x.x.shape[1], parts(x)
     choices = weights.shape[1]
-    chunks = min(rows, CHUNKS)
-    for chunk in prange(chunks):
-        first, last = rows * chunk // chunks, rows * (chunk + 1) // chunks
+    for t in range(len(out)):
+        for r in range(first, last):
+            out[t, r] = 0
+    for e in range(down.count):
+        if starts[e] == starts[e + 1]:
+            continue
+        for r in range(first, last):
+            row = down.address + e * down.matrix_stride + r * down.row_stride
+            for i in range(starts[e], starts[e + 1]):
+                t, j = pairs[i] // choices, pairs[i] % choices
+                out[t, r] += weights[t, j] * dot_token(down.qtype, row, activations, i, columns)
+
+
+@kernel(MATRICES, I1, I1, I1, F2, INPUT, F2)
+def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
+    """The same over groups of `ROWS` rows."""
+    columns = x.x.shape[1]
+    choices = weights.shape[1]
+    scratch = np.empty(SCRATCH, np.uint8)
+    most = 0
+    for e in range(down.count):
+        most = max(most, starts[e + 1] - starts[e])
+    result = np.empty((most, ROWS), np.float32)
+    for item in range(first, last):
+        begin = item * ROWS
+        count = min(ROWS, down.rows - begin)
+        half = min(LANES, count)
+        rest, skip = (count - half, LANES) if count > half else (1, half - 1)
         for t in range(len(out)):
-            for r in range(first, last):
+            for r in range(begin, begin + count):
                 out[t, r] = 0
-        for e in range(len(starts) - 1):
-            for r in range(first, last):
-                if starts[e] == starts[e + 1]:
-                    break
-                row = down.address + e * down.matrix_stride + r * down.row_stride
-                for i in range(starts[e], starts[e + 1]):
-                    t, j = pairs[i] // choices, pairs[i] % choices
-                    product = dot_row(
-                        down.qtype,
-                        row,
-                        x[i].ctypes.data,
-                        codes[i:].ctypes.data,
-                        scale[i:].ctypes.data,
-                        sums[i:].ctypes.data,
-                        columns,
-                    )
-                    out[t, r] += weights[t, j] * product
+        for e in range(down.count):
+            if starts[e] == starts[e + 1]:
+                continue
+            row = down.address + e * down.matrix_stride + begin * down.row_stride
+            product(
+                down.qtype,
+                row,
+                row + skip * down.row_stride,
+                half,
+                rest,
+                down.row_stride,
+                columns,
+                x,
+                index,
+                (starts[e], starts[e + 1]),
+                address(scratch),
+                address(result),
+            )
+            for i in range(starts[e], starts[e + 1]):
+                t, j = pairs[i] // choices, pairs[i] % choices
+                add_scaled(weights[t, j], address(result[i - starts[e]]), address(out[t, begin:]), count)

@@ -8,9 +8,11 @@
 """
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from pymla.cpu.jit import kernel
+from pymla.cpu.simd import add as plus
+from pymla.cpu.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
 
 MATRIX = types.Array(types.float32, 2, "C")
 ROWS = types.Array(types.float32, 2, "A")
@@ -20,32 +22,46 @@ VECTOR = types.Array(types.float32, 1, "C", readonly=True)
 def rms_norm(x, weight, eps, out):
     """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis; float32 (T, K), `weight` float32 (K,).
 
-    `x` may be rows of a wider array.
+    `x` may be columns of a wider array.
     """
-    _rms_norm(x, weight, eps, out)
+    _rms_norm[len(x)](x, weight, eps, out)
     return out
 
 
 def add(x, y):
     """``x += y``, both float32 (T, K)."""
-    _add(x, y)
+    _add[len(x)](x, y)
     return x
 
 
 @kernel(ROWS, VECTOR, types.float64, MATRIX)
-def _rms_norm(x, weight, eps, out):
+def _rms_norm(first, last, x, weight, eps, out):
     columns = x.shape[1]
-    for t in prange(len(x)):
-        square = np.float32(0)
-        for i in range(columns):
+    whole = columns // 8 * 8
+    for t in range(first, last):
+        row, result, factors = address(x[t]), address(out[t]), address(weight)
+        squares = splat_f32(np.float32(0))
+        for i in range(0, 4 * whole, 32):
+            values = load_f32x8(row + i)
+            squares = fma(values, values, squares)
+        square = np.float64(total(squares))
+        for i in range(whole, columns):
             square += x[t, i] * x[t, i]
-        scale = np.float32(1 / np.sqrt(np.float64(square) / columns + eps))
-        for i in range(columns):
+        scale = np.float32(1 / np.sqrt(square / columns + eps))
+        scales = splat_f32(scale)
+        for i in range(0, 4 * whole, 32):
+            store_f32x8(result + i, mul(mul(load_f32x8(row + i), scales), load_f32x8(factors + i)))
+        for i in range(whole, columns):
             out[t, i] = x[t, i] * scale * weight[i]
 
 
 @kernel(MATRIX, MATRIX)
-def _add(x, y):
-    for t in prange(len(x)):
-        for i in range(x.shape[1]):
+def _add(first, last, x, y):
+    columns = x.shape[1]
+    whole = columns // 8 * 8
+    for t in range(first, last):
+        a, b = address(x[t]), address(y[t])
+        for i in range(0, 4 * whole, 32):
+            store_f32x8(a + i, plus(load_f32x8(a + i), load_f32x8(b + i)))
+        for i in range(whole, columns):
             x[t, i] += y[t, i]

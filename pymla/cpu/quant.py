@@ -1,7 +1,8 @@
 """Products with quantised matrices. Twin of `pymla.reference.quant`.
 
-Quantised types multiply on integers: activations become int8 with a scale per 32 values, once for all matrices that read
-them (`Activation`). Float types multiply in float32.
+Quantised types multiply on integers: activations become int8 with a scale per 32 values, once for all matrices that
+read them (`Activation`). Float types multiply in float32. Few tokens read every row straight from the file; many go
+through panels (`pymla.cpu.panels`).
 
 >>> import numpy as np
 >>> from pymla import ggml
@@ -18,40 +19,40 @@ True
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
 from pymla import ggml
-from pymla.cpu.formats import (
-    dequantise_row,
-    dot_float,
-    dot_row,
-    dot_unpacked,
-    has_minimum,
-    is_float,
-    unpack_row,
-)
+from pymla.cpu.formats import dequantise_row, dot_row, is_float, quantise_block
 from pymla.cpu.jit import inline, kernel
-
-F32 = ggml.F32
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
+from pymla.cpu.simd import (
+    LANES,
+    address,
+    fma,
+    load_f32,
+    load_f32x8,
+    load_f32xL,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    store_f32xL,
+)
 
 #: Numba types of the kernels' arguments.
-BYTES = types.Array(types.uint8, 2, "C", readonly=True)
 F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "C")
 F3 = types.Array(types.float32, 3, "C")
-I8 = types.Array(types.int8, 2, "C")
 I1 = types.Array(types.int32, 1, "C")
+I2 = types.Array(types.int32, 2, "C")
+I8 = types.Array(types.int8, 2, "C")
+BYTES = types.Array(types.uint8, 2, "C", readonly=True)
 
-#: Up to this many tokens each row is read once per token, straight from the file; beyond, it is unpacked once for all.
-FEW = 3
-
-
-#: Parallel loops over rows make this many chunks, more than any machine here has threads.
-CHUNKS = 64
+#: Up to this many tokens every row is read once per token, straight from the file; beyond, it goes through panels.
+FEW = 4
 
 
 class Matrices(NamedTuple):
-    """Several matrices of a QTensor for a kernel: rows of a matrix are contiguous, matrices may lie apart."""
+    """One or several matrices of a QTensor for a kernel: rows of a matrix are contiguous, matrices may lie apart."""
 
     qtype: int
     address: int
@@ -62,11 +63,29 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, w):
-        """The view of a QTensor with three-dimensional data."""
-        return cls(w.qtype, w.data.__array_interface__["data"][0], *w.data.strides[:2], *w.data.shape[:2])
+        """The view of a QTensor with two- or three-dimensional data."""
+        data = w.data if w.data.ndim == 3 else w.data[None]
+        return cls(w.qtype, data.__array_interface__["data"][0], *data.strides[:2], *data.shape[:2])
 
 
 MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
+
+
+class Input(NamedTuple):
+    """Activations as kernels read them; the quantised parts are empty where only float types do."""
+
+    x: np.ndarray  # float32 (T, K)
+    codes: np.ndarray  # int8 (T, K)
+    scale: np.ndarray  # float32 (T, K // 32): x ≈ codes * scale
+    sums: np.ndarray  # float32 (T, K // 32): sums of codes * scale
+    starts: np.ndarray  # int32 (T, K // 32): for `simd.start4`
+    sum16: np.ndarray  # int32 (T, K // 16): sums of codes
+    zeros: np.ndarray  # int32 (1, 1): 0
+
+
+INPUT = types.NamedTuple((F2, I8, F2, F2, I2, I2, I2), Input)
+
+_ZERO = np.zeros((1, 1), np.int32)
 
 
 class Activation:
@@ -75,142 +94,223 @@ class Activation:
     Parameters
     ----------
     x : float32 array (T, K), contiguous
-
-    Attributes
-    ----------
-    codes : int8 array (T, K)
-    scale, sums : float32 array (T, K // 32)
-        ``x ≈ codes * scale``; the sum of ``codes * scale`` over 32 values.
     """
 
     def __init__(self, x):
         self.x = x
-        self._quantised = None
+        self._float = self._quantised = None
 
-    def quantised(self, qtype):
-        """``codes, scale, sums``; empty arrays where `qtype` multiplies in float32."""
+    def input(self, qtype):
+        """The `Input` for products with a type."""
         if qtype not in ggml.QUANTISED:
-            return _NONE
+            if self._float is None:
+                self._float = self._empty(0)
+            return self._float
         if self._quantised is None:
             tokens, columns = self.x.shape
-            codes = np.empty((tokens, columns), np.int8)
-            scale = np.empty((tokens, columns // 32), np.float32)
-            sums = np.empty((tokens, columns // 32), np.float32)
-            quantise_activations(self.x, codes, scale, sums)
-            self._quantised = codes, scale, sums
+            self._quantised = self._empty(tokens)
+            blocks = tokens * (columns // 32)
+            _quantise_activations[blocks, max(64, -(-blocks // 64))](self._quantised)
         return self._quantised
 
-
-_NONE = np.empty((0, 0), np.int8), np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+    def _empty(self, tokens):
+        columns = self.x.shape[1] if tokens else 0
+        by_32 = (tokens, columns // 32)
+        return Input(
+            self.x,
+            np.empty((tokens, columns), np.int8),
+            np.empty(by_32, np.float32),
+            np.empty(by_32, np.float32),
+            np.empty(by_32, np.int32),
+            np.empty((tokens, columns // 16), np.int32),
+            _ZERO,
+        )
 
 
 def matmul(w, activation, out):
-    """``out = x @ W.T``: `w` of N rows and K columns, `activation` of (T, K), `out` float32 (T, N)."""
-    codes, scale, sums = activation.quantised(w.qtype)
-    multiply = matvec if len(out) <= FEW else matmul_many
-    multiply(w.qtype, w.data, activation.x, codes, scale, sums, out)
+    """``out = x @ W.T``: `w` of N rows and K columns, `activation` of (T, K), `out` float32 (T, N).
+
+    Where `w` has several matrices, `out` has (T, matrices * N): the same input for all of them.
+    """
+    x, matrices = activation.input(w.qtype), Matrices.of(w)
+    if len(out) <= FEW:
+        _matmul_rows[matrices.count * matrices.rows](matrices, x, out)
+    else:
+        rows = FLOAT_ROWS if w.qtype not in ggml.QUANTISED else ROWS
+        _matmul_panels[matrices.count * -(-matrices.rows // rows), 1](matrices, x, counting(len(out)), out)
     return out
 
 
 def matmul_heads(w, x, out):
     """A matrix for each head: ``out[t, h] = W[h] @ x[t, h]``, `x` float32 (T, H, K), `out` float32 (T, H, N)."""
-    _matmul_heads(Matrices.of(w), x, out)
+    tokens, heads, columns = x.shape
+    activation = Activation(x.reshape(tokens * heads, columns))
+    matrices = Matrices.of(w)
+    _matmul_heads[matrices.count * matrices.rows](matrices, activation.input(w.qtype), out)
+    return out
+
+
+def matmul_heads_transposed(w, x, out):
+    """``out[t, h] = W[h].T @ x[t, h]`` with H matrices of N rows and K columns.
+
+    `x` float32 (T, H, N) and `out` (T, H, K) may be part of a wider last axis.
+    """
+    _matmul_heads_transposed[len(w.data) * _PARTS, 1](Matrices.of(w), x, out)
     return out
 
 
 def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
-    _embedding_rows(w.qtype, w.data, tokens, out)
+    _embedding_rows[len(tokens)](w.qtype, w.data, tokens, out)
     return out
 
 
+_longest_index = np.arange(512, dtype=np.int32)
+
+
+def counting(count):
+    """0, 1, 2, …"""
+    global _longest_index
+    if count > len(_longest_index):
+        _longest_index = np.arange(count, dtype=np.int32)
+    return _longest_index[:count]
+
+
+@kernel(INPUT)
+def _quantise_activations(first, last, x):
+    """Blocks of 32 activations, counted over all tokens."""
+    for i in range(first, last):
+        word = 4 * i
+        codes = address(x.codes) + 32 * i
+        quantise_block(
+            address(x.x) + 128 * i,
+            codes,
+            address(x.scale) + word,
+            address(x.sums) + word,
+            address(x.starts) + word,
+            address(x.sum16) + 2 * word,
+        )
+
+
 @inline
-def quantise_row(x, codes, scale, sums):
-    """One vector of activations: float32 (K,) to int8 codes (K,), float32 scale and sums (K // 32,)."""
-    for block in range(len(scale)):
-        largest = np.float32(0)
-        for i in range(32):
-            largest = max(largest, abs(x[32 * block + i]))
-        scale[block] = largest / np.float32(127)
-        inverse = np.float32(0)
-        if largest > 0:
-            inverse = np.float32(127) / largest
-        total = np.float32(0)
-        for i in range(32):
-            code = np.rint(x[32 * block + i] * inverse)
-            codes[32 * block + i] = np.int8(code)
-            total += code
-        sums[block] = total * scale[block]
+def parts(x):
+    """Addresses of an `Input`'s numbers, codes, scales and sums: what `dot_token` needs, in few words."""
+    return address(x.x), address(x.codes), address(x.scale), address(x.sums)
 
 
-@kernel(F2, I8, F2, F2)
-def quantise_activations(x, codes, scale, sums):
-    """Activations (T, K) as int8 codes (T, K) with a float32 scale and sum (T, K // 32) for every 32 values."""
-    for t in prange(len(x)):
-        quantise_row(x[t], codes[t], scale[t], sums[t])
+@inline
+def dot_token(qtype, row, activations, t, columns):
+    """A row of weights times the activations of a token; `activations` from `parts`."""
+    x, codes, scale, sums = activations
+    word = 4 * t * (columns // 32)
+    return dot_row(qtype, row, x + 4 * t * columns, codes + t * columns, scale + word, sums + word, columns)
 
 
-@kernel(types.int64, BYTES, F2, I8, F2, F2, F2)
-def matvec(qtype, data, x, codes, scale, sums, out):
-    """`matmul` for few tokens: every row of blocks is read straight from the file."""
-    rows, columns = len(data), x.shape[1]
-    chunks = min(rows, CHUNKS)
-    for chunk in prange(chunks):
-        for t in range(len(x)):
-            for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
-                out[t, r] = dot_row(
-                    qtype,
-                    data[r].ctypes.data,
-                    x[t].ctypes.data,
-                    codes[t:].ctypes.data,
-                    scale[t:].ctypes.data,
-                    sums[t:].ctypes.data,
-                    columns,
-                )
+@kernel(MATRICES, INPUT, F2)
+def _matmul_rows(first, last, w, x, out):
+    """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
+    columns, activations = x.x.shape[1], parts(x)
+    for r in range(first, last):
+        row = w.address + r // w.rows * w.matrix_stride + r % w.rows * w.row_stride
+        for t in range(len(out)):
+            out[t, r] = dot_token(w.qtype, row, activations, t, columns)
 
 
-@kernel(types.int64, BYTES, F2, I8, F2, F2, F2)
-def matmul_many(qtype, data, x, codes, scale, sums, out):
-    """`matmul` for many tokens: every row is unpacked once and stays in the cache for all of them."""
-    rows, columns = len(data), x.shape[1]
-    chunks = min(rows, CHUNKS)
-    floats, minimum = is_float(qtype), has_minimum(qtype)
-    for chunk in prange(chunks):
-        unpacked = np.empty(columns, np.int8)
-        d = np.empty(columns // 4, np.float32)
-        m = np.empty(columns // 32, np.float32)
-        for r in range(rows * chunk // chunks, rows * (chunk + 1) // chunks):
-            row = data[r].ctypes.data
-            if floats:
-                for t in range(len(x)):
-                    out[t, r] = dot_float(qtype, row, x[t].ctypes.data, columns)
-            else:
-                unpack_row(qtype, row, unpacked.ctypes.data, d.ctypes.data, m.ctypes.data, columns)
-                for t in range(len(x)):
-                    out[t, r] = dot_unpacked(
-                        unpacked.ctypes.data,
-                        d.ctypes.data,
-                        m.ctypes.data,
-                        minimum,
-                        codes[t].ctypes.data,
-                        scale[t].ctypes.data,
-                        sums[t].ctypes.data,
-                        columns,
-                    )
-
-
-@kernel(MATRICES, F3, F3)
-def _matmul_heads(w, x, out):
-    tokens, heads, columns = x.shape
-    for h in prange(heads):
-        row = np.empty(columns, np.float32)
-        for r in range(w.rows):
-            dequantise_row(w.qtype, w.address + h * w.matrix_stride + r * w.row_stride, row.ctypes.data, columns)
+@kernel(MATRICES, INPUT, I1, F2)
+def _matmul_panels(first, last, w, x, index, out):
+    """`matmul` for many tokens, over groups of `ROWS` (float types: `FLOAT_ROWS`) rows of each matrix."""
+    tokens, columns = x.x.shape
+    floats = is_float(w.qtype)
+    size = FLOAT_ROWS if floats else ROWS
+    groups = (w.rows + size - 1) // size
+    scratch = np.empty(FLOAT_SCRATCH if floats else SCRATCH, np.uint8)
+    result = np.empty((1 if floats else tokens, ROWS), np.float32)
+    for item in range(first, last):
+        matrix, begin = item // groups, item % groups * size
+        row = w.address + matrix * w.matrix_stride + begin * w.row_stride
+        count = min(size, w.rows - begin)
+        target = matrix * w.rows + begin
+        if floats:
+            product_float(w.qtype, row, count, w.row_stride, columns, x.x, out[:, target:], address(scratch))
+        else:
+            half = min(LANES, count)
+            # Without a second group, the first one's last row stands in for it.
+            rest, skip = (count - half, LANES) if count > half else (1, half - 1)
+            product(
+                w.qtype,
+                row,
+                row + skip * w.row_stride,
+                half,
+                rest,
+                w.row_stride,
+                columns,
+                x,
+                index,
+                (0, tokens),
+                address(scratch),
+                address(result),
+            )
             for t in range(tokens):
-                out[t, h, r] = dot_float(F32, row.ctypes.data, x[t, h].ctypes.data, columns)
+                copy(address(result[t]), address(out[t, target:]), count)
+
+
+@inline
+def copy(source, target, count):
+    """`count` float32 from one address to another."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store_f32xL(target + 4 * i, load_f32xL(source + 4 * i))
+    for i in range(whole, count):
+        store_f32(target + 4 * i, load_f32(source + 4 * i))
+
+
+@kernel(MATRICES, INPUT, F3)
+def _matmul_heads(first, last, w, x, out):
+    """`matmul_heads` over the rows of all heads."""
+    tokens, heads, _ = out.shape
+    columns, activations = x.x.shape[1], parts(x)
+    for r in range(first, last):
+        h, i = r // w.rows, r % w.rows
+        row = w.address + h * w.matrix_stride + i * w.row_stride
+        for t in range(tokens):
+            out[t, h, i] = dot_token(w.qtype, row, activations, t * heads + h, columns)
+
+
+#: Items of `_matmul_heads_transposed` per head: each takes a share of the tokens, or of the rows' columns.
+_PARTS = 4
+A3 = types.Array(types.float32, 3, "A")
+
+
+@kernel(MATRICES, A3, A3)
+def _matmul_heads_transposed(first, last, w, x, out):
+    """Rows are dequantised once and added up, scaled, for each token; an item is a quarter of a head's tokens."""
+    tokens, columns = len(x), out.shape[2]
+    row = np.empty(columns, np.float32)
+    for item in range(first, last):
+        h, part = item // _PARTS, item % _PARTS
+        begin, end = tokens * part // _PARTS, tokens * (part + 1) // _PARTS
+        if begin == end:
+            continue
+        for t in range(begin, end):
+            out[t, h, :] = 0
+        for i in range(w.rows):
+            dequantise_row(w.qtype, w.address + h * w.matrix_stride + i * w.row_stride, address(row), columns)
+            for t in range(begin, end):
+                add_scaled(x[t, h, i], address(row), address(out[t, h]), columns)
+
+
+@inline
+def add_scaled(weight, x, out, columns):
+    """``out += weight * x`` at addresses of float32."""
+    factor = splat_f32(weight)
+    whole = columns // 8 * 8
+    for i in range(0, 4 * whole, 32):
+        store_f32x8(out + i, fma(factor, load_f32x8(x + i), load_f32x8(out + i)))
+    for i in range(4 * whole, 4 * columns, 4):
+        store_f32(out + i, load_f32(out + i) + weight * load_f32(x + i))
 
 
 @kernel(types.int64, BYTES, I1, F2)
-def _embedding_rows(qtype, data, tokens, out):
-    for t in prange(len(tokens)):
-        dequantise_row(qtype, data[tokens[t]].ctypes.data, out[t].ctypes.data, out.shape[1])
+def _embedding_rows(first, last, qtype, data, tokens, out):
+    for t in range(first, last):
+        dequantise_row(qtype, address(data[tokens[t]]), address(out[t]), out.shape[1])

@@ -1,26 +1,52 @@
-"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`."""
+"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`.
 
-from numba import prange, types
+>>> import numpy as np
+>>> from pymla.cpu import rope
+>>> quarter = rope.angles(np.array([1], np.int32), np.array([np.pi / 2]), 1.0, np.empty((1, 1, 2), np.float32))
+>>> rope.rope_interleaved(np.array([[[7, 1, 0]]], np.float32), quarter).round(5).tolist()
+[[[7.0, 0.0, 1.0]]]
+"""
+
+import numpy as np
+from numba import types
 
 from pymla.cpu.jit import kernel
-from pymla.reference.rope import angles
 
-__all__ = ["angles", "rope_interleaved"]
+A3 = types.Array(types.float32, 3, "A")
+F3 = types.Array(types.float32, 3, "C")
+I1 = types.Array(types.int32, 1, "C")
+D1 = types.Array(types.float64, 1, "C")
 
-F3 = types.Array(types.float32, 3, "A")
+
+def angles(positions, inv_freq, magnitude, out):
+    """Cosines and sines: ``out[t, i] = magnitude * (cos, sin)(positions[t] * inv_freq[i])``.
+
+    `positions` int32 (T,), `inv_freq` float64 (n,), `out` float32 (T, n, 2).
+    """
+    _angles[len(positions), 16](positions, inv_freq, magnitude, out)
+    return out
 
 
 def rope_interleaved(x, cos_sin):
     """Rotate the last ``2 * cos_sin.shape[1]`` values of every head of x, float32 (T, H, D), in place."""
-    _rope_interleaved(x, cos_sin)
+    _rope_interleaved[len(x)](x, cos_sin)
     return x
 
 
-@kernel(F3, F3)
-def _rope_interleaved(x, cos_sin):
-    tokens, heads, size = x.shape
+@kernel(I1, D1, types.float64, F3)
+def _angles(first, last, positions, inv_freq, magnitude, out):
+    for t in range(first, last):
+        for i in range(len(inv_freq)):
+            angle = positions[t] * inv_freq[i]
+            out[t, i, 0] = magnitude * np.cos(angle)
+            out[t, i, 1] = magnitude * np.sin(angle)
+
+
+@kernel(A3, A3)
+def _rope_interleaved(first, last, x, cos_sin):
+    _, heads, size = x.shape
     pairs = cos_sin.shape[1]
-    for t in prange(tokens):
+    for t in range(first, last):
         for h in range(heads):
             for i in range(pairs):
                 at = size - 2 * pairs + 2 * i

@@ -1,17 +1,26 @@
 """Vector registers as Numba values, so that kernels are plain Python over them.
 
 ``f32x8`` is eight float32, ``i8x32`` thirty-two int8, and so on. A kernel keeps them in local variables; LLVM keeps
-those in registers. Two levels behind one interface: AVX2, and portable vector code that LLVM lowers on any processor.
-Both give the same integers. ``PYMLA_ISA=portable`` forces the second.
+those in registers. Four levels behind one interface, the best that the processor has, or the one that ``PYMLA_ISA``
+names: ``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector code that LLVM lowers on any processor. All give
+the same integers.
+
+Products of int8 come in two shapes. Rows of weights use 32 codes in the order of the file (`dot_i8`, `dot_u7`). Panels
+(`pymla.cpu.panels`) hold `LANES` rows in the lanes of a register, four codes of each row side by side, and take the
+functions on ``Panel`` registers, whose width the level decides.
 
 Addresses are int64 (``array.ctypes.data``). Loads and stores need no alignment.
 """
 
 import os
+from inspect import Parameter, Signature
 
 import llvmlite.binding as llvm
+import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from pymla.errors import PymlaError
@@ -26,7 +35,9 @@ class Vector(types.Type):
         super().__init__(name=f"{element}x{count}")
 
 
-_ELEMENT = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "f32": ir.FloatType()}
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F16, _F32 = ir.HalfType(), ir.FloatType()
+_ELEMENT = {"i8": _I8, "i16": _I16, "i32": _I32, "f32": _F32}
 
 
 @register_model(Vector)
@@ -44,19 +55,66 @@ i32x8 = Vector("i32", 8)
 i8x32 = Vector("i8", 32)
 i8x16 = Vector("i8", 16)
 
-_I16, _I32 = ir.IntType(16), ir.IntType(32)
-
 
 def _isa():
+    features = llvm.get_host_cpu_features()
+    levels = ["portable"]
+    if features.get("avx2") and features.get("fma"):
+        levels.insert(0, "avx2")
+        if features.get("avxvnni"):
+            levels.insert(0, "avxvnni")
+        if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
+            levels.insert(0, "avx512vnni")
     wanted = os.environ.get("PYMLA_ISA", "")
-    levels = ["avx2", "portable"] if llvm.get_host_cpu_features().get("avx2") else ["portable"]
     if wanted and wanted not in levels:
-        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {' and '.join(levels)}")
+        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {', '.join(levels)}")
     return wanted or levels[0]
 
 
 #: The level in use.
 ISA = _isa()
+_VNNI = ISA in ("avx512vnni", "avxvnni")
+
+#: Rows of a panel: the lanes of its registers.
+LANES = 16 if ISA == "avx512vnni" else 8
+f32xL = Vector("f32", LANES)
+i32xL = Vector("i32", LANES)
+i8xL = Vector("i8", 4 * LANES)
+#: Sums of products with codes of 4 bits: without VNNI a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
+sum4 = i32xL if _VNNI else Vector("i16", 2 * LANES)
+
+
+def _intrinsic(typed, emit, arguments):
+    """An intrinsic that takes so many arguments; Numba reads the number from the signature."""
+    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+    names = ["typingctx", *(f"argument_{i}" for i in range(arguments))]
+    typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    return intrinsic(typed)
+
+
+def operation(result, *arguments):
+    """Make an intrinsic of fixed types from a function that emits its IR: ``emit(builder, *values)``."""
+
+    def decorate(emit):
+        def typed(typingctx, *_):
+            def codegen(context, builder, signature, args):
+                value = emit(builder, *args)
+                return context.get_dummy_value() if result is types.void else value
+
+            return result(*arguments), codegen
+
+        return _intrinsic(typed, emit, len(arguments))
+
+    return decorate
+
+
+def elementwise(emit):
+    """Make an intrinsic whose arguments and result all have the type of its first argument."""
+
+    def typed(typingctx, first, *rest):
+        return first(first, *rest), lambda context, builder, signature, args: emit(builder, *args)
+
+    return _intrinsic(typed, emit, emit.__code__.co_argcount - 1)
 
 
 def _function(builder, name, result, arguments):
@@ -79,304 +137,447 @@ def _shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
+def _read(builder, address, ir_type):
+    value = builder.load(builder.inttoptr(address, ir_type.as_pointer()))
+    value.align = 1
+    return value
+
+
+def _write(builder, address, value):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+# Memory
+
+
+@numba.njit
+def address(array):
+    """Where an array's first element is, int64."""
+    return np.int64(array.ctypes.data)
+
+
 def _load(vector):
-    @intrinsic
-    def load(typingctx, address):
-        def codegen(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(args[0], _ir_type(vector).as_pointer()))
-            value.align = 1
-            return value
-
-        return vector(types.int64), codegen
-
-    return load
+    return operation(vector, types.int64)(lambda builder, address: _read(builder, address, _ir_type(vector)))
 
 
-load_f32x8 = _load(f32x8)
-load_i8x32 = _load(i8x32)
-load_i8x16 = _load(i8x16)
+def _store(kind):
+    return operation(types.void, types.int64, kind)(_write)
 
 
-@intrinsic
-def store_i8x32(typingctx, address, value):
-    """Thirty-two int8 to memory."""
-
-    def codegen(context, builder, signature, args):
-        stored = builder.store(args[1], builder.inttoptr(args[0], _ir_type(i8x32).as_pointer()))
-        stored.align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.int64, i8x32), codegen
+load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
+store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
+store_f32, store_i32 = _store(types.float32), _store(types.int32)
+load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
+load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
+load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(_read(b, address, _I8), _F32))
 
 
-@intrinsic
-def store_f32x8(typingctx, address, value):
-    """Eight float32 to memory."""
-
-    def codegen(context, builder, signature, args):
-        stored = builder.store(args[1], builder.inttoptr(args[0], _ir_type(f32x8).as_pointer()))
-        stored.align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.int64, f32x8), codegen
+@operation(types.float32, types.int64)
+def load_bf16(builder, address):
+    """A bfloat16 from memory as float32."""
+    bits = builder.zext(_read(builder, address, _I16), _I32)
+    return builder.bitcast(builder.shl(bits, ir.Constant(_I32, 16)), _F32)
 
 
-def _load_scalar(ir_scalar, numba_type, convert=None):
-    @intrinsic
-    def load(typingctx, address):
-        def codegen(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(args[0], ir_scalar.as_pointer()))
-            value.align = 1
-            return convert(builder, value) if convert else value
+@operation(f32x8, types.int64)
+def load_f16x8(builder, address):
+    """Eight IEEE halves from memory as float32."""
+    return builder.fpext(_read(builder, address, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
-        return numba_type(types.int64), codegen
+
+def _load_scales(stride):
+    @operation(f32x8, types.int64)
+    def load(builder, address):
+        """Eight IEEE halves as float32, one from each of eight blocks."""
+        halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+        for i in range(8):
+            at = builder.add(address, ir.Constant(_I64, stride * i))
+            halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
     return load
 
 
-load_f32 = _load_scalar(ir.FloatType(), types.float32)
-load_i8 = _load_scalar(ir.IntType(8), types.int8)
-load_i8_as_f32 = _load_scalar(ir.IntType(8), types.float32, lambda b, x: b.sitofp(x, ir.FloatType()))
-load_f16 = _load_scalar(ir.HalfType(), types.float32, lambda b, x: b.fpext(x, ir.FloatType()))
-load_bf16 = _load_scalar(
-    _I16, types.float32, lambda b, x: b.bitcast(b.shl(b.zext(x, _I32), ir.Constant(_I32, 16)), ir.FloatType())
-)
+#: Scales of eight blocks of Q4_0, and of Q4_1.
+load_scales_18, load_scales_20 = _load_scales(18), _load_scales(20)
 
 
-def _store_scalar(ir_scalar, numba_type):
-    @intrinsic
-    def store(typingctx, address, value):
-        def codegen(context, builder, signature, args):
-            builder.store(args[1], builder.inttoptr(args[0], ir_scalar.as_pointer())).align = 1
-            return context.get_dummy_value()
+@intrinsic
+def spill(typingctx, value):
+    """A register to the stack; returns the address, for broadcasts from there: from memory they are free, from a
+    register they take two instructions."""
 
-        return types.void(types.int64, numba_type), codegen
+    def codegen(context, builder, signature, args):
+        slot = cgutils.alloca_once(builder, _ir_type(f32x8))
+        builder.store(args[0], slot)
+        # What was stored is hidden from LLVM, which would broadcast from the register all the same.
+        hidden = ir.FunctionType(_I64, [_I64])
+        return builder.asm(hidden, "", "=r,0,~{memory}", [builder.ptrtoint(slot, _I64)], side_effect=True)
+
+    return types.int64(f32x8), codegen
+
+
+@operation(f32x8, types.int64)
+def load_bf16x8(builder, address):
+    """Eight bfloat16 from memory as float32."""
+    wide = ir.VectorType(_I32, 8)
+    bits = builder.zext(_read(builder, address, ir.VectorType(_I16, 8)), wide)
+    return builder.bitcast(builder.shl(bits, _constant(wide, 16)), _ir_type(f32x8))
+
+
+@operation(f32x8, types.int64)
+def load_i8_as_f32x8(builder, address):
+    """Eight int8 from memory as float32."""
+    return builder.sitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
+
+
+@operation(types.void, types.int64, types.float32)
+def store_f16(builder, address, value):
+    """A float32 as IEEE half to memory, rounded to nearest even."""
+    _write(builder, address, builder.fptrunc(value, _F16))
+
+
+@operation(types.void, types.int64, types.float32)
+def store_bf16(builder, address, value):
+    """A float32 as bfloat16 to memory, rounded to nearest even. NaN stays NaN."""
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(nan, builder.or_(bits, ir.Constant(_I32, 0x400000)), rounded)
+    _write(builder, address, builder.trunc(builder.lshr(chosen, ir.Constant(_I32, 16)), _I16))
+
+
+@operation(types.void, types.int64, f32x8)
+def store_as_i8(builder, address, value):
+    """Eight float32, whole numbers from -127 to 127, as int8 to memory. NaN becomes any number."""
+    _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I8, 8)))
+
+
+def _store_transposed(lanes):
+    @operation(types.void, types.int64, *[f32x8] * 8)
+    def store(builder, address, *rows):
+        """An 8 × 8 matrix of 4-byte values, given by rows, to memory by columns."""
+        # Pairs, then fours, then halves: each step doubles the run of rows that lie side by side.
+        pairs = []
+        for a, b in zip(rows[::2], rows[1::2], strict=True):
+            pairs.append(_shuffle(builder, a, b, [0, 8, 1, 9, 4, 12, 5, 13]))
+            pairs.append(_shuffle(builder, a, b, [2, 10, 3, 11, 6, 14, 7, 15]))
+        fours = []
+        for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
+            fours.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+            fours.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+        for i in range(4):
+            for half, order in enumerate(([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
+                at = builder.add(address, ir.Constant(_I64, 4 * lanes * (i + 4 * half)))
+                _write(builder, at, _shuffle(builder, fours[i], fours[i + 4], order))
 
     return store
 
 
-store_f32 = _store_scalar(ir.FloatType(), types.float32)
-store_i8 = _store_scalar(ir.IntType(8), types.int8)
+#: Columns of a panel, `LANES` values from one to the next.
+store_transposed = _store_transposed(LANES)
+#: The same, 16 values from one to the next.
+store_transposed_16 = _store_transposed(16)
 
 
-@intrinsic
-def store_f16(typingctx, address, value):
-    """A float32 as IEEE half to memory, rounded to nearest even."""
-
-    def codegen(context, builder, signature, args):
-        half = builder.fptrunc(args[1], ir.HalfType())
-        builder.store(half, builder.inttoptr(args[0], ir.HalfType().as_pointer())).align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
+# Float registers
 
 
-@intrinsic
-def store_bf16(typingctx, address, value):
-    """A float32 as bfloat16 to memory, rounded to nearest even. NaN stays NaN."""
-
-    def codegen(context, builder, signature, args):
-        bits = builder.bitcast(args[1], _I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
-        nan = builder.fcmp_unordered("uno", args[1], args[1])
-        chosen = builder.select(nan, builder.or_(bits, ir.Constant(_I32, 0x400000)), rounded)
-        top = builder.trunc(builder.lshr(chosen, ir.Constant(_I32, 16)), _I16)
-        builder.store(top, builder.inttoptr(args[0], _I16.as_pointer())).align = 1
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
+splat_f32 = operation(f32x8, types.float32)(lambda builder, value: _splat(builder, value, 8))
+splat_f32xL = operation(f32xL, types.float32)(lambda builder, value: _splat(builder, value, LANES))
+broadcast_f32x8 = operation(f32x8, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), 8))
+broadcast_f32xL = operation(f32xL, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), LANES))
 
 
-@intrinsic
-def load_f16x8(typingctx, address):
-    """Eight IEEE halves from memory as float32."""
-
-    def codegen(context, builder, signature, args):
-        halves = builder.load(builder.inttoptr(args[0], ir.VectorType(ir.HalfType(), 8).as_pointer()))
-        halves.align = 1
-        return builder.fpext(halves, _ir_type(f32x8))
-
-    return f32x8(types.int64), codegen
-
-
-@intrinsic
-def load_bf16x8(typingctx, address):
-    """Eight bfloat16 from memory as float32."""
-
-    def codegen(context, builder, signature, args):
-        bits = builder.load(builder.inttoptr(args[0], ir.VectorType(_I16, 8).as_pointer()))
-        bits.align = 1
-        wide = ir.VectorType(_I32, 8)
-        return builder.bitcast(builder.shl(builder.zext(bits, wide), _constant(wide, 16)), _ir_type(f32x8))
-
-    return f32x8(types.int64), codegen
-
-
-@intrinsic
-def load_i8_as_f32x8(typingctx, address):
-    """Eight int8 from memory as float32."""
-
-    def codegen(context, builder, signature, args):
-        codes = builder.load(builder.inttoptr(args[0], ir.VectorType(ir.IntType(8), 8).as_pointer()))
-        codes.align = 1
-        return builder.sitofp(codes, _ir_type(f32x8))
-
-    return f32x8(types.int64), codegen
-
-
-@intrinsic
-def splat_f32(typingctx, value):
-    """A float32 in all eight lanes."""
-    return f32x8(types.float32), lambda context, builder, signature, args: _splat(builder, args[0], 8)
-
-
-@intrinsic
-def splat_halves(typingctx, low, high):
+@operation(f32x8, types.float32, types.float32)
+def splat_halves(builder, low, high):
     """One float32 in the first four lanes, another in the last four."""
-
-    def codegen(context, builder, signature, args):
-        low, high = (_splat(builder, value, 4) for value in args)
-        return _shuffle(builder, low, high, list(range(8)))
-
-    return f32x8(types.float32, types.float32), codegen
+    return _shuffle(builder, _splat(builder, low, 4), _splat(builder, high, 4), list(range(8)))
 
 
-@intrinsic
-def zero_i32x8(typingctx):
-    return i32x8(), lambda context, builder, signature, args: _constant(_ir_type(i32x8), 0)
+@elementwise
+def fma(builder, x, y, z):
+    """``x * y + z``, rounded once."""
+    name = f"llvm.fma.v{x.type.count}f32"
+    return builder.call(_function(builder, name, x.type, [x.type] * 3), [x, y, z])
 
 
-@intrinsic
-def low_nibbles(typingctx, x):
-    """The low four bits of every byte."""
-    return i8x16(i8x16), lambda context, builder, signature, args: builder.and_(args[0], _constant(args[0].type, 15))
+add = elementwise(lambda builder, x, y: builder.fadd(x, y))
+sub = elementwise(lambda builder, x, y: builder.fsub(x, y))
+mul = elementwise(lambda builder, x, y: builder.fmul(x, y))
+div = elementwise(lambda builder, x, y: builder.fdiv(x, y))
 
 
-@intrinsic
-def high_nibbles(typingctx, x):
-    """The high four bits of every byte, as numbers from 0 to 15."""
-    return i8x16(i8x16), lambda context, builder, signature, args: builder.lshr(args[0], _constant(args[0].type, 4))
+@elementwise
+def larger(builder, x, y):
+    """The larger of two; of NaN and a number, `y`."""
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
-@intrinsic
-def bits_2(typingctx, x, shift):
+@elementwise
+def absolute(builder, x):
+    """Without the sign."""
+    return builder.call(_function(builder, f"llvm.fabs.v{x.type.count}f32", x.type, [x.type]), [x])
+
+
+@elementwise
+def round_even(builder, x):
+    """To the nearest whole number, halves to even."""
+    return builder.call(_function(builder, f"llvm.rint.v{x.type.count}f32", x.type, [x.type]), [x])
+
+
+@elementwise
+def round_away(builder, x):
+    """To the nearest whole number, halves away from zero."""
+    name = f"llvm.round.v{x.type.count}f32"
+    return builder.call(_function(builder, name, x.type, [x.type]), [x])
+
+
+@elementwise
+def exp(builder, x):
+    """``e ** x``, to two units of the last place; from 1e-38 for small x to 1e38 for large x. NaN stays NaN.
+
+    ``x = n ln 2 + f``; the polynomial for ``e ** f`` is that of the Cephes library's `expf` (S. Moshier).
+    """
+    vector = x.type
+    fused = _function(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
+
+    def number(value):
+        return _constant(vector, float(np.float32(value)))
+
+    x = builder.select(builder.fcmp_ordered("<", x, number(-87.3)), number(-87.3), x)
+    x = builder.select(builder.fcmp_ordered(">", x, number(88.3)), number(88.3), x)
+    # Adding 1.5 * 2**23 leaves the whole part in the low bits, which then move into the exponent.
+    magic = number(12582912.0)
+    shifted = builder.call(fused, [x, number(1.44269504088896341), magic])
+    whole = builder.fsub(shifted, magic)
+    f = builder.call(fused, [whole, number(-0.693359375), x])
+    f = builder.call(fused, [whole, number(2.12194440e-4), f])
+    polynomial = number(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        polynomial = builder.call(fused, [polynomial, f, number(coefficient)])
+    polynomial = builder.call(fused, [builder.fmul(f, f), polynomial, builder.fadd(f, number(1.0))])
+    wide = ir.VectorType(_I32, vector.count)
+    exponent = builder.shl(builder.add(builder.bitcast(shifted, wide), _constant(wide, 127)), _constant(wide, 23))
+    return builder.fmul(polynomial, builder.bitcast(exponent, vector))
+
+
+def _reduced(builder, value, combine):
+    """Halves combined with halves, so that the order does not depend on compiler flags."""
+    count = value.type.count
+    while count > 1:
+        count //= 2
+        low = _shuffle(builder, value, value, list(range(count)))
+        high = _shuffle(builder, value, value, list(range(count, 2 * count)))
+        value = combine(low, high)
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@operation(types.float32, f32x8)
+def total(builder, x):
+    """The sum of all lanes."""
+    return _reduced(builder, x, builder.fadd)
+
+
+@operation(types.float32, f32x8)
+def largest(builder, x):
+    """The largest of all lanes."""
+    return _reduced(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+# Codes
+
+
+@operation(i8x32, types.int64)
+def load_nibbles(builder, address):
+    """Thirty-two codes of 4 bits: the low halves of sixteen bytes come first, then the high halves."""
+    packed = _read(builder, address, ir.VectorType(_I8, 16))
+    both = builder.bitcast(_shuffle(builder, packed, packed, list(range(16)) * 2), ir.VectorType(_I32, 8))
+    shifts = ir.Constant(both.type, [0] * 4 + [4] * 4)
+    return builder.and_(builder.bitcast(builder.lshr(both, shifts), _ir_type(i8x32)), _constant(_ir_type(i8x32), 15))
+
+
+low_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
+high_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
+bit_or = operation(i8x16, i8x16, i8x16)(lambda builder, a, b: builder.or_(a, b))
+join_i8 = operation(i8x32, i8x16, i8x16)(lambda builder, a, b: _shuffle(builder, a, b, list(range(32))))
+as_f32x8 = operation(f32x8, i8x32)(lambda builder, x: builder.bitcast(x, _ir_type(f32x8)))
+
+
+@operation(i8x16, i8x16, types.int64)
+def bits_2(builder, x, shift):
     """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
-
-    def codegen(context, builder, signature, args):
-        shift = _splat(builder, builder.trunc(args[1], ir.IntType(8)), 16)
-        two = builder.and_(builder.lshr(args[0], shift), _constant(args[0].type, 3))
-        return builder.shl(two, _constant(args[0].type, 4))
-
-    return i8x16(i8x16, types.int64), codegen
+    shift = _splat(builder, builder.trunc(shift, _I8), 16)
+    two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
+    return builder.shl(two, _constant(x.type, 4))
 
 
-@intrinsic
-def bit_or(typingctx, a, b):
-    return i8x16(i8x16, i8x16), lambda context, builder, signature, args: builder.or_(*args)
-
-
-@intrinsic
-def subtract_i8(typingctx, x, value):
+@operation(i8x32, i8x32, types.int64)
+def subtract_i8(builder, x, value):
     """``x - value`` in every byte, wrapping."""
-
-    def codegen(context, builder, signature, args):
-        return builder.sub(args[0], _splat(builder, builder.trunc(args[1], ir.IntType(8)), 32))
-
-    return i8x32(i8x32, types.int64), codegen
+    return builder.sub(x, _splat(builder, builder.trunc(value, _I8), 32))
 
 
-@intrinsic
-def join_i8(typingctx, low, high):
-    """Two vectors of sixteen bytes behind each other."""
-
-    def codegen(context, builder, signature, args):
-        return _shuffle(builder, args[0], args[1], list(range(32)))
-
-    return i8x32(i8x16, i8x16), codegen
+# Products of bytes
 
 
-def _portable_dot(builder, acc, a, b):
-    wide = ir.VectorType(_I16, 32)
-    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    product = builder.sext(product, ir.VectorType(_I32, 32))
-    for lane in range(4):
-        acc = builder.add(acc, _shuffle(builder, product, product, list(range(lane, 32, 4))))
-    return acc
+def _dpbusd(builder, acc, unsigned, signed):
+    """``acc[i] += Σ unsigned[4i+j] * signed[4i+j]`` by the VNNI instruction."""
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.count}"
+    args = [acc, builder.bitcast(unsigned, acc.type), builder.bitcast(signed, acc.type)]
+    return builder.call(_function(builder, name, acc.type, [acc.type] * 3), args)
 
 
-@intrinsic
-def dot_i8(typingctx, acc, a, b):
+def _madd_bytes(builder, unsigned, signed):
+    """int16 sums of two products each; the caller sees to it that none is over 32767."""
+    words = ir.VectorType(_I16, unsigned.type.count // 2)
+    if ISA != "portable":
+        multiply = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned.type, signed.type])
+        return builder.call(multiply, [unsigned, signed])
+    wide = ir.VectorType(_I16, unsigned.type.count)
+    product = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
+    even, odd = (_shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
+    return builder.add(even, odd)
+
+
+def _add_pairs(builder, words):
+    """int32 sums of two int16 each."""
+    doubles = ir.VectorType(_I32, words.type.count // 2)
+    if ISA != "portable":
+        add_pairs = _function(builder, "llvm.x86.avx2.pmadd.wd", doubles, [words.type, words.type])
+        return builder.call(add_pairs, [words, _constant(words.type, 1)])
+    even, odd = (_shuffle(builder, words, words, list(range(i, words.type.count, 2))) for i in (0, 1))
+    return builder.add(builder.sext(even, doubles), builder.sext(odd, doubles))
+
+
+def _with_sign(builder, value, sign):
+    """`value` times the sign of `sign`, by bytes."""
+    if ISA != "portable":
+        psign = _function(builder, "llvm.x86.avx2.psign.b", value.type, [value.type] * 2)
+        return builder.call(psign, [value, sign])
+    zero = _constant(value.type, 0)
+    signed = builder.select(builder.icmp_signed("<", sign, zero), builder.sub(zero, value), value)
+    return builder.select(builder.icmp_signed("==", sign, zero), zero, signed)
+
+
+def _dot_signed(builder, acc, a, b):
+    # |a| as unsigned bytes times b with a's sign: pairs sum up to 2 * 128 * 127, which an int16 holds.
+    unsigned, signed = _with_sign(builder, a, a), _with_sign(builder, b, a)
+    if _VNNI and acc.type.count == 8:
+        return _dpbusd(builder, acc, unsigned, signed)
+    return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed)))
+
+
+@operation(i32x8, i32x8, i8x32, i8x32)
+def dot_i8(builder, acc, a, b):
     """``acc[i] += a[4i] b[4i] + … + a[4i+3] b[4i+3]`` on signed bytes, exact.
 
     `b` must lie between -127 and 127 (`quantise_activations` sees to it); `a` may also be -128.
     """
-
-    def avx2(builder, acc, a, b):
-        # |a| as unsigned bytes times b with a's sign: pairs sum up to 2 * 128 * 127, which an int16 holds.
-        bytes_, words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(_I16, 16)
-        sign = _function(builder, "llvm.x86.avx2.psign.b", bytes_, [bytes_, bytes_])
-        multiply = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [bytes_, bytes_])
-        add_pairs = _function(builder, "llvm.x86.avx2.pmadd.wd", _ir_type(i32x8), [words, words])
-        pairs = builder.call(multiply, [builder.call(sign, [a, a]), builder.call(sign, [b, a])])
-        return builder.add(acc, builder.call(add_pairs, [pairs, _constant(words, 1)]))
-
-    emit = avx2 if ISA == "avx2" else _portable_dot
-    return i32x8(i32x8, i8x32, i8x32), lambda context, builder, signature, args: emit(builder, *args)
+    return _dot_signed(builder, acc, a, b)
 
 
-@intrinsic
-def dot_u7(typingctx, acc, a, b):
+@operation(i32x8, i32x8, i8x32, i8x32)
+def dot_u7(builder, acc, a, b):
     """`dot_i8` for `a` from 0 to 127: sums of two products fit an int16 as they are."""
-
-    def avx2(builder, acc, a, b):
-        bytes_, words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(_I16, 16)
-        multiply = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [bytes_, bytes_])
-        add_pairs = _function(builder, "llvm.x86.avx2.pmadd.wd", _ir_type(i32x8), [words, words])
-        return builder.add(acc, builder.call(add_pairs, [builder.call(multiply, [a, b]), _constant(words, 1)]))
-
-    emit = avx2 if ISA == "avx2" else _portable_dot
-    return i32x8(i32x8, i8x32, i8x32), lambda context, builder, signature, args: emit(builder, *args)
+    if _VNNI:
+        return _dpbusd(builder, acc, a, b)
+    return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, a, b)))
 
 
-@intrinsic
-def to_f32(typingctx, x):
-    """int32 as float32."""
-    return f32x8(i32x8), lambda context, builder, signature, args: builder.sitofp(args[0], _ir_type(f32x8))
+zero_i32x8 = operation(i32x8)(lambda builder: _constant(_ir_type(i32x8), 0))
+to_f32 = operation(f32x8, i32x8)(lambda builder, x: builder.sitofp(x, _ir_type(f32x8)))
 
 
-@intrinsic
-def fma(typingctx, x, y, z):
-    """``x * y + z``."""
-
-    def codegen(context, builder, signature, args):
-        vector = _ir_type(f32x8)
-        return builder.call(_function(builder, "llvm.fma.v8f32", vector, [vector] * 3), args)
-
-    return f32x8(f32x8, f32x8, f32x8), codegen
+# Panel registers. `broadcast_i8xL` gives every row the same four activations.
 
 
-@intrinsic
-def mul(typingctx, x, y):
-    return f32x8(f32x8, f32x8), lambda context, builder, signature, args: builder.fmul(*args)
+@operation(i8xL, types.int64)
+def broadcast_i8xL(builder, address):
+    """Four bytes from memory, repeated."""
+    return builder.bitcast(_splat(builder, _read(builder, address, _I32), LANES), _ir_type(i8xL))
 
 
-@intrinsic
-def add(typingctx, x, y):
-    return f32x8(f32x8, f32x8), lambda context, builder, signature, args: builder.fadd(*args)
+@operation(types.void, types.int64, i8x32)
+def store_start4(builder, address, codes):
+    """What `start4` needs to take a zero point of 8 off: a word for 32 activations."""
+    pairs = _madd_bytes(builder, _constant(codes.type, 1), codes)
+    minus_8 = ir.Constant(_I16, -8)
+    halves = []
+    for i in (0, 1):
+        half = _shuffle(builder, pairs, pairs, list(range(i, 16, 2)))
+        halves.append(builder.mul(_reduced(builder, half, builder.add), minus_8))
+    if _VNNI:
+        _write(builder, address, builder.sext(builder.add(*halves), _I32))
+    else:
+        low, high = builder.zext(halves[0], _I32), builder.zext(halves[1], _I32)
+        _write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(_I32, 16))))
 
 
-@intrinsic
-def total(typingctx, x):
-    """The sum of all lanes."""
+@operation(sum4, types.int64)
+def start4(builder, address):
+    """Sums of a block of 32 weights to begin with, so that codes from 0 to 15 count as -8 to 7."""
+    word = _splat(builder, _read(builder, address, _I32), LANES)
+    return builder.bitcast(word, _ir_type(sum4))
 
-    def codegen(context, builder, signature, args):
-        # Halves are added to halves, which is short in instructions and does not depend on compiler flags.
-        value = args[0]
-        for count in (4, 2, 1):
-            low = _shuffle(builder, value, value, list(range(count)))
-            high = _shuffle(builder, value, value, list(range(count, 2 * count)))
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(_I32, 0))
 
-    return types.float32(f32x8), codegen
+zero4 = operation(sum4)(lambda builder: _constant(_ir_type(sum4), 0))
+
+
+def _in_order(builder, value):
+    """The same value, computed here. LLVM would otherwise sum in another order, and keep so many loaded values for it
+    that it runs out of registers (a third of the speed)."""
+    if ISA == "portable":
+        return value
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=True)
+
+
+@operation(sum4, sum4, i8xL, i8xL)
+def dot4(builder, acc, codes, activations):
+    """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again."""
+    if _VNNI:
+        return _in_order(builder, _dpbusd(builder, acc, codes, activations))
+    return _in_order(builder, builder.add(acc, _madd_bytes(builder, codes, activations)))
+
+
+@operation(f32xL, sum4)
+def finish4(builder, acc):
+    """The sums as float32."""
+    return builder.sitofp(acc if _VNNI else _add_pairs(builder, acc), _ir_type(f32xL))
+
+
+# Codes of 8 bits: signed where there is no VNNI; unsigned, 128 more, where there is.
+
+
+@operation(i8x32, i8x32)
+def panel_codes8(builder, codes):
+    """Signed codes as `dot8` wants them."""
+    return builder.xor(codes, _constant(codes.type, -128)) if _VNNI else codes
+
+
+@operation(i32xL, types.int64)
+def start8(builder, address):
+    """Sums to begin with, from the sum of the activations, int32, at `address`."""
+    if not _VNNI:
+        return _constant(_ir_type(i32xL), 0)
+    offset = builder.mul(_read(builder, address, _I32), ir.Constant(_I32, -128))
+    return _splat(builder, offset, LANES)
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot8(builder, acc, codes, activations):
+    """Add products with codes that `panel_codes8` gave."""
+    if _VNNI:
+        return _in_order(builder, _dpbusd(builder, acc, codes, activations))
+    return _in_order(builder, _dot_signed(builder, acc, codes, activations))
+
+
+finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
+
+
+@operation(types.int32, i8x16)
+def sum_i8x16(builder, codes):
+    """The sum of sixteen signed bytes."""
+    wide = builder.sext(codes, ir.VectorType(_I32, 16))
+    return _reduced(builder, wide, builder.add)

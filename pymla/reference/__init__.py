@@ -5,7 +5,8 @@ the dtype of the arrays it is given, so that a whole model can run in float64.
 """
 
 from pymla.reference import attention, moe, norm, quant, rope
+from pymla.reference.graph import Graph
 
 NAME = "reference"
 
-__all__ = ["NAME", "attention", "moe", "norm", "quant", "rope"]
+__all__ = ["NAME", "Graph", "attention", "moe", "norm", "quant", "rope"]

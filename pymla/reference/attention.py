@@ -1,7 +1,7 @@
 """Multi-head latent attention over a paged cache, in its absorbed and its expanded form.
 
-A cache row belongs to a slot: slot ``block_table[p // 64] * 64 + p % 64`` holds position p of a sequence. Lengths say what
-is attended: the token at position p sees positions 0 to p of its sequence, and nothing else is ever read.
+A cache row belongs to a slot: slot ``block_table[p // 64] * 64 + p % 64`` holds position p of a sequence. Lengths say
+what is attended: the token at position p sees positions 0 to p of its sequence, and nothing else is ever read.
 
 DeepSeek-V2 (2024), section 2.1 and appendix C.
 """
@@ -39,17 +39,17 @@ def load(cache, block_table, out):
 
 
 def absorb(q, k_b, out):
-    """Queries of the absorbed form: ``out[t, h] = [k_b[h] @ q[t, h, :nope]; q[t, h, nope:]]``.
+    """Queries of the absorbed form: ``out[t, h] = [k_b[h].T @ q[t, h, :nope]; q[t, h, nope:]]``.
 
     Parameters
     ----------
     q : float array (T, H, nope + R)
-    k_b : QTensor of H matrices of rank rows and nope columns
+    k_b : QTensor of H matrices of nope rows and rank columns
     out : float array (T, H, rank + R)
     """
-    rank = k_b.data.shape[1]
-    nope = q.shape[2] - (out.shape[2] - rank)
-    out[..., :rank] = np.einsum("thn,hrn->thr", q[..., :nope], dequantise(k_b.data, k_b.qtype).astype(q.dtype))
+    nope = k_b.data.shape[1]
+    rank = out.shape[2] - (q.shape[2] - nope)
+    out[..., :rank] = np.einsum("thn,hnr->thr", q[..., :nope], dequantise(k_b.data, k_b.qtype).astype(q.dtype))
     out[..., rank:] = q[..., nope:]
     return out
 
@@ -96,14 +96,13 @@ def expand(c_kv, k_pe, k_b, v_b, keys, values):
     c_kv : float array (S, rank)
     k_pe : float array (S, R)
         Rotated; all heads share it.
-    k_b : QTensor of H matrices of rank rows and nope columns
-        Transposed, as the file's ``attn_k_b``.
+    k_b : QTensor of H matrices of nope rows and rank columns
     v_b : QTensor of H matrices of v rows and rank columns
     keys : float array (S, H, nope + R)
     values : float array (S, H, v)
     """
     nope = keys.shape[2] - k_pe.shape[1]
-    keys[..., :nope] = np.einsum("sr,hrn->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
+    keys[..., :nope] = np.einsum("sr,hnr->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
     keys[..., nope:] = k_pe[:, None]
     values[...] = np.einsum("sr,hvr->shv", c_kv, dequantise(v_b.data, v_b.qtype).astype(keys.dtype))
 

@@ -1,0 +1,102 @@
+"""Arguments of kernels as a block of 64-bit words, so that every kernel has the same C signature.
+
+`pack` writes the block in Python; `unpacker` reads it inside the compiled kernel. Integers, floats, arrays and tuples
+of these are known. An array is its address, its shape and its strides in bytes.
+"""
+
+import struct
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np import numpy_support
+from numba.np.arrayobj import populate_array
+
+_WORD = ir.IntType(64)
+
+
+def pack(signature, arguments, name):
+    """The words of `arguments`: int64 (n,).
+
+    Raises
+    ------
+    TypeError
+        An argument does not have the type that the signature says.
+    """
+    if len(arguments) != len(signature):
+        raise TypeError(f"{name} takes {len(signature)} arguments, not {len(arguments)}")
+    words = []
+    for position, (kind, value) in enumerate(zip(signature, arguments, strict=True)):
+        try:
+            _pack(kind, value, words)
+        except (TypeError, AttributeError) as error:
+            raise TypeError(f"argument {position} of {name}: {error}") from None
+    return np.array(words, np.int64)
+
+
+def _pack(kind, value, words):
+    if isinstance(kind, types.Array):
+        dtype = numpy_support.as_dtype(kind.dtype)
+        if value.dtype != dtype or value.ndim != kind.ndim or (kind.layout == "C" and not value.flags.c_contiguous):
+            found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
+            raise TypeError(f"expected {kind}, got an array of {found}")
+        words.append(value.__array_interface__["data"][0])
+        words.extend(value.shape)
+        words.extend(value.strides)
+    elif isinstance(kind, types.BaseTuple):
+        for each_kind, each in zip(kind, value, strict=True):
+            _pack(each_kind, each, words)
+    elif isinstance(kind, types.Float):
+        words.append(struct.unpack("q", struct.pack("d", value))[0])
+    else:
+        words.append(int(value))
+
+
+def unpacker(signature):
+    """A function of kernels that reads a block's address into a tuple of arguments."""
+
+    @intrinsic
+    def unpack(typingctx, address):
+        def codegen(context, builder, _, args):
+            block = builder.inttoptr(args[0], _WORD.as_pointer())
+            values, _ = _unpack_all(context, builder, signature, block, 0)
+            return context.make_tuple(builder, types.Tuple(signature), values)
+
+        return types.Tuple(signature)(types.int64), codegen
+
+    return unpack
+
+
+def _unpack_all(context, builder, kinds, block, at):
+    values = []
+    for kind in kinds:
+        value, at = _unpack(context, builder, kind, block, at)
+        values.append(value)
+    return values, at
+
+
+def _unpack(context, builder, kind, block, at):
+    """A value of type `kind` from word `at` on, and the number of the word behind it."""
+
+    def word(i):
+        return builder.load(builder.gep(block, [ir.Constant(_WORD, at + i)]))
+
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder)
+        item = context.get_data_type(kind.dtype)
+        populate_array(
+            array,
+            data=builder.inttoptr(word(0), item.as_pointer()),
+            shape=[word(1 + i) for i in range(kind.ndim)],
+            strides=[word(1 + kind.ndim + i) for i in range(kind.ndim)],
+            itemsize=ir.Constant(_WORD, numpy_support.as_dtype(kind.dtype).itemsize),
+            meminfo=None,
+        )
+        return array._getvalue(), at + 1 + 2 * kind.ndim
+    if isinstance(kind, types.BaseTuple):
+        values, at = _unpack_all(context, builder, list(kind), block, at)
+        return context.make_tuple(builder, kind, values), at
+    if isinstance(kind, types.Float):
+        return builder.bitcast(word(0), ir.DoubleType()), at + 1
+    return word(0), at + 1

@@ -1,0 +1,426 @@
+"""Products of weights with many columns of activations, by panels: rows of weights side by side in vector lanes.
+
+A panel is `LANES` rows, unpacked to ``[K / 4][LANES][4]`` codes, so that four activations, broadcast, meet four weights
+of every row in one instruction. `product` unpacks two panels, a slice of K at a time that stays in the innermost cache,
+and runs a tile of 2 panels × 3 columns over all columns. Unpacking is amortised over the columns.
+
+Float types go the same way, in float32: panels ``[K][16]`` and a tile of 4 columns × 16 rows (`tile_f32`), which
+attention uses as well.
+"""
+
+import numpy as np
+
+from pymla.cpu.compiling import inline
+from pymla.cpu.formats import (
+    block_minimum,
+    block_scale,
+    codes8,
+    dequantise_row,
+    float_bytes,
+    has_minimum,
+    nibbles,
+    panel_bits,
+    scale16,
+)
+from pymla.cpu.simd import (
+    LANES,
+    address,
+    as_f32x8,
+    broadcast_f32x8,
+    broadcast_f32xL,
+    broadcast_i8xL,
+    dot4,
+    dot8,
+    finish4,
+    finish8,
+    fma,
+    load_f32,
+    load_f32x8,
+    load_f32xL,
+    load_i8xL,
+    mul,
+    panel_codes8,
+    splat_f32,
+    splat_f32xL,
+    start4,
+    start8,
+    store_f32,
+    store_f32x8,
+    store_f32xL,
+    store_transposed,
+    store_transposed_16,
+)
+
+#: Rows of a product.
+ROWS = 2 * LANES
+#: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
+CHUNK = 1024
+#: Bytes of scratch of `product`: codes, scales and minima of two panels.
+SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32)
+#: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
+FLOAT_ROWS = 16
+FLOAT_CHUNK = 256
+FLOAT_SCRATCH = 4 * (FLOAT_CHUNK * FLOAT_ROWS + 16 * FLOAT_CHUNK + 4 * FLOAT_ROWS)
+
+_ROW = 4 * ROWS  # bytes of a row of results
+_CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
+
+
+@inline
+def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns, scratch, out):
+    """Two groups of up to `LANES` rows of weights times columns of activations.
+
+    Parameters
+    ----------
+    qtype : int
+        A quantised type.
+    row_a, row_b : int
+        Addresses of the first row of each group.
+    count_a, count_b : int
+        Rows of each; further lanes repeat the last one.
+    stride : int
+        Bytes from row to row.
+    k : int
+    x : Input
+        Quantised activations (T, K).
+    index : int32 array
+        The activations of each column.
+    columns : range of int, as (first, behind the last)
+        Of `index`.
+    scratch : int
+        Address of `SCRATCH` bytes.
+    out : int
+        Address of float32 (columns, ROWS): lanes of the first group, then of the second.
+    """
+    begin, end = columns
+    bits, minimum = panel_bits(qtype), has_minimum(qtype)
+    codes, scale, sums = address(x.codes), address(x.scale), address(x.sums)
+    # Where the blocks have a minimum, the codes have no zero point to take off: sums begin with 0.
+    starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
+    sum16 = address(x.sum16)
+    for start in range(0, k, CHUNK):
+        blocks = min(CHUNK, k - start) // 32
+        for half in range(2):
+            row, count = (row_a, count_a) if half == 0 else (row_b, count_b)
+            panel = scratch + _CODES + half * LANES * CHUNK
+            scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
+            minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
+            if bits == 4:
+                _unpack4(qtype, row, count, stride, start // 32, blocks, panel, scales, minima)
+            else:
+                _unpack8(qtype, row, count, stride, start // 32, blocks, panel, scales)
+        for i in range(begin, end, 3):
+            # A tile at the edge repeats the last column: in `out` as well, the same numbers.
+            second, third = min(i + 1, end - 1), min(i + 2, end - 1)
+            a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
+            at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
+            xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start
+            wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
+            sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
+            if bits == 4:
+                za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
+                _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
+                if minimum:
+                    _add_minima(sums + 4 * wa, sums + 4 * wb, sums + 4 * wc, blocks, scratch, at, bt, ct)
+            else:
+                za, zb, zc = sum16 + 8 * wa, sum16 + 8 * wb, sum16 + 8 * wc
+                _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
+
+
+@inline
+def _unpack4(qtype, row, count, stride, first, blocks, codes, scales, minima):
+    """Blocks of up to `LANES` rows as a panel: codes from 0 to 15, scales and minima (blocks, LANES)."""
+    minimum = has_minimum(qtype)
+    for eight in range(0, LANES, 8):
+        last = count - 1
+        r0, r1 = row + min(eight, last) * stride, row + min(eight + 1, last) * stride
+        r2, r3 = row + min(eight + 2, last) * stride, row + min(eight + 3, last) * stride
+        r4, r5 = row + min(eight + 4, last) * stride, row + min(eight + 5, last) * stride
+        r6, r7 = row + min(eight + 6, last) * stride, row + min(eight + 7, last) * stride
+        for i in range(blocks):
+            block = first + i
+            store_transposed(
+                codes + 32 * LANES * i + 4 * eight,
+                as_f32x8(nibbles(qtype, r0, block)),
+                as_f32x8(nibbles(qtype, r1, block)),
+                as_f32x8(nibbles(qtype, r2, block)),
+                as_f32x8(nibbles(qtype, r3, block)),
+                as_f32x8(nibbles(qtype, r4, block)),
+                as_f32x8(nibbles(qtype, r5, block)),
+                as_f32x8(nibbles(qtype, r6, block)),
+                as_f32x8(nibbles(qtype, r7, block)),
+            )
+            at = 4 * (LANES * i + eight)
+            for lane, r in enumerate((r0, r1, r2, r3, r4, r5, r6, r7)):
+                store_f32(scales + at + 4 * lane, block_scale(qtype, r, block))
+                if minimum:
+                    store_f32(minima + at + 4 * lane, block_minimum(r, block))
+
+
+@inline
+def _unpack8(qtype, row, count, stride, first, blocks, codes, scales):
+    """Blocks of up to `LANES` rows as a panel: codes of 8 bits, scales (2 * blocks, LANES), one for 16 weights."""
+    for eight in range(0, LANES, 8):
+        last = count - 1
+        r0, r1 = row + min(eight, last) * stride, row + min(eight + 1, last) * stride
+        r2, r3 = row + min(eight + 2, last) * stride, row + min(eight + 3, last) * stride
+        r4, r5 = row + min(eight + 4, last) * stride, row + min(eight + 5, last) * stride
+        r6, r7 = row + min(eight + 6, last) * stride, row + min(eight + 7, last) * stride
+        for i in range(blocks):
+            block = first + i
+            store_transposed(
+                codes + 32 * LANES * i + 4 * eight,
+                as_f32x8(panel_codes8(codes8(qtype, r0, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r1, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r2, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r3, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r4, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r5, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r6, block))),
+                as_f32x8(panel_codes8(codes8(qtype, r7, block))),
+            )
+            for sixteen in range(2):
+                at = 4 * (LANES * (2 * i + sixteen) + eight)
+                for lane, r in enumerate((r0, r1, r2, r3, r4, r5, r6, r7)):
+                    store_f32(scales + at + 4 * lane, scale16(qtype, r, 2 * block + sixteen))
+
+
+@inline
+def _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, bt, ct):
+    """Two panels of 4-bit codes times three columns a, b and c.
+
+    Parameters
+    ----------
+    xa, xb, xc, sa, sb, sc, za, zb, zc : int
+        Addresses of each column's codes, scales and words for `simd.start4`; `step` bytes from one such word to the
+        next.
+    blocks : int
+        Of 32 codes.
+    scratch : int
+        The panels, as `product` lays them out.
+    onto : bool
+        Add to the results.
+    at, bt, ct : int
+        Addresses of each column's `ROWS` results.
+    """
+    p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
+    d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
+    fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
+    for _ in range(blocks):
+        ia, ib, ic = start4(za), start4(zb), start4(zc)
+        ja, jb, jc = ia, ib, ic
+        for group in range(8):
+            u, v = load_i8xL(p + 4 * LANES * group), load_i8xL(q + 4 * LANES * group)
+            y = broadcast_i8xL(xa + 4 * group)
+            ia, ja = dot4(ia, u, y), dot4(ja, v, y)
+            y = broadcast_i8xL(xb + 4 * group)
+            ib, jb = dot4(ib, u, y), dot4(jb, v, y)
+            y = broadcast_i8xL(xc + 4 * group)
+            ic, jc = dot4(ic, u, y), dot4(jc, v, y)
+        du, dv = load_f32xL(d), load_f32xL(e)
+        s = broadcast_f32xL(sa)
+        fa, ga = fma(finish4(ia), mul(du, s), fa), fma(finish4(ja), mul(dv, s), ga)
+        s = broadcast_f32xL(sb)
+        fb, gb = fma(finish4(ib), mul(du, s), fb), fma(finish4(jb), mul(dv, s), gb)
+        s = broadcast_f32xL(sc)
+        fc, gc = fma(finish4(ic), mul(du, s), fc), fma(finish4(jc), mul(dv, s), gc)
+        p, q = p + 32 * LANES, q + 32 * LANES
+        d, e = d + 4 * LANES, e + 4 * LANES
+        xa, xb, xc = xa + 32, xb + 32, xc + 32
+        sa, sb, sc = sa + 4, sb + 4, sc + 4
+        za, zb, zc = za + step, zb + step, zc + step
+    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+
+
+@inline
+def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct):
+    """`_tile4` for codes of 8 bits, with a scale and a word for `simd.start8` for 16 weights."""
+    p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
+    d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
+    fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
+    for block in range(2 * blocks):
+        ia, ib, ic = start8(za), start8(zb), start8(zc)
+        ja, jb, jc = ia, ib, ic
+        for group in range(4):
+            u, v = load_i8xL(p + 4 * LANES * group), load_i8xL(q + 4 * LANES * group)
+            y = broadcast_i8xL(xa + 4 * group)
+            ia, ja = dot8(ia, u, y), dot8(ja, v, y)
+            y = broadcast_i8xL(xb + 4 * group)
+            ib, jb = dot8(ib, u, y), dot8(jb, v, y)
+            y = broadcast_i8xL(xc + 4 * group)
+            ic, jc = dot8(ic, u, y), dot8(jc, v, y)
+        du, dv = load_f32xL(d), load_f32xL(e)
+        s = broadcast_f32xL(sa + 4 * (block // 2))
+        fa, ga = fma(finish8(ia), mul(du, s), fa), fma(finish8(ja), mul(dv, s), ga)
+        s = broadcast_f32xL(sb + 4 * (block // 2))
+        fb, gb = fma(finish8(ib), mul(du, s), fb), fma(finish8(jb), mul(dv, s), gb)
+        s = broadcast_f32xL(sc + 4 * (block // 2))
+        fc, gc = fma(finish8(ic), mul(du, s), fc), fma(finish8(jc), mul(dv, s), gc)
+        p, q = p + 16 * LANES, q + 16 * LANES
+        d, e = d + 4 * LANES, e + 4 * LANES
+        xa, xb, xc = xa + 16, xb + 16, xc + 16
+        za, zb, zc = za + 4, zb + 4, zc + 4
+    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+
+
+@inline
+def _begin(onto, at, bt, ct):
+    """Results to begin with: what is there, or zero."""
+    zero = splat_f32xL(np.float32(0))
+    fa, ga, fb, gb, fc, gc = zero, zero, zero, zero, zero, zero
+    if onto:
+        fa, ga = load_f32xL(at), load_f32xL(at + 4 * LANES)
+        fb, gb = load_f32xL(bt), load_f32xL(bt + 4 * LANES)
+        fc, gc = load_f32xL(ct), load_f32xL(ct + 4 * LANES)
+    return fa, ga, fb, gb, fc, gc
+
+
+@inline
+def _end(fa, ga, fb, gb, fc, gc, at, bt, ct):
+    """Store the results."""
+    store_f32xL(at, fa)
+    store_f32xL(at + 4 * LANES, ga)
+    store_f32xL(bt, fb)
+    store_f32xL(bt + 4 * LANES, gb)
+    store_f32xL(ct, fc)
+    store_f32xL(ct + 4 * LANES, gc)
+
+
+@inline
+def _add_minima(sa, sb, sc, blocks, scratch, at, bt, ct):
+    """Add minimum times sum of activations, over blocks, to three columns of results."""
+    m, n = scratch + _MINIMA, scratch + _MINIMA + LANES * (CHUNK // 8)
+    fa, ga, fb, gb, fc, gc = _begin(True, at, bt, ct)
+    for block in range(blocks):
+        u, v = load_f32xL(m + 4 * LANES * block), load_f32xL(n + 4 * LANES * block)
+        s = broadcast_f32xL(sa + 4 * block)
+        fa, ga = fma(u, s, fa), fma(v, s, ga)
+        s = broadcast_f32xL(sb + 4 * block)
+        fb, gb = fma(u, s, fb), fma(v, s, gb)
+        s = broadcast_f32xL(sc + 4 * block)
+        fc, gc = fma(u, s, fc), fma(v, s, gc)
+    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+
+
+@inline
+def product_float(qtype, row, count, stride, k, x, out, scratch):
+    """Up to 16 rows of a float type times all activations.
+
+    Parameters
+    ----------
+    qtype, row, count, stride, k : as in `product`
+    x : float32 array (T, K)
+    out : float32 array (T, n)
+        The first `count` columns are written.
+    scratch : int
+        Address of `FLOAT_SCRATCH` bytes.
+    """
+    tokens = len(x)
+    rows, panel, result = scratch, scratch + 64 * FLOAT_CHUNK, scratch + 128 * FLOAT_CHUNK
+    for start in range(0, k, FLOAT_CHUNK):
+        depth = min(FLOAT_CHUNK, k - start)
+        for i in range(16):
+            source = row + min(i, count - 1) * stride + start * float_bytes(qtype)
+            dequantise_row(qtype, source, rows + 4 * FLOAT_CHUNK * i, depth)
+        transpose_panel(rows, 4 * FLOAT_CHUNK, 16, depth, panel)
+        for t in range(0, tokens, 4):
+            last = tokens - 1 - t
+            at = address(x[t:]) + 4 * start
+            tile_f32(
+                at,
+                4 * k * min(1, last),
+                4 * k * min(2, last),
+                4 * k * min(3, last),
+                4,
+                panel,
+                64,
+                depth,
+                result,
+                64,
+                False,
+            )
+            for i in range(min(4, tokens - t)):
+                for j in range(count):
+                    value = load_f32(result + 64 * i + 4 * j)
+                    out[t + i, j] = value if start == 0 else out[t + i, j] + value
+
+
+@inline
+def transpose_panel(rows, stride, count, columns, panel):
+    """Up to 16 rows of float32 as a panel (columns, 16); the lanes of missing rows repeat the last one.
+
+    `rows` and `panel` are addresses, `stride` the bytes from row to row.
+    """
+    for eight in range(0, 16, 8):
+        last = count - 1
+        r0, r1 = rows + min(eight, last) * stride, rows + min(eight + 1, last) * stride
+        r2, r3 = rows + min(eight + 2, last) * stride, rows + min(eight + 3, last) * stride
+        r4, r5 = rows + min(eight + 4, last) * stride, rows + min(eight + 5, last) * stride
+        r6, r7 = rows + min(eight + 6, last) * stride, rows + min(eight + 7, last) * stride
+        whole = columns // 8 * 8
+        for i in range(0, whole, 8):
+            at = 4 * i
+            store_transposed_16(
+                panel + 64 * i + 4 * eight,
+                load_f32x8(r0 + at),
+                load_f32x8(r1 + at),
+                load_f32x8(r2 + at),
+                load_f32x8(r3 + at),
+                load_f32x8(r4 + at),
+                load_f32x8(r5 + at),
+                load_f32x8(r6 + at),
+                load_f32x8(r7 + at),
+            )
+        for i in range(whole, columns):
+            for lane, r in enumerate((r0, r1, r2, r3, r4, r5, r6, r7)):
+                store_f32(panel + 64 * i + 4 * (eight + lane), load_f32(r + 4 * i))
+
+
+@inline
+def tile_f32(a, row_1, row_2, row_3, a_step, b, b_step, depth, out, out_row, onto):
+    """Four rows times a panel: ``out[i, :16] = Σ_k a[i, k] b[k, :16]`` in float32.
+
+    Parameters
+    ----------
+    a : int
+        Address of the first row of `a`.
+    row_1, row_2, row_3 : int
+        Bytes from it to the other rows.
+    a_step, b_step : int
+        Bytes from one k to the next.
+    b : int
+        Address of 16 float32 for the first k.
+    depth : int
+        Number of k.
+    out, out_row : int
+        Address of 16 float32, and bytes to the next row.
+    onto : bool
+        Add to what is there.
+    """
+    if onto:
+        f0, g0 = load_f32x8(out), load_f32x8(out + 32)
+        f1, g1 = load_f32x8(out + out_row), load_f32x8(out + out_row + 32)
+        f2, g2 = load_f32x8(out + 2 * out_row), load_f32x8(out + 2 * out_row + 32)
+        f3, g3 = load_f32x8(out + 3 * out_row), load_f32x8(out + 3 * out_row + 32)
+    else:
+        zero = splat_f32(np.float32(0))
+        f0, g0, f1, g1, f2, g2, f3, g3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for _ in range(depth):
+        u, v = load_f32x8(b), load_f32x8(b + 32)
+        y = broadcast_f32x8(a)
+        f0, g0 = fma(y, u, f0), fma(y, v, g0)
+        y = broadcast_f32x8(a + row_1)
+        f1, g1 = fma(y, u, f1), fma(y, v, g1)
+        y = broadcast_f32x8(a + row_2)
+        f2, g2 = fma(y, u, f2), fma(y, v, g2)
+        y = broadcast_f32x8(a + row_3)
+        f3, g3 = fma(y, u, f3), fma(y, v, g3)
+        a, b = a + a_step, b + b_step
+    store_f32x8(out, f0)
+    store_f32x8(out + 32, g0)
+    store_f32x8(out + out_row, f1)
+    store_f32x8(out + out_row + 32, g1)
+    store_f32x8(out + 2 * out_row, f2)
+    store_f32x8(out + 2 * out_row + 32, g2)
+    store_f32x8(out + 3 * out_row, f3)
+    store_f32x8(out + 3 * out_row + 32, g3)
