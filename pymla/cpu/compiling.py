@@ -1,7 +1,7 @@
 """Compiled functions with one explicit signature each, in an on-disk cache that follows the sources.
 
 Numba keys its cache by the file of the cached function alone, so editing `simd.py` would leave stale kernels of
-`quant.py` behind. Here the cache folder's name is a digest of all of the package's sources and of the tools' versions.
+`quant.py` behind. Here the cache folder's name is a digest of all that kernels are made of and of the tools' versions.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def cache_dir_warning():
 
 
 def needs_compiling():
-    """Whether `compile_kernels` will take long: nobody has compiled this state of the sources here before."""
+    """Whether `compile_all` will take long: nobody has compiled this state of the sources here before."""
     folder = cache_dir()
     return folder is None or not (Path(folder) / "complete").exists()
 
@@ -123,9 +123,10 @@ def compile_all(progress=None):
 def _digest():
     if not hasattr(_digest, "value"):
         digest = hashlib.sha256()
-        package = Path(__file__).resolve().parents[1]
-        for source in sorted(package.rglob("*.py")):
-            digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
+        kernels = Path(__file__).resolve().parent
+        # Besides themselves, kernels know the types' numbers and sizes.
+        for source in (kernels.parent / "ggml.py", *sorted(kernels.glob("*.py"))):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
         features = llvm.get_host_cpu_features().flatten()
         isa = os.environ.get("PYMLA_ISA", "")
         for part in (sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, isa):
