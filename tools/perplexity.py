@@ -18,6 +18,7 @@ import click
 import numpy as np
 from llama_losses import token_losses
 
+import pymla
 from pymla.errors import PymlaError
 
 EXAMPLES = """\b
@@ -45,8 +46,6 @@ def cut(ids: list[int], bos_id: int, length: int, limit: int | None) -> np.ndarr
 
 
 def pymla_losses(model: Path, windows: np.ndarray, device: str, cache_type: str, mla: str, threads: int | None):
-    import pymla
-
     loaded = pymla.load(model, device=device, cache_type=cache_type, mla=mla, threads=threads, ctx=windows.shape[1])
     return np.array([token_losses(loaded.logits(window.tolist()), window) for window in windows])
 
@@ -112,7 +111,7 @@ def main(model, text, window, limit, device, cache_types, mla, hf, llama_python,
     """Print the perplexity of MODEL, a GGUF file, on the file TEXT."""
     from pymla.tokenizer import Tokenizer
 
-    versions = {"Python": platform.python_version(), "pymla": importlib.metadata.version("pymla")}
+    versions = {"Python": platform.python_version(), "pymla": pymla.__version__}
     rows = []
 
     def add(engine, function, *arguments):

@@ -1,6 +1,6 @@
 """Arguments of kernels as a block of 64-bit words, so that every kernel has the same C signature.
 
-`pack` writes the block in Python; `unpacker` reads it inside the compiled kernel. Integers, floats, arrays and tuples
+`Packer` writes the block in Python; `unpacker` reads it inside the compiled kernel. Integers, floats, arrays and tuples
 of these are known. An array is its address, its shape and its strides in bytes.
 """
 
@@ -16,41 +16,70 @@ from numba.np.arrayobj import populate_array
 _WORD = ir.IntType(64)
 
 
-def pack(signature, arguments, name):
-    """The words of `arguments`: int64 (n,).
+class Packer:
+    """Writes the words of a kernel's arguments.
 
-    Raises
-    ------
-    TypeError
-        An argument does not have the type that the signature says.
+    Parameters
+    ----------
+    signature : sequence of Numba types
+    name : str
+        The kernel's, for errors.
     """
-    if len(arguments) != len(signature):
-        raise TypeError(f"{name} takes {len(signature)} arguments, not {len(arguments)}")
-    words = []
-    for position, (kind, value) in enumerate(zip(signature, arguments, strict=True)):
-        try:
-            _pack(kind, value, words)
-        except (TypeError, AttributeError) as error:
-            raise TypeError(f"argument {position} of {name}: {error}") from None
-    return np.array(words, np.int64)
+
+    def __init__(self, signature, name):
+        self._name = name
+        self._writers = [_writer(kind) for kind in signature]
+
+    def __call__(self, arguments):
+        """The words of `arguments`: int64 (n,).
+
+        Raises
+        ------
+        TypeError
+            An argument does not have the type that the signature says.
+        """
+        if len(arguments) != len(self._writers):
+            raise TypeError(f"{self._name} takes {len(self._writers)} arguments, not {len(arguments)}")
+        words = []
+        for position, (write, value) in enumerate(zip(self._writers, arguments, strict=True)):
+            try:
+                write(value, words)
+            except (TypeError, AttributeError) as error:
+                raise TypeError(f"argument {position} of {self._name}: {error}") from None
+        return np.array(words, np.int64)
 
 
-def _pack(kind, value, words):
+def _writer(kind):
+    """A function (value, words) that appends a value of a Numba type."""
     if isinstance(kind, types.Array):
-        dtype = numpy_support.as_dtype(kind.dtype)
-        if value.dtype != dtype or value.ndim != kind.ndim or (kind.layout == "C" and not value.flags.c_contiguous):
-            found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
-            raise TypeError(f"expected {kind}, got an array of {found}")
-        words.append(value.__array_interface__["data"][0])
-        words.extend(value.shape)
-        words.extend(value.strides)
+        dtype, dimensions, contiguous = numpy_support.as_dtype(kind.dtype), kind.ndim, kind.layout == "C"
+
+        def write(value, words):
+            if value.dtype != dtype or value.ndim != dimensions or (contiguous and not value.flags.c_contiguous):
+                found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
+                raise TypeError(f"expected {kind}, got an array of {found}")
+            words.append(value.__array_interface__["data"][0])
+            words += value.shape
+            words += value.strides
+
     elif isinstance(kind, types.BaseTuple):
-        for each_kind, each in zip(kind, value, strict=True):
-            _pack(each_kind, each, words)
+        writers = [_writer(each) for each in kind]
+
+        def write(value, words):
+            for each, part in zip(writers, value, strict=True):
+                each(part, words)
+
     elif isinstance(kind, types.Float):
-        words.append(struct.unpack("q", struct.pack("d", value))[0])
+
+        def write(value, words):
+            words.append(struct.unpack("q", struct.pack("d", value))[0])
+
     else:
-        words.append(int(value))
+
+        def write(value, words):
+            words.append(int(value))
+
+    return write
 
 
 def unpacker(signature):

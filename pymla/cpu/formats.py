@@ -1,7 +1,7 @@
-"""What a ggml type is to a kernel: how to dot a row, how to unpack a block for a panel, how to read and write numbers.
+"""What a ggml type is to a kernel: how to dot a row, how to unpack a row for a panel, how to read and write numbers.
 
-Adding a type means a branch in `dot_row`, and in `panel_bits` and the functions of its number of bits: nothing anywhere
-else. A branch is taken once per row or block.
+Adding a type means a branch in `dot_row`, `unpack_row` and `dequantise_row`, and its sizes in `panel_bits`: nothing
+anywhere else. A branch is taken once per row or for 8 blocks.
 
 Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
 ``w · x = Σ_blocks scale * (d * Σ code * a + m * Σ a)``.
@@ -41,6 +41,7 @@ from pymla.cpu.simd import (
     load_scales_20,
     low_nibbles,
     mul,
+    panel_codes8,
     round_away,
     round_even,
     spill,
@@ -286,40 +287,57 @@ def has_minimum(qtype):
 
 
 @inline
-def nibbles(qtype, row, block):
-    """Thirty-two codes from 0 to 15 of a type of 4 bits."""
+def unpack_row(qtype, row, first, count, codes, scales, minima):
+    """Up to 8 blocks of 32 weights of a quantised type, in the form that panels are made of.
+
+    Parameters
+    ----------
+    qtype : int
+    row : int
+        Address of the row.
+    first, count : int
+        The first block, a multiple of 8, and the number of blocks.
+    codes : int
+        Address for 32 bytes for each block: codes from 0 to 15, or what `simd.panel_codes8` makes of signed codes.
+    scales : int
+        Address for float32: a scale for each block of a type of 4 bits, one for 16 weights of a type of 8 bits.
+    minima : int
+        Address for a float32 for each block, written where the type has a minimum.
+    """
     if qtype == Q4_0:
-        return load_nibbles(row + 18 * block + 2)
-    return load_nibbles(row + 20 * block + 4)
-
-
-@inline
-def block_scale(qtype, row, block):
-    """The scale of a block of a type of 4 bits."""
-    return load_f16(row + (18 if qtype == Q4_0 else 20) * block)
-
-
-@inline
-def block_minimum(row, block):
-    """The minimum of a block of Q4_1."""
-    return load_f16(row + 20 * block + 2)
-
-
-@inline
-def codes8(qtype, row, block):
-    """Thirty-two signed codes of a type of 8 bits, the `block`-th of a row."""
-    if qtype == Q8_0:
-        return load_i8x32(row + 34 * block + 2)
-    return _q6_k_codes(row + block // 8 * 210, block % 8)
-
-
-@inline
-def scale16(qtype, row, sixteen):
-    """The scale of sixteen weights of a type of 8 bits, the `sixteen`-th of a row."""
-    if qtype == Q8_0:
-        return load_f16(row + 34 * (sixteen // 2))
-    start = row + sixteen // 16 * 210
-    return load_f16(start + 208) * load_i8_as_f32(start + 192 + sixteen % 16)
+        row += 18 * first
+        for i in range(count):
+            store_i8x32(codes + 32 * i, load_nibbles(row + 18 * i + 2))
+        if count == 8:
+            store_f32x8(scales, load_scales_18(row))
+        else:
+            for i in range(count):
+                store_f32(scales + 4 * i, load_f16(row + 18 * i))
+    elif qtype == Q8_0:
+        row += 34 * first
+        for i in range(count):
+            store_i8x32(codes + 32 * i, panel_codes8(load_i8x32(row + 34 * i + 2)))
+            d = load_f16(row + 34 * i)
+            store_f32(scales + 8 * i, d)
+            store_f32(scales + 8 * i + 4, d)
+    elif qtype == Q6_K:
+        row += 210 * (first // 8)
+        for i in range(8):
+            store_i8x32(codes + 32 * i, panel_codes8(_q6_k_codes(row, i)))
+        d = splat_f32(load_f16(row + 208))
+        store_f32x8(scales, mul(d, load_i8_as_f32x8(row + 192)))
+        store_f32x8(scales + 32, mul(d, load_i8_as_f32x8(row + 200)))
+    else:
+        row += 20 * first
+        for i in range(count):
+            store_i8x32(codes + 32 * i, load_nibbles(row + 20 * i + 4))
+        if count == 8:
+            store_f32x8(scales, load_scales_20(row))
+            store_f32x8(minima, load_scales_20(row + 2))
+        else:
+            for i in range(count):
+                store_f32(scales + 4 * i, load_f16(row + 20 * i))
+                store_f32(minima + 4 * i, load_f16(row + 20 * i + 2))
 
 
 @inline

@@ -10,7 +10,7 @@ import numba
 from numba import types
 
 from pymla.cpu import threads
-from pymla.cpu.arguments import pack, unpacker
+from pymla.cpu.arguments import Packer, unpacker
 from pymla.cpu.compiling import Compiled, inline
 
 __all__ = ["Kernel", "inline", "kernel"]
@@ -31,6 +31,7 @@ class Kernel:
         self.__doc__ = python_function.__doc__
         self._function = python_function
         self._signature = signature
+        self._pack = Packer(signature, self.__name__)
         self._compiled = Compiled(self.__name__, self._build)
 
     def __getitem__(self, items):
@@ -38,8 +39,7 @@ class Kernel:
         items, grain = items if isinstance(items, tuple) else (items, None)
 
         def launch(*arguments):
-            words = pack(self._signature, arguments, self.__name__)
-            threads.launch(self._compiled.result.address, items, grain, words, arguments)
+            threads.launch(self._compiled.result.address, items, grain, self._pack(arguments), arguments)
 
         return launch
 

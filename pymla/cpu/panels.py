@@ -11,21 +11,10 @@ attention uses as well.
 import numpy as np
 
 from pymla.cpu.compiling import inline
-from pymla.cpu.formats import (
-    block_minimum,
-    block_scale,
-    codes8,
-    dequantise_row,
-    float_bytes,
-    has_minimum,
-    nibbles,
-    panel_bits,
-    scale16,
-)
+from pymla.cpu.formats import dequantise_row, float_bytes, has_minimum, panel_bits, unpack_row
 from pymla.cpu.simd import (
     LANES,
     address,
-    as_f32x8,
     broadcast_f32x8,
     broadcast_f32xL,
     broadcast_i8xL,
@@ -39,7 +28,6 @@ from pymla.cpu.simd import (
     load_f32xL,
     load_i8xL,
     mul,
-    panel_codes8,
     splat_f32,
     splat_f32xL,
     start4,
@@ -55,8 +43,8 @@ from pymla.cpu.simd import (
 ROWS = 2 * LANES
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
 CHUNK = 1024
-#: Bytes of scratch of `product`: codes, scales and minima of two panels.
-SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32)
+#: Bytes of scratch of `product`: codes, scales and minima of two panels, and of 256 columns of eight rows.
+SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + 8 * (256 + 64 + 32)
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
@@ -64,6 +52,7 @@ FLOAT_SCRATCH = 4 * (FLOAT_CHUNK * FLOAT_ROWS + 16 * FLOAT_CHUNK + 4 * FLOAT_ROW
 
 _ROW = 4 * ROWS  # bytes of a row of results
 _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
+_ROWS = SCRATCH - 8 * (256 + 64 + 32)
 
 
 @inline
@@ -105,10 +94,7 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
             panel = scratch + _CODES + half * LANES * CHUNK
             scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
             minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
-            if bits == 4:
-                _unpack4(qtype, row, count, stride, start // 32, blocks, panel, scales, minima)
-            else:
-                _unpack8(qtype, row, count, stride, start // 32, blocks, panel, scales)
+            _unpack(qtype, row, count, stride, start // 32, blocks, scratch + _ROWS, panel, scales, minima)
         for i in range(begin, end, 3):
             # A tile at the edge repeats the last column: in `out` as well, the same numbers.
             second, third = min(i + 1, end - 1), min(i + 2, end - 1)
@@ -128,61 +114,46 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
 
 
 @inline
-def _unpack4(qtype, row, count, stride, first, blocks, codes, scales, minima):
-    """Blocks of up to `LANES` rows as a panel: codes from 0 to 15, scales and minima (blocks, LANES)."""
-    minimum = has_minimum(qtype)
+def _unpack(qtype, row, count, stride, first, blocks, rows, codes, scales, minima):
+    """Blocks of up to `LANES` rows as a panel; lanes of missing rows repeat the last one.
+
+    Eight rows at a time are unpacked to `rows`, 256 columns of each, and transposed from there. All but the numbers
+    are addresses.
+    """
+    bits, minimum = panel_bits(qtype), has_minimum(qtype)
+    row_scales, row_minima = rows + 8 * 256, rows + 8 * (256 + 64)
     for eight in range(0, LANES, 8):
-        last = count - 1
-        r0, r1 = row + min(eight, last) * stride, row + min(eight + 1, last) * stride
-        r2, r3 = row + min(eight + 2, last) * stride, row + min(eight + 3, last) * stride
-        r4, r5 = row + min(eight + 4, last) * stride, row + min(eight + 5, last) * stride
-        r6, r7 = row + min(eight + 6, last) * stride, row + min(eight + 7, last) * stride
-        for i in range(blocks):
-            block = first + i
-            store_transposed(
-                codes + 32 * LANES * i + 4 * eight,
-                as_f32x8(nibbles(qtype, r0, block)),
-                as_f32x8(nibbles(qtype, r1, block)),
-                as_f32x8(nibbles(qtype, r2, block)),
-                as_f32x8(nibbles(qtype, r3, block)),
-                as_f32x8(nibbles(qtype, r4, block)),
-                as_f32x8(nibbles(qtype, r5, block)),
-                as_f32x8(nibbles(qtype, r6, block)),
-                as_f32x8(nibbles(qtype, r7, block)),
-            )
-            at = 4 * (LANES * i + eight)
-            for lane, r in enumerate((r0, r1, r2, r3, r4, r5, r6, r7)):
-                store_f32(scales + at + 4 * lane, block_scale(qtype, r, block))
+        for begin in range(0, blocks, 8):
+            size = min(8, blocks - begin)
+            for lane in range(8):
+                source = row + min(eight + lane, count - 1) * stride
+                at = rows + 256 * lane, row_scales + 64 * lane, row_minima + 32 * lane
+                unpack_row(qtype, source, first + begin, size, at[0], at[1], at[2])
+            for i in range(size):
+                _transpose(rows + 32 * i, 256, codes + 32 * LANES * (begin + i) + 4 * eight)
+            if bits == 4:
+                _transpose(row_scales, 64, scales + 4 * (LANES * begin + eight))
                 if minimum:
-                    store_f32(minima + at + 4 * lane, block_minimum(r, block))
+                    _transpose(row_minima, 32, minima + 4 * (LANES * begin + eight))
+            else:
+                _transpose(row_scales, 64, scales + 4 * (LANES * 2 * begin + eight))
+                _transpose(row_scales + 32, 64, scales + 4 * (LANES * (2 * begin + 8) + eight))
 
 
 @inline
-def _unpack8(qtype, row, count, stride, first, blocks, codes, scales):
-    """Blocks of up to `LANES` rows as a panel: codes of 8 bits, scales (2 * blocks, LANES), one for 16 weights."""
-    for eight in range(0, LANES, 8):
-        last = count - 1
-        r0, r1 = row + min(eight, last) * stride, row + min(eight + 1, last) * stride
-        r2, r3 = row + min(eight + 2, last) * stride, row + min(eight + 3, last) * stride
-        r4, r5 = row + min(eight + 4, last) * stride, row + min(eight + 5, last) * stride
-        r6, r7 = row + min(eight + 6, last) * stride, row + min(eight + 7, last) * stride
-        for i in range(blocks):
-            block = first + i
-            store_transposed(
-                codes + 32 * LANES * i + 4 * eight,
-                as_f32x8(panel_codes8(codes8(qtype, r0, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r1, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r2, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r3, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r4, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r5, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r6, block))),
-                as_f32x8(panel_codes8(codes8(qtype, r7, block))),
-            )
-            for sixteen in range(2):
-                at = 4 * (LANES * (2 * i + sixteen) + eight)
-                for lane, r in enumerate((r0, r1, r2, r3, r4, r5, r6, r7)):
-                    store_f32(scales + at + 4 * lane, scale16(qtype, r, 2 * block + sixteen))
+def _transpose(rows, stride, out):
+    """Eight rows of eight 4-byte values, `stride` bytes apart, to columns of a panel; addresses."""
+    store_transposed(
+        out,
+        load_f32x8(rows),
+        load_f32x8(rows + stride),
+        load_f32x8(rows + 2 * stride),
+        load_f32x8(rows + 3 * stride),
+        load_f32x8(rows + 4 * stride),
+        load_f32x8(rows + 5 * stride),
+        load_f32x8(rows + 6 * stride),
+        load_f32x8(rows + 7 * stride),
+    )
 
 
 @inline

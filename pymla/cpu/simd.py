@@ -402,7 +402,6 @@ low_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.and_(x, _consta
 high_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
 bit_or = operation(i8x16, i8x16, i8x16)(lambda builder, a, b: builder.or_(a, b))
 join_i8 = operation(i8x32, i8x16, i8x16)(lambda builder, a, b: _shuffle(builder, a, b, list(range(32))))
-as_f32x8 = operation(f32x8, i8x32)(lambda builder, x: builder.bitcast(x, _ir_type(f32x8)))
 
 
 @operation(i8x16, i8x16, types.int64)

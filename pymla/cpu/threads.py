@@ -80,9 +80,7 @@ def launch(address, items, grain, words, keep):
     if _recording.graph is not None:
         _recording.graph.add(address, items, grain, words, keep)
     elif items:
-        operation = _aligned(_OPERATION)
-        operation[:5] = address, words.ctypes.data, items, grain, 0
-        _pool.run(operation, 1, items > grain)
+        _pool.run_one(address, words, items, grain)
 
 
 class Graph:
@@ -120,7 +118,7 @@ class Graph:
     def replay(self):
         """Run it."""
         if self._launches:
-            _pool.run(self._operations, len(self._launches), True)
+            _pool.run(self._operations, len(self._launches))
         return self.result
 
 
@@ -156,26 +154,37 @@ class _Pool:
         self._state[_THREADS // 8] = threads
         self._wake = [threading.Semaphore(0) for _ in range(threads)]
         self._started = False
+        self._single = _aligned(_OPERATION)
 
-    def run(self, operations, count, parallel):
-        """Run operations; on the caller's thread alone unless `parallel`."""
+    def run_one(self, address, words, items, grain):
+        """Run one operation; on the caller's thread alone where there is one range only."""
         with _lock:
-            state = self._state.ctypes.data
-            if not parallel or self.threads == 1:
-                _run_alone(operations.ctypes.data, count)
-                return
-            if not self._started:
-                self._start()
-            # An interrupt may come between these calls, and must leave nobody waiting: while `_BUSY` is set no thread
-            # goes to sleep, and work is posted and done in one call.
-            try:
-                sleeping = _keep_awake(state)
-                for thread in range(1, self.threads):
-                    if sleeping >> thread & 1:
-                        self._wake[thread].release()
-                _post_and_run(state, operations.ctypes.data, count)
-            finally:
-                self._state[_BUSY // 8] = 0
+            self._single[:5] = address, words.ctypes.data, items, grain, 0
+            self._run(self._single, 1, items > grain)
+
+    def run(self, operations, count):
+        """Run operations."""
+        with _lock:
+            self._run(operations, count, True)
+
+    def _run(self, operations, count, parallel):
+        address = operations.ctypes.data
+        if not parallel or self.threads == 1:
+            _run_alone(address, count)
+            return
+        if not self._started:
+            self._start()
+        # An interrupt may come between these calls, and must leave nobody waiting: while `_BUSY` is set no thread
+        # goes to sleep, and work is posted and done in one call.
+        state = self._state.ctypes.data
+        try:
+            sleeping = _keep_awake(state)
+            for thread in range(1, self.threads):
+                if sleeping >> thread & 1:
+                    self._wake[thread].release()
+            _post_and_run(state, address, count)
+        finally:
+            self._state[_BUSY // 8] = 0
 
     def stop(self):
         """End the threads."""
