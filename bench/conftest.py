@@ -20,7 +20,7 @@ from pymla.bench import describe, facts  # noqa: E402
 from pymla.cpu import limits as machine  # noqa: E402
 
 #: Seconds that a benchmark measures for, and how many rounds that may be at least and at most.
-SECONDS, ROUNDS = 0.25, (3, 50)
+SECONDS, ROUNDS = 0.5, (5, 50)
 
 _state = {"rows": []}
 

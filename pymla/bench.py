@@ -61,9 +61,9 @@ class Settings:
         return self.depths[-1] + max(self.pp, self.tg)
 
 
-def sweep_depths(ctx, pp):
-    """N_KV of ``llama-sweep-bench``: every `pp` tokens, as far as the context holds the prompt behind them."""
-    return tuple(range(0, ctx - pp + 1, pp))
+def sweep_depths(ctx, pp, tg):
+    """N_KV of ``llama-sweep-bench``: every `pp` tokens, as far as the context holds what is measured behind them."""
+    return tuple(range(0, ctx - max(pp, tg) + 1, pp or tg or 1))
 
 
 @dataclass(frozen=True)

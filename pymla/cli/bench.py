@@ -118,9 +118,9 @@ class _Run:
             points = _numbers(depths)
         else:
             ctx = ctx or min(CTX, self._limit)
-            points = measuring.sweep_depths(ctx, pp or tg)
+            points = measuring.sweep_depths(ctx, pp, tg)
             if not points:
-                raise PymlaError(f"--ctx {ctx} does not hold a prompt of --pp {pp} tokens; raise it or lower --pp")
+                raise PymlaError(f"--ctx {ctx} does not hold --pp {pp} or --tg {tg} tokens; raise it or lower those")
         settings = measuring.Settings(pp, tg, points, repeat, seed)
         needed = ctx or settings.tokens
         if settings.tokens > needed or settings.tokens > self._limit:
