@@ -49,15 +49,17 @@ def measure(benchmark, limits, request):
         run()
         rounds = int(min(max(SECONDS / (time.perf_counter() - began), ROUNDS[0]), ROUNDS[1]))
         benchmark.pedantic(run, rounds=rounds, iterations=1)
-        median = benchmark.stats.stats.median
+        # Rates are those of the fastest round, as the limits are: other programs can only slow one down.
+        fastest = benchmark.stats.stats.min
         rates = {
-            "GMAC/s": macs / median / 1e9,
-            "int8 share": macs / median / limits.int8,
-            "GB/s": nbytes / median / 1e9,
-            "read share": nbytes / median / limits.read,
+            "GMAC/s": macs / fastest / 1e9,
+            "int8 share": macs / fastest / limits.int8,
+            "GB/s": nbytes / fastest / 1e9,
+            "read share": nbytes / fastest / limits.read,
         }
         benchmark.extra_info.update({name: value for name, value in rates.items() if value})
-        _state["rows"].append((request.node.name, median, rates))
+        times = {"median ms": benchmark.stats.stats.median * 1e3, "fastest ms": fastest * 1e3}
+        _state["rows"].append((request.node.name, times | rates))
 
     return call
 
@@ -67,15 +69,15 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("shares of the machine's limits")
     terminalreporter.write_line(describe(facts(_state["limits"])))
-    width = max(len(name) for name, _, _ in _state["rows"])
-    columns = ("median ms", "GMAC/s", "int8 share", "GB/s", "read share")
+    width = max(len(name) for name, _ in _state["rows"])
+    columns = list(_state["rows"][0][1])
     terminalreporter.write_line(f"{'':{width}}" + "".join(f"{name:>12}" for name in columns))
-    for name, median, rates in _state["rows"]:
-        cells = [f"{median * 1e3:.3f}", *(_cell(column, rates[column]) for column in columns[1:])]
+    for name, values in _state["rows"]:
+        cells = (_cell(column, values[column]) for column in columns)
         terminalreporter.write_line(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def _cell(column, value):
     if not value:
         return "-"
-    return f"{value:.1%}" if "share" in column else f"{value:.1f}"
+    return f"{value:.1%}" if "share" in column else f"{value:.3f}" if "ms" in column else f"{value:.1f}"

@@ -75,7 +75,7 @@ def read_rate(nbytes=STREAM_BYTES):
     blocks = max(1, nbytes // (4 * _BLOCK))
     data = np.ones(blocks * _BLOCK, np.float32)
     sums = np.empty((blocks, 8), np.float32)
-    return data.nbytes / _fastest(lambda: _read[blocks, 4](data, sums))
+    return data.nbytes / _fastest(lambda: _read[blocks](data, sums))
 
 
 def int8_rate():
