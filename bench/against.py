@@ -379,6 +379,8 @@ def main():
     """The script: errors that the user can mend are one line and exit code 2."""
     try:
         code = against(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
     except click.ClickException as error:
         error.show()
         code = error.exit_code
