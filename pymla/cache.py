@@ -110,7 +110,7 @@ class PagedCache:
     """
 
     def __init__(self, config, cache_type, mla, pages, ctx):
-        self.ctx = ctx
+        self.ctx, self.cache_type = ctx, cache_type
         self.row_bytes = row_bytes(config, cache_type, mla)
         self._free = list(range(pages - 1, -1, -1))
         kind = FullCache if mla == "0" else LatentCache

@@ -10,6 +10,7 @@ from pymla import __version__
 from pymla.errors import PymlaError
 
 COMMANDS = {
+    "bench": "Measure prompt and generation speed as the context grows.",
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "generate": "Generate text from a prompt.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",

@@ -1,0 +1,70 @@
+"""Products of weights with activations."""
+
+import numpy as np
+import pytest
+from shapes import HIDDEN, MATRICES, as_multiplied, cold, matrix, normal
+
+from pymla import cpu, ggml, reference
+
+INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
+EXACT = {"rtol_max": 1e-6, "reason": "rounding of the scale"}
+
+#: Tokens of a prompt that an expert sees of 512, and a whole slice.
+PROMPT = (48, 512)
+
+
+def product(measure, qtype, shape, tokens):
+    w, x, out = matrix(qtype, *shape), normal(tokens, shape[1]), np.full((tokens, shape[0]), np.nan, np.float32)
+    activation = cpu.quant.Activation(x)
+    activation.input(qtype)
+    copies = cold(w) if tokens <= 16 else iter(lambda: w, None)
+
+    def run():
+        cpu.quant.matmul(next(copies), activation, out)
+
+    def checks():
+        # Some tokens and the last rows, which end in the middle of a panel.
+        seen = as_multiplied(x[-3:], qtype).astype(np.float64)
+        rows = w.rows(shape[0] - 50, shape[0])
+        yield out[-3:, -50:], reference.quant.matmul(rows, reference.quant.Activation(seen), np.empty((len(seen), 50)))
+
+    measure(run, checks, macs=tokens * shape[0] * shape[1], nbytes=w.data.nbytes if tokens <= 16 else 0, **INT8)
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def bench_matvec(measure, qtype):
+    product(measure, qtype, (8192, HIDDEN), 1)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def bench_matvec_q4_0(measure, name):
+    product(measure, ggml.Q4_0, MATRICES[name], 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 8, 12, 16])
+def bench_few_tokens_q4_0(measure, tokens):
+    product(measure, ggml.Q4_0, MATRICES["query"], tokens)
+
+
+@pytest.mark.parametrize("tokens", PROMPT)
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def bench_matmul(measure, qtype, tokens):
+    product(measure, qtype, (HIDDEN, HIDDEN), tokens)
+
+
+@pytest.mark.parametrize("name", [name for name in MATRICES if name != "output"])
+def bench_matmul_q4_0(measure, name):
+    product(measure, ggml.Q4_0, MATRICES[name], 512)
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def bench_quantise_activations(measure, tokens):
+    x, found = normal(tokens, HIDDEN), []
+
+    def run():
+        found[:] = cpu.quant.Activation(x).input(ggml.Q4_0)[1:3]
+
+    def checks():
+        return zip(found, reference.quant.quantise_activations(x), strict=True)
+
+    measure(run, checks, nbytes=x.nbytes, **EXACT)

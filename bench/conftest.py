@@ -1,0 +1,83 @@
+"""What the benchmarks share: the machine's limits, a gate before every measurement, a table at the end.
+
+``python -m pytest bench`` runs them; ``-k`` selects. A benchmark passes a function, the array it fills, and what the
+reference says about a slice of that array: nothing is timed that is wrong.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools")]
+
+from compare import assert_close  # noqa: E402
+
+from pymla import cpu  # noqa: E402
+from pymla.bench import describe, facts  # noqa: E402
+from pymla.cpu import limits as machine  # noqa: E402
+
+#: Seconds that a benchmark measures for, and how many rounds that may be at least and at most.
+SECONDS, ROUNDS = 0.5, (5, 50)
+
+_state = {"rows": []}
+
+
+@pytest.fixture(scope="session")
+def limits():
+    cpu.compile_all()
+    _state["limits"] = machine.measure()
+    return _state["limits"]
+
+
+@pytest.fixture
+def measure(benchmark, limits, request):
+    """Check a function, then time it.
+
+    Arguments of the fixture: ``run``, a function without arguments; ``checks``, pairs of what it computed and what is
+    expected; ``rtol_max`` and ``reason``, as for `assert_close`; ``macs`` and ``nbytes``, what it costs. The checks are
+    a function, which is called after a first run.
+    """
+
+    def call(run, checks, *, rtol_max, reason, macs=0, nbytes=0):
+        run()
+        for actual, expected in checks():
+            assert_close(actual, expected, rtol_max=rtol_max, reason=reason)
+        began = time.perf_counter()
+        run()
+        rounds = int(min(max(SECONDS / (time.perf_counter() - began), ROUNDS[0]), ROUNDS[1]))
+        benchmark.pedantic(run, rounds=rounds, iterations=1)
+        # Rates are those of the fastest round, as the limits are: other programs can only slow one down.
+        fastest = benchmark.stats.stats.min
+        rates = {
+            "GMAC/s": macs / fastest / 1e9,
+            "int8 share": macs / fastest / limits.int8,
+            "GB/s": nbytes / fastest / 1e9,
+            "read share": nbytes / fastest / limits.read,
+        }
+        benchmark.extra_info.update({name: value for name, value in rates.items() if value})
+        times = {"median ms": benchmark.stats.stats.median * 1e3, "fastest ms": fastest * 1e3}
+        _state["rows"].append((request.node.name, times | rates))
+
+    return call
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _state["rows"]:
+        return
+    terminalreporter.section("shares of the machine's limits")
+    terminalreporter.write_line(describe(facts(_state["limits"])))
+    width = max(len(name) for name, _ in _state["rows"])
+    columns = list(_state["rows"][0][1])
+    terminalreporter.write_line(f"{'':{width}}" + "".join(f"{name:>12}" for name in columns))
+    for name, values in _state["rows"]:
+        cells = (_cell(column, values[column]) for column in columns)
+        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def _cell(column, value):
+    if not value:
+        return "-"
+    return f"{value:.1%}" if "share" in column else f"{value:.3f}" if "ms" in column else f"{value:.1f}"

@@ -1,0 +1,200 @@
+"""``pymla bench``: prompt and generation speed as the context grows."""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import click
+
+from pymla import bench as measuring
+from pymla import plot as plotting
+from pymla.cache import CACHE_TYPES
+from pymla.cli.generate import Terminal
+from pymla.config import ModelConfig
+from pymla.errors import PymlaError
+from pymla.loading import demo_path, load
+from pymla.model import MLA_MODES
+from pymla.modelfile import ModelFile
+
+#: Context of a sweep without --ctx, where the model has as much.
+CTX = 4096
+
+EXAMPLES = """\b
+Examples:
+  pymla bench
+  pymla bench -m model.gguf --ctx 16384 --csv sweep.csv --plot sweep.png
+  pymla bench -m model.gguf --depths 0,4096,15872 --mla 1,3,auto
+  pymla bench -m model.gguf --prompt 16384
+
+\b
+Columns are those of llama-sweep-bench: with N_KV tokens in the cache, TG tokens are
+generated and forgotten, then a prompt of PP tokens is appended. PP share: multiply-adds
+as a share of this machine's int8 rate; TG share: bytes read as a share of what it
+streams from memory. Both limits are measured first."""
+
+
+@click.command(epilog=EXAMPLES)
+@click.option(
+    "-m",
+    "--model",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="GGUF file; repeatable. [default: the demo model]",
+)
+@click.option(
+    "--ctx",
+    type=click.IntRange(min=1),
+    help=f"Tokens of context, to which the sweep goes. [default: {CTX}, or the model's, or as --depths need]",
+)
+@click.option("--pp", type=click.IntRange(min=0), help="Tokens of a prompt. [default: 512]")
+@click.option("--tg", type=click.IntRange(min=0), help="Tokens to generate. [default: 128]")
+@click.option("--depths", metavar="N,N,…", help="N_KV of the points. [default: every --pp tokens, up to --ctx]")
+@click.option(
+    "--prompt", type=click.IntRange(min=1), help="Instead: one prompt of so many tokens, from an empty cache."
+)
+@click.option("--cache-type", type=click.Choice(list(CACHE_TYPES)), default="q8_0", show_default=True)
+@click.option(
+    "--mla", default="auto", show_default=True, metavar="MODE,…", help=f"Variants to measure: {', '.join(MLA_MODES)}."
+)
+@click.option("--threads", type=int, help="[default: all usable cores]")
+@click.option(
+    "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of the random tokens.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table to a file as CSV.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
+def bench(paths, mla, cache_type, threads, csv_path, json_path, plot_path, **options):
+    """Measure prompt and generation speed as the context grows.
+
+    The table goes to standard output, row by row; progress goes to standard error. An interrupt ends the measurement
+    and writes the files with the rows so far.
+    """
+    modes = _modes(mla)
+    runs = [_Run(path, options) for path in paths or (demo_path(),)]
+    for path in filter(None, (csv_path, json_path, plot_path)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PymlaError(f"{path}: cannot be written; choose a file in a folder that exists")
+    if plot_path:
+        plotting.check(plot_path)
+    limits = measuring.measure_limits(threads)
+    about = measuring.facts(limits)
+    click.echo(measuring.describe(about))
+    rows, code = [], 0
+    try:
+        for run in runs:
+            for mode in modes:
+                for row in run.rows(limits, mla=mode, cache_type=cache_type, threads=threads):
+                    rows.append(row)
+    except KeyboardInterrupt:
+        code = 130
+    if csv_path:
+        with csv_path.open("w", newline="", encoding="utf-8") as stream:
+            measuring.write_csv(stream, rows, limits)
+    if json_path:
+        json_path.write_text(json.dumps(measuring.report(rows, limits, about), indent=1) + "\n", encoding="utf-8")
+    if plot_path and rows:
+        plotting.sweep(_series(rows), plot_path, _title(rows, about))
+    return code
+
+
+class _Run:
+    """A file and what is measured on it."""
+
+    def __init__(self, path, options):
+        self._path = path
+        self._limit = ModelConfig.from_gguf(ModelFile.open(path)).context_length
+        self._ctx, self._settings = self._plan(**options)
+
+    def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):
+        if prompt is not None and (pp, tg, depths) != (None, None, None):
+            raise PymlaError("--prompt measures one prompt from an empty cache: leave out --pp, --tg and --depths")
+        pp, tg = (512 if pp is None else pp), (128 if tg is None else tg)
+        if prompt is not None:
+            pp, tg, points = prompt, 0, (0,)
+        elif depths is not None:
+            points = _numbers(depths)
+        else:
+            ctx = ctx or min(CTX, self._limit)
+            points = measuring.sweep_depths(ctx, pp, tg)
+            if not points:
+                raise PymlaError(f"--ctx {ctx} does not hold --pp {pp} or --tg {tg} tokens; raise it or lower those")
+        settings = measuring.Settings(pp, tg, points, repeat, seed)
+        needed = ctx or settings.tokens
+        if settings.tokens > needed or settings.tokens > self._limit:
+            raise PymlaError(
+                f"{self._path}: the last point needs {settings.tokens} tokens of context, and there are "
+                f"{min(needed, self._limit)}; lower --depths, --pp or --tg" + (", or raise --ctx" if ctx else "")
+            )
+        return needed, settings
+
+    def rows(self, limits, **options):
+        """Load the model, measure, print."""
+        terminal = _Terminal()
+        with terminal, load(self._path, ctx=self._ctx, report=terminal, **options) as language_model:
+            terminal.close()
+            name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
+            click.echo(f"\n{name}\n\n{measuring.header()}")
+            terminal.begin("")
+            for row in measuring.sweep(language_model, self._settings, terminal.measuring):
+                # A bar and the table would otherwise write on the same line of the terminal.
+                terminal.close()
+                click.echo(measuring.line(row, limits))
+                yield row
+        # The cache of this variant must be gone before the next one takes its memory.
+        gc.collect()
+
+
+class _Terminal(Terminal):
+    """Progress on standard error, with the tokens of a sweep."""
+
+    def measuring(self, done, total):
+        """Tokens that have been through the model."""
+        self._show("measuring, tokens", done, total)
+
+
+def _modes(text):
+    modes = [part.strip() for part in text.split(",")]
+    for mode in modes:
+        if mode not in MLA_MODES:
+            raise PymlaError(f"--mla {text!r}: {mode!r} is not one of {', '.join(MLA_MODES)}")
+    return list(dict.fromkeys(modes))
+
+
+def _numbers(text):
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PymlaError(f"--depths {text!r}: write numbers with commas between, as in 0,4096,15872") from None
+
+
+def _series(rows):
+    """A line for each file and variant."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row.model, row.mla), []).append(row)
+    models = {model for model, _ in groups}
+    return [
+        plotting.Series(
+            f"mla {mla}" if len(models) == 1 else f"{model}, mla {mla}",
+            [row.n_kv for row in group],
+            [row.s_pp for row in group],
+            [row.s_tg for row in group],
+            [_range(row.pp, row.pp_seconds) for row in group],
+            [_range(row.tg, row.tg_seconds) for row in group],
+        )
+        for (model, mla), group in groups.items()
+    ]
+
+
+def _range(tokens, seconds):
+    return (tokens / max(seconds), tokens / min(seconds)) if tokens else (0, 0)
+
+
+def _title(rows, about):
+    models = ", ".join(dict.fromkeys(row.model for row in rows))
+    row = rows[0]
+    settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {about['threads']} threads"
+    return f"{models}: {settings}\n{about['machine']}, {about['isa']}, pymla {about['pymla']}, {about['date'][:10]}"

@@ -1,0 +1,152 @@
+"""What this machine can do at best, measured with the threads and the instructions that kernels use.
+
+Generation reads every weight once and is bounded by `Limits.read`; a prompt multiplies and is bounded by `Limits.int8`.
+
+>>> from pymla.cpu import limits
+>>> limits.measure().int8 > 1e9                                   # doctest: +SKIP
+True
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from pymla.cpu import threads
+from pymla.cpu.jit import kernel
+from pymla.cpu.quant import F1, F2
+from pymla.cpu.simd import (
+    LANES,
+    add,
+    address,
+    broadcast_i8xL,
+    dot4,
+    finish4,
+    load_f32x8,
+    load_i8xL,
+    splat_f32,
+    store_f32x8,
+    store_f32xL,
+    zero4,
+)
+
+#: Bytes that are streamed: more than any cache holds.
+STREAM_BYTES = 512 << 20
+#: Seconds of each measurement, whose fastest pass counts: other programs can only slow one down.
+SECONDS = 0.5
+
+#: Float32 of an item of `_read`, 256 KiB.
+_BLOCK = 1 << 16
+#: Columns of K of the panels and activations of `_multiply`: together they stay in the first-level cache.
+_DEPTH = 512
+#: Times that an item of `_multiply` goes through its panels.
+_TIMES = 64
+#: Multiply-adds of an item of `_multiply`: two panels of `LANES` rows and three columns.
+_ITEM_MACS = 2 * LANES * 3 * _DEPTH * _TIMES
+
+CODES = types.Array(types.int8, 1, "C")
+
+
+class Limits(NamedTuple):
+    """The machine's limits, all threads of `pymla.cpu` together."""
+
+    read: float  # bytes per second, streamed from memory
+    int8: float  # multiply-adds per second, of int8 activations with packed codes
+
+
+def measure(nbytes=STREAM_BYTES):
+    """Measure both limits, in some seconds.
+
+    Parameters
+    ----------
+    nbytes : int
+        Size of the array that is streamed.
+
+    Returns
+    -------
+    Limits
+    """
+    return Limits(read_rate(nbytes), int8_rate())
+
+
+def read_rate(nbytes=STREAM_BYTES):
+    """Bytes per second of a sum over an array of `nbytes`, which was written before."""
+    blocks = max(1, nbytes // (4 * _BLOCK))
+    data = np.ones(blocks * _BLOCK, np.float32)
+    sums = np.empty((blocks, 8), np.float32)
+    return data.nbytes / _fastest(lambda: _read[blocks](data, sums))
+
+
+def int8_rate():
+    """Multiply-adds per second of the panels' dot instruction on codes and activations in the first-level cache."""
+    items = 128 * threads.thread_count()
+    codes = np.arange(2 * LANES * _DEPTH, dtype=np.int64).astype(np.int8) & 15
+    activations = np.arange(3 * _DEPTH, dtype=np.int64).astype(np.int8)
+    sums = np.empty((items, 2 * LANES), np.float32)
+    return items * _ITEM_MACS / _fastest(lambda: _multiply[items](codes, activations, sums))
+
+
+def _fastest(run):
+    """Seconds of the fastest run, after one that compiles and wakes the threads."""
+    run()
+    best, start = np.inf, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+@kernel(F1, F2)
+def _read(first, last, data, sums):
+    """Sums of blocks of the array, in eight registers, so that additions never wait for each other."""
+    for item in range(first, last):
+        at = address(data) + 4 * _BLOCK * item
+        zero = splat_f32(np.float32(0))
+        a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
+        for i in range(0, 4 * _BLOCK, 256):
+            a, b = add(a, load_f32x8(at + i)), add(b, load_f32x8(at + i + 32))
+            c, d = add(c, load_f32x8(at + i + 64)), add(d, load_f32x8(at + i + 96))
+            e, f = add(e, load_f32x8(at + i + 128)), add(f, load_f32x8(at + i + 160))
+            g, h = add(g, load_f32x8(at + i + 192)), add(h, load_f32x8(at + i + 224))
+        total = add(add(add(a, b), add(c, d)), add(add(e, f), add(g, h)))
+        store_f32x8(address(sums[item]), total)
+
+
+@kernel(CODES, CODES, F2)
+def _multiply(first, last, codes, activations, sums):
+    """The tile of `panels`, two panels × three columns, without scales: sums run on and wrap.
+
+    Even and odd groups have sums of their own, so that an instruction that takes several cycles does not wait for
+    itself.
+    """
+    for item in range(first, last):
+        zero = zero4()
+        ia, ib, ic, ja, jb, jc = zero, zero, zero, zero, zero, zero
+        ka, kb, kc, la, lb, lc = zero, zero, zero, zero, zero, zero
+        for _ in range(_TIMES):
+            p, q = address(codes), address(codes) + LANES * _DEPTH
+            xa = address(activations)
+            xb, xc = xa + _DEPTH, xa + 2 * _DEPTH
+            for _ in range(_DEPTH // 8):
+                u, v = load_i8xL(p), load_i8xL(q)
+                y = broadcast_i8xL(xa)
+                ia, ja = dot4(ia, u, y), dot4(ja, v, y)
+                y = broadcast_i8xL(xb)
+                ib, jb = dot4(ib, u, y), dot4(jb, v, y)
+                y = broadcast_i8xL(xc)
+                ic, jc = dot4(ic, u, y), dot4(jc, v, y)
+                u, v = load_i8xL(p + 4 * LANES), load_i8xL(q + 4 * LANES)
+                y = broadcast_i8xL(xa + 4)
+                ka, la = dot4(ka, u, y), dot4(la, v, y)
+                y = broadcast_i8xL(xb + 4)
+                kb, lb = dot4(kb, u, y), dot4(lb, v, y)
+                y = broadcast_i8xL(xc + 4)
+                kc, lc = dot4(kc, u, y), dot4(lc, v, y)
+                p, q = p + 8 * LANES, q + 8 * LANES
+                xa, xb, xc = xa + 8, xb + 8, xc + 8
+        i = add(add(add(finish4(ia), finish4(ib)), finish4(ic)), add(add(finish4(ka), finish4(kb)), finish4(kc)))
+        j = add(add(add(finish4(ja), finish4(jb)), finish4(jc)), add(add(finish4(la), finish4(lb)), finish4(lc)))
+        store_f32xL(address(sums[item]), i)
+        store_f32xL(address(sums[item]) + 4 * LANES, j)

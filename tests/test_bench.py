@@ -1,0 +1,375 @@
+"""The sweep and its figures, and the comparison with other engines."""
+
+import csv
+import json
+import os
+import re
+import stat
+import sys
+from types import SimpleNamespace
+
+import against
+import numpy as np
+import pytest
+
+import pymla
+from pymla import bench, costs, plot
+from pymla.cli import main
+from pymla.cpu import limits
+from pymla.cpu.simd import LANES, sum4
+from pymla.errors import PymlaError
+
+LIMITS = limits.Limits(read=1e10, int8=1e11)
+
+#: As ik_llama.cpp prints it.
+SWEEP = """\
+main: n_kv_max = 1024, n_batch = 2048, n_ubatch = 512, flash_attn = 1, n_gpu_layers = -1, n_threads = 2
+
+|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |
+|-------|--------|--------|----------|----------|----------|----------|
+|   512 |     16 |      0 |   17.916 |    28.58 |    1.792 |     8.93 |
+|   512 |     16 |    512 |   19.419 |    26.37 |    1.614 |     9.91 |
+
+llama_print_timings:        load time =    5376.12 ms
+"""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with pymla.load(ctx=256) as language_model:
+        yield language_model
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Call the console script; returns exit code, standard output, standard error."""
+
+    def call(*args, entry=main):
+        monkeypatch.setattr(sys, "argv", ["pymla", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            entry()
+        return stopped.value.code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fixed limits, so that tests need not measure the machine."""
+    monkeypatch.setattr(limits, "measure", lambda: LIMITS)
+
+
+def row(**values):
+    fields = {"model": "m", "mla": "1", "cache_type": "f16", "threads": 2, "pp": 4, "tg": 2, "n_kv": 64}
+    fields |= {"pp_seconds": (0.5,), "tg_seconds": (4.0, 1.0, 2.0)}
+    fields |= {"pp_macs": 10**10, "tg_bytes": 10**9, "cache_bytes": 1 << 20}
+    return bench.Row(**{**fields, **values})
+
+
+def test_limits_read_and_multiply_everything():
+    data = np.arange(2 * limits._BLOCK, dtype=np.float32) % 7
+    sums = np.full((2, 8), np.nan, np.float32)
+    limits._read[2, 1](data, sums)
+    np.testing.assert_array_equal(sums, data.reshape(2, -1, 8).sum(1))
+
+    depth, rng = limits._DEPTH, np.random.default_rng(0)
+    codes = rng.integers(0, 16, 2 * LANES * depth, dtype=np.int8)
+    activations = rng.integers(-127, 128, 3 * depth, dtype=np.int8)
+    out = np.full((3, 2 * LANES), np.nan, np.float32)
+    limits._multiply[3, 1](codes, activations, out)
+    rows = codes.reshape(2, depth // 4, LANES, 4).astype(np.int64)
+    # [column, panel, group of 4, lane, code]: 64 times round, groups of even and of odd number apart.
+    products = rows * activations.reshape(3, 1, depth // 4, 1, 4) * limits._TIMES
+    by_parity = products.reshape(3, 2, depth // 8, 2, LANES, 4).sum(2)
+    if sum4.element == "i16":
+        by_parity = by_parity.reshape(*by_parity.shape[:-1], 2, 2).sum(-1).astype(np.int16).astype(np.int64)
+    expected = by_parity.sum((0, 2, 4)).reshape(-1)
+    np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-6, atol=0.5)
+
+
+def test_limits_are_rates():
+    found = limits.measure(16 << 20)
+    assert 1e8 < found.read < 1e13
+    assert 1e8 < found.int8 < 1e14
+
+
+def test_settings_refuse_nonsense():
+    for settings in ({"pp": 0, "tg": 0}, {"pp": -1}, {"depths": (64, 0)}, {"depths": ()}, {"depths": (0, 0)}):
+        with pytest.raises(PymlaError, match=r"--pp|--depths"):
+            bench.Settings(**settings)
+    with pytest.raises(PymlaError, match="--repeat 0"):
+        bench.Settings(repeat=0)
+    assert bench.sweep_depths(1024, 256, 128) == (0, 256, 512, 768)
+    assert bench.sweep_depths(1023, 256, 128) == (0, 256, 512)
+    assert bench.sweep_depths(1024, 256, 512) == (0, 256, 512)
+    assert bench.sweep_depths(1024, 0, 512) == (0, 512)
+
+
+def test_sweep_measures_at_each_depth(demo, monkeypatch):
+    """Generation first, which is forgotten; then the prompt, which stays and counts for the next depth."""
+    calls, forward = [], demo.model.forward
+
+    def recorded(batch, **options):
+        calls.append((batch[0][0].length, len(batch[0][1])))
+        return forward(batch, **options)
+
+    monkeypatch.setattr(demo.model, "forward", recorded)
+    progress = []
+    settings = bench.Settings(pp=8, tg=2, depths=(0, 8, 70), repeat=2)
+    rows = list(bench.sweep(demo, settings, lambda *each: progress.append(each)))
+    generation = [[(n, 1), (n + 1, 1)] * 2 for n in (0, 8, 70)]
+    prompts = [[(n, 8)] * 2 for n in (0, 8, 70)]
+    expected = [*generation[0], *prompts[0], *generation[1], *prompts[1], (16, 54), *generation[2], *prompts[2]]
+    assert calls[-len(expected) :] == expected
+    assert [each.n_kv for each in rows] == [0, 8, 70]
+    assert all(len(each.pp_seconds) == len(each.tg_seconds) == 2 for each in rows)
+    assert progress[-1][0] == progress[-1][1]
+    assert sorted(progress) == progress
+
+
+def test_row_counts_what_the_step_costs(demo):
+    (found,) = bench.sweep(demo, bench.Settings(pp=8, tg=3, depths=(64,)))
+    config, tensors = demo.config, demo.file.tensors
+    assert found.pp_macs == sum(op.macs for op in costs.step_ops(config, None, 8, 72))
+    each = [costs.token_bytes(config, tensors, 64 + n) for n in (1, 2, 3)]
+    assert found.tg_bytes == pytest.approx(sum(each), rel=1e-4)
+    assert found.cache_bytes == 64 * demo.model.cache.row_bytes
+
+
+def test_sweep_refuses_a_short_context(demo):
+    with pytest.raises(PymlaError, match="needs a context of 300 tokens and has 256"):
+        next(bench.sweep(demo, bench.Settings(pp=100, tg=1, depths=(200,))))
+
+
+def test_shares_come_from_medians():
+    one = row()
+    assert (one.s_pp, one.t_tg, one.s_tg) == (8, 2, 1)
+    assert one.shares(LIMITS) == (0.2, 0.05)
+    # In a table the shares are per cent.
+    assert bench.line(one, LIMITS).split("|")[8:10] == ["    20.0% ", "     5.0% "]
+    long_prompt = row(tg=0, tg_seconds=(), tg_bytes=0)
+    assert long_prompt.cells(LIMITS)[5:7] == (None, None)
+    assert bench.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
+
+
+def test_table_has_the_peers_columns():
+    lines = bench.header().splitlines()
+    theirs = SWEEP.splitlines()[2:4]
+    assert [ours.startswith(each[:-1]) for ours, each in zip(lines, theirs, strict=True)] == [True, True]
+    assert {len(each) for each in (*lines, bench.line(row(), LIMITS))} == {len(lines[0])}
+    # What reads a peer's table reads ours.
+    (parsed,) = against.parse_sweep(bench.line(row(), LIMITS))
+    assert parsed == {"pp": 4, "tg": 2, "n_kv": 64, "t_pp": 0.5, "t_tg": 2.0}
+
+
+def test_command(run, tmp_path, quick):
+    files = [tmp_path / name for name in ("a.csv", "a.json")]
+    options = ("--pp", 32, "--tg", 2, "--depths", "0,64", "--mla", "auto,1", "--repeat", 2, "--threads", 1)
+    code, out, _ = run("bench", *options, "--csv", files[0], "--json", files[1])
+    assert code == 0
+    assert "reads 10.0 GB/s, int8 100 GMAC/s" in out
+    assert re.findall(r"^demo.gguf, mla (\w+), q8_0 cache$", out, re.MULTILINE) == ["auto", "1"]
+    printed = against.parse_sweep(out)
+    assert [(each["pp"], each["tg"], each["n_kv"]) for each in printed] == 2 * [(32, 2, 0), (32, 2, 64)]
+    report = json.loads(files[1].read_text())
+    assert report["limits"] == {"read_bytes_per_second": 1e10, "int8_macs_per_second": 1e11}
+    assert report["threads"] == 1
+    assert [each["mla"] for each in report["rows"]] == ["auto", "auto", "1", "1"]
+    with files[0].open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    for line, record, shown in zip(table, report["rows"], printed, strict=True):
+        assert len(record["pp_seconds"]) == 2
+        assert float(line["T_PP s"]) == record["t_pp"] == pytest.approx(np.median(record["pp_seconds"]))
+        assert record["t_pp"] == pytest.approx(shown["t_pp"], abs=6e-4)
+        assert float(line["TG share"]) == record["tg_share"]
+        assert record["s_tg"] == pytest.approx(2 / record["t_tg"])
+
+
+def test_command_sweeps_by_default(run, quick):
+    code, out, _ = run("bench", "--pp", 64, "--tg", 1, "--ctx", 200)
+    assert code == 0
+    assert [each["n_kv"] for each in against.parse_sweep(out)] == [0, 64, 128]
+
+
+def test_command_measures_one_prompt(run, quick):
+    code, out, _ = run("bench", "--prompt", 700)
+    assert code == 0
+    assert re.search(
+        r"^\| +700 \| +0 \| +0 \| +[0-9.]+ \| +[0-9.]+ \| +- \| +- \| +[0-9.]+% \| +- \|", out, re.MULTILINE
+    )
+
+
+def test_interrupt_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
+    def interrupted(*_):
+        yield row()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "sweep", interrupted)
+    code, out, _ = run("bench", "--json", tmp_path / "a.json")
+    assert code == 130
+    assert len(against.parse_sweep(out)) == 1
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--depths", "0,x"], ["--depths '0,x'"]),
+        (["--depths", "64,0"], ["--depths '64,0'", "ascending"]),
+        (["--depths", "0,900"], ["1412 tokens of context", "1024"]),
+        (["--depths", "0,100", "--ctx", "300"], ["612 tokens", "300", "--ctx"]),
+        (["--ctx", "100"], ["--ctx 100", "--pp 512"]),
+        (["--mla", "1,9"], ["'9'", "auto, 0, 1, 2, 3"]),
+        (["--pp", "0", "--tg", "0"], ["--pp 0 --tg 0"]),
+        (["--repeat", "0"], ["--repeat 0"]),
+        (["--prompt", "8", "--tg", "1"], ["--prompt", "--tg"]),
+        (["--threads", "10000"], ["--threads 10000"]),
+        (["--plot", "a.pdf"], ["a.pdf", ".png or .svg"]),
+        (["--csv", "missing/folder/a.csv"], ["a.csv", "cannot be written"]),
+        (["-m", "missing.gguf"], ["missing.gguf"]),
+    ],
+)
+def test_bad_options(run, options, parts, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("bench", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("pymla: error: ")
+    assert err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_plot(run, quick, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "a.svg"
+    code, _, _ = run("bench", "--pp", 16, "--tg", 1, "--depths", "0,32", "--mla", "1,3", "--plot", picture)
+    assert code == 0
+    text = picture.read_text()
+    for part in (
+        "mla 1",
+        "mla 3",
+        "N_KV",
+        "tokens per second",
+        "demo.gguf",
+        "PP 16, TG 1, q8_0 cache",
+        bench.machine(),
+    ):
+        assert part in text
+    lines = [plot.Series("a", [0, 64], [2.0, 1.0], [None, None], [(1, 3), (1, 1)])]
+    plot.sweep(lines, tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("bench", "--plot", "a.png")
+    assert code == 2
+    assert 'pip install "pymla[bench]"' in err
+
+
+def test_parse_sweep():
+    rows = against.parse_sweep(SWEEP)
+    assert rows[1] == {"pp": 512, "tg": 16, "n_kv": 512, "t_pp": 19.419, "t_tg": 1.614}
+    assert len(rows) == 2
+    with pytest.raises(PymlaError, match="no table: out of memory"):
+        against.parse_sweep("loading\nout of memory\n")
+
+
+def test_parse_llama_bench():
+    rows = [
+        {"n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ts": 40.5},
+        {"n_prompt": 0, "n_gen": 16, "n_depth": 0, "avg_ts": 9.5},
+        {"n_prompt": 512, "n_gen": 0, "n_depth": 4096, "avg_ts": 20.5},
+    ]
+    found = against.parse_llama_bench("warning: something\n" + json.dumps(rows))
+    assert found == {0: (40.5, 9.5), 4096: (20.5, None)}
+
+
+def engines(*labels):
+    return [SimpleNamespace(label=label) for label in labels]
+
+
+def test_ratios_are_taken_within_a_round():
+    def each(*rates):
+        return dict(zip(("pymla", "a", "b"), ({0: against.Rates(rate, None)} for rate in rates), strict=True))
+
+    rounds = [each(8, 4, 2), each(3, 1, 3), each(6, 1, 3)]
+    assert against.compare(rounds, "pymla", "a", 0, "pp") == (3, 2, 6)
+    assert against.compare(rounds, "pymla", "best", 0, "pp") == (2, 1, 2)
+    assert against.compare(rounds, "pymla", "a", 0, "tg") is None
+    job = SimpleNamespace(points=(0,), prompt=None, pp=512, tg=1)
+    table = list(against.table(rounds, engines("pymla", "a", "b"), job))
+    assert table[2] == "| 0 | PP512 | 6.00 | a | 1.00 | 3.00x | 2.00x | 6.00x |"
+    assert table[-1] == "| 0 | PP512 | 6.00 | best | 3.00 | 2.00x | 1.00x | 2.00x |"
+    (first, *_) = against.series(rounds, engines("pymla", "a"), job)
+    assert first == plot.Series("pymla", [0], [6], [None], [(3, 8)], first.tg_range)
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A program that answers like llama-sweep-bench, and notes how it was called."""
+    if os.name != "posix":
+        pytest.skip("a script as a program")
+    path = tmp_path / "peer"
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"open({str(tmp_path / 'calls')!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        f"if '--fail' in sys.argv: sys.exit('no such model')\n"
+        f"print({SWEEP!r}, file=sys.stderr)\n"
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_against(run, peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(against.Pymla, "measure", lambda self, job: {0: against.Rates(57.16, 17.86)})
+    model = pymla.loading.demo_path()
+    options = ("-m", model, "--llama-sweep-bench", f"{peer} -rtr", "--rounds", 2, "--threads", 1, "--tg", 16)
+    code, out, err = run(*options, "--json", tmp_path / "a.json", entry=against.main)
+    assert code == 0, err
+    assert "| 0 | PP512 | 57.16 | llama-sweep-bench -rtr | 28.58 | 2.00x | 2.00x | 2.00x |" in out
+    assert "| 0 | TG16 | 17.86 | llama-sweep-bench -rtr | 8.93 | 2.00x | 2.00x | 2.00x |" in out
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2
+    assert calls[0].endswith("-t 1 -ctk q8_0 -mla 3 -fa on -c 512 -ub 512 -n 16 -rtr")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["rounds"][1]["pymla"]["0"] == {"pp": 57.16, "tg": 17.86}
+
+
+def test_against_measures_one_prompt(run, peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(against.Pymla, "measure", lambda self, job: {0: against.Rates(100.0, None)})
+    options = ("-m", pymla.loading.demo_path(), "--llama-sweep-bench", peer, "--prompt")
+    code, out, _ = run(*options, 1024, entry=against.main)
+    assert code == 0
+    assert f"| prompt of 1024 | 100.00 | llama-sweep-bench | {1024 / (17.916 + 19.419):.2f} |" in out
+    code, _, err = run(*options, 2048, entry=against.main)
+    assert code == 2
+    assert "a prompt of 1024 tokens, not 2048" in err
+
+
+def test_against_runs_pymla(quick):
+    job = against.Job(pymla.loading.demo_path(), pp=16, tg=1, depths=(0, 32), threads=1, cache_type="f16")
+    found = against.Pymla().measure(job)
+    assert list(found) == [0, 32]
+    assert all(rates.pp > 0 and rates.tg > 0 for rates in found.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "give at least one peer"),
+        (["--llama-sweep-bench", "/nowhere/peer"], "/nowhere/peer: No such file"),
+        (["--llama-sweep-bench", "PEER --fail"], "ended with code 1: no such model"),
+        (["--llama-sweep-bench", "PEER", "--depths", "0,1024"], "measured nothing at a depth of 1024"),
+        (["--llama-sweep-bench", "PEER", "--depths", "0,100"], "multiples of --pp 512"),
+        (["--llama-sweep-bench", "PEER", "--tg", "600"], "--tg 600"),
+        (["--llama-sweep-bench", "PEER", "--llama-sweep-bench", "PEER"], "same name"),
+        (["--llama-sweep-bench", "PEER", "--depths", "x"], "--depths 'x'"),
+    ],
+)
+def test_against_refuses(run, peer, monkeypatch, options, part):
+    rates = against.Rates(1.0, 1.0)
+    monkeypatch.setattr(against.Pymla, "measure", lambda self, job: dict.fromkeys(job.points, rates))
+    options = [option.replace("PEER", str(peer)) for option in options]
+    code, _, err = run("-m", pymla.loading.demo_path(), *options, entry=against.main)
+    assert code == 2
+    assert part in err.splitlines()[-1]
