@@ -42,7 +42,7 @@ def bench_experts_q4_0(measure, tokens):
     x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
     weights, out = rng.random((tokens, USED), dtype=np.float32), np.full((tokens, HIDDEN), np.nan, np.float32)
     activation = cpu.quant.Activation(x)
-    activation.input(ggml.Q4_0)
+    activation.panels(ggml.Q4_0)
     turn = iter(range(1 << 30))
     last = [choices[0]]
 
@@ -67,7 +67,7 @@ def bench_shared_experts_q4_0(measure, tokens):
     downs = cold(matrix(ggml.Q4_0, HIDDEN, 2 * INNER))
     x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
     out, activation = np.full((tokens, HIDDEN), np.nan, np.float32), cpu.quant.Activation(x)
-    activation.input(ggml.Q4_0)
+    activation.panels(ggml.Q4_0)
 
     def run():
         cpu.moe.ffn(activation, next(gates), next(ups), next(downs), out)

@@ -16,7 +16,7 @@ PROMPT = (48, 512)
 def product(measure, qtype, shape, tokens):
     w, x, out = matrix(qtype, *shape), normal(tokens, shape[1]), np.full((tokens, shape[0]), np.nan, np.float32)
     activation = cpu.quant.Activation(x)
-    activation.input(qtype)
+    activation.panels(qtype)
     copies = cold(w) if tokens <= 16 else iter(lambda: w, None)
 
     def run():
@@ -62,7 +62,7 @@ def bench_quantise_activations(measure, tokens):
     x, found = normal(tokens, HIDDEN), []
 
     def run():
-        found[:] = cpu.quant.Activation(x).input(ggml.Q4_0)[1:3]
+        found[:] = cpu.quant.Activation(x).panels(ggml.Q4_0)[1:3]
 
     def checks():
         return zip(found, reference.quant.quantise_activations(x), strict=True)

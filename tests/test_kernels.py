@@ -64,7 +64,7 @@ def test_matmul_at_extreme_codes(qtype, byte):
 def test_quantise_activations():
     x = normal(7, 96)
     x[2, :32] = 0
-    codes, scale, sums = cpu.quant.Activation(x).input(ggml.Q4_0)[1:4]
+    codes, scale, sums = cpu.quant.Activation(x).panels(ggml.Q4_0)[1:4]
     expected_codes, expected_scale = reference.quant.quantise_activations(x)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_array_equal(scale, expected_scale)

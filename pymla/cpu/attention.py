@@ -21,7 +21,7 @@ from numba import types
 
 from pymla.cache import PAGE, Step
 from pymla.cpu import threads
-from pymla.cpu.formats import dequantise_row, dot_row, write_row
+from pymla.cpu.formats import dequantise_row, dot_float, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
 from pymla.cpu.quant import (
@@ -302,7 +302,7 @@ def _scores(first, last, q, latent, rope, step, scale, t, scores):
             dequantise_row(latent.qtype, address(latent.data[slot]), address(row), rank)
             dequantise_row(rope.qtype, address(rope.data[slot]), address(row[rank:]), size - rank)
             for h in range(heads):
-                score = dot_row(F32, address(row), address(q[t, h]), 0, 0, 0, size)
+                score = dot_float(F32, address(row), address(q[t, h]), size)
                 scores[h, p] = score * np.float32(scale)
 
 

@@ -16,10 +16,13 @@ from pymla.cpu.compiling import inline
 from pymla.cpu.simd import (
     absolute,
     add,
+    add_times,
     bit_or,
     bits_2,
-    broadcast_f32x8,
+    bits_2x32,
     dot_i8,
+    dot_i16,
+    dot_u6,
     dot_u7,
     fma,
     high_nibbles,
@@ -31,35 +34,44 @@ from pymla.cpu.simd import (
     load_f16,
     load_f16x8,
     load_f32,
+    load_f32x4,
+    load_f32x4_twice,
     load_f32x8,
     load_i8_as_f32,
     load_i8_as_f32x8,
+    load_i8_as_i16,
     load_i8x16,
     load_i8x32,
+    load_i16x16,
     load_nibbles,
-    load_scales_18,
-    load_scales_20,
+    load_pair,
+    load_scales,
+    load_scales_4,
     low_nibbles,
     mul,
     panel_codes8,
+    prefetch,
     round_away,
     round_even,
-    spill,
     splat_f32,
-    splat_halves,
     store_as_i8,
     store_bf16,
     store_f16,
     store_f32,
     store_f32x8,
     store_i8x32,
-    store_i32,
+    store_i16,
     store_start4,
     subtract_i8,
+    subtract_i32,
+    sum_blocks,
+    sum_blocks_i32,
     sum_i8x16,
+    times_32,
     to_f32,
     total,
     zero_i32x8,
+    zero_sums,
 )
 
 # Kernels see module globals as constants.
@@ -80,7 +92,7 @@ def float_bytes(qtype):
 
 
 @inline
-def dot_row(qtype, row, x, codes, scale, sums, columns):
+def dot_row(qtype, row, x, codes, scale, sums, sum16, columns):
     """A row of weights times one activation vector, float32.
 
     Parameters
@@ -88,100 +100,129 @@ def dot_row(qtype, row, x, codes, scale, sums, columns):
     qtype : int
     row : int
         Address of the row's first block.
-    x, codes, scale, sums : int
-        Addresses of the activations: float32 (columns,); int8 codes (columns,), float32 scale (columns // 32,) and
-        float32 sums of ``scale * codes`` (columns // 32,). Float types read the first, quantised types the others.
+    x, codes, scale, sums, sum16 : int
+        Addresses of the parts of a `quant.Input` in the order of rows. Float types read the first, quantised types the
+        others.
     columns : int
     """
     if qtype == Q4_0:
-        return _dot_q4_0(row, codes, scale, sums, columns)
+        return _dot_4_bits(18, row, codes, scale, sums, columns)
     if qtype == Q8_0:
         return _dot_q8_0(row, codes, scale, columns)
     if qtype == Q6_K:
-        return _dot_q6_k(row, codes, scale, columns)
+        return _dot_q6_k(row, codes, scale, sum16, columns)
     if qtype == Q4_1:
-        return _dot_q4_1(row, codes, scale, sums, columns)
+        return _dot_4_bits(20, row, codes, scale, sums, columns)
     return dot_float(qtype, row, x, columns)
 
 
 @inline
-def _dot_q4_0(row, codes, scale, sums, columns):
-    # Codes stay unsigned, which saves three instructions in eight: the zero point of 8 comes off by the sums. Scales
-    # are prepared for eight blocks at a time.
-    a = splat_f32(np.float32(0))
-    b = splat_f32(np.float32(0))
-    offset = splat_f32(np.float32(0))
-    whole = columns // 256
-    for _ in range(whole):
-        d = load_scales_18(row)
-        factors = spill(mul(d, load_f32x8(scale)))
-        offset = fma(d, load_f32x8(sums), offset)
-        for i in range(0, 8, 2):
-            a = _add_block4(row + 18 * i + 2, codes + 32 * i, factors + 4 * i, a)
-            b = _add_block4(row + 18 * i + 20, codes + 32 * i + 32, factors + 4 * i + 4, b)
-        row += 144
-        codes += 256
-        scale += 32
-        sums += 32
-    rest = np.float32(0)
-    for _ in range((columns - 256 * whole) // 32):
+def _dot_4_bits(size, row, codes, scale, sums, columns):
+    """Q4_0, whose blocks have 18 bytes, or Q4_1, with 20.
+
+    Codes stay unsigned, which saves instructions: Q4_0's zero point of 8 comes off by the sums, like a minimum.
+    """
+    header = size - 16
+    zero = zero_sums()
+    acc = splat_f32(np.float32(0))
+    shift = splat_f32(np.float32(-8))
+    for _ in range(columns // 256):
+        prefetch(row, 144)
+        d, at = load_scales(row, size), row + header
+        a = _dot_pair(zero, load_pair(at, at + 4 * size), codes)
+        b = _dot_pair(zero, load_pair(at + size, at + 5 * size), codes + 64)
+        c = _dot_pair(zero, load_pair(at + 2 * size, at + 6 * size), codes + 128)
+        e = _dot_pair(zero, load_pair(at + 3 * size, at + 7 * size), codes + 192)
+        m = mul(d, shift) if size == 18 else load_scales(row + 2, size)
+        acc = fma(m, load_f32x8(sums), acc)
+        acc = fma(to_f32(sum_blocks(a, b, c, e)), mul(d, load_f32x8(scale)), acc)
+        row, codes, scale, sums = row + 8 * size, codes + 256, scale + 32, sums + 32
+    rest = columns % 256 // 32
+    if rest >= 4:
+        d, at = load_scales_4(row, size), row + header
+        a = dot_u6(zero, load_nibbles(at), load_i8x32(codes))
+        b = dot_u6(zero, load_nibbles(at + size), load_i8x32(codes + 32))
+        c = dot_u6(zero, load_nibbles(at + 2 * size), load_i8x32(codes + 64))
+        e = dot_u6(zero, load_nibbles(at + 3 * size), load_i8x32(codes + 96))
+        m = mul(d, shift) if size == 18 else load_scales_4(row + 2, size)
+        acc = fma(m, load_f32x4(sums), acc)
+        acc = fma(to_f32(sum_blocks(a, b, c, e)), mul(d, load_f32x4_twice(scale)), acc)
+        row, codes, scale, sums = row + 4 * size, codes + 128, scale + 16, sums + 16
+    minima = np.float32(0)
+    for _ in range(rest % 4):
         d = load_f16(row)
-        products = dot_u7(zero_i32x8(), load_nibbles(row + 2), load_i8x32(codes))
-        a = fma(to_f32(products), splat_f32(d * load_f32(scale)), a)
-        rest += d * load_f32(sums)
-        row += 18
-        codes += 32
-        scale += 4
-        sums += 4
-    return total(a) + total(b) - np.float32(8) * (total(offset) + rest)
+        products = dot_u7(zero_i32x8(), load_nibbles(row + header), load_i8x32(codes))
+        acc = fma(to_f32(products), splat_f32(d * load_f32(scale)), acc)
+        minima += (np.float32(-8) * d if size == 18 else load_f16(row + 2)) * load_f32(sums)
+        row, codes, scale, sums = row + size, codes + 32, scale + 4, sums + 4
+    return total(acc) + minima
 
 
 @inline
-def _add_block4(nibbles, codes, factor, acc):
-    """Add a block's products, times the float32 at `factor`."""
-    products = dot_u7(zero_i32x8(), load_nibbles(nibbles), load_i8x32(codes))
-    return fma(to_f32(products), broadcast_f32x8(factor), acc)
-
-
-@inline
-def _dot_q4_1(row, codes, scale, sums, columns):
-    a = splat_f32(np.float32(0))
-    b = splat_f32(np.float32(0))
-    minimum = splat_f32(np.float32(0))
-    whole = columns // 256
-    for _ in range(whole):
-        factors = spill(mul(load_scales_20(row), load_f32x8(scale)))
-        minimum = fma(load_scales_20(row + 2), load_f32x8(sums), minimum)
-        for i in range(0, 8, 2):
-            a = _add_block4(row + 20 * i + 4, codes + 32 * i, factors + 4 * i, a)
-            b = _add_block4(row + 20 * i + 24, codes + 32 * i + 32, factors + 4 * i + 4, b)
-        row += 160
-        codes += 256
-        scale += 32
-        sums += 32
-    rest = np.float32(0)
-    for _ in range((columns - 256 * whole) // 32):
-        products = dot_u7(zero_i32x8(), load_nibbles(row + 4), load_i8x32(codes))
-        a = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), a)
-        rest += load_f16(row + 2) * load_f32(sums)
-        row += 20
-        codes += 32
-        scale += 4
-        sums += 4
-    return total(a) + total(b) + total(minimum) + rest
+def _dot_pair(zero, packed, codes):
+    """Products of two blocks' nibbles with their 64 activations."""
+    low = dot_u6(zero, low_nibbles(packed), load_i8x32(codes))
+    return dot_u6(low, high_nibbles(packed), load_i8x32(codes + 32))
 
 
 @inline
 def _dot_q8_0(row, codes, scale, columns):
     acc = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    for _ in range(columns // 32):
-        products = dot_i8(zero, load_i8x32(row + 2), load_i8x32(codes))
+    for _ in range(columns // 256):
+        prefetch(row, 272)
+        a = _dot_pair_q8_0(row + 2, codes)
+        b = _dot_pair_q8_0(row + 36, codes + 64)
+        c = _dot_pair_q8_0(row + 70, codes + 128)
+        e = _dot_pair_q8_0(row + 104, codes + 192)
+        factor = mul(load_scales(row, 34), load_f32x8(scale))
+        acc = fma(to_f32(sum_blocks_i32(a, b, c, e)), factor, acc)
+        row, codes, scale = row + 272, codes + 256, scale + 32
+    for _ in range(columns % 256 // 32):
+        products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
         acc = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), acc)
-        row += 34
-        codes += 32
-        scale += 4
+        row, codes, scale = row + 34, codes + 32, scale + 4
     return total(acc)
+
+
+@inline
+def _dot_pair_q8_0(weights, codes):
+    """Products of two blocks of Q8_0, four blocks apart, with their 64 activations."""
+    low = dot_i8(zero_i32x8(), load_pair(weights, weights + 136), load_i8x32(codes))
+    return dot_i8(low, load_pair(weights + 16, weights + 152), load_i8x32(codes + 32))
+
+
+@inline
+def _dot_q6_k(row, codes, scale, sum16, columns):
+    """Codes stay unsigned, from 0 to 63, and a block's products meet the two scales of its sixteens as integers."""
+    acc = splat_f32(np.float32(0))
+    zero = zero_i32x8()
+    for _ in range(columns // 256):
+        prefetch(row, 210)
+        # Register n of a half's 64 bytes has weights 16 n to 16 n + 15 in its low nibbles, 64 further ones in its high.
+        n0, n1 = load_pair(row, row + 64), load_pair(row + 16, row + 80)
+        n2, n3 = load_pair(row + 32, row + 96), load_pair(row + 48, row + 112)
+        high0, high1 = load_pair(row + 128, row + 160), load_pair(row + 144, row + 176)
+        s = load_i8_as_i16(row + 192)
+        a = add_times(zero, _dot_q6(low_nibbles(n0), high0, 0, codes), s, 0)
+        a = add_times(a, _dot_q6(low_nibbles(n1), high1, 0, codes + 32), s, 1)
+        b = add_times(zero, _dot_q6(low_nibbles(n2), high0, 2, codes + 64), s, 2)
+        b = add_times(b, _dot_q6(low_nibbles(n3), high1, 2, codes + 96), s, 3)
+        c = add_times(zero, _dot_q6(high_nibbles(n0), high0, 4, codes + 128), s, 4)
+        c = add_times(c, _dot_q6(high_nibbles(n1), high1, 4, codes + 160), s, 5)
+        e = add_times(zero, _dot_q6(high_nibbles(n2), high0, 6, codes + 192), s, 6)
+        e = add_times(e, _dot_q6(high_nibbles(n3), high1, 6, codes + 224), s, 7)
+        offset = times_32(dot_i16(s, load_i16x16(sum16)))
+        products = subtract_i32(sum_blocks_i32(a, b, c, e), offset)
+        factor = mul(splat_f32(load_f16(row + 208)), load_f32x8(scale))
+        acc = fma(to_f32(products), factor, acc)
+        row, codes, scale, sum16 = row + 210, codes + 256, scale + 32, sum16 + 32
+    return total(acc)
+
+
+@inline
+def _dot_q6(nibbles, high, shift, codes):
+    """Products of sixteen weights of two blocks, of which `high` has the two upper bits at `shift`."""
+    return dot_u6(zero_sums(), bit_or(nibbles, bits_2x32(high, shift)), load_i8x32(codes))
 
 
 @inline
@@ -209,28 +250,6 @@ def _q6_k_scales(block, group):
     d = load_f16(block + 208)
     scales = block + 192 + 2 * group
     return splat_f32(d * load_i8_as_f32(scales)), splat_f32(d * load_i8_as_f32(scales + 1))
-
-
-@inline
-def _q6_k_scale(block, group):
-    """Scales of the two sixteens of a group, four lanes each: as the products of `dot_i8` lie."""
-    d = load_f16(block + 208)
-    scales = block + 192 + 2 * group
-    return splat_halves(d * load_i8_as_f32(scales), d * load_i8_as_f32(scales + 1))
-
-
-@inline
-def _dot_q6_k(row, codes, scale, columns):
-    acc = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    for _ in range(columns // 256):
-        for group in range(8):
-            products = dot_i8(zero, _q6_k_codes(row, group), load_i8x32(codes))
-            acc = fma(to_f32(products), mul(_q6_k_scale(row, group), splat_f32(load_f32(scale))), acc)
-            codes += 32
-            scale += 4
-        row += 210
-    return total(acc)
 
 
 @inline
@@ -309,7 +328,7 @@ def unpack_row(qtype, row, first, count, codes, scales, minima):
         for i in range(count):
             store_i8x32(codes + 32 * i, load_nibbles(row + 18 * i + 2))
         if count == 8:
-            store_f32x8(scales, load_scales_18(row))
+            store_f32x8(scales, load_scales(row, 18))
         else:
             for i in range(count):
                 store_f32(scales + 4 * i, load_f16(row + 18 * i))
@@ -332,8 +351,8 @@ def unpack_row(qtype, row, first, count, codes, scales, minima):
         for i in range(count):
             store_i8x32(codes + 32 * i, load_nibbles(row + 20 * i + 4))
         if count == 8:
-            store_f32x8(scales, load_scales_20(row))
-            store_f32x8(minima, load_scales_20(row + 2))
+            store_f32x8(scales, load_scales(row, 20))
+            store_f32x8(minima, load_scales(row + 2, 20))
         else:
             for i in range(count):
                 store_f32(scales + 4 * i, load_f16(row + 20 * i))
@@ -421,23 +440,25 @@ def not_finite(a, b, c, d):
 
 
 @inline
-def quantise_block(x, codes, scale, sums, starts, sum16):
-    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; all are addresses."""
+def quantise_block(x, low, high, scale, sums, starts, sum16):
+    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`.
+
+    All are addresses; `low` and `high` of sixteen codes each.
+    """
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
     most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
     factor = splat_f32(inverse)
-    store_as_i8(codes, round_even(mul(a, factor)))
-    store_as_i8(codes + 8, round_even(mul(b, factor)))
-    store_as_i8(codes + 16, round_even(mul(c, factor)))
-    store_as_i8(codes + 24, round_even(mul(d, factor)))
+    store_as_i8(low, round_even(mul(a, factor)))
+    store_as_i8(low + 8, round_even(mul(b, factor)))
+    store_as_i8(high, round_even(mul(c, factor)))
+    store_as_i8(high + 8, round_even(mul(d, factor)))
     step = (most + not_finite(a, b, c, d)) / np.float32(127)
     store_f32(scale, step)
-    block = load_i8x32(codes)
-    store_start4(starts, block)
-    low, high = sum_i8x16(load_i8x16(codes)), sum_i8x16(load_i8x16(codes + 16))
-    store_i32(sum16, low)
-    store_i32(sum16 + 4, high)
-    store_f32(sums, step * np.float32(low + high))
+    store_start4(starts, load_pair(low, high))
+    sum_low, sum_high = sum_i8x16(load_i8x16(low)), sum_i8x16(load_i8x16(high))
+    store_i16(sum16, sum_low)
+    store_i16(sum16 + 2, sum_high)
+    store_f32(sums, step * np.float32(sum_low + sum_high))

@@ -78,18 +78,20 @@ def experts(activation, ids, weights, gate, up, down, out):
     starts = np.empty(count + 1, np.int32)
     _sort_pairs[1](ids, pairs, tokens, starts)
     hidden = np.empty((ids.size, inner), np.float32)
-    x = activation.input(gate.qtype if gate.qtype in QUANTISED else up.qtype)
     gates, ups, downs = Matrices.of(gate), Matrices.of(up), Matrices.of(down)
     by_panels = ids.size > FEW_PAIRS * count and gate.qtype == up.qtype and gate.qtype in QUANTISED
     if by_panels:
+        x = activation.panels(gate.qtype)
         _gate_up_panels[count * -(-inner // LANES), 1](gates, ups, tokens, starts, x, hidden)
     else:
+        x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
         _gate_up_rows[inner](gates, ups, tokens, starts, x, hidden)
-    y = Activation(hidden).input(down.qtype)
+    y = Activation(hidden)
     if ids.size > FEW_PAIRS * count and down.qtype in QUANTISED:
-        _down_panels[-(-len(down.data[0]) // ROWS), 1](downs, pairs, counting(len(pairs)), starts, weights, y, out)
+        index, x = counting(len(pairs)), y.panels(down.qtype)
+        _down_panels[-(-len(down.data[0]) // ROWS), 1](downs, pairs, index, starts, weights, x, out)
     else:
-        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y, out)
+        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), out)
     return out
 
 

@@ -109,7 +109,7 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
                 if minimum:
                     _add_minima(sums + 4 * wa, sums + 4 * wb, sums + 4 * wc, blocks, scratch, at, bt, ct)
             else:
-                za, zb, zc = sum16 + 8 * wa, sum16 + 8 * wb, sum16 + 8 * wc
+                za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
                 _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
 
 
@@ -230,7 +230,7 @@ def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct
         p, q = p + 16 * LANES, q + 16 * LANES
         d, e = d + 4 * LANES, e + 4 * LANES
         xa, xb, xc = xa + 16, xb + 16, xc + 16
-        za, zb, zc = za + 4, zb + 4, zc + 4
+        za, zb, zc = za + 2, zb + 2, zc + 2
     _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
 
 

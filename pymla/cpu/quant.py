@@ -45,6 +45,7 @@ F3 = types.Array(types.float32, 3, "C")
 I1 = types.Array(types.int32, 1, "C")
 I2 = types.Array(types.int32, 2, "C")
 I8 = types.Array(types.int8, 2, "C")
+I16 = types.Array(types.int16, 2, "C")
 BYTES = types.Array(types.uint8, 2, "C", readonly=True)
 
 #: Up to this many tokens every row is read once per token, straight from the file; beyond, it goes through panels.
@@ -72,18 +73,24 @@ MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 
 
 class Input(NamedTuple):
-    """Activations as kernels read them; the quantised parts are empty where only float types do."""
+    """Activations as kernels read them; the quantised parts are empty where only float types do.
+
+    Codes lie in one of two orders. For panels it is that of the columns. For rows, blocks of 32 are mixed in groups of
+    eight: sixteen codes of block 0, sixteen of block 4, then the other halves of both; blocks 1 and 5 come next, then 2
+    and 6, 3 and 7 (two blocks then fill a register with their low nibbles and one with their high nibbles). An
+    incomplete group at the end keeps the order of its columns.
+    """
 
     x: np.ndarray  # float32 (T, K)
     codes: np.ndarray  # int8 (T, K)
     scale: np.ndarray  # float32 (T, K // 32): x ≈ codes * scale
     sums: np.ndarray  # float32 (T, K // 32): sums of codes * scale
     starts: np.ndarray  # int32 (T, K // 32): for `simd.start4`
-    sum16: np.ndarray  # int32 (T, K // 16): sums of codes
+    sum16: np.ndarray  # int16 (T, K // 16): sums of codes
     zeros: np.ndarray  # int32 (1, 1): 0
 
 
-INPUT = types.NamedTuple((F2, I8, F2, F2, I2, I2, I2), Input)
+INPUT = types.NamedTuple((F2, I8, F2, F2, I2, I16, I2), Input)
 
 _ZERO = np.zeros((1, 1), np.int32)
 
@@ -98,33 +105,31 @@ class Activation:
 
     def __init__(self, x):
         self.x = x
-        self._float = self._quantised = None
+        self._inputs = {}
 
-    def input(self, qtype):
-        """The `Input` for products with a type."""
-        if qtype not in ggml.QUANTISED:
-            if self._float is None:
-                self._float = self._empty(0)
-            return self._float
-        if self._quantised is None:
-            tokens, columns = self.x.shape
-            self._quantised = self._empty(tokens)
+    def rows(self, qtype):
+        """The `Input` for products with rows of a type."""
+        return self._input("rows" if qtype in ggml.QUANTISED else "float")
+
+    def panels(self, qtype):
+        """The `Input` for products with panels of a type."""
+        return self._input("panels" if qtype in ggml.QUANTISED else "float")
+
+    def _input(self, order):
+        if order not in self._inputs:
+            tokens, columns = self.x.shape if order != "float" else (0, 0)
+            self._inputs[order] = made = Input(
+                self.x,
+                np.empty((tokens, columns), np.int8),
+                np.empty((tokens, columns // 32), np.float32),
+                np.empty((tokens, columns // 32), np.float32),
+                np.empty((tokens, columns // 32), np.int32),
+                np.empty((tokens, columns // 16), np.int16),
+                _ZERO,
+            )
             blocks = tokens * (columns // 32)
-            _quantise_activations[blocks, max(64, -(-blocks // 64))](self._quantised)
-        return self._quantised
-
-    def _empty(self, tokens):
-        columns = self.x.shape[1] if tokens else 0
-        by_32 = (tokens, columns // 32)
-        return Input(
-            self.x,
-            np.empty((tokens, columns), np.int8),
-            np.empty(by_32, np.float32),
-            np.empty(by_32, np.float32),
-            np.empty(by_32, np.int32),
-            np.empty((tokens, columns // 16), np.int32),
-            _ZERO,
-        )
+            _quantise_activations[blocks, max(64, -(-blocks // 64))](made, order == "rows")
+        return self._inputs[order]
 
 
 def matmul(w, activation, out):
@@ -132,12 +137,13 @@ def matmul(w, activation, out):
 
     Where `w` has several matrices, `out` has (T, matrices * N): the same input for all of them.
     """
-    x, matrices = activation.input(w.qtype), Matrices.of(w)
+    matrices = Matrices.of(w)
     if len(out) <= FEW:
-        _matmul_rows[matrices.count * matrices.rows](matrices, x, out)
+        _matmul_rows[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
     else:
         rows = FLOAT_ROWS if w.qtype not in ggml.QUANTISED else ROWS
-        _matmul_panels[matrices.count * -(-matrices.rows // rows), 1](matrices, x, counting(len(out)), out)
+        items, x = matrices.count * -(-matrices.rows // rows), activation.panels(w.qtype)
+        _matmul_panels[items, 1](matrices, x, counting(len(out)), out)
     return out
 
 
@@ -146,7 +152,7 @@ def matmul_heads(w, x, out):
     tokens, heads, columns = x.shape
     activation = Activation(x.reshape(tokens * heads, columns))
     matrices = Matrices.of(w)
-    _matmul_heads[matrices.count * matrices.rows](matrices, activation.input(w.qtype), out)
+    _matmul_heads[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
     return out
 
 
@@ -176,34 +182,41 @@ def counting(count):
     return _longest_index[:count]
 
 
-@kernel(INPUT)
-def _quantise_activations(first, last, x):
+@kernel(INPUT, types.int64)
+def _quantise_activations(first, last, x, for_rows):
     """Blocks of 32 activations, counted over all tokens."""
+    blocks = x.x.shape[1] // 32
+    whole = blocks // 8 * 8
     for i in range(first, last):
-        word = 4 * i
-        codes = address(x.codes) + 32 * i
+        block = i % blocks
+        low, apart = 32 * block, 16
+        if for_rows and block < whole:
+            low, apart = block // 8 * 256 + block % 4 * 64 + block // 4 % 2 * 16, 32
+        low += address(x.codes) + 32 * (i - block)
         quantise_block(
             address(x.x) + 128 * i,
-            codes,
-            address(x.scale) + word,
-            address(x.sums) + word,
-            address(x.starts) + word,
-            address(x.sum16) + 2 * word,
+            low,
+            low + apart,
+            address(x.scale) + 4 * i,
+            address(x.sums) + 4 * i,
+            address(x.starts) + 4 * i,
+            address(x.sum16) + 4 * i,
         )
 
 
 @inline
 def parts(x):
-    """Addresses of an `Input`'s numbers, codes, scales and sums: what `dot_token` needs, in few words."""
-    return address(x.x), address(x.codes), address(x.scale), address(x.sums)
+    """Addresses of an `Input`'s parts that `dot_token` needs, in few words."""
+    return address(x.x), address(x.codes), address(x.scale), address(x.sums), address(x.sum16)
 
 
 @inline
 def dot_token(qtype, row, activations, t, columns):
     """A row of weights times the activations of a token; `activations` from `parts`."""
-    x, codes, scale, sums = activations
-    word = 4 * t * (columns // 32)
-    return dot_row(qtype, row, x + 4 * t * columns, codes + t * columns, scale + word, sums + word, columns)
+    x, codes, scale, sums, sum16 = activations
+    at = t * columns
+    by_32 = at // 8
+    return dot_row(qtype, row, x + 4 * at, codes + at, scale + by_32, sums + by_32, sum16 + by_32, columns)
 
 
 @kernel(MATRICES, INPUT, F2)

@@ -20,7 +20,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from pymla.errors import PymlaError
@@ -52,6 +51,7 @@ def _ir_type(vector):
 
 f32x8 = Vector("f32", 8)
 i32x8 = Vector("i32", 8)
+i16x16 = Vector("i16", 16)
 i8x32 = Vector("i8", 32)
 i8x16 = Vector("i8", 16)
 
@@ -80,7 +80,9 @@ LANES = 16 if ISA == "avx512vnni" else 8
 f32xL = Vector("f32", LANES)
 i32xL = Vector("i32", LANES)
 i8xL = Vector("i8", 4 * LANES)
-#: Sums of products with codes of 4 bits: without VNNI a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
+#: Sums of products with codes of up to 6 bits in rows.
+row_sums = i32x8 if _VNNI else i16x16
+#: Sums of products with codes of 4 bits in panels: a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
 sum4 = i32xL if _VNNI else Vector("i16", 2 * LANES)
 
 
@@ -166,7 +168,7 @@ def _store(kind):
 
 load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
 store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
-store_f32, store_i32 = _store(types.float32), _store(types.int32)
+store_f32, store_i16 = _store(types.float32), _store(types.int16)
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
 load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(_read(b, address, _I8), _F32))
@@ -185,36 +187,25 @@ def load_f16x8(builder, address):
     return builder.fpext(_read(builder, address, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
 
-def _load_scales(stride):
-    @operation(f32x8, types.int64)
-    def load(builder, address):
-        """Eight IEEE halves as float32, one from each of eight blocks."""
-        halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
-        for i in range(8):
-            at = builder.add(address, ir.Constant(_I64, stride * i))
-            halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
-        return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
-
-    return load
+@operation(f32x8, types.int64, types.int64)
+def load_scales(builder, address, stride):
+    """Eight IEEE halves as float32, `stride` bytes from one to the next."""
+    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    for i in range(8):
+        at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
+        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
 
-#: Scales of eight blocks of Q4_0, and of Q4_1.
-load_scales_18, load_scales_20 = _load_scales(18), _load_scales(20)
-
-
-@intrinsic
-def spill(typingctx, value):
-    """A register to the stack; returns the address, for broadcasts from there: from memory they are free, from a
-    register they take two instructions."""
-
-    def codegen(context, builder, signature, args):
-        slot = cgutils.alloca_once(builder, _ir_type(f32x8))
-        builder.store(args[0], slot)
-        # What was stored is hidden from LLVM, which would broadcast from the register all the same.
-        hidden = ir.FunctionType(_I64, [_I64])
-        return builder.asm(hidden, "", "=r,0,~{memory}", [builder.ptrtoint(slot, _I64)], side_effect=True)
-
-    return types.int64(f32x8), codegen
+@operation(f32x8, types.int64, types.int64)
+def load_scales_4(builder, address, stride):
+    """Four such halves, twice."""
+    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    for i in range(4):
+        at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
+        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
+    halves = _shuffle(builder, halves, halves, [0, 1, 2, 3] * 2)
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
 
 @operation(f32x8, types.int64)
@@ -281,6 +272,26 @@ store_transposed = _store_transposed(LANES)
 store_transposed_16 = _store_transposed(16)
 
 
+#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
+_AHEAD = 2048
+
+
+@intrinsic(prefer_literal=True)
+def prefetch(typingctx, address, size):
+    """Ask for `size` bytes, a literal, some way behind `address`; nothing needs to be there."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _I8.as_pointer()
+        fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
+        read, nearest, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        for i in range(_AHEAD, _AHEAD + size.literal_value, 64):
+            at = builder.inttoptr(builder.add(args[0], ir.Constant(_I64, i)), pointer)
+            builder.call(fetch, [at, read, nearest, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, size), codegen
+
+
 # Float registers
 
 
@@ -290,10 +301,18 @@ broadcast_f32x8 = operation(f32x8, types.int64)(lambda b, address: _splat(b, _re
 broadcast_f32xL = operation(f32xL, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), LANES))
 
 
-@operation(f32x8, types.float32, types.float32)
-def splat_halves(builder, low, high):
-    """One float32 in the first four lanes, another in the last four."""
-    return _shuffle(builder, _splat(builder, low, 4), _splat(builder, high, 4), list(range(8)))
+@operation(f32x8, types.int64)
+def load_f32x4(builder, address):
+    """Four float32 from memory, then zeros."""
+    four = _read(builder, address, ir.VectorType(_F32, 4))
+    return _shuffle(builder, four, _constant(four.type, 0.0), list(range(8)))
+
+
+@operation(f32x8, types.int64)
+def load_f32x4_twice(builder, address):
+    """Four float32 from memory, twice."""
+    four = _read(builder, address, ir.VectorType(_F32, 4))
+    return _shuffle(builder, four, four, [0, 1, 2, 3] * 2)
 
 
 @elementwise
@@ -398,18 +417,31 @@ def load_nibbles(builder, address):
     return builder.and_(builder.bitcast(builder.lshr(both, shifts), _ir_type(i8x32)), _constant(_ir_type(i8x32), 15))
 
 
-low_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
-high_nibbles = operation(i8x16, i8x16)(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
-bit_or = operation(i8x16, i8x16, i8x16)(lambda builder, a, b: builder.or_(a, b))
+@operation(i8x32, types.int64, types.int64)
+def load_pair(builder, first, second):
+    """Sixteen bytes from one address, then sixteen from another."""
+    sixteen = ir.VectorType(_I8, 16)
+    return _shuffle(builder, _read(builder, first, sixteen), _read(builder, second, sixteen), list(range(32)))
+
+
+low_nibbles = elementwise(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
+high_nibbles = elementwise(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
+bit_or = elementwise(lambda builder, x, y: builder.or_(x, y))
 join_i8 = operation(i8x32, i8x16, i8x16)(lambda builder, a, b: _shuffle(builder, a, b, list(range(32))))
 
 
-@operation(i8x16, i8x16, types.int64)
-def bits_2(builder, x, shift):
-    """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
-    shift = _splat(builder, builder.trunc(shift, _I8), 16)
-    two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
-    return builder.shl(two, _constant(x.type, 4))
+def _bits_2(vector):
+    @operation(vector, vector, types.int64)
+    def bits(builder, x, shift):
+        """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
+        shift = _splat(builder, builder.trunc(shift, _I8), x.type.count)
+        two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
+        return builder.shl(two, _constant(x.type, 4))
+
+    return bits
+
+
+bits_2, bits_2x32 = _bits_2(i8x16), _bits_2(i8x32)
 
 
 @operation(i8x32, i8x32, types.int64)
@@ -440,14 +472,21 @@ def _madd_bytes(builder, unsigned, signed):
     return builder.add(even, odd)
 
 
+def _dot_words(builder, a, b):
+    """int32 sums of two products of int16 each."""
+    doubles = ir.VectorType(_I32, a.type.count // 2)
+    if ISA != "portable":
+        multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", doubles, [a.type, a.type])
+        return builder.call(multiply, [a, b])
+    wide = ir.VectorType(_I32, a.type.count)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (_shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
+    return builder.add(even, odd)
+
+
 def _add_pairs(builder, words):
     """int32 sums of two int16 each."""
-    doubles = ir.VectorType(_I32, words.type.count // 2)
-    if ISA != "portable":
-        add_pairs = _function(builder, "llvm.x86.avx2.pmadd.wd", doubles, [words.type, words.type])
-        return builder.call(add_pairs, [words, _constant(words.type, 1)])
-    even, odd = (_shuffle(builder, words, words, list(range(i, words.type.count, 2))) for i in (0, 1))
-    return builder.add(builder.sext(even, doubles), builder.sext(odd, doubles))
+    return _dot_words(builder, words, _constant(words.type, 1))
 
 
 def _with_sign(builder, value, sign):
@@ -487,6 +526,78 @@ def dot_u7(builder, acc, a, b):
 
 zero_i32x8 = operation(i32x8)(lambda builder: _constant(_ir_type(i32x8), 0))
 to_f32 = operation(f32x8, i32x8)(lambda builder, x: builder.sitofp(x, _ir_type(f32x8)))
+
+
+# Eight blocks of 32 codes at a time: halves of a register hold parts of two, and in the end each lane has one.
+
+
+zero_sums = operation(row_sums)(lambda builder: _constant(_ir_type(row_sums), 0))
+
+
+@operation(row_sums, row_sums, i8x32, i8x32)
+def dot_u6(builder, acc, a, b):
+    """Add products of `a` from 0 to 63 with `b` from -127 to 127: twice at most, eight times where `a` is under 16."""
+    if _VNNI:
+        return _dpbusd(builder, acc, a, b)
+    return builder.add(acc, _madd_bytes(builder, a, b))
+
+
+def _sum_blocks(sums):
+    @operation(i32x8, sums, sums, sums, sums)
+    def sum_blocks(builder, a, b, c, d):
+        """Sums of blocks 0 to 7; `a` has those of 0 and 4 in its halves, `b` of 1 and 5, and so on."""
+        doubles = _ir_type(i32x8)
+
+        def add_shuffled(x, y, first, second):
+            x, y = builder.bitcast(x, doubles), builder.bitcast(y, doubles)
+            first, second = _shuffle(builder, x, y, first), _shuffle(builder, x, y, second)
+            return builder.add(builder.bitcast(first, a.type), builder.bitcast(second, a.type))
+
+        ab = add_shuffled(a, b, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
+        cd = add_shuffled(c, d, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
+        all_four = add_shuffled(ab, cd, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
+        return all_four if a.type == doubles else _add_pairs(builder, all_four)
+
+    return sum_blocks
+
+
+#: For sums of `dot_u6`, and of `dot_i8`.
+sum_blocks, sum_blocks_i32 = _sum_blocks(row_sums), _sum_blocks(i32x8)
+
+
+@operation(i16x16, types.int64)
+def load_i8_as_i16(builder, address):
+    """Sixteen int8 from memory as int16."""
+    return builder.sext(_read(builder, address, ir.VectorType(_I8, 16)), _ir_type(i16x16))
+
+
+load_i16x16 = _load(i16x16)
+
+
+@operation(i32x8, i16x16, i16x16)
+def dot_i16(builder, a, b):
+    """``a[2i] b[2i] + a[2i+1] b[2i+1]``."""
+    return _dot_words(builder, a, b)
+
+
+@intrinsic(prefer_literal=True)
+def add_times(typingctx, acc, sums, scales, k):
+    """Add `sums`, int32, times the k-th of eight int16 in each half of `scales`; `k` is a literal."""
+    lanes = [k.literal_value] * 8 + [8 + k.literal_value] * 8
+
+    def codegen(context, builder, signature, args):
+        acc, sums, scales, _ = args
+        scale = _shuffle(builder, scales, scales, lanes)
+        if _VNNI:
+            wide = builder.sext(_shuffle(builder, scale, scale, list(range(0, 16, 2))), acc.type)
+            return builder.add(acc, builder.mul(sums, wide))
+        return builder.add(acc, _dot_words(builder, sums, scale))
+
+    return i32x8(i32x8, row_sums, i16x16, k), codegen
+
+
+times_32 = operation(i32x8, i32x8)(lambda builder, x: builder.shl(x, _constant(x.type, 5)))
+subtract_i32 = operation(i32x8, i32x8, i32x8)(lambda builder, x, y: builder.sub(x, y))
 
 
 # Panel registers. `broadcast_i8xL` gives every row the same four activations.
@@ -557,10 +668,10 @@ def panel_codes8(builder, codes):
 
 @operation(i32xL, types.int64)
 def start8(builder, address):
-    """Sums to begin with, from the sum of the activations, int32, at `address`."""
+    """Sums to begin with, from the sum of the activations, int16, at `address`."""
     if not _VNNI:
         return _constant(_ir_type(i32xL), 0)
-    offset = builder.mul(_read(builder, address, _I32), ir.Constant(_I32, -128))
+    offset = builder.mul(builder.sext(_read(builder, address, _I16), _I32), ir.Constant(_I32, -128))
     return _splat(builder, offset, LANES)
 
 
@@ -575,8 +686,8 @@ def dot8(builder, acc, codes, activations):
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
 
 
-@operation(types.int32, i8x16)
+@operation(types.int16, i8x16)
 def sum_i8x16(builder, codes):
     """The sum of sixteen signed bytes."""
-    wide = builder.sext(codes, ir.VectorType(_I32, 16))
+    wide = builder.sext(codes, ir.VectorType(_I16, 16))
     return _reduced(builder, wide, builder.add)
