@@ -14,23 +14,25 @@ import numpy as np
 from pymla import ggml
 from pymla.cpu.compiling import inline
 from pymla.cpu.simd import (
+    LANES,
     absolute,
     add,
     add_times,
     bit_or,
     bits_2,
-    bits_2x32,
     dot_i8,
     dot_i16,
     dot_u6,
     dot_u7,
     fma,
+    gather_f16,
+    gather_i8,
     high_nibbles,
-    join_i8,
     larger,
     largest,
     load_bf16,
     load_bf16x8,
+    load_columns,
     load_f16,
     load_f16x8,
     load_f32,
@@ -222,7 +224,7 @@ def _dot_q6_k(row, codes, scale, sum16, columns):
 @inline
 def _dot_q6(nibbles, high, shift, codes):
     """Products of sixteen weights of two blocks, of which `high` has the two upper bits at `shift`."""
-    return dot_u6(zero_sums(), bit_or(nibbles, bits_2x32(high, shift)), load_i8x32(codes))
+    return dot_u6(zero_sums(), bit_or(nibbles, bits_2(high, shift)), load_i8x32(codes))
 
 
 @inline
@@ -231,17 +233,9 @@ def _q6_k_codes(block, group):
 
     A half of 128 weights has 64 bytes of low nibbles and 32 bytes that each hold the two high bits of four weights.
     """
-    low = block + 64 * (group // 4) + 32 * (group % 2)
-    high = block + 128 + 32 * (group // 4)
-    shift = 2 * (group % 4)
-    a, b = load_i8x16(low), load_i8x16(low + 16)
-    if group % 4 < 2:
-        a, b = low_nibbles(a), low_nibbles(b)
-    else:
-        a, b = high_nibbles(a), high_nibbles(b)
-    a = bit_or(a, bits_2(load_i8x16(high), shift))
-    b = bit_or(b, bits_2(load_i8x16(high + 16), shift))
-    return subtract_i8(join_i8(a, b), 32)
+    nibbles = load_i8x32(block + 64 * (group // 4) + 32 * (group % 2))
+    nibbles = low_nibbles(nibbles) if group % 4 < 2 else high_nibbles(nibbles)
+    return _code_6(nibbles, load_i8x32(block + 128 + 32 * (group // 4)), 2 * (group % 4))
 
 
 @inline
@@ -306,57 +300,108 @@ def has_minimum(qtype):
 
 
 @inline
-def unpack_row(qtype, row, first, count, codes, scales, minima):
-    """Up to 8 blocks of 32 weights of a quantised type, in the form that panels are made of.
+def unpack_rows(qtype, rows, first, count, codes, scales, minima):
+    """Blocks of 32 weights of eight rows of a quantised type, in the form that panels are made of.
 
     Parameters
     ----------
     qtype : int
-    row : int
-        Address of the row.
+    rows : tuple of 8 int
+        Addresses of the rows.
     first, count : int
         The first block, a multiple of 8, and the number of blocks.
     codes : int
-        Address for 32 bytes for each block: codes from 0 to 15, or what `simd.panel_codes8` makes of signed codes.
+        Address for 8 registers a block, `LANES` words apart: four columns' codes of each row, from 0 to 15 or as
+        `simd.panel_codes8` wants them.
     scales : int
-        Address for float32: a scale for each block of a type of 4 bits, one for 16 weights of a type of 8 bits.
+        Address for float32 of the eight rows, `LANES` apart: a scale for each block of a type of 4 bits, one for 16
+        weights of a type of 8 bits.
     minima : int
-        Address for a float32 for each block, written where the type has a minimum.
+        Address for a minimum for each block, likewise, written where the type has them.
     """
     if qtype == Q4_0:
-        row += 18 * first
-        for i in range(count):
-            store_i8x32(codes + 32 * i, load_nibbles(row + 18 * i + 2))
-        if count == 8:
-            store_f32x8(scales, load_scales(row, 18))
-        else:
-            for i in range(count):
-                store_f32(scales + 4 * i, load_f16(row + 18 * i))
+        _unpack_4_bits(18, rows, first, count, codes, scales, minima)
     elif qtype == Q8_0:
-        row += 34 * first
-        for i in range(count):
-            store_i8x32(codes + 32 * i, panel_codes8(load_i8x32(row + 34 * i + 2)))
-            d = load_f16(row + 34 * i)
-            store_f32(scales + 8 * i, d)
-            store_f32(scales + 8 * i + 4, d)
+        for block in range(first, first + count):
+            at = 34 * block
+            _store_codes8(codes, load_columns(rows, at + 2))
+            _store_codes8(codes + 16 * LANES, load_columns(rows, at + 18))
+            d = gather_f16(rows, at)
+            store_f32x8(scales, d)
+            store_f32x8(scales + 4 * LANES, d)
+            codes, scales = codes + 32 * LANES, scales + 8 * LANES
     elif qtype == Q6_K:
-        row += 210 * (first // 8)
-        for i in range(8):
-            store_i8x32(codes + 32 * i, panel_codes8(_q6_k_codes(row, i)))
-        d = splat_f32(load_f16(row + 208))
-        store_f32x8(scales, mul(d, load_i8_as_f32x8(row + 192)))
-        store_f32x8(scales + 32, mul(d, load_i8_as_f32x8(row + 200)))
+        for block in range(first // 8, (first + count) // 8):
+            _unpack_q6_k(rows, 210 * block, codes, scales)
+            codes, scales = codes + 256 * LANES, scales + 64 * LANES
     else:
-        row += 20 * first
-        for i in range(count):
-            store_i8x32(codes + 32 * i, load_nibbles(row + 20 * i + 4))
-        if count == 8:
-            store_f32x8(scales, load_scales(row, 20))
-            store_f32x8(minima, load_scales(row + 2, 20))
-        else:
-            for i in range(count):
-                store_f32(scales + 4 * i, load_f16(row + 20 * i))
-                store_f32(minima + 4 * i, load_f16(row + 20 * i + 2))
+        _unpack_4_bits(20, rows, first, count, codes, scales, minima)
+
+
+@inline
+def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
+    for block in range(first, first + count):
+        at = size * block
+        a, b, c, d = load_columns(rows, at + size - 16)
+        _store_codes(codes, low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d))
+        _store_codes(codes + 16 * LANES, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
+        store_f32x8(scales, gather_f16(rows, at))
+        if size == 20:
+            store_f32x8(minima, gather_f16(rows, at + 2))
+        codes, scales, minima = codes + 32 * LANES, scales + 4 * LANES, minima + 4 * LANES
+
+
+@inline
+def _unpack_q6_k(rows, at, codes, scales):
+    d = gather_f16(rows, at + 208)
+    for i in range(16):
+        store_f32x8(scales + 4 * LANES * i, mul(d, gather_i8(rows, at + 192 + i)))
+    # A half of 128 weights has four times 16 bytes with a nibble of two weights each, and twice 16 bytes with two bits
+    # of four weights each.
+    for half in range(2):
+        for i in range(4):
+            a, b, c, d = load_columns(rows, at + 64 * half + 16 * i)
+            e, f, g, h = load_columns(rows, at + 128 + 32 * half + 16 * (i % 2))
+            target, shift = codes + 16 * LANES * (8 * half + i), i // 2 * 2
+            _store_codes8(
+                target,
+                (
+                    _code_6(low_nibbles(a), e, shift),
+                    _code_6(low_nibbles(b), f, shift),
+                    _code_6(low_nibbles(c), g, shift),
+                    _code_6(low_nibbles(d), h, shift),
+                ),
+            )
+            _store_codes8(
+                target + 64 * LANES,
+                (
+                    _code_6(high_nibbles(a), e, shift + 4),
+                    _code_6(high_nibbles(b), f, shift + 4),
+                    _code_6(high_nibbles(c), g, shift + 4),
+                    _code_6(high_nibbles(d), h, shift + 4),
+                ),
+            )
+
+
+@inline
+def _code_6(nibbles, high, shift):
+    """Codes from -32 to 31 of nibbles and the two bits of `high` at `shift`."""
+    return subtract_i8(bit_or(nibbles, bits_2(high, shift)), 32)
+
+
+@inline
+def _store_codes8(out, codes):
+    a, b, c, d = codes
+    _store_codes(out, panel_codes8(a), panel_codes8(b), panel_codes8(c), panel_codes8(d))
+
+
+@inline
+def _store_codes(out, a, b, c, d):
+    """Sixteen columns of eight rows to a panel."""
+    store_i8x32(out, a)
+    store_i8x32(out + 4 * LANES, b)
+    store_i8x32(out + 8 * LANES, c)
+    store_i8x32(out + 12 * LANES, d)
 
 
 @inline

@@ -11,7 +11,7 @@ attention uses as well.
 import numpy as np
 
 from pymla.cpu.compiling import inline
-from pymla.cpu.formats import dequantise_row, float_bytes, has_minimum, panel_bits, unpack_row
+from pymla.cpu.formats import dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
 from pymla.cpu.simd import (
     LANES,
     address,
@@ -36,15 +36,14 @@ from pymla.cpu.simd import (
     store_f32x8,
     store_f32xL,
     store_transposed,
-    store_transposed_16,
 )
 
 #: Rows of a product.
 ROWS = 2 * LANES
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
 CHUNK = 1024
-#: Bytes of scratch of `product`: codes, scales and minima of two panels, and of 256 columns of eight rows.
-SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + 8 * (256 + 64 + 32)
+#: Bytes of scratch of `product`: codes, scales and minima of two panels.
+SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32)
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
@@ -52,7 +51,6 @@ FLOAT_SCRATCH = 4 * (FLOAT_CHUNK * FLOAT_ROWS + 16 * FLOAT_CHUNK + 4 * FLOAT_ROW
 
 _ROW = 4 * ROWS  # bytes of a row of results
 _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
-_ROWS = SCRATCH - 8 * (256 + 64 + 32)
 
 
 @inline
@@ -94,7 +92,7 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
             panel = scratch + _CODES + half * LANES * CHUNK
             scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
             minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
-            _unpack(qtype, row, count, stride, start // 32, blocks, scratch + _ROWS, panel, scales, minima)
+            _unpack(qtype, row, count, stride, start // 32, blocks, panel, scales, minima)
         for i in range(begin, end, 3):
             # A tile at the edge repeats the last column: in `out` as well, the same numbers.
             second, third = min(i + 1, end - 1), min(i + 2, end - 1)
@@ -114,46 +112,22 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
 
 
 @inline
-def _unpack(qtype, row, count, stride, first, blocks, rows, codes, scales, minima):
-    """Blocks of up to `LANES` rows as a panel; lanes of missing rows repeat the last one.
-
-    Eight rows at a time are unpacked to `rows`, 256 columns of each, and transposed from there. All but the numbers
-    are addresses.
-    """
-    bits, minimum = panel_bits(qtype), has_minimum(qtype)
-    row_scales, row_minima = rows + 8 * 256, rows + 8 * (256 + 64)
+def _unpack(qtype, row, count, stride, first, blocks, codes, scales, minima):
+    """Blocks of up to `LANES` rows as a panel; lanes of missing rows repeat the last one."""
     for eight in range(0, LANES, 8):
-        for begin in range(0, blocks, 8):
-            size = min(8, blocks - begin)
-            for lane in range(8):
-                source = row + min(eight + lane, count - 1) * stride
-                at = rows + 256 * lane, row_scales + 64 * lane, row_minima + 32 * lane
-                unpack_row(qtype, source, first + begin, size, at[0], at[1], at[2])
-            for i in range(size):
-                _transpose(rows + 32 * i, 256, codes + 32 * LANES * (begin + i) + 4 * eight)
-            if bits == 4:
-                _transpose(row_scales, 64, scales + 4 * (LANES * begin + eight))
-                if minimum:
-                    _transpose(row_minima, 32, minima + 4 * (LANES * begin + eight))
-            else:
-                _transpose(row_scales, 64, scales + 4 * (LANES * 2 * begin + eight))
-                _transpose(row_scales + 32, 64, scales + 4 * (LANES * (2 * begin + 8) + eight))
-
-
-@inline
-def _transpose(rows, stride, out):
-    """Eight rows of eight 4-byte values, `stride` bytes apart, to columns of a panel; addresses."""
-    store_transposed(
-        out,
-        load_f32x8(rows),
-        load_f32x8(rows + stride),
-        load_f32x8(rows + 2 * stride),
-        load_f32x8(rows + 3 * stride),
-        load_f32x8(rows + 4 * stride),
-        load_f32x8(rows + 5 * stride),
-        load_f32x8(rows + 6 * stride),
-        load_f32x8(rows + 7 * stride),
-    )
+        last = count - 1
+        rows = (
+            row + min(eight, last) * stride,
+            row + min(eight + 1, last) * stride,
+            row + min(eight + 2, last) * stride,
+            row + min(eight + 3, last) * stride,
+            row + min(eight + 4, last) * stride,
+            row + min(eight + 5, last) * stride,
+            row + min(eight + 6, last) * stride,
+            row + min(eight + 7, last) * stride,
+        )
+        lane = 4 * eight
+        unpack_rows(qtype, rows, first, blocks, codes + lane, scales + lane, minima + lane)
 
 
 @inline
@@ -179,15 +153,9 @@ def _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, 
     fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
     for _ in range(blocks):
         ia, ib, ic = start4(za), start4(zb), start4(zc)
-        ja, jb, jc = ia, ib, ic
-        for group in range(8):
-            u, v = load_i8xL(p + 4 * LANES * group), load_i8xL(q + 4 * LANES * group)
-            y = broadcast_i8xL(xa + 4 * group)
-            ia, ja = dot4(ia, u, y), dot4(ja, v, y)
-            y = broadcast_i8xL(xb + 4 * group)
-            ib, jb = dot4(ib, u, y), dot4(jb, v, y)
-            y = broadcast_i8xL(xc + 4 * group)
-            ic, jc = dot4(ic, u, y), dot4(jc, v, y)
+        sums = _sixteen4((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
+        sums = _sixteen4(sums, p + 16 * LANES, q + 16 * LANES, xa + 16, xb + 16, xc + 16)
+        ia, ja, ib, jb, ic, jc = sums
         du, dv = load_f32xL(d), load_f32xL(e)
         s = broadcast_f32xL(sa)
         fa, ga = fma(finish4(ia), mul(du, s), fa), fma(finish4(ja), mul(dv, s), ga)
@@ -211,15 +179,7 @@ def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct
     fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
     for block in range(2 * blocks):
         ia, ib, ic = start8(za), start8(zb), start8(zc)
-        ja, jb, jc = ia, ib, ic
-        for group in range(4):
-            u, v = load_i8xL(p + 4 * LANES * group), load_i8xL(q + 4 * LANES * group)
-            y = broadcast_i8xL(xa + 4 * group)
-            ia, ja = dot8(ia, u, y), dot8(ja, v, y)
-            y = broadcast_i8xL(xb + 4 * group)
-            ib, jb = dot8(ib, u, y), dot8(jb, v, y)
-            y = broadcast_i8xL(xc + 4 * group)
-            ic, jc = dot8(ic, u, y), dot8(jc, v, y)
+        ia, ja, ib, jb, ic, jc = _sixteen8((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
         du, dv = load_f32xL(d), load_f32xL(e)
         s = broadcast_f32xL(sa + 4 * (block // 2))
         fa, ga = fma(finish8(ia), mul(du, s), fa), fma(finish8(ja), mul(dv, s), ga)
@@ -232,6 +192,50 @@ def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct
         xa, xb, xc = xa + 16, xb + 16, xc + 16
         za, zb, zc = za + 2, zb + 2, zc + 2
     _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+
+
+@inline
+def _sixteen4(sums, p, q, xa, xb, xc):
+    """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
+    leaves a loop over them."""
+    sums = _four4(sums, p, q, xa, xb, xc)
+    sums = _four4(sums, p + 4 * LANES, q + 4 * LANES, xa + 4, xb + 4, xc + 4)
+    sums = _four4(sums, p + 8 * LANES, q + 8 * LANES, xa + 8, xb + 8, xc + 8)
+    return _four4(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
+
+
+@inline
+def _four4(sums, p, q, xa, xb, xc):
+    ia, ja, ib, jb, ic, jc = sums
+    u, v = load_i8xL(p), load_i8xL(q)
+    y = broadcast_i8xL(xa)
+    ia, ja = dot4(ia, u, y), dot4(ja, v, y)
+    y = broadcast_i8xL(xb)
+    ib, jb = dot4(ib, u, y), dot4(jb, v, y)
+    y = broadcast_i8xL(xc)
+    return ia, ja, ib, jb, dot4(ic, u, y), dot4(jc, v, y)
+
+
+@inline
+def _sixteen8(sums, p, q, xa, xb, xc):
+    """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
+    leaves a loop over them."""
+    sums = _four8(sums, p, q, xa, xb, xc)
+    sums = _four8(sums, p + 4 * LANES, q + 4 * LANES, xa + 4, xb + 4, xc + 4)
+    sums = _four8(sums, p + 8 * LANES, q + 8 * LANES, xa + 8, xb + 8, xc + 8)
+    return _four8(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
+
+
+@inline
+def _four8(sums, p, q, xa, xb, xc):
+    ia, ja, ib, jb, ic, jc = sums
+    u, v = load_i8xL(p), load_i8xL(q)
+    y = broadcast_i8xL(xa)
+    ia, ja = dot8(ia, u, y), dot8(ja, v, y)
+    y = broadcast_i8xL(xb)
+    ib, jb = dot8(ib, u, y), dot8(jb, v, y)
+    y = broadcast_i8xL(xc)
+    return ia, ja, ib, jb, dot8(ic, u, y), dot8(jc, v, y)
 
 
 @inline
@@ -331,7 +335,7 @@ def transpose_panel(rows, stride, count, columns, panel):
         whole = columns // 8 * 8
         for i in range(0, whole, 8):
             at = 4 * i
-            store_transposed_16(
+            store_transposed(
                 panel + 64 * i + 4 * eight,
                 load_f32x8(r0 + at),
                 load_f32x8(r1 + at),

@@ -136,7 +136,7 @@ def _splat(builder, value, count):
 
 
 def _shuffle(builder, a, b, lanes):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
 
 def _read(builder, address, ir_type):
@@ -245,31 +245,75 @@ def store_as_i8(builder, address, value):
     _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I8, 8)))
 
 
-def _store_transposed(lanes):
-    @operation(types.void, types.int64, *[f32x8] * 8)
-    def store(builder, address, *rows):
-        """An 8 × 8 matrix of 4-byte values, given by rows, to memory by columns."""
-        # Pairs, then fours, then halves: each step doubles the run of rows that lie side by side.
-        pairs = []
-        for a, b in zip(rows[::2], rows[1::2], strict=True):
-            pairs.append(_shuffle(builder, a, b, [0, 8, 1, 9, 4, 12, 5, 13]))
-            pairs.append(_shuffle(builder, a, b, [2, 10, 3, 11, 6, 14, 7, 15]))
-        fours = []
-        for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
-            fours.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
-            fours.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+@operation(types.void, types.int64, *[f32x8] * 8)
+def store_transposed(builder, address, *rows):
+    """An 8 × 8 matrix of float32, given by rows, to memory by columns, 16 values from one to the next."""
+    # Pairs, then fours, then halves: each step doubles the run of rows that lie side by side.
+    pairs = []
+    for a, b in zip(rows[::2], rows[1::2], strict=True):
+        pairs.append(_shuffle(builder, a, b, [0, 8, 1, 9, 4, 12, 5, 13]))
+        pairs.append(_shuffle(builder, a, b, [2, 10, 3, 11, 6, 14, 7, 15]))
+    fours = []
+    for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
+        fours.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+        fours.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+    for i in range(4):
+        for half, order in enumerate(([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
+            at = builder.add(address, ir.Constant(_I64, 64 * (i + 4 * half)))
+            _write(builder, at, _shuffle(builder, fours[i], fours[i + 4], order))
+
+
+#: Addresses of eight rows.
+rows8 = types.UniTuple(types.int64, 8)
+
+
+def _addresses(builder, rows, offset):
+    return [builder.add(builder.extract_value(rows, i), offset) for i in range(8)]
+
+
+@intrinsic
+def load_columns(typingctx, rows, offset):
+    """Sixteen bytes of each of eight rows, as four registers: bytes 0 to 3 of every row, then 4 to 7, and so on."""
+    result = types.UniTuple(i8x32, 4)
+
+    def codegen(context, builder, signature, args):
+        four = ir.VectorType(_I32, 4)
+        at = _addresses(builder, *args)
+        # Rows 0 to 3 in the low halves, 4 to 7 in the high ones; then a 4 × 4 transposition of each half.
+        both = []
         for i in range(4):
-            for half, order in enumerate(([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
-                at = builder.add(address, ir.Constant(_I64, 4 * lanes * (i + 4 * half)))
-                _write(builder, at, _shuffle(builder, fours[i], fours[i + 4], order))
+            low, high = (_read(builder, each, four) for each in (at[i], at[i + 4]))
+            both.append(_shuffle(builder, low, high, range(8)))
+        pairs = []
+        for a, b in ((0, 1), (2, 3)):
+            pairs.append(_shuffle(builder, both[a], both[b], [0, 8, 1, 9, 4, 12, 5, 13]))
+            pairs.append(_shuffle(builder, both[a], both[b], [2, 10, 3, 11, 6, 14, 7, 15]))
+        columns = []
+        for a, b in ((0, 2), (1, 3)):
+            columns.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+            columns.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+        columns = [builder.bitcast(column, _ir_type(i8x32)) for column in columns]
+        return context.make_tuple(builder, result, columns)
 
-    return store
+    return result(rows8, types.int64), codegen
 
 
-#: Columns of a panel, `LANES` values from one to the next.
-store_transposed = _store_transposed(LANES)
-#: The same, 16 values from one to the next.
-store_transposed_16 = _store_transposed(16)
+@operation(f32x8, rows8, types.int64)
+def gather_f16(builder, rows, offset):
+    """An IEEE half of each of eight rows as float32."""
+    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    for i, at in enumerate(_addresses(builder, rows, offset)):
+        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+
+
+@operation(f32x8, rows8, types.int64)
+def gather_i8(builder, rows, offset):
+    """An int8 of each of eight rows as float32."""
+    codes = ir.Constant(ir.VectorType(_I8, 8), ir.Undefined)
+    for i, at in enumerate(_addresses(builder, rows, offset)):
+        codes = builder.insert_element(codes, _read(builder, at, _I8), ir.Constant(_I32, i))
+    return builder.sitofp(codes, _ir_type(f32x8))
 
 
 #: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
@@ -427,21 +471,14 @@ def load_pair(builder, first, second):
 low_nibbles = elementwise(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
 high_nibbles = elementwise(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
 bit_or = elementwise(lambda builder, x, y: builder.or_(x, y))
-join_i8 = operation(i8x32, i8x16, i8x16)(lambda builder, a, b: _shuffle(builder, a, b, list(range(32))))
 
 
-def _bits_2(vector):
-    @operation(vector, vector, types.int64)
-    def bits(builder, x, shift):
-        """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
-        shift = _splat(builder, builder.trunc(shift, _I8), x.type.count)
-        two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
-        return builder.shl(two, _constant(x.type, 4))
-
-    return bits
-
-
-bits_2, bits_2x32 = _bits_2(i8x16), _bits_2(i8x32)
+@operation(i8x32, i8x32, types.int64)
+def bits_2(builder, x, shift):
+    """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
+    shift = _splat(builder, builder.trunc(shift, _I8), x.type.count)
+    two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
+    return builder.shl(two, _constant(x.type, 4))
 
 
 @operation(i8x32, i8x32, types.int64)
