@@ -52,7 +52,7 @@ from pymla.cpu.simd import (
     low_nibbles,
     mul,
     panel_codes8,
-    prefetch,
+    prefetch_row,
     round_away,
     round_even,
     splat_f32,
@@ -129,7 +129,7 @@ def _dot_4_bits(size, row, codes, scale, sums, columns):
     acc = splat_f32(np.float32(0))
     shift = splat_f32(np.float32(-8))
     for _ in range(columns // 256):
-        prefetch(row, 144)
+        prefetch_row(row, 144)
         d, at = load_scales(row, size), row + header
         a = _dot_pair(zero, load_pair(at, at + 4 * size), codes)
         b = _dot_pair(zero, load_pair(at + size, at + 5 * size), codes + 64)
@@ -171,7 +171,7 @@ def _dot_pair(zero, packed, codes):
 def _dot_q8_0(row, codes, scale, columns):
     acc = splat_f32(np.float32(0))
     for _ in range(columns // 256):
-        prefetch(row, 272)
+        prefetch_row(row, 272)
         a = _dot_pair_q8_0(row + 2, codes)
         b = _dot_pair_q8_0(row + 36, codes + 64)
         c = _dot_pair_q8_0(row + 70, codes + 128)
@@ -199,7 +199,7 @@ def _dot_q6_k(row, codes, scale, sum16, columns):
     acc = splat_f32(np.float32(0))
     zero = zero_i32x8()
     for _ in range(columns // 256):
-        prefetch(row, 210)
+        prefetch_row(row, 210)
         # Register n of a half's 64 bytes has weights 16 n to 16 n + 15 in its low nibbles, 64 further ones in its high.
         n0, n1 = load_pair(row, row + 64), load_pair(row + 16, row + 80)
         n2, n3 = load_pair(row + 32, row + 96), load_pair(row + 48, row + 112)
@@ -291,6 +291,16 @@ def panel_bits(qtype):
     if is_float(qtype):
         return 0
     return 4 if qtype in (Q4_0, Q4_1) else 8
+
+
+@inline
+def bytes_256(qtype):
+    """Bytes of 256 weights of a quantised type."""
+    if qtype == Q4_0:
+        return 144
+    if qtype == Q8_0:
+        return 272
+    return 210 if qtype == Q6_K else 160
 
 
 @inline

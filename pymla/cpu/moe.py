@@ -89,7 +89,7 @@ def experts(activation, ids, weights, gate, up, down, out):
     y = Activation(hidden)
     if ids.size > FEW_PAIRS * count and down.qtype in QUANTISED:
         index, x = counting(len(pairs)), y.panels(down.qtype)
-        _down_panels[-(-len(down.data[0]) // ROWS), 1](downs, pairs, index, starts, weights, x, out)
+        _down_panels[-(-len(down.data[0]) // ROWS)](downs, pairs, index, starts, weights, x, out)
     else:
         _down_rows[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), out)
     return out
@@ -258,6 +258,7 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
             count,
             gate.row_stride,
             columns,
+            LANES * gate.row_stride,
             x,
             tokens,
             (begin, end),
@@ -290,7 +291,8 @@ def _down_rows(first, last, down, pairs, starts, weights, x, out):
 
 @kernel(MATRICES, I1, I1, I1, F2, INPUT, F2)
 def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
-    """The same over groups of `ROWS` rows."""
+    """The same over groups of `ROWS` rows; all groups of an item meet an expert's activations while a cache has
+    them."""
     columns = x.x.shape[1]
     choices = weights.shape[1]
     scratch = np.empty(SCRATCH, np.uint8)
@@ -298,17 +300,17 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
     for e in range(down.count):
         most = max(most, starts[e + 1] - starts[e])
     result = np.empty((most, ROWS), np.float32)
-    for item in range(first, last):
-        begin = item * ROWS
-        count = min(ROWS, down.rows - begin)
-        half = min(LANES, count)
-        rest, skip = (count - half, LANES) if count > half else (1, half - 1)
-        for t in range(len(out)):
-            for r in range(begin, begin + count):
-                out[t, r] = 0
-        for e in range(down.count):
-            if starts[e] == starts[e + 1]:
-                continue
+    for t in range(len(out)):
+        for r in range(first * ROWS, min(last * ROWS, down.rows)):
+            out[t, r] = 0
+    for e in range(down.count):
+        if starts[e] == starts[e + 1]:
+            continue
+        for group in range(first, last):
+            begin = group * ROWS
+            count = min(ROWS, down.rows - begin)
+            half = min(LANES, count)
+            rest, skip = (count - half, LANES) if count > half else (1, half - 1)
             row = down.address + e * down.matrix_stride + begin * down.row_stride
             product(
                 down.qtype,
@@ -318,6 +320,7 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
                 rest,
                 down.row_stride,
                 columns,
+                ROWS * down.row_stride,
                 x,
                 index,
                 (starts[e], starts[e + 1]),

@@ -11,7 +11,7 @@ attention uses as well.
 import numpy as np
 
 from pymla.cpu.compiling import inline
-from pymla.cpu.formats import dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
+from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
 from pymla.cpu.simd import (
     LANES,
     address,
@@ -28,6 +28,7 @@ from pymla.cpu.simd import (
     load_f32xL,
     load_i8xL,
     mul,
+    prefetch_l2,
     splat_f32,
     splat_f32xL,
     start4,
@@ -54,7 +55,7 @@ _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
 
 
 @inline
-def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns, scratch, out):
+def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out):
     """Two groups of up to `LANES` rows of weights times columns of activations.
 
     Parameters
@@ -68,6 +69,8 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
     stride : int
         Bytes from row to row.
     k : int
+    following : int
+        Bytes from each row to the one that the caller takes next, which is asked for in advance.
     x : Input
         Quantised activations (T, K).
     index : int32 array
@@ -85,6 +88,8 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
     # Where the blocks have a minimum, the codes have no zero point to take off: sums begin with 0.
     starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
     sum16 = address(x.sum16)
+    chunk_bytes = CHUNK // 256 * bytes_256(qtype)
+    rows_a_tile = -(-ROWS * 3 // (end - begin))
     for start in range(0, k, CHUNK):
         blocks = min(CHUNK, k - start) // 32
         for half in range(2):
@@ -93,9 +98,18 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, x, index, columns,
             scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
             minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
             _unpack(qtype, row, count, stride, start // 32, blocks, panel, scales, minima)
+        # Memory works on the rows that are unpacked next while tiles are computed.
+        ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
+        asked = 0
         for i in range(begin, end, 3):
             # A tile at the edge repeats the last column: in `out` as well, the same numbers.
             second, third = min(i + 1, end - 1), min(i + 2, end - 1)
+            for _ in range(rows_a_tile):
+                if asked < count_a + count_b:
+                    row = row_a + asked * stride if asked < count_a else row_b + (asked - count_a) * stride
+                    for at in range(0, chunk_bytes, 64):
+                        prefetch_l2(row + ahead + at)
+                    asked += 1
             a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
             at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
             xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start

@@ -257,6 +257,7 @@ def _matmul_panels(first, last, w, x, index, out):
                 rest,
                 w.row_stride,
                 columns,
+                ROWS * w.row_stride,
                 x,
                 index,
                 (0, tokens),

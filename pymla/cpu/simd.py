@@ -320,20 +320,27 @@ def gather_i8(builder, rows, offset):
 _AHEAD = 2048
 
 
+def _prefetch(builder, address, level):
+    pointer = _I8.as_pointer()
+    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
+    read, data = ir.Constant(_I32, 0), ir.Constant(_I32, 1)
+    builder.call(fetch, [builder.inttoptr(address, pointer), read, ir.Constant(_I32, level), data])
+
+
 @intrinsic(prefer_literal=True)
-def prefetch(typingctx, address, size):
+def prefetch_row(typingctx, address, size):
     """Ask for `size` bytes, a literal, some way behind `address`; nothing needs to be there."""
 
     def codegen(context, builder, signature, args):
-        pointer = _I8.as_pointer()
-        fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
-        read, nearest, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
         for i in range(_AHEAD, _AHEAD + size.literal_value, 64):
-            at = builder.inttoptr(builder.add(args[0], ir.Constant(_I64, i)), pointer)
-            builder.call(fetch, [at, read, nearest, data])
+            _prefetch(builder, builder.add(args[0], ir.Constant(_I64, i)), 3)
         return context.get_dummy_value()
 
     return types.void(types.int64, size), codegen
+
+
+#: Ask the second-level cache for the 64 bytes at an address.
+prefetch_l2 = operation(types.void, types.int64)(lambda builder, address: _prefetch(builder, address, 2))
 
 
 # Float registers
