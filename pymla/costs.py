@@ -212,10 +212,16 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
         + 2 * inner  # gate and up
         + config.num_experts_per_tok * config.hidden_size
     )
-    expanded = 0 if mla == "1" else heads * (config.qk_head_dim + config.v_head_dim) * ctx * 4
+    expanded = 0 if mla == "1" else heads * expanded_bytes(config, ctx, True)
     logits = config.vocab_size * 4
     # The quarter is the int8 copies of what matrices read.
     return tokens * values * 5 + min(expanded, EXPANDED_BYTES) + logits
+
+
+def expanded_bytes(config: ModelConfig, tokens: int, exact: bool) -> int:
+    """Bytes of the expanded keys and values of one head: float32, or codes of 8 bits with a scale for 32."""
+    values = tokens * (config.qk_head_dim + config.v_head_dim)
+    return values * 4 if exact else values * 9 // 8
 
 
 def _absorbed_pair(config: ModelConfig) -> int:

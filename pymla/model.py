@@ -8,8 +8,9 @@ slices, so that scratch stays bounded and each layer's keys and values are expan
 import numpy as np
 
 from pymla.cache import PAGE, PagedCache, Sequence, Step
-from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form
+from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form, expanded_bytes
 from pymla.errors import PymlaError
+from pymla.ggml import QUANTISED
 
 #: auto: whichever takes fewer multiply-adds, per sequence and step. 0: full K and V cache. 1: absorbed always.
 #: 2: expanded prompt, absorbed generation with materialised scores. 3: the same with online softmax.
@@ -50,6 +51,7 @@ class Model:
         self.inv_freq = config.inv_freq()
         self.cache = PagedCache(config, cache_type, mla, -(-(cache_tokens or ctx) // 64), ctx)
         self._graphs = {}
+        self._expanded_memory = None, None
 
     def new_sequence(self):
         """An empty sequence."""
@@ -86,6 +88,7 @@ class Model:
         else:
             rows = slice(None) if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
             result = self._step(step, runs, rows, progress)
+            self._expanded_memory = None, None
         self.cache.advance(batch)
         return result.astype(np.float32)
 
@@ -163,9 +166,9 @@ class Model:
         be.rope.rope_interleaved(kv[:, None], cos_sin)
         rows = self._norm(kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]
         if self.mla == "0":
-            keys, values = self._keys_values(len(x), config.num_attention_heads)
-            be.attention.expand(rows[0], np.ascontiguousarray(rows[1]), layer.attn_k_b, layer.attn_v_b, keys, values)
-            rows = keys.reshape(len(x), -1), values.reshape(len(x), -1)
+            kv = self._keys_values(len(x), config.num_attention_heads, exact=True)
+            be.attention.expand(rows[0], np.ascontiguousarray(rows[1]), layer.attn_k_b, layer.attn_v_b, kv)
+            rows = kv.keys.reshape(len(x), -1), kv.values.reshape(len(x), -1)
         for each, tensor in zip(rows, cache, strict=True):
             be.attention.store(each, slots, tensor)
 
@@ -186,15 +189,16 @@ class Model:
         c_kv = be.attention.load(cache.latent, table, self._empty(length, config.kv_lora_rank))
         k_pe = be.attention.load(cache.rope, table, self._empty(length, config.qk_rope_head_dim))
         out = self._empty(len(x), config.num_attention_heads, config.v_head_dim)
-        head_bytes = 4 * length * (config.qk_head_dim + config.v_head_dim)
-        for heads in slices(0, config.num_attention_heads, max(1, EXPANDED_BYTES // head_bytes)):
+        # Keys and values need no more bits than the cache row that they come from.
+        exact = cache.latent.qtype not in QUANTISED
+        at_once = max(1, EXPANDED_BYTES // expanded_bytes(config, length, exact))
+        for heads in slices(0, config.num_attention_heads, at_once):
             k_b, v_b = layer.attn_k_b.rows(heads.start, heads.stop), layer.attn_v_b.rows(heads.start, heads.stop)
-            keys, values = self._keys_values(length, heads.stop - heads.start)
-            be.attention.expand(c_kv, k_pe, k_b, v_b, keys, values)
+            kv = be.attention.expand(c_kv, k_pe, k_b, v_b, self._keys_values(length, heads.stop - heads.start, exact))
             for part in slices(0, len(x)):
                 q = self._queries(layer, x[part], cos_sin[part], heads)
                 attended = self._empty(*q.shape[:2], config.v_head_dim)
-                be.attention.expanded(q, keys, values, step.positions[part], config.softmax_scale, attended)
+                be.attention.expanded(q, kv, step.positions[part], config.softmax_scale, attended)
                 out[part, heads] = attended
         return out.reshape(len(x), -1)
 
@@ -247,9 +251,17 @@ class Model:
     def _norm(self, x, weight):
         return self.backend.norm.rms_norm(x, weight, self.config.rms_norm_eps, self._empty(*x.shape))
 
-    def _keys_values(self, length, heads):
-        config = self.config
-        return self._empty(length, heads, config.qk_head_dim), self._empty(length, heads, config.v_head_dim)
+    def _keys_values(self, length, heads, exact):
+        """Memory for expanded keys and values. It is kept for the next layer: to take it from the system costs as much
+        as to fill it."""
+        wanted = length, heads, exact
+        if self._expanded_memory[0] != wanted:
+            size, v = self.config.qk_head_dim, self.config.v_head_dim
+            self._expanded_memory = (
+                wanted,
+                self.backend.attention.keys_values(length, heads, size, v, exact, self.dtype),
+            )
+        return self._expanded_memory[1]
 
     def _empty(self, *shape):
         return np.empty(shape, self.dtype)

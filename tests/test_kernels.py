@@ -193,11 +193,12 @@ def test_expanded_attention_reads_no_masked_token():
     for tokens in (1, 16, 17, length):
         positions = np.arange(length - tokens, length, dtype=np.int32)
         q = normal(tokens, heads, size, seed=2)
-        expected = reference.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v))
-        assert np.isfinite(expected).all()
-        assert_close(
-            cpu.attention.expanded(q, keys, values, positions, 0.1, poisoned(tokens, heads, v)), expected, **EXACT
+        expected, actual = (
+            be.attention.expanded(q, be.attention.KeysValues(keys, values), positions, 0.1, poisoned(tokens, heads, v))
+            for be in (reference, cpu)
         )
+        assert np.isfinite(expected).all()
+        assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
@@ -205,14 +206,45 @@ def test_expand_and_absorb(qtype):
     heads, rank, nope, rope, v, length = 3, 256, 256, 32, 40, 70
     k_b, v_b = random_qtensor(qtype, heads, nope, rank), random_qtensor(qtype, heads, v, rank, seed=1)
     c_kv, k_pe = as_multiplied(normal(length, rank), qtype).astype(np.float32), normal(length, rope, seed=1)
-    outs = [(poisoned(length, heads, nope + rope), poisoned(length, heads, v)) for _ in range(2)]
-    cpu.attention.expand(c_kv, k_pe, k_b, v_b, *outs[0])
-    reference.attention.expand(c_kv, k_pe, k_b, v_b, *outs[1])
-    for actual, expected in zip(*outs, strict=True):
+    results = []
+    for be in (cpu, reference):
+        out = be.attention.keys_values(length, heads, nope + rope, v, True)
+        out.keys[:], out.values[:] = np.nan, np.nan
+        results.append(be.attention.expand(c_kv, k_pe, k_b, v_b, out))
+    for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, **EXACT)
     q = normal(5, heads, nope + rope)
     actual = cpu.attention.absorb(q, k_b, poisoned(5, heads, rank + rope))
     assert_close(actual, reference.attention.absorb(q, k_b, poisoned(5, heads, rank + rope)), **EXACT)
+
+
+def attended(be, length, tokens, *, qtype=ggml.Q4_0, fault=None, sizes=(128, 64, 128), exact=False):
+    """The last tokens of a sequence, by expanded attention; `fault` is put into the values of a token of `c_kv`."""
+    heads, rank, (nope, rope, v) = 2, 256, sizes
+    k_b, v_b = random_qtensor(qtype, heads, nope, rank), random_qtensor(qtype, heads, v, rank, seed=1)
+    c_kv, k_pe = normal(length, rank), normal(length, rope, seed=1)
+    if fault is not None:
+        c_kv[fault] = np.nan
+    kv = be.attention.expand(c_kv, k_pe, k_b, v_b, be.attention.keys_values(length, heads, nope + rope, v, exact))
+    positions = np.arange(length - tokens, length, dtype=np.int32)
+    q = normal(tokens, heads, nope + rope, seed=2)
+    return be.attention.expanded(q, kv, positions, (nope + rope) ** -0.5, poisoned(tokens, heads, v))
+
+
+@pytest.mark.parametrize("sizes", [(128, 64, 128), (40, 8, 24)])
+@pytest.mark.parametrize("qtype", [ggml.Q4_0, ggml.Q8_0, ggml.F16], ids=ggml.NAME.get)
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (97, 97), (129, 5), (420, 300)])
+def test_expanded_attention_on_integers(length, tokens, qtype, sizes):
+    expected = attended(reference, length, tokens, qtype=qtype, sizes=sizes)
+    actual = attended(cpu, length, tokens, qtype=qtype, sizes=sizes)
+    error = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert np.sqrt((error**2).mean()) < 0.02
+
+
+def test_a_fault_shows_where_it_is_seen_and_nowhere_else():
+    clean, faulty = attended(cpu, 300, 300), attended(cpu, 300, 300, fault=200)
+    np.testing.assert_array_equal(faulty[:200], clean[:200])
+    assert np.isnan(faulty[200:]).all()
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)

@@ -12,15 +12,19 @@ Positions behind a query are never read.
 >>> from pymla.cpu import attention
 >>> q, keys, values = (np.ones((5, 2, size), np.float32) for size in (48, 48, 32))
 >>> positions = np.arange(5, dtype=np.int32)
->>> attention.expanded(q, keys, values, positions, 48**-0.5, np.empty((5, 2, 32), np.float32))[4, 1, :3].tolist()
+>>> out = np.empty((5, 2, 32), np.float32)
+>>> attention.expanded(q, attention.KeysValues(keys, values), positions, 48**-0.5, out)[4, 1, :3].tolist()
 [1.0, 1.0, 1.0]
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
 
 from pymla.cache import PAGE, Step
-from pymla.cpu import threads
+from pymla.cpu import attention_int8, threads
+from pymla.cpu.attention_int8 import Panels
 from pymla.cpu.formats import dequantise_row, dot_float, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
@@ -35,23 +39,17 @@ from pymla.cpu.quant import (
     matmul_heads_transposed,
 )
 from pymla.cpu.simd import (
-    add,
     address,
-    exp,
-    larger,
     load_f32,
     load_f32x8,
-    mul,
-    splat_f32,
     store_f32,
     store_f32x8,
-    sub,
-    total,
 )
+from pymla.cpu.softmax import heads_softmax, query_softmax, shrink
 from pymla.ggml import F32
 from pymla.weights import QTensor
 
-__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "load", "store"]
+__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "keys_values", "load", "store"]
 
 CACHE = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C")), QTensor)
 STEP = types.NamedTuple((I1, I1, I1, I1, I2), Step)
@@ -109,24 +107,48 @@ def absorbed_materialised(q, latent, rope, step, scale, out):
     return out
 
 
-def expand(c_kv, k_pe, k_b, v_b, keys, values):
-    """Keys, float32 (S, H, nope + R), and values, float32 (S, H, v), of some heads from latent rows.
+class KeysValues(NamedTuple):
+    """Expanded keys, float32 (S, H, nope + R), and values, float32 (S, H, v)."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
+    """Memory for the expanded keys, of `size` numbers, and values of some heads.
+
+    `exact` ones are `KeysValues` of `dtype`; the others have 7 and 8 bits (`pymla.cpu.attention_int8`), which is several times
+    faster and suits a cache of 8 bits.
+    """
+    if not exact:
+        return Panels.empty(tokens, heads, size, v)
+    return KeysValues(np.empty((tokens, heads, size), dtype), np.empty((tokens, heads, v), dtype))
+
+
+def expand(c_kv, k_pe, k_b, v_b, out):
+    """Keys and values of some heads from latent rows.
 
     `c_kv` float32 (S, rank), `k_pe` float32 (S, R), `k_b` of H matrices of nope rows and `v_b` of H matrices of v rows,
-    both of rank columns.
+    both of rank columns; `out` from `keys_values`.
     """
-    length, heads, v = values.shape
+    if isinstance(out, Panels):
+        attention_int8.expand(c_kv, k_pe, k_b, v_b, out)
+        return out
+    length, heads, v = out.values.shape
     x = Activation(c_kv)
     nope = np.empty((length, heads * k_b.data.shape[1]), np.float32)
     matmul(k_b, x, nope)
-    matmul(v_b, x, values.reshape(length, heads * v))
-    _join_keys[length](nope.reshape(length, heads, -1), k_pe, keys)
+    matmul(v_b, x, out.values.reshape(length, heads * v))
+    _join_keys[length](nope.reshape(length, heads, -1), k_pe, out.keys)
+    return out
 
 
-def expanded(q, keys, values, positions, scale, out):
-    """Causal attention of one sequence over expanded keys and values; all float32, `out` (T, H, v)."""
+def expanded(q, keys_values, positions, scale, out):
+    """Causal attention of one sequence over expanded keys and values; `q` float32 (T, H, nope + R), `out` (T, H, v)."""
+    if isinstance(keys_values, Panels):
+        return attention_int8.expanded(q, keys_values, positions, scale, out)
     tokens, heads, _ = q.shape
-    _expanded[heads * -(-tokens // BLOCK), 1](q, keys, values, positions, scale, out)
+    _expanded[heads * -(-tokens // BLOCK), 1](q, *keys_values, positions, scale, out)
     return out
 
 
@@ -168,16 +190,6 @@ def _join_keys(first, last, nope, k_pe, keys):
                 keys[s, h, i] = nope[s, h, i]
             for i in range(k_pe.shape[1]):
                 keys[s, h, size + i] = k_pe[s, i]
-
-
-@inline
-def shrink(factor, out, columns):
-    """``out *= factor`` at an address of float32."""
-    splat = splat_f32(factor)
-    for i in range(0, columns // 8 * 32, 32):
-        store_f32x8(out + i, mul(splat, load_f32x8(out + i)))
-    for i in range(columns // 8 * 32, 4 * columns, 4):
-        store_f32(out + i, load_f32(out + i) * factor)
 
 
 @kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F3, F3)
@@ -240,32 +252,6 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
             for i in range(rank):
                 partial[task, begin + h, i] = values[h, i]
-
-
-@inline
-def heads_softmax(scores, seen, state, values, columns):
-    """Scores (seen, 16) of 16 heads become weights; their maxima and sums (2, 16), and values (16, columns), follow.
-
-    All but the numbers are addresses of float32.
-    """
-    for half in range(0, 64, 32):
-        old = load_f32x8(state + half)
-        most = old
-        for s in range(seen):
-            most = larger(load_f32x8(scores + 64 * s + half), most)
-        correction = exp(sub(old, most))
-        summed = mul(load_f32x8(state + 64 + half), correction)
-        for s in range(seen):
-            weight = exp(sub(load_f32x8(scores + 64 * s + half), most))
-            store_f32x8(scores + 64 * s + half, weight)
-            summed = add(summed, weight)
-        store_f32x8(state + half, most)
-        store_f32x8(state + 64 + half, summed)
-        factors = np.empty(8, np.float32)
-        store_f32x8(address(factors), correction)
-        for h in range(8):
-            if factors[h] != 1:
-                shrink(factors[h], values + 4 * columns * (half // 4 + h), columns)
 
 
 @kernel(F3, F3, types.int64, F3)
@@ -376,36 +362,6 @@ def attend_page(queries, count, positions, keys, values, key_stride, value_strid
                 address(scores[i]), 4 * PAGE, 8 * PAGE, 12 * PAGE, 4,
                 address(padded) + 4 * j, 4 * width, seen, address(result[i, j:]), 4 * width, True,
             )  # fmt: skip
-
-
-@inline
-def query_softmax(scores, seen, state, result, columns):
-    """Scores (PAGE,) of a query, which sees some of them, become weights, 0 for the rest; maximum, sum, values
-    follow."""
-    row = address(scores)
-    if seen <= 0:
-        scores[:] = 0
-        return
-    for s in range(seen, PAGE):
-        scores[s] = -np.inf
-    most = state[0]
-    for s in range(seen):
-        most = max(most, scores[s])
-    if most > state[0]:
-        correction = np.float32(np.exp(state[0] - most))
-        state[1] *= correction
-        shrink(correction, result, columns)
-        state[0] = most
-    negative = splat_f32(-most)
-    for s in range(0, 4 * PAGE, 32):
-        store_f32x8(row + s, exp(add(load_f32x8(row + s), negative)))
-    # `exp` of minus infinity is a very small number: what the query does not see must count for nothing.
-    for s in range(seen, PAGE):
-        scores[s] = 0
-    sums = splat_f32(np.float32(0))
-    for s in range(0, 4 * PAGE, 32):
-        sums = add(sums, load_f32x8(row + s))
-    state[1] += total(sums)
 
 
 @kernel(F3, F3, F3, I1, types.float64, F3)

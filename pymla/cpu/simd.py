@@ -385,6 +385,13 @@ def larger(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
+@operation(f32x8, f32x8, f32x8)
+def where_positive(builder, x, y):
+    """`y` where `x` is above 0, else 0."""
+    zero = _constant(x.type, 0.0)
+    return builder.select(builder.fcmp_ordered(">", x, zero), y, zero)
+
+
 @elementwise
 def absolute(builder, x):
     """Without the sign."""
@@ -725,6 +732,36 @@ def dot8(builder, acc, codes, activations):
     if _VNNI:
         return _in_order(builder, _dpbusd(builder, acc, codes, activations))
     return _in_order(builder, _dot_signed(builder, acc, codes, activations))
+
+
+zero8 = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))
+
+
+@operation(i32xL, types.int64)
+def start7(builder, address):
+    """Sums to begin with, so that codes from 1 to 127 count as -63 to 63; from two int16 sums of activations."""
+    pair = builder.sext(_read(builder, address, ir.VectorType(_I16, 2)), ir.VectorType(_I32, 2))
+    offset = builder.mul(_reduced(builder, pair, builder.add), ir.Constant(_I32, -64))
+    return _splat(builder, offset, LANES)
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot_u7L(builder, acc, unsigned, signed):
+    """Add products of bytes from 0 to 127 with bytes from -127 to 127."""
+    if _VNNI:
+        return _in_order(builder, _dpbusd(builder, acc, unsigned, signed))
+    return _in_order(builder, builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed))))
+
+
+@operation(types.void, types.int64, f32xL, f32xL, f32xL, f32xL)
+def store_packed(builder, address, *columns):
+    """Whole numbers from -127 to 127 of four columns as the bytes of `LANES` words. NaN becomes any number."""
+    word = None
+    for i, column in enumerate(columns):
+        code = builder.and_(builder.fptosi(column, _ir_type(i32xL)), _constant(_ir_type(i32xL), 255))
+        code = builder.shl(code, _constant(code.type, 8 * i))
+        word = code if word is None else builder.or_(word, code)
+    _write(builder, address, word)
 
 
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))

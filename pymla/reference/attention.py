@@ -6,6 +6,8 @@ what is attended: the token at position p sees positions 0 to p of its sequence,
 DeepSeek-V2 (2024), section 2.1 and appendix C.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pymla.cache import PAGE
@@ -88,7 +90,19 @@ def absorbed(q, latent, rope, step, scale, out):
 absorbed_materialised = absorbed
 
 
-def expand(c_kv, k_pe, k_b, v_b, keys, values):
+class KeysValues(NamedTuple):
+    """Expanded keys, float (S, H, nope + R), and values, float (S, H, v)."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
+    """Memory for the expanded keys, of `size` numbers, and values of some heads, of `dtype`: always exact here."""
+    return KeysValues(np.empty((tokens, heads, size), dtype), np.empty((tokens, heads, v), dtype))
+
+
+def expand(c_kv, k_pe, k_b, v_b, out):
     """Keys and values of some heads from latent rows: ``k = [W_k_b c_kv; k_pe]``, ``v = W_v_b c_kv``.
 
     Parameters
@@ -98,28 +112,29 @@ def expand(c_kv, k_pe, k_b, v_b, keys, values):
         Rotated; all heads share it.
     k_b : QTensor of H matrices of nope rows and rank columns
     v_b : QTensor of H matrices of v rows and rank columns
-    keys : float array (S, H, nope + R)
-    values : float array (S, H, v)
+    out : KeysValues
     """
+    keys, values = out
     nope = keys.shape[2] - k_pe.shape[1]
     keys[..., :nope] = np.einsum("sr,hnr->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
     keys[..., nope:] = k_pe[:, None]
     values[...] = np.einsum("sr,hvr->shv", c_kv, dequantise(v_b.data, v_b.qtype).astype(keys.dtype))
+    return out
 
 
-def expanded(q, keys, values, positions, scale, out):
+def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence over expanded keys and values.
 
     Parameters
     ----------
     q : float array (T, H, nope + R)
-    keys : float array (S, H, nope + R)
-    values : float array (S, H, v)
+    keys_values : KeysValues
     positions : int32 array (T,)
         Position p attends to the first p + 1 rows.
     scale : float
     out : float array (T, H, v)
     """
+    keys, values = keys_values
     for t, position in enumerate(positions):
         seen = int(position) + 1
         weights = _softmax(scale * np.einsum("hd,shd->hs", q[t], keys[:seen]))
@@ -147,7 +162,7 @@ def full(q, keys, values, step, scale, out):
         v = load(values, step.block_tables[b], np.empty((length, heads * out.shape[2]), q.dtype))
         v = v.reshape(length, heads, -1)
         result = np.empty((len(tokens), *out.shape[1:]), out.dtype)
-        out[tokens] = expanded(q[tokens], k, v, step.positions[tokens], scale, result)
+        out[tokens] = expanded(q[tokens], KeysValues(k, v), step.positions[tokens], scale, result)
     return out
 
 

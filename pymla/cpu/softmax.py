@@ -1,0 +1,88 @@
+"""The online softmax (Milakov and Gimelshein, 2018): a running maximum m, a running sum l, and accumulated values,
+which shrink by exp(m_old - m_new) where the maximum grows."""
+
+import numpy as np
+
+from pymla.cpu.compiling import inline
+from pymla.cpu.simd import (
+    add,
+    address,
+    exp,
+    larger,
+    largest,
+    load_f32,
+    load_f32x8,
+    mul,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    sub,
+    total,
+)
+
+
+@inline
+def shrink(factor, out, columns):
+    """``out *= factor`` at an address of float32."""
+    splat = splat_f32(factor)
+    for i in range(0, columns // 8 * 32, 32):
+        store_f32x8(out + i, mul(splat, load_f32x8(out + i)))
+    for i in range(columns // 8 * 32, 4 * columns, 4):
+        store_f32(out + i, load_f32(out + i) * factor)
+
+
+@inline
+def heads_softmax(scores, seen, state, values, columns):
+    """Scores (seen, 16) of 16 heads become weights; their maxima and sums (2, 16), and values (16, columns), follow.
+
+    All but the numbers are addresses of float32.
+    """
+    for half in range(0, 64, 32):
+        old = load_f32x8(state + half)
+        most = old
+        for s in range(seen):
+            most = larger(load_f32x8(scores + 64 * s + half), most)
+        correction = exp(sub(old, most))
+        summed = mul(load_f32x8(state + 64 + half), correction)
+        for s in range(seen):
+            weight = exp(sub(load_f32x8(scores + 64 * s + half), most))
+            store_f32x8(scores + 64 * s + half, weight)
+            summed = add(summed, weight)
+        store_f32x8(state + half, most)
+        store_f32x8(state + 64 + half, summed)
+        factors = np.empty(8, np.float32)
+        store_f32x8(address(factors), correction)
+        for h in range(8):
+            if factors[h] != 1:
+                shrink(factors[h], values + 4 * columns * (half // 4 + h), columns)
+
+
+@inline
+def query_softmax(scores, seen, state, result, columns):
+    """Scores of a query, which sees the first ones, become weights, 0 for the rest; maximum, sum and values follow.
+
+    `scores` float32 (n,) with n a multiple of 8; `result` is the address of float32 (columns,).
+    """
+    row, size = address(scores), 4 * len(scores)
+    if seen <= 0:
+        scores[:] = 0
+        return
+    scores[seen:] = -np.inf
+    most8 = load_f32x8(row)
+    for s in range(32, size, 32):
+        most8 = larger(load_f32x8(row + s), most8)
+    most = max(state[0], largest(most8))
+    if most > state[0]:
+        correction = np.float32(np.exp(state[0] - most))
+        state[1] *= correction
+        shrink(correction, result, columns)
+        state[0] = most
+    negative = splat_f32(-most)
+    for s in range(0, size, 32):
+        store_f32x8(row + s, exp(add(load_f32x8(row + s), negative)))
+    # `exp` of minus infinity is a very small number: what the query does not see must count for nothing.
+    scores[seen:] = 0
+    sums = splat_f32(np.float32(0))
+    for s in range(0, size, 32):
+        sums = add(sums, load_f32x8(row + s))
+    state[1] += total(sums)
