@@ -8,6 +8,8 @@ Positions behind a query are never read.
   products. The pages of a token are split over threads, and the shares merged.
 - *Expanded*, *full*: blocks of queries of one head, against keys and values of that head.
 
+A cache of 8 bits is multiplied on integers instead (`pymla.cpu.attention_int8`), in the first two forms.
+
 >>> import numpy as np
 >>> from pymla.cpu import attention
 >>> q, keys, values = (np.ones((5, 2, size), np.float32) for size in (48, 48, 32))
@@ -22,17 +24,18 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pymla.cache import PAGE, Step
+from pymla.cache import PAGE
 from pymla.cpu import attention_int8, threads
-from pymla.cpu.attention_int8 import Panels
+from pymla.cpu.attention_int8 import HEADS, Panels
 from pymla.cpu.formats import dequantise_row, dot_float, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
 from pymla.cpu.quant import (
+    CACHE,
     F2,
     F3,
     I1,
-    I2,
+    STEP,
     Activation,
     add_scaled,
     matmul,
@@ -46,17 +49,12 @@ from pymla.cpu.simd import (
     store_f32x8,
 )
 from pymla.cpu.softmax import heads_softmax, query_softmax, shrink
-from pymla.ggml import F32
-from pymla.weights import QTensor
+from pymla.ggml import F32, Q8_0
 
 __all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "keys_values", "load", "store"]
 
-CACHE = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C")), QTensor)
-STEP = types.NamedTuple((I1, I1, I1, I1, I2), Step)
 ROWS = types.Array(types.float32, 2, "A")
 
-#: Heads that share the reading of a page in the absorbed form.
-HEADS = 16
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64
 
@@ -91,7 +89,8 @@ def absorbed(q, latent, rope, step, scale, out):
     splits = max(1, 4 * threads.thread_count() // (tokens * groups))
     partial = np.empty((tokens * splits, heads, rank), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
-    _absorbed[tokens * splits * groups, 1](q, latent, rope, step, scale, splits, partial, sums)
+    kernel = attention_int8.absorbed_pages if latent.qtype == Q8_0 else _absorbed
+    kernel[tokens * splits * groups, 1](q, latent, rope, step, scale, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
 
@@ -117,8 +116,8 @@ class KeysValues(NamedTuple):
 def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
     """Memory for the expanded keys, of `size` numbers, and values of some heads.
 
-    `exact` ones are `KeysValues` of `dtype`; the others have 7 and 8 bits (`pymla.cpu.attention_int8`), which is several times
-    faster and suits a cache of 8 bits.
+    `exact` ones are `KeysValues` of `dtype`; the others have 7 and 8 bits (`pymla.cpu.attention_int8`), which is
+    several times faster and suits a cache of 8 bits.
     """
     if not exact:
         return Panels.empty(tokens, heads, size, v)

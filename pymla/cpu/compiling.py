@@ -21,6 +21,9 @@ _warning = None
 #: kernel around it: vector registers (`simd.py`) take the place of fast-math.
 inline = numba.njit(error_model="numpy", nogil=True)
 
+#: A step of a loop that is written out: a real call would pass its registers through memory.
+unrolled = numba.njit(error_model="numpy", nogil=True, forceinline=True)
+
 
 class Compiled:
     """A function that is compiled by `compile_all` or when first used; `build` says how, given keyword options."""

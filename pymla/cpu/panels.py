@@ -10,7 +10,7 @@ attention uses as well.
 
 import numpy as np
 
-from pymla.cpu.compiling import inline
+from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
 from pymla.cpu.simd import (
     LANES,
@@ -208,7 +208,7 @@ def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct
     _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
 
 
-@inline
+@unrolled
 def _sixteen4(sums, p, q, xa, xb, xc):
     """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
     leaves a loop over them."""
@@ -218,7 +218,7 @@ def _sixteen4(sums, p, q, xa, xb, xc):
     return _four4(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
 
 
-@inline
+@unrolled
 def _four4(sums, p, q, xa, xb, xc):
     ia, ja, ib, jb, ic, jc = sums
     u, v = load_i8xL(p), load_i8xL(q)
@@ -230,7 +230,7 @@ def _four4(sums, p, q, xa, xb, xc):
     return ia, ja, ib, jb, dot4(ic, u, y), dot4(jc, v, y)
 
 
-@inline
+@unrolled
 def _sixteen8(sums, p, q, xa, xb, xc):
     """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
     leaves a loop over them."""
@@ -240,7 +240,7 @@ def _sixteen8(sums, p, q, xa, xb, xc):
     return _four8(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
 
 
-@inline
+@unrolled
 def _four8(sums, p, q, xa, xb, xc):
     ia, ja, ib, jb, ic, jc = sums
     u, v = load_i8xL(p), load_i8xL(q)

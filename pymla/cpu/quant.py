@@ -22,6 +22,7 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
+from pymla.cache import Step
 from pymla.cpu.formats import dequantise_row, dot_row, is_float, quantise_block
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
@@ -37,6 +38,7 @@ from pymla.cpu.simd import (
     store_f32x8,
     store_f32xL,
 )
+from pymla.weights import QTensor
 
 #: Numba types of the kernels' arguments.
 F1 = types.Array(types.float32, 1, "C")
@@ -47,6 +49,9 @@ I2 = types.Array(types.int32, 2, "C")
 I8 = types.Array(types.int8, 2, "C")
 I16 = types.Array(types.int16, 2, "C")
 BYTES = types.Array(types.uint8, 2, "C", readonly=True)
+
+CACHE = types.NamedTuple((types.int64, types.Array(types.uint8, 2, "C")), QTensor)
+STEP = types.NamedTuple((I1, I1, I1, I1, I2), Step)
 
 #: Up to this many tokens every row is read once per token, straight from the file; beyond, it goes through panels.
 FEW = 4

@@ -167,8 +167,8 @@ def _store(kind):
 
 
 load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
-store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
-store_f32, store_i16 = _store(types.float32), _store(types.int16)
+store_f32x8, store_i32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i32x8, i8x32, f32xL))
+store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
 load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(_read(b, address, _I8), _F32))
@@ -237,6 +237,12 @@ def store_bf16(builder, address, value):
     nan = builder.fcmp_unordered("uno", value, value)
     chosen = builder.select(nan, builder.or_(bits, ir.Constant(_I32, 0x400000)), rounded)
     _write(builder, address, builder.trunc(builder.lshr(chosen, ir.Constant(_I32, 16)), _I16))
+
+
+@operation(types.void, types.int64, f32x8)
+def store_as_i16(builder, address, value):
+    """Eight float32, from -32768 to 32767, as int16 to memory, rounded towards zero. NaN becomes any number."""
+    _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I16, 8)))
 
 
 @operation(types.void, types.int64, f32x8)
@@ -753,15 +759,60 @@ def dot_u7L(builder, acc, unsigned, signed):
     return _in_order(builder, builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed))))
 
 
-@operation(types.void, types.int64, f32xL, f32xL, f32xL, f32xL)
-def store_packed(builder, address, *columns):
-    """Whole numbers from -127 to 127 of four columns as the bytes of `LANES` words. NaN becomes any number."""
-    word = None
-    for i, column in enumerate(columns):
-        code = builder.and_(builder.fptosi(column, _ir_type(i32xL)), _constant(_ir_type(i32xL), 255))
-        code = builder.shl(code, _constant(code.type, 8 * i))
-        word = code if word is None else builder.or_(word, code)
-    _write(builder, address, word)
+def _store_packed(vector):
+    @operation(types.void, types.int64, vector, vector, vector, vector)
+    def store(builder, address, *columns):
+        """Whole numbers from -127 to 127 of four registers as the bytes of words. NaN becomes any number."""
+        words = ir.VectorType(_I32, vector.count)
+        packed = None
+        for i, column in enumerate(columns):
+            code = builder.and_(builder.fptosi(column, words), _constant(words, 255))
+            code = builder.shl(code, _constant(words, 8 * i))
+            packed = code if packed is None else builder.or_(packed, code)
+        _write(builder, address, packed)
+
+    return store
+
+
+store_packed_x8, store_packed_xL = _store_packed(f32x8), _store_packed(f32xL)
+
+
+@operation(i32xL, types.int64)
+def broadcast_i32xL(builder, address):
+    """An int32 from memory in all lanes."""
+    return _splat(builder, _read(builder, address, _I32), LANES)
+
+
+times_minus_64 = operation(i32x8, i32x8)(lambda builder, x: builder.mul(x, _constant(x.type, -64)))
+ones_i8x32 = operation(i8x32)(lambda builder: _constant(_ir_type(i8x32), 1))
+
+
+def _scale_words(builder, words, factors):
+    """int16 times int16 / 32768, rounded."""
+    if ISA != "portable":
+        multiply = _function(builder, "llvm.x86.avx2.pmul.hr.sw", words.type, [words.type] * 2)
+        return builder.call(multiply, [words, factors])
+    wide = ir.VectorType(_I32, words.type.count)
+    product = builder.add(builder.mul(builder.sext(words, wide), builder.sext(factors, wide)), _constant(wide, 1 << 14))
+    return builder.trunc(builder.ashr(product, _constant(wide, 15)), words.type)
+
+
+@operation(types.void, *[types.int64] * 7)
+def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
+    """Sixteen codes of each of four rows to as many lanes of panels, times int16 / 32768 at `factors`, `stride` bytes
+    from row to row."""
+    words = _ir_type(i16x16)
+    rows = []
+    for i, row in enumerate((row_0, row_1, row_2, row_3)):
+        factor = _read(builder, builder.add(factors, builder.mul(stride, ir.Constant(_I64, i))), _I16)
+        codes = builder.sext(_read(builder, row, ir.VectorType(_I8, 16)), words)
+        rows.append(_scale_words(builder, codes, _splat(builder, factor, 16)))
+    low_bytes, eight = _constant(words, 255), _constant(words, 8)
+    pairs = [builder.or_(builder.and_(a, low_bytes), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
+    for half in range(2):
+        lanes = [lane for i in range(8 * half, 8 * half + 8) for lane in (i, 16 + i)]
+        offset = half * (32 * LANES if LANES == 8 else 32)
+        _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, *pairs, lanes))
 
 
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
