@@ -164,10 +164,11 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     for name, value in metadata.items():
         if name == "general.architecture":
             writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.STRING)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_uint32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        elif value is not None:
+            kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
+            writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.UINT32))
     tensors = tensors or {}
     for tensor in reader.tensors:
         data, qtype = tensors.get(tensor.name, (tensor.data, tensor.tensor_type))
