@@ -198,7 +198,7 @@ def test_full_disk(model):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_that_shows_at_the_end():
     """What a command left in the buffer is written last."""
-    program = "from pymla import cli; cli.group = lambda **_: print('text'); cli.main()"
+    program = "from pymla import cli; cli.group = lambda **_: print('text', end=''); cli.main()"
     with open("/dev/full", "wb") as full:
         result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, check=False)
     assert (result.returncode, result.stderr) == (2, b"pymla: error: standard output: No space left on device\n")
