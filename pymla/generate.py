@@ -77,6 +77,13 @@ class Generation:
                 "shorten it or raise --ctx (the model's own limit is "
                 f"{self.model.config.context_length})"
             )
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise PymlaError(f"max_tokens is {self.max_tokens}; it must not be negative")
+        for token in self.params.logit_bias:
+            if not 0 <= token < self.model.config.vocab_size:
+                raise PymlaError(
+                    f"logit bias for token {token}: the vocabulary has {self.model.config.vocab_size} tokens"
+                )
         if any(not text for text in self.stop):
             raise PymlaError("a stop string is empty; leave it out")
 

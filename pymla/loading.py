@@ -68,6 +68,11 @@ def load(path=None, *, device="auto", cache_type="q8_0", mla="auto", threads=Non
     config = ModelConfig.from_gguf(file)
     row_layout(config, cache_type, str(mla))
     tokenizer = Tokenizer.from_gguf(file)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise PymlaError(
+            f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
+            f"rows for {config.vocab_size}; convert the model again"
+        )
     ctx = _plan(file, config, cache_type, str(mla), ctx, report)
     if file.nbytes <= available_memory():
         file.prefault(report.reading)
@@ -106,7 +111,13 @@ class LanguageModel:
     """
 
     def __init__(self, file, config, tokenizer, model):
-        self.file, self.config, self.tokenizer, self.model = file, config, tokenizer, model
+        self.file, self.config, self.tokenizer, self._model = file, config, tokenizer, model
+
+    @property
+    def model(self):
+        if self._model is None:
+            raise PymlaError(f"{self.file.path}: this model was closed; load it again")
+        return self._model
 
     def tokenize(self, text, add_bos=True, parse_special=False):
         """Token ids of a text (`Tokenizer.encode`)."""
@@ -142,7 +153,7 @@ class LanguageModel:
 
     def close(self):
         """Let go of the weights."""
-        self.model = None
+        self._model = None
 
     def __enter__(self):
         return self

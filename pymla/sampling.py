@@ -49,6 +49,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise PymlaError(f"{name} is {value}; it must lie between {low} and {high}")
+        for token, bias in self.logit_bias.items():
+            if not (bias == -np.inf or abs(bias) <= 1e9):
+                raise PymlaError(f"logit bias of token {token} is {bias}; it must lie between -1e9 and 1e9, or be -inf")
         if self.seed is not None and self.seed < 0:
             raise PymlaError(f"seed is {self.seed}; it must not be negative")
 
@@ -132,7 +135,8 @@ class Sampler:
             count = int(np.searchsorted(np.cumsum(probabilities), p.top_p)) + 1
             kept, probabilities = kept[:count], probabilities[:count]
         kept = kept[probabilities >= p.min_p * probabilities[0]]
-        probabilities = _softmax(logits[kept] / p.temperature)
+        with np.errstate(over="ignore"):  # next to temperature 0 all but the likeliest become -inf
+            probabilities = _softmax((logits[kept] - logits[kept].max()) / p.temperature)
         at = int(np.searchsorted(np.cumsum(probabilities), self._generator.random(), side="right"))
         return int(kept[min(at, len(kept) - 1)])
 

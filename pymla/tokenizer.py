@@ -8,6 +8,7 @@ import codecs
 import re
 from functools import cache
 
+import numpy as np
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
@@ -124,7 +125,12 @@ class Tokenizer:
         tokens = _strings(file, "tokenizer.ggml.tokens")
         merges = _strings(file, "tokenizer.ggml.merges")
         kinds = file.get("tokenizer.ggml.token_type", list, None)
-        kinds = [NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
+        if kinds is None:
+            kinds = [NORMAL] * len(tokens)
+        elif isinstance(kinds, list) or not np.issubdtype(kinds.dtype, np.integer):
+            raise PymlaError(f"{file.path}: metadata tokenizer.ggml.token_type is no array of integers")
+        else:
+            kinds = kinds.tolist()
         if len(kinds) != len(tokens):
             raise PymlaError(
                 f"{file.path}: metadata tokenizer.ggml.token_type has {len(kinds)} entries, for {len(tokens)} tokens"

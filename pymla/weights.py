@@ -181,6 +181,11 @@ def _experts(take, config, blk):
         tensors["ffn_up_exps"] = take.matrix(blk + "ffn_up_exps.weight", (experts, inner, hidden))
     if config.n_shared_experts:
         tensors |= _ffn(take, blk, "_shexp", config.n_shared_experts * inner, hidden)
+    elif take.has(blk + "ffn_gate_shexp.weight"):
+        raise PymlaError(
+            f"{take.file.path}: tensor {blk}ffn_gate_shexp.weight is there, but metadata expert_shared_count says that "
+            "no expert is shared; convert the model again"
+        )
     return tensors
 
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -14,6 +15,9 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla.cli import main
+from pymla.cpu import compiling
+from pymla.cpu.limits import Limits
+from pymla.model import Model
 from pymla.modelfile import ModelFile
 
 
@@ -107,17 +111,123 @@ def test_stop_strings(model):
         assert generation.finish_reason == "stop"
 
 
-def test_ctrl_c_ends_cleanly(model):
-    command = [sys.executable, "-u", "-m", "pymla", "generate", "-m", str(model), "abc", "-n", "100000", "--ctx", "100"]
-    command[-1] = str(pymla.load(model).config.context_length)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(8)
-    time.sleep(0.05)
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory):
+    """A model that nothing but an interrupt ends: its context is long and it has no token that ends a text."""
+    path = tmp_path_factory.mktemp("long") / "long.gguf"
+    make_model(path, replace(PRESETS["tiny"], context_length=1 << 20), qtype="q8_0", seed=1)
+    without = {"tokenizer.ggml.token_type": None, "tokenizer.ggml.eos_token_id": None}
+    return rewritten(path, path.with_name("endless.gguf"), metadata=without)
+
+
+def started(*args, **options):
+    command = [sys.executable, "-m", "pymla", *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **{"stdout": pipe, "stderr": pipe} | options)
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_ctrl_c_while_generating(long_model, options):
+    """What was generated stays, and the figures are those so far."""
+    process = started("generate", "-m", long_model, "abc", "-n", 1_000_000, *options)
+    first = process.stdout.read(8)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (0, 130)
-    assert b"Traceback" not in err
-    assert b"tokens/s" in err
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    if options:
+        assert err == b""
+        return
+    assert (first + rest).startswith(b"abc")
+    assert rest.endswith(b"\n")
+    ((line,),) = [err.decode().splitlines()]
+    figures = re.fullmatch(
+        r"prompt 3 tokens, .* tokens/s \| generated (\d+), .* \| cache (\d+) tokens.*interrupted", line
+    )
+    assert 0 < int(figures[1]) < 1_000_000
+    assert int(figures[2]) - int(figures[1]) in (2, 3)
+
+
+def test_ctrl_c_while_compiling(model, tmp_path):
+    process = started("generate", "-m", model, "abc", env=os.environ | {"PYMLA_CACHE_DIR": str(tmp_path)})
+    assert process.stderr.readline().startswith(b"pymla: compiling kernels")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+    assert not list(tmp_path.glob("*/complete"))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_json_of_an_interrupted_generation(run, model, monkeypatch, steps):
+    forward, calls = Model.forward, []
+
+    def interrupted(self, *args, **options):
+        calls.append(args)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Model, "forward", interrupted)
+    code, out, err = run("generate", "-m", model, "abc", "--json", "--temperature", 0, "--logprobs", 1)
+    report = json.loads(out)
+    assert code == 130
+    assert report["finish_reason"] == "interrupted"
+    assert len(report["tokens"]) == len(report["logprobs"]) == report["stats"]["generated_tokens"] == steps
+    with pymla.load(model) as loaded:
+        assert report["text"] == loaded.detokenize(report["tokens"])
+    assert err.endswith("| interrupted\n")
+
+
+def test_reader_that_goes_away(long_model):
+    for args in (["generate", "-m", long_model, "abc", "-n", 1_000_000], ["inspect", long_model, "--tensors"]):
+        process = started(*args)
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk(model):
+    for args in (["generate", "-m", model, "abc", "-n", 2], ["inspect", model]):
+        with open("/dev/full", "wb") as full:
+            process = started(*args, stdout=full)
+        assert process.stderr.read() == b"pymla: error: standard output: No space left on device\n"
+        assert process.wait() == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_that_shows_at_the_end():
+    """What a command left in the buffer is written last."""
+    program = "from pymla import cli; cli.group = lambda **_: print('text', end=''); cli.main()"
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (result.returncode, result.stderr) == (2, b"pymla: error: standard output: No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_closed_streams(model):
+    command = [
+        "sh",
+        "-c",
+        'exec "$@" <&- >&- 2>&-',
+        "sh",
+        sys.executable,
+        "-m",
+        "pymla",
+        "generate",
+        "-m",
+        model,
+        "-n",
+        "2",
+    ]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_encoding_that_lacks_characters(model):
+    command = [sys.executable, "-m", "pymla", "generate", "-m", model, "-n", "1", "--seed", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, input="🦙".encode(), env=environment, capture_output=True, check=False)
+    assert (result.returncode, result.stdout[:10]) == (0, b"\\U0001f999")
 
 
 def test_help(run):
@@ -127,26 +237,57 @@ def test_help(run):
         assert "Example" in out
 
 
-def test_not_a_model(refused, tmp_path):
-    refused("generate", "-m", tmp_path / "missing.gguf", "x", parts=["missing.gguf"])
-    refused("generate", "-m", tmp_path, "x", parts=[tmp_path])
+@pytest.fixture
+def quick(monkeypatch):
+    """Benchmarks need not measure the machine."""
+    monkeypatch.setattr("pymla.cpu.limits.measure", lambda: Limits(read=1e10, int8=1e11))
+
+
+def with_file(command, path):
+    """The arguments that make a command read a GGUF file."""
+    return {"generate": ["generate", "x", "-m", path], "bench": ["bench", "-m", path], "inspect": ["inspect", path]}[
+        command
+    ]
+
+
+READERS = ("generate", "bench", "inspect")
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_not_a_model(refused, tmp_path, command):
+    refused(*with_file(command, tmp_path / "missing.gguf"), parts=["missing.gguf", "No such file"])
+    refused(*with_file(command, tmp_path), parts=[tmp_path, "Is a directory"])
     (tmp_path / "text").write_text("This is no model at all, but a text.")
-    refused("generate", "-m", tmp_path / "text", "x", parts=["text"])
+    refused(*with_file(command, tmp_path / "text"), parts=["text", "not a GGUF file"])
+    (tmp_path / "empty").touch()
+    refused(*with_file(command, tmp_path / "empty"), parts=["empty", "not a GGUF file"])
 
 
-def test_truncated_anywhere(refused, model, tmp_path):
+@pytest.mark.parametrize("command", READERS)
+def test_truncated_anywhere(refused, model, tmp_path, command):
     data = model.read_bytes()
     path = tmp_path / "cut.gguf"
     # The file may end in padding, whose loss harms nothing.
     for size in np.random.default_rng(0).integers(0, len(data) - 64, 50):
         path.write_bytes(data[:size])
-        refused("generate", "-m", path, "x", parts=["cut.gguf"])
+        refused(*with_file(command, path), parts=["cut.gguf"])
 
 
-def test_missing_part(refused, model, tmp_path):
+@pytest.mark.parametrize("command", READERS)
+def test_missing_part(refused, model, tmp_path, command):
     path = tmp_path / "m-00001-of-00002.gguf"
     path.write_bytes(model.read_bytes())
-    refused("generate", "-m", path, "x", parts=["00002"])
+    refused(*with_file(command, path), parts=["m-00001-of-00002.gguf", "split.count"])
+    first = {"split.count": 2, "split.no": 0, "split.tensors.count": 99}
+    refused(*with_file(command, rewritten(model, path, metadata=first)), parts=["m-00002-of-00002.gguf", "missing"])
+
+
+def test_conversion_of_what_is_no_model(refused, tmp_path):
+    refused("convert", tmp_path / "none", tmp_path / "m.gguf", parts=["none", "config.json", "Hugging Face"])
+    refused("convert", tmp_path, tmp_path / "m.gguf", parts=["config.json", "Hugging Face"])
+    (tmp_path / "config.json").write_text("{")
+    refused("convert", tmp_path, tmp_path / "m.gguf", parts=["config.json"])
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def rewritten(model, path, *, metadata=None, tensors=None):
@@ -164,10 +305,11 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     for name, value in metadata.items():
         if name == "general.architecture":
             writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.STRING)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_uint32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        elif value is not None:
+            kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
+            writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.UINT32))
     tensors = tensors or {}
     for tensor in reader.tensors:
         data, qtype = tensors.get(tensor.name, (tensor.data, tensor.tensor_type))
@@ -183,19 +325,25 @@ def rewritten(model, path, *, metadata=None, tensors=None):
 @pytest.mark.parametrize(
     ("metadata", "parts"),
     [
-        ({"general.architecture": "llama"}, ["llama"]),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, ["llama-bpe"]),
-        ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model"]),
+        ({"general.architecture": "llama"}, ["general.architecture", "llama"]),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, ["tokenizer.ggml.pre", "llama-bpe"]),
+        ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model", "'llama'"]),
         ({"deepseek2.block_count": "three"}, ["deepseek2.block_count", "three"]),
         ({"deepseek2.block_count": 4_000_000_000}, ["deepseek2.block_count", "4000000000"]),
+        ({"deepseek2.block_count": None}, ["deepseek2.block_count", "missing"]),
+        ({"deepseek2.block_count": 3.5}, ["deepseek2.block_count", "3.5"]),
+        ({"deepseek2.context_length": 4_000_000_000}, ["deepseek2.context_length", "4000000000"]),
+        ({"deepseek2.rope.freq_base": float("nan")}, ["deepseek2.rope.freq_base", "nan"]),
         ({"deepseek2.embedding_length": 12345}, ["token_embd.weight", "12345"]),
         ({"deepseek2.expert_used_count": 0}, ["expert_used_count"]),
+        ({"deepseek2.expert_used_count": [1, 2]}, ["expert_used_count", "array"]),
+        ({"deepseek2.expert_shared_count": 0}, ["ffn_gate_shexp", "expert_shared_count"]),
     ],
 )
-def test_bad_metadata(refused, model, tmp_path, metadata, parts):
-    refused(
-        "generate", "-m", rewritten(model, tmp_path / "bad.gguf", metadata=metadata), "x", parts=["bad.gguf", *parts]
-    )
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_bad_metadata(refused, quick, model, tmp_path, metadata, parts, command):
+    path = rewritten(model, tmp_path / "bad.gguf", metadata=metadata)
+    refused(*with_file(command, path), parts=["bad.gguf", *parts])
 
 
 def test_bad_tensors(refused, model, tmp_path):
@@ -211,33 +359,95 @@ def test_bad_tensors(refused, model, tmp_path):
     refused("generate", "-m", path, "x", parts=["token_embd.weight", "Q5_0"])
 
 
-def test_tensor_outside_the_file(refused, model, tmp_path):
+@pytest.mark.parametrize("command", READERS)
+def test_tensor_outside_the_file(refused, model, tmp_path, command):
     data = bytearray(model.read_bytes())
     at = data.index(b"output_norm.weight") + len(b"output_norm.weight")
     at += 4 + 8 * int.from_bytes(data[at : at + 4], "little") + 4
     data[at : at + 8] = (1 << 40).to_bytes(8, "little")
     (tmp_path / "out.gguf").write_bytes(data)
-    refused("generate", "-m", tmp_path / "out.gguf", "x", parts=["output_norm.weight"])
+    refused(*with_file(command, tmp_path / "out.gguf"), parts=["out.gguf", "output_norm.weight"])
 
 
-def test_bad_requests(refused, model, tmp_path):
-    refused("generate", "-m", model, "word " * 500, "--ctx", 64, parts=["2002", "64", "--ctx"])
+def test_inspect_shows_what_cannot_be_run(run, model, tmp_path):
+    path = rewritten(model, tmp_path / "bad.gguf", metadata={"deepseek2.block_count": "three"})
+    code, out, err = run("inspect", path)
+    assert (code, err) == (0, "")
+    assert "Not run" in out
+    assert "three" in out
+
+
+def test_bad_prompts(refused, model, tmp_path):
+    refused("generate", "-m", model, "word " * 500, "--ctx", 64, parts=["2002", "64", "--ctx", "1024"])
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     refused("generate", "-m", model, "-f", tmp_path / "latin1", parts=["latin1", "byte 3"])
-    refused("generate", "-m", model, "x", "--top-p", 2, parts=["top_p is 2"])
-    refused("generate", "-m", model, "x", "--device", "tpu", parts=["tpu"])
-    refused("generate", "-m", model, "x", "--threads", 10_000, parts=["--threads 10000"])
+    refused("generate", "-m", model, "-f", tmp_path / "none", parts=["none", "No such file"])
+    refused("generate", "-m", model, "-f", tmp_path, parts=[tmp_path, "Is a directory"])
+    refused("generate", "-m", model, "x", "-f", tmp_path / "latin1", parts=["-f", "not both"])
+    refused("generate", "-m", model, "a\udcff", parts=["position 1", "UTF-8"])
 
 
-def test_not_enough_memory(refused, model, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--top-p", 2], ["top_p is 2"]),
+        (["--temperature", -1], ["temperature is -1"]),
+        (["--temperature", "warm"], ["--temperature", "'warm'", "generate --help"]),
+        (["--top-k", -1], ["top_k is -1"]),
+        (["--device", "tpu"], ["tpu"]),
+        (["--threads", 10_000], ["--threads 10000"]),
+        (["--threads", 0], ["--threads 0"]),
+        (["--ctx", 0], ["--ctx", "0"]),
+        (["--ctx", 2000], ["--ctx 2000", "1024"]),
+        (["-n", -3], ["--max-tokens", "-3"]),
+        (["--seed", -1], ["--seed", "-1"]),
+        (["--stop", ""], ["stop string is empty"]),
+        (["--logit-bias", "abc"], ["--logit-bias 'abc'", "ID=VALUE"]),
+        (["--logit-bias", "3=nan"], ["token 3 is nan"]),
+        (["--logit-bias", "3=inf"], ["token 3 is inf"]),
+        (["--logit-bias", "512=1"], ["token 512", "vocabulary has 512"]),
+        (["--cache-type", "q4"], ["--cache-type", "'q4'", "q8_0"]),
+        (["--mla", 7], ["--mla", "'7'", "auto"]),
+        (["--system", "Be brief."], ["--system", "--chat"]),
+        (["--logprobs", 2], ["--logprobs", "--json"]),
+        (["--no-such-option"], ["--no-such-option"]),
+    ],
+)
+def test_bad_options(refused, model, options, parts):
+    refused("generate", "-m", model, "x", *options, parts=parts)
+
+
+def test_bad_commands(refused):
+    refused("generat", parts=["'generat'", "--help"])
+    refused("inspect", parts=["FILE", "inspect --help"])
+    refused("convert", "x", "y", "--type", "q9", parts=["--type", "'q9'", "q8_0"])
+
+
+def test_no_command_is_a_question(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert out == run("--help")[1]
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_not_enough_memory(refused, quick, model, monkeypatch, command):
     monkeypatch.setattr("pymla.loading.available_memory", lambda: 10 << 20)
-    refused("generate", "-m", model, "x", "--ctx", 1024, parts=["not enough memory", "cache", "scratch"])
+    monkeypatch.setattr("pymla.loading.Weights.from_gguf", None)  # not reached
+    parts = ["not enough memory for 1024 tokens", "cache", "scratch", "0.01 GiB is available", "--ctx"]
+    refused(*with_file(command, model), "--ctx", 1024, parts=parts)
 
 
-def test_unwritable_cache_folder_is_only_a_warning(model, tmp_path):
-    (tmp_path / "file").write_text("")
-    environment = os.environ | {"PYMLA_CACHE_DIR": str(tmp_path / "file" / "cache")}
-    command = [sys.executable, "-m", "pymla", "generate", "-m", str(model), "a", "-n", "2", "--quiet"]
-    result = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert b"cannot be cached" in result.stderr
+def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    expected = run("generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--quiet")[1]
+    monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compiling, "_warning", None)
+    code, out, err = run("generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--quiet")
+    assert (code, out) == (0, expected)
+    assert err.startswith("pymla: warning: compiled kernels cannot be cached in")
+    assert "PYMLA_CACHE_DIR" in err
+    assert err.count("\n") == 1
+    # This process has its kernels already. In a new one they are compiled for this process alone.
+    alone = compiling.Compiled("alone", lambda **options: options)
+    compiling.COMPILED.remove(alone)
+    assert alone.result["cache"] is False

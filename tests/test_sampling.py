@@ -46,6 +46,12 @@ def test_penalties_and_bias():
     assert drawn(1, temperature=0, logit_bias={4: 10.0}) == [4]
 
 
+@pytest.mark.filterwarnings("error")
+def test_extremes():
+    assert set(drawn(5, temperature=1e-308)) == {0}
+    assert set(drawn(50, logit_bias={0: -float("inf"), 1: -float("inf")})) == {2, 3, 4}
+
+
 def test_logprobs_are_the_models_own():
     sampled = Sampler(SamplingParams(temperature=0, logit_bias={4: 10.0}, logprobs=2)).sample(LOGITS)
     assert sampled.token == 4
@@ -59,6 +65,9 @@ def test_refusals():
         SamplingParams(top_p=1.5)
     with pytest.raises(PymlaError, match="temperature is nan"):
         SamplingParams(temperature=float("nan"))
+    for bias in (float("nan"), float("inf"), 1e300):
+        with pytest.raises(PymlaError, match="logit bias of token 3 is"):
+            SamplingParams(logit_bias={3: bias})
     with pytest.raises(PymlaError, match="token 1 is nan"):
         Sampler(SamplingParams()).sample(np.array([0, np.nan], np.float32))
     with pytest.raises(PymlaError, match="token 9"):

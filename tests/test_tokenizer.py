@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import gguf
 import pytest
 from tokenizers import Tokenizer as Bpe
 from tokenizers import models, trainers
@@ -94,3 +95,106 @@ def test_ids_of_deepseek_llm():
         assert tokenizer.encode(text, add_bos=False) == [int(i) for i in line.split()], repr(text)
     assert tokenizer.encode("") == [100000]
     assert tokenizer.eos_ids == {100001}
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+ALPHABET = sorted(_byte_alphabet())
+VOCABULARY = {
+    "model": "gpt2",
+    "pre": "deepseek-llm",
+    "tokens": [*ALPHABET, "th", "the", "<|bos|>", "<|im_end|>", "<tool>"],
+    "token_type": [NORMAL] * 258 + [CONTROL, CONTROL, USER_DEFINED],
+    "merges": ["t h", "th e"],
+    "bos_token_id": 258,
+}
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """Write a vocabulary-only file with some keys changed, or left out where they are None; read its tokenizer."""
+
+    def read(**changes):
+        writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "deepseek2")
+        kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
+        for key, value in (VOCABULARY | changes).items():
+            name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+            if isinstance(value, list):
+                writer.add_array(name, value)
+            elif value is not None:
+                writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.INT32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return Tokenizer.from_gguf(tmp_path / "vocabulary.gguf")
+
+    return read
+
+
+def test_vocabulary_file(vocabulary):
+    tokenizer = vocabulary(chat_template="{{ bos_token }}")
+    assert tokenizer.encode("the<tool>t") == [258, 257, 260, ALPHABET.index("t")]
+    assert tokenizer.decode([258, 257, 260]) == "the<tool>"
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.add_bos) == (261, 258, True)
+    assert tokenizer.chat_template == "{{ bos_token }}"
+
+
+def test_tokens_that_end_a_text(vocabulary):
+    """What the metadata says, and control tokens of a known name."""
+    assert vocabulary().eos_ids == {259}
+    assert vocabulary(eos_token_id=3, eot_token_id=4).eos_ids == {3, 4, 259}
+    assert vocabulary(token_type=None).eos_ids == set()
+
+
+def test_bos_is_added_where_the_file_says_so(vocabulary):
+    assert vocabulary(add_bos_token=True).encode("the") == [258, 257]
+    assert vocabulary(add_bos_token=False).encode("the") == [257]
+    assert vocabulary(bos_token_id=None).encode("the") == [257]
+    assert vocabulary(bos_token_id=None, add_bos_token=True).encode("the") == [257]
+    assert vocabulary().encode("the", add_bos=False) == [257]
+
+
+@pytest.mark.parametrize("key", ["model", "pre", "tokens", "merges"])
+def test_missing_keys(vocabulary, key):
+    with pytest.raises(PymlaError, match=rf"vocabulary.gguf: metadata tokenizer.ggml.{key} is missing"):
+        vocabulary(**{key: None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"model": 7}, "tokenizer.ggml.model is 7"),
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'.*deepseek-llm"),
+        ({"pre": 7}, "tokenizer.ggml.pre is 7"),
+        ({"tokens": "a b c"}, "tokenizer.ggml.tokens is 'a b c'"),
+        ({"tokens": list(range(261))}, "tokenizer.ggml.tokens is an array of numbers"),
+        ({"tokens": ["a"] * 261}, "tokenizer.ggml.tokens lacks 255 of the 256 bytes"),
+        ({"tokens": [*ALPHABET, "th", "the"]}, "tokenizer.ggml.token_type has 261 entries, for 258 tokens"),
+        ({"token_type": [NORMAL] * 260}, "tokenizer.ggml.token_type has 260 entries, for 261 tokens"),
+        ({"token_type": NORMAL}, "tokenizer.ggml.token_type is 1"),
+        ({"token_type": ["normal"] * 261}, "tokenizer.ggml.token_type is no array of integers"),
+        ({"token_type": [1.5] * 261}, "tokenizer.ggml.token_type is no array of integers"),
+        ({"merges": "t h"}, "tokenizer.ggml.merges is 't h'"),
+        ({"merges": [1, 2]}, "tokenizer.ggml.merges is an array of numbers"),
+        ({"merges": ["th"]}, "tokenizer.ggml.merges has 'th'"),
+        ({"merges": ["t h e"]}, "tokenizer.ggml.merges has 't h e'"),
+        ({"merges": ["t zz"]}, "tokenizer.ggml.merges cannot be used"),
+        ({"merges": ["t "]}, "tokenizer.ggml.merges cannot be used"),
+        ({"merges": ["e t"]}, "tokenizer.ggml.merges cannot be used"),
+        ({"bos_token_id": 261}, "tokenizer.ggml.bos_token_id is 261; the vocabulary has 261"),
+        ({"bos_token_id": -1}, "tokenizer.ggml.bos_token_id is -1"),
+        ({"bos_token_id": "<|bos|>"}, "tokenizer.ggml.bos_token_id is '<|bos|>'"),
+        ({"eos_token_id": 1000}, "tokenizer.ggml.eos_token_id is 1000"),
+        ({"eos_token_id": 1.0}, "tokenizer.ggml.eos_token_id is 1.0"),
+        ({"eot_token_id": 1000}, "tokenizer.ggml.eot_token_id is 1000"),
+        ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes'"),
+        ({"chat_template": 3}, "tokenizer.chat_template is 3"),
+    ],
+)
+def test_damaged_files(vocabulary, changes, words):
+    with pytest.raises(PymlaError, match=words.replace("|", r"\|")) as caught:
+        vocabulary(**changes)
+    assert "vocabulary.gguf: metadata " in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -32,9 +32,10 @@ class _Commands(click.Group):
             formatter.write_dl(sorted(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="pymla")
-def group():
+@click.pass_context
+def group(ctx):
     """Run DeepSeek-family models from GGUF files.
 
     \b
@@ -43,28 +44,53 @@ def group():
       pymla generate -m DeepSeek-V2-Lite-Chat.Q4_0.gguf --chat "Why is the sky blue?"
       pymla inspect DeepSeek-V2-Lite-Chat.Q4_0.gguf
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main():
     """The console script: errors that the user can mend are one line and exit code 2."""
+    _prepare_streams()
     try:
-        code = group(standalone_mode=False)
+        code = group(standalone_mode=False) or 0
     except click.exceptions.Abort:
         code = 130
+    except click.UsageError as error:
+        help_ = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        code = _fail(error.format_message().rstrip(".") + help_)
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = _fail(error.format_message())
     except PymlaError as error:
         code = _fail(error)
     except MemoryError:
         code = _fail("not enough memory; lower --ctx or choose a smaller --cache-type")
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # Whoever read the output has gone. Python would complain once more at exit.
+    except OSError as error:
+        code = _fail_to_write(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _fail_to_write(error)
+        # Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _prepare_streams():
+    """Characters that the terminal's encoding lacks are escaped; a stream that the caller closed takes anything."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open until the process ends
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _fail_to_write(error):
+    """What the system refused. Whoever closes the output knows it, so that goes without a word."""
+    if isinstance(error, BrokenPipeError):
+        return 1
+    return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
 
 
 def _fail(message):

@@ -123,10 +123,11 @@ class _Run:
                 raise PymlaError(f"--ctx {ctx} does not hold --pp {pp} or --tg {tg} tokens; raise it or lower those")
         settings = measuring.Settings(pp, tg, points, repeat, seed)
         needed = ctx or settings.tokens
-        if settings.tokens > needed or settings.tokens > self._limit:
+        if settings.tokens > min(needed, self._limit):
+            room = f"--ctx {ctx} is less; raise it or" if needed < self._limit else f"the model has {self._limit};"
             raise PymlaError(
-                f"{self._path}: the last point needs {settings.tokens} tokens of context, and there are "
-                f"{min(needed, self._limit)}; lower --depths, --pp or --tg" + (", or raise --ctx" if ctx else "")
+                f"{self._path}: the last point needs {settings.tokens} tokens of context, and {room} "
+                "lower --depths, --pp or --tg" + ("" if needed < self._limit else ", or --ctx")
             )
         return needed, settings
 

@@ -46,7 +46,8 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
     # The gguf package warns of what does not matter here, such as how a pair of texts is joined.
     logging.getLogger("gguf").setLevel(logging.ERROR)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", visible=False)
         done = write_gguf(
             folder,

@@ -84,6 +84,10 @@ def generate(
     options = {name: rest.pop(name) for name in list(rest) if name in DEFAULTS}
     options |= {"logit_bias": _biases(logit_bias), "seed": seed, "logprobs": logprobs}
     SamplingParams(**options)
+    if system is not None and not chat:
+        raise PymlaError("--system is for conversations: give --chat, too")
+    if logprobs and not as_json:
+        raise PymlaError("--logprobs are part of the JSON report: give --json, too")
     text = _prompt(prompt, prompt_file)
     terminal = Terminal(quiet)
     with terminal:
@@ -201,6 +205,8 @@ def _prompt(prompt, prompt_file):
     if prompt is not None:
         return prompt
     try:
+        if prompt_file is None and sys.stdin.isatty():
+            click.echo("pymla: reading the prompt from the terminal; an end of file (Ctrl-D) ends it", err=True)
         data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
     except OSError as error:
         raise PymlaError(f"{prompt_file}: {error.strerror}") from None

@@ -1,0 +1,314 @@
+"""The generation loop: with a model that says what it is told, and with the demo model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import pymla
+from pymla.cache import Sequence
+from pymla.errors import CacheFull, PymlaError
+from pymla.generate import Generation
+from pymla.sampling import SamplingParams
+from pymla.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
+
+WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
+BYTE = {byte: i for i, byte in enumerate(_byte_alphabet()[character] for character in sorted(_byte_alphabet()))}
+EOS = 256 + len(WORDS)
+
+
+class Script:
+    """A model that predicts the tokens of a script one after the other, whatever it reads."""
+
+    def __init__(self, tokens, ctx=1000, vocab_size=EOS + 1):
+        self.tokens, self.ctx = tokens, ctx
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=2000)
+        self.steps, self.freed = [], []
+
+    def new_sequence(self):
+        return Sequence()
+
+    def free(self, sequence):
+        self.freed.append(sequence)
+        sequence.length = 0
+
+    def forward(self, batch, progress=None):
+        ((sequence, new),) = batch
+        if sequence.length + len(new) > self.ctx:
+            raise CacheFull("full")
+        sequence.length += len(new)
+        if progress:
+            progress(1, 1)
+        logits = np.zeros((1, self.config.vocab_size), np.float32)
+        logits[0, self.tokens[len(self.steps)]] = 10
+        self.steps.append(list(new))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokens = [*sorted(_byte_alphabet()), *WORDS, "<|end|>"]
+    return Tokenizer(tokens, [NORMAL] * (len(tokens) - 1) + [CONTROL], [], "deepseek-llm", eos_ids=[EOS])
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with pymla.load(ctx=128) as language_model:
+        yield language_model
+
+
+def word(*words):
+    return [256 + WORDS.index(each) for each in words]
+
+
+@pytest.fixture
+def said(tokenizer):
+    """The generation of a script, greedy, run to its end, and its pieces."""
+
+    def run(tokens, ctx=1000, **options):
+        options.setdefault("max_tokens", len(tokens))
+        generation = Generation(Script(tokens, ctx), tokenizer, [1, 2, 3], SamplingParams(temperature=0), **options)
+        return generation, list(generation)
+
+    return run
+
+
+# What ends a text -----------------------------------------------------------------------------------------------------
+
+
+def test_max_tokens(said):
+    generation, pieces = said(word("Hel", "lo", "Ġwor", "ld"), max_tokens=3)
+    assert pieces == ["Hel", "lo", " wor"]
+    assert generation.finish_reason == "length"
+    assert generation.tokens == word("Hel", "lo", "Ġwor")
+    # The last token is not put through the model: nobody asks what follows it.
+    assert generation.model.steps == [[1, 2, 3], *([token] for token in word("Hel", "lo"))]
+
+
+def test_no_tokens_at_all(said):
+    generation, pieces = said(word("Hel"), max_tokens=0)
+    assert (pieces, generation.finish_reason, generation.model.steps) == ([], "length", [])
+    with pytest.raises(PymlaError, match="max_tokens is -1"):
+        said(word("Hel"), max_tokens=-1)
+
+
+def test_end_of_text(said):
+    generation, pieces = said([*word("Hel", "lo"), EOS, *word("ld")], max_tokens=None)
+    assert "".join(pieces) == "Hello"
+    assert generation.finish_reason == "stop"
+    assert generation.tokens == word("Hel", "lo")
+
+
+def test_full_context(said):
+    """Of 8 places the prompt takes 3, so that 5 tokens can follow it and be read, and a last one be predicted."""
+    generation, pieces = said(word(*["lo"] * 9), ctx=8, max_tokens=None)
+    assert "".join(pieces) == "lo" * 6
+    assert generation.finish_reason == "context"
+    assert generation.stats.generated_tokens == 6
+    assert generation.stats.cache_tokens == 8
+
+
+def test_full_context_flushes_what_was_held_back(said):
+    _, pieces = said(word(*["abab"] * 9), ctx=4, max_tokens=None, stop=("ababc",))
+    assert "".join(pieces) == "abab" * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "text"),
+    [
+        (["Hel", "lo", "Ġwor", "ld"], ("lo",), "Hel"),
+        (["Hel", "lo", "Ġwor", "ld"], ("lly", "lw"), "Hello world"),
+        (["Hel", "lo", "Ġwor", "ld"], ("o w",), "Hell"),
+        (["Hel", "lo", "Ġwor", "ld"], ("ello worl",), "H"),
+        (["Hel", "lo", "Ġwor", "ld"], ("world", "lo"), "Hel"),
+        (["Hel", "lo", "Ġwor", "ld"], ("world", "lo w", "or"), "Hel"),
+        (["Hel", "END", "lo"], ("lEN", "END"), "He"),
+        (["abab", "c"], ("ababd", "abc"), "ab"),
+        (["abab", "aba", "c"], ("ababac",), "ab"),
+        (["Hel", "lo"], ("Hel",), ""),
+    ],
+)
+def test_stop_strings(said, words, stop, text):
+    """The text ends before the first stop string to be complete, wherever tokens begin and end."""
+    generation, pieces = said([*word(*words), EOS], stop=stop)
+    assert "".join(pieces) == text
+    assert generation.finish_reason == "stop"
+    assert all(pieces)
+
+
+def test_a_stop_string_of_several_in_one_token_is_the_earliest(said):
+    _, pieces = said(word("END"), stop=("D", "N"))
+    assert pieces == ["E"]
+
+
+def test_held_back_text_comes_as_soon_as_it_is_safe(said):
+    _, pieces = said(word("Hel", "lo", "lo", "ld", "c"), stop=("llold",))
+    assert pieces == ["He", "llolo", "ld", "c"]
+
+
+def test_held_back_text_comes_at_the_end(said):
+    generation, pieces = said(word("Hel", "lo"), stop=("lowest",))
+    assert pieces == ["He", "l", "lo"]
+    assert generation.finish_reason == "length"
+    assert "".join(said([*word("Hel", "lo"), EOS], stop=("lowest",))[1]) == "Hello"
+
+
+def test_half_a_character_at_the_end_becomes_a_replacement(said):
+    llama = [BYTE[byte] for byte in "🦙".encode()]
+    _, pieces = said([*llama, *llama[:2]])
+    assert pieces == ["🦙", "\N{REPLACEMENT CHARACTER}"]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(tokenizer):
+    params = SamplingParams()
+    with pytest.raises(PymlaError, match="prompt is empty"):
+        Generation(Script([]), tokenizer, [], params)
+    with pytest.raises(PymlaError, match=r"prompt has 9 tokens and the context holds 8.*--ctx.*2000"):
+        Generation(Script([], ctx=8), tokenizer, [1] * 9, params)
+    with pytest.raises(PymlaError, match="stop string is empty"):
+        Generation(Script([]), tokenizer, [1], params, stop=("a", ""))
+    with pytest.raises(PymlaError, match=f"bias for token {EOS + 1}"):
+        Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
+
+
+# What it tells --------------------------------------------------------------------------------------------------------
+
+
+def test_figures(said):
+    generation, _ = said(word(*["lo"] * 5))
+    stats = generation.stats
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.cache_tokens) == (3, 5, 7)
+    assert stats.prompt_seconds > 0
+    assert stats.prompt_rate == pytest.approx(3 / stats.prompt_seconds)
+    assert stats.generation_rate == pytest.approx(4 / stats.generation_seconds)
+
+
+def test_progress_is_that_of_the_prompt(said):
+    calls = []
+    said(word("Hel", "lo", "ld"), progress=lambda *each: calls.append(each))
+    assert calls == [(1, 1)]
+
+
+def test_an_abandoned_generation_gives_the_cache_back(tokenizer):
+    model = Script(word(*["lo"] * 9))
+    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+    pieces = iter(generation)
+    next(pieces), next(pieces)
+    assert model.freed == []
+    pieces.close()
+    assert len(model.freed) == 1
+    assert generation.finish_reason == "interrupted"
+    assert generation.stats.cache_tokens == 3
+    assert generation.tokens == word("lo", "lo")
+
+
+def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch):
+    model = Script(word(*["lo"] * 9))
+    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+    pieces = iter(generation)
+    assert next(pieces) == "lo"
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+    assert len(model.freed) == 1
+    assert generation.finish_reason == "interrupted"
+    assert generation.stats.generated_tokens == 1
+
+
+# The demo model -------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_likeliest_token_of_the_logits(demo):
+    prompt = demo.tokenize("def __init__(self")
+    generation = demo.generation(prompt, max_tokens=12, temperature=0, logprobs=3)
+    text = "".join(generation)
+    # One pass over everything, with the attention of a prompt: the same tokens, or as good as the same.
+    logits = demo.logits([*prompt, *generation.tokens])[len(prompt) - 1 : -1].astype(np.float64)
+    for row, sampled in zip(logits, generation.sampled, strict=True):
+        logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert logprobs[sampled.token] > logprobs.max() - 0.02
+        assert sampled.logprob == pytest.approx(logprobs[sampled.token], abs=0.05)
+        assert len(sampled.alternatives) == 3
+        assert sampled.alternatives[0] == (sampled.token, sampled.logprob)
+        assert sampled.alternatives[0][1] >= sampled.alternatives[1][1] >= sampled.alternatives[2][1]
+    assert text == demo.detokenize(generation.tokens)
+
+
+def test_same_seed_same_text(demo):
+    texts = [demo.generate("def ", max_tokens=30, temperature=1.2, seed=seed) for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_make_up_the_text_of_the_tokens(demo, seed):
+    generation = demo.generation("'🦙 ", max_tokens=60, temperature=5, top_k=0, min_p=0, top_p=1, seed=seed)
+    pieces = list(generation)
+    assert "".join(pieces) == demo.detokenize(generation.tokens)
+    assert len(pieces) > 10
+
+
+def test_options_reach_the_sampler(demo):
+    greedy = demo.generation("x = ", max_tokens=6, temperature=0)
+    list(greedy)
+    first = greedy.tokens[0]
+    banned = demo.generation("x = ", max_tokens=1, temperature=0, logit_bias={first: -float("inf")})
+    list(banned)
+    assert banned.tokens != [first]
+    # The token that the bias forces would come again and again; a penalty that grows with each time breaks it off.
+    forced = demo.generation("x = ", max_tokens=8, temperature=0, logit_bias={300: 100.0})
+    list(forced)
+    assert forced.tokens == [300] * 8
+    broken = demo.generation("x = ", max_tokens=8, temperature=0, logit_bias={300: 100.0}, frequency_penalty=40.0)
+    list(broken)
+    assert broken.tokens[:2] == [300, 300]
+    assert set(broken.tokens[5:]) - {300}
+    # Penalties look back on the prompt, too.
+    again = demo.generation([300, 300, 300, 300], max_tokens=1, temperature=0, logit_bias={300: 50.0})
+    list(again)
+    assert again.tokens == [300]
+    never = demo.generation([300] * 4, max_tokens=1, temperature=0, logit_bias={300: 50.0}, presence_penalty=100.0)
+    list(never)
+    assert never.tokens != [300]
+
+
+def test_a_full_context_of_a_real_model(demo):
+    prompt = demo.tokenize("def ")
+    eos = dict.fromkeys(demo.tokenizer.eos_ids, -float("inf"))
+    generation = demo.generation(prompt, temperature=0, logit_bias=eos)
+    text = "".join(generation)
+    assert generation.finish_reason == "context"
+    assert generation.stats.cache_tokens == demo.model.ctx == 128
+    assert generation.stats.generated_tokens == 128 - len(prompt) + 1
+    assert text == demo.detokenize(generation.tokens)
+
+
+def test_the_cache_is_free_after_every_end(demo):
+    free = demo.model.cache.free_pages
+    list(demo.generation("def ", max_tokens=3))
+    assert demo.model.cache.free_pages == free
+    pieces = demo.stream("def ", max_tokens=100)
+    next(pieces)
+    assert demo.model.cache.free_pages == free - 1
+    pieces.close()
+    assert demo.model.cache.free_pages == free
+    with pytest.raises(PymlaError):
+        demo.generate("def " * 500)
+    assert demo.model.cache.free_pages == free
+
+
+def test_two_texts_at_once_do_not_mix(demo):
+    alone = [demo.generate(prompt, max_tokens=10, temperature=0) for prompt in ("def ", "import ")]
+    streams = [demo.generation(prompt, max_tokens=10, temperature=0) for prompt in ("def ", "import ")]
+    pieces = [iter(stream) for stream in streams]
+    texts = ["", ""]
+    for _ in range(11):
+        for i in (0, 1):
+            texts[i] += next(pieces[i], "")
+    assert texts == alone

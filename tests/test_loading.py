@@ -1,0 +1,252 @@
+"""`pymla.load` and the model it gives: the Python interface."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from make_model import PRESETS, make_model
+from test_cli import rewritten
+
+import pymla
+from pymla import costs, cpu
+from pymla.config import ModelConfig
+from pymla.errors import PymlaError
+from pymla.loading import Report, demo_path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    make_model(path, PRESETS["tiny"], qtype="q8_0", seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(path):
+    with pymla.load(path, ctx=128) as language_model:
+        yield language_model
+
+
+class Told(Report):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def warn(self, message):
+        self.calls.append(("warn", message))
+
+    def reading(self, done, total):
+        self.calls.append(("reading", done, total))
+
+    def arranging(self, done, total):
+        self.calls.append(("arranging", done, total))
+
+    def compiling(self, done, total, name):
+        self.calls.append(("compiling", done, total, name))
+
+    def of(self, kind):
+        return [call[1:] for call in self.calls if call[0] == kind]
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Say how much memory there is."""
+    return lambda nbytes: monkeypatch.setattr("pymla.loading.available_memory", lambda: nbytes)
+
+
+# The interface --------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_tokens(tiny):
+    ids = tiny.tokenize("abc")
+    assert ids == tiny.tokenizer.encode("abc")
+    assert tiny.tokenize("abc", add_bos=False) == [token for token in ids if token != tiny.tokenizer.bos_id]
+    assert tiny.detokenize(ids) == "abc"
+    options = {"max_tokens": 9, "temperature": 0}
+    text = tiny.generate("abc", **options)
+    assert text
+    assert text == "".join(tiny.stream("abc", **options)) == tiny.generate(ids, **options)
+    assert tiny.generate(np.array(ids), **options) == text
+    assert tiny.generate("abc", stop=text[1:3], **options) == text[: text.index(text[1:3])]
+    assert isinstance(tiny.config, ModelConfig)
+
+
+def test_logits(tiny):
+    ids = tiny.tokenize("abcdef")
+    logits = tiny.logits(ids)
+    assert (logits.dtype, logits.shape) == (np.float32, (len(ids), tiny.config.vocab_size))
+    assert np.isfinite(logits).all()
+    # A token's logits do not know what follows it, nor what was asked before.
+    np.testing.assert_allclose(tiny.logits(ids[:3]), logits[:3], rtol=0, atol=2e-2 * np.abs(logits).max())
+    np.testing.assert_array_equal(tiny.logits(ids), logits)
+    assert tiny.logits(ids[:1]).shape == (1, tiny.config.vocab_size)
+    assert tiny.model.cache.free_pages == 2
+
+
+@pytest.mark.parametrize("ids", [[], [[1, 2]], [1.5], ["a"], 3, [True]])
+def test_ids_that_are_none(tiny, ids):
+    for call in (tiny.logits, tiny.generate):
+        with pytest.raises(PymlaError, match="list of at least one integer"):
+            call(ids)
+
+
+@pytest.mark.parametrize(("ids", "extreme"), [([-1], "-1"), ([1, 10**6], "1000000"), ([2**40], str(2**40))])
+def test_ids_outside_the_vocabulary(tiny, ids, extreme):
+    for call in (tiny.logits, tiny.generate):
+        with pytest.raises(PymlaError, match=f"{extreme}.*the vocabulary has {tiny.config.vocab_size}"):
+            call(ids)
+
+
+def test_too_long_for_the_context(tiny):
+    with pytest.raises(PymlaError, match="200 tokens do not fit the context of 128"):
+        tiny.logits([1] * 200)
+    with pytest.raises(PymlaError, match="prompt has 200 tokens and the context holds 128"):
+        tiny.generate([1] * 200)
+    assert tiny.model.cache.free_pages == 2
+
+
+def test_a_closed_model_says_so(path):
+    with pymla.load(path, ctx=64) as language_model:
+        language_model.generate("a", max_tokens=1)
+    for call in (language_model.generate, language_model.stream, language_model.logits):
+        with pytest.raises(PymlaError, match=r"tiny.gguf: this model was closed"):
+            call([1])
+    language_model.close()
+    assert language_model.tokenize("abc")
+
+
+def test_demo_by_default():
+    with pymla.load(ctx=64) as language_model:
+        assert language_model.file.path == demo_path()
+    assert pymla.LanguageModel is type(language_model)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pymla.nothing
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "tpu"}, ["device 'tpu'", "reference"]),
+        ({"device": "cuda"}, ["device 'cuda'"]),
+        ({"mla": "4"}, ["MLA mode '4'", "auto"]),
+        ({"mla": None}, ["MLA mode None"]),
+        ({"cache_type": "q4_0"}, ["cache type 'q4_0'", "q8_0"]),
+        ({"threads": 0}, ["--threads 0"]),
+        ({"threads": -1}, ["--threads -1"]),
+        ({"threads": 100_000}, ["--threads 100000", f"1 to {cpu.usable_cores()} cores"]),
+        ({"ctx": 0}, ["--ctx 0"]),
+        ({"ctx": -5}, ["--ctx -5"]),
+        ({"ctx": 10**9}, ["--ctx 1000000000", "context goes from 1 to"]),
+    ],
+)
+def test_options_that_are_refused(path, options, words):
+    with pytest.raises(PymlaError) as caught:
+        pymla.load(path, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("mla", ["0", 1, "2", 3])
+@pytest.mark.parametrize("cache_type", ["f32", "q8_0"])
+def test_variants_agree(tiny, path, mla, cache_type):
+    ids = tiny.tokenize("abcdefgh")
+    with pymla.load(path, mla=mla, cache_type=cache_type, ctx=64, threads=1) as other:
+        assert (other.model.mla, other.model.cache.cache_type, other.model.ctx) == (str(mla), cache_type, 64)
+        assert cpu.thread_count() == 1
+        expected = tiny.logits(ids)
+        np.testing.assert_allclose(other.logits(ids), expected, rtol=0, atol=0.1 * np.abs(expected).max())
+
+
+def test_context_is_the_models_by_default(path):
+    with pymla.load(path) as language_model:
+        assert language_model.model.ctx == language_model.config.context_length
+
+
+def test_vocabulary_larger_than_the_embedding(path, tmp_path):
+    tokens = pymla.load(path, ctx=64).file.metadata["tokenizer.ggml.tokens"]
+    # Without their kinds, all tokens are ordinary ones.
+    for name, words in (("ok", tokens), ("more", [*tokens, "one more"])):
+        metadata = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": None}
+        rewritten(path, tmp_path / f"{name}.gguf", metadata=metadata)
+    pymla.load(tmp_path / "ok.gguf", ctx=64)
+    with pytest.raises(PymlaError, match=rf"more.gguf: .*tokenizer.ggml.tokens has {len(tokens) + 1}"):
+        pymla.load(tmp_path / "more.gguf", ctx=64)
+
+
+# Memory and progress --------------------------------------------------------------------------------------------------
+
+
+def test_report_hears_of_progress(path, monkeypatch):
+    told = Told()
+    monkeypatch.setattr(cpu, "needs_compiling", lambda: True)
+    with pymla.load(path, ctx=64, report=told) as language_model:
+        layers = language_model.config.num_hidden_layers
+        size = language_model.file.nbytes
+    assert told.of("reading")[-1] == (size, size)
+    assert told.of("arranging") == [(i + 1, layers) for i in range(layers)]
+    done, total, name = told.of("compiling")[0]
+    assert (done, bool(name)) == (0, True)
+    assert told.of("compiling")[-1][:2] == (total, total)
+    assert told.of("warn") == []
+
+
+def test_no_progress_of_compiling_where_all_is_compiled(path, monkeypatch):
+    told = Told()
+    monkeypatch.setattr(cpu, "needs_compiling", lambda: False)
+    pymla.load(path, ctx=64, report=told)
+    assert told.of("compiling") == []
+
+
+def test_context_is_cut_to_the_memory(tmp_path, memory, capfd):
+    limit = 1 << 20
+    path = tmp_path / "long.gguf"
+    make_model(path, replace(PRESETS["tiny"], context_length=limit), qtype="q8_0", seed=1)
+    memory(16 << 30)
+    told = Told()
+    with pymla.load(path, report=told) as language_model:
+        assert language_model.model.ctx == limit
+        cache = limit * language_model.model.cache.row_bytes
+    assert told.of("warn") == []
+    memory(costs.PROCESS_BYTES + costs.EXPANDED_BYTES + cache // 2)
+    with pymla.load(path, report=told) as language_model:
+        found = language_model.model.ctx
+        assert language_model.generate("abc", max_tokens=3)
+    assert limit // 4 < found < limit // 2
+    assert found % 64 == 0
+    assert told.of("warn") == [(f"the memory holds a context of {found} tokens, of the model's {limit}",)]
+    # Asked for, it is refused, with the plan; what was found fits.
+    with pytest.raises(PymlaError, match=rf"not enough memory for {limit} tokens of context: cache .*scratch .*--ctx"):
+        pymla.load(path, ctx=limit)
+    assert pymla.load(path, ctx=found).model.ctx == found
+    capfd.readouterr()
+    pymla.load(path)
+    assert capfd.readouterr().err.startswith("pymla: warning: the memory holds a context of")
+
+
+def test_no_memory_at_all(path, memory):
+    memory(1 << 20)
+    with pytest.raises(PymlaError, match="not enough memory for 64 tokens"):
+        pymla.load(path)
+
+
+def test_a_file_larger_than_the_memory_runs_with_a_warning(path, memory, monkeypatch):
+    expected = pymla.load(path, ctx=64).generate("abc", max_tokens=5, temperature=0)
+    available = 4 << 30
+    memory(available)
+    opened = pymla.loading.ModelFile.open
+
+    def large(path):
+        file = opened(path)
+        file.nbytes = 5 << 30
+        return file
+
+    monkeypatch.setattr("pymla.loading.ModelFile.open", large)
+    told = Told()
+    language_model = pymla.load(path, ctx=64, report=told)
+    ((warning,),) = told.of("warn")
+    assert "tiny.gguf takes 5.00 GiB and 4.00 GiB of memory are available" in warning
+    assert told.of("reading") == []
+    assert language_model.generate("abc", max_tokens=5, temperature=0) == expected
