@@ -165,7 +165,7 @@ def test_absorbed_attention_reads_no_masked_token(cache_type):
     q = normal(len(step.positions), heads, rank + rope)
     expected = reference.attention.absorbed(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank))
     assert np.isfinite(expected).all()
-    integers = {"rtol_max": 0.02, "reason": "queries have 7 bits, softmax weights too"}
+    integers = {"rtol_max": 0.02, "reason": "queries, softmax weights and values have 8 bits"}
     for attend in (cpu.attention.absorbed, cpu.attention.absorbed_materialised):
         tolerance = integers if cache_type == "q8_0" and attend is cpu.attention.absorbed else EXACT
         assert_close(attend(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank)), expected, **tolerance)

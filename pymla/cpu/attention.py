@@ -116,8 +116,8 @@ class KeysValues(NamedTuple):
 def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
     """Memory for the expanded keys, of `size` numbers, and values of some heads.
 
-    `exact` ones are `KeysValues` of `dtype`; the others have 7 and 8 bits (`pymla.cpu.attention_int8`), which is
-    several times faster and suits a cache of 8 bits.
+    `exact` ones are `KeysValues` of `dtype`; the others have 8 bits (`pymla.cpu.attention_int8`), which is several
+    times faster and suits a cache of 8 bits.
     """
     if not exact:
         return Panels.empty(tokens, heads, size, v)

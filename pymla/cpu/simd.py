@@ -77,6 +77,11 @@ _VNNI = ISA in ("avx512vnni", "avxvnni")
 
 #: Rows of a panel: the lanes of its registers.
 LANES = 16 if ISA == "avx512vnni" else 8
+#: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
+#: others without are one instruction there; elsewhere int16 is as fast, and as exact.
+WORD = 4 if _VNNI else 2
+#: Added to the codes that VNNI takes as unsigned.
+BIAS = 128 if _VNNI else 0
 f32xL = Vector("f32", LANES)
 i32xL = Vector("i32", LANES)
 i8xL = Vector("i8", 4 * LANES)
@@ -740,50 +745,76 @@ def dot8(builder, acc, codes, activations):
     return _in_order(builder, _dot_signed(builder, acc, codes, activations))
 
 
-zero8 = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))
+# Words of attention: `WORD` codes of a column of K each, of one operand from 0 to 255 where there is VNNI (`BIAS`).
 
 
-@operation(i32xL, types.int64)
-def start7(builder, address):
-    """Sums to begin with, so that codes from 1 to 127 count as -63 to 63; from two int16 sums of activations."""
-    pair = builder.sext(_read(builder, address, ir.VectorType(_I16, 2)), ir.VectorType(_I32, 2))
-    offset = builder.mul(_reduced(builder, pair, builder.add), ir.Constant(_I32, -64))
-    return _splat(builder, offset, LANES)
+@operation(types.void, types.int64, f32x8)
+def store_codes(builder, address, value):
+    """Eight float32, whole numbers, as codes. NaN becomes any number."""
+    codes = builder.fptosi(value, ir.VectorType(_I32, 8))
+    _write(builder, address, builder.trunc(codes, ir.VectorType(_I8 if _VNNI else _I16, 8)))
 
 
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot_u7L(builder, acc, unsigned, signed):
-    """Add products of bytes from 0 to 127 with bytes from -127 to 127."""
-    if _VNNI:
-        return _in_order(builder, _dpbusd(builder, acc, unsigned, signed))
-    return _in_order(builder, builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed))))
+def _words(builder, columns):
+    """Registers of columns as words: int32 or int16 lanes, of which the low bits count."""
+    bits = 32 // WORD
+    words = ir.VectorType(_I32, columns[0].type.count)
+    packed = []
+    for group in (columns[i : i + WORD] for i in range(0, len(columns), WORD)):
+        word = None
+        for i, column in enumerate(group):
+            code = builder.and_(builder.fptosi(column, words), _constant(words, (1 << bits) - 1))
+            code = builder.shl(code, _constant(words, bits * i))
+            word = code if word is None else builder.or_(word, code)
+        packed.append(word)
+    return packed
 
 
-def _store_packed(vector):
-    @operation(types.void, types.int64, vector, vector, vector, vector)
-    def store(builder, address, *columns):
-        """Whole numbers from -127 to 127 of four registers as the bytes of words. NaN becomes any number."""
-        words = ir.VectorType(_I32, vector.count)
-        packed = None
-        for i, column in enumerate(columns):
-            code = builder.and_(builder.fptosi(column, words), _constant(words, 255))
-            code = builder.shl(code, _constant(words, 8 * i))
-            packed = code if packed is None else builder.or_(packed, code)
-        _write(builder, address, packed)
+def _store_words(vector):
+    @operation(types.void, types.int64, types.int64, vector, vector, vector, vector)
+    def store(builder, address, stride, *columns):
+        """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
+        for i, word in enumerate(_words(builder, columns)):
+            _write(builder, builder.add(address, builder.mul(stride, ir.Constant(_I64, i))), word)
 
     return store
 
 
-store_packed_x8, store_packed_xL = _store_packed(f32x8), _store_packed(f32xL)
+store_words_x8, store_words_xL = _store_words(f32x8), _store_words(f32xL)
 
 
 @operation(i32xL, types.int64)
-def broadcast_i32xL(builder, address):
-    """An int32 from memory in all lanes."""
-    return _splat(builder, _read(builder, address, _I32), LANES)
+def start_words(builder, address):
+    """Sums to begin with, that take `BIAS` off: an int32 at `address`, minus `BIAS` times the sum of a block."""
+    return _splat(builder, _read(builder, address, _I32), LANES) if BIAS else _constant(_ir_type(i32xL), 0)
 
 
-times_minus_64 = operation(i32x8, i32x8)(lambda builder, x: builder.mul(x, _constant(x.type, -64)))
+zero_words = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot_words(builder, acc, a, b):
+    """Add the products of words, of which `a` has the `BIAS`."""
+    if _VNNI:
+        return _in_order(builder, _dpbusd(builder, acc, a, b))
+    words = ir.VectorType(_I16, 2 * LANES)
+    products = _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words))
+    return _in_order(builder, builder.add(acc, products))
+
+
+@operation(types.void, types.int64, types.int64)
+def widen(builder, address, codes):
+    """Thirty-two int8 at `codes` as codes of words."""
+    value = _read(builder, codes, ir.VectorType(_I8, 32))
+    _write(builder, address, value if _VNNI else builder.sext(value, ir.VectorType(_I16, 32)))
+
+
+@operation(i32x8, i32x8)
+def take_bias(builder, sums):
+    """Minus `BIAS` times sums of codes."""
+    return builder.mul(sums, _constant(sums.type, -BIAS))
+
+
 ones_i8x32 = operation(i8x32)(lambda builder: _constant(_ir_type(i8x32), 1))
 
 
@@ -799,20 +830,23 @@ def _scale_words(builder, words, factors):
 
 @operation(types.void, *[types.int64] * 7)
 def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
-    """Sixteen codes of each of four rows to as many lanes of panels, times int16 / 32768 at `factors`, `stride` bytes
-    from row to row."""
+    """Sixteen int8 of each of four rows as words of as many lanes of panels, times int16 / 32768 at `factors`, `stride`
+    bytes from row to row."""
     words = _ir_type(i16x16)
     rows = []
     for i, row in enumerate((row_0, row_1, row_2, row_3)):
         factor = _read(builder, builder.add(factors, builder.mul(stride, ir.Constant(_I64, i))), _I16)
         codes = builder.sext(_read(builder, row, ir.VectorType(_I8, 16)), words)
         rows.append(_scale_words(builder, codes, _splat(builder, factor, 16)))
-    low_bytes, eight = _constant(words, 255), _constant(words, 8)
-    pairs = [builder.or_(builder.and_(a, low_bytes), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
-    for half in range(2):
-        lanes = [lane for i in range(8 * half, 8 * half + 8) for lane in (i, 16 + i)]
-        offset = half * (32 * LANES if LANES == 8 else 32)
-        _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, *pairs, lanes))
+    if WORD == 4:
+        low, eight = _constant(words, 255), _constant(words, 8)
+        rows = [builder.or_(builder.and_(a, low), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
+    for i, (a, b) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+        for half in range(2):
+            lanes = [lane for j in range(8 * half, 8 * half + 8) for lane in (j, 16 + j)]
+            # The second eight lanes are those of the same panel, or another panel.
+            offset = 4 * LANES * i + half * (32 if LANES == 16 else 4 * LANES * 32 // WORD)
+            _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, a, b, lanes))
 
 
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
