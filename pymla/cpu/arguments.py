@@ -4,6 +4,7 @@
 of these are known. An array is its address, its shape and its strides in bytes.
 """
 
+import operator
 import struct
 
 import numpy as np
@@ -44,7 +45,7 @@ class Packer:
         for position, (write, value) in enumerate(zip(self._writers, arguments, strict=True)):
             try:
                 write(value, words)
-            except (TypeError, AttributeError) as error:
+            except (TypeError, ValueError, AttributeError) as error:
                 raise TypeError(f"argument {position} of {self._name}: {error}") from None
         return np.array(words, np.int64)
 
@@ -66,18 +67,20 @@ def _writer(kind):
         writers = [_writer(each) for each in kind]
 
         def write(value, words):
+            if len(value) != len(writers):
+                raise TypeError(f"expected {len(writers)} values, got {len(value)}")
             for each, part in zip(writers, value, strict=True):
                 each(part, words)
 
     elif isinstance(kind, types.Float):
 
         def write(value, words):
-            words.append(struct.unpack("q", struct.pack("d", value))[0])
+            words.append(struct.unpack("q", struct.pack("d", float(value)))[0])
 
     else:
 
         def write(value, words):
-            words.append(int(value))
+            words.append(operator.index(value))
 
     return write
 

@@ -153,7 +153,7 @@ class _Pool:
         self._state = _aligned((_AWAKE // 8) + 8 * threads)
         self._state[_THREADS // 8] = threads
         self._wake = [threading.Semaphore(0) for _ in range(threads)]
-        self._started = False
+        self._started = 1  # threads, with the caller's
         self._single = _aligned(_OPERATION)
 
     def run_one(self, address, words, items, grain):
@@ -172,8 +172,7 @@ class _Pool:
         if not parallel or self.threads == 1:
             _run_alone(address, count)
             return
-        if not self._started:
-            self._start()
+        self._start()
         # An interrupt may come between these calls, and must leave nobody waiting: while `_BUSY` is set no thread
         # goes to sleep, and work is posted and done in one call.
         state = self._state.ctypes.data
@@ -191,13 +190,14 @@ class _Pool:
         self._state[_STOP // 8] = 1
         for semaphore in self._wake:
             semaphore.release()
-        self._started = False
 
     def _start(self):
-        for thread in range(1, self.threads):
+        """Start the threads that do not run yet: an interrupt may have come in between."""
+        while self._started < self.threads:
+            thread = self._started
             worker = threading.Thread(target=self._work, args=(thread,), daemon=True, name=f"pymla-{thread}")
+            self._started += 1
             worker.start()
-        self._started = True
 
     def _work(self, thread):
         state, ticket = self._state, 0
