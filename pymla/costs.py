@@ -219,10 +219,10 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
 
 
 def expanded_bytes(config: ModelConfig, tokens: int, exact: bool) -> int:
-    """Bytes of the expanded keys and values of one head: float32, or codes of at most 16 bits with a scale for
-    32."""
+    """Bytes of the expanded keys and values of one head: float32, or codes of at most 16 bits with two
+    numbers for 32."""
     values = tokens * (config.qk_head_dim + config.v_head_dim)
-    return values * 4 if exact else values * 17 // 8
+    return values * 4 if exact else values * 9 // 4
 
 
 def _absorbed_pair(config: ModelConfig) -> int:

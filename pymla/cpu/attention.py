@@ -27,7 +27,7 @@ from numba import types
 from pymla.cache import PAGE
 from pymla.cpu import attention_int8, threads
 from pymla.cpu.attention_int8 import HEADS, Panels
-from pymla.cpu.formats import dequantise_row, dot_float, write_row
+from pymla.cpu.formats import dequantise_row, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
 from pymla.cpu.quant import (
@@ -41,6 +41,7 @@ from pymla.cpu.quant import (
     matmul,
     matmul_heads_transposed,
 )
+from pymla.cpu.rows import dot_float
 from pymla.cpu.simd import (
     address,
     load_f32,

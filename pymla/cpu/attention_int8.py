@@ -29,6 +29,7 @@ from pymla.cpu.attention_tiles import (
 )
 from pymla.cpu.formats import dequantise_row, is_float
 from pymla.cpu.jit import inline, kernel
+from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float, tile_f32, transpose_panel
 from pymla.cpu.quant import CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting
 from pymla.cpu.simd import (
@@ -38,18 +39,15 @@ from pymla.cpu.simd import (
     absolute,
     add,
     address,
-    dot_u6,
     larger,
     largest,
     load_columns,
     load_f16,
     load_f32x8,
     load_f32xL,
-    load_i8x16,
-    load_pair,
     load_scales,
     mul,
-    ones_i8x32,
+    prefetch_l2,
     round_even,
     splat_f32,
     splat_f32xL,
@@ -58,15 +56,10 @@ from pymla.cpu.simd import (
     store_f32x8,
     store_i8x32,
     store_i32,
-    store_i32x8,
     store_rescaled,
     store_words_xL,
-    sum_blocks,
-    sum_i8x16,
-    take_bias,
     total,
     widen,
-    zero_sums,
 )
 from pymla.cpu.softmax import heads_softmax, query_softmax
 
@@ -83,6 +76,7 @@ class Panels(NamedTuple):
 
     keys: np.ndarray  # uint8 (H, tokens // LANES, D // 32 * PANEL_BYTES): D is a multiple of 32
     key_scales: np.ndarray  # float32 (H, tokens // LANES, D // 32 * LANES)
+    key_starts: np.ndarray  # int32, likewise: minus `BIAS` times the sums of the codes of 32 dimensions
     values: np.ndarray  # uint8 (H, tokens // 32, v * BLOCK_BYTES): v is a multiple of ROWS
     value_scales: np.ndarray  # float32 (H, tokens)
 
@@ -91,15 +85,17 @@ class Panels(NamedTuple):
         """For so many tokens and heads, keys of `size` and values of `v` numbers."""
         tokens, size, v = -(-tokens // TOKENS) * TOKENS, -(-size // 32) * 32, -(-v // ROWS) * ROWS
         return cls(
-            np.empty((heads, tokens // LANES, size // 32 * PANEL_BYTES), np.uint8),
-            np.empty((heads, tokens // LANES, size // 32 * LANES), np.float32),
-            np.empty((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
-            np.empty((heads, tokens), np.float32),
+            aligned((heads, tokens // LANES, size // 32 * PANEL_BYTES), np.uint8),
+            aligned((heads, tokens // LANES, size // 32 * LANES), np.float32),
+            aligned((heads, tokens // LANES, size // 32 * LANES), np.int32),
+            aligned((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
+            aligned((heads, tokens), np.float32),
         )
 
 
 BYTES3 = types.Array(types.uint8, 3, "C")
-PANELS = types.NamedTuple((BYTES3, F3, BYTES3, F2), Panels)
+I3 = types.Array(types.int32, 3, "C")
+PANELS = types.NamedTuple((BYTES3, F3, I3, BYTES3, F2), Panels)
 
 
 def expand(c_kv, k_pe, k_b, v_b, out):
@@ -122,8 +118,8 @@ def _expand(first, last, k_b, v_b, x, index, k_pe, out):
     tokens = len(k_pe)
     groups = (tokens + TOKENS - 1) // TOKENS
     blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
-    scratch = np.empty(max(SCRATCH, FLOAT_SCRATCH), np.uint8)
-    result = np.empty((TOKENS, ROWS), np.float32)
+    scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
+    result = allocate_f32(TOKENS, ROWS)
     keys = np.zeros((TOKENS, 32 * blocks), np.float32)
     values = np.zeros((TOKENS, v), np.float32)
     codes = np.empty((TOKENS, blocks * BLOCK_BYTES), np.uint8)
@@ -139,9 +135,11 @@ def _expand(first, last, k_b, v_b, x, index, k_pe, out):
         keys[count:], values[count:] = 0, 0
         for t in range(TOKENS):
             scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
+            starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
             for i in range(blocks):
                 at = address(codes[t]) + BLOCK_BYTES * i
-                quantise_codes(address(keys[t]) + 128 * i, at, scales + 4 * LANES * i, BIAS)
+                sums = quantise_codes(address(keys[t]) + 128 * i, at, scales + 4 * LANES * i, 0)
+                store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
         for t in range(0, TOKENS, 8):
             at = address(out.keys[h, (begin + t) // LANES]) + 4 * (t % LANES)
             store_keys(address(codes[t]), codes.shape[1], at)
@@ -248,13 +246,11 @@ def _expanded(first, last, q, panels, positions, scale, out):
     query = np.zeros(32 * blocks, np.float32)
     codes = np.empty((QUERIES, blocks * BLOCK_BYTES), np.uint8)
     scales = np.empty((QUERIES, blocks), np.float32)
-    starts = np.empty((QUERIES, blocks), np.int32)
-    to_starts = address(starts) - address(scales)
-    scores = np.empty((QUERIES, TOKENS), np.float32)
+    scores = allocate_f32(QUERIES, TOKENS)
     weights = np.empty((QUERIES, TOKENS // 32 * BLOCK_BYTES), np.uint8)
     weight_scales = np.empty((QUERIES, TOKENS // 32), np.float32)
     state = np.empty((QUERIES, 2), np.float32)
-    result = np.empty((QUERIES, padded_v), np.float32)
+    result = allocate_f32(QUERIES, padded_v)
     for item in range(first, last):
         begin, h = (groups - 1 - item // heads) * QUERIES, item % heads
         count = min(QUERIES, tokens - begin)
@@ -263,8 +259,7 @@ def _expanded(first, last, q, panels, positions, scale, out):
                 query[j] = q[begin + i, h, j] * np.float32(scale)
             for j in range(blocks):
                 at = address(codes[i]) + BLOCK_BYTES * j
-                sums = quantise_codes(address(query) + 128 * j, at, address(scales[i, j:]), 0)
-                starts[i, j] = np.int32(-BIAS * sums)
+                quantise_codes(address(query) + 128 * j, at, address(scales[i, j:]), BIAS)
         state[:, 0] = -np.inf
         state[:, 1] = 0
         result[:] = 0
@@ -275,12 +270,13 @@ def _expanded(first, last, q, panels, positions, scale, out):
                 panel = (block + s) // LANES
                 p, p_next = address(panels.keys[h, panel]), address(panels.keys[h, panel + 1])
                 d, d_next = address(panels.key_scales[h, panel]), address(panels.key_scales[h, panel + 1])
+                z, z_next = address(panels.key_starts[h, panel]), address(panels.key_starts[h, panel + 1])
                 for i in range(0, count, 3):
                     # A tile at the edge repeats the last query.
                     a, b, c = i, min(i + 1, count - 1), min(i + 2, count - 1)
                     x, sx = three(codes, a, b, c), three(scales, a, b, c)
                     at, bt = three(scores[:, s:], a, b, c), three(scores[:, s + LANES :], a, b, c)
-                    tile_scores(x, x, sx, sx, to_starts, blocks, p, p_next, d, d_next, 4 * LANES, at, bt)
+                    tile_scores(x, x, sx, sx, blocks, p, p_next, d, d_next, z, z_next, 4 * LANES, at, bt)
             for i in range(count):
                 visible = min(seen, positions[begin + i] + 1 - block)
                 query_softmax(scores[i], visible, state[i], address(result[i]), padded_v)
@@ -313,23 +309,23 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     row_bytes = blocks * BLOCK_BYTES
     query = np.zeros((HEADS, size), np.float32)
     query_codes = np.empty((HEADS, row_bytes), np.uint8)
-    panel = np.empty(HEADS * row_bytes, np.uint8)
-    panel_scales = np.empty((blocks, HEADS), np.float32)
-    rope_panel = np.empty((size - rank, HEADS), np.float32)
+    panel = allocate(HEADS * row_bytes)
+    panel_scales = allocate_f32(blocks, HEADS)
+    panel_starts = allocate(4 * blocks * HEADS).view(np.int32).reshape(blocks, HEADS)
+    rope_panel = allocate_f32(size - rank, HEADS)
     rope_rows = np.empty((PAGE, size - rank), np.float32)
     rows = np.empty(PAGE, np.int64)
     codes = np.empty((PAGE, row_bytes), np.uint8)
     eights = (blocks + 7) // 8 * 8
     scales = np.zeros((PAGE, eights), np.float32)
-    starts = np.zeros((PAGE, eights), np.int32)
-    to_starts = address(starts) - address(scales)
     factors = np.empty((PAGE, eights), np.int16)
     largest_scale = np.empty(PAGE, np.float32)
-    values_panel = np.zeros((PAGE // 32, padded * BLOCK_BYTES), np.uint8)
-    scores = np.empty((PAGE, HEADS), np.float32)
+    values_panel = allocate(PAGE // 32 * padded * BLOCK_BYTES).reshape(PAGE // 32, -1)
+    values_panel[:] = 0
+    scores = allocate_f32(PAGE, HEADS)
     weights = np.empty((PAGE // WORD, HEADS), np.int32)
     weight_scales = np.empty((PAGE // 32, HEADS), np.float32)
-    values = np.empty((HEADS, padded), np.float32)
+    values = allocate_f32(HEADS, padded)
     state = np.empty((2, HEADS), np.float32)
     for item in range(first, last):
         task, group = item // groups, item % groups
@@ -349,7 +345,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
         for h in range(HEADS):
             for i in range(blocks):
                 at = address(query_codes[h]) + BLOCK_BYTES * i
-                quantise_codes(address(query[h]) + 128 * i, at, address(panel_scales[i, h:]), BIAS)
+                total_codes = quantise_codes(address(query[h]) + 128 * i, at, address(panel_scales[i, h:]), 0)
+                panel_starts[i, h] = np.int32(-BIAS * total_codes)
         for h in range(0, HEADS, 8):
             at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
             store_keys(address(query_codes[h]), row_bytes, at)
@@ -359,19 +356,25 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
         table = step.block_tables[step.seq_of[t]]
         for page in range(from_page, to_page):
             seen = min(PAGE, length - page * PAGE)
+            # Memory works on the next page meanwhile.
+            following = table[min(page + 1, to_page - 1)] * PAGE
             for s in range(PAGE):
                 slot = table[page] * PAGE + min(s, seen - 1)
                 rows[s] = address(latent.data[slot])
+                for i in range(0, latent.data.shape[1], 64):
+                    prefetch_l2(address(latent.data[following + s]) + i)
+                for i in range(0, rope.data.shape[1], 64):
+                    prefetch_l2(address(rope.data[following + s]) + i)
                 if s < seen:
                     dequantise_row(rope.qtype, address(rope.data[slot]), address(rope_rows[s]), size - rank)
-                    at = address(scales[s]), address(starts[s]), address(factors[s]), address(codes[s])
-                    largest_scale[s] = prepare_row(rows[s], blocks, at[0], at[1], at[2], at[3])
+                    at = address(scales[s]), address(factors[s]), address(codes[s])
+                    largest_scale[s] = prepare_row(rows[s], blocks, at[0], at[1], at[2])
                 else:
                     largest_scale[s], factors[s] = 0, 0
             # The panel's halves are heads 0 to 7 and 8 to 15, and meet the same rows; or they are one, and meet others.
             half = 0 if LANES == HEADS else 1
-            p, d = address(panel), address(panel_scales)
-            p_next, d_next = p + half * LANES * row_bytes, d + half * 4 * LANES
+            p, d, z = address(panel), address(panel_scales), address(panel_starts)
+            p_next, d_next, z_next = p + half * LANES * row_bytes, d + half * 4 * LANES, z + half * 4 * LANES
             for s in range(0, seen, 3 * LANES // 8):
                 end, other = seen - 1, s + 3 * (1 - half)
                 a, b, c = min(s, end), min(s + 1, end), min(s + 2, end)
@@ -379,7 +382,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                 x, y = three(codes, a, b, c), three(codes, e, f, g)
                 sx, sy = three(scales, a, b, c), three(scales, e, f, g)
                 at, bt = three(scores, a, b, c), three(scores[:, half * LANES :], e, f, g)
-                tile_scores(x, y, sx, sy, to_starts, blocks, p, p_next, d, d_next, 4 * HEADS, at, bt)
+                tile_scores(x, y, sx, sy, blocks, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
             stride = 4 * (size - rank)
             for s in range(0, seen, 4):
                 a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
@@ -409,7 +412,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
 
 
 @inline
-def prepare_row(row, blocks, scales, starts, factors, codes):
+def prepare_row(row, blocks, scales, factors, codes):
     """What attention needs of a Q8_0 row; returns the largest scale of a block.
 
     Parameters
@@ -417,11 +420,11 @@ def prepare_row(row, blocks, scales, starts, factors, codes):
     row : int
         Address.
     blocks : int
-    scales, starts, factors : int
-        Addresses for each block's scale, float32; word for `simd.start_words`; and its scale relative to the largest,
-        int16 / 32768. There is room for a multiple of eight, and zeros behind the scales.
+    scales, factors : int
+        Addresses for each block's scale, float32, and its scale relative to the largest, int16 / 32768. There is room
+        for a multiple of eight, and zeros behind the scales.
     codes : int
-        Address for the codes of words.
+        Address for the codes of words, with the bias.
     """
     for i in range(blocks):
         widen(codes + BLOCK_BYTES * i, row + 34 * i + 2)
@@ -430,13 +433,6 @@ def prepare_row(row, blocks, scales, starts, factors, codes):
         store_f32x8(scales + 4 * i, load_scales(row + 34 * i, 34))
     for i in range(whole, blocks):
         store_f32(scales + 4 * i, load_f16(row + 34 * i))
-    if BIAS > 0:
-        for i in range(0, whole, 8):
-            store_i32x8(starts + 4 * i, take_bias(sum_codes(row + 34 * i + 2)))
-        for i in range(whole, blocks):
-            at = row + 34 * i + 2
-            sums = np.int32(sum_i8x16(load_i8x16(at))) + np.int32(sum_i8x16(load_i8x16(at + 16)))
-            store_i32(starts + 4 * i, np.int32(-BIAS) * sums)
     most = load_f32x8(scales)
     for i in range(8, blocks, 8):
         most = larger(load_f32x8(scales + 4 * i), most)
@@ -450,35 +446,19 @@ def prepare_row(row, blocks, scales, starts, factors, codes):
 
 
 @inline
-def sum_codes(at):
-    """Sums of the codes of eight Q8_0 blocks."""
-    a, b, c, d = sum_pair(at), sum_pair(at + 34), sum_pair(at + 68), sum_pair(at + 102)
-    return sum_blocks(a, b, c, d)
-
-
-@inline
-def sum_pair(at):
-    """Parts of the sums of two blocks of Q8_0, four blocks apart."""
-    ones = ones_i8x32()
-    low = dot_u6(zero_sums(), ones, load_pair(at, at + 136))
-    return dot_u6(low, ones, load_pair(at + 16, at + 152))
-
-
-@inline
 def panel_values(rows, factors, blocks, panel):
     """Thirty-two rows of the cache, at addresses, times the `factors` of `prepare_row` as panels of `LANES` dimensions
     at an address."""
     stride = 2 * factors.shape[1]
     for i in range(blocks):
+        at = 34 * i + 2
         for t in range(0, 32, 4):
-            for half in range(2):
-                at = 34 * i + 2 + 16 * half
-                store_rescaled(
-                    panel + BLOCK_BYTES * (32 * i + 16 * half) + 4 * LANES * (t // WORD),
-                    rows[t] + at,
-                    rows[t + 1] + at,
-                    rows[t + 2] + at,
-                    rows[t + 3] + at,
-                    address(factors[t, i:]),
-                    stride,
-                )
+            store_rescaled(
+                panel + BLOCK_BYTES * 32 * i + 4 * LANES * (t // WORD),
+                rows[t] + at,
+                rows[t + 1] + at,
+                rows[t + 2] + at,
+                rows[t + 3] + at,
+                address(factors[t, i:]),
+                stride,
+            )

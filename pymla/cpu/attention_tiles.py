@@ -26,11 +26,11 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_f32xL,
     load_i8xL,
+    load_i32xL,
     mul,
     round_even,
     splat_f32,
     splat_f32xL,
-    start_words,
     store_codes,
     store_f32,
     store_f32x8,
@@ -49,7 +49,8 @@ PANEL_BYTES = LANES * BLOCK_BYTES
 
 @inline
 def quantise_codes(x, codes, scale, zero):
-    """Thirty-two float32 as codes from -127 to 127, plus `zero` (0 or `BIAS`), and their scale; returns their sum.
+    """Thirty-two float32 as codes from -127 to 127, plus `zero` (0 or `BIAS`), and their scale; returns their sum
+    without it.
 
     All but `zero` are addresses.
     """
@@ -123,24 +124,22 @@ def three(rows, a, b, c):
 
 
 @unrolled
-def tile_scores(x, y, sx, sy, to_starts, blocks, p, q, d, e, scale_step, at, bt):
+def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
     """Rows of two panels with three others each.
 
     Parameters
     ----------
     x, y : tuples of 3 int
-        Addresses of codes of what meets the first panel, and the second; the same ones where the panels are neighbours,
-        which the caller's code must show to LLVM: words are then loaded once.
+        Addresses of codes, which have the bias, of what meets the first panel, and the second; the same ones where the
+        panels are neighbours, which the caller's code must show to LLVM: words are then loaded once.
     sx, sy : tuples of 3 int
         Addresses of their scales.
-    to_starts : int
-        Bytes from the scales to the words for `simd.start_words`.
     blocks : int
         Of 32 codes.
     p, q : int
         Addresses of the panels.
-    d, e, scale_step : int
-        Addresses of their scales, and bytes from block to block.
+    d, e, z, w, step : int
+        Addresses of their scales and of their sums to begin with (`start_sums`), and bytes from block to block.
     at, bt : tuples of 3 int
         Addresses of the results, `LANES` float32.
     """
@@ -151,10 +150,8 @@ def tile_scores(x, y, sx, sy, to_starts, blocks, p, q, d, e, scale_step, at, bt)
     fa = splat_f32xL(np.float32(0))
     ga, fb, gb, fc, gc = fa, fa, fa, fa, fa
     for _ in range(blocks):
-        ia, ja = start_words(sa + to_starts), start_words(sf + to_starts)
-        ib, jb = start_words(sb + to_starts), start_words(sg + to_starts)
-        ic, jc = start_words(sc + to_starts), start_words(sh + to_starts)
-        sums = ia, ja, ib, jb, ic, jc
+        i, j = load_i32xL(z), load_i32xL(w)
+        sums = i, j, i, j, i, j
         for _ in range(BLOCK_BYTES // 16):
             sums = _four_scores(sums, p, q, xa, xb, xc, ya, yb, yc)
             p, q = p + 16 * LANES, q + 16 * LANES
@@ -164,7 +161,7 @@ def tile_scores(x, y, sx, sy, to_starts, blocks, p, q, d, e, scale_step, at, bt)
         fa, ga = _scaled(ia, du, sa, fa), _scaled(ja, dv, sf, ga)
         fb, gb = _scaled(ib, du, sb, fb), _scaled(jb, dv, sg, gb)
         fc, gc = _scaled(ic, du, sc, fc), _scaled(jc, dv, sh, gc)
-        d, e = d + scale_step, e + scale_step
+        d, e, z, w = d + step, e + step, z + step, w + step
         sa, sb, sc, sf, sg, sh = sa + 4, sb + 4, sc + 4, sf + 4, sg + 4, sh + 4
     store_f32xL(at[0], fa)
     store_f32xL(bt[0], ga)
@@ -193,16 +190,16 @@ def _four_scores(sums, p, q, xa, xb, xc, ya, yb, yc):
 
 @unrolled
 def _one_score(sums, p, q, xa, xb, xc, ya, yb, yc):
-    """The products of a word; a panel's codes have the bias."""
+    """The products of a word; a panel's codes have no bias."""
     ia, ja, ib, jb, ic, jc = sums
     u, v = load_i8xL(p), load_i8xL(q)
     # Side by side, so that LLVM loads a word once where both panels meet the same codes.
     x, y = broadcast_i8xL(xa), broadcast_i8xL(ya)
-    ia, ja = dot_words(ia, u, x), dot_words(ja, v, y)
+    ia, ja = dot_words(ia, x, u), dot_words(ja, y, v)
     x, y = broadcast_i8xL(xb), broadcast_i8xL(yb)
-    ib, jb = dot_words(ib, u, x), dot_words(jb, v, y)
+    ib, jb = dot_words(ib, x, u), dot_words(jb, y, v)
     x, y = broadcast_i8xL(xc), broadcast_i8xL(yc)
-    return ia, ja, ib, jb, dot_words(ic, u, x), dot_words(jc, v, y)
+    return ia, ja, ib, jb, dot_words(ic, x, u), dot_words(jc, y, v)
 
 
 @inline

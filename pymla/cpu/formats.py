@@ -1,7 +1,7 @@
-"""What a ggml type is to a kernel: how to dot a row, how to unpack a row for a panel, how to read and write numbers.
+"""What a ggml type is to a kernel: how to unpack rows for a panel, how to read and write numbers.
 
-Adding a type means a branch in `dot_row`, `unpack_row` and `dequantise_row`, and its sizes in `panel_bits`: nothing
-anywhere else. A branch is taken once per row or for 8 blocks.
+Adding a type means a branch in `unpack_rows`, `dequantise_row` and `rows.dot_row`, and its sizes in `panel_bits`:
+nothing anywhere else. A branch is taken once per row or for 8 blocks.
 
 Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
 ``w · x = Σ_blocks scale * (d * Σ code * a + m * Σ a)``.
@@ -12,18 +12,14 @@ All addresses are int64; the functions run inside kernels.
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.compiling import inline
+from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.simd import (
     LANES,
     absolute,
     add,
-    add_times,
     bit_or,
     bits_2,
-    dot_i8,
-    dot_i16,
-    dot_u6,
-    dot_u7,
+    eight_as_f32,
     fma,
     gather_f16,
     gather_i8,
@@ -36,23 +32,15 @@ from pymla.cpu.simd import (
     load_f16,
     load_f16x8,
     load_f32,
-    load_f32x4,
-    load_f32x4_twice,
     load_f32x8,
     load_i8_as_f32,
-    load_i8_as_f32x8,
-    load_i8_as_i16,
     load_i8x16,
     load_i8x32,
-    load_i16x16,
     load_nibbles,
     load_pair,
-    load_scales,
-    load_scales_4,
     low_nibbles,
     mul,
     panel_codes8,
-    prefetch_row,
     round_away,
     round_even,
     splat_f32,
@@ -65,15 +53,8 @@ from pymla.cpu.simd import (
     store_i16,
     store_start4,
     subtract_i8,
-    subtract_i32,
-    sum_blocks,
-    sum_blocks_i32,
     sum_i8x16,
-    times_32,
-    to_f32,
     total,
-    zero_i32x8,
-    zero_sums,
 )
 
 # Kernels see module globals as constants.
@@ -93,141 +74,7 @@ def float_bytes(qtype):
     return 4 if qtype == F32 else 2
 
 
-@inline
-def dot_row(qtype, row, x, codes, scale, sums, sum16, columns):
-    """A row of weights times one activation vector, float32.
-
-    Parameters
-    ----------
-    qtype : int
-    row : int
-        Address of the row's first block.
-    x, codes, scale, sums, sum16 : int
-        Addresses of the parts of a `quant.Input` in the order of rows. Float types read the first, quantised types the
-        others.
-    columns : int
-    """
-    if qtype == Q4_0:
-        return _dot_4_bits(18, row, codes, scale, sums, columns)
-    if qtype == Q8_0:
-        return _dot_q8_0(row, codes, scale, columns)
-    if qtype == Q6_K:
-        return _dot_q6_k(row, codes, scale, sum16, columns)
-    if qtype == Q4_1:
-        return _dot_4_bits(20, row, codes, scale, sums, columns)
-    return dot_float(qtype, row, x, columns)
-
-
-@inline
-def _dot_4_bits(size, row, codes, scale, sums, columns):
-    """Q4_0, whose blocks have 18 bytes, or Q4_1, with 20.
-
-    Codes stay unsigned, which saves instructions: Q4_0's zero point of 8 comes off by the sums, like a minimum.
-    """
-    header = size - 16
-    zero = zero_sums()
-    acc = splat_f32(np.float32(0))
-    shift = splat_f32(np.float32(-8))
-    for _ in range(columns // 256):
-        prefetch_row(row, 144)
-        d, at = load_scales(row, size), row + header
-        a = _dot_pair(zero, load_pair(at, at + 4 * size), codes)
-        b = _dot_pair(zero, load_pair(at + size, at + 5 * size), codes + 64)
-        c = _dot_pair(zero, load_pair(at + 2 * size, at + 6 * size), codes + 128)
-        e = _dot_pair(zero, load_pair(at + 3 * size, at + 7 * size), codes + 192)
-        m = mul(d, shift) if size == 18 else load_scales(row + 2, size)
-        acc = fma(m, load_f32x8(sums), acc)
-        acc = fma(to_f32(sum_blocks(a, b, c, e)), mul(d, load_f32x8(scale)), acc)
-        row, codes, scale, sums = row + 8 * size, codes + 256, scale + 32, sums + 32
-    rest = columns % 256 // 32
-    if rest >= 4:
-        d, at = load_scales_4(row, size), row + header
-        a = dot_u6(zero, load_nibbles(at), load_i8x32(codes))
-        b = dot_u6(zero, load_nibbles(at + size), load_i8x32(codes + 32))
-        c = dot_u6(zero, load_nibbles(at + 2 * size), load_i8x32(codes + 64))
-        e = dot_u6(zero, load_nibbles(at + 3 * size), load_i8x32(codes + 96))
-        m = mul(d, shift) if size == 18 else load_scales_4(row + 2, size)
-        acc = fma(m, load_f32x4(sums), acc)
-        acc = fma(to_f32(sum_blocks(a, b, c, e)), mul(d, load_f32x4_twice(scale)), acc)
-        row, codes, scale, sums = row + 4 * size, codes + 128, scale + 16, sums + 16
-    minima = np.float32(0)
-    for _ in range(rest % 4):
-        d = load_f16(row)
-        products = dot_u7(zero_i32x8(), load_nibbles(row + header), load_i8x32(codes))
-        acc = fma(to_f32(products), splat_f32(d * load_f32(scale)), acc)
-        minima += (np.float32(-8) * d if size == 18 else load_f16(row + 2)) * load_f32(sums)
-        row, codes, scale, sums = row + size, codes + 32, scale + 4, sums + 4
-    return total(acc) + minima
-
-
-@inline
-def _dot_pair(zero, packed, codes):
-    """Products of two blocks' nibbles with their 64 activations."""
-    low = dot_u6(zero, low_nibbles(packed), load_i8x32(codes))
-    return dot_u6(low, high_nibbles(packed), load_i8x32(codes + 32))
-
-
-@inline
-def _dot_q8_0(row, codes, scale, columns):
-    acc = splat_f32(np.float32(0))
-    for _ in range(columns // 256):
-        prefetch_row(row, 272)
-        a = _dot_pair_q8_0(row + 2, codes)
-        b = _dot_pair_q8_0(row + 36, codes + 64)
-        c = _dot_pair_q8_0(row + 70, codes + 128)
-        e = _dot_pair_q8_0(row + 104, codes + 192)
-        factor = mul(load_scales(row, 34), load_f32x8(scale))
-        acc = fma(to_f32(sum_blocks_i32(a, b, c, e)), factor, acc)
-        row, codes, scale = row + 272, codes + 256, scale + 32
-    for _ in range(columns % 256 // 32):
-        products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
-        acc = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), acc)
-        row, codes, scale = row + 34, codes + 32, scale + 4
-    return total(acc)
-
-
-@inline
-def _dot_pair_q8_0(weights, codes):
-    """Products of two blocks of Q8_0, four blocks apart, with their 64 activations."""
-    low = dot_i8(zero_i32x8(), load_pair(weights, weights + 136), load_i8x32(codes))
-    return dot_i8(low, load_pair(weights + 16, weights + 152), load_i8x32(codes + 32))
-
-
-@inline
-def _dot_q6_k(row, codes, scale, sum16, columns):
-    """Codes stay unsigned, from 0 to 63, and a block's products meet the two scales of its sixteens as integers."""
-    acc = splat_f32(np.float32(0))
-    zero = zero_i32x8()
-    for _ in range(columns // 256):
-        prefetch_row(row, 210)
-        # Register n of a half's 64 bytes has weights 16 n to 16 n + 15 in its low nibbles, 64 further ones in its high.
-        n0, n1 = load_pair(row, row + 64), load_pair(row + 16, row + 80)
-        n2, n3 = load_pair(row + 32, row + 96), load_pair(row + 48, row + 112)
-        high0, high1 = load_pair(row + 128, row + 160), load_pair(row + 144, row + 176)
-        s = load_i8_as_i16(row + 192)
-        a = add_times(zero, _dot_q6(low_nibbles(n0), high0, 0, codes), s, 0)
-        a = add_times(a, _dot_q6(low_nibbles(n1), high1, 0, codes + 32), s, 1)
-        b = add_times(zero, _dot_q6(low_nibbles(n2), high0, 2, codes + 64), s, 2)
-        b = add_times(b, _dot_q6(low_nibbles(n3), high1, 2, codes + 96), s, 3)
-        c = add_times(zero, _dot_q6(high_nibbles(n0), high0, 4, codes + 128), s, 4)
-        c = add_times(c, _dot_q6(high_nibbles(n1), high1, 4, codes + 160), s, 5)
-        e = add_times(zero, _dot_q6(high_nibbles(n2), high0, 6, codes + 192), s, 6)
-        e = add_times(e, _dot_q6(high_nibbles(n3), high1, 6, codes + 224), s, 7)
-        offset = times_32(dot_i16(s, load_i16x16(sum16)))
-        products = subtract_i32(sum_blocks_i32(a, b, c, e), offset)
-        factor = mul(splat_f32(load_f16(row + 208)), load_f32x8(scale))
-        acc = fma(to_f32(products), factor, acc)
-        row, codes, scale, sum16 = row + 210, codes + 256, scale + 32, sum16 + 32
-    return total(acc)
-
-
-@inline
-def _dot_q6(nibbles, high, shift, codes):
-    """Products of sixteen weights of two blocks, of which `high` has the two upper bits at `shift`."""
-    return dot_u6(zero_sums(), bit_or(nibbles, bits_2(high, shift)), load_i8x32(codes))
-
-
-@inline
+@unrolled
 def _q6_k_codes(block, group):
     """Codes of the `group`-th 32 weights of a Q6_K block, from -32 to 31.
 
@@ -238,31 +85,12 @@ def _q6_k_codes(block, group):
     return _code_6(nibbles, load_i8x32(block + 128 + 32 * (group // 4)), 2 * (group % 4))
 
 
-@inline
+@unrolled
 def _q6_k_scales(block, group):
     """Scales of the two sixteens of a group, each in all lanes."""
     d = load_f16(block + 208)
     scales = block + 192 + 2 * group
     return splat_f32(d * load_i8_as_f32(scales)), splat_f32(d * load_i8_as_f32(scales + 1))
-
-
-@inline
-def dot_float(qtype, row, x, columns):
-    """`dot_row` of a float type: F32, F16 or BF16."""
-    a = splat_f32(np.float32(0))
-    b = splat_f32(np.float32(0))
-    size = float_bytes(qtype)
-    for _ in range(columns // 16):
-        a = fma(load_f8(qtype, row), load_f32x8(x), a)
-        b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
-        row += 16 * size
-        x += 64
-    rest = np.float32(0)
-    for _ in range(columns % 16):
-        rest += load_float(qtype, row) * load_f32(x)
-        row += size
-        x += 4
-    return total(a) + total(b) + rest
 
 
 @inline
@@ -425,32 +253,46 @@ def dequantise_row(qtype, row, out, columns):
         for i in range(whole, columns):
             store_f32(out + 4 * i, load_float(qtype, row + size * i))
         return
-    minimum = splat_f32(np.float32(0))
     for block in range(columns // 32):
-        if qtype == Q8_0:
-            codes = row + 34 * block + 2
-            low = high = splat_f32(load_f16(row + 34 * block))
-        else:
-            # The codes lie in the last bytes of their own results until they are converted.
-            codes = out + 96
-            if qtype == Q6_K:
-                start, group = row + block // 8 * 210, block % 8
-                store_i8x32(codes, _q6_k_codes(start, group))
-                low, high = _q6_k_scales(start, group)
-            elif qtype == Q4_0:
-                start = row + 18 * block
-                store_i8x32(codes, subtract_i8(load_nibbles(start + 2), 8))
-                low = high = splat_f32(load_f16(start))
-            else:
-                start = row + 20 * block
-                store_i8x32(codes, load_nibbles(start + 4))
-                low = high = splat_f32(load_f16(start))
-                minimum = splat_f32(load_f16(start + 2))
-        for i in range(2):
-            store_f32x8(out + 32 * i, fma(load_i8_as_f32x8(codes + 8 * i), low, minimum))
-        for i in range(2, 4):
-            store_f32x8(out + 32 * i, fma(load_i8_as_f32x8(codes + 8 * i), high, minimum))
+        a, b, c, d = block_values(qtype, row, block)
+        store_f32x8(out, a)
+        store_f32x8(out + 32, b)
+        store_f32x8(out + 64, c)
+        store_f32x8(out + 96, d)
         out += 128
+
+
+@unrolled
+def block_values(qtype, row, block):
+    """Thirty-two weights of a row, from ``32 * block`` on, as four registers of float32."""
+    if is_float(qtype):
+        at, eight = row + 32 * float_bytes(qtype) * block, 8 * float_bytes(qtype)
+        return (
+            load_f8(qtype, at),
+            load_f8(qtype, at + eight),
+            load_f8(qtype, at + 2 * eight),
+            load_f8(qtype, at + 3 * eight),
+        )
+    minimum = splat_f32(np.float32(0))
+    if qtype == Q8_0:
+        at = row + 34 * block
+        codes = load_i8x32(at + 2)
+        low = high = splat_f32(load_f16(at))
+    elif qtype == Q6_K:
+        at, group = row + block // 8 * 210, block % 8
+        codes = _q6_k_codes(at, group)
+        low, high = _q6_k_scales(at, group)
+    elif qtype == Q4_0:
+        at = row + 18 * block
+        codes = subtract_i8(load_nibbles(at + 2), 8)
+        low = high = splat_f32(load_f16(at))
+    else:
+        at = row + 20 * block
+        codes = load_nibbles(at + 4)
+        low = high = splat_f32(load_f16(at))
+        minimum = splat_f32(load_f16(at + 2))
+    a, b = fma(eight_as_f32(codes, 0), low, minimum), fma(eight_as_f32(codes, 1), low, minimum)
+    return a, b, fma(eight_as_f32(codes, 2), high, minimum), fma(eight_as_f32(codes, 3), high, minimum)
 
 
 @inline

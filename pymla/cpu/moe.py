@@ -22,8 +22,10 @@ import numpy as np
 from numba import types
 
 from pymla.cpu.jit import inline, kernel
+from pymla.cpu.memory import allocate, allocate_f32
 from pymla.cpu.panels import ROWS, SCRATCH, product
 from pymla.cpu.quant import (
+    AT_ONCE,
     F2,
     I1,
     I2,
@@ -34,11 +36,11 @@ from pymla.cpu.quant import (
     add_scaled,
     copy,
     counting,
-    dot_token,
     matmul,
     parts,
 )
-from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
+from pymla.cpu.rows import dot_rows
+from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, prefetch_start, splat_f32, store_f32x8, sub
 from pymla.ggml import QUANTISED
 
 __all__ = ["experts", "ffn", "router"]
@@ -219,19 +221,43 @@ def _sort_pairs(first, last, ids, pairs, tokens, starts):
             tokens[at] = t
 
 
+@inline
+def next_expert(starts, e):
+    """The first expert behind `e` that has tokens, or the number of experts."""
+    e += 1
+    while e < len(starts) - 1 and starts[e] == starts[e + 1]:
+        e += 1
+    return e
+
+
+@inline
+def rows_at_once(starts, e, rows):
+    """Rows of an expert that one token after the other reads while they are in a cache; all where it has one token."""
+    return AT_ONCE if starts[e + 1] - starts[e] > 1 else rows
+
+
 @kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
 def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
     """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices."""
-    columns, activations = x.x.shape[1], parts(x)
-    for e in range(gate.count):
-        if starts[e] == starts[e + 1]:
-            continue
-        for r in range(first, last):
+    columns, results = x.x.shape[1], np.empty((2, last - first + 7), np.float32)
+    g, u = address(results[0]), address(results[1])
+    e = next_expert(starts, -1)
+    while e < gate.count:
+        following = next_expert(starts, e)
+        size = rows_at_once(starts, e, last - first)
+        for r in range(first, last, size):
+            count = min(size, last - r)
             gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
             up_row = up.address + e * up.matrix_stride + r * up.row_stride
             for i in range(starts[e], starts[e + 1]):
-                g = dot_token(gate.qtype, gate_row, activations, tokens[i], columns)
-                hidden[i, r] = silu(g) * dot_token(up.qtype, up_row, activations, tokens[i], columns)
+                activations = parts(x, tokens[i])
+                prefetch_start(up_row)
+                dot_rows(gate.qtype, gate_row, gate.row_stride, count, activations, columns, g)
+                prefetch_start(gate.address + following * gate.matrix_stride + first * gate.row_stride)
+                dot_rows(up.qtype, up_row, up.row_stride, count, activations, columns, u)
+                silu_mul(g, u, g, count)
+                copy(g, address(hidden[i, r:]), count)
+        e = following
 
 
 @kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
@@ -239,11 +265,11 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
     """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows."""
     columns = x.x.shape[1]
     groups = (gate.rows + LANES - 1) // LANES
-    scratch = np.empty(SCRATCH, np.uint8)
+    scratch = allocate(SCRATCH)
     most = 0
     for e in range(first // groups, (last - 1) // groups + 1):
         most = max(most, starts[e + 1] - starts[e])
-    result = np.empty((max(1, most), ROWS), np.float32)
+    result = allocate_f32(max(1, most), ROWS)
     for item in range(first, last):
         e, row = item // groups, item % groups * LANES
         begin, end = starts[e], starts[e + 1]
@@ -274,19 +300,24 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
 @kernel(MATRICES, I1, I1, F2, INPUT, F2)
 def _down_rows(first, last, down, pairs, starts, weights, x, out):
     """``out[t] = Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
-    columns, activations = x.x.shape[1], parts(x)
+    columns, result = x.x.shape[1], np.empty(last - first, np.float32)
     choices = weights.shape[1]
     for t in range(len(out)):
         for r in range(first, last):
             out[t, r] = 0
-    for e in range(down.count):
-        if starts[e] == starts[e + 1]:
-            continue
-        for r in range(first, last):
+    e = next_expert(starts, -1)
+    while e < down.count:
+        following = next_expert(starts, e)
+        prefetch_start(down.address + following * down.matrix_stride + first * down.row_stride)
+        size = rows_at_once(starts, e, last - first)
+        for r in range(first, last, size):
+            count = min(size, last - r)
             row = down.address + e * down.matrix_stride + r * down.row_stride
             for i in range(starts[e], starts[e + 1]):
                 t, j = pairs[i] // choices, pairs[i] % choices
-                out[t, r] += weights[t, j] * dot_token(down.qtype, row, activations, i, columns)
+                dot_rows(down.qtype, row, down.row_stride, count, parts(x, i), columns, address(result))
+                add_scaled(weights[t, j], address(result), address(out[t, r:]), count)
+        e = following
 
 
 @kernel(MATRICES, I1, I1, I1, F2, INPUT, F2)
@@ -295,11 +326,11 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
     them."""
     columns = x.x.shape[1]
     choices = weights.shape[1]
-    scratch = np.empty(SCRATCH, np.uint8)
+    scratch = allocate(SCRATCH)
     most = 0
     for e in range(down.count):
         most = max(most, starts[e + 1] - starts[e])
-    result = np.empty((most, ROWS), np.float32)
+    result = allocate_f32(most, ROWS)
     for t in range(len(out)):
         for r in range(first * ROWS, min(last * ROWS, down.rows)):
             out[t, r] = 0

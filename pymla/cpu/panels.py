@@ -42,7 +42,7 @@ from pymla.cpu.simd import (
 #: Rows of a product.
 ROWS = 2 * LANES
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
-CHUNK = 1024
+CHUNK = 512
 #: Bytes of scratch of `product`: codes, scales and minima of two panels.
 SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32)
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.

@@ -23,9 +23,11 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
-from pymla.cpu.formats import dequantise_row, dot_row, is_float, quantise_block
+from pymla.cpu.formats import dequantise_row, is_float, quantise_block
 from pymla.cpu.jit import inline, kernel
+from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
+from pymla.cpu.rows import dot_rows, place
 from pymla.cpu.simd import (
     LANES,
     address,
@@ -80,10 +82,7 @@ MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 class Input(NamedTuple):
     """Activations as kernels read them; the quantised parts are empty where only float types do.
 
-    Codes lie in one of two orders. For panels it is that of the columns. For rows, blocks of 32 are mixed in groups of
-    eight: sixteen codes of block 0, sixteen of block 4, then the other halves of both; blocks 1 and 5 come next, then 2
-    and 6, 3 and 7 (two blocks then fill a register with their low nibbles and one with their high nibbles). An
-    incomplete group at the end keeps the order of its columns.
+    Codes lie in one of two orders: for panels in that of the columns, for rows mixed (`rows.place`).
     """
 
     x: np.ndarray  # float32 (T, K)
@@ -125,11 +124,11 @@ class Activation:
             tokens, columns = self.x.shape if order != "float" else (0, 0)
             self._inputs[order] = made = Input(
                 self.x,
-                np.empty((tokens, columns), np.int8),
-                np.empty((tokens, columns // 32), np.float32),
-                np.empty((tokens, columns // 32), np.float32),
-                np.empty((tokens, columns // 32), np.int32),
-                np.empty((tokens, columns // 16), np.int16),
+                aligned((tokens, columns), np.int8),
+                aligned((tokens, columns // 32), np.float32),
+                aligned((tokens, columns // 32), np.float32),
+                aligned((tokens, columns // 32), np.int32),
+                aligned((tokens, columns // 16), np.int16),
                 _ZERO,
             )
             blocks = tokens * (columns // 32)
@@ -191,12 +190,9 @@ def counting(count):
 def _quantise_activations(first, last, x, for_rows):
     """Blocks of 32 activations, counted over all tokens."""
     blocks = x.x.shape[1] // 32
-    whole = blocks // 8 * 8
     for i in range(first, last):
         block = i % blocks
-        low, apart = 32 * block, 16
-        if for_rows and block < whole:
-            low, apart = block // 8 * 256 + block % 4 * 64 + block // 4 % 2 * 16, 32
+        low, apart = place(block, blocks) if for_rows else (32 * block, 16)
         low += address(x.codes) + 32 * (i - block)
         quantise_block(
             address(x.x) + 128 * i,
@@ -209,29 +205,30 @@ def _quantise_activations(first, last, x, for_rows):
         )
 
 
-@inline
-def parts(x):
-    """Addresses of an `Input`'s parts that `dot_token` needs, in few words."""
-    return address(x.x), address(x.codes), address(x.scale), address(x.sums), address(x.sum16)
+#: Rows that several tokens read one after the other, while they are in a cache.
+AT_ONCE = 16
 
 
 @inline
-def dot_token(qtype, row, activations, t, columns):
-    """A row of weights times the activations of a token; `activations` from `parts`."""
-    x, codes, scale, sums, sum16 = activations
-    at = t * columns
-    by_32 = at // 8
-    return dot_row(qtype, row, x + 4 * at, codes + at, scale + by_32, sums + by_32, sum16 + by_32, columns)
+def parts(x, t):
+    """Addresses of a token's parts of an `Input`, for `rows.dot_rows`."""
+    at = t * x.x.shape[1]
+    scale, sums, sum16 = address(x.scale), address(x.sums), address(x.sum16)
+    return address(x.x) + 4 * at, address(x.codes) + at, scale + at // 8, sums + at // 8, sum16 + at // 8
 
 
 @kernel(MATRICES, INPUT, F2)
 def _matmul_rows(first, last, w, x, out):
     """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
-    columns, activations = x.x.shape[1], parts(x)
-    for r in range(first, last):
-        row = w.address + r // w.rows * w.matrix_stride + r % w.rows * w.row_stride
+    columns, size = x.x.shape[1], AT_ONCE if len(out) > 1 else last - first
+    r = first
+    while r < last:
+        matrix, i = r // w.rows, r % w.rows
+        count = min(size, last - r, w.rows - i)
+        row = w.address + matrix * w.matrix_stride + i * w.row_stride
         for t in range(len(out)):
-            out[t, r] = dot_token(w.qtype, row, activations, t, columns)
+            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
+        r += count
 
 
 @kernel(MATRICES, INPUT, I1, F2)
@@ -241,8 +238,8 @@ def _matmul_panels(first, last, w, x, index, out):
     floats = is_float(w.qtype)
     size = FLOAT_ROWS if floats else ROWS
     groups = (w.rows + size - 1) // size
-    scratch = np.empty(FLOAT_SCRATCH if floats else SCRATCH, np.uint8)
-    result = np.empty((1 if floats else tokens, ROWS), np.float32)
+    scratch = allocate(FLOAT_SCRATCH if floats else SCRATCH)
+    result = allocate_f32(1 if floats else tokens, ROWS)
     for item in range(first, last):
         matrix, begin = item // groups, item % groups * size
         row = w.address + matrix * w.matrix_stride + begin * w.row_stride
@@ -287,12 +284,14 @@ def copy(source, target, count):
 def _matmul_heads(first, last, w, x, out):
     """`matmul_heads` over the rows of all heads."""
     tokens, heads, _ = out.shape
-    columns, activations = x.x.shape[1], parts(x)
-    for r in range(first, last):
+    columns, r = x.x.shape[1], first
+    while r < last:
         h, i = r // w.rows, r % w.rows
+        count = min(AT_ONCE, last - r, w.rows - i)
         row = w.address + h * w.matrix_stride + i * w.row_stride
         for t in range(tokens):
-            out[t, h, i] = dot_token(w.qtype, row, activations, t * heads + h, columns)
+            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t * heads + h), columns, address(out[t, h, i:]))
+        r += count
 
 
 #: Items of `_matmul_heads_transposed` per head: each takes a share of the tokens, or of the rows' columns.

@@ -54,6 +54,9 @@ i32x8 = Vector("i32", 8)
 i16x16 = Vector("i16", 16)
 i8x32 = Vector("i8", 32)
 i8x16 = Vector("i8", 16)
+f32x16 = Vector("f32", 16)
+i32x16 = Vector("i32", 16)
+i8x64 = Vector("i8", 64)
 
 
 def _isa():
@@ -172,6 +175,7 @@ def _store(kind):
 
 
 load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
+load_i32xL = _load(i32xL)
 store_f32x8, store_i32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i32x8, i8x32, f32xL))
 store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
@@ -225,6 +229,17 @@ def load_bf16x8(builder, address):
 def load_i8_as_f32x8(builder, address):
     """Eight int8 from memory as float32."""
     return builder.sitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
+
+
+@intrinsic(prefer_literal=True)
+def eight_as_f32(typingctx, codes, part):
+    """Eight of thirty-two int8 as float32: the `part`-th, a literal."""
+    lanes = range(8 * part.literal_value, 8 * part.literal_value + 8)
+
+    def codegen(context, builder, signature, args):
+        return builder.sitofp(_shuffle(builder, args[0], args[0], lanes), _ir_type(f32x8))
+
+    return f32x8(i8x32, part), codegen
 
 
 @operation(types.void, types.int64, types.float32)
@@ -328,7 +343,7 @@ def gather_i8(builder, rows, offset):
 
 
 #: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
-_AHEAD = 2048
+_AHEAD = 4096
 
 
 def _prefetch(builder, address, level):
@@ -348,6 +363,13 @@ def prefetch_row(typingctx, address, size):
         return context.get_dummy_value()
 
     return types.void(types.int64, size), codegen
+
+
+@numba.njit
+def prefetch_start(address):
+    """Ask for as much from an address on as `prefetch_row` looks ahead: rows begin there soon."""
+    for i in range(0, _AHEAD, 64):
+        prefetch_l2(address + i)
 
 
 #: Ask the second-level cache for the 64 bytes at an address.
@@ -783,12 +805,6 @@ def _store_words(vector):
 store_words_x8, store_words_xL = _store_words(f32x8), _store_words(f32xL)
 
 
-@operation(i32xL, types.int64)
-def start_words(builder, address):
-    """Sums to begin with, that take `BIAS` off: an int32 at `address`, minus `BIAS` times the sum of a block."""
-    return _splat(builder, _read(builder, address, _I32), LANES) if BIAS else _constant(_ir_type(i32xL), 0)
-
-
 zero_words = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))
 
 
@@ -804,25 +820,17 @@ def dot_words(builder, acc, a, b):
 
 @operation(types.void, types.int64, types.int64)
 def widen(builder, address, codes):
-    """Thirty-two int8 at `codes` as codes of words."""
+    """Thirty-two int8 at `codes` as codes of words, with the `BIAS`."""
     value = _read(builder, codes, ir.VectorType(_I8, 32))
-    _write(builder, address, value if _VNNI else builder.sext(value, ir.VectorType(_I16, 32)))
-
-
-@operation(i32x8, i32x8)
-def take_bias(builder, sums):
-    """Minus `BIAS` times sums of codes."""
-    return builder.mul(sums, _constant(sums.type, -BIAS))
-
-
-ones_i8x32 = operation(i8x32)(lambda builder: _constant(_ir_type(i8x32), 1))
+    wide = builder.xor(value, _constant(value.type, -128)) if _VNNI else builder.sext(value, ir.VectorType(_I16, 32))
+    _write(builder, address, wide)
 
 
 def _scale_words(builder, words, factors):
     """int16 times int16 / 32768, rounded."""
     if ISA != "portable":
-        multiply = _function(builder, "llvm.x86.avx2.pmul.hr.sw", words.type, [words.type] * 2)
-        return builder.call(multiply, [words, factors])
+        name = "llvm.x86.avx512.pmul.hr.sw.512" if words.type.count == 32 else "llvm.x86.avx2.pmul.hr.sw"
+        return builder.call(_function(builder, name, words.type, [words.type] * 2), [words, factors])
     wide = ir.VectorType(_I32, words.type.count)
     product = builder.add(builder.mul(builder.sext(words, wide), builder.sext(factors, wide)), _constant(wide, 1 << 14))
     return builder.trunc(builder.ashr(product, _constant(wide, 15)), words.type)
@@ -830,23 +838,28 @@ def _scale_words(builder, words, factors):
 
 @operation(types.void, *[types.int64] * 7)
 def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
-    """Sixteen int8 of each of four rows as words of as many lanes of panels, times int16 / 32768 at `factors`, `stride`
-    bytes from row to row."""
-    words = _ir_type(i16x16)
-    rows = []
-    for i, row in enumerate((row_0, row_1, row_2, row_3)):
-        factor = _read(builder, builder.add(factors, builder.mul(stride, ir.Constant(_I64, i))), _I16)
-        codes = builder.sext(_read(builder, row, ir.VectorType(_I8, 16)), words)
-        rows.append(_scale_words(builder, codes, _splat(builder, factor, 16)))
-    if WORD == 4:
-        low, eight = _constant(words, 255), _constant(words, 8)
-        rows = [builder.or_(builder.and_(a, low), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
-    for i, (a, b) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
-        for half in range(2):
-            lanes = [lane for j in range(8 * half, 8 * half + 8) for lane in (j, 16 + j)]
-            # The second eight lanes are those of the same panel, or another panel.
-            offset = 4 * LANES * i + half * (32 if LANES == 16 else 4 * LANES * 32 // WORD)
-            _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, a, b, lanes))
+    """Thirty-two int8 of each of four rows as words of as many lanes of panels, times int16 / 32768 at `factors`,
+    `stride` bytes from row to row."""
+    # Numbers at a time, and lanes of a store: a panel's.
+    count, lanes = (32, 16) if LANES == 16 else (16, 8)
+    words = ir.VectorType(_I16, count)
+    scale = []
+    for i in range(4):
+        at = builder.add(factors, builder.mul(stride, ir.Constant(_I64, i)))
+        scale.append(_splat(builder, _read(builder, at, _I16), count))
+    for first in range(0, 32, count):
+        rows = []
+        for row, factor in zip((row_0, row_1, row_2, row_3), scale, strict=True):
+            codes = _read(builder, builder.add(row, ir.Constant(_I64, first)), ir.VectorType(_I8, count))
+            rows.append(_scale_words(builder, builder.sext(codes, words), factor))
+        if WORD == 4:
+            low, eight = _constant(words, 255), _constant(words, 8)
+            rows = [builder.or_(builder.and_(a, low), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
+        for i, (a, b) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            for j in range(0, count, lanes):
+                order = [lane for k in range(j, j + lanes) for lane in (k, count + k)]
+                offset = 4 * LANES * i + (first + j) // lanes * (4 * LANES * 32 // WORD)
+                _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, a, b, order))
 
 
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
@@ -857,3 +870,106 @@ def sum_i8x16(builder, codes):
     """The sum of sixteen signed bytes."""
     wide = builder.sext(codes, ir.VectorType(_I16, 16))
     return _reduced(builder, wide, builder.add)
+
+
+# Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.rows_wide`). Each quarter belongs
+# to one of four blocks of 32 weights: sixteen codes, or four sums of products.
+
+
+@intrinsic(prefer_literal=True)
+def quarters(typingctx, x, y, size, header, four):
+    """The sixteen bytes of codes of each of four blocks of `size` bytes, behind a header.
+
+    `x` and `y` are the first and second 64 bytes of eight blocks for the first four (`four` is 0); the second and the
+    last 64 bytes for the others (1). The numbers are literals.
+    """
+    size, header, four = (each.literal_value for each in (size, header, four))
+    begin, apart = (0, 64) if four == 0 else (64, 8 * size - 128)
+    wanted = [size * (4 * four + i // 16) + header + i % 16 - begin for i in range(64)]
+    lanes = [at if at < 64 else 64 + at - apart for at in wanted]
+    literals = (types.literal(each) for each in (size, header, four))
+    return i8x64(i8x64, i8x64, *literals), lambda context, builder, _, args: _shuffle(builder, *args[:2], lanes)
+
+
+@operation(f32x8, i8x64, i8x64)
+def halves_18(builder, x, y):
+    """The IEEE half at the beginning of each of eight blocks of 18 bytes as float32."""
+    words = ir.VectorType(_I16, 32)
+    halves = _shuffle(builder, builder.bitcast(x, words), builder.bitcast(y, words), [9 * i for i in range(8)])
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+
+
+@intrinsic(prefer_literal=True)
+def load_quarters(typingctx, address, size, offset):
+    """Sixteen bytes from `offset` on of each of four blocks of `size` bytes; both are literals."""
+    first = offset.literal_value
+    # Two loads have all of them: one begins with the first block's bytes, the other ends with the last block's.
+    second = first + 3 * size.literal_value - 48
+    wanted = [size.literal_value * (i // 16) + i % 16 for i in range(64)]
+    lanes = [at if at < 64 else 64 + first + at - second for at in wanted]
+
+    def codegen(context, builder, signature, args):
+        loads = (builder.add(args[0], ir.Constant(_I64, at)) for at in (first, second))
+        return _shuffle(builder, *(_read(builder, at, _ir_type(i8x64)) for at in loads), lanes)
+
+    return i8x64(types.int64, size, offset), codegen
+
+
+load_i8x64 = _load(i8x64)
+zero_i32x16 = operation(i32x16)(lambda builder: _constant(_ir_type(i32x16), 0))
+zero_f32x16 = operation(f32x16)(lambda builder: _constant(_ir_type(f32x16), 0.0))
+to_f32x16 = operation(f32x16, i32x16)(lambda builder, x: builder.sitofp(x, _ir_type(f32x16)))
+dot_u8x64 = operation(i32x16, i32x16, i8x64, i8x64)(_dpbusd)
+flip_sign_bits = operation(i8x64, i8x64)(lambda builder, x: builder.xor(x, _constant(x.type, -128)))
+all_128 = operation(i8x64)(lambda builder: _constant(_ir_type(i8x64), -128))
+subtract_i32x16 = operation(i32x16, i32x16, i32x16)(lambda builder, x, y: builder.sub(x, y))
+
+
+@intrinsic(prefer_literal=True)
+def spread(typingctx, x, half):
+    """Four of eight float32, the `half`-th ones, each in a quarter of the lanes; `half` is a literal."""
+    lanes = [4 * half.literal_value + i // 4 for i in range(16)]
+    return f32x16(f32x8, half), lambda context, builder, signature, args: _shuffle(builder, args[0], args[0], lanes)
+
+
+@operation(f32x8, f32x16)
+def halve(builder, x):
+    """The sum of both halves."""
+    low, high = (_shuffle(builder, x, x, range(8 * i, 8 * i + 8)) for i in (0, 1))
+    return builder.fadd(low, high)
+
+
+@operation(i8x64, i8x64, i8x64)
+def even_quarters(builder, x, y):
+    """The first and third quarters of two registers."""
+    return _shuffle(builder, x, y, [32 * (i // 16) + i % 16 for i in range(64)])
+
+
+@operation(i8x64, i8x64, i8x64)
+def odd_quarters(builder, x, y):
+    """The second and fourth quarters of two registers."""
+    return _shuffle(builder, x, y, [32 * (i // 16) + 16 + i % 16 for i in range(64)])
+
+
+@operation(i8x64, types.int64)
+def load_bits_2(builder, address):
+    """Sixteen bytes of four codes each, 2 bits of every code: quarter i has the i-th codes, at bits 4 and 5."""
+    sixteen = _read(builder, address, ir.VectorType(_I32, 4))
+    words = ir.VectorType(_I32, 16)
+    four = _shuffle(builder, sixteen, sixteen, [0, 1, 2, 3] * 4)
+    rotate = _function(builder, "llvm.fshl.v16i32", words, [words] * 3)
+    amounts = ir.Constant(words, [4] * 4 + [2] * 4 + [0] * 4 + [30] * 4)
+    rotated = builder.call(rotate, [four, four, amounts])
+    return builder.and_(builder.bitcast(rotated, _ir_type(i8x64)), _constant(_ir_type(i8x64), 0x30))
+
+
+@operation(i32x16, i32x16, i32x16, types.int64)
+def times_scales_8(builder, low, high, address):
+    """Sums of products, within int16, of the first and the second sixteen codes of four blocks times int8 scales, of
+    which each block has two behind each other; a quarter of the result belongs to each block."""
+    words = ir.VectorType(_I16, 32)
+    pack = _function(builder, "llvm.x86.avx512.packssdw.512", words, [low.type] * 2)
+    scales = _read(builder, address, ir.VectorType(_I8, 8))
+    scales = builder.sext(_shuffle(builder, scales, scales, [i // 4 for i in range(32)]), words)
+    multiply = _function(builder, "llvm.x86.avx512.pmaddw.d.512", low.type, [words] * 2)
+    return builder.call(multiply, [builder.call(pack, [low, high]), scales])

@@ -28,11 +28,11 @@ from pymla.cpu.compiling import function, inline
 SPINS = 2000
 #: Such offers before an idle thread goes to sleep, some milliseconds.
 YIELDS = 5000
-#: Ranges per thread that an operation is cut into.
-RANGES = 8
+#: The smallest range that a thread takes, as a part of its share of an operation.
+SMALLEST = 32
 
-# Words of an operation, which has a cache line of its own: kernel, address of arguments, items, items of a range, and
-# the first item that nobody has taken yet.
+# Words of an operation, which has a cache line of its own: kernel, address of arguments, items, items of a range, or
+# minus those of the smallest one, and the first item that nobody has taken yet.
 _OPERATION = 8
 # Addresses in the common state, in bytes; each word has a cache line of its own, as threads poll them.
 _TICKET, _OPERATIONS, _COUNT, _THREADS, _ARRIVED, _PHASE, _BUSY, _STOP, _AWAKE = (64 * i for i in range(9))
@@ -70,13 +70,14 @@ def launch(address, items, grain, words, keep):
         Of a C function ``void(int64 arguments, int64 first, int64 last)``.
     items : int
     grain : int or None
-        Items that a thread takes at a time; None: a suitable share.
+        Items that a thread takes at a time; None: half of its share of what is left, so that it reads long stretches
+        of memory and yet all end at the same time.
     words : int64 array
         The kernel's arguments.
     keep : object
         What the words point to.
     """
-    grain = grain or max(1, -(-items // (RANGES * _pool.threads)))
+    grain = grain or -max(1, items // (SMALLEST * _pool.threads))
     if _recording.graph is not None:
         _recording.graph.add(address, items, grain, words, keep)
     elif items:
@@ -160,7 +161,7 @@ class _Pool:
         """Run one operation; on the caller's thread alone where there is one range only."""
         with _lock:
             self._single[:5] = address, words.ctypes.data, items, grain, 0
-            self._run(self._single, 1, items > grain)
+            self._run(self._single, 1, items > abs(grain))
 
     def run(self, operations, count):
         """Run operations."""
@@ -238,6 +239,18 @@ def _add(typingctx, address, value):
 
 
 @intrinsic
+def _replace(typingctx, address, old, new):
+    """Write a word where it is still what it was; returns whether it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], _WORD.as_pointer())
+        result = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def _pause(typingctx):
     """Tell the processor that the thread polls."""
 
@@ -295,16 +308,24 @@ def _wait(spins):
 
 
 @inline
+def _range(grain, left, threads):
+    """Items that a thread takes of those that are left."""
+    return grain if grain > 0 else max(-grain, left // (2 * threads))
+
+
+@inline
 def _run(state, operations, count):
     """A thread's part of all operations."""
     threads = _get(state + _THREADS)
     for i in range(count):
         operation = operations + 64 * i
-        items, grain = _get(operation + 16), _get(operation + 24)
-        first = _add(operation + 32, grain)
+        items = _get(operation + 16)
+        first = _get(operation + 32)
         while first < items:
-            _call(_get(operation), _get(operation + 8), first, min(first + grain, items))
-            first = _add(operation + 32, grain)
+            end = min(first + _range(_get(operation + 24), items - first, threads), items)
+            if _replace(operation + 32, first, end):
+                _call(_get(operation), _get(operation + 8), first, end)
+            first = _get(operation + 32)
         phase = _get(state + _PHASE)
         if _add(state + _ARRIVED, 1) == threads - 1:
             _set(state + _ARRIVED, 0)

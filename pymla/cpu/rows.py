@@ -1,0 +1,124 @@
+"""Products of rows of weights with one activation vector, for every ggml type.
+
+`rows_512` or `rows_256`, whatever registers the processor has, takes whole fours of blocks of 32 weights, of which the
+codes of the activations are mixed so that they meet the weights as the file has them (`place`); the rest, in the order
+of the columns, is taken here.
+"""
+
+import numpy as np
+
+from pymla.cpu import rows_256, rows_512
+from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.formats import Q4_0, Q4_1, Q6_K, Q8_0, float_bytes, load_f8, load_float
+from pymla.cpu.simd import (
+    LANES,
+    dot_i8,
+    dot_u7,
+    fma,
+    load_f16,
+    load_f32,
+    load_f32x8,
+    load_i8x32,
+    load_nibbles,
+    splat_f32,
+    store_f32,
+    to_f32,
+    total,
+    zero_i32x8,
+)
+
+# Kernels see module globals as constants.
+_fours = rows_512 if LANES == 16 else rows_256
+_place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
+_dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
+
+
+@inline
+def place(block, blocks):
+    """Where the activations of a block of a row stand: its first sixteen codes, and bytes from there to the others."""
+    if block >= blocks // 4 * 4:
+        return 32 * block, 16
+    return _place_in_fours(block, blocks // 4 * 4)
+
+
+@inline
+def dot_rows(qtype, row, stride, count, activations, columns, out):
+    """Rows of weights times one activation vector.
+
+    Parameters
+    ----------
+    qtype : int
+    row : int
+        Address of the first row.
+    stride, count : int
+        Bytes from row to row, and their number.
+    activations : tuple of 5 int
+        Addresses of x, codes, scale, sums and sum16 of a `quant.Input` in the order of rows. Float types read the
+        first, quantised types the others.
+    columns : int
+    out : int
+        Address for float32 (count,).
+    """
+    x, codes, scale, sums, sum16 = activations
+    # A loop for each type, so that its constants stay in registers.
+    if qtype == Q4_0:
+        for i in range(count):
+            store_f32(out + 4 * i, _dot_4_bits(18, 2, row + i * stride, codes, scale, sums, columns))
+    elif qtype == Q8_0:
+        for i in range(count):
+            store_f32(out + 4 * i, _dot_q8_0(row + i * stride, codes, scale, columns))
+    elif qtype == Q6_K:
+        for i in range(count):
+            store_f32(out + 4 * i, _dot_q6_k(row + i * stride, codes, scale, sum16, columns))
+    elif qtype == Q4_1:
+        for i in range(count):
+            store_f32(out + 4 * i, _dot_4_bits(20, 4, row + i * stride, codes, scale, sums, columns))
+    else:
+        for i in range(count):
+            store_f32(out + 4 * i, dot_float(qtype, row + i * stride, x, columns))
+
+
+@unrolled
+def _dot_4_bits(size, header, row, codes, scale, sums, columns):
+    """Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
+    result = _dot_4_bits_of_fours(size, header, row, codes, scale, sums, columns)
+    done = columns // 128 * 4
+    row, codes, scale, sums = row + size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done
+    for _ in range(columns % 128 // 32):
+        d = load_f16(row)
+        products = dot_u7(zero_i32x8(), load_nibbles(row + header), load_i8x32(codes))
+        result += total(to_f32(products)) * (d * load_f32(scale))
+        result += (np.float32(-8) * d if size == 18 else load_f16(row + 2)) * load_f32(sums)
+        row, codes, scale, sums = row + size, codes + 32, scale + 4, sums + 4
+    return result
+
+
+@unrolled
+def _dot_q8_0(row, codes, scale, columns):
+    result = _dot_q8_0_of_fours(row, codes, scale, columns)
+    done = columns // 128 * 4
+    row, codes, scale = row + 34 * done, codes + 32 * done, scale + 4 * done
+    for _ in range(columns % 128 // 32):
+        products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
+        result += total(to_f32(products)) * (load_f16(row) * load_f32(scale))
+        row, codes, scale = row + 34, codes + 32, scale + 4
+    return result
+
+
+@inline
+def dot_float(qtype, row, x, columns):
+    """`dot_row` of a float type: F32, F16 or BF16."""
+    a = splat_f32(np.float32(0))
+    b = splat_f32(np.float32(0))
+    size = float_bytes(qtype)
+    for _ in range(columns // 16):
+        a = fma(load_f8(qtype, row), load_f32x8(x), a)
+        b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
+        row += 16 * size
+        x += 64
+    rest = np.float32(0)
+    for _ in range(columns % 16):
+        rest += load_float(qtype, row) * load_f32(x)
+        row += size
+        x += 4
+    return total(a) + total(b) + rest
