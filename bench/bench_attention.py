@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from shapes import HEADS, NOPE, RANK, ROPE, V, as_multiplied, matrix, normal
+from cases import as_multiplied
+from shapes import HEADS, NOPE, RANK, ROPE, V, matrix, normal
 
 from pymla import cpu, ggml, reference
 from pymla.cache import CACHE_TYPES, PAGE, Step
@@ -95,4 +96,4 @@ def bench_expand(measure, exact, length=4096):
 def latent_rows(length, heads):
     """Matrices and latent rows to expand."""
     k_b, v_b = matrix(ggml.Q4_0, heads, NOPE, RANK), matrix(ggml.Q4_0, heads, V, RANK)
-    return k_b, v_b, as_multiplied(normal(length, RANK), ggml.Q4_0).astype(np.float32), normal(length, ROPE, seed=1)
+    return k_b, v_b, as_multiplied(normal(length, RANK), ggml.Q4_0, True), normal(length, ROPE, seed=1)

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from shapes import EXPERTS, HIDDEN, INNER, USED, as_multiplied, cold, matrix, normal
+from cases import as_multiplied
+from shapes import EXPERTS, HIDDEN, INNER, USED, cold, matrix, normal
 
 from pymla import cpu, ggml, reference
 from pymla.config import ModelConfig
@@ -39,7 +40,7 @@ def bench_experts_q4_0(measure, tokens):
     rng = np.random.default_rng(0)
     # Other experts in every run, as from layer to layer, so that they are not in the processor's caches.
     choices = [np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :USED].astype(np.int32) for _ in range(16)]
-    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
+    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0, tokens * USED > cpu.moe.FEW_PAIRS * EXPERTS)
     weights, out = rng.random((tokens, USED), dtype=np.float32), np.full((tokens, HIDDEN), np.nan, np.float32)
     activation = cpu.quant.Activation(x)
     activation.panels(ggml.Q4_0)
@@ -65,7 +66,7 @@ def bench_experts_q4_0(measure, tokens):
 def bench_shared_experts_q4_0(measure, tokens):
     gates, ups = (cold(matrix(ggml.Q4_0, 2 * INNER, HIDDEN)) for _ in range(2))
     downs = cold(matrix(ggml.Q4_0, HIDDEN, 2 * INNER))
-    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
+    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0, tokens > cpu.quant.FEW)
     out, activation = np.full((tokens, HIDDEN), np.nan, np.float32), cpu.quant.Activation(x)
     activation.panels(ggml.Q4_0)
 

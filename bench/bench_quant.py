@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from shapes import HIDDEN, MATRICES, as_multiplied, cold, matrix, normal
+from cases import as_multiplied
+from shapes import HIDDEN, MATRICES, cold, matrix, normal
 
 from pymla import cpu, ggml, reference
+from pymla.cpu.panels import GROUP
 
 INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 EXACT = {"rtol_max": 1e-6, "reason": "rounding of the scale"}
@@ -24,7 +26,7 @@ def product(measure, qtype, shape, tokens):
 
     def checks():
         # Some tokens and the last rows, which end in the middle of a panel.
-        seen = as_multiplied(x[-3:], qtype).astype(np.float64)
+        seen = as_multiplied(x[-3:], qtype, tokens > cpu.quant.FEW).astype(np.float64)
         rows = w.rows(shape[0] - 50, shape[0])
         yield out[-3:, -50:], reference.quant.matmul(rows, reference.quant.Activation(seen), np.empty((len(seen), 50)))
 
@@ -65,6 +67,6 @@ def bench_quantise_activations(measure, tokens):
         found[:] = cpu.quant.Activation(x).panels(ggml.Q4_0)[1:3]
 
     def checks():
-        return zip(found, reference.quant.quantise_activations(x), strict=True)
+        return zip(found, reference.quant.quantise_activations(x, GROUP), strict=True)
 
     measure(run, checks, nbytes=x.nbytes, **EXACT)

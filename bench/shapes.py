@@ -5,7 +5,6 @@ from itertools import cycle
 import numpy as np
 from cases import random_qtensor
 
-from pymla import ggml, reference
 from pymla.weights import QTensor
 
 HIDDEN, HEADS, RANK, NOPE, ROPE, V = 2048, 16, 512, 128, 64, 128
@@ -45,11 +44,3 @@ def cold(w):
     """Endless copies of a matrix, so many that they do not fit the processor's caches; the first is `w`."""
     count = max(1, -(-COLD // w.data.nbytes))
     return cycle([w, *(QTensor(w.qtype, w.data.copy()) for _ in range(count - 1))])
-
-
-def as_multiplied(x, qtype):
-    """The activations that a product with `qtype` really sees."""
-    if qtype not in ggml.QUANTISED:
-        return x
-    codes, scale = reference.quant.quantise_activations(x)
-    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)

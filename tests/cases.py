@@ -5,6 +5,9 @@ from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
 
 from pymla import ggml
+from pymla.cpu.formats import FOUR_BITS
+from pymla.cpu.panels import GROUP
+from pymla.reference.quant import quantise_activations
 from pymla.weights import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
@@ -35,3 +38,11 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
     data.flags.writeable = False
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
+
+
+def as_multiplied(x: np.ndarray, qtype: int, panels: bool) -> np.ndarray:
+    """The activations (T, K) that a CPU product with `qtype` really sees, by panels or by rows."""
+    if qtype not in ggml.QUANTISED:
+        return x
+    codes, scale = quantise_activations(x, GROUP if panels and qtype in FOUR_BITS else 1)
+    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)

@@ -61,6 +61,9 @@ from pymla.cpu.simd import (
 F32, F16, BF16 = ggml.F32, ggml.F16, ggml.BF16
 Q4_0, Q4_1, Q8_0, Q6_K = ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
 
+#: Types whose codes have 4 bits.
+FOUR_BITS = (Q4_0, Q4_1)
+
 
 @inline
 def is_float(qtype):
@@ -118,7 +121,7 @@ def panel_bits(qtype):
     """Bits of the codes of a type in a panel: 4 or 8; 0 for float types."""
     if is_float(qtype):
         return 0
-    return 4 if qtype in (Q4_0, Q4_1) else 8
+    return 4 if qtype in FOUR_BITS else 8
 
 
 @inline
@@ -337,13 +340,20 @@ def not_finite(a, b, c, d):
 
 
 @inline
-def quantise_block(x, low, high, scale, sums, starts, sum16):
-    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`.
-
-    All are addresses; `low` and `high` of sixteen codes each.
-    """
+def magnitude(x):
+    """The largest absolute value of thirty-two float32 at an address, and `not_finite` of them."""
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
     most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
+    return most, not_finite(a, b, c, d)
+
+
+@inline
+def quantise_block(x, most, fault, low, high, scale, sums, starts, sum16):
+    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; `most` becomes code 127.
+
+    `most` and `fault` come from `magnitude`; all others are addresses, `low` and `high` of sixteen codes each.
+    """
+    a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
@@ -352,7 +362,7 @@ def quantise_block(x, low, high, scale, sums, starts, sum16):
     store_as_i8(low + 8, round_even(mul(b, factor)))
     store_as_i8(high, round_even(mul(c, factor)))
     store_as_i8(high + 8, round_even(mul(d, factor)))
-    step = (most + not_finite(a, b, c, d)) / np.float32(127)
+    step = (most + fault) / np.float32(127)
     store_f32(scale, step)
     store_start4(starts, load_pair(low, high))
     sum_low, sum_high = sum_i8x16(load_i8x16(low)), sum_i8x16(load_i8x16(high))

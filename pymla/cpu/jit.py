@@ -45,8 +45,8 @@ class Kernel:
 
     @property
     def assembly(self):
-        """The machine code as text."""
-        return self._compiled.result._library.get_asm_str()
+        """The machine code as text, of a new compilation: what comes from the cache has none."""
+        return self._build(error_model="numpy")._library.get_asm_str()
 
     def _build(self, **options):
         # A closure's contents would be part of the cache's key, and a dispatcher has no stable one: the function and

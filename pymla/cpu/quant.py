@@ -23,10 +23,10 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
-from pymla.cpu.formats import dequantise_row, is_float, quantise_block
+from pymla.cpu.formats import FOUR_BITS, dequantise_row, is_float, magnitude, quantise_block
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
 from pymla.cpu.rows import dot_rows, place
 from pymla.cpu.simd import (
     LANES,
@@ -82,7 +82,8 @@ MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 class Input(NamedTuple):
     """Activations as kernels read them; the quantised parts are empty where only float types do.
 
-    Codes lie in one of two orders: for panels in that of the columns, for rows mixed (`rows.place`).
+    Codes lie in one of two orders: for panels in that of the columns, for rows mixed (`rows.place`). The panels of
+    types of 4 bits have one scale for `panels.GROUP` blocks.
     """
 
     x: np.ndarray  # float32 (T, K)
@@ -117,12 +118,14 @@ class Activation:
 
     def panels(self, qtype):
         """The `Input` for products with panels of a type."""
-        return self._input("panels" if qtype in ggml.QUANTISED else "float")
+        if qtype in ggml.QUANTISED:
+            return self._input("panels", GROUP if qtype in FOUR_BITS else 1)
+        return self._input("float")
 
-    def _input(self, order):
-        if order not in self._inputs:
+    def _input(self, order, group=1):
+        if (order, group) not in self._inputs:
             tokens, columns = self.x.shape if order != "float" else (0, 0)
-            self._inputs[order] = made = Input(
+            self._inputs[order, group] = made = Input(
                 self.x,
                 aligned((tokens, columns), np.int8),
                 aligned((tokens, columns // 32), np.float32),
@@ -131,9 +134,9 @@ class Activation:
                 aligned((tokens, columns // 16), np.int16),
                 _ZERO,
             )
-            blocks = tokens * (columns // 32)
-            _quantise_activations[blocks, max(64, -(-blocks // 64))](made, order == "rows")
-        return self._inputs[order]
+            groups = tokens * -(-columns // (32 * group))
+            _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order == "rows", group)
+        return self._inputs[order, group]
 
 
 def matmul(w, activation, out):
@@ -186,23 +189,33 @@ def counting(count):
     return _longest_index[:count]
 
 
-@kernel(INPUT, types.int64)
-def _quantise_activations(first, last, x, for_rows):
-    """Blocks of 32 activations, counted over all tokens."""
+@kernel(INPUT, types.int64, types.int64)
+def _quantise_activations(first, last, x, for_rows, group):
+    """Groups of blocks of 32 activations with a common scale, counted over all tokens."""
     blocks = x.x.shape[1] // 32
+    groups = (blocks + group - 1) // group
     for i in range(first, last):
-        block = i % blocks
-        low, apart = place(block, blocks) if for_rows else (32 * block, 16)
-        low += address(x.codes) + 32 * (i - block)
-        quantise_block(
-            address(x.x) + 128 * i,
-            low,
-            low + apart,
-            address(x.scale) + 4 * i,
-            address(x.sums) + 4 * i,
-            address(x.starts) + 4 * i,
-            address(x.sum16) + 4 * i,
-        )
+        t, begin = i // groups, i % groups * group
+        end = min(begin + group, blocks)
+        most, fault = np.float32(0), np.float32(0)
+        for block in range(begin, end):
+            each, faulty = magnitude(address(x.x) + 128 * (t * blocks + block))
+            most, fault = max(most, each), fault + faulty
+        for block in range(begin, end):
+            low, apart = place(block, blocks) if for_rows else (32 * block, 16)
+            low += address(x.codes) + 32 * blocks * t
+            at = t * blocks + block
+            quantise_block(
+                address(x.x) + 128 * at,
+                most,
+                fault,
+                low,
+                low + apart,
+                address(x.scale) + 4 * at,
+                address(x.sums) + 4 * at,
+                address(x.starts) + 4 * at,
+                address(x.sum16) + 4 * at,
+            )
 
 
 #: Rows that several tokens read one after the other, while they are in a cache.

@@ -59,19 +59,24 @@ i32x16 = Vector("i32", 16)
 i8x64 = Vector("i8", 64)
 
 
-def _isa():
+def levels():
+    """The levels that this processor runs, best first."""
     features = llvm.get_host_cpu_features()
-    levels = ["portable"]
+    found = ["portable"]
     if features.get("avx2") and features.get("fma"):
-        levels.insert(0, "avx2")
+        found.insert(0, "avx2")
         if features.get("avxvnni"):
-            levels.insert(0, "avxvnni")
+            found.insert(0, "avxvnni")
         if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
-            levels.insert(0, "avx512vnni")
+            found.insert(0, "avx512vnni")
+    return found
+
+
+def _isa():
     wanted = os.environ.get("PYMLA_ISA", "")
-    if wanted and wanted not in levels:
-        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {', '.join(levels)}")
-    return wanted or levels[0]
+    if wanted and wanted not in levels():
+        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {', '.join(levels())}")
+    return wanted or levels()[0]
 
 
 #: The level in use.

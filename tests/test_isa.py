@@ -1,0 +1,70 @@
+"""Levels of vector instructions: the same results on all that the processor has, and machine code as it was meant."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pymla.cpu import attention_int8, moe, quant, simd
+
+HERE = Path(__file__).parent
+KERNELS = (
+    quant._matmul_rows,
+    quant._matmul_panels,
+    moe._gate_up_rows,
+    moe._gate_up_panels,
+    moe._down_rows,
+    moe._down_panels,
+    attention_int8._expanded,
+    attention_int8.absorbed_pages,
+)
+#: What multiplies bytes, or in attention without VNNI words.
+DOTS = {"avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in simd.levels() if isa != simd.ISA])
+def test_other_levels(isa):
+    """The tests of kernels, which compare with the reference at extreme codes as well, pass at every level."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "test_kernels.py",
+        "test_faults.py",
+    ]
+    environment = os.environ | {"PYMLA_ISA": isa}
+    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def inner_loops(assembly):
+    """Bodies of loops without a label in them."""
+    for label, body in re.findall(r"^(\.LBB\w+):[^\n]*\n((?:(?!\.LBB\w+:).*\n)*)", assembly, re.MULTILINE):
+        lines = body.splitlines()
+        jumps = [i for i, line in enumerate(lines) if re.search(rf"\sj\w+\s+{re.escape(label)}$", line)]
+        if jumps:
+            yield lines[: jumps[-1] + 1]
+
+
+def test_inner_loops_are_found():
+    text = ".LBB0_1:\n\tnop\n\tjne\t.LBB0_1\n.LBB0_2:\n\tret\n.LBB0_3:\n\tadd\n\tjmp\t.LBB0_2\n"
+    assert list(inner_loops(text)) == [["\tnop", "\tjne\t.LBB0_1"]]
+
+
+@pytest.mark.skipif(simd.ISA not in DOTS, reason="the portable level leaves the choice of instructions to LLVM")
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_dot_instructions_without_spills(kernel):
+    dot = re.compile(rf"\s{DOTS[simd.ISA]}\s")
+    loops = [lines for lines in inner_loops(kernel.assembly) if sum(bool(dot.search(line)) for line in lines) >= 4]
+    assert loops, "no loop has the dot instruction"
+    for lines in loops:
+        # A vector register that goes to the stack or comes from it. (%rbp is a register as any other here.)
+        spills = [line for line in lines if re.search(r"\svmov\w+\s.*\(%rsp\)", line)]
+        assert not spills, "\n".join(lines)
