@@ -1,5 +1,6 @@
 """Whole models against the logits that transformers gave for them (tools/make_golden.py)."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from cases import TINY
 from compare import assert_close, relative_error
+from make_model import make_model
 
 import pymla
+from pymla import ggml
 from pymla.model import Model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -176,3 +180,18 @@ def test_layouts_of_kv_b_give_the_same_logits(name, device, layout, tmp_path):
     for mla in MLA:
         model = pymla.load(path, device=device, mla=mla, cache_type="f32")
         assert_close(model.logits(golden(name)["long_ids"]), golden(name)["long_logits"], **EXACT)
+
+
+@pytest.mark.parametrize("layout", ["kv_b", "split", "all"])
+@pytest.mark.parametrize("cache_type", ["f32", "q8_0"])
+def test_quantised_files_in_every_layout(cache_type, layout, tmp_path):
+    """Q4_0 as llama.cpp writes it now and before: k_b may be derived, and is then of another type than v_b."""
+    shape = TINY["moonlight"]
+    shape = dataclasses.replace(shape, num_experts_per_tok=shape.n_routed_experts)  # none to choose differently
+    path = make_model(tmp_path / "model.gguf", shape, layout=layout, qtype=ggml.Q4_0)
+    ids = np.arange(1, 90, dtype=np.int32)
+    logits = []
+    for device in BACKENDS:
+        with pymla.load(path, device=device, cache_type=cache_type, ctx=128) as model:
+            logits.append(model.logits(ids))
+    assert_close(logits[1], logits[0], rtol_max=0.1, reason="int8 activations, keys and values")

@@ -100,9 +100,10 @@ PANELS = types.NamedTuple((BYTES3, F3, I3, BYTES3, F2), Panels)
 
 def expand(c_kv, k_pe, k_b, v_b, out):
     """Keys and values of some heads from latent rows, as `Panels`; otherwise as `attention.expand`."""
-    x = Activation(c_kv).panels(k_b.qtype)
-    blocks = -(-len(c_kv) // TOKENS)
-    _expand[len(k_b.data) * blocks, 1](Matrices.of(k_b), Matrices.of(v_b), x, counting(len(c_kv)), k_pe, out)
+    x, blocks = Activation(c_kv), -(-len(c_kv) // TOKENS)
+    # The two matrices may have different types: k_b is derived where the file has it transposed.
+    inputs = x.panels(k_b.qtype), x.panels(v_b.qtype)
+    _expand[len(k_b.data) * blocks, 1](Matrices.of(k_b), Matrices.of(v_b), *inputs, counting(len(c_kv)), k_pe, out)
 
 
 def expanded(q, keys_values, positions, scale, out):
@@ -112,8 +113,8 @@ def expanded(q, keys_values, positions, scale, out):
     return out
 
 
-@kernel(MATRICES, MATRICES, INPUT, I1, F2, PANELS)
-def _expand(first, last, k_b, v_b, x, index, k_pe, out):
+@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, F2, PANELS)
+def _expand(first, last, k_b, v_b, x, y, index, k_pe, out):
     """Over blocks of `TOKENS` tokens of each head."""
     tokens = len(k_pe)
     groups = (tokens + TOKENS - 1) // TOKENS
@@ -127,7 +128,7 @@ def _expand(first, last, k_b, v_b, x, index, k_pe, out):
         h, begin = item // groups, item % groups * TOKENS
         count = min(TOKENS, tokens - begin)
         multiply_head(k_b, h, x, index, begin, count, scratch, result, keys)
-        multiply_head(v_b, h, x, index, begin, count, scratch, result, values)
+        multiply_head(v_b, h, y, index, begin, count, scratch, result, values)
         for t in range(count):
             for i in range(k_pe.shape[1]):
                 keys[t, k_b.rows + i] = k_pe[begin + t, i]
