@@ -1,0 +1,583 @@
+"""Products with quantised matrices. Twin of `pymla.reference.quant`.
+
+Quantised types multiply on integers: activations become int8 with a scale per 32 values, once for all matrices that
+read them (`Activation`). Float types multiply in float32. A single token reads four rows per block of threads straight
+from the file's blocks, a few tokens share what was read; many go through shared memory to the tensor cores, 64 rows
+times 64 tokens at a time. No matrix is ever copied.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda, types
+
+from pymla import ggml
+from pymla.cuda import memory
+from pymla.cuda.formats import FLOATS, FORMATS
+from pymla.cuda.jit import device, kernel
+from pymla.cuda.ptx import (
+    WARP,
+    as_f32,
+    as_word,
+    div,
+    dp4a,
+    fma,
+    group_max,
+    group_sum,
+    lane,
+    load_f32,
+    load_f32x2,
+    load_f32x4,
+    load_shared_f32x4,
+    load_u32,
+    nearest_int,
+    shared_address,
+    shfl_xor,
+    store_f32x2,
+    store_u32,
+    to_f32,
+    warp_sum,
+)
+from pymla.cuda.tiles import THREADS, TILE, TILE_PRODUCT, store_two
+
+F2 = types.Array(types.float32, 2, "C")
+A3 = types.Array(types.float32, 3, "A")
+I1 = types.Array(types.int32, 1, "C")
+
+WARPS = THREADS // WARP
+
+#: Up to this many tokens every row is read straight from the file; beyond, it goes through shared memory.
+FEW = 8
+
+
+class Matrices(NamedTuple):
+    """One or several matrices of a QTensor for a kernel: rows of a matrix are contiguous, matrices may lie apart."""
+
+    address: int
+    matrix_stride: int  # bytes
+    row_stride: int
+    count: int
+    rows: int
+
+    @classmethod
+    def of(cls, w):
+        """The view of a QTensor with two- or three-dimensional data on the device."""
+        data = w.data if w.data.ndim == 3 else w.data[None]
+        return cls(data.address, *data.strides[:2], *data.shape[:2])
+
+
+MATRICES = types.NamedUniTuple(types.int64, 5, Matrices)
+
+
+class Input(NamedTuple):
+    """Activations as kernels read them: addresses, and sizes. The quantised parts are 0 where only float types do."""
+
+    x: int  # float32 (T, K)
+    codes: int  # int8 (T, K)
+    scales: int  # float32 (T, K // 32, 2): the scale, x ≈ codes * scale, and the sum of codes * scale
+    tokens: int
+    columns: int
+
+
+INPUT = types.NamedUniTuple(types.int64, 5, Input)
+
+
+class Activation:
+    """The input of one or several matrices, quantised at most once.
+
+    Parameters
+    ----------
+    x : float32 DeviceArray (T, K), contiguous
+
+    Attributes
+    ----------
+    codes : int8 DeviceArray (T, K), or None before it is quantised
+    scales : float32 DeviceArray (T, K // 32, 2)
+        Scales, and sums of 32 ``codes * scale``.
+    """
+
+    def __init__(self, x):
+        if not x.contiguous:
+            raise ValueError(f"activations of strides {x.strides} are not contiguous")
+        self.x, self.codes, self.scales = x, None, None
+
+    def input(self, qtype):
+        """The `Input` for products with a type."""
+        if qtype not in ggml.QUANTISED:
+            return Input(self.x.address, 0, 0, *self.x.shape)
+        if self.codes is None:
+            tokens, columns = self.x.shape
+            self.codes = memory.empty((tokens, columns), np.int8)
+            self.scales = memory.empty((tokens, columns // 32, 2), np.float32)
+            blocks = tokens * (columns // 32)
+            _quantise_activations[-(-blocks // _BLOCKS), THREADS](
+                self.x.address, self.codes.address, self.scales.address, blocks
+            )
+        return Input(self.x.address, self.codes.address, self.scales.address, *self.x.shape)
+
+
+def matmul(w, activation, out):
+    """``out = x @ W.T``: `w` of N rows and K columns, `activation` of (T, K), `out` float32 (T, N).
+
+    Where `w` has several matrices, `out` has (T, matrices * N): the same input for all of them.
+    """
+    _product(w, activation, 1, out)
+    return out
+
+
+def matmul_heads(w, x, out):
+    """A matrix for each head: ``out[t, h] = W[h] @ x[t, h]``, `x` float32 (T, H, K), `out` float32 (T, H, N)."""
+    tokens, heads, columns = x.shape
+    _product(w, Activation(x.reshape(tokens * heads, columns)), heads, out.reshape(tokens, -1))
+    return out
+
+
+def _product(w, activation, heads, out):
+    """`matmul`, or with more than one head `matmul_heads`: row ``t * heads + h`` of the activations is the input of
+    token t and matrix h."""
+    matrices, x, tokens = Matrices.of(w), activation.input(w.qtype), len(out)
+    rows, count, floats = matrices.rows, matrices.count, w.qtype in FLOATS
+    if tokens > FEW:
+        # Neighbouring blocks take the same rows, which are then read from memory once.
+        grid = -(-tokens // TILE), -(-rows // TILE), count
+        kernels = _MATMUL_TILES if floats else _MATMUL
+    else:
+        grid = -(-rows // (WARPS if floats else ROWS)), count, -(-tokens // AT_ONCE)
+        kernels = _MATVEC_FLOAT if floats else _MATVEC if tokens == 1 else _MATVEC_FEW
+    kernels[w.qtype][grid, THREADS](matrices, x, heads, out)
+
+
+def matmul_heads_transposed(w, x, out):
+    """``out[t, h] = W[h].T @ x[t, h]`` with H matrices of N rows and K columns.
+
+    `x` float32 (T, H, N) and `out` (T, H, K) may be part of a wider last axis.
+    """
+    tokens, heads, columns = out.shape
+    grid = -(-columns // 32), heads, tokens
+    _TRANSPOSED[w.qtype][grid, THREADS](Matrices.of(w), x, out)
+    return out
+
+
+def embedding_rows(w, tokens, out):
+    """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
+    _EMBEDDING_ROWS[w.qtype][len(tokens), THREADS](Matrices.of(w), tokens, out)
+    return out
+
+
+#: Blocks of 32 activations that a block of threads quantises: eight lanes take one.
+_BLOCKS = THREADS // 8
+
+
+@kernel(types.int64, types.int64, types.int64, types.int64, max_threads=THREADS)
+def _quantise_activations(x, codes, scales, blocks):
+    """`blocks` of 32 activations, counted over all tokens, as int8 (`reference.quant.quantise_activations`)."""
+    i, part = cuda.blockIdx.x * _BLOCKS + cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+    x0, x1, x2, x3 = load_f32x4(x + 128 * min(i, blocks - 1) + 16 * part)
+    # Magnitudes compare as their bits do, and NaN is above all of them: it becomes the scale.
+    largest = max(max(_magnitude(x0), _magnitude(x1)), max(_magnitude(x2), _magnitude(x3)))
+    maximum = as_f32(group_max(largest, 8))
+    scale = div(maximum, np.float32(127))
+    inverse = div(np.float32(127), maximum) if maximum != np.float32(0) else np.float32(0)
+    c0, c1 = nearest_int(x0 * inverse) & 255, nearest_int(x1 * inverse) & 255
+    c2, c3 = nearest_int(x2 * inverse) & 255, nearest_int(x3 * inverse) & 255
+    word = c0 | c1 << 8 | c2 << 16 | c3 << 24
+    total = group_sum(dp4a(word, 0x01010101, 0), 8)
+    if i < blocks:
+        store_u32(codes + 32 * i + 4 * part, word)
+        if part == 0:
+            store_f32x2(scales + 8 * i, scale, to_f32(total) * scale)
+
+
+@device
+def _magnitude(x):
+    return as_word(x) & 0x7FFFFFFF
+
+
+@device
+def row_address(w, matrix, row):
+    """The address of a row; of the last one where there are fewer, so that it can be read."""
+    return w.address + matrix * w.matrix_stride + min(row, w.rows - 1) * w.row_stride
+
+
+@device
+def input_row(x, heads, matrix, t):
+    """The row of the activations for a token, the last one where there are fewer, and a matrix."""
+    return min(t * heads + matrix, x.tokens - heads + matrix) if heads > 1 else min(t, x.tokens - 1)
+
+
+#: Rows that a block of threads takes at a time, all its threads together, and tokens.
+ROWS, AT_ONCE = 4, 4
+_SUMS = ROWS * AT_ONCE
+
+
+def _matvec(qtype):
+    """A product with one token."""
+    piece, dot = FORMATS[qtype].piece, FORMATS[qtype].dot
+
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _matvec(w, x, heads, out):
+        """A block takes `ROWS` rows of matrix y; every thread a piece of one in 32 blocks of each row."""
+        partial = cuda.shared.array((ROWS, WARPS), np.float32)
+        thread, matrix, first = cuda.threadIdx.x, cuda.blockIdx.y, ROWS * cuda.blockIdx.x
+        part, blocks = thread & 3, x.columns >> 5
+        at = input_row(x, heads, matrix, 0)
+        codes, scales = x.codes + 32 * blocks * at + 4 * part, x.scales + 8 * blocks * at
+        r0, r1 = row_address(w, matrix, first), row_address(w, matrix, first + 1)
+        r2, r3 = row_address(w, matrix, first + 2), row_address(w, matrix, first + 3)
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for block in range(thread >> 2, blocks, THREADS // 4):
+            c0, c1 = load_u32(codes + 32 * block), load_u32(codes + 32 * block + 16)
+            scale, total = load_f32x2(scales + 8 * block)
+            s0 = dot(piece(r0, block, part), c0, c1, scale, total, s0)
+            s1 = dot(piece(r1, block, part), c0, c1, scale, total, s1)
+            s2 = dot(piece(r2, block, part), c0, c1, scale, total, s2)
+            s3 = dot(piece(r3, block, part), c0, c1, scale, total, s3)
+        s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
+        if lane() == 0:
+            warp = thread // WARP
+            partial[0, warp], partial[1, warp], partial[2, warp], partial[3, warp] = s0, s1, s2, s3
+        cuda.syncthreads()
+        if thread < ROWS and first + thread < w.rows:
+            result = partial[thread, 0] + partial[thread, 1] + partial[thread, 2] + partial[thread, 3]
+            out[0, matrix * w.rows + first + thread] = result
+
+    return _matvec
+
+
+def _matvec_few(qtype):
+    """A product with up to `AT_ONCE` tokens, which share the rows that are read."""
+    piece, dot = FORMATS[qtype].piece, FORMATS[qtype].dot
+
+    @device
+    def activation(codes, scales, block):
+        """A part of a block of a token's activations: two words, the scale and the sum."""
+        scale, total = load_f32x2(scales + 8 * block)
+        return load_u32(codes + 32 * block), load_u32(codes + 32 * block + 16), scale, total
+
+    @device
+    def dots(one, x0, x1, x2, x3, sums):
+        """`sums` of four tokens and the products of a piece with each."""
+        s0, s1, s2, s3 = sums
+        return (
+            dot(one, x0[0], x0[1], x0[2], x0[3], s0),
+            dot(one, x1[0], x1[1], x1[2], x1[3], s1),
+            dot(one, x2[0], x2[1], x2[2], x2[3], s2),
+            dot(one, x3[0], x3[1], x3[2], x3[3], s3),
+        )
+
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _matvec_few(w, x, heads, out):
+        """As `matvec`, for tokens from ``AT_ONCE * z`` on."""
+        partial = cuda.shared.array((_SUMS, WARPS), np.float32)
+        thread, matrix, first = cuda.threadIdx.x, cuda.blockIdx.y, ROWS * cuda.blockIdx.x
+        part, blocks, t = thread & 3, x.columns >> 5, AT_ONCE * cuda.blockIdx.z
+        i0, i1 = input_row(x, heads, matrix, t), input_row(x, heads, matrix, t + 1)
+        i2, i3 = input_row(x, heads, matrix, t + 2), input_row(x, heads, matrix, t + 3)
+        codes, scales = x.codes + 4 * part, x.scales
+        wide, narrow = 32 * blocks, 8 * blocks
+        r0, r1 = row_address(w, matrix, first), row_address(w, matrix, first + 1)
+        r2, r3 = row_address(w, matrix, first + 2), row_address(w, matrix, first + 3)
+        zero = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        s0 = s1 = s2 = s3 = zero
+        for block in range(thread >> 2, blocks, THREADS // 4):
+            x0 = activation(codes + wide * i0, scales + narrow * i0, block)
+            x1 = activation(codes + wide * i1, scales + narrow * i1, block)
+            x2 = activation(codes + wide * i2, scales + narrow * i2, block)
+            x3 = activation(codes + wide * i3, scales + narrow * i3, block)
+            s0 = dots(piece(r0, block, part), x0, x1, x2, x3, s0)
+            s1 = dots(piece(r1, block, part), x0, x1, x2, x3, s1)
+            s2 = dots(piece(r2, block, part), x0, x1, x2, x3, s2)
+            s3 = dots(piece(r3, block, part), x0, x1, x2, x3, s3)
+        store_sums(partial, 0, s0)
+        store_sums(partial, AT_ONCE, s1)
+        store_sums(partial, 2 * AT_ONCE, s2)
+        store_sums(partial, 3 * AT_ONCE, s3)
+        cuda.syncthreads()
+        row, t = first + thread // AT_ONCE, t + thread % AT_ONCE
+        if thread < _SUMS and row < w.rows and t < len(out):
+            result = partial[thread, 0] + partial[thread, 1] + partial[thread, 2] + partial[thread, 3]
+            out[t, matrix * w.rows + row] = result
+
+    return _matvec_few
+
+
+@device
+def store_sums(partial, first, sums):
+    """Four sums over the warp, as `partial`'s rows from `first` on."""
+    s0, s1, s2, s3 = sums
+    s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
+    if lane() == 0:
+        warp = cuda.threadIdx.x // WARP
+        partial[first, warp], partial[first + 1, warp] = s0, s1
+        partial[first + 2, warp], partial[first + 3, warp] = s2, s3
+
+
+def _matmul(qtype):
+    """A product with many tokens, on int8 tensor cores."""
+    tile_product = TILE_PRODUCT[qtype]
+
+    @kernel(
+        MATRICES,
+        INPUT,
+        types.int64,
+        F2,
+        variant=ggml.NAME[qtype].lower(),
+        max_threads=THREADS,
+        # A type with two scales in a block would spill registers for the fourth.
+        min_blocks=3 if FORMATS[qtype].halves else 4,
+    )
+    def _matmul(w, x, heads, out):
+        """A block takes `TILE` rows (y) of matrix z and `TILE` tokens (x)."""
+        thread, matrix, blocks = cuda.threadIdx.x, cuda.blockIdx.z, x.columns >> 5
+        first, t = TILE * cuda.blockIdx.y, TILE * cuda.blockIdx.x
+        row, token = first + (thread >> 3), t + (thread >> 2)
+        sums = tile_product(
+            row_address(w, matrix, row),
+            row_address(w, matrix, row + 16),
+            row_address(w, matrix, row + 32),
+            row_address(w, matrix, row + 48),
+            x.codes + 32 * blocks * input_row(x, heads, matrix, token),
+            x.codes + 32 * blocks * input_row(x, heads, matrix, token + 32),
+            x.scales + 8 * blocks * input_row(x, heads, matrix, t + (thread >> 1)),
+            blocks,
+        )
+        s0, s1, s2, s3, s4, s5, s6, s7 = sums
+        row, t = first + 16 * (thread // WARP) + (lane() >> 2), t + 2 * (lane() & 3)
+        column, left = matrix * w.rows + row, w.rows - row
+        store_tile(out, t, column, left, s0)
+        store_tile(out, t + 8, column, left, s1)
+        store_tile(out, t + 16, column, left, s2)
+        store_tile(out, t + 24, column, left, s3)
+        store_tile(out, t + 32, column, left, s4)
+        store_tile(out, t + 40, column, left, s5)
+        store_tile(out, t + 48, column, left, s6)
+        store_tile(out, t + 56, column, left, s7)
+
+    return _matmul
+
+
+@device
+def store_tile(out, t, column, left, sums):
+    """A lane's part of 16 rows times 8 tokens, of which `left` rows from its first one on are there."""
+    s0, s1, s2, s3 = sums
+    if t < len(out):
+        store_two(out, t, column, left, s0, s2)
+    if t + 1 < len(out):
+        store_two(out, t + 1, column, left, s1, s3)
+
+
+def _matvec_float(qtype):
+    """A product in float32 with few tokens."""
+    one, four, nbytes = FLOATS[qtype]
+
+    @device
+    def dot(at, w, sum):
+        x0, x1, x2, x3 = load_f32x4(at)
+        return fma(w[0], x0, fma(w[1], x1, fma(w[2], x2, fma(w[3], x3, sum))))
+
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _matvec_float(w, x, heads, out):
+        """A warp takes a row of matrix y and tokens from ``AT_ONCE * z`` on."""
+        matrix, row, t = cuda.blockIdx.y, WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP, AT_ONCE * cuda.blockIdx.z
+        at, columns, me = row_address(w, matrix, row), x.columns, lane()
+        x0 = x.x + 4 * columns * input_row(x, heads, matrix, t)
+        x1 = x.x + 4 * columns * input_row(x, heads, matrix, t + 1)
+        x2 = x.x + 4 * columns * input_row(x, heads, matrix, t + 2)
+        x3 = x.x + 4 * columns * input_row(x, heads, matrix, t + 3)
+        s0 = s1 = s2 = s3 = np.float32(0)
+        several = len(out) > 1
+        # Rows are aligned for four weights at a time where four divides their length.
+        whole = columns if columns & 3 == 0 else 0
+        for k in range(4 * me, whole, 4 * WARP):
+            weights = four(at + nbytes * k)
+            s0 = dot(x0 + 4 * k, weights, s0)
+            if several:
+                s1 = dot(x1 + 4 * k, weights, s1)
+                s2 = dot(x2 + 4 * k, weights, s2)
+                s3 = dot(x3 + 4 * k, weights, s3)
+        for k in range(whole + me, columns, WARP):
+            weight = one(at + nbytes * k)
+            s0 = fma(weight, load_f32(x0 + 4 * k), s0)
+            s1 = fma(weight, load_f32(x1 + 4 * k), s1)
+            s2 = fma(weight, load_f32(x2 + 4 * k), s2)
+            s3 = fma(weight, load_f32(x3 + 4 * k), s3)
+        s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
+        if me < AT_ONCE and row < w.rows and t + me < len(out):
+            result = s0 if me == 0 else s1 if me == 1 else s2 if me == 2 else s3
+            out[t + me, matrix * w.rows + row] = result
+
+    return _matvec_float
+
+
+#: Columns of a slice in shared memory, and float32 between them.
+_SLICE, _APART = 16, TILE + 4
+_FLOATS = _SLICE * _APART
+
+
+def _matmul_tiles(qtype):
+    """A product in float32 with many tokens."""
+    one, _, nbytes = FLOATS[qtype]
+
+    @device
+    def products(weight, x, sums):
+        s0, s1, s2, s3 = sums
+        return fma(weight, x[0], s0), fma(weight, x[1], s1), fma(weight, x[2], s2), fma(weight, x[3], s3)
+
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _matmul_tiles(w, x, heads, out):
+        """A block takes `TILE` rows (y) of matrix z and `TILE` tokens (x), a thread 8 rows and 4 tokens of these."""
+        weights = cuda.shared.array(_FLOATS, np.float32, alignment=16)
+        inputs = cuda.shared.array(_FLOATS, np.float32, alignment=16)
+        thread, matrix, columns = cuda.threadIdx.x, cuda.blockIdx.z, x.columns
+        first, t = TILE * cuda.blockIdx.y, TILE * cuda.blockIdx.x
+        # What this thread copies: half of a slice of a row and of a token.
+        number, begin = thread >> 1, _SLICE // 2 * (thread & 1)
+        row = row_address(w, matrix, first + number)
+        token = x.x + 4 * columns * input_row(x, heads, matrix, t + number)
+        from_weights = shared_address(weights) + 32 * (thread >> 4)
+        from_inputs = shared_address(inputs) + 16 * (thread & 15)
+        zero = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = zero
+        for start in range(0, columns, _SLICE):
+            for i in range(begin, begin + _SLICE // 2):
+                inside, at = start + i < columns, _APART * i + number
+                weights[at] = one(row + nbytes * (start + i)) if inside else np.float32(0)
+                inputs[at] = load_f32(token + 4 * (start + i)) if inside else np.float32(0)
+            cuda.syncthreads()
+            for k in range(_SLICE):
+                w0, w1, w2, w3 = load_shared_f32x4(from_weights + 4 * _APART * k)
+                w4, w5, w6, w7 = load_shared_f32x4(from_weights + 4 * _APART * k + 16)
+                values = load_shared_f32x4(from_inputs + 4 * _APART * k)
+                s0, s1 = products(w0, values, s0), products(w1, values, s1)
+                s2, s3 = products(w2, values, s2), products(w3, values, s3)
+                s4, s5 = products(w4, values, s4), products(w5, values, s5)
+                s6, s7 = products(w6, values, s6), products(w7, values, s7)
+            cuda.syncthreads()
+        # Rows are neighbours in `out`.
+        t += 4 * (thread & 15)
+        column = matrix * w.rows + first + 8 * (thread >> 4)
+        left = w.rows - first - 8 * (thread >> 4)
+        for i in range(4):
+            if t + i < len(out):
+                store_rows(out, t + i, column, left, s0[i], s1[i], s2[i], s3[i])
+                store_rows(out, t + i, column + 4, left - 4, s4[i], s5[i], s6[i], s7[i])
+
+    return _matmul_tiles
+
+
+@device
+def store_rows(out, t, column, left, s0, s1, s2, s3):
+    """Results of four rows, of which `left` are there."""
+    if left > 0:
+        out[t, column] = s0
+    if left > 1:
+        out[t, column + 1] = s1
+    if left > 2:
+        out[t, column + 2] = s2
+    if left > 3:
+        out[t, column + 3] = s3
+
+
+def _transposed(qtype):
+    """The product with a transposed matrix, in float32."""
+    piece, weights = FORMATS[qtype].piece, FORMATS[qtype].weights
+
+    @kernel(MATRICES, A3, A3, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _transposed(w, x, out):
+        """A block takes 32 columns (x) of head y and token z; every thread a piece of one in 32 rows."""
+        partial = cuda.shared.array((WARPS, 32), np.float32)
+        thread, block, h, t = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        part = thread & 3
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+        for row in range(thread >> 2, w.rows, THREADS // 4):
+            w0, w1, w2, w3, w4, w5, w6, w7 = weights(piece(row_address(w, h, row), block, part))
+            factor = x[t, h, row]
+            s0, s1, s2, s3 = fma(w0, factor, s0), fma(w1, factor, s1), fma(w2, factor, s2), fma(w3, factor, s3)
+            s4, s5, s6, s7 = fma(w4, factor, s4), fma(w5, factor, s5), fma(w6, factor, s6), fma(w7, factor, s7)
+        s0, s1, s2, s3 = every_fourth(s0), every_fourth(s1), every_fourth(s2), every_fourth(s3)
+        s4, s5, s6, s7 = every_fourth(s4), every_fourth(s5), every_fourth(s6), every_fourth(s7)
+        if lane() < 4:
+            warp, k = thread // WARP, 4 * part
+            partial[warp, k], partial[warp, k + 1], partial[warp, k + 2], partial[warp, k + 3] = s0, s1, s2, s3
+            k += 16
+            partial[warp, k], partial[warp, k + 1], partial[warp, k + 2], partial[warp, k + 3] = s4, s5, s6, s7
+        cuda.syncthreads()
+        if thread < 32:
+            result = partial[0, thread] + partial[1, thread] + partial[2, thread] + partial[3, thread]
+            out[t, h, 32 * block + thread] = result
+
+    return _transposed
+
+
+@device
+def every_fourth(x):
+    """The sum over the lanes that are a multiple of four apart."""
+    x += shfl_xor(x, 4)
+    x += shfl_xor(x, 8)
+    return x + shfl_xor(x, 16)
+
+
+def _transposed_float(qtype):
+    """The product with a transposed matrix of floats."""
+    one, _, nbytes = FLOATS[qtype]
+
+    @kernel(MATRICES, A3, A3, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _transposed(w, x, out):
+        """A block takes 32 columns (x) of head y and token z, a lane a column, a warp one in four rows."""
+        partial = cuda.shared.array((WARPS, 32), np.float32)
+        thread, h, t = cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        warp, column = thread // WARP, 32 * cuda.blockIdx.x + thread % WARP
+        sum = np.float32(0)
+        if column < out.shape[2]:
+            for row in range(warp, w.rows, WARPS):
+                sum = fma(one(row_address(w, h, row) + nbytes * column), x[t, h, row], sum)
+        partial[warp, thread % WARP] = sum
+        cuda.syncthreads()
+        if thread < 32 and column < out.shape[2]:
+            out[t, h, column] = partial[0, thread] + partial[1, thread] + partial[2, thread] + partial[3, thread]
+
+    return _transposed
+
+
+def _embedding_rows(qtype):
+    """Rows as float32."""
+    piece, weights = FORMATS[qtype].piece, FORMATS[qtype].weights
+
+    @kernel(MATRICES, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _embedding_rows(w, tokens, out):
+        """A block takes a token, every thread a piece."""
+        t = cuda.blockIdx.x
+        row = row_address(w, 0, tokens[t])
+        for i in range(cuda.threadIdx.x, out.shape[1] >> 3, THREADS):
+            block, part = i >> 2, i & 3
+            k = 32 * block + 4 * part
+            w0, w1, w2, w3, w4, w5, w6, w7 = weights(piece(row, block, part))
+            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = w0, w1, w2, w3
+            k += 16
+            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = w4, w5, w6, w7
+
+    return _embedding_rows
+
+
+def _embedding_rows_float(qtype):
+    """Rows of floats as float32."""
+    one, _, nbytes = FLOATS[qtype]
+
+    @kernel(MATRICES, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _embedding_rows(w, tokens, out):
+        """A block takes a token."""
+        t = cuda.blockIdx.x
+        row = row_address(w, 0, tokens[t])
+        for k in range(cuda.threadIdx.x, out.shape[1], THREADS):
+            out[t, k] = one(row + nbytes * k)
+
+    return _embedding_rows
+
+
+_MATVEC = {qtype: _matvec(qtype) for qtype in FORMATS}
+_MATVEC_FEW = {qtype: _matvec_few(qtype) for qtype in FORMATS}
+_MATMUL = {qtype: _matmul(qtype) for qtype in FORMATS}
+_MATVEC_FLOAT = {qtype: _matvec_float(qtype) for qtype in FLOATS}
+_MATMUL_TILES = {qtype: _matmul_tiles(qtype) for qtype in FLOATS}
+_TRANSPOSED = {q: _transposed(q) for q in FORMATS} | {q: _transposed_float(q) for q in FLOATS}
+_EMBEDDING_ROWS = {q: _embedding_rows(q) for q in FORMATS} | {q: _embedding_rows_float(q) for q in FLOATS}

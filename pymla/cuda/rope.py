@@ -1,0 +1,58 @@
+"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`."""
+
+import math
+
+from numba import cuda, types
+
+from pymla.cuda.jit import kernel
+
+A3 = types.Array(types.float32, 3, "A")
+F3 = types.Array(types.float32, 3, "C")
+I1 = types.Array(types.int32, 1, "C")
+D1 = types.Array(types.float64, 1, "C")
+
+#: Threads of a block: pairs, and heads.
+_PAIRS, _HEADS = 32, 4
+
+
+def angles(positions, inv_freq, magnitude, out):
+    """Cosines and sines: ``out[t, i] = magnitude * (cos, sin)(positions[t] * inv_freq[i])``.
+
+    `positions` int32 (T,), `inv_freq` float64 (n,), `out` float32 (T, n, 2). Once per step, in float64.
+    """
+    _angles[len(positions), _PAIRS](positions, inv_freq, magnitude, out)
+    return out
+
+
+def rope_interleaved(x, cos_sin):
+    """Rotate the last ``2 * cos_sin.shape[1]`` values of every head of x, float32 (T, H, D), in place.
+
+    `x` may be part of a wider array.
+    """
+    tokens, heads, _ = x.shape
+    _rope_interleaved[(tokens, -(-heads // _HEADS)), (_PAIRS, _HEADS)](x, cos_sin)
+    return x
+
+
+@kernel(I1, D1, types.float64, F3, max_threads=_PAIRS, hot=False)
+def _angles(positions, inv_freq, magnitude, out):
+    """A block takes a token."""
+    t = cuda.blockIdx.x
+    for i in range(cuda.threadIdx.x, len(inv_freq), _PAIRS):
+        angle = positions[t] * inv_freq[i]
+        out[t, i, 0] = magnitude * math.cos(angle)
+        out[t, i, 1] = magnitude * math.sin(angle)
+
+
+@kernel(A3, F3, max_threads=_PAIRS * _HEADS)
+def _rope_interleaved(x, cos_sin):
+    """A block takes some heads of a token, a warp one of them."""
+    t, h = cuda.blockIdx.x, cuda.blockIdx.y * _HEADS + cuda.threadIdx.y
+    if h < x.shape[1]:
+        pairs = cos_sin.shape[1]
+        for i in range(cuda.threadIdx.x, pairs, _PAIRS):
+            at = x.shape[2] - 2 * pairs + 2 * i
+            even, odd = x[t, h, at], x[t, h, at + 1]
+            cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
+            x[t, h, at] = even * cos - odd * sin
+            x[t, h, at + 1] = even * sin + odd * cos

@@ -1,0 +1,402 @@
+"""Kernels without a GPU: blocks run one after another, the threads of a block take turns in Python.
+
+numba-cuda's simulator gives the names of `cuda` a meaning on the host. It has no operations of warps, though, and polls
+its threads. Here a thread runs until it has to wait for others and then hands over, so that a run always repeats; the
+order of the threads alternates from block to block, so that a result that depends on it shows. Where nobody can go on,
+the error says who waits where. Fresh memory holds bytes of 255 (NaN, −1), and an address must lie in an array of the
+device or of the block's shared memory.
+"""
+
+import bisect
+import ctypes
+import struct
+import sys
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+from numba.cuda.np import numpy_support
+from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
+
+from pymla.errors import PymlaError
+
+WARP = 32
+
+#: Globals of the modules whose kernels and device functions say `cuda`.
+_scopes = {}
+#: Locks are fair between the threads of a block, not between launches.
+_one_launch = threading.Lock()
+
+
+class Array(np.ndarray):
+    """An array inside a kernel: integers leave it as Python's, which hold as much as Numba's int64, and are wrapped to
+    the array's type when they enter it."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        return int(value) if isinstance(value, np.integer) else value
+
+    def __setitem__(self, index, value):
+        if isinstance(value, int) and self.dtype.kind in "iu":
+            value = np.array(value & ((1 << 64) - 1), np.uint64).astype(self.dtype)
+        super().__setitem__(index, value)
+
+
+def inside(array):
+    """An array as kernels see it."""
+    return array.view(Array)
+
+
+def register(function):
+    """Let a kernel's or device function's module have the simulated `cuda` during launches."""
+    _scopes[id(function.__globals__)] = function.__globals__
+
+
+class Memory:
+    """Ranges of host memory that addresses may lie in."""
+
+    def __init__(self, name):
+        self._name, self._starts, self._bytes = name, [], {}
+
+    def add(self, start, nbytes):
+        """Memory that the caller keeps until `remove`."""
+        if nbytes:
+            bisect.insort(self._starts, start)
+            self._bytes[start] = (ctypes.c_uint8 * nbytes).from_address(start)
+
+    def remove(self, start):
+        """The range that begins at an address."""
+        if self._bytes.pop(start, None) is not None:
+            del self._starts[bisect.bisect_left(self._starts, start)]
+
+    def find(self, address, size, alignment=None):
+        """The memory around an address and the position in it.
+
+        Raises
+        ------
+        IndexError
+            The `size` bytes do not lie in one array, or the address is no multiple of `alignment`, by default `size`.
+        """
+        address = int(address)
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0:
+            start = self._starts[at]
+            if address + size <= start + len(self._bytes[start]):
+                if address % (alignment or size):
+                    raise IndexError(f"{self._name} address of {size} bytes is not aligned: byte {address - start}")
+                return self._bytes[start], address - start
+            near = f"byte {address - start} of an array of {len(self._bytes[start])}"
+        else:
+            near = "before every array"
+        raise IndexError(f"access of {size} bytes outside {self._name} memory: {near}")
+
+    def read(self, form, address):
+        """Values of a `struct` format at an address."""
+        memory, at = self.find(address, struct.calcsize(form))
+        return struct.unpack_from(form, memory, at)
+
+    def write(self, form, address, *values):
+        """Write values in a `struct` format."""
+        memory, at = self.find(address, struct.calcsize(form))
+        struct.pack_into(form, memory, at, *values)
+
+
+#: Arrays of `pymla.cuda.memory`.
+GLOBAL = Memory("device")
+
+
+def buffer(nbytes, alignment=256, memory=GLOBAL):
+    """Poisoned bytes, aligned to `alignment` and to nothing above it, so that a wrong assumption shows."""
+    room = np.full(nbytes + 2 * alignment, 255, np.uint8)
+    skip = (alignment - room.ctypes.data) % (2 * alignment)
+    start = room.ctypes.data + skip
+    memory.add(start, nbytes)
+    weakref.finalize(room, memory.remove, start)
+    return room[skip : skip + nbytes]
+
+
+class _Shared:
+    """Shared memory of a block. An array belongs to the place in the source that asks for it."""
+
+    def __init__(self, dynamic_bytes):
+        self._dynamic_bytes, self._arrays = dynamic_bytes, {}
+        self.memory = Memory("shared")
+        # 16 bytes is what the hardware promises for dynamic shared memory.
+        self._dynamic = buffer(dynamic_bytes, 16, self.memory)
+
+    def array(self, shape, dtype, alignment=None):
+        dtype = _dtype(dtype)
+        if shape == 0:
+            return inside(self._dynamic[: len(self._dynamic) // dtype.itemsize * dtype.itemsize].view(dtype))
+        frame = sys._getframe(1)
+        place = frame.f_code, frame.f_lasti
+        if place not in self._arrays:
+            raw = buffer(int(np.prod(shape)) * dtype.itemsize, alignment or dtype.itemsize, self.memory)
+            self._arrays[place] = inside(raw.view(dtype).reshape(shape))
+        return self._arrays[place]
+
+
+class _Local:
+    """Memory of a thread."""
+
+    def array(self, shape, dtype, alignment=None):
+        dtype = _dtype(dtype)
+        return inside(np.full(int(np.prod(shape)) * dtype.itemsize, 255, np.uint8).view(dtype).reshape(shape))
+
+
+def _dtype(dtype):
+    return numpy_support.as_dtype(dtype) if isinstance(dtype, types.Type) else np.dtype(dtype)
+
+
+class _Cuda(FakeCUDAModule):
+    """What `cuda` is inside a kernel."""
+
+    def __init__(self, grid, block):
+        super().__init__(grid, block, 0)
+        self.local_memory = _Local()
+
+    threadIdx = property(lambda self: _running.thread_index)
+    blockIdx = property(lambda self: _running.block.index)
+    laneid = property(lambda self: _running.lane)
+    shared = property(lambda self: _running.block.shared)
+    local = property(lambda self: self.local_memory)
+
+    def syncthreads(self):
+        _running.block.synchronise()
+
+    def _gather(self, value):
+        thread = _running
+        thread.value = value
+        thread.block.synchronise()
+        values = [each.value for each in thread.block.threads]
+        thread.block.synchronise()
+        return values
+
+    def syncthreads_count(self, value):
+        return sum(map(bool, self._gather(value)))
+
+    def syncthreads_and(self, value):
+        return int(all(self._gather(value)))
+
+    def syncthreads_or(self, value):
+        return int(any(self._gather(value)))
+
+
+class _Stop(BaseException):
+    """Unwinds a thread after another one has failed."""
+
+
+class _Thread:
+    """A simulated thread.
+
+    Attributes
+    ----------
+    waits : str
+        What it waits for; "" while it can run.
+    """
+
+    def __init__(self, block, number):
+        shape = block.block_shape
+        self.block, self.number, self.lane = block, number, number % WARP
+        self.thread_index = Dim3(number % shape[0], number // shape[0] % shape[1], number // (shape[0] * shape[1]))
+        self.turn = threading.Semaphore(0)
+        self.waits, self.done, self.value = "", False, None
+        self.copies, self.groups = [], []  # `ptx.cp_async`: pairs of addresses that are not committed, and groups
+
+    def run(self, function, arguments):
+        """The body of the host's thread."""
+        self._my_turn()
+        try:
+            if not self.block.error:
+                with np.errstate(all="ignore"):
+                    function(*arguments)
+        except _Stop:
+            pass
+        except BaseException as error:
+            self.block.fail(error, self)
+        self.done = True
+        self.block.leave()
+
+    def pause(self, reason):
+        """Let others run until one of them says that this thread can go on."""
+        self.waits = reason
+        self.block.hand_over()
+        self._my_turn()
+        if self.block.error:
+            raise _Stop
+
+    def _my_turn(self):
+        global _running
+        self.turn.acquire()
+        _running = self
+
+
+_running = None
+
+
+def running():
+    """The simulated thread that runs."""
+    if _running is None:
+        raise RuntimeError("this function works inside kernels only")
+    return _running
+
+
+class _Block:
+    def __init__(self, index, block_shape, shared_bytes, backwards):
+        self.index, self.block_shape = Dim3(*index), block_shape
+        self.shared = _Shared(shared_bytes)
+        self.threads = [_Thread(self, i) for i in range(int(np.prod(block_shape)))]
+        self.warps = [_Warp(self, self.threads[i : i + WARP]) for i in range(0, len(self.threads), WARP)]
+        self.error = None
+        self._arrived = []
+        self._ready = deque(reversed(self.threads) if backwards else self.threads)
+        self._finished = threading.Semaphore(0)
+
+    def run(self, function, arguments):
+        for thread in self.threads:
+            threading.Thread(target=thread.run, args=(function, arguments), daemon=True).start()
+        self.hand_over()
+        self._finished.acquire()
+        if self.error:
+            raise self.error
+
+    def hand_over(self):
+        """Let the next thread run."""
+        if self._ready:
+            self._ready.popleft().turn.release()
+        elif all(thread.done for thread in self.threads):
+            self._finished.release()
+        else:
+            self.fail(RuntimeError(self._stuck()))
+            self.hand_over()
+
+    def wake(self, threads):
+        """Let threads go on that wait."""
+        for thread in threads:
+            thread.waits = ""
+        self._ready.extend(threads)
+
+    def fail(self, error, thread=None):
+        """End the block."""
+        if self.error is None:
+            where = f"block {tuple(self.index)}" + (f", thread {tuple(thread.thread_index)}" if thread else "")
+            if hasattr(error, "add_note"):
+                error.add_note(where)
+            self.error = error
+        self._arrived = []
+        self.wake([each for each in self.threads if each.waits])
+
+    def leave(self):
+        """A thread has ended."""
+        self._barrier()
+        self.hand_over()
+
+    def synchronise(self):
+        """Wait for all threads of the block that have not ended."""
+        thread = running()
+        self._arrived.append(thread)
+        if not self._barrier(thread):
+            thread.pause("syncthreads")
+
+    def _barrier(self, last=None):
+        """Open the barrier where all that live have come to it."""
+        if not self._arrived or len(self._arrived) < sum(not thread.done for thread in self.threads):
+            return False
+        self.wake([thread for thread in self._arrived if thread is not last])
+        self._arrived = []
+        return True
+
+    def _stuck(self):
+        places = {}
+        for thread in self.threads:
+            places.setdefault("have ended" if thread.done else f"wait in {thread.waits}", []).append(thread.number)
+        return "threads wait for each other: " + "; ".join(f"{_ranges(who)} {what}" for what, who in places.items())
+
+
+class _Warp:
+    """Threads that operate together."""
+
+    def __init__(self, block, threads):
+        self._block, self._threads, self._values = block, threads, {}
+        self._operation = None
+
+    def meet(self, operation, value, combine):
+        """Wait for the other lanes, which must come to the same operation; returns this lane's result.
+
+        Parameters
+        ----------
+        operation : str
+        value : object
+            This lane's.
+        combine : callable(list of 32 values)
+            Results of the 32 lanes.
+        """
+        thread = running()
+        if len(self._threads) < WARP:
+            raise RuntimeError(f"{operation} needs whole warps; the block has {len(self._block.threads)} threads")
+        if self._values and operation != self._operation:
+            raise RuntimeError(
+                f"lane {thread.lane} comes to {operation}, and lanes {_ranges(sorted(self._values))} of its warp "
+                f"wait in {self._operation}"
+            )
+        self._operation = operation
+        self._values[thread.lane] = value
+        if len(self._values) < WARP:
+            thread.pause(operation)
+            return thread.value
+        values = [self._values[lane] for lane in range(WARP)]
+        self._values = {}
+        for each, result in zip(self._threads, combine(values), strict=True):
+            each.value = result
+        self._block.wake([each for each in self._threads if each is not thread])
+        return thread.value
+
+
+def meet(operation, value, combine):
+    """`_Warp.meet` of the warp whose lane runs."""
+    thread = running()
+    return thread.block.warps[thread.number // WARP].meet(operation, value, combine)
+
+
+def _ranges(numbers):
+    """Numbers as text, neighbours drawn together."""
+    parts, first = [], None
+    for i, number in enumerate(numbers):
+        first = number if first is None else first
+        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
+            parts.append(str(first) if first == number else f"{first}–{number}")
+            first = None
+    return ", ".join(parts)
+
+
+def launch(function, grid, block, shared_bytes, arguments):
+    """Run a kernel.
+
+    Parameters
+    ----------
+    function : callable
+        Python's.
+    grid, block : tuple of three int
+    shared_bytes : int
+        Dynamic shared memory.
+    arguments : tuple
+        With NumPy arrays (`inside`).
+    """
+    global _running
+    if int(np.prod(block)) > 1024:
+        raise PymlaError(f"a block has {int(np.prod(block))} threads, and at most 1024 are possible")
+    module = _Cuda(grid, block)
+    with _one_launch:
+        swapped = [(scope, name) for scope in _scopes.values() for name, value in scope.items() if value is cuda]
+        for scope, name in swapped:
+            scope[name] = module
+        try:
+            for number, index in enumerate(np.ndindex(*reversed(grid))):
+                _Block(index[::-1], block, shared_bytes, number % 2).run(function, arguments)
+        finally:
+            _running = None
+            for scope, name in swapped:
+                scope[name] = cuda

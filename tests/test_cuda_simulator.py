@@ -1,0 +1,31 @@
+"""Runs the files of tests that import `simulated` in the CUDA simulator, each in a process of its own."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FILES = sorted(
+    path.name
+    for path in HERE.glob("test_cuda_*.py")
+    if re.search(r"^import simulated\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+)
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="needs numba-cuda"),
+    pytest.mark.skipif(os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", reason="runs in the simulator already"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_simulator(name):
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / name)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout

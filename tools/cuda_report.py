@@ -1,0 +1,84 @@
+"""Compile every CUDA kernel to machine code, without a GPU, and say what the compiler makes of it.
+
+python tools/cuda_report.py                    # a table for compute capability 9.0
+python tools/cuda_report.py --cc 8.0,8.9,9.0
+python tools/cuda_report.py --write            # the table that the tests compare with, for all three
+python tools/cuda_report.py matvec --ptx       # PTX of the kernels whose names contain a word
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import click
+
+TABLE = Path(__file__).parents[1] / "tests" / "golden" / "cuda_kernels.json"
+#: Ampere, Ada, Hopper.
+CAPABILITIES = ((8, 0), (8, 9), (9, 0))
+
+
+def kernels():
+    """Every kernel of `pymla.cuda`, by name."""
+    import pymla.cuda
+    from pymla.cuda.jit import KERNELS
+
+    for module in pkgutil.iter_modules(pymla.cuda.__path__, "pymla.cuda."):
+        if module.name != "pymla.cuda.simulator":
+            importlib.import_module(module.name)
+    return dict(KERNELS)
+
+
+def figures(name, capability):
+    """What the compiler says about a kernel, as a dict."""
+    return kernels()[name].compiled(capability).figures._asdict()
+
+
+def report(capabilities, names, progress=None):
+    """{name: {"8.0": figures, …}}, compiled on all cores."""
+    tasks = [(name, capability) for name in names for capability in capabilities]
+    result = {name: {} for name in names}
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(len(tasks), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for (name, capability), each in zip(tasks, pool.map(figures, *zip(*tasks, strict=True)), strict=True):
+            result[name]["{}.{}".format(*capability)] = each
+            if progress:
+                progress(name)
+    return result
+
+
+@click.command()
+@click.argument("word", default="")
+@click.option("--cc", default="9.0", help="Compute capabilities, with commas between them.")
+@click.option("--write", is_flag=True, help=f"Write {TABLE.name}, for all kernels.")
+@click.option("--ptx", is_flag=True, help="Print PTX instead.")
+def main(word, cc, write, ptx):
+    """Figures of the kernels whose names contain WORD."""
+    found = kernels()
+    names = sorted(name for name in found if word in name)
+    if not names:
+        raise click.ClickException(f"no kernel's name contains {word!r}")
+    capabilities = CAPABILITIES if write else [tuple(map(int, each.split("."))) for each in cc.split(",")]
+    if ptx:
+        from pymla.cuda.compiling import to_ptx
+
+        for name in names:
+            click.echo(to_ptx(found[name], capabilities[0]))
+        return
+    result = report(capabilities, sorted(found) if write else names)
+    columns = list(next(iter(next(iter(result.values())).values())))
+    click.echo(f"{'kernel':40}  cc   " + " ".join(f"{column:>9}" for column in columns))
+    for name in names:
+        for capability, each in result[name].items():
+            click.echo(f"{name:40}  {capability:4} " + " ".join(f"{each[column]:9}" for column in columns))
+    if write:
+        TABLE.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        click.echo(f"wrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()
