@@ -139,7 +139,8 @@ def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
     p, q : int
         Addresses of the panels.
     d, e, z, w, step : int
-        Addresses of their scales and of their sums to begin with (`start_sums`), and bytes from block to block.
+        Addresses of their scales and of their sums to begin with, int32, which take the others' bias off; and bytes
+        from block to block.
     at, bt : tuples of 3 int
         Addresses of the results, `LANES` float32.
     """

@@ -1,6 +1,6 @@
 """What a ggml type is to a kernel: how to unpack rows for a panel, how to read and write numbers.
 
-Adding a type means a branch in `unpack_rows`, `dequantise_row` and `rows.dot_row`, and its sizes in `panel_bits`:
+Adding a type means a branch in `unpack_rows`, `block_values` and `rows.dot_rows`, and its sizes in `panel_bits`:
 nothing anywhere else. A branch is taken once per row or for 8 blocks.
 
 Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
@@ -267,15 +267,7 @@ def dequantise_row(qtype, row, out, columns):
 
 @unrolled
 def block_values(qtype, row, block):
-    """Thirty-two weights of a row, from ``32 * block`` on, as four registers of float32."""
-    if is_float(qtype):
-        at, eight = row + 32 * float_bytes(qtype) * block, 8 * float_bytes(qtype)
-        return (
-            load_f8(qtype, at),
-            load_f8(qtype, at + eight),
-            load_f8(qtype, at + 2 * eight),
-            load_f8(qtype, at + 3 * eight),
-        )
+    """Thirty-two weights of a row of a quantised type, from ``32 * block`` on, as four registers of float32."""
     minimum = splat_f32(np.float32(0))
     if qtype == Q8_0:
         at = row + 34 * block

@@ -181,7 +181,7 @@ def _store(kind):
 
 load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
 load_i32xL = _load(i32xL)
-store_f32x8, store_i32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i32x8, i8x32, f32xL))
+store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
 store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
@@ -228,12 +228,6 @@ def load_bf16x8(builder, address):
     wide = ir.VectorType(_I32, 8)
     bits = builder.zext(_read(builder, address, ir.VectorType(_I16, 8)), wide)
     return builder.bitcast(builder.shl(bits, _constant(wide, 16)), _ir_type(f32x8))
-
-
-@operation(f32x8, types.int64)
-def load_i8_as_f32x8(builder, address):
-    """Eight int8 from memory as float32."""
-    return builder.sitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
 
 
 @intrinsic(prefer_literal=True)

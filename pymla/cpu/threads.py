@@ -23,6 +23,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pymla.cpu.compiling import function, inline
+from pymla.cpu.memory import aligned
 
 #: Looks at a barrier before a thread offers its core to others, some 20 µs.
 SPINS = 2000
@@ -105,7 +106,7 @@ class Graph:
         self._keep = []
         with _record(self):
             self.result = function()
-        self._operations = _aligned(_OPERATION * max(1, len(self._launches)))
+        self._operations = _zeros(_OPERATION * max(1, len(self._launches)))
         table = self._operations.reshape(-1, _OPERATION)
         for row, each in zip(table, self._launches, strict=False):
             row[:5] = *each, 0
@@ -139,11 +140,11 @@ def _record(graph):
         _recording.graph = None
 
 
-def _aligned(words):
+def _zeros(words):
     """Zeroed int64 memory that begins at a cache line."""
-    memory = np.zeros(words + 8, np.int64)
-    skip = -memory.ctypes.data % 64 // 8
-    return memory[skip : skip + words]
+    memory = aligned(words, np.int64)
+    memory[:] = 0
+    return memory
 
 
 class _Pool:
@@ -151,11 +152,11 @@ class _Pool:
 
     def __init__(self, threads):
         self.threads = threads
-        self._state = _aligned((_AWAKE // 8) + 8 * threads)
+        self._state = _zeros((_AWAKE // 8) + 8 * threads)
         self._state[_THREADS // 8] = threads
         self._wake = [threading.Semaphore(0) for _ in range(threads)]
         self._started = 1  # threads, with the caller's
-        self._single = _aligned(_OPERATION)
+        self._single = _zeros(_OPERATION)
 
     def run_one(self, address, words, items, grain):
         """Run one operation; on the caller's thread alone where there is one range only."""
