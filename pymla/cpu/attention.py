@@ -31,6 +31,7 @@ from pymla.cpu.formats import dequantise_row, write_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
 from pymla.cpu.quant import (
+    A3,
     CACHE,
     F2,
     F3,
@@ -87,7 +88,7 @@ def absorbed(q, latent, rope, step, scale, out):
     tokens, heads, rank = out.shape
     # Few tokens leave threads idle, so the pages of a token are split over several.
     groups = -(-heads // HEADS)
-    splits = max(1, 4 * threads.thread_count() // (tokens * groups))
+    splits = max(1, 2 * threads.thread_count() // (tokens * groups))
     partial = np.empty((tokens * splits, heads, rank), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
     kernel = attention_int8.absorbed_pages if latent.qtype == Q8_0 else _absorbed
@@ -144,7 +145,8 @@ def expand(c_kv, k_pe, k_b, v_b, out):
 
 
 def expanded(q, keys_values, positions, scale, out):
-    """Causal attention of one sequence over expanded keys and values; `q` float32 (T, H, nope + R), `out` (T, H, v)."""
+    """Causal attention of one sequence over expanded keys and values; `q` float32 (T, H, nope + R), `out` (T, H, v),
+    which may be part of a larger array."""
     if isinstance(keys_values, Panels):
         return attention_int8.expanded(q, keys_values, positions, scale, out)
     tokens, heads, _ = q.shape
@@ -180,7 +182,7 @@ def _copy_rope(first, last, q, out, size):
                 out[t, h, out.shape[2] - size + i] = q[t, h, q.shape[2] - size + i]
 
 
-@kernel(F3, F2, F3)
+@kernel(F3, ROWS, F3)
 def _join_keys(first, last, nope, k_pe, keys):
     """``keys[s, h] = [nope[s, h]; k_pe[s]]``."""
     size = nope.shape[2]
@@ -364,7 +366,7 @@ def attend_page(queries, count, positions, keys, values, key_stride, value_strid
             )  # fmt: skip
 
 
-@kernel(F3, F3, F3, I1, types.float64, F3)
+@kernel(F3, F3, F3, I1, types.float64, A3)
 def _expanded(first, last, q, keys, values, positions, scale, out):
     """Over blocks of queries of each head. Late blocks have more to read: they are dealt out first."""
     tokens, heads, v = out.shape

@@ -3,12 +3,12 @@
 In the expanded form, keys and values become panels (`pymla.cpu.attention_tiles`) as they are expanded. The lanes of
 keys are tokens, and their head dimensions run along K; the lanes of values are head dimensions, and tokens run along
 K. Keys have a scale for 32 dimensions, values a scale for each token, which goes into the softmax weights. Those are
-quantised per 32 tokens. So no number depends on a token that its query does not see.
+quantised per 64 tokens. So no number depends on a token that its query does not see.
 
 In the absorbed form the codes of the cache are multiplied as they are. Queries are panels, whose lanes are heads, and
 meet the codes of one row of the cache after the other. For the values, four rows at a time become panels whose lanes
 are dimensions; the scales of a row's blocks go into its codes, relative to the largest, and that into the softmax
-weights.
+weights. The rotated dimensions, which the cache keeps with 16 bits, are multiplied as int16.
 """
 
 from typing import NamedTuple
@@ -20,29 +20,34 @@ from pymla.cache import PAGE
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
     PANEL_BYTES,
+    WEIGHTS,
+    four,
     quantise_codes,
     quantise_heads,
     quantise_weights,
     three,
+    tile_rope,
     tile_scores,
     tile_values,
 )
-from pymla.cpu.formats import dequantise_row, is_float
+from pymla.cpu.formats import F32, float_bytes, is_float, load_f8
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
-from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float, tile_f32, transpose_panel
-from pymla.cpu.quant import CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting
+from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
+from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting
 from pymla.cpu.simd import (
     BIAS,
     LANES,
     WORD,
     absolute,
-    add,
     address,
+    farther,
+    farthest,
     larger,
     largest,
     load_columns,
     load_f16,
+    load_f32,
     load_f32x8,
     load_f32xL,
     load_scales,
@@ -58,15 +63,16 @@ from pymla.cpu.simd import (
     store_i32,
     store_rescaled,
     store_words_xL,
-    total,
     widen,
 )
-from pymla.cpu.softmax import heads_softmax, query_softmax
+from pymla.cpu.softmax import heads_softmax, token_softmax
 
 #: Tokens that are expanded, and keys that a block of queries meets, at a time.
 TOKENS = 128
 #: Heads that share the reading of a page in the absorbed form.
 HEADS = 16
+#: The largest code of rotated dimensions, of which some hundred are summed in int32.
+ROPE_CODES = 4095
 #: Queries of a head that share the reading of keys and values.
 QUERIES = 96
 
@@ -107,7 +113,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
 
 
 def expanded(q, keys_values, positions, scale, out):
-    """Causal attention of one sequence over `Panels`; `q` float32 (T, H, D), `out` (T, H, v)."""
+    """Causal attention of one sequence over `Panels`; `q` float32 (T, H, D), `out` (T, H, v) with any strides."""
     tokens, heads, _ = q.shape
     _expanded[heads * -(-tokens // QUERIES), 1](q, keys_values, positions, scale, out)
     return out
@@ -213,16 +219,13 @@ def store_values(rows, panels, scales):
     inverse = np.empty(32, np.float32)
     for t in range(32):
         most = splat_f32(np.float32(0))
-        fault = splat_f32(np.float32(0))
         for i in range(0, v, 8):
-            x = load_f32x8(address(rows[t]) + 4 * i)
-            most = larger(absolute(x), most)
-            fault = add(fault, mul(x, splat_f32(np.float32(0))))
-        most_of_all = largest(most)
+            most = farther(absolute(load_f32x8(address(rows[t]) + 4 * i)), most)
+        most_of_all = farthest(most)
         inverse[t] = 0
         if most_of_all > 0:
             inverse[t] = np.float32(127) / most_of_all
-        scales[t] = (most_of_all + total(fault)) / np.float32(127)
+        scales[t] = most_of_all / np.float32(127)
     out = address(panels)
     for i in range(0, v, LANES):
         for t in range(0, 32, 4):
@@ -238,7 +241,7 @@ def scaled_row(rows, factors, t, i):
     return round_even(mul(load_f32xL(address(rows[t]) + 4 * i), splat_f32xL(factors[t])))
 
 
-@kernel(F3, PANELS, I1, types.float64, F3)
+@kernel(F3, PANELS, I1, types.float64, A3)
 def _expanded(first, last, q, panels, positions, scale, out):
     """Over blocks of queries of each head. Late blocks have more to read: they are dealt out first."""
     tokens, heads, v = out.shape
@@ -249,7 +252,7 @@ def _expanded(first, last, q, panels, positions, scale, out):
     scales = np.empty((QUERIES, blocks), np.float32)
     scores = allocate_f32(QUERIES, TOKENS)
     weights = np.empty((QUERIES, TOKENS // 32 * BLOCK_BYTES), np.uint8)
-    weight_scales = np.empty((QUERIES, TOKENS // 32), np.float32)
+    weight_scales = np.empty((QUERIES, TOKENS // WEIGHTS), np.float32)
     state = np.empty((QUERIES, 2), np.float32)
     result = allocate_f32(QUERIES, padded_v)
     for item in range(first, last):
@@ -279,19 +282,21 @@ def _expanded(first, last, q, panels, positions, scale, out):
                     at, bt = three(scores[:, s:], a, b, c), three(scores[:, s + LANES :], a, b, c)
                     tile_scores(x, x, sx, sx, blocks, p, p_next, d, d_next, z, z_next, 4 * LANES, at, bt)
             for i in range(count):
-                visible = min(seen, positions[begin + i] + 1 - block)
-                query_softmax(scores[i], visible, state[i], address(result[i]), padded_v)
-                for s in range(TOKENS // 32):
-                    at = address(scores[i]) + 128 * s, address(panels.value_scales[h, block + 32 * s :])
-                    target = address(weights[i]) + BLOCK_BYTES * s
-                    quantise_weights(at[0], at[1], target, address(weight_scales[i, s:]))
-            for j in range(0, padded_v, ROWS):
-                p = address(panels.values[h, block // 32]) + BLOCK_BYTES * j
-                for i in range(0, count, 3):
-                    a, b, c = i, min(i + 1, count - 1), min(i + 2, count - 1)
-                    x, sx = three(weights, a, b, c), three(weight_scales, a, b, c)
-                    at = three(result[:, j:], a, b, c)
-                    tile_values(x, 4, sx, 4, (seen + 31) // 32, p, BLOCK_BYTES * padded_v, at)
+                visible, token_scales = positions[begin + i] + 1 - block, address(panels.value_scales[h, block:])
+                at, target = address(scores[i]), address(result[i])
+                token_softmax(at, TOKENS, visible, token_scales, state[i], target, padded_v)
+                for s in range(TOKENS // WEIGHTS):
+                    target = address(weights[i]) + WEIGHTS // 32 * BLOCK_BYTES * s
+                    quantise_weights(at + 4 * WEIGHTS * s, target, address(weight_scales[i, s:]))
+            for s in range(0, seen, WEIGHTS):
+                depth = min(WEIGHTS, seen - s + 31) // 32
+                for j in range(0, padded_v, ROWS):
+                    p = address(panels.values[h, (block + s) // 32]) + BLOCK_BYTES * j
+                    for i in range(0, count, 4):
+                        a, b, c, d = i, min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
+                        x = four(weights[:, s // 32 * BLOCK_BYTES :], a, b, c, d)
+                        sx, at = four(weight_scales[:, s // WEIGHTS :], a, b, c, d), four(result[:, j:], a, b, c, d)
+                        tile_values(x, 4, sx, depth, p, BLOCK_BYTES * padded_v, at)
         for i in range(count):
             for j in range(v):
                 out[begin + i, h, j] = result[i, j] / state[i, 1]
@@ -305,6 +310,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     """
     heads, rank = partial.shape[1], partial.shape[2]
     size, blocks = q.shape[2], rank // 32
+    words = (size - rank) // 2
     groups = (heads + HEADS - 1) // HEADS
     padded = (rank + ROWS - 1) // ROWS * ROWS
     row_bytes = blocks * BLOCK_BYTES
@@ -313,8 +319,9 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     panel = allocate(HEADS * row_bytes)
     panel_scales = allocate_f32(blocks, HEADS)
     panel_starts = allocate(4 * blocks * HEADS).view(np.int32).reshape(blocks, HEADS)
-    rope_panel = allocate_f32(size - rank, HEADS)
-    rope_rows = np.empty((PAGE, size - rank), np.float32)
+    rope_codes = np.empty((PAGE, 2 * words), np.int16)
+    rope_scales = np.empty((PAGE, 1), np.float32)
+    rope_panel, rope_panel_scales = allocate(4 * words * HEADS), allocate_f32(1, HEADS)
     rows = np.empty(PAGE, np.int64)
     codes = np.empty((PAGE, row_bytes), np.uint8)
     eights = (blocks + 7) // 8 * 8
@@ -325,7 +332,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     values_panel[:] = 0
     scores = allocate_f32(PAGE, HEADS)
     weights = np.empty((PAGE // WORD, HEADS), np.int32)
-    weight_scales = np.empty((PAGE // 32, HEADS), np.float32)
+    weight_scales = np.empty(HEADS, np.float32)
     values = allocate_f32(HEADS, padded)
     state = np.empty((2, HEADS), np.float32)
     for item in range(first, last):
@@ -351,7 +358,11 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
         for h in range(0, HEADS, 8):
             at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
             store_keys(address(query_codes[h]), row_bytes, at)
-        transpose_panel(address(query) + 4 * rank, 4 * size, count, size - rank, address(rope_panel))
+        for h in range(HEADS):
+            rope_panel_scales[0, h] = quantise_rope(F32, address(query[h, rank:]), 2 * words, address(rope_codes))
+            for i in range(words):
+                at = address(rope_panel) + 4 * (h // LANES * words * LANES + i * LANES + h % LANES)
+                store_f32(at, load_f32(address(rope_codes) + 4 * i))
         values[:] = 0
         state[0], state[1] = -np.inf, 0
         table = step.block_tables[step.seq_of[t]]
@@ -367,7 +378,9 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                 for i in range(0, rope.data.shape[1], 64):
                     prefetch_l2(address(rope.data[following + s]) + i)
                 if s < seen:
-                    dequantise_row(rope.qtype, address(rope.data[slot]), address(rope_rows[s]), size - rank)
+                    rope_scales[s, 0] = quantise_rope(
+                        rope.qtype, address(rope.data[slot]), 2 * words, address(rope_codes[s])
+                    )
                     at = address(scales[s]), address(factors[s]), address(codes[s])
                     largest_scale[s] = prepare_row(rows[s], blocks, at[0], at[1], at[2])
                 else:
@@ -376,36 +389,33 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
             half = 0 if LANES == HEADS else 1
             p, d, z = address(panel), address(panel_scales), address(panel_starts)
             p_next, d_next, z_next = p + half * LANES * row_bytes, d + half * 4 * LANES, z + half * 4 * LANES
+            r, f = address(rope_panel), address(rope_panel_scales)
+            r_next, f_next = r + half * 4 * words * LANES, f + half * 4 * LANES
             for s in range(0, seen, 3 * LANES // 8):
                 end, other = seen - 1, s + 3 * (1 - half)
                 a, b, c = min(s, end), min(s + 1, end), min(s + 2, end)
-                e, f, g = min(other, end), min(other + 1, end), min(other + 2, end)
-                x, y = three(codes, a, b, c), three(codes, e, f, g)
-                sx, sy = three(scales, a, b, c), three(scales, e, f, g)
-                at, bt = three(scores, a, b, c), three(scores[:, half * LANES :], e, f, g)
+                e, g, h = min(other, end), min(other + 1, end), min(other + 2, end)
+                x, y = three(codes, a, b, c), three(codes, e, g, h)
+                sx, sy = three(scales, a, b, c), three(scales, e, g, h)
+                at, bt = three(scores, a, b, c), three(scores[:, half * LANES :], e, g, h)
                 tile_scores(x, y, sx, sy, blocks, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
-            stride = 4 * (size - rank)
-            for s in range(0, seen, 4):
-                a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
-                tile_f32(
-                    address(rope_rows[s]), a * stride, b * stride, c * stride, 4,
-                    address(rope_panel), 64, size - rank, address(scores[s]), 64, True,
-                )  # fmt: skip
+                x, y = three(rope_codes, a, b, c), three(rope_codes, e, g, h)
+                sx, sy = three(rope_scales, a, b, c), three(rope_scales, e, g, h)
+                tile_rope(x, y, sx, sy, words, r, r_next, f, f_next, at, bt)
             heads_softmax(address(scores), seen, address(state), address(values), padded)
+            scores[seen:] = 0
+            quantise_heads(address(scores), address(largest_scale), address(weights), address(weight_scales), HEADS)
             depth = (seen + 31) // 32
-            scores[seen : 32 * depth] = 0
             for s in range(depth):
-                source, target = address(scores[32 * s]), address(weights[32 // WORD * s])
-                quantise_heads(source, address(largest_scale[32 * s :]), target, address(weight_scales[s]), HEADS)
                 panel_values(rows[32 * s :], factors[32 * s :], blocks, address(values_panel[s]))
             w, ws = address(weights), address(weight_scales)
             for j in range(0, padded, ROWS):
                 p = address(values_panel) + BLOCK_BYTES * j
-                for h in range(0, HEADS, 3):
-                    a, b, c = h, min(h + 1, HEADS - 1), min(h + 2, HEADS - 1)
-                    x, sx = (w + 4 * a, w + 4 * b, w + 4 * c), (ws + 4 * a, ws + 4 * b, ws + 4 * c)
-                    at = three(values[:, j:], a, b, c)
-                    tile_values(x, 4 * HEADS, sx, 4 * HEADS, depth, p, BLOCK_BYTES * padded, at)
+                for h in range(0, HEADS, 4):
+                    x = w + 4 * h, w + 4 * h + 4, w + 4 * h + 8, w + 4 * h + 12
+                    sx = ws + 4 * h, ws + 4 * h + 4, ws + 4 * h + 8, ws + 4 * h + 12
+                    at = four(values[:, j:], h, h + 1, h + 2, h + 3)
+                    tile_values(x, 4 * HEADS, sx, depth, p, BLOCK_BYTES * padded, at)
         for h in range(count):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
             for i in range(rank):
@@ -444,6 +454,26 @@ def prepare_row(row, blocks, scales, factors, codes):
     for i in range(0, blocks, 8):
         store_as_i16(factors + 2 * i, mul(load_f32x8(scales + 4 * i), inverse))
     return largest_scale
+
+
+@inline
+def quantise_rope(qtype, row, count, codes):
+    """`count` numbers of a float type as int16; returns their scale. `row` and `codes` are addresses.
+
+    Sums of some hundred products stay within int32, and codes have the bits of an IEEE half. A number that is infinite
+    or NaN shows in the scale.
+    """
+    size, most = float_bytes(qtype), splat_f32(np.float32(0))
+    for i in range(0, count, 8):
+        most = farther(absolute(load_f8(qtype, row + size * i)), most)
+    most_of_all = farthest(most)
+    inverse = np.float32(0)
+    if most_of_all > 0:
+        inverse = np.float32(ROPE_CODES) / most_of_all
+    factor = splat_f32(inverse)
+    for i in range(0, count, 8):
+        store_as_i16(codes + 2 * i, round_even(mul(load_f8(qtype, row + size * i), factor)))
+    return most_of_all / np.float32(ROPE_CODES)
 
 
 @inline

@@ -7,7 +7,6 @@ rows side by side; words of the other operand are broadcast.
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.formats import not_finite
 from pymla.cpu.simd import (
     LANES,
     WORD,
@@ -18,11 +17,13 @@ from pymla.cpu.simd import (
     broadcast_f32xL,
     broadcast_i8xL,
     div,
+    dot_i16_words,
     dot_words,
+    farther,
+    farthest,
     finish8,
     fma,
     larger,
-    largest,
     load_f32x8,
     load_f32xL,
     load_i8xL,
@@ -41,6 +42,8 @@ from pymla.cpu.simd import (
     zero_words,
 )
 
+#: Softmax weights with a common scale.
+WEIGHTS = 64
 #: Bytes of 32 codes.
 BLOCK_BYTES = 128 // WORD
 #: Bytes of 32 codes of the rows of a panel.
@@ -55,11 +58,12 @@ def quantise_codes(x, codes, scale, zero):
     All but `zero` are addresses.
     """
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
-    most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
+    most = farthest(farther(farther(absolute(a), absolute(b)), farther(absolute(c), absolute(d))))
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
-    store_f32(scale, (most + not_finite(a, b, c, d)) / np.float32(127))
+    # A value that is infinite or NaN stays in sight here; codes would turn it into a number.
+    store_f32(scale, most / np.float32(127))
     factor, zero = splat_f32(inverse), splat_f32(np.float32(zero))
     a, b = round_even(mul(a, factor)), round_even(mul(b, factor))
     c, d = round_even(mul(c, factor)), round_even(mul(d, factor))
@@ -72,17 +76,14 @@ def quantise_codes(x, codes, scale, zero):
 
 
 @inline
-def quantise_weights(weights, token_scales, codes, scale):
-    """Thirty-two softmax weights times their tokens' scales as codes from 0 to 255, and their scale; all are
-    addresses."""
-    a = where_positive(load_f32x8(weights), mul(load_f32x8(weights), load_f32x8(token_scales)))
-    weights, token_scales = weights + 32, token_scales + 32
-    b = where_positive(load_f32x8(weights), mul(load_f32x8(weights), load_f32x8(token_scales)))
-    weights, token_scales = weights + 32, token_scales + 32
-    c = where_positive(load_f32x8(weights), mul(load_f32x8(weights), load_f32x8(token_scales)))
-    weights, token_scales = weights + 32, token_scales + 32
-    d = where_positive(load_f32x8(weights), mul(load_f32x8(weights), load_f32x8(token_scales)))
-    most = largest(larger(larger(a, b), larger(c, d)))
+def quantise_weights(weights, codes, scale):
+    """`WEIGHTS` float32 that are not negative as codes from 0 to 255, and their scale; all are addresses."""
+    a, b = load_f32x8(weights), load_f32x8(weights + 32)
+    c, d = load_f32x8(weights + 64), load_f32x8(weights + 96)
+    e, f = load_f32x8(weights + 128), load_f32x8(weights + 160)
+    g, h = load_f32x8(weights + 192), load_f32x8(weights + 224)
+    ab, cd, ef, gh = farther(a, b), farther(c, d), farther(e, f), farther(g, h)
+    most = farthest(farther(farther(ab, cd), farther(ef, gh)))
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(255) / most
@@ -92,29 +93,39 @@ def quantise_weights(weights, token_scales, codes, scale):
     store_codes(codes + eight, round_even(mul(b, factor)))
     store_codes(codes + 2 * eight, round_even(mul(c, factor)))
     store_codes(codes + 3 * eight, round_even(mul(d, factor)))
-    store_f32(scale, (most + not_finite(a, b, c, d)) / np.float32(255))
+    store_codes(codes + 4 * eight, round_even(mul(e, factor)))
+    store_codes(codes + 5 * eight, round_even(mul(f, factor)))
+    store_codes(codes + 6 * eight, round_even(mul(g, factor)))
+    store_codes(codes + 7 * eight, round_even(mul(h, factor)))
+    store_f32(scale, most / np.float32(255))
 
 
 @inline
 def quantise_heads(weights, token_scales, codes, scales, heads):
-    """`quantise_weights` for heads side by side, a multiple of eight: weights (32, heads), words of codes (32 // WORD,
-    heads), scales (heads,)."""
+    """`quantise_weights` for heads side by side, a multiple of eight: weights (WEIGHTS, heads), words of codes (WEIGHTS
+    // WORD, heads), scales (heads,)."""
     row = 4 * heads
     for at in range(0, row, 32):
         zero = splat_f32(np.float32(0))
         most, fault = zero, zero
-        for s in range(32):
+        for s in range(WEIGHTS):
             x = mul(load_f32x8(weights + row * s + at), broadcast_f32x8(token_scales + 4 * s))
             store_f32x8(weights + row * s + at, x)
             most, fault = larger(x, most), fma(x, zero, fault)
         store_f32x8(scales + at, mul(add(most, fault), splat_f32(np.float32(1 / 255))))
         factor = where_positive(most, div(splat_f32(np.float32(255)), most))
-        for s in range(0, 32, 4):
+        for s in range(0, WEIGHTS, 4):
             source = weights + row * s + at
             a, b = mul(load_f32x8(source), factor), mul(load_f32x8(source + row), factor)
             c, d = mul(load_f32x8(source + 2 * row), factor), mul(load_f32x8(source + 3 * row), factor)
             target = codes + row * (s // WORD) + at
             store_words_x8(target, row, round_even(a), round_even(b), round_even(c), round_even(d))
+
+
+@inline
+def four(rows, a, b, c, d):
+    """Addresses of four rows of an array."""
+    return address(rows[a]), address(rows[b]), address(rows[c]), address(rows[d])
 
 
 @inline
@@ -203,71 +214,103 @@ def _one_score(sums, p, q, xa, xb, xc, ya, yb, yc):
     return ia, ja, ib, jb, dot_words(ic, x, u), dot_words(jc, y, v)
 
 
-@inline
-def tile_values(x, x_step, scales, scale_step, blocks, p, panel_step, at):
-    """Add two panels' lanes of the values, weighted, to the results of three queries.
+@unrolled
+def tile_rope(x, y, sx, sy, words, p, q, d, e, at, bt):
+    """Add products of int16 to the results of `tile_scores`: `words` words of two, each with a common scale.
+
+    All but `words` are as there; `d` and `e` are addresses of one scale for each lane.
+    """
+    xa, xb, xc = x
+    ya, yb, yc = y
+    zero = zero_words()
+    ia, ja, ib, jb, ic, jc = zero, zero, zero, zero, zero, zero
+    for i in range(0, 4 * words, 4):
+        u, v = load_i8xL(p + LANES * i), load_i8xL(q + LANES * i)
+        ia, ja = dot_i16_words(ia, broadcast_i8xL(xa + i), u), dot_i16_words(ja, broadcast_i8xL(ya + i), v)
+        ib, jb = dot_i16_words(ib, broadcast_i8xL(xb + i), u), dot_i16_words(jb, broadcast_i8xL(yb + i), v)
+        ic, jc = dot_i16_words(ic, broadcast_i8xL(xc + i), u), dot_i16_words(jc, broadcast_i8xL(yc + i), v)
+    u, v = load_f32xL(d), load_f32xL(e)
+    # All are read before one is written: at the edge some are the same.
+    fa, ga = _scaled(ia, u, sx[0], load_f32xL(at[0])), _scaled(ja, v, sy[0], load_f32xL(bt[0]))
+    fb, gb = _scaled(ib, u, sx[1], load_f32xL(at[1])), _scaled(jb, v, sy[1], load_f32xL(bt[1]))
+    fc, gc = _scaled(ic, u, sx[2], load_f32xL(at[2])), _scaled(jc, v, sy[2], load_f32xL(bt[2]))
+    store_f32xL(at[0], fa)
+    store_f32xL(bt[0], ga)
+    store_f32xL(at[1], fb)
+    store_f32xL(bt[1], gb)
+    store_f32xL(at[2], fc)
+    store_f32xL(bt[2], gc)
+
+
+@unrolled
+def tile_values(x, x_step, scales, blocks, p, panel_step, at):
+    """Add two panels' lanes of the values, weighted, to the results of four queries.
 
     Parameters
     ----------
-    x, scales : tuples of 3 int
-        Addresses of each query's words of weights, and of their scales.
-    x_step, scale_step : int
-        Bytes from word to word, and from scale to scale.
+    x, scales : tuples of 4 int
+        Addresses of each query's words of weights, and of their scale.
+    x_step : int
+        Bytes from word to word.
     blocks : int
-        Of 32 tokens.
+        Of 32 tokens, `WEIGHTS` // 32 at most.
     p, panel_step : int
         Address of two panels behind each other, and bytes from block to block.
-    at : tuple of 3 int
+    at : tuple of 4 int
         Addresses of each query's results, 2 * `LANES` float32.
     """
-    xa, xb, xc = x
-    sa, sb, sc = scales
-    at, bt, ct = at
-    fa, ga = load_f32xL(at), load_f32xL(at + 4 * LANES)
-    fb, gb = load_f32xL(bt), load_f32xL(bt + 4 * LANES)
-    fc, gc = load_f32xL(ct), load_f32xL(ct + 4 * LANES)
+    xa, xb, xc, xd = x
     zero = zero_words()
+    sums = zero, zero, zero, zero, zero, zero, zero, zero
     for _ in range(blocks):
-        sums, word = (zero, zero, zero, zero, zero, zero), p
+        word = p
         for _ in range(BLOCK_BYTES // 16):
-            sums = _four_values(sums, word, xa, xb, xc, x_step)
+            sums = _four_values(sums, word, xa, xb, xc, xd, x_step)
             word += 16 * LANES
-            xa, xb, xc = xa + 4 * x_step, xb + 4 * x_step, xc + 4 * x_step
-        ia, ja, ib, jb, ic, jc = sums
+            xa, xb, xc, xd = xa + 4 * x_step, xb + 4 * x_step, xc + 4 * x_step, xd + 4 * x_step
         p += panel_step
-        s = broadcast_f32xL(sa)
-        fa, ga = fma(finish8(ia), s, fa), fma(finish8(ja), s, ga)
-        s = broadcast_f32xL(sb)
-        fb, gb = fma(finish8(ib), s, fb), fma(finish8(jb), s, gb)
-        s = broadcast_f32xL(sc)
-        fc, gc = fma(finish8(ic), s, fc), fma(finish8(jc), s, gc)
-        sa, sb, sc = sa + scale_step, sb + scale_step, sc + scale_step
-    store_f32xL(at, fa)
-    store_f32xL(at + 4 * LANES, ga)
-    store_f32xL(bt, fb)
-    store_f32xL(bt + 4 * LANES, gb)
-    store_f32xL(ct, fc)
-    store_f32xL(ct + 4 * LANES, gc)
+    ia, ja, ib, jb, ic, jc, ie, je = sums
+    # All are read before one is written: at the edge some are the same.
+    fa, ga = _added(ia, scales[0], at[0]), _added(ja, scales[0], at[0] + 4 * LANES)
+    fb, gb = _added(ib, scales[1], at[1]), _added(jb, scales[1], at[1] + 4 * LANES)
+    fc, gc = _added(ic, scales[2], at[2]), _added(jc, scales[2], at[2] + 4 * LANES)
+    fe, ge = _added(ie, scales[3], at[3]), _added(je, scales[3], at[3] + 4 * LANES)
+    store_f32xL(at[0], fa)
+    store_f32xL(at[0] + 4 * LANES, ga)
+    store_f32xL(at[1], fb)
+    store_f32xL(at[1] + 4 * LANES, gb)
+    store_f32xL(at[2], fc)
+    store_f32xL(at[2] + 4 * LANES, gc)
+    store_f32xL(at[3], fe)
+    store_f32xL(at[3] + 4 * LANES, ge)
 
 
 @unrolled
-def _four_values(sums, p, xa, xb, xc, step):
-    sums = _one_value(sums, p, xa, xb, xc)
-    xa, xb, xc = xa + step, xb + step, xc + step
-    sums = _one_value(sums, p + 4 * LANES, xa, xb, xc)
-    xa, xb, xc = xa + step, xb + step, xc + step
-    sums = _one_value(sums, p + 8 * LANES, xa, xb, xc)
-    return _one_value(sums, p + 12 * LANES, xa + step, xb + step, xc + step)
+def _added(products, scale, at):
+    """What is at an address plus products times a scale, at another one."""
+    return fma(finish8(products), broadcast_f32xL(scale), load_f32xL(at))
 
 
 @unrolled
-def _one_value(sums, p, xa, xb, xc):
+def _four_values(sums, p, xa, xb, xc, xd, step):
+    sums = _one_value(sums, p, xa, xb, xc, xd)
+    xa, xb, xc, xd = xa + step, xb + step, xc + step, xd + step
+    sums = _one_value(sums, p + 4 * LANES, xa, xb, xc, xd)
+    xa, xb, xc, xd = xa + step, xb + step, xc + step, xd + step
+    sums = _one_value(sums, p + 8 * LANES, xa, xb, xc, xd)
+    return _one_value(sums, p + 12 * LANES, xa + step, xb + step, xc + step, xd + step)
+
+
+@unrolled
+def _one_value(sums, p, xa, xb, xc, xd):
     """The products of a word; weights, which have no sign, take the part of the codes with the bias."""
-    ia, ja, ib, jb, ic, jc = sums
+    ia, ja, ib, jb, ic, jc, ie, je = sums
     u, v = load_i8xL(p), load_i8xL(p + PANEL_BYTES)
     y = broadcast_i8xL(xa)
     ia, ja = dot_words(ia, y, u), dot_words(ja, y, v)
     y = broadcast_i8xL(xb)
     ib, jb = dot_words(ib, y, u), dot_words(jb, y, v)
     y = broadcast_i8xL(xc)
-    return ia, ja, ib, jb, dot_words(ic, y, u), dot_words(jc, y, v)
+    ic, jc = dot_words(ic, y, u), dot_words(jc, y, v)
+    y = broadcast_i8xL(xd)
+    return ia, ja, ib, jb, ic, jc, dot_words(ie, y, u), dot_words(je, y, v)

@@ -20,12 +20,12 @@ from pymla.cpu.simd import (
     bit_or,
     bits_2,
     eight_as_f32,
+    farther,
+    farthest,
     fma,
     gather_f16,
     gather_i8,
     high_nibbles,
-    larger,
-    largest,
     load_bf16,
     load_bf16x8,
     load_columns,
@@ -54,7 +54,6 @@ from pymla.cpu.simd import (
     store_start4,
     subtract_i8,
     sum_i8x16,
-    total,
 )
 
 # Kernels see module globals as constants.
@@ -268,26 +267,40 @@ def dequantise_row(qtype, row, out, columns):
 @unrolled
 def block_values(qtype, row, block):
     """Thirty-two weights of a row of a quantised type, from ``32 * block`` on, as four registers of float32."""
-    minimum = splat_f32(np.float32(0))
+    zero = splat_f32(np.float32(0))
+    return add_block(qtype, row, block, np.float32(1), zero, zero, zero, zero)
+
+
+@unrolled
+def add_block(qtype, row, block, weight, a, b, c, d):
+    """Four registers plus ``weight`` times thirty-two weights of a row of any type, from ``32 * block`` on."""
+    if is_float(qtype):
+        size, factor = float_bytes(qtype), splat_f32(weight)
+        at = row + 32 * size * block
+        a, b = fma(load_f8(qtype, at), factor, a), fma(load_f8(qtype, at + 8 * size), factor, b)
+        at += 16 * size
+        return a, b, fma(load_f8(qtype, at), factor, c), fma(load_f8(qtype, at + 8 * size), factor, d)
     if qtype == Q8_0:
         at = row + 34 * block
         codes = load_i8x32(at + 2)
-        low = high = splat_f32(load_f16(at))
+        low = high = splat_f32(weight * load_f16(at))
     elif qtype == Q6_K:
         at, group = row + block // 8 * 210, block % 8
         codes = _q6_k_codes(at, group)
         low, high = _q6_k_scales(at, group)
+        low, high = mul(splat_f32(weight), low), mul(splat_f32(weight), high)
     elif qtype == Q4_0:
         at = row + 18 * block
         codes = subtract_i8(load_nibbles(at + 2), 8)
-        low = high = splat_f32(load_f16(at))
+        low = high = splat_f32(weight * load_f16(at))
     else:
         at = row + 20 * block
         codes = load_nibbles(at + 4)
-        low = high = splat_f32(load_f16(at))
-        minimum = splat_f32(load_f16(at + 2))
-    a, b = fma(eight_as_f32(codes, 0), low, minimum), fma(eight_as_f32(codes, 1), low, minimum)
-    return a, b, fma(eight_as_f32(codes, 2), high, minimum), fma(eight_as_f32(codes, 3), high, minimum)
+        low = high = splat_f32(weight * load_f16(at))
+        minimum = splat_f32(weight * load_f16(at + 2))
+        a, b, c, d = add(a, minimum), add(b, minimum), add(c, minimum), add(d, minimum)
+    a, b = fma(eight_as_f32(codes, 0), low, a), fma(eight_as_f32(codes, 1), low, b)
+    return a, b, fma(eight_as_f32(codes, 2), high, c), fma(eight_as_f32(codes, 3), high, d)
 
 
 @inline
@@ -311,8 +324,7 @@ def write_row(qtype, x, row, columns):
 @inline
 def _write_q8_0(x, block):
     a, b, c, e = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
-    most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(e))))
-    d = (most + not_finite(a, b, c, e)) / np.float32(127)
+    d = magnitude(x) / np.float32(127)
     inverse = np.float32(0)
     if d > 0:
         inverse = np.float32(1) / d
@@ -325,25 +337,18 @@ def _write_q8_0(x, block):
 
 
 @inline
-def not_finite(a, b, c, d):
-    """0, or NaN where one of 32 values is infinite or NaN: a scale with it added keeps the fault in sight, where codes
-    would turn it into a number."""
-    return total(mul(add(add(a, b), add(c, d)), splat_f32(np.float32(0))))
-
-
-@inline
 def magnitude(x):
-    """The largest absolute value of thirty-two float32 at an address, and `not_finite` of them."""
+    """The largest absolute value of thirty-two float32 at an address. A scale from it keeps an infinite value or NaN in
+    sight, where codes would turn it into a number."""
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
-    most = largest(larger(larger(absolute(a), absolute(b)), larger(absolute(c), absolute(d))))
-    return most, not_finite(a, b, c, d)
+    return farthest(farther(farther(absolute(a), absolute(b)), farther(absolute(c), absolute(d))))
 
 
 @inline
-def quantise_block(x, most, fault, low, high, scale, sums, starts, sum16):
-    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; `most` becomes code 127.
+def quantise_block(x, most, low, high, scale, sums, starts, sum16):
+    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; `most`, of `magnitude`, becomes code 127.
 
-    `most` and `fault` come from `magnitude`; all others are addresses, `low` and `high` of sixteen codes each.
+    All others are addresses, `low` and `high` of sixteen codes each.
     """
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
     inverse = np.float32(0)
@@ -354,7 +359,7 @@ def quantise_block(x, most, fault, low, high, scale, sums, starts, sum16):
     store_as_i8(low + 8, round_even(mul(b, factor)))
     store_as_i8(high, round_even(mul(c, factor)))
     store_as_i8(high + 8, round_even(mul(d, factor)))
-    step = (most + fault) / np.float32(127)
+    step = most / np.float32(127)
     store_f32(scale, step)
     store_start4(starts, load_pair(low, high))
     sum_low, sum_high = sum_i8x16(load_i8x16(low)), sum_i8x16(load_i8x16(high))

@@ -40,7 +40,7 @@ from pymla.cpu.quant import (
     parts,
 )
 from pymla.cpu.rows import dot_rows
-from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, prefetch_start, splat_f32, store_f32x8, sub
+from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
 from pymla.ggml import QUANTISED
 
 __all__ = ["experts", "ffn", "router"]
@@ -249,12 +249,17 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
             count = min(size, last - r)
             gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
             up_row = up.address + e * up.matrix_stride + r * up.row_stride
+            then = gate_row + count * gate.row_stride
+            if r + count == last:
+                then = (
+                    gate.address
+                    + (following if following < gate.count else e) * gate.matrix_stride
+                    + first * gate.row_stride
+                )
             for i in range(starts[e], starts[e + 1]):
                 activations = parts(x, tokens[i])
-                prefetch_start(up_row)
-                dot_rows(gate.qtype, gate_row, gate.row_stride, count, activations, columns, g)
-                prefetch_start(gate.address + following * gate.matrix_stride + first * gate.row_stride)
-                dot_rows(up.qtype, up_row, up.row_stride, count, activations, columns, u)
+                dot_rows(gate.qtype, gate_row, gate.row_stride, count, up_row, activations, columns, g)
+                dot_rows(up.qtype, up_row, up.row_stride, count, then, activations, columns, u)
                 silu_mul(g, u, g, count)
                 copy(g, address(hidden[i, r:]), count)
         e = following
@@ -308,14 +313,20 @@ def _down_rows(first, last, down, pairs, starts, weights, x, out):
     e = next_expert(starts, -1)
     while e < down.count:
         following = next_expert(starts, e)
-        prefetch_start(down.address + following * down.matrix_stride + first * down.row_stride)
         size = rows_at_once(starts, e, last - first)
         for r in range(first, last, size):
             count = min(size, last - r)
             row = down.address + e * down.matrix_stride + r * down.row_stride
+            then = row + count * down.row_stride
+            if r + count == last:
+                then = (
+                    down.address
+                    + (following if following < down.count else e) * down.matrix_stride
+                    + first * down.row_stride
+                )
             for i in range(starts[e], starts[e + 1]):
                 t, j = pairs[i] // choices, pairs[i] % choices
-                dot_rows(down.qtype, row, down.row_stride, count, parts(x, i), columns, address(result))
+                dot_rows(down.qtype, row, down.row_stride, count, then, parts(x, i), columns, address(result))
                 add_scaled(weights[t, j], address(result), address(out[t, r:]), count)
         e = following
 

@@ -23,7 +23,17 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
-from pymla.cpu.formats import FOUR_BITS, dequantise_row, is_float, magnitude, quantise_block
+from pymla.cpu.compiling import unrolled
+from pymla.cpu.formats import (
+    FOUR_BITS,
+    add_block,
+    dequantise_row,
+    float_bytes,
+    is_float,
+    load_float,
+    magnitude,
+    quantise_block,
+)
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
@@ -35,6 +45,7 @@ from pymla.cpu.simd import (
     load_f32,
     load_f32x8,
     load_f32xL,
+    prefetch_l2,
     splat_f32,
     store_f32,
     store_f32x8,
@@ -197,10 +208,12 @@ def _quantise_activations(first, last, x, for_rows, group):
     for i in range(first, last):
         t, begin = i // groups, i % groups * group
         end = min(begin + group, blocks)
-        most, fault = np.float32(0), np.float32(0)
+        most = np.float32(0)
         for block in range(begin, end):
-            each, faulty = magnitude(address(x.x) + 128 * (t * blocks + block))
-            most, fault = max(most, each), fault + faulty
+            each = magnitude(address(x.x) + 128 * (t * blocks + block))
+            # NaN takes the place of any number, and stays.
+            if each > most or each != each:
+                most = each
         for block in range(begin, end):
             low, apart = place(block, blocks) if for_rows else (32 * block, 16)
             low += address(x.codes) + 32 * blocks * t
@@ -208,7 +221,6 @@ def _quantise_activations(first, last, x, for_rows, group):
             quantise_block(
                 address(x.x) + 128 * at,
                 most,
-                fault,
                 low,
                 low + apart,
                 address(x.scale) + 4 * at,
@@ -239,8 +251,9 @@ def _matmul_rows(first, last, w, x, out):
         matrix, i = r // w.rows, r % w.rows
         count = min(size, last - r, w.rows - i)
         row = w.address + matrix * w.matrix_stride + i * w.row_stride
+        then = row + count * w.row_stride
         for t in range(len(out)):
-            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
+            dot_rows(w.qtype, row, w.row_stride, count, then, parts(x, t), columns, address(out[t, r:]))
         r += count
 
 
@@ -302,32 +315,75 @@ def _matmul_heads(first, last, w, x, out):
         h, i = r // w.rows, r % w.rows
         count = min(AT_ONCE, last - r, w.rows - i)
         row = w.address + h * w.matrix_stride + i * w.row_stride
+        then = row + count * w.row_stride
         for t in range(tokens):
-            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t * heads + h), columns, address(out[t, h, i:]))
+            dot_rows(w.qtype, row, w.row_stride, count, then, parts(x, t * heads + h), columns, address(out[t, h, i:]))
         r += count
 
 
-#: Items of `_matmul_heads_transposed` per head: each takes a share of the tokens, or of the rows' columns.
+#: Items of `_matmul_heads_transposed` per head: each takes a share of the tokens.
 _PARTS = 4
+#: Rows that are added up in registers at a time: memory is read in one piece, sums are stored now and then.
+_STRIP = 16
 A3 = types.Array(types.float32, 3, "A")
 
 
 @kernel(MATRICES, A3, A3)
 def _matmul_heads_transposed(first, last, w, x, out):
-    """Rows are dequantised once and added up, scaled, for each token; an item is a quarter of a head's tokens."""
-    tokens, columns = len(x), out.shape[2]
-    row = np.empty(columns, np.float32)
+    """Sums of scaled rows, a strip of rows after the other; an item is a quarter of a head's tokens."""
+    tokens, columns, weights = len(x), out.shape[2], np.empty(w.rows, np.float32)
+    whole = columns // 32 * 32
     for item in range(first, last):
         h, part = item // _PARTS, item % _PARTS
-        begin, end = tokens * part // _PARTS, tokens * (part + 1) // _PARTS
-        if begin == end:
-            continue
-        for t in range(begin, end):
+        matrix = w.address + h * w.matrix_stride
+        for t in range(tokens * part // _PARTS, tokens * (part + 1) // _PARTS):
+            sums = address(out[t, h])
             out[t, h, :] = 0
-        for i in range(w.rows):
-            dequantise_row(w.qtype, w.address + h * w.matrix_stride + i * w.row_stride, address(row), columns)
-            for t in range(begin, end):
-                add_scaled(x[t, h, i], address(row), address(out[t, h]), columns)
+            for i in range(w.rows):
+                weights[i] = x[t, h, i]
+            for r in range(0, w.rows, _STRIP):
+                row, count = matrix + r * w.row_stride, min(_STRIP, w.rows - r)
+                ahead = row + count * w.row_stride if r + count < w.rows else matrix + w.matrix_stride
+                for c in range(0, whole, 64):
+                    for at in range(c * count * w.row_stride // whole, (c + 64) * count * w.row_stride // whole, 64):
+                        prefetch_l2(ahead + at)
+                    # The last block stands for one that is not there.
+                    blocks = c // 32, min(c, whole - 64) // 32 + 1
+                    _add_rows(w.qtype, row, w.row_stride, count, blocks, address(weights[r:]), sums)
+                for c in range(whole, columns):
+                    for i in range(r, r + count):
+                        at = matrix + i * w.row_stride + c * float_bytes(w.qtype)
+                        out[t, h, c] += weights[i] * load_float(w.qtype, at)
+
+
+@inline
+def _add_rows(qtype, row, stride, count, blocks, weights, sums):
+    """Add two blocks of columns of ``weights @ W``; all but the numbers are addresses."""
+    first, second = blocks
+    at, other = sums + 128 * first, sums + 128 * second
+    a, b, c, d = load_f32x8(at), load_f32x8(at + 32), load_f32x8(at + 64), load_f32x8(at + 96)
+    e, f, g, h = load_f32x8(other), load_f32x8(other + 32), load_f32x8(other + 64), load_f32x8(other + 96)
+    # A loop of its own for the most common type: its constants stay in registers.
+    if qtype == ggml.Q4_0:
+        for i in range(count):
+            weight = load_f32(weights + 4 * i)
+            a, b, c, d = add_block(ggml.Q4_0, row + i * stride, first, weight, a, b, c, d)
+            e, f, g, h = add_block(ggml.Q4_0, row + i * stride, second, weight, e, f, g, h)
+    else:
+        for i in range(count):
+            weight = load_f32(weights + 4 * i)
+            a, b, c, d = add_block(qtype, row + i * stride, first, weight, a, b, c, d)
+            e, f, g, h = add_block(qtype, row + i * stride, second, weight, e, f, g, h)
+    _store_four(at, a, b, c, d)
+    _store_four(other, e, f, g, h)
+
+
+@unrolled
+def _store_four(target, a, b, c, d):
+    store_f32x8(target, a)
+    store_f32x8(target + 32, b)
+    store_f32x8(target + 64, c)
+    store_f32x8(target + 96, d)
 
 
 @inline

@@ -33,6 +33,10 @@ _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
+#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
+AHEAD = 4096
+
+
 @inline
 def place(block, blocks):
     """Where the activations of a block of a row stand: its first sixteen codes, and bytes from there to the others."""
@@ -42,7 +46,7 @@ def place(block, blocks):
 
 
 @inline
-def dot_rows(qtype, row, stride, count, activations, columns, out):
+def dot_rows(qtype, row, stride, count, then, activations, columns, out):
     """Rows of weights times one activation vector.
 
     Parameters
@@ -52,6 +56,8 @@ def dot_rows(qtype, row, stride, count, activations, columns, out):
         Address of the first row.
     stride, count : int
         Bytes from row to row, and their number.
+    then : int
+        Address of what is read behind them: memory is asked for it in advance.
     activations : tuple of 5 int
         Addresses of x, codes, scale, sums and sum16 of a `quant.Input` in the order of rows. Float types read the
         first, quantised types the others.
@@ -60,28 +66,41 @@ def dot_rows(qtype, row, stride, count, activations, columns, out):
         Address for float32 (count,).
     """
     x, codes, scale, sums, sum16 = activations
+    end = row + count * stride
     # A loop for each type, so that its constants stay in registers.
     if qtype == Q4_0:
         for i in range(count):
-            store_f32(out + 4 * i, _dot_4_bits(18, 2, row + i * stride, codes, scale, sums, columns))
+            at = row + i * stride
+            store_f32(out + 4 * i, _dot_4_bits(18, 2, at, _ahead(at, end, then), codes, scale, sums, columns))
     elif qtype == Q8_0:
         for i in range(count):
-            store_f32(out + 4 * i, _dot_q8_0(row + i * stride, codes, scale, columns))
+            at = row + i * stride
+            store_f32(out + 4 * i, _dot_q8_0(at, _ahead(at, end, then), codes, scale, columns))
     elif qtype == Q6_K:
         for i in range(count):
-            store_f32(out + 4 * i, _dot_q6_k(row + i * stride, codes, scale, sum16, columns))
+            at = row + i * stride
+            store_f32(out + 4 * i, _dot_q6_k(at, _ahead(at, end, then), codes, scale, sum16, columns))
     elif qtype == Q4_1:
         for i in range(count):
-            store_f32(out + 4 * i, _dot_4_bits(20, 4, row + i * stride, codes, scale, sums, columns))
+            at = row + i * stride
+            store_f32(out + 4 * i, _dot_4_bits(20, 4, at, _ahead(at, end, then), codes, scale, sums, columns))
     else:
         for i in range(count):
-            store_f32(out + 4 * i, dot_float(qtype, row + i * stride, x, columns))
+            at = row + i * stride
+            store_f32(out + 4 * i, dot_float(qtype, at, x, columns))
+
+
+@inline
+def _ahead(row, end, then):
+    """What is read when a row and some others behind it have been."""
+    at = row + AHEAD
+    return at if at < end else at - end + then
 
 
 @unrolled
-def _dot_4_bits(size, header, row, codes, scale, sums, columns):
+def _dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
     """Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
-    result = _dot_4_bits_of_fours(size, header, row, codes, scale, sums, columns)
+    result = _dot_4_bits_of_fours(size, header, row, ahead, codes, scale, sums, columns)
     done = columns // 128 * 4
     row, codes, scale, sums = row + size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done
     for _ in range(columns % 128 // 32):
@@ -94,8 +113,8 @@ def _dot_4_bits(size, header, row, codes, scale, sums, columns):
 
 
 @unrolled
-def _dot_q8_0(row, codes, scale, columns):
-    result = _dot_q8_0_of_fours(row, codes, scale, columns)
+def _dot_q8_0(row, ahead, codes, scale, columns):
+    result = _dot_q8_0_of_fours(row, ahead, codes, scale, columns)
     done = columns // 128 * 4
     row, codes, scale = row + 34 * done, codes + 32 * done, scale + 4 * done
     for _ in range(columns % 128 // 32):

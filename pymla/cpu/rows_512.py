@@ -33,7 +33,7 @@ from pymla.cpu.simd import (
     low_nibbles,
     mul,
     odd_quarters,
-    prefetch_row,
+    prefetch_bytes,
     quarters,
     splat_f32,
     spread,
@@ -57,14 +57,14 @@ def place(block, blocks):
 
 
 @unrolled
-def dot_4_bits(size, header, row, codes, scale, sums, columns):
+def dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
     """Whole fours of blocks of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
 
     Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, like a minimum.
     """
     acc, minima = zero_f32x16(), splat_f32(np.float32(0))
     for _ in range(columns // 256):
-        prefetch_row(row, 144)
+        prefetch_bytes(ahead, 144)
         x, y, z = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
         d = halves_18(x, y) if size == 18 else load_scales(row, size)
         products = _nibbles_times(quarters(x, y, size, header, 0), codes)
@@ -73,8 +73,9 @@ def dot_4_bits(size, header, row, codes, scale, sums, columns):
         factor = mul(d, load_f32x8(scale))
         acc = fma(to_f32x16(products), spread(factor, 0), acc)
         acc = fma(to_f32x16(others), spread(factor, 1), acc)
-        row, codes, scale, sums = row + 8 * size, codes + 256, scale + 32, sums + 32
+        row, ahead, codes, scale, sums = row + 8 * size, ahead + 8 * size, codes + 256, scale + 32, sums + 32
     if columns % 256 >= 128:
+        prefetch_bytes(ahead, 72)
         d = load_scales_4(row, size)
         products = _nibbles_times(load_quarters(row, size, header), codes)
         minima = fma(d if size == 18 else load_scales_4(row + 2, size), load_f32x4(sums), minima)
@@ -90,16 +91,17 @@ def _nibbles_times(packed, codes):
 
 
 @unrolled
-def dot_q8_0(row, codes, scale, columns):
+def dot_q8_0(row, ahead, codes, scale, columns):
     """Whole fours of blocks of Q8_0."""
     acc = zero_f32x16()
     for _ in range(columns // 256):
-        prefetch_row(row, 272)
+        prefetch_bytes(ahead, 272)
         factor = mul(load_scales(row, 34), load_f32x8(scale))
         acc = fma(to_f32x16(_bytes_times(row, codes)), spread(factor, 0), acc)
         acc = fma(to_f32x16(_bytes_times(row + 136, codes + 128)), spread(factor, 1), acc)
-        row, codes, scale = row + 272, codes + 256, scale + 32
+        row, ahead, codes, scale = row + 272, ahead + 272, codes + 256, scale + 32
     if columns % 256 >= 128:
+        prefetch_bytes(ahead, 136)
         factor = mul(load_scales_4(row, 34), load_f32x4_twice(scale))
         acc = fma(to_f32x16(_bytes_times(row, codes)), spread(factor, 0), acc)
     return total(halve(acc))
@@ -116,11 +118,11 @@ def _bytes_times(row, codes):
 
 
 @unrolled
-def dot_q6_k(row, codes, scale, sum16, columns):
+def dot_q6_k(row, ahead, codes, scale, sum16, columns):
     """Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen activations."""
     acc, offsets = zero_f32x16(), splat_f32(np.float32(0))
     for _ in range(columns // 256):
-        prefetch_row(row, 210)
+        prefetch_bytes(ahead, 210)
         factor = mul(splat_f32(load_f16(row + 208)), load_f32x8(scale))
         products = _q6_times(row, row + 128, row + 192, codes)
         acc = fma(to_f32x16(products), spread(factor, 0), acc)
@@ -128,7 +130,7 @@ def dot_q6_k(row, codes, scale, sum16, columns):
         acc = fma(to_f32x16(products), spread(factor, 1), acc)
         offset = times_32(dot_i16(load_i8_as_i16(row + 192), load_i16x16(sum16)))
         offsets = fma(to_f32(offset), factor, offsets)
-        row, codes, scale, sum16 = row + 210, codes + 256, scale + 32, sum16 + 32
+        row, ahead, codes, scale, sum16 = row + 210, ahead + 210, codes + 256, scale + 32, sum16 + 32
     return total(sub(halve(acc), offsets))
 
 

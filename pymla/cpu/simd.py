@@ -341,10 +341,6 @@ def gather_i8(builder, rows, offset):
     return builder.sitofp(codes, _ir_type(f32x8))
 
 
-#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
-_AHEAD = 4096
-
-
 def _prefetch(builder, address, level):
     pointer = _I8.as_pointer()
     fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
@@ -353,22 +349,15 @@ def _prefetch(builder, address, level):
 
 
 @intrinsic(prefer_literal=True)
-def prefetch_row(typingctx, address, size):
-    """Ask for `size` bytes, a literal, some way behind `address`; nothing needs to be there."""
+def prefetch_bytes(typingctx, address, size):
+    """Ask for `size` bytes, a literal; nothing needs to be there."""
 
     def codegen(context, builder, signature, args):
-        for i in range(_AHEAD, _AHEAD + size.literal_value, 64):
+        for i in range(0, size.literal_value, 64):
             _prefetch(builder, builder.add(args[0], ir.Constant(_I64, i)), 3)
         return context.get_dummy_value()
 
     return types.void(types.int64, size), codegen
-
-
-@numba.njit
-def prefetch_start(address):
-    """Ask for as much from an address on as `prefetch_row` looks ahead: rows begin there soon."""
-    for i in range(0, _AHEAD, 64):
-        prefetch_l2(address + i)
 
 
 #: Ask the second-level cache for the 64 bytes at an address.
@@ -417,11 +406,27 @@ def larger(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
+@elementwise
+def farther(builder, x, y):
+    """The larger of two numbers that are not negative; NaN counts as larger than any."""
+    words = ir.VectorType(_I32, x.type.count)
+    a, b = builder.bitcast(x, words), builder.bitcast(y, words)
+    return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), x.type)
+
+
 @operation(f32x8, f32x8, f32x8)
 def where_positive(builder, x, y):
     """`y` where `x` is above 0, else 0."""
     zero = _constant(x.type, 0.0)
     return builder.select(builder.fcmp_ordered(">", x, zero), y, zero)
+
+
+@operation(f32x8, f32x8, types.int64, f32x8)
+def first_lanes(builder, x, count, y):
+    """`x` in the first `count` lanes, which may be none or all, and `y` in the others."""
+    lanes = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
+    inside = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), 8))
+    return builder.select(inside, x, y)
 
 
 @elementwise
@@ -493,6 +498,17 @@ def total(builder, x):
 def largest(builder, x):
     """The largest of all lanes."""
     return _reduced(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@operation(types.float32, f32x8)
+def farthest(builder, x):
+    """The largest of all lanes, none of which is negative; NaN counts as larger than any."""
+    word = _reduced(
+        builder,
+        builder.bitcast(x, ir.VectorType(_I32, 8)),
+        lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b),
+    )
+    return builder.bitcast(word, _F32)
 
 
 # Codes
@@ -813,8 +829,22 @@ def dot_words(builder, acc, a, b):
     if _VNNI:
         return _in_order(builder, _dpbusd(builder, acc, a, b))
     words = ir.VectorType(_I16, 2 * LANES)
-    products = _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words))
-    return _in_order(builder, builder.add(acc, products))
+    return _in_order(
+        builder, builder.add(acc, _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
+    )
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot_i16_words(builder, acc, a, b):
+    """Add the products of words of two int16; sums must stay within int32."""
+    if _VNNI:
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * LANES}"
+        a, b = builder.bitcast(a, acc.type), builder.bitcast(b, acc.type)
+        return _in_order(builder, builder.call(_function(builder, name, acc.type, [acc.type] * 3), [acc, a, b]))
+    words = ir.VectorType(_I16, 2 * LANES)
+    return _in_order(
+        builder, builder.add(acc, _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
+    )
 
 
 @operation(types.void, types.int64, types.int64)

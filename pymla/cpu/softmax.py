@@ -8,6 +8,7 @@ from pymla.cpu.simd import (
     add,
     address,
     exp,
+    first_lanes,
     larger,
     largest,
     load_f32,
@@ -85,4 +86,29 @@ def query_softmax(scores, seen, state, result, columns):
     sums = splat_f32(np.float32(0))
     for s in range(0, size, 32):
         sums = add(sums, load_f32x8(row + s))
+    state[1] += total(sums)
+
+
+@inline
+def token_softmax(scores, count, seen, token_scales, state, result, columns):
+    """Scores of a query, which sees the first `seen` of `count` tokens, become weights times the tokens' scales, 0 for
+    the rest; maximum, sum and values follow.
+
+    `scores`, `token_scales` (count,) and `result` (columns,) are addresses of float32; `count` is a multiple of 8.
+    """
+    lowest, zero = splat_f32(np.float32(-np.inf)), splat_f32(np.float32(0))
+    most8 = lowest
+    for s in range(0, count, 8):
+        most8 = larger(first_lanes(load_f32x8(scores + 4 * s), seen - s, lowest), most8)
+    most = max(state[0], largest(most8))
+    if most > state[0]:
+        correction = np.float32(np.exp(state[0] - most))
+        state[1] *= correction
+        shrink(correction, result, columns)
+        state[0] = most
+    negative, sums = splat_f32(-most), zero
+    for s in range(0, count, 8):
+        weight = exp(add(load_f32x8(scores + 4 * s), negative))
+        sums = add(sums, first_lanes(weight, seen - s, zero))
+        store_f32x8(scores + 4 * s, first_lanes(mul(weight, load_f32x8(token_scales + 4 * s)), seen - s, zero))
     state[1] += total(sums)
