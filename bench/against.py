@@ -71,7 +71,8 @@ class Pymla:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
             what = ["--prompt", job.prompt] if job.prompt else ["--pp", job.pp, "--tg", job.tg, "--depths", _csv(job)]
-            command = [sys.executable, "-m", "pymla", "bench", "-m", job.model, "--mla", self.mla, *what]
+            command = [sys.executable, "-m", "pymla", "bench", "-m", job.model, "--mla", self.mla]
+            command += ["--device", "cpu", *what]
             _run([*command, "--cache-type", job.cache_type, "--threads", job.threads, "--json", report])
             rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
         return {row["n_kv"]: Rates(row["s_pp"], row["s_tg"]) for row in rows}

@@ -13,6 +13,7 @@ are random, with a fixed seed; choosing a token from its logits is not part of t
 
 import csv
 import datetime
+import importlib
 import platform
 import statistics
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pymla import __version__, costs
+from pymla import __version__, costs, cuda
 from pymla.errors import PymlaError
 
 #: Columns of ``llama-sweep-bench``, and what comes behind them.
@@ -73,6 +74,7 @@ class Row:
     model: str  # the file's name
     mla: str
     cache_type: str
+    device: str  # "cpu", "cuda" or "reference"; with a + between them where layers are on several
     threads: int
     pp: int
     tg: int
@@ -104,7 +106,10 @@ class Row:
         return self.tg / self.t_tg if self.tg else None
 
     def shares(self, limits):
-        """Shares of the machine's limits: the prompt's of int8 multiply-adds, generation's of streamed bytes."""
+        """Shares of the device's limits: the prompt's of int8 multiply-adds, generation's of streamed bytes. A model on
+        several devices has none: its layers run one after the other, each against another limit."""
+        if "+" in self.device:
+            return None, None
         pp = self.pp_macs / self.t_pp / limits.int8 if self.pp else None
         tg = self.tg_bytes / self.t_tg / limits.read if self.tg else None
         return pp, tg
@@ -139,12 +144,15 @@ def sweep(language_model, settings, progress=None):
     if settings.tokens > ctx:
         raise PymlaError(f"the measurement needs a context of {settings.tokens} tokens and has {ctx}; raise --ctx")
     engine = _Engine(language_model, settings, progress)
-    engine.warm_up()
-    for depth in settings.depths:
-        engine.fill(depth)
-        tg_seconds = [engine.generate() for _ in range(settings.repeat)]
-        pp_seconds = [engine.prompt(depth) for _ in range(settings.repeat)]
-        yield engine.row(depth, pp_seconds, tg_seconds)
+    try:
+        engine.warm_up()
+        for depth in settings.depths:
+            engine.fill(depth)
+            tg_seconds = [engine.generate() for _ in range(settings.repeat)]
+            pp_seconds = [engine.prompt(depth) for _ in range(settings.repeat)]
+            yield engine.row(depth, pp_seconds, tg_seconds)
+    finally:
+        engine.free()
 
 
 class _Engine:
@@ -170,6 +178,10 @@ class _Engine:
             self._truncate(self._warm_tokens - 1)
             self._step()
         self._truncate(0)
+
+    def free(self):
+        """Give the cache back, so that the model can be measured again."""
+        self._model.free(self._sequence)
 
     def fill(self, depth):
         """Bring the cache to `depth` tokens."""
@@ -206,6 +218,7 @@ class _Engine:
             model=Path(model.file.path).name,
             mla=self._model.mla,
             cache_type=self._model.cache.cache_type,
+            device=model.device,
             threads=thread_count(self._model),
             pp=settings.pp,
             tg=settings.tg,
@@ -221,13 +234,18 @@ class _Engine:
         """Seconds of a forward pass over random tokens."""
         tokens = self._tokens(count)
         began = time.perf_counter()
-        self._model.forward([(self._sequence, tokens)], progress=self._layers(count))
+        self._forward(tokens, self._layers(count))
         seconds = time.perf_counter() - began
         self._report(count)
         return seconds
 
     def _step(self):
-        self._model.forward([(self._sequence, self._tokens(1))])
+        self._forward(self._tokens(1))
+
+    def _forward(self, tokens, progress=None):
+        """A forward pass; where logits stay on a GPU, one of them is fetched, as a chosen token would be."""
+        logits = self._model.step([(self._sequence, tokens)], progress=progress)
+        self._model.backend.memory.to_host(logits[:, :1])
 
     def _truncate(self, length):
         self._model.cache.truncate(self._sequence, length)
@@ -247,13 +265,14 @@ class _Engine:
 
 
 def thread_count(model):
-    """Threads that a model's backend computes with."""
-    count = getattr(model.backend, "thread_count", None)
-    return count() if count else 1
+    """Threads that a model's backends compute with."""
+    counts = [getattr(backend, "thread_count", None) for backend in model.placement.backends]
+    return max(count() if count else 1 for count in counts)
 
 
-def measure_limits(threads=None):
-    """The machine's limits (`pymla.cpu.limits.Limits`) with so many threads, all usable cores by default.
+def measure_limits(device="cpu", threads=None):
+    """The limits of the GPU for "cuda" (`pymla.cuda.limits.Limits`), else of the machine (`pymla.cpu.limits.Limits`)
+    with so many threads, all usable cores by default.
 
     Raises
     ------
@@ -261,12 +280,12 @@ def measure_limits(threads=None):
         There are not so many cores.
     """
     from pymla import cpu
-    from pymla.cpu import limits
 
     cores = cpu.usable_cores()
     if threads is not None and not 1 <= threads <= cores:
         raise PymlaError(f"--threads {threads}: this process may use 1 to {cores} cores")
     cpu.set_threads(threads or cores)
+    limits = importlib.import_module(f"pymla.{'cuda' if device == 'cuda' else 'cpu'}.limits")
     return limits.measure()
 
 
@@ -280,11 +299,12 @@ def machine():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def facts(limits):
+def facts(limits, device="cpu"):
     """What a table of rates is worth nothing without: machine, threads, limits, versions, date, as plain types."""
     from pymla import cpu
 
-    return {
+    about = {
+        "device": device,
         "machine": machine(),
         "isa": cpu.ISA,
         "threads": cpu.thread_count(),
@@ -293,16 +313,26 @@ def facts(limits):
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    if device == "cuda":
+        gpu = cuda.describe()
+        about |= {"gpu": gpu["name"], "gpu_isa": "sm_{}{}".format(*gpu["capability"])}
+    return about
 
 
 def describe(about):
     """`facts` on one line."""
     limits = about["limits"]
     return (
-        f"{about['machine']}, {about['isa']}, {about['threads']} threads; reads "
-        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s, int8 {limits['int8_macs_per_second'] / 1e9:.0f} GMAC/s; "
-        f"pymla {about['pymla']}, {about['date'][:10]}"
+        f"{describe_machine(about)}; reads {limits['read_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"int8 {limits['int8_macs_per_second'] / 1e9:.0f} GMAC/s; pymla {about['pymla']}, {about['date'][:10]}"
     )
+
+
+def describe_machine(about):
+    """What computes, in words."""
+    if about["device"] == "cuda":
+        return f"{about['gpu']}, {about['gpu_isa']}, {about['machine']}"
+    return f"{about['machine']}, {about['isa']}, {about['threads']} threads"
 
 
 def header():
@@ -333,6 +363,7 @@ def _record(row, limits):
         "model": row.model,
         "mla": row.mla,
         "cache_type": row.cache_type,
+        "device": row.device,
         "threads": row.threads,
         "pp": row.pp,
         "tg": row.tg,
@@ -352,7 +383,7 @@ def _record(row, limits):
 def write_csv(stream, rows, limits):
     """The table with unrounded values, and with columns that say what each row was measured with."""
     writer = csv.writer(stream)
-    writer.writerow(("model", "mla", "cache type", "threads", *COLUMNS))
+    writer.writerow(("model", "mla", "cache type", "device", "threads", *COLUMNS))
     for row in rows:
         cells = ("" if value is None else value for value in row.cells(limits))
-        writer.writerow((row.model, row.mla, row.cache_type, row.threads, *cells))
+        writer.writerow((row.model, row.mla, row.cache_type, row.device, row.threads, *cells))

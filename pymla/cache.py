@@ -5,7 +5,8 @@ layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe
 ``--mla 0``, the keys and values of all heads. Rows are stored as ggml blocks, so q8_0 takes 34 bytes for 32 values;
 ``k_pe`` stays 16-bit then.
 
-Memory is reserved for the whole cache at once and taken from the system page by page, when it is first written.
+Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
+written; a GPU's is taken at once.
 """
 
 from typing import NamedTuple
@@ -37,7 +38,10 @@ class FullCache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a forward pass works on: T tokens of B sequences, those of a sequence next to each other."""
+    """What a forward pass works on: T tokens of B sequences, those of a sequence next to each other.
+
+    Its arrays are NumPy's, or lie in the memory of a backend.
+    """
 
     tokens: np.ndarray  # int32 (T,)
     positions: np.ndarray  # int32 (T,)
@@ -48,6 +52,30 @@ class Step(NamedTuple):
     def part(self, start, stop):
         """The step of some of the tokens."""
         return Step(*(array[start:stop] for array in self[:4]), self.block_tables)
+
+    def packed(self, pages=None):
+        """All arrays behind each other, so that one copy brings them to a device: int32 (4 T + B pages,).
+
+        Parameters
+        ----------
+        pages : int, optional
+            Columns of the block tables, at least as many as they have.
+        """
+        tokens, (sequences, width) = len(self.tokens), self.block_tables.shape
+        result = np.zeros(4 * tokens + sequences * (pages or width), np.int32)
+        for target, source in zip(Step.unpacked(result, tokens, sequences), self, strict=True):
+            target[..., : source.shape[-1]] = source
+        return result
+
+    @classmethod
+    def unpacked(cls, packed, tokens, sequences):
+        """The arrays that `packed` brought together, as views."""
+        of_tokens, tables = packed[: 4 * tokens].reshape(4, tokens), packed[4 * tokens :].reshape(sequences, -1)
+        return cls(*(of_tokens[i] for i in range(4)), tables)
+
+    def on(self, backend):
+        """The step in the memory of a backend."""
+        return Step.unpacked(backend.memory.to_device(self.packed()), len(self.tokens), len(self.block_tables))
 
 
 class Sequence:
@@ -107,17 +135,19 @@ class PagedCache:
         Pages of 64 tokens, for all sequences together.
     ctx : int
         The longest sequence.
+    backends : sequence of modules
+        In whose memory each layer's rows lie.
     """
 
-    def __init__(self, config, cache_type, mla, pages, ctx):
+    def __init__(self, config, cache_type, mla, pages, ctx, backends):
         self.ctx, self.cache_type = ctx, cache_type
         self.row_bytes = row_bytes(config, cache_type, mla)
         self._free = list(range(pages - 1, -1, -1))
         kind = FullCache if mla == "0" else LatentCache
-        layout = row_layout(config, cache_type, mla)
+        shapes = [(t, (pages * PAGE, ggml.row_bytes(t, width))) for t, width in row_layout(config, cache_type, mla)]
         self.layers = [
-            kind(*(QTensor(t, np.empty((pages * PAGE, ggml.row_bytes(t, width)), np.uint8)) for t, width in layout))
-            for _ in range(config.num_hidden_layers)
+            kind(*(QTensor(qtype, backend.memory.empty(shape, np.uint8)) for qtype, shape in shapes))
+            for backend in backends
         ]
 
     @property

@@ -8,7 +8,7 @@ together they are below 1 % of the multiply-adds and read next to nothing.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from pymla import ggml
 from pymla.cache import PAGE, row_bytes
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile, TensorInfo
+from pymla.modelfile import TensorInfo
 
 #: Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
@@ -46,13 +46,13 @@ class _Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of memory that a model needs."""
+    """Bytes of the host's memory that a model needs, or of a GPU's (`pymla.placement.Planner`)."""
 
-    weights: int  # the mapped file: read again from disk where memory is short
+    weights: int  # of the mapped file, which the host reads again from disk where memory is short
     derived: int  # k_b, where the file has it transposed only
     cache: int
     scratch: int
-    process: int  # before a model is loaded
+    process: int  # without any model
 
     @property
     def allocated(self) -> int:
@@ -141,6 +141,19 @@ def step_ops(
     return [Op(name, *total) for name, total in totals.items()]
 
 
+def least_seconds(ops: Iterable[Op], read: float, int8: float) -> float:
+    """Seconds that operations take at least, one after the other, each as long as its bytes or its multiply-adds.
+
+    Attention multiplies 16-bit numbers, at half the rate of int8.
+
+    Parameters
+    ----------
+    read : bytes per second
+    int8 : multiply-adds per second
+    """
+    return sum(max(op.nbytes / read, op.macs / int8 * (2 if op.name == "attention" else 1)) for op in ops)
+
+
 def token_macs(config: ModelConfig, cached: int, *, mla: str = "auto") -> int:
     """Multiply-adds of a generated token, with `cached` tokens in the cache, itself included."""
     return sum(op.macs for op in step_ops(config, None, 1, cached, mla=mla))
@@ -158,41 +171,17 @@ def token_bytes(
     return sum(op.nbytes for op in step_ops(config, tensors, 1, cached, cache_type=cache_type, mla=mla))
 
 
-def memory_plan(
-    config: ModelConfig,
-    file: ModelFile,
-    cache_type: str = "q8_0",
-    mla: str = "auto",
-    ctx: int | None = None,
-    tokens: int = 512,
-) -> MemoryPlan:
-    """Memory that a model takes.
-
-    Parameters
-    ----------
-    ctx : tokens that the cache holds; by default the model's context
-    tokens : of a slice of a prompt, T
-    """
-    ctx = config.context_length if ctx is None else ctx
-    return MemoryPlan(
-        weights=file.nbytes,
-        derived=derived_bytes(config, file.tensors),
-        cache=cache_bytes(config, cache_type, mla, ctx),
-        scratch=scratch_bytes(config, mla, ctx, tokens),
-        process=PROCESS_BYTES,
-    )
-
-
 def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
     """Bytes of a cache for `ctx` tokens, which are whole pages of 64."""
     return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla)
 
 
-def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b."""
+def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layers: Iterable[int] | None = None) -> int:
+    """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b; of some layers,
+    or of all."""
     weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     total = 0
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
         k_b = tensors.get(f"blk.{layer}.attn_k_b.weight")
         if k_b is not None and f"blk.{layer}.attn_kv_b.weight" not in tensors:
             total += weights * _derived_size(k_b.qtype)
@@ -216,6 +205,23 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
     logits = config.vocab_size * 4
     # The quarter is the int8 copies of what matrices read.
     return tokens * values * 5 + min(expanded, EXPANDED_BYTES) + logits
+
+
+def device_scratch_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
+    """Bytes of intermediate results on a GPU, for a prompt as long as the context."""
+    heads, tokens = config.num_attention_heads, min(SLICE, ctx)
+    # Through a layer go the whole prompt's residual stream and attention, and its cache rows in float32.
+    prompt = (
+        ctx * 4 * (config.hidden_size + heads * config.v_head_dim + config.kv_lora_rank + 2 * config.qk_rope_head_dim)
+    )
+    # Keys and values of a token and head are float16, and come from products in float32.
+    pair = 4 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * (config.qk_head_dim + config.v_head_dim)
+    at_once = max(ctx, EXPANDED_BYTES // expanded_bytes(config, 1, cache_type != "q8_0"))
+    # With ``--mla 0`` they pass on their way into the cache, and with ``--mla 1`` there are none.
+    pairs = {"0": tokens * heads, "1": 0}.get(mla, min(heads * ctx, at_once))
+    scores = heads * ctx * 4 if mla == "2" else 0
+    # An array may take an eighth more than its size, so that its memory suits the next one, too.
+    return (scratch_bytes(config, "1", ctx, tokens) + prompt + pairs * pair + scores) * 9 // 8
 
 
 def expanded_bytes(config: ModelConfig, tokens: int, exact: bool) -> int:

@@ -8,3 +8,8 @@ class PymlaError(Exception):
 
 class CacheFull(PymlaError):
     """No page or no position is left for another token."""
+
+
+class NoRoom(PymlaError):
+    """A model, or the part of it that was asked for, does not fit a GPU's memory, or what is left does not fit the
+    host's."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pymla.errors import CacheFull, PymlaError
-from pymla.sampling import Sampler
 
 
 @dataclass
@@ -104,15 +103,15 @@ class Generation:
         if self.max_tokens == 0:
             self.finish_reason = "length"
             return
-        sampler = Sampler(self.params, self.prompt)
+        sampler = self.model.sampler(self.params, self.prompt)
         stream, held = self.tokenizer.stream(), _Stop(self.stop)
         began = time.perf_counter()
-        logits = self.model.forward([(sequence, np.array(self.prompt, np.int32))], progress=self.progress)[0]
+        logits = self.model.step([(sequence, np.array(self.prompt, np.int32))], progress=self.progress)
+        chosen = sampler.sample(logits[0])  # which waits for a GPU
         self.stats.prompt_tokens = len(self.prompt)
         self.stats.prompt_seconds = time.perf_counter() - began
         began = time.perf_counter()
         while True:
-            chosen = sampler.sample(logits)
             if chosen.token in self.tokenizer.eos_ids:
                 self.finish_reason = "stop"
                 break
@@ -129,10 +128,11 @@ class Generation:
                 self.finish_reason = "length"
                 break
             try:
-                logits = self.model.forward([(sequence, np.array([chosen.token], np.int32))])[0]
+                logits = self.model.step([(sequence, np.array([chosen.token], np.int32))])
             except CacheFull:
                 self.finish_reason = "context"
                 break
+            chosen = sampler.sample(logits[0])
         rest = held.push(stream.flush()) + held.flush()
         if rest:
             yield rest

@@ -1,24 +1,28 @@
-"""From a file to a model that generates: memory plan, prefault, weights, kernels, tokenizer."""
+"""From a file to a model that generates: device, memory plan, prefault, weights, kernels, tokenizer."""
 
+import gc
 import importlib.resources
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from pymla import costs
+from pymla import costs, cuda
+from pymla.backends import Placement
 from pymla.cache import row_layout
 from pymla.config import ModelConfig
-from pymla.errors import PymlaError
+from pymla.errors import NoRoom, PymlaError
 from pymla.generate import Generation
 from pymla.memory import available_memory
 from pymla.model import MLA_MODES, Model
 from pymla.modelfile import ModelFile
+from pymla.placement import LEAST_CTX, Planner, Split, Wish, choose, gib
 from pymla.sampling import SamplingParams
 from pymla.tokenizer import Tokenizer
 from pymla.weights import Weights
 
-DEVICES = ("auto", "cpu", "reference")
+#: What a model can run on; "auto" is the GPU where there is one that can be used.
+DEVICES = ("auto", "cpu", "cuda", "reference")
 
 #: Bytes per second that a disk gives a file that does not fit the memory; only for the warning.
 _DISK = 1e9
@@ -29,7 +33,18 @@ def demo_path():
     return Path(str(importlib.resources.files("pymla") / "demo.gguf"))
 
 
-def load(path=None, *, device="auto", cache_type="q8_0", mla="auto", threads=None, ctx=None, report=None):
+def load(
+    path=None,
+    *,
+    device="auto",
+    gpu_layers=None,
+    cpu_moe=False,
+    cache_type="q8_0",
+    mla="auto",
+    threads=None,
+    ctx=None,
+    report=None,
+):
     """Load a model.
 
     Parameters
@@ -37,7 +52,13 @@ def load(path=None, *, device="auto", cache_type="q8_0", mla="auto", threads=Non
     path : str or Path, optional
         A GGUF file, or any part of a split one; the demo model by default.
     device : str
-        "auto" and "cpu": Numba kernels; "reference": NumPy, slow, for comparison.
+        "cuda": Numba kernels on an NVIDIA GPU; "cpu": on the processor; "auto": on the GPU where there is one;
+        "reference": NumPy, slow, for comparison.
+    gpu_layers : int or "all", optional
+        The last so many layers go to the GPU, and with more than the model has the output matrix. By default as much of
+        the model as fits.
+    cpu_moe : bool
+        Routed experts stay with the CPU.
     cache_type : str
         "f32", "f16", "bf16" or "q8_0".
     mla : str
@@ -56,14 +77,14 @@ def load(path=None, *, device="auto", cache_type="q8_0", mla="auto", threads=Non
     Raises
     ------
     PymlaError
-        The file cannot be run, or the memory does not suffice.
+        The file cannot be run, the memory does not suffice, or there is no such device.
     """
     report = report or Report()
     if device not in DEVICES:
-        hint = "; this version has no CUDA backend" if device == "cuda" else ""
-        raise PymlaError(f"unknown device {device!r}; choose {', '.join(DEVICES)}{hint}")
+        raise PymlaError(f"unknown device {device!r}; choose {', '.join(DEVICES)}")
     if str(mla) not in MLA_MODES:
         raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
+    wish = Wish(ctx, _layer_count(gpu_layers), cpu_moe)
     file = ModelFile.open(demo_path() if path is None else path)
     config = ModelConfig.from_gguf(file)
     row_layout(config, cache_type, str(mla))
@@ -73,27 +94,53 @@ def load(path=None, *, device="auto", cache_type="q8_0", mla="auto", threads=Non
             f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
             f"rows for {config.vocab_size}; convert the model again"
         )
-    ctx = _plan(file, config, cache_type, str(mla), ctx, report)
-    if file.nbytes <= available_memory():
-        file.prefault(report.reading)
-    weights = Weights.from_gguf(file, config, report.arranging)
-    backend = _backend(device, threads, report)
-    model = Model(config, weights, backend, cache_type=cache_type, mla=str(mla), ctx=ctx)
+    if ctx is not None and not 1 <= ctx <= config.context_length:
+        raise PymlaError(f"--ctx {ctx}: this model's context goes from 1 to {config.context_length} tokens")
+    planner = Planner(config, file, cache_type, str(mla))
+    split, ctx = _plan(device, wish, planner, file, report)
+    placement = _backends(device, split, config, threads, report)
+    weights = _weights(file, config, placement, planner, split, report)
+    model = Model(config, weights, placement, cache_type=cache_type, mla=str(mla), ctx=ctx)
     return LanguageModel(file, config, tokenizer, model)
 
 
+def find_device(device):
+    """What "auto" stands for here: "cuda", or "cpu" with the reason, as (device, reason). Others stand for themselves.
+
+    Raises
+    ------
+    PymlaError
+        "cuda" is asked for, and cannot be used.
+    """
+    if device == "auto":
+        found, reason = cuda.available()
+        return ("cuda", "") if found else ("cpu", reason.partition(";")[0])
+    if device == "cuda":
+        try:
+            cuda.check()
+        except PymlaError as error:
+            raise PymlaError(f"--device cuda: {error}") from None
+    return device, ""
+
+
 class Report:
-    """What loading has to tell; this one prints warnings to standard error and keeps progress to itself."""
+    """What loading has to tell; this one prints warnings to standard error and keeps the rest to itself."""
 
     def warn(self, message):
         """Something the user should know."""
         print(f"pymla: warning: {message}", file=sys.stderr)
+
+    def running(self, where):
+        """Where the model runs, where that was for pymla to choose, and why there."""
 
     def reading(self, done, total):
         """Bytes of the file that are present."""
 
     def arranging(self, done, total):
         """Layers whose tensors are found."""
+
+    def uploading(self, done, total):
+        """Bytes that are on the GPU."""
 
     def compiling(self, done, total, name):
         """Kernels that are compiled."""
@@ -112,6 +159,11 @@ class LanguageModel:
 
     def __init__(self, file, config, tokenizer, model):
         self.file, self.config, self.tokenizer, self._model = file, config, tokenizer, model
+
+    @property
+    def device(self):
+        """Where it runs: "cpu", "cuda" or "reference"; with a + between them where its layers are on several."""
+        return "+".join(backend.NAME for backend in self.model.placement.backends)
 
     @property
     def model(self):
@@ -152,8 +204,13 @@ class LanguageModel:
         return "".join(self.stream(prompt, **options))
 
     def close(self):
-        """Let go of the weights."""
-        self._model = None
+        """Let go of the weights and of the cache."""
+        if self._model is None:
+            return
+        backends, self._model = self._model.placement.backends, None
+        gc.collect()  # a recorded step knows its model, and the model knows it
+        for backend in backends:
+            backend.memory.release()
 
     def __enter__(self):
         return self
@@ -172,24 +229,66 @@ class LanguageModel:
         return ids.astype(np.int32)
 
 
-def _plan(file, config, cache_type, mla, ctx, report):
-    """The context that fits the memory.
+def _layer_count(gpu_layers):
+    """``--gpu-layers`` as a number; "all" is more than any model has."""
+    if gpu_layers is None or isinstance(gpu_layers, int):
+        return gpu_layers
+    if gpu_layers == "all":
+        return sys.maxsize
+    raise PymlaError(f"--gpu-layers {gpu_layers!r}: give a number from 1 on, or all")
+
+
+def _plan(device, wish, planner, file, report):
+    """What goes to the GPU, and the context: (Split, int).
 
     Raises
     ------
     PymlaError
         With the plan, where what was asked for does not fit.
     """
-    if ctx is not None and not 1 <= ctx <= config.context_length:
-        raise PymlaError(f"--ctx {ctx}: this model's context goes from 1 to {config.context_length} tokens")
-    available = available_memory()
+    found, reason = find_device(device)
+    asked = wish.gpu_layers is not None or wish.cpu_moe
+    if found != "cuda" and asked:
+        why = f"there is none here: {reason}" if device == "auto" else f"--device is {device}"
+        raise PymlaError(f"--gpu-layers and --cpu-moe are for a GPU, and {why}; leave them out")
+    if found == "cuda":
+        try:
+            return _plan_gpu(wish, planner, file, asked, report)
+        except NoRoom:
+            if asked or device != "auto":
+                raise
+            reason = "the GPU's memory does not hold a layer of the model"
+    if device == "auto":
+        report.running(f"the CPU: {reason}")
+    return Split(0), _plan_cpu(planner, file, wish.ctx, report)
+
+
+def _plan_gpu(wish, planner, file, asked, report):
+    from pymla.cuda import memory
+
+    free, available, config = memory.free_memory(), available_memory(), planner.config
+    split, ctx, _, on_host = choose(planner, wish, free, available)
+    where = f"{cuda.describe()['name']}: {split.describe(config)}"
+    if not (asked or split.whole(config)):
+        whole = planner.device(Split.all(config), min(ctx, LEAST_CTX)).total
+        where += f" (the whole model takes {gib(whole)}, and {gib(free)} are free)"
+    report.running(where)
+    if wish.ctx is None and ctx < config.context_length:
+        report.warn(f"the memory holds a context of {ctx} tokens, of the model's {config.context_length}")
+    _warn_of_disk(file, on_host, available, report)
+    return split, ctx
+
+
+def _plan_cpu(planner, file, ctx, report):
+    """The context that fits the memory."""
+    config, available = planner.config, available_memory()
     wanted = config.context_length if ctx is None else ctx
 
     def plan(tokens):
-        return costs.memory_plan(config, file, cache_type, mla, tokens, min(costs.SLICE, tokens))
+        return planner.host(Split(0), tokens)
 
     if plan(wanted).allocated > available and ctx is None:
-        row = costs.row_bytes(config, cache_type, mla)
+        row = costs.row_bytes(config, planner.cache_type, planner.mla)
         spare = available - plan(64).allocated - costs.EXPANDED_BYTES
         wanted = max(64, min(wanted, int(spare * 0.9) // row // 64 * 64))
         if plan(wanted).allocated <= available:
@@ -197,29 +296,31 @@ def _plan(file, config, cache_type, mla, ctx, report):
     needed = plan(wanted)
     if needed.allocated > available:
         raise PymlaError(
-            f"not enough memory for {wanted} tokens of context: cache {_gib(needed.cache)}, "
-            f"scratch {_gib(needed.scratch)}, derived weights {_gib(needed.derived)}, process {_gib(needed.process)}; "
-            f"{_gib(available)} is available. "
+            f"not enough memory for {wanted} tokens of context: cache {gib(needed.cache)}, "
+            f"scratch {gib(needed.scratch)}, derived weights {gib(needed.derived)}, process {gib(needed.process)}; "
+            f"{gib(available)} is available. "
             "Lower --ctx or choose a smaller --cache-type"
         )
-    short = needed.total - available
-    if short > 0:
-        report.warn(
-            f"{file.path} takes {_gib(file.nbytes)} and {_gib(available)} of memory are available: about {_gib(short)} "
-            f"are read from disk again and again, up to {short / _DISK:.0f} s for a token"
-        )
+    _warn_of_disk(file, needed, available, report)
     return wanted
 
 
-def _gib(nbytes):
-    return f"{nbytes / (1 << 30):.2f} GiB"
+def _warn_of_disk(file, needed, available, report):
+    """Say so if weights do not stay in memory."""
+    short = needed.total - available
+    if short > 0:
+        report.warn(
+            f"{file.path} takes {gib(needed.weights)} and {gib(available)} of memory are available: about {gib(short)} "
+            f"are read from disk again and again, up to {short / _DISK:.0f} s for a token"
+        )
 
 
-def _backend(device, threads, report):
+def _backends(device, split, config, threads, report):
+    """Where each part of the model is, with kernels that are ready."""
     if device == "reference":
         from pymla import reference
 
-        return reference
+        return Placement.on(reference, config.num_hidden_layers)
     from pymla import cpu
 
     cores = cpu.usable_cores()
@@ -228,5 +329,22 @@ def _backend(device, threads, report):
     cpu.set_threads(threads or cores)
     if cpu.cache_dir_warning():
         report.warn(cpu.cache_dir_warning())
-    cpu.compile_all(report.compiling if cpu.needs_compiling() else None)
-    return cpu
+    gpu = cpu
+    if split.gpu_layers:
+        from pymla.cuda import backend as gpu
+    placement = split.placement(config, cpu, gpu)
+    for backend in placement.backends:
+        backend.compile_all(report.compiling if backend.needs_compiling() else None)
+    return placement
+
+
+def _weights(file, config, placement, planner, split, report):
+    """The weights, on their way to where they belong."""
+    uploaded = set(planner.uploaded(split))
+    on_device, on_host = planner.device(split, 1), planner.host(split, 1)
+    if on_host.weights <= available_memory():
+        file.prefault(report.reading, [name for name in file.tensors if name not in uploaded] if uploaded else None)
+    total = on_device.weights + on_device.derived
+    # Two bars at a time would take turns.
+    arranging = None if total else report.arranging
+    return Weights.from_gguf(file, config, arranging, placement, lambda done: report.uploading(done, total))

@@ -1,12 +1,17 @@
 """The transformer of DeepSeek-V2 and V3, on one screen.
 
 A forward pass takes new tokens of one or several sequences, writes their cache rows and returns logits. `be` is the
-backend: `pymla.cpu` or `pymla.reference`. Layers run one after the other over all tokens, with intermediate results in
-slices, so that scratch stays bounded and each layer's keys and values are expanded once.
+backend of a part of the model (`pymla.backends`), in whose memory that part's arrays lie. Layers run one after the
+other over all tokens, with intermediate results in slices, so that scratch stays bounded and each layer's keys and
+values are expanded once.
 """
+
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
+from pymla.backends import Placement, moved, moved_input
 from pymla.cache import PAGE, PagedCache, Sequence, Step
 from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form, expanded_bytes
 from pymla.errors import PymlaError
@@ -16,19 +21,44 @@ from pymla.ggml import QUANTISED
 #: 2: expanded prompt, absorbed generation with materialised scores. 3: the same with online softmax.
 MLA_MODES = ("auto", "0", "1", "2", "3")
 
-#: Steps of up to so many sequences by one token each are recorded and replayed (`Graph`). Not with ``--mla 2``: the
-#: scores of the longest context would be kept for every layer.
+#: Steps of up to so many sequences by one token each are recorded and replayed (`Graph`), where all of a model is on
+#: one backend. Not with ``--mla 2``: the scores of the longest context would be kept for every layer.
 GRAPH_TOKENS = 8
 
 
+class Run(NamedTuple):
+    """Neighbouring tokens of a step whose attention takes one form; of one sequence where that is the expanded one."""
+
+    form: str  # "absorbed", "expanded" or "full"
+    start: int
+    stop: int
+    sequence: int  # of the first token: its row of the block tables
+    length: int  # tokens in the last sequence's cache after the step
+
+
+class Tokens(NamedTuple):
+    """Tokens of a step on a backend, as all layers there take them."""
+
+    backend: ModuleType
+    step: Step
+    cos_sin: object  # float array (T, R // 2, 2)
+    memory: dict  # for expanded keys and values
+
+    def part(self, start, stop):
+        """Some of the tokens."""
+        return self._replace(step=self.step.part(start, stop), cos_sin=self.cos_sin[start:stop])
+
+
 class Model:
-    """Weights, a backend and a cache.
+    """Weights, a cache, and the backends that compute.
 
     Parameters
     ----------
     config : ModelConfig
     weights : Weights
-    backend : module
+        Each in the memory of its backend.
+    backend : module or Placement
+        One for everything, or one for each part.
     cache_type : str
         One of `pymla.cache.CACHE_TYPES`.
     mla : str
@@ -39,6 +69,12 @@ class Model:
         Tokens that the cache holds for all sequences together; `ctx` by default.
     dtype : float32 or float64
         Of intermediate results. Only the reference computes in float64.
+
+    Attributes
+    ----------
+    placement : Placement
+    backend : module
+        The output's.
     """
 
     def __init__(
@@ -46,12 +82,16 @@ class Model:
     ):
         if mla not in MLA_MODES:
             raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
-        self.config, self.weights, self.backend, self.mla, self.ctx = config, weights, backend, mla, ctx
+        layers = config.num_hidden_layers
+        self.placement = backend if isinstance(backend, Placement) else Placement.on(backend, layers)
+        self.config, self.weights, self.backend, self.mla, self.ctx = config, weights, self.placement.output, mla, ctx
         self.dtype = dtype
-        self.inv_freq = config.inv_freq()
-        self.cache = PagedCache(config, cache_type, mla, -(-(cache_tokens or ctx) // 64), ctx)
+        inv_freq = config.inv_freq()
+        self._inv_freq = {be: be.memory.to_device(inv_freq) for be in self.placement.backends}
+        pages = -(-(cache_tokens or ctx) // PAGE)
+        self.cache = PagedCache(config, cache_type, mla, pages, ctx, self.placement.layers)
+        self._recorded = len(self.placement.backends) == 1 and mla != "2"
         self._graphs = {}
-        self._expanded_memory = None, None
 
     def new_sequence(self):
         """An empty sequence."""
@@ -60,6 +100,10 @@ class Model:
     def free(self, sequence):
         """Give a sequence's cache back."""
         self.cache.free(sequence)
+
+    def sampler(self, params, history=()):
+        """What chooses tokens for one sequence from rows of `step`'s logits (`pymla.sampling.Sampler`)."""
+        return self.backend.sampling.Sampler(params, history)
 
     def forward(self, batch, logits="last", progress=None):
         """Append tokens to sequences and predict what follows them.
@@ -70,7 +114,7 @@ class Model:
             At least one token each. An interrupted pass leaves the sequences as they were.
         logits : "last" or "all"
         progress : callable(done, total), optional
-            Layers.
+            Layers. A GPU may be behind.
 
         Returns
         -------
@@ -81,164 +125,171 @@ class Model:
         CacheFull
             Before anything is computed.
         """
+        return self.backend.memory.to_host(self.step(batch, logits, progress)).astype(np.float32)
+
+    def step(self, batch, logits="last", progress=None):
+        """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them."""
         step = self.cache.extend(batch)
         runs = self._runs(batch)
-        if len(batch) == len(step.tokens) <= GRAPH_TOKENS and self.mla != "2":
+        if self._recorded and len(batch) == len(step.tokens) <= GRAPH_TOKENS:
             result = self._replay(step, runs)
         else:
-            rows = slice(None) if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
-            result = self._step(step, runs, rows, progress)
-            self._expanded_memory = None, None
+            rows = None if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
+            result = self._compute({be: step.on(be) for be in self.placement.backends}, runs, rows, progress)
         self.cache.advance(batch)
-        return result.astype(np.float32)
+        return result
 
     def _replay(self, step, runs):
-        """The step of a few sequences that go on by one token each: recorded once, with arrays of its own for the
+        """The step of a few sequences that go on by one token each: recorded once, with memory of its own for the
         input."""
-        size = len(step.tokens)
+        be, size, pages = self.backend, len(step.tokens), -(-self.ctx // PAGE)
         if size not in self._graphs:
-            tables = np.zeros((size, -(-self.ctx // PAGE)), np.int32)
-            own = Step(*(np.zeros(size, np.int32) for _ in range(4)), tables)
-            self._graphs[size] = own, self.backend.Graph(lambda: self._step(own, runs, slice(None)))
-        own, graph = self._graphs[size]
-        for mine, new in zip(own[:4], step[:4], strict=True):
-            mine[:] = new
-        own.block_tables[:, : step.block_tables.shape[1]] = step.block_tables
+            packed = be.memory.empty(((4 + pages) * size,), np.int32)
+            own = Step.unpacked(packed, size, size)
+            self._graphs[size] = packed, be.Graph(lambda: self._compute({be: own}, runs, None))
+        packed, graph = self._graphs[size]
+        be.memory.write(packed, step.packed(pages))
         return graph.replay()
 
-    def _step(self, step, runs, rows, progress=None):
-        """Logits after the tokens `rows`."""
-        be, config, weights = self.backend, self.config, self.weights
-        tokens = len(step.tokens)
-        cos_sin = be.rope.angles(
-            step.positions, self.inv_freq, config.rope_magnitude, self._empty(tokens, len(self.inv_freq), 2)
-        )
-        x = be.quant.embedding_rows(weights.token_embd, step.tokens, self._empty(tokens, config.hidden_size))
+    def _compute(self, steps, runs, rows, progress=None):
+        """Logits after the tokens `rows`, or after all. `steps` are the step in the memory of each backend."""
+        config, weights, place = self.config, self.weights, self.placement
+        tokens = {be: Tokens(be, step, self._angles(be, step.positions), {}) for be, step in steps.items()}
+        be = place.embedding
+        ids = steps[be].tokens
+        x = be.quant.embedding_rows(weights.token_embd, ids, self._empty(be, len(ids), config.hidden_size))
         for i, (layer, cache) in enumerate(zip(weights.layers, self.cache.layers, strict=True)):
-            self._attention(layer, cache, x, step, cos_sin, runs)
-            self._feed_forward(layer, x)
+            x, be = moved(x, be, place.layers[i]), place.layers[i]
+            self._attention(layer, cache, x, tokens[be], runs)
+            self._feed_forward(layer, x, be, place.experts[i])
             if progress:
                 progress(i + 1, config.num_hidden_layers)
-        x = x[rows]
-        h = be.quant.Activation(self._norm(x, weights.output_norm))
-        return be.quant.matmul(weights.output, h, self._empty(len(x), config.vocab_size))
+        if rows is not None:
+            x = be.memory.take(x, rows)
+        x, be = moved(x, be, place.output), place.output
+        h = be.quant.Activation(self._norm(be, x, weights.output_norm))
+        return be.quant.matmul(weights.output, h, self._empty(be, len(x), config.vocab_size))
 
-    def _attention(self, layer, cache, x, step, cos_sin, runs):
+    def _attention(self, layer, cache, x, tokens, runs):
         """``x += W_o attention(norm(x))``, and the tokens' rows into the cache."""
-        be = self.backend
+        be, config = tokens.backend, self.config
         for part in slices(0, len(x)):
-            self._store(layer, cache, x[part], step.slots[part], cos_sin[part])
-        for form, start, stop, length in runs:
-            if form == "expanded":
-                attended = self._expanded(
-                    layer, cache, x[start:stop], step.part(start, stop), cos_sin[start:stop], length
-                )
-                self._project(layer, x[start:stop], attended)
+            self._store(layer, cache, x[part], tokens.part(part.start, part.stop))
+        for run in runs:
+            if run.form == "expanded":
+                own = tokens.part(run.start, run.stop)
+                attended = self._expanded(layer, cache, x[run.start : run.stop], own, run)
+                self._project(be, layer, x[run.start : run.stop], attended)
                 continue
-            for part in slices(start, stop):
-                q = self._queries(layer, x[part], cos_sin[part])
-                out = self._empty(len(q), self.config.num_attention_heads, self.config.v_head_dim)
-                if form == "full":
-                    be.attention.full(q, *cache, step.part(part.start, part.stop), self.config.softmax_scale, out)
+            for part in slices(run.start, run.stop):
+                own = tokens.part(part.start, part.stop)
+                q = self._queries(layer, x[part], own)
+                out = self._empty(be, len(q), config.num_attention_heads, config.v_head_dim)
+                if run.form == "full":
+                    be.attention.full(q, *cache, own.step, config.softmax_scale, out)
                 else:
-                    self._absorbed(layer, cache, q, step.part(part.start, part.stop), out)
-                self._project(layer, x[part], out.reshape(len(q), -1))
+                    self._absorbed(layer, cache, q, own, out)
+                self._project(be, layer, x[part], out.reshape(len(q), -1))
 
-    def _queries(self, layer, x, cos_sin, heads=slice(None)):
+    def _queries(self, layer, x, tokens, heads=slice(None)):
         """Rotated queries of some heads, (T, H, nope + R)."""
-        be, config = self.backend, self.config
-        h = be.quant.Activation(self._norm(x, layer.attn_norm))
+        be, config = tokens.backend, self.config
+        h = be.quant.Activation(self._norm(be, x, layer.attn_norm))
         w = layer.attn_q
         if config.q_lora_rank:
-            low = be.quant.matmul(layer.attn_q_a, h, self._empty(len(x), config.q_lora_rank))
-            h, w = be.quant.Activation(self._norm(low, layer.attn_q_a_norm)), layer.attn_q_b
+            low = be.quant.matmul(layer.attn_q_a, h, self._empty(be, len(x), config.q_lora_rank))
+            h, w = be.quant.Activation(self._norm(be, low, layer.attn_q_a_norm)), layer.attn_q_b
         start, stop, _ = heads.indices(config.num_attention_heads)
         w = w.rows(start * config.qk_head_dim, stop * config.qk_head_dim)
-        q = be.quant.matmul(w, h, self._empty(len(x), len(w.data)))
-        return be.rope.rope_interleaved(q.reshape(len(x), -1, config.qk_head_dim), cos_sin)
+        q = be.quant.matmul(w, h, self._empty(be, len(x), len(w.data)))
+        return be.rope.rope_interleaved(q.reshape(len(x), -1, config.qk_head_dim), tokens.cos_sin)
 
-    def _store(self, layer, cache, x, slots, cos_sin):
+    def _store(self, layer, cache, x, tokens):
         """The cache rows of tokens: ``c_kv`` normalised and ``k_pe`` rotated, or keys and values of all heads."""
-        be, config = self.backend, self.config
-        h = be.quant.Activation(self._norm(x, layer.attn_norm))
+        be, config = tokens.backend, self.config
+        h = be.quant.Activation(self._norm(be, x, layer.attn_norm))
         rank = config.kv_lora_rank
-        kv = be.quant.matmul(layer.attn_kv_a_mqa, h, self._empty(len(x), len(layer.attn_kv_a_mqa.data)))
-        be.rope.rope_interleaved(kv[:, None], cos_sin)
-        rows = self._norm(kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]
+        kv = be.quant.matmul(layer.attn_kv_a_mqa, h, self._empty(be, len(x), len(layer.attn_kv_a_mqa.data)))
+        be.rope.rope_interleaved(kv[:, None], tokens.cos_sin)
+        rows = self._norm(be, kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]
         if self.mla == "0":
-            kv = self._keys_values(len(x), config.num_attention_heads, exact=True)
-            be.attention.expand(rows[0], np.ascontiguousarray(rows[1]), layer.attn_k_b, layer.attn_v_b, kv)
+            kv = self._keys_values(tokens, len(x), config.num_attention_heads, exact=True)
+            be.attention.expand(*rows, layer.attn_k_b, layer.attn_v_b, kv)
             rows = kv.keys.reshape(len(x), -1), kv.values.reshape(len(x), -1)
         for each, tensor in zip(rows, cache, strict=True):
-            be.attention.store(each, slots, tensor)
+            be.attention.store(each, tokens.step.slots, tensor)
 
-    def _absorbed(self, layer, cache, q, step, out):
+    def _absorbed(self, layer, cache, q, tokens, out):
         """Attention in the latent space: ``W_k_b`` goes into the queries, ``W_v_b`` onto the result."""
-        be, config = self.backend, self.config
-        latent_q = self._empty(*q.shape[:2], config.kv_lora_rank + config.qk_rope_head_dim)
+        be, config = tokens.backend, self.config
+        latent_q = self._empty(be, *q.shape[:2], config.kv_lora_rank + config.qk_rope_head_dim)
         be.attention.absorb(q, layer.attn_k_b, latent_q)
-        latent = self._empty(*q.shape[:2], config.kv_lora_rank)
+        latent = self._empty(be, *q.shape[:2], config.kv_lora_rank)
         attend = be.attention.absorbed_materialised if self.mla == "2" else be.attention.absorbed
-        attend(latent_q, *cache, step, config.softmax_scale, latent)
+        attend(latent_q, *cache, tokens.step, config.softmax_scale, latent)
         be.quant.matmul_heads(layer.attn_v_b, latent, out)
 
-    def _expanded(self, layer, cache, x, step, cos_sin, length):
+    def _expanded(self, layer, cache, x, tokens, run):
         """Attention of one sequence over keys and values of as many heads at a time as fit the scratch."""
-        be, config = self.backend, self.config
-        table = step.block_tables[step.seq_of[0]]
-        c_kv = be.attention.load(cache.latent, table, self._empty(length, config.kv_lora_rank))
-        k_pe = be.attention.load(cache.rope, table, self._empty(length, config.qk_rope_head_dim))
-        out = self._empty(len(x), config.num_attention_heads, config.v_head_dim)
+        be, config = tokens.backend, self.config
+        table = tokens.step.block_tables[run.sequence]
+        c_kv = be.attention.load(cache.latent, table, self._empty(be, run.length, config.kv_lora_rank))
+        k_pe = be.attention.load(cache.rope, table, self._empty(be, run.length, config.qk_rope_head_dim))
+        out = self._empty(be, len(x), config.num_attention_heads, config.v_head_dim)
         # Keys and values need no more bits than the cache row that they come from.
         exact = cache.latent.qtype not in QUANTISED
-        at_once = max(1, EXPANDED_BYTES // expanded_bytes(config, length, exact))
+        at_once = max(1, EXPANDED_BYTES // expanded_bytes(config, run.length, exact))
         for heads in slices(0, config.num_attention_heads, at_once):
             k_b, v_b = layer.attn_k_b.rows(heads.start, heads.stop), layer.attn_v_b.rows(heads.start, heads.stop)
-            kv = be.attention.expand(c_kv, k_pe, k_b, v_b, self._keys_values(length, heads.stop - heads.start, exact))
+            kv = self._keys_values(tokens, run.length, heads.stop - heads.start, exact)
+            be.attention.expand(c_kv, k_pe, k_b, v_b, kv)
             for part in slices(0, len(x)):
-                q = self._queries(layer, x[part], cos_sin[part], heads)
-                attended = self._empty(*q.shape[:2], config.v_head_dim)
-                be.attention.expanded(q, kv, step.positions[part], config.softmax_scale, attended)
-                out[part, heads] = attended
+                own = tokens.part(part.start, part.stop)
+                q = self._queries(layer, x[part], own, heads)
+                be.attention.expanded(q, kv, own.step.positions, config.softmax_scale, out[part, heads])
         return out.reshape(len(x), -1)
 
-    def _project(self, layer, x, attended):
+    def _project(self, be, layer, x, attended):
         """``x += W_o attended``."""
-        be = self.backend
         for part in slices(0, len(x)):
             h = be.quant.Activation(attended[part])
-            be.norm.add(x[part], be.quant.matmul(layer.attn_output, h, self._empty(*x[part].shape)))
+            be.norm.add(x[part], be.quant.matmul(layer.attn_output, h, self._empty(be, *x[part].shape)))
 
-    def _feed_forward(self, layer, x):
-        """``x += FFN(norm(x))``: dense, or the experts that the router chooses and the shared ones."""
-        be, config = self.backend, self.config
+    def _feed_forward(self, layer, x, be, experts):
+        """``x += FFN(norm(x))``: dense, or the routed experts, which have a backend of their own, and the shared
+        ones."""
         for part in slices(0, len(x)):
-            h = be.quant.Activation(self._norm(x[part], layer.ffn_norm))
-            out = self._empty(*x[part].shape)
+            h = be.quant.Activation(self._norm(be, x[part], layer.ffn_norm))
+            if layer.ffn_gate_inp is not None:
+                routed = self._routed(layer, h, be, experts)
             if layer.ffn_gate is not None:
+                out = self._empty(be, *x[part].shape)
                 be.norm.add(x[part], be.moe.ffn(h, layer.ffn_gate, layer.ffn_up, layer.ffn_down, out))
             if layer.ffn_gate_inp is not None:
-                scores = be.quant.matmul(layer.ffn_gate_inp, h, self._empty(len(out), config.n_routed_experts))
-                ids = np.empty((len(out), config.num_experts_per_tok), np.int32)
-                weights = self._empty(*ids.shape)
-                be.moe.router(scores, layer.exp_probs_b, config, ids, weights)
-                experts = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
-                be.norm.add(x[part], be.moe.experts(h, ids, weights, *experts, out))
+                # A GPU computes the shared experts while the host computes these.
+                of_experts = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
+                out = experts.moe.experts(*routed, *of_experts, self._empty(experts, *x[part].shape))
+                be.norm.add(x[part], moved(out, experts, be))
+
+    def _routed(self, layer, h, be, experts):
+        """The input of the routed experts on their backend: activations, the chosen experts and their weights."""
+        config, count = self.config, len(h.x)
+        scores = be.quant.matmul(layer.ffn_gate_inp, h, self._empty(be, count, config.n_routed_experts))
+        ids = be.memory.empty((count, config.num_experts_per_tok), np.int32)
+        weights = self._empty(be, *ids.shape)
+        be.moe.router(scores, layer.exp_probs_b, config, ids, weights)
+        return moved_input(h, be, experts), moved(ids, be, experts), moved(weights, be, experts)
 
     def _runs(self, batch):
-        """The forms of attention of a step: (form, first token, behind the last, tokens in the cache then) of
-        neighbours.
-
-        A run of the expanded form is one sequence; the other forms take several at once.
-        """
+        """The runs of a step."""
         runs, stop = [], 0
-        for sequence, new in batch:
+        for b, (sequence, new) in enumerate(batch):
             start, stop, length = stop, stop + len(new), sequence.length + len(new)
             form = self._form(len(new), length)
-            if runs and form == runs[-1][0] != "expanded":
-                runs[-1] = (form, runs[-1][1], stop, length)
+            if runs and form == runs[-1].form != "expanded":
+                runs[-1] = runs[-1]._replace(stop=stop, length=length)
             else:
-                runs.append((form, start, stop, length))
+                runs.append(Run(form, start, stop, b, length))
         return runs
 
     def _form(self, tokens, cached):
@@ -248,23 +299,27 @@ class Model:
             return "full"
         return "absorbed" if self.mla == "1" or tokens == 1 else "expanded"
 
-    def _norm(self, x, weight):
-        return self.backend.norm.rms_norm(x, weight, self.config.rms_norm_eps, self._empty(*x.shape))
+    def _angles(self, be, positions):
+        inv_freq = self._inv_freq[be]
+        out = self._empty(be, len(positions), len(inv_freq), 2)
+        return be.rope.angles(positions, inv_freq, self.config.rope_magnitude, out)
 
-    def _keys_values(self, length, heads, exact):
+    def _norm(self, be, x, weight):
+        return be.norm.rms_norm(x, weight, self.config.rms_norm_eps, self._empty(be, *x.shape))
+
+    def _keys_values(self, tokens, length, heads, exact):
         """Memory for expanded keys and values. It is kept for the next layer: to take it from the system costs as much
         as to fill it."""
         wanted = length, heads, exact
-        if self._expanded_memory[0] != wanted:
+        if wanted not in tokens.memory:
+            tokens.memory.clear()
             size, v = self.config.qk_head_dim, self.config.v_head_dim
-            self._expanded_memory = (
-                wanted,
-                self.backend.attention.keys_values(length, heads, size, v, exact, self.dtype),
-            )
-        return self._expanded_memory[1]
+            made = tokens.backend.attention.keys_values(length, heads, size, v, exact, self.dtype)
+            tokens.memory[wanted] = made
+        return tokens.memory[wanted]
 
-    def _empty(self, *shape):
-        return np.empty(shape, self.dtype)
+    def _empty(self, be, *shape):
+        return be.memory.empty(shape, self.dtype)
 
 
 def slices(start, stop, size=SLICE):

@@ -1,4 +1,5 @@
-"""The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout allows.
+"""The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout allows, or
+copies in the memory of a GPU.
 
 Three layouts of ``W_k_b`` and ``W_v_b`` exist in files: ``attn_kv_b`` alone (before April 2025), ``attn_k_b`` and
 ``attn_v_b`` (llama.cpp since), and all three (ik_llama.cpp, with a two-dimensional ``attn_k_b``). The engine works with
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla import ggml
+from pymla.backends import Placement
 from pymla.errors import PymlaError
 
 
@@ -19,7 +21,7 @@ class QTensor(NamedTuple):
     """A matrix, or several of one shape, in ggml blocks. A NamedTuple, so that Numba kernels take it as it is."""
 
     qtype: int  # ggml type id
-    data: np.ndarray  # uint8 (rows, row_bytes), or (matrices, rows, row_bytes)
+    data: np.ndarray  # uint8 (rows, row_bytes), or (matrices, rows, row_bytes); on a GPU a DeviceArray
 
     def rows(self, start, stop):
         """Some rows of a matrix, without a copy."""
@@ -28,7 +30,8 @@ class QTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's tensors; None where the model has no such tensor. Norms and biases are float32 vectors."""
+    """A layer's tensors, each in the memory of its backend; None where the model has no such tensor. Norms and biases
+    are float32 vectors."""
 
     attn_norm: np.ndarray
     attn_q: QTensor | None
@@ -61,7 +64,7 @@ class Weights:
     layers: list[Layer]
 
     @classmethod
-    def from_gguf(cls, file, config, progress=None):
+    def from_gguf(cls, file, config, progress=None, placement=None, uploading=None):
         """Find, check and lay out the tensors.
 
         Parameters
@@ -69,34 +72,73 @@ class Weights:
         file : ModelFile
         config : ModelConfig
         progress : callable(done, total), optional
-            Layers; the transposition of ``attn_kv_b`` takes some time.
+            Layers; the transposition of ``attn_k_b`` takes some time.
+        placement : Placement, optional
+            In whose memory each tensor shall lie; by default all in the host's.
+        uploading : callable(done), optional
+            Bytes that are on their way to the memory of a GPU.
 
         Raises
         ------
         PymlaError
-            A tensor is missing, has another shape than the metadata says, or a type that is not implemented.
+            A tensor is missing, has another shape than the metadata says, or a type that is not implemented; or a
+            GPU's memory is full.
         """
-        take = _Taker(file)
+        from pymla import reference
+
+        placement = placement or Placement.on(reference, config.num_hidden_layers)
+        take = _Taker(file, placement.embedding, _Total(uploading))
         embedding = (config.vocab_size, config.hidden_size)
         token_embd = take.matrix("token_embd.weight", embedding)
         layers = []
-        for i in range(config.num_hidden_layers):
-            layers.append(_layer(take, config, i))
+        for i, (backend, experts) in enumerate(zip(placement.layers, placement.experts, strict=True)):
+            layers.append(_layer(take.to(backend), take.to(experts), config, i))
             if progress:
                 progress(i + 1, config.num_hidden_layers)
-        return cls(
-            token_embd=token_embd,
-            output_norm=take.vector("output_norm.weight", config.hidden_size),
-            output=take.matrix("output.weight", embedding) if take.has("output.weight") else token_embd,
-            layers=layers,
-        )
+        take = take.to(placement.output)
+        if take.has("output.weight"):
+            output = take.matrix("output.weight", embedding)
+        elif placement.output is placement.embedding:
+            output = token_embd
+        else:
+            output = take.matrix("token_embd.weight", embedding)
+        return cls(token_embd, take.vector("output_norm.weight", config.hidden_size), output, layers)
+
+
+class _Total:
+    """Adds up the progress of one copy after the other."""
+
+    def __init__(self, report):
+        self._before, self._report = 0, report
+
+    def __call__(self, done, total):
+        if self._report:
+            self._report(self._before + done)
+        if done == total:
+            self._before += total
 
 
 class _Taker:
-    """Tensors of a file, checked."""
+    """Tensors of a file, checked, in the memory of a backend.
 
-    def __init__(self, file):
-        self.file = file
+    Parameters
+    ----------
+    file : ModelFile
+    backend : module
+    progress : callable(done, total)
+        Bytes of a tensor that is copied.
+    """
+
+    def __init__(self, file, backend, progress):
+        self.file, self._backend, self._progress = file, backend, progress
+
+    def to(self, backend):
+        """The same for another backend."""
+        return _Taker(self.file, backend, self._progress)
+
+    def put(self, array):
+        """An array in the backend's memory."""
+        return self._backend.memory.to_device(array, self._progress)
 
     def has(self, name):
         return name in self.file.tensors
@@ -119,18 +161,23 @@ class _Taker:
             raise PymlaError(f"{info.path}: tensor {name} has shape {list(info.shape)}, expected {expected}")
         return info
 
-    def matrix(self, name, *shapes):
+    def mapped(self, name, *shapes):
+        """A matrix in the file."""
         info = self.tensor(name, *shapes)
         return QTensor(info.qtype, info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1])))
+
+    def matrix(self, name, *shapes):
+        w = self.mapped(name, *shapes)
+        return QTensor(w.qtype, self.put(w.data))
 
     def vector(self, name, size):
         info = self.tensor(name, (size,))
         if info.qtype != ggml.F32:
             raise PymlaError(f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, expected F32")
-        return info.data.view(np.float32)
+        return self.put(info.data.view(np.float32))
 
 
-def _layer(take, config, index):
+def _layer(take, take_experts, config, index):
     blk = f"blk.{index}."
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     queries = heads * config.qk_head_dim
@@ -152,7 +199,7 @@ def _layer(take, config, index):
     if index < config.first_k_dense_replace:
         tensors |= _ffn(take, blk, "", config.intermediate_size, hidden)
     else:
-        tensors |= _experts(take, config, blk)
+        tensors |= _experts(take, take_experts, config, blk)
     return Layer(**tensors)
 
 
@@ -164,21 +211,21 @@ def _ffn(take, blk, suffix, inner, hidden):
     }
 
 
-def _experts(take, config, blk):
+def _experts(take, routed, config, blk):
     experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
     tensors = {
         "ffn_gate_inp": take.matrix(blk + "ffn_gate_inp.weight", (experts, hidden)),
-        "ffn_down_exps": take.matrix(blk + "ffn_down_exps.weight", (experts, hidden, inner)),
+        "ffn_down_exps": routed.matrix(blk + "ffn_down_exps.weight", (experts, hidden, inner)),
     }
     if take.has(blk + "exp_probs_b.bias"):
         tensors["exp_probs_b"] = take.vector(blk + "exp_probs_b.bias", experts)
     if take.has(blk + "ffn_gate_up_exps.weight"):
-        both = take.matrix(blk + "ffn_gate_up_exps.weight", (experts, 2 * inner, hidden))
+        both = routed.matrix(blk + "ffn_gate_up_exps.weight", (experts, 2 * inner, hidden))
         tensors["ffn_gate_exps"] = QTensor(both.qtype, both.data[:, :inner])
         tensors["ffn_up_exps"] = QTensor(both.qtype, both.data[:, inner:])
     else:
-        tensors["ffn_gate_exps"] = take.matrix(blk + "ffn_gate_exps.weight", (experts, inner, hidden))
-        tensors["ffn_up_exps"] = take.matrix(blk + "ffn_up_exps.weight", (experts, inner, hidden))
+        tensors["ffn_gate_exps"] = routed.matrix(blk + "ffn_gate_exps.weight", (experts, inner, hidden))
+        tensors["ffn_up_exps"] = routed.matrix(blk + "ffn_up_exps.weight", (experts, inner, hidden))
     if config.n_shared_experts:
         tensors |= _ffn(take, blk, "_shexp", config.n_shared_experts * inner, hidden)
     elif take.has(blk + "ffn_gate_shexp.weight"):
@@ -198,13 +245,15 @@ def _kv_b(take, config, blk):
         config.v_head_dim,
     )
     if take.has(blk + "attn_k_b.weight") and not take.has(blk + "attn_kv_b.weight"):
-        k_b = take.matrix(blk + "attn_k_b.weight", (heads, rank, nope), (heads * rank, nope))
-        v_b = take.matrix(blk + "attn_v_b.weight", (heads, v, rank), (heads * v, rank))
+        k_b = take.mapped(blk + "attn_k_b.weight", (heads, rank, nope), (heads * rank, nope))
+        v_b = take.mapped(blk + "attn_v_b.weight", (heads, v, rank), (heads * v, rank))
         k_b, v_b = (QTensor(w.qtype, w.data.reshape(heads, -1, w.data.shape[-1])) for w in (k_b, v_b))
-        return _transpose(k_b), v_b
-    kv_b = take.matrix(blk + "attn_kv_b.weight", (heads * (nope + v), rank))
-    by_head = kv_b.data.reshape(heads, nope + v, -1)
-    return QTensor(kv_b.qtype, by_head[:, :nope]), QTensor(kv_b.qtype, by_head[:, nope:])
+        k_b = _transpose(k_b)
+    else:
+        kv_b = take.mapped(blk + "attn_kv_b.weight", (heads * (nope + v), rank))
+        by_head = kv_b.data.reshape(heads, nope + v, -1)
+        k_b, v_b = QTensor(kv_b.qtype, by_head[:, :nope]), QTensor(kv_b.qtype, by_head[:, nope:])
+    return QTensor(k_b.qtype, take.put(k_b.data)), QTensor(v_b.qtype, take.put(v_b.data))
 
 
 def _transpose(w):

@@ -5,9 +5,10 @@ from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
 
 from pymla import ggml
+from pymla.cache import CACHE_TYPES, PAGE, Step
 from pymla.cpu.formats import FOUR_BITS
 from pymla.cpu.panels import GROUP
-from pymla.reference.quant import quantise_activations
+from pymla.reference.quant import quantise, quantise_activations
 from pymla.weights import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
@@ -46,3 +47,36 @@ def as_multiplied(x: np.ndarray, qtype: int, panels: bool) -> np.ndarray:
         return x
     codes, scale = quantise_activations(x, GROUP if panels and qtype in FOUR_BITS else 1)
     return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
+
+
+def ragged_step(lengths, new, pages: int) -> Step:
+    """Sequences of some lengths, whose last `new` tokens make the step, on shuffled pages of `pages`. A block table
+    names no page behind its sequence's end."""
+    order = iter(np.random.default_rng(5).permutation(pages))
+    tables = np.full((len(lengths), max(-(-n // PAGE) for n in lengths)), 10**6, np.int32)
+    for b, n in enumerate(lengths):
+        tables[b, : -(-n // PAGE)] = [next(order) for _ in range(-(-n // PAGE))]
+    positions = np.concatenate([np.arange(n - k, n) for n, k in zip(lengths, new, strict=True)]).astype(np.int32)
+    seq_of = np.repeat(np.arange(len(lengths), dtype=np.int32), new)
+    slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
+    return Step(np.zeros_like(positions), positions, seq_of, slots.astype(np.int32), tables)
+
+
+def latent_layout(cache_type: str, rank: int, rope: int):
+    """ggml types and widths of the rows of ``c_kv`` and ``k_pe``."""
+    qtype = CACHE_TYPES[cache_type]
+    return (qtype, rank), (ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)
+
+
+def poisoned_cache(layout, step: Step, lengths, pages: int) -> list[QTensor]:
+    """A cache of random rows of some ggml types and widths, with NaN in every row that no token of the step may see."""
+    seen = np.concatenate(
+        [step.block_tables[b, p // PAGE] * PAGE + p % PAGE for b, n in enumerate(lengths) for p in [np.arange(n)]]
+    )
+    result = []
+    for seed, (qtype, width) in enumerate(layout):
+        data = np.full((pages * PAGE, ggml.row_bytes(qtype, width)), 0xFF, np.uint8)
+        rows = np.random.default_rng(seed).standard_normal((len(seen), width), dtype=np.float32)
+        data[seen] = quantise(rows, qtype)
+        result.append(QTensor(qtype, data))
+    return result

@@ -60,7 +60,8 @@ def quick(monkeypatch):
 
 
 def row(**values):
-    fields = {"model": "m", "mla": "1", "cache_type": "f16", "threads": 2, "pp": 4, "tg": 2, "n_kv": 64}
+    fields = {"model": "m", "mla": "1", "cache_type": "f16", "device": "cpu", "threads": 2}
+    fields |= {"pp": 4, "tg": 2, "n_kv": 64}
     fields |= {"pp_seconds": (0.5,), "tg_seconds": (4.0, 1.0, 2.0)}
     fields |= {"pp_macs": 10**10, "tg_bytes": 10**9, "cache_bytes": 1 << 20}
     return bench.Row(**{**fields, **values})
@@ -107,15 +108,15 @@ def test_settings_refuse_nonsense():
 
 def test_sweep_measures_at_each_depth(demo, monkeypatch):
     """Generation first, which is forgotten; then the prompt, which stays and counts for the next depth."""
-    calls, forward = [], demo.model.forward
+    calls, step = [], demo.model.step
 
     def recorded(batch, **options):
         calls.append((batch[0][0].length, len(batch[0][1])))
-        return forward(batch, **options)
+        return step(batch, **options)
 
-    monkeypatch.setattr(demo.model, "forward", recorded)
+    monkeypatch.setattr(demo.model, "step", recorded)
     progress = []
-    settings = bench.Settings(pp=8, tg=2, depths=(0, 8, 70), repeat=2)
+    settings, free = bench.Settings(pp=8, tg=2, depths=(0, 8, 70), repeat=2), demo.model.cache.free_pages
     rows = list(bench.sweep(demo, settings, lambda *each: progress.append(each)))
     generation = [[(n, 1), (n + 1, 1)] * 2 for n in (0, 8, 70)]
     prompts = [[(n, 8)] * 2 for n in (0, 8, 70)]
@@ -125,6 +126,7 @@ def test_sweep_measures_at_each_depth(demo, monkeypatch):
     assert all(len(each.pp_seconds) == len(each.tg_seconds) == 2 for each in rows)
     assert progress[-1][0] == progress[-1][1]
     assert sorted(progress) == progress
+    assert demo.model.cache.free_pages == free
 
 
 def test_row_counts_what_the_step_costs(demo):
@@ -152,6 +154,19 @@ def test_shares_come_from_medians():
     assert bench.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
 
 
+def test_no_shares_on_several_devices():
+    assert row(device="cpu+cuda").shares(LIMITS) == (None, None)
+    assert bench.line(row(device="cpu+cuda"), LIMITS).split("|")[8:10] == ["        - ", "        - "]
+
+
+def test_a_gpu_in_the_facts(monkeypatch):
+    monkeypatch.setattr("pymla.cuda.describe", lambda: {"name": "NVIDIA H100", "capability": (9, 0)})
+    about = bench.facts(LIMITS, "cuda")
+    assert (about["device"], about["gpu"], about["gpu_isa"]) == ("cuda", "NVIDIA H100", "sm_90")
+    assert bench.describe(about).startswith("NVIDIA H100, sm_90, ")
+    assert "threads" not in bench.describe(about)
+
+
 def test_table_has_the_peers_columns():
     lines = bench.header().splitlines()
     theirs = SWEEP.splitlines()[2:4]
@@ -173,7 +188,8 @@ def test_command(run, tmp_path, quick):
     assert [(each["pp"], each["tg"], each["n_kv"]) for each in printed] == 2 * [(32, 2, 0), (32, 2, 64)]
     report = json.loads(files[1].read_text())
     assert report["limits"] == {"read_bytes_per_second": 1e10, "int8_macs_per_second": 1e11}
-    assert report["threads"] == 1
+    assert (report["device"], report["threads"]) == ("cpu", 1)
+    assert {each["device"] for each in report["rows"]} == {"cpu"}
     assert [each["mla"] for each in report["rows"]] == ["auto", "auto", "1", "1"]
     with files[0].open(newline="") as stream:
         table = list(csv.DictReader(stream))

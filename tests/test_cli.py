@@ -49,7 +49,7 @@ def refused(run):
     def call(*args, parts=()):
         code, out, err = run(*args)
         assert code == 2, (code, out, err)
-        lines = [line for line in err.splitlines() if not line.startswith("pymla: compiling")]
+        lines = [line for line in err.splitlines() if not line.startswith(("pymla: compiling", "pymla: running"))]
         assert len(lines) == 1, err
         assert lines[0].startswith("pymla: error: ")
         for part in parts:
@@ -69,6 +69,29 @@ def test_generate(run, model):
     assert again == "abc" + out + "\n"
     assert "tokens/s" in err
     assert "cache" in err
+
+
+def test_where_it_runs_is_said(run, model, monkeypatch):
+    """On standard error, where it was left to pymla and is not asked to be quiet."""
+    monkeypatch.setattr("pymla.cuda.available", lambda: (False, "there is no such card; buy one"))
+    options = "-m", model, "abc", "-n", 1, "--temperature", 0
+    code, out, err = run("generate", *options)
+    assert code == 0
+    assert err.splitlines()[0] == "pymla: running on the CPU: there is no such card"
+    for more in (["--quiet"], ["--device", "cpu"], ["--device", "reference"]):
+        assert "running" not in run("generate", *options, *more)[2]
+    code, again, err = run("generate", *options, "--json")
+    assert (code, json.loads(again)["text"], err.count("running on")) == (0, out[3:-1], 1)
+
+
+@pytest.mark.parametrize(
+    "options", [["--gpu-layers", "some"], ["-ngl", 0], ["--gpu-layers", 2], ["-ngl", "all"], ["--cpu-moe"]]
+)
+def test_a_gpu_that_is_not_there(refused, model, options):
+    refused("generate", "-m", model, "x", *options, parts=["--gpu-layers"])
+    if options[-1] not in ("some", 0):
+        refused("generate", "-m", model, "x", "--device", "cpu", *options, parts=["--device is cpu"])
+    refused("generate", "-m", model, "x", "--device", "cuda", parts=["--device cuda: "])
 
 
 def test_generate_json(run, model):
@@ -129,7 +152,7 @@ def started(*args, **options):
 @pytest.mark.parametrize("options", [[], ["--quiet"]])
 def test_ctrl_c_while_generating(long_model, options):
     """What was generated stays, and the figures are those so far."""
-    process = started("generate", "-m", long_model, "abc", "-n", 1_000_000, *options)
+    process = started("generate", "-m", long_model, "abc", "-n", 1_000_000, "--device", "cpu", *options)
     first = process.stdout.read(8)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
@@ -148,7 +171,9 @@ def test_ctrl_c_while_generating(long_model, options):
 
 
 def test_ctrl_c_while_compiling(model, tmp_path):
-    process = started("generate", "-m", model, "abc", env=os.environ | {"PYMLA_CACHE_DIR": str(tmp_path)})
+    process = started(
+        "generate", "-m", model, "abc", "--device", "cpu", env=os.environ | {"PYMLA_CACHE_DIR": str(tmp_path)}
+    )
     assert process.stderr.readline().startswith(b"pymla: compiling kernels")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -158,15 +183,15 @@ def test_ctrl_c_while_compiling(model, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_json_of_an_interrupted_generation(run, model, monkeypatch, steps):
-    forward, calls = Model.forward, []
+    step, calls = Model.step, []
 
     def interrupted(self, *args, **options):
         calls.append(args)
         if len(calls) > steps:
             raise KeyboardInterrupt
-        return forward(self, *args, **options)
+        return step(self, *args, **options)
 
-    monkeypatch.setattr(Model, "forward", interrupted)
+    monkeypatch.setattr(Model, "step", interrupted)
     code, out, err = run("generate", "-m", model, "abc", "--json", "--temperature", 0, "--logprobs", 1)
     report = json.loads(out)
     assert code == 130
@@ -178,7 +203,8 @@ def test_json_of_an_interrupted_generation(run, model, monkeypatch, steps):
 
 
 def test_reader_that_goes_away(long_model):
-    for args in (["generate", "-m", long_model, "abc", "-n", 1_000_000], ["inspect", long_model, "--tensors"]):
+    generating = ["generate", "-m", long_model, "abc", "-n", 1_000_000, "--device", "cpu"]
+    for args in (generating, ["inspect", long_model, "--tensors"]):
         process = started(*args)
         process.stdout.read(1)
         process.stdout.close()
@@ -188,7 +214,7 @@ def test_reader_that_goes_away(long_model):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(model):
-    for args in (["generate", "-m", model, "abc", "-n", 2], ["inspect", model]):
+    for args in (["generate", "-m", model, "abc", "-n", 2, "--device", "cpu"], ["inspect", model]):
         with open("/dev/full", "wb") as full:
             process = started(*args, stdout=full)
         assert process.stderr.read() == b"pymla: error: standard output: No space left on device\n"

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 from make_model import PRESETS, make_model
 
 from pymla import costs, ggml
 from pymla.config import ModelConfig, Yarn
-from pymla.costs import cheaper_form, memory_plan, step_ops, token_bytes, token_macs
+from pymla.costs import cheaper_form, step_ops, token_bytes, token_macs
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile, TensorInfo
 
@@ -232,29 +231,12 @@ def test_a_token_of_a_model_with_all_experts_reads_the_file(tmp_path, layout):
     assert token_macs(config, 0) == macs
 
 
-def test_memory_plan():
-    tensors = v2_lite_tensors()
-    nbytes = sum(map(costs.tensor_bytes, tensors.values()))
-    plan = memory_plan(V2_LITE, SimpleNamespace(tensors=tensors, nbytes=nbytes), "f16", "auto", 4096, 512)
-    assert plan.weights == nbytes == pytest.approx(8.9e9, rel=0.01)
-    assert plan.derived == 0
-    assert plan.cache == 4096 * 27 * 1152
-    assert plan.allocated == plan.derived + plan.cache + plan.scratch + plan.process
-    assert plan.total == plan.allocated + nbytes
-    assert plan.allocated - plan.cache < 600 << 20
-
-
 @pytest.mark.parametrize(
     ("layout", "qtype", "size"), [("kv_b", "q4_0", 0), ("all", "q4_0", 0), ("split", "q4_0", 2), ("split", "f32", 4)]
 )
 def test_derived(layout, qtype, size):
     tensors = v2_lite_tensors(ggml.ID[qtype.upper()], layout)
     assert costs.derived_bytes(V2_LITE, tensors) == 27 * 16 * 512 * 128 * size
-
-
-def test_default_context():
-    file = SimpleNamespace(tensors=v2_lite_tensors(), nbytes=1)
-    assert memory_plan(V2_LITE, file).cache == 163840 * 27 * 672
 
 
 def test_scratch_grows_with_the_slice_and_is_bounded_in_the_context():

@@ -6,12 +6,14 @@ What a token may not see is poisoned: rows behind its position, in the last page
 import numpy as np
 import pytest
 import simulated  # noqa: F401
+from cases import latent_layout, poisoned_cache, ragged_step
 from compare import assert_close
 
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE, Step
 from pymla.cuda import attention, memory
-from pymla.cuda.attention_decode import absorbed, absorbed_kernel
+from pymla.cuda.attention_decode import absorbed_kernel
+from pymla.cuda.attention_full import full_kernel
 from pymla.cuda.attention_prompt import expanded_kernel
 from pymla.errors import PymlaError
 from pymla.reference import attention as reference
@@ -21,6 +23,7 @@ from pymla.weights import QTensor
 PAGES = 8
 HALF = {"rtol_max": 2e-3, "reason": "queries, softmax weights and float32 rows become float16: 11 bits"}
 BFLOAT = {"rtol_max": 6e-3, "reason": "queries and softmax weights become bfloat16: 8 bits"}
+FLOAT = {"rtol_max": 1e-5, "reason": "float32 in another order"}
 
 
 def normal(*shape, seed=0):
@@ -35,48 +38,47 @@ def on_device(tensor):
     return QTensor(tensor.qtype, memory.to_device(tensor.data))
 
 
+def part_of_more(tokens, heads, v, attend):
+    """What `attend` writes into some heads of some tokens of a larger array; the others stay as they are."""
+    whole = poisoned(tokens + 2, heads + 3, v)
+    attend(whole[1:-1, 2:-1])
+    result = memory.to_host(whole)
+    part = result[1:-1, 2:-1].copy()
+    result[1:-1, 2:-1] = np.nan
+    assert np.isnan(result).all()
+    return part
+
+
 def step_of(lengths, new):
-    """Sequences of some lengths, whose last `new` tokens make the step, on shuffled pages, which are not named beyond
-    a sequence's end."""
-    order = iter(np.random.default_rng(5).permutation(PAGES))
-    tables = np.full((len(lengths), max(-(-n // PAGE) for n in lengths)), 10**6, np.int32)
-    for b, n in enumerate(lengths):
-        tables[b, : -(-n // PAGE)] = [next(order) for _ in range(-(-n // PAGE))]
-    positions = np.concatenate([np.arange(n - k, n) for n, k in zip(lengths, new, strict=True)]).astype(np.int32)
-    seq_of = np.repeat(np.arange(len(lengths), dtype=np.int32), new)
-    slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
-    return Step(np.zeros_like(positions), positions, seq_of, slots.astype(np.int32), tables)
+    return ragged_step(lengths, new, PAGES)
 
 
-def caches(cache_type, rank, rope, step, lengths):
-    """``c_kv`` and ``k_pe``, with NaN in every row that no token of the step may see."""
-    qtype = CACHE_TYPES[cache_type]
-    seen = [
-        step.block_tables[b, p // PAGE] * PAGE + p % PAGE for b, length in enumerate(lengths) for p in range(length)
-    ]
-    result = []
-    for seed, (width, each) in enumerate([(rank, qtype), (rope, ggml.F16 if qtype == ggml.Q8_0 else qtype)]):
-        data = np.full((PAGES * PAGE, ggml.row_bytes(each, width)), 0xFF, np.uint8)
-        data[seen] = quantise(normal(len(seen), width, seed=seed), each)
-        result.append(QTensor(each, data))
-    return result
+def caches(layout, step, lengths):
+    return poisoned_cache(layout, step, lengths, PAGES)
 
 
-def check_absorbed(cache_type, heads, rank, rope, lengths, new, splits):
+def check_absorbed(cache_type, heads, rank, rope, lengths, new, splits, attend=attention.absorbed, tolerance=None):
     step = step_of(lengths, new)
-    latent, k_pe = caches(cache_type, rank, rope, step, lengths)
+    latent, k_pe = caches(latent_layout(cache_type, rank, rope), step, lengths)
     q = normal(len(step.positions), heads, rank + rope, seed=2)
     expected = reference.absorbed(q, latent, k_pe, step, 0.1, np.empty((len(q), heads, rank), np.float32))
-    actual = absorbed(
-        memory.to_device(q),
-        on_device(latent),
-        on_device(k_pe),
-        Step(*map(memory.to_device, step)),
-        0.1,
-        poisoned(len(q), heads, rank),
-        splits=splits,
-    )
-    assert_close(memory.to_host(actual), expected, **(BFLOAT if cache_type == "bf16" else HALF))
+    inputs = memory.to_device(q), on_device(latent), on_device(k_pe), Step(*map(memory.to_device, step)), 0.1
+    actual = part_of_more(*expected.shape, lambda out: attend(*inputs, out, splits=splits))
+    assert_close(actual, expected, **(tolerance or (BFLOAT if cache_type == "bf16" else HALF)))
+
+
+def check_materialised(*case):
+    check_absorbed(*case, attention.absorbed_materialised, FLOAT)
+
+
+def check_full(cache_type, heads, size, v, lengths, new, splits=None, tolerance=None):
+    qtype, step = CACHE_TYPES[cache_type], step_of(lengths, new)
+    keys, values = caches([(qtype, heads * size), (qtype, heads * v)], step, lengths)
+    q = normal(len(step.positions), heads, size, seed=2)
+    expected = reference.full(q, keys, values, step, 0.1, np.empty((len(q), heads, v), np.float32))
+    inputs = memory.to_device(q), on_device(keys), on_device(values), Step(*map(memory.to_device, step)), 0.1
+    actual = part_of_more(*expected.shape, lambda out: attention.full(*inputs, out, splits=splits))
+    assert_close(actual, expected, **(tolerance or (BFLOAT if cache_type == "bf16" else HALF)))
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
@@ -108,22 +110,82 @@ def test_absorbed_at_real_sizes(cache_type):
     check_absorbed(cache_type, 16, 512, 64, (70,), (1,), 1)
 
 
-def test_absorbed_with_large_scores():
+@pytest.mark.parametrize(
+    "attend", [attention.absorbed, attention.absorbed_materialised], ids=["online", "materialised"]
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_absorbed_with_large_scores(attend, splits):
     """A maximum that grows over the tiles, and scores that are far apart."""
     lengths, rank, rope = (300,), 32, 16
     step = step_of(lengths, (1,))
-    latent, k_pe = caches("f32", rank, rope, step, lengths)
+    latent, k_pe = caches(latent_layout("f32", rank, rope), step, lengths)
     slots = [step.block_tables[0, p // PAGE] * PAGE + p % PAGE for p in range(300)]
     rows = np.linspace(-4, 4, 300, dtype=np.float32)[:, None] * np.ones(rank, np.float32)
     latent.data[slots] = quantise(rows, ggml.F32)
     q = np.ones((1, 2, rank + rope), np.float32)
     expected = reference.absorbed(q, latent, k_pe, step, 1.0, np.empty((1, 2, rank), np.float32))
-    on = Step(*map(memory.to_device, step))
-    for splits in (1, 3):
-        actual = absorbed(
-            memory.to_device(q), on_device(latent), on_device(k_pe), on, 1.0, poisoned(1, 2, rank), splits
-        )
-        assert_close(memory.to_host(actual), expected, rtol_max=2e-3, reason="scores up to 128 from float16 rows")
+    inputs = memory.to_device(q), on_device(latent), on_device(k_pe), Step(*map(memory.to_device, step)), 1.0
+    actual = memory.to_host(attend(*inputs, poisoned(1, 2, rank), splits))
+    assert_close(actual, expected, rtol_max=2e-3, reason="scores up to 128 from float16 rows")
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_absorbed_materialised(cache_type):
+    check_materialised(cache_type, 2, 64, 32, (1, 33, 66), (1, 1, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "heads", "rank", "rope", "lengths", "splits"),
+    [("q8_0", 9, 32, 16, (33,), 9), ("f16", 2, 528, 16, (5,), 1), ("bf16", 1, 16, 16, (290, 5), 3)],
+)
+def test_absorbed_materialised_at_odd_sizes(cache_type, heads, rank, rope, lengths, splits):
+    check_materialised(cache_type, heads, rank, rope, lengths, (1,) * len(lengths), splits)
+
+
+def test_scores_of_many_tokens_are_computed_by_parts(monkeypatch):
+    monkeypatch.setattr("pymla.cuda.attention_materialised.SCORES_BYTES", 2 * 4 * 2 * 64)
+    check_materialised("f16", 2, 32, 16, (9, 5), (3, 2), None)
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_full_of_prompts(cache_type):
+    """Sequences in one window and over two, with tokens in the cache before."""
+    check_full(cache_type, 2, 64, 32, (3, 90, 40), (3, 66, 2))
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "heads", "size", "v", "lengths", "new"),
+    [("f16", 1, 48, 16, (1, 2), (1, 2)), ("q8_0", 1, 192, 128, (70,), (9,)), ("bf16", 3, 16, 48, (65, 64), (64, 64))],
+)
+def test_full_at_odd_sizes(cache_type, heads, size, v, lengths, new):
+    check_full(cache_type, heads, size, v, lengths, new)
+
+
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_full_of_single_tokens(cache_type):
+    check_full(cache_type, 3, 64, 32, (1, 63, 130), (1, 1, 1), tolerance=FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "size", "v", "length", "splits"),
+    [("f16", 192, 128, 70, 1), ("q8_0", 192, 160, 400, 9), ("bf16", 16, 16, 257, 2), ("f32", 144, 272, 300, 9)],
+)
+def test_full_of_a_token_with_positions_split_over_blocks(cache_type, size, v, length, splits):
+    check_full(cache_type, 1, size, v, (length,), (1,), splits, FLOAT)
+
+
+def test_a_fault_stays_in_its_sequence():
+    """Infinite rows of a sequence whose neighbours are in the same window of queries."""
+    heads, size, v, lengths, new = 1, 32, 16, (5, 6, 7), (2, 3, 2)
+    step = step_of(lengths, new)
+    cache = caches([(ggml.F16, heads * size), (ggml.F16, heads * v)], step, lengths)
+    for each in cache:
+        row = np.full(each.data.shape[1] // 2, np.inf, np.float16)
+        each.data[step.block_tables[1, 0] * PAGE + 2] = row.view(np.uint8)
+    q, out = normal(len(step.positions), heads, size), poisoned(len(step.positions), heads, v)
+    attention.full(memory.to_device(q), *map(on_device, cache), Step(*map(memory.to_device, step)), 0.1, out)
+    faulty = ~np.isfinite(memory.to_host(out)).all((1, 2))
+    np.testing.assert_array_equal(faulty, step.seq_of == 1)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +202,9 @@ def test_expanded(heads, size, v, tokens, length):
     own = attention.keys_values(length + 40, heads, size, v, True)
     for mine, host in zip(own, (keys, values), strict=True):
         memory.write(mine[:length], host)
-    actual = attention.expanded(memory.to_device(q), own, memory.to_device(positions), 0.2, poisoned(tokens, heads, v))
-    assert_close(memory.to_host(actual), expected, **HALF)
+    inputs = memory.to_device(q), own, memory.to_device(positions), 0.2
+    actual = part_of_more(*expected.shape, lambda out: attention.expanded(*inputs, out))
+    assert_close(actual, expected, **HALF)
 
 
 def test_expand_and_absorb():
@@ -162,10 +225,11 @@ def test_expand_and_absorb():
     np.testing.assert_array_equal(actual[..., rank:], q[..., nope:])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_store_and_load(cache_type):
+def test_store_and_load(cache_type, dtype):
     qtype, width = CACHE_TYPES[cache_type], 160
-    rows = normal(6, width + 7)
+    rows = normal(6, width + 7).astype(dtype)
     rows[2, 32:64] = 0
     slots = np.array([200, 64, 65, 70, 3, 127], np.int32)
     cache = on_device(QTensor(qtype, np.full((4 * PAGE, ggml.row_bytes(qtype, width)), 0xFF, np.uint8)))
@@ -179,22 +243,35 @@ def test_store_and_load(cache_type):
     np.testing.assert_array_equal(out, dequantise(actual[64:66], qtype))
 
 
+def test_rows_are_contiguous():
+    cache = on_device(QTensor(ggml.F16, np.zeros((PAGE, 64), np.uint8)))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        attention.store(poisoned(2, 64)[:, ::2], memory.zeros(2, np.int32), cache)
+
+
 def test_what_does_not_fit_is_refused():
-    q, out = poisoned(1, 1, 24), poisoned(1, 1, 8)
+    q, out, step = poisoned(1, 1, 24), poisoned(1, 1, 8), step_of((1,), (1,))
     cache = QTensor(ggml.F16, memory.zeros((PAGE, 16), np.uint8))
-    with pytest.raises(PymlaError, match="16 divides"):
-        attention.absorbed(q, cache, cache, None, 1.0, out)
+    for attend in (attention.absorbed, attention.absorbed_materialised, attention.full):
+        with pytest.raises(PymlaError, match="16 divides"):
+            attend(q, cache, cache, step, 1.0, out)
     with pytest.raises(PymlaError, match="16 divides"):
         attention.expanded(q, None, None, 1.0, out)
     q, out = poisoned(1, 2, 64)[..., :48], poisoned(1, 2, 32)
-    with pytest.raises(ValueError, match="contiguous"):
-        attention.absorbed(q, cache, cache, None, 1.0, out)
+    for attend in (attention.absorbed, attention.absorbed_materialised, attention.full):
+        with pytest.raises(ValueError, match="expected contiguous float32"):
+            attend(q, cache, cache, step, 1.0, out)
+    q, out = poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32]
+    for attend in (attention.absorbed, attention.full):
+        with pytest.raises(ValueError, match="multiples of 8 bytes"):
+            attend(q, cache, cache, step, 1.0, out)
 
 
 def test_blocks_fit_shared_memory():
     """Two blocks on a multiprocessor of Ampere's large cards, which have 164 KiB, one on those that have 100; a block
     takes one for itself."""
-    sizes = [absorbed_kernel(qtype, 512, 64)[1] for qtype in CACHE_TYPES.values()] + [expanded_kernel(192, 128)[1]]
+    sizes = [absorbed_kernel(qtype, 512, 64)[1] for qtype in CACHE_TYPES.values()]
+    sizes += [expanded_kernel(192, 128)[1], full_kernel(ggml.F16, 192, 128)[1]]
     for nbytes in sizes:
         assert 2 * (nbytes + 1024) <= 164 * 1024
         assert nbytes + 1024 <= 100 * 1024

@@ -532,7 +532,7 @@ def test_device_arrays():
     memory.copy(x, y)
     np.testing.assert_array_equal(memory.to_host(y), memory.to_host(x).reshape(-1))
     seen = []
-    z = memory.upload(host, lambda done, total: seen.append((done, total)))
+    z = memory.to_device(host, lambda done, total: seen.append((done, total)))
     np.testing.assert_array_equal(memory.to_host(z), host)
     assert seen[-1] == (96, 96)
     assert memory.empty((0, 4), np.float32).size == 0

@@ -9,7 +9,7 @@ import pymla
 from pymla.cache import Sequence
 from pymla.errors import CacheFull, PymlaError
 from pymla.generate import Generation
-from pymla.sampling import SamplingParams
+from pymla.sampling import Sampler, SamplingParams
 from pymla.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
 
 WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
@@ -32,7 +32,10 @@ class Script:
         self.freed.append(sequence)
         sequence.length = 0
 
-    def forward(self, batch, progress=None):
+    def sampler(self, params, history):
+        return Sampler(params, history)
+
+    def step(self, batch, progress=None):
         ((sequence, new),) = batch
         if sequence.length + len(new) > self.ctx:
             raise CacheFull("full")
@@ -214,7 +217,7 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "forward", interrupted)
+    monkeypatch.setattr(model, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(pieces)
     assert len(model.freed) == 1

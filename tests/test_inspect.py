@@ -92,6 +92,11 @@ def test_json(tiny):
     assert found["metadata"]["tokenizer.ggml.tokens"] == {"length": 512}
     assert found["metadata"]["deepseek2.block_count"] == 4
     assert found["memory"]["cache_per_1000_tokens"]["f32"] == 1000 * 4 * (64 + 32) * 4
+    (gpu,) = found["memory"]["gpu"]
+    assert gpu["context"] == 1024
+    assert gpu["all"] - gpu["cpu_moe"] > sum(
+        each["bytes"] for each in found["tensors"] if each["name"].endswith("_exps.weight")
+    )
     # The context is 1024 tokens: nothing is said of 4096.
     (cost,) = found["costs"]
     assert cost["context"] == 0

@@ -36,6 +36,12 @@ class Told(Report):
     def warn(self, message):
         self.calls.append(("warn", message))
 
+    def running(self, where):
+        self.calls.append(("running", where))
+
+    def uploading(self, done, total):
+        self.calls.append(("uploading", done, total))
+
     def reading(self, done, total):
         self.calls.append(("reading", done, total))
 
@@ -131,7 +137,12 @@ def test_demo_by_default():
     ("options", "words"),
     [
         ({"device": "tpu"}, ["device 'tpu'", "reference"]),
-        ({"device": "cuda"}, ["device 'cuda'"]),
+        ({"device": "cuda"}, ["--device cuda: "]),
+        ({"gpu_layers": 3}, ["--gpu-layers and --cpu-moe are for a GPU", "there is none here"]),
+        ({"cpu_moe": True, "device": "cpu"}, ["--cpu-moe are for a GPU", "--device is cpu"]),
+        ({"gpu_layers": 1, "device": "reference"}, ["--gpu-layers", "--device is reference"]),
+        ({"gpu_layers": 0}, ["--gpu-layers 0", "--device cpu"]),
+        ({"gpu_layers": "most"}, ["--gpu-layers 'most'", "or all"]),
         ({"mla": "4"}, ["MLA mode '4'", "auto"]),
         ({"mla": None}, ["MLA mode None"]),
         ({"cache_type": "q4_0"}, ["cache type 'q4_0'", "q8_0"]),

@@ -125,7 +125,7 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
 )
 def test_presets_have_the_real_models_size(preset, billions):
     # As the model cards give it; V3's without its 14 B of multi-token prediction.
-    tensors = script._tensors(PRESETS[preset], "kv_b", ggml.Q4_0, ggml.Q6_K, 0)
+    tensors = script.model_tensors(PRESETS[preset], "kv_b", ggml.Q4_0, ggml.Q6_K, 0)
     count = sum(int(np.prod(t.shape)) for t in tensors)
     assert count / 1e9 == pytest.approx(billions, rel=0.01)
 

@@ -532,6 +532,25 @@ def test_prefault(split, slices, tmp_path):
     file.prefault()
 
 
+def test_prefault_of_some_tensors(slices, tmp_path):
+    page = modelfile.mmap.PAGESIZE
+    contents = {name: (np.zeros(4 * page // 4, np.float32), ggml.F32) for name in "abcd"}
+    file = ModelFile.open(write(tmp_path / "four.gguf", contents=contents))
+    spans = file._spans(file.path, file._maps[0], ["d", "b"])
+    begin = np.frombuffer(file._maps[0], np.uint8).ctypes.data
+    for name, (start, stop) in zip("bd", spans, strict=True):
+        tensor = file.tensors[name].data
+        assert start <= tensor.ctypes.data - begin < start + page
+        assert stop - page < tensor.ctypes.data - begin + tensor.nbytes <= stop
+    calls = []
+    file.prefault(lambda done, total: calls.append((done, total)), ["d", "b"])
+    total = sum(stop - start for start, stop in spans)
+    assert calls[-1] == (total, total)
+    # Neighbours make one span, and no names none.
+    assert len(file._spans(file.path, file._maps[0], ["c", "b", "a"])) == 1
+    file.prefault(lambda *_: pytest.fail("nothing was asked for"), [])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
 def test_prefault_on_an_old_kernel(small, monkeypatch):
     def populate(*args):

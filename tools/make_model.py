@@ -275,7 +275,7 @@ def make_model(
     qtype = _type_id(qtype)
     if output_type is None:
         output_type = ggml.Q6_K if qtype in ggml.QUANTISED else qtype
-    tensors = list(_tensors(shape, layout, qtype, _type_id(output_type), seed))
+    tensors = list(model_tensors(shape, layout, qtype, _type_id(output_type), seed))
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
     path = Path(path)
@@ -480,8 +480,8 @@ def _byte_alphabet():
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _tensors(s: Shape, layout, qtype, output_type, seed) -> Iterator[Tensor]:
-    """Every tensor of the file, in llama.cpp's order."""
+def model_tensors(s: Shape, layout, qtype, output_type, seed) -> Iterator[Tensor]:
+    """Every tensor of the file, in llama.cpp's order; weights are drawn when `Tensor.pieces` is called."""
 
     def matrix(name, *shape, qtype=qtype, std=None):
         qtype = fitting_type(qtype, shape[-1])

@@ -1,6 +1,5 @@
 """``pymla bench``: prompt and generation speed as the context grows."""
 
-import gc
 import json
 import os
 from pathlib import Path
@@ -10,10 +9,11 @@ import click
 from pymla import bench as measuring
 from pymla import plot as plotting
 from pymla.cache import CACHE_TYPES
+from pymla.cli.device import device_options
 from pymla.cli.generate import Terminal
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
-from pymla.loading import demo_path, load
+from pymla.loading import demo_path, find_device, load
 from pymla.model import MLA_MODES
 from pymla.modelfile import ModelFile
 
@@ -26,12 +26,14 @@ Examples:
   pymla bench -m model.gguf --ctx 16384 --csv sweep.csv --plot sweep.png
   pymla bench -m model.gguf --depths 0,4096,15872 --mla 1,3,auto
   pymla bench -m model.gguf --prompt 16384
+  pymla bench -m model.gguf --device cuda --ctx 32768
 
 \b
 Columns are those of llama-sweep-bench: with N_KV tokens in the cache, TG tokens are
 generated and forgotten, then a prompt of PP tokens is appended. PP share: multiply-adds
-as a share of this machine's int8 rate; TG share: bytes read as a share of what it
-streams from memory. Both limits are measured first."""
+as a share of the device's int8 rate; TG share: bytes read as a share of what it
+streams from memory. Both limits are measured first; with layers on both CPU and GPU
+there are no shares."""
 
 
 @click.command(epilog=EXAMPLES)
@@ -59,6 +61,7 @@ streams from memory. Both limits are measured first."""
     "--mla", default="auto", show_default=True, metavar="MODE,…", help=f"Variants to measure: {', '.join(MLA_MODES)}."
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
+@device_options
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -66,7 +69,7 @@ streams from memory. Both limits are measured first."""
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table to a file as CSV.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
-def bench(paths, mla, cache_type, threads, csv_path, json_path, plot_path, **options):
+def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path, json_path, plot_path, **options):
     """Measure prompt and generation speed as the context grows.
 
     The table goes to standard output, row by row; progress goes to standard error. An interrupt ends the measurement
@@ -79,14 +82,19 @@ def bench(paths, mla, cache_type, threads, csv_path, json_path, plot_path, **opt
             raise PymlaError(f"{path}: cannot be written; choose a file in a folder that exists")
     if plot_path:
         plotting.check(plot_path)
-    limits = measuring.measure_limits(threads)
-    about = measuring.facts(limits)
+    device, why_cpu = find_device(device)
+    limits = measuring.measure_limits(device, threads)
+    if why_cpu:
+        Terminal().running(f"the CPU: {why_cpu}")
+    about = measuring.facts(limits, device)
     click.echo(measuring.describe(about))
+    loading = {"cache_type": cache_type, "threads": threads, "device": device}
+    loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
     rows, code = [], 0
     try:
         for run in runs:
             for mode in modes:
-                for row in run.rows(limits, mla=mode, cache_type=cache_type, threads=threads):
+                for row in run.rows(limits, mla=mode, **loading):
                     rows.append(row)
     except KeyboardInterrupt:
         code = 130
@@ -137,6 +145,8 @@ class _Run:
         with terminal, load(self._path, ctx=self._ctx, report=terminal, **options) as language_model:
             terminal.close()
             name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
+            if language_model.device != "cpu":
+                name += f", {language_model.device}"
             click.echo(f"\n{name}\n\n{measuring.header()}")
             terminal.begin("")
             for row in measuring.sweep(language_model, self._settings, terminal.measuring):
@@ -144,8 +154,6 @@ class _Run:
                 terminal.close()
                 click.echo(measuring.line(row, limits))
                 yield row
-        # The cache of this variant must be gone before the next one takes its memory.
-        gc.collect()
 
 
 class _Terminal(Terminal):
@@ -197,5 +205,5 @@ def _range(tokens, seconds):
 def _title(rows, about):
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     row = rows[0]
-    settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {about['threads']} threads"
-    return f"{models}: {settings}\n{about['machine']}, {about['isa']}, pymla {about['pymla']}, {about['date'][:10]}"
+    settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {row.device}"
+    return f"{models}: {settings}\n{measuring.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pymla.cli.device import device_options
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
 from pymla.model import MLA_MODES
@@ -23,6 +24,7 @@ Examples:
   pymla generate -m model.gguf --chat "Why is the sky blue?"
   pymla generate -m model.gguf -f prompt.txt -n 100 --temperature 0 --quiet
   echo "Once upon a time" | pymla generate -m model.gguf --seed 7
+  pymla generate -m large.gguf --device cuda --cpu-moe "def "
 
 Tokens are chosen in llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature."""
 
@@ -68,7 +70,7 @@ def _sampling(name, kind, help_):
     "3 the same with online softmax; auto the cheaper in each step.",
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or reference.")
+@device_options
 @click.option(
     "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
 )
@@ -151,11 +153,18 @@ class Terminal(Report):
     def warn(self, message):
         click.echo(f"pymla: warning: {message}", err=True)
 
+    def running(self, where):
+        if not self._quiet:
+            click.echo(f"pymla: running on {where}", err=True)
+
     def reading(self, done, total):
         self._show("reading the model, MiB", done >> 20, total >> 20)
 
     def arranging(self, done, total):
         self._show("arranging weights, layers", done, total)
+
+    def uploading(self, done, total):
+        self._show("sending weights to the GPU, MiB", done >> 20, total >> 20)
 
     def compiling(self, done, total, name):
         self._show("compiling kernels (once; they are kept on disk)", done, total, delay=0)
@@ -235,6 +244,7 @@ def _report(language_model, generation, text):
     }
     report = {
         "model": str(language_model.file.path),
+        "device": language_model.device,
         "text": text,
         "tokens": generation.tokens,
         "finish_reason": generation.finish_reason,
@@ -261,11 +271,12 @@ def _figures(language_model, generation):
 
 
 def _share(language_model, generation):
-    """Bytes read per second while generating, as a share of what this machine streams from memory."""
+    """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
+    was generated, or a GPU computed."""
     from pymla.costs import token_bytes
     from pymla.memory import streaming_read
 
-    if generation.stats.generated_tokens < 2:
+    if generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
         return 0.0
     model = language_model.model
     cache_type = {0: "f32", 1: "f16", 30: "bf16", 8: "q8_0"}[model.cache.layers[0][0].qtype]

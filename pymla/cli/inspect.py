@@ -16,6 +16,7 @@ from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.memory import available_memory
 from pymla.modelfile import ModelFile
+from pymla.placement import LEAST_CTX, Planner, Split
 
 #: Tokens in the cache at which costs are shown.
 CONTEXTS = (0, 4096, 16384)
@@ -146,19 +147,28 @@ def _length(value: Any) -> int | None:
 
 
 def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
-    plan = costs.memory_plan(config, file, tokens=PROMPT_TOKENS)
+    planner = Planner(config, file, "q8_0", "auto")
+    plan = planner.host(Split(0), config.context_length)
     rows = {cache_type: row_bytes(config, cache_type, "auto") for cache_type in CACHE_TYPES}
     return {
         "weights": plan.weights,
         "derived": plan.derived,
         "scratch": plan.scratch,
-        "scratch_tokens": PROMPT_TOKENS,
+        "scratch_tokens": costs.SLICE,
         "process": plan.process,
         "available": available_memory(),
         "cache_per_1000_tokens": {cache_type: 1000 * nbytes for cache_type, nbytes in rows.items()},
         "cache_at_context_length": {
             cache_type: costs.cache_bytes(config, cache_type, "auto", config.context_length) for cache_type in rows
         },
+        "gpu": [
+            {
+                "context": context,
+                "all": planner.device(Split.all(config), context).total,
+                "cpu_moe": planner.device(Split.all(config)._replace(cpu_moe=True), context).total,
+            }
+            for context in sorted({min(LEAST_CTX, config.context_length), config.context_length})
+        ],
     }
 
 
@@ -355,6 +365,12 @@ def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> No
         for cache_type, nbytes in memory["cache_per_1000_tokens"].items()
     ]
     page.table("Cache", "type", "1,000 tokens", f"{context_length:,} tokens", rows=rows, numbers=(1, 2))
+    contexts = [f"{each['context']:,} tokens" for each in memory["gpu"]]
+    rows = [
+        (name, *(_size(each[key]) for each in memory["gpu"]))
+        for key, name in (("all", "everything"), ("cpu_moe", "without routed experts (--cpu-moe)"))
+    ]
+    page.table("On a GPU, cache q8_0", "what", *contexts, rows=rows, numbers=tuple(range(1, len(contexts) + 1)))
 
 
 def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Numba kernels for the processor: the twins of `pymla.reference`, with the same names and contracts."""
 
-from pymla.cpu import attention, moe, norm, quant, rope
+from pymla import sampling
+from pymla.cpu import attention, memory, moe, norm, quant, rope
 from pymla.cpu.compiling import cache_dir_warning, compile_all, needs_compiling
 from pymla.cpu.simd import ISA
 from pymla.cpu.threads import Graph, set_threads, thread_count, usable_cores
@@ -14,11 +15,13 @@ __all__ = [
     "attention",
     "cache_dir_warning",
     "compile_all",
+    "memory",
     "moe",
     "needs_compiling",
     "norm",
     "quant",
     "rope",
+    "sampling",
     "set_threads",
     "thread_count",
     "usable_cores",

@@ -4,7 +4,7 @@ Numba keys its cache by the file of the cached function alone, so editing `simd.
 `quant.py` behind. Here the cache folder's name is a digest of all that kernels are made of and of the tools' versions.
 """
 
-import hashlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -12,6 +12,8 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+
+from pymla.source_key import source_key
 
 #: Everything that `compile_all` compiles.
 COMPILED = []
@@ -72,7 +74,7 @@ def cache_dir():
     root = os.environ.get("PYMLA_CACHE_DIR")
     if root is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pymla"
-    folder = Path(root) / _digest()
+    folder = Path(root) / _key()
     if cache_dir.known == folder:
         return str(folder)
     try:
@@ -123,16 +125,8 @@ def compile_all(progress=None):
         (Path(folder) / "complete").touch()
 
 
-def _digest():
-    if not hasattr(_digest, "value"):
-        digest = hashlib.sha256()
-        kernels = Path(__file__).resolve().parent
-        # Besides themselves, kernels know the types' numbers and sizes.
-        for source in (kernels.parent / "ggml.py", *sorted(kernels.glob("*.py"))):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes())
-        features = llvm.get_host_cpu_features().flatten()
-        isa = os.environ.get("PYMLA_ISA", "")
-        for part in (sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, isa):
-            digest.update(part.encode() + b"\0")
-        _digest.value = digest.hexdigest()[:16]
-    return _digest.value
+@functools.cache
+def _key():
+    features, isa = llvm.get_host_cpu_features().flatten(), os.environ.get("PYMLA_ISA", "")
+    tools = sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, isa
+    return source_key(Path(__file__).resolve().parent, tools)

@@ -1,8 +1,22 @@
-"""Memory that begins at a cache line: a vector load that reaches over two lines takes twice as long."""
+"""Where arrays lie, in the host's memory as for `pymla.reference.memory`, and scratch that begins at a cache line: a
+vector load that reaches over two lines takes twice as long."""
 
 import numpy as np
 
 from pymla.cpu.compiling import inline
+from pymla.reference.memory import empty, release, take, to_device, to_host, write
+
+__all__ = [
+    "aligned",
+    "allocate",
+    "allocate_f32",
+    "empty",
+    "release",
+    "take",
+    "to_device",
+    "to_host",
+    "write",
+]
 
 LINE = 64
 

@@ -901,7 +901,7 @@ def sum_i8x16(builder, codes):
     return _reduced(builder, wide, builder.add)
 
 
-# Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.rows_wide`). Each quarter belongs
+# Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.rows_512`). Each quarter belongs
 # to one of four blocks of 32 weights: sixteen codes, or four sums of products.
 
 

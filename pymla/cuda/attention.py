@@ -1,7 +1,12 @@
 """Multi-head latent attention over a paged cache. Twin of `pymla.reference.attention`.
 
-The two forms are in `pymla.cuda.attention_decode` and `pymla.cuda.attention_prompt`; here is what moves rows in and out
-of the cache. A cache of whole keys and values (``full``, ``--mla 0``) is for the other backends only.
+Each form is a module: `absorbed` in `pymla.cuda.attention_decode`, with its scores in memory in
+`pymla.cuda.attention_materialised`, `expanded` in `pymla.cuda.attention_prompt`, `full` in `pymla.cuda.attention_full`.
+Here is what moves rows in and out of the cache.
+
+Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed`, and by `full` where sequences
+have several tokens; expanded keys and values are float16 always. `absorbed_materialised`, and `full` for single tokens,
+compute in float32.
 """
 
 from typing import NamedTuple
@@ -10,18 +15,23 @@ import numpy as np
 from numba import cuda, types
 
 from pymla import ggml
-from pymla.cache import PAGE
+from pymla.cache import CACHE_TYPES, PAGE
 from pymla.cuda import ptx, quant
 from pymla.cuda.attention_decode import absorbed
+from pymla.cuda.attention_full import full
+from pymla.cuda.attention_materialised import absorbed_materialised
 from pymla.cuda.attention_prompt import expanded
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.cache_rows import read_one, write_one
+from pymla.cuda.jit import kernel
 from pymla.cuda.memory import DeviceArray, empty
 from pymla.weights import QTensor
 
-__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "keys_values", "load", "store"]
+__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "keys_values", "load", "store"]
 
 I32, I64 = types.int32, types.int64
 I1 = types.Array(types.int32, 1, "C")
+#: Rows at an address, so many bytes apart.
+ROWS = types.UniTuple(I64, 2)
 #: Rows may be parts of wider ones.
 F2 = types.Array(types.float32, 2, "A")
 F3 = types.Array(types.float32, 3, "A")
@@ -29,15 +39,19 @@ F3 = types.Array(types.float32, 3, "A")
 #: Threads of a block; each takes a value.
 THREADS = 128
 
-#: A GPU keeps no scores in memory: the form of ``--mla 2`` is that of ``--mla 3``.
-absorbed_materialised = absorbed
-
 
 def store(rows, slots, cache):
-    """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type."""
+    """Write rows, float32 or float16 (T, W), into the slots, int32 (T,), of the cache in its type.
+
+    `rows` may be columns of a wider array.
+    """
     tokens, width = rows.shape
+    stride, item = rows.strides
+    if item != rows.dtype.itemsize:
+        raise ValueError(f"expected contiguous rows, not strides {rows.strides}")
     blocks = tokens, -(-width // THREADS)
-    _STORE[cache.qtype][blocks, THREADS](rows, slots, cache.data.address, cache.data.shape[1])
+    source, target = (rows.address, stride), (cache.data.address, cache.data.shape[1])
+    _STORE[cache.qtype, rows.dtype.name][blocks, THREADS](source, width, slots, target)
 
 
 def load(cache, block_table, out):
@@ -97,72 +111,23 @@ def _one_matrix(w):
     return QTensor(w.qtype, w.data.reshape(-1, w.data.shape[-1]))
 
 
-# Values of the cache types: a value of a row, at an address.
+def _store_kernel(qtype, source_type):
+    read, write = read_one(source_type), write_one(qtype)
 
-
-@device
-def _write_f32(row, i, x):
-    ptx.store_f32(row + 4 * i, x)
-
-
-@device
-def _write_f16(row, i, x):
-    ptx.store_f16(row + 2 * i, x)
-
-
-@device
-def _write_bf16(row, i, x):
-    ptx.store_bf16(row + 2 * i, x)
-
-
-@device
-def _write_q8_0(row, i, x):
-    """A block is a warp's."""
-    block = row + 34 * (i >> 5)
-    d = ptx.div(ptx.warp_max(abs(x)), np.float32(127))
-    inverse = ptx.div(np.float32(1), d) if d > np.float32(0) else np.float32(0)
-    scaled = x * inverse
-    # ggml rounds halves away from zero.
-    code = int(abs(scaled) + np.float32(0.5))
-    ptx.store_u8(block + 2 + (i & 31), code if scaled > np.float32(0) else -code)
-    if i & 31 == 0:
-        ptx.store_f16(block, d)
-
-
-@device
-def _read_f32(row, i):
-    return ptx.load_f32(row + 4 * i)
-
-
-@device
-def _read_f16(row, i):
-    return ptx.load_f16(row + 2 * i)
-
-
-@device
-def _read_bf16(row, i):
-    return ptx.load_bf16(row + 2 * i)
-
-
-@device
-def _read_q8_0(row, i):
-    block = row + 34 * (i >> 5)
-    return ptx.load_f16(block) * ptx.to_f32(ptx.load_i8(block + 2 + (i & 31)))
-
-
-def _store_kernel(qtype, write):
-    @kernel(F2, I1, I64, I64, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
-    def store(rows, slots, cache, row_bytes):
+    @kernel(ROWS, I32, I1, ROWS, variant=f"{ggml.NAME[source_type]},{ggml.NAME[qtype]}".lower(), max_threads=THREADS)
+    def store(source, width, slots, cache):
         """Grid: tokens, columns."""
         t, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
         # Whole warps are inside, wherever a row has blocks of 32.
-        if i < rows.shape[1]:
-            write(cache + slots[t] * row_bytes, i, rows[t, i])
+        if i < width:
+            write(cache[0] + slots[t] * cache[1], i, read(source[0] + t * source[1], i))
 
     return store
 
 
-def _load_kernel(qtype, read):
+def _load_kernel(qtype):
+    read = read_one(qtype)
+
     @kernel(I64, I64, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def load(cache, row_bytes, block_table, out):
         """Grid: positions, columns."""
@@ -174,10 +139,13 @@ def _load_kernel(qtype, read):
     return load
 
 
-_WRITE = {ggml.F32: _write_f32, ggml.F16: _write_f16, ggml.BF16: _write_bf16, ggml.Q8_0: _write_q8_0}
-_READ = {ggml.F32: _read_f32, ggml.F16: _read_f16, ggml.BF16: _read_bf16, ggml.Q8_0: _read_q8_0}
-_STORE = {qtype: _store_kernel(qtype, write) for qtype, write in _WRITE.items()}
-_LOAD = {qtype: _load_kernel(qtype, read) for qtype, read in _READ.items()}
+#: By the types of the cache and of the rows.
+_STORE = {
+    (qtype, name): _store_kernel(qtype, source_type)
+    for qtype in CACHE_TYPES.values()
+    for name, source_type in (("float32", ggml.F32), ("float16", ggml.F16))
+}
+_LOAD = {qtype: _load_kernel(qtype) for qtype in CACHE_TYPES.values()}
 
 
 @kernel(F3, F3, max_threads=THREADS)

@@ -1,11 +1,12 @@
 """From a kernel to machine code, without a device: PTX by NVVM, machine code by nvJitLink, and a cache on disk.
 
 Machine code runs on every driver of the toolkit's major version, where PTX needs one as new as the toolkit. The cache
-is keyed by all sources of this package, as in `pymla.cpu.compiling`, and by kernel names, so that a kernel's name must
-tell what its factory built it for.
+is keyed by all sources of this package (`pymla.source_key`) and by kernel names, so that a kernel's name must tell what
+its factory built it for.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from numba import cuda, types
 
 from pymla.cpu import compiling as cpu_compiling
 from pymla.errors import PymlaError
+from pymla.source_key import source_key
 
 _lock = threading.RLock()
 
@@ -166,7 +168,7 @@ def cache_dir():
     beside = cpu_compiling.cache_dir()
     if beside is None:
         return None
-    folder = Path(beside).parent / f"cuda-{_digest()}"
+    folder = Path(beside).parent / f"cuda-{_key()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -174,19 +176,12 @@ def cache_dir():
     return folder
 
 
-def _digest():
-    if not hasattr(_digest, "value"):
-        from cuda.bindings import nvjitlink
+@functools.cache
+def _key():
+    from cuda.bindings import nvjitlink
 
-        digest = hashlib.sha256()
-        kernels = Path(__file__).resolve().parent
-        for source in (kernels.parent / "ggml.py", *sorted(kernels.glob("*.py"))):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes())
-        versions = numba.__version__, llvmlite.__version__, metadata.version("numba-cuda"), nvjitlink.version()
-        for part in (sys.version, *versions):
-            digest.update(str(part).encode() + b"\0")
-        _digest.value = digest.hexdigest()[:16]
-    return _digest.value
+    tools = sys.version, numba.__version__, llvmlite.__version__, metadata.version("numba-cuda"), nvjitlink.version()
+    return source_key(Path(__file__).resolve().parent, tools)
 
 
 def _write(path, data):

@@ -4,16 +4,19 @@ from cuda.bindings import driver as api
 
 from pymla.cuda import driver
 from pymla.cuda.driver import call
+from pymla.cuda.memory import pool_of_graph
 from pymla.errors import PymlaError
 
 
 class Graph:
-    """The launches of a function, recorded by calling it once, and run by `replay`.
+    """A function whose launches are recorded once and repeated by `replay`.
 
     Everything that changes from replay to replay must lie in arrays that the function was recorded with: whatever it
-    computes in Python is computed once. The function may make arrays (`memory.empty`, `memory.zeros`), which live as
-    long as the graph, but must not copy from or to the host. In the simulator, with ``PYMLA_CUDA_SYNC=1`` and where
-    `Graph.enabled` is false, the function is called at every replay.
+    computes in Python is computed once. These arrays must live as long as the graph. The function may make arrays
+    (`memory.empty`, `memory.zeros`), whose memory belongs to the graph, but must not copy from or to the host.
+
+    The first replay calls the function, so that every kernel is compiled and loaded before the second one records. In
+    the simulator, with ``PYMLA_CUDA_SYNC=1`` and while `Graph.enabled` is false, every replay calls it.
 
     Parameters
     ----------
@@ -22,28 +25,36 @@ class Graph:
     Attributes
     ----------
     enabled : bool
-        Of the class: whether graphs that are made from now on are recorded.
-    result
-        What the function returned; device arrays are filled by `replay`.
+        Of the class: whether functions are recorded, and what was recorded is repeated.
+    pool : Pool
+        Memory of the arrays that the recorded function made. What it freed serves its next array, as the launches are
+        always repeated in the same order.
     """
 
     enabled = True
 
     def __init__(self, function):
-        self._function, self._executable, self._kept, self.result = function, None, [], None
-        if driver.SIMULATED or driver.SYNC or not Graph.enabled:
-            return
-        from pymla.cuda.jit import KERNELS
+        self._function, self._called, self._executable, self._result = function, False, None, None
+        self.pool = pool_of_graph()
 
-        # To load machine code while recording is allowed to fail, so that whatever may be used is loaded before.
-        for each in KERNELS.values():
-            each.load()
+    def replay(self):
+        """Run it; returns what the function returned."""
+        if not self._called or not Graph.enabled or driver.SIMULATED or driver.SYNC:
+            self._called = True
+            return self._function()
+        if self._executable is None:
+            self._record()
+        call(api.cuGraphLaunch, self._executable, driver.stream())
+        driver.launched("in a graph")
+        return self._result
+
+    def _record(self):
         stream, graph = driver.stream(), None
         # Relaxed: allocations, which take effect at once, are permitted.
         call(api.cuStreamBeginCapture, stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         driver.record(self)
         try:
-            self.result = function()
+            self._result = self._function()
         finally:
             driver.record(None)
             error, graph = api.cuStreamEndCapture(stream)
@@ -51,19 +62,6 @@ class Graph:
             raise PymlaError(f"a step cannot be recorded as a graph: {driver.describe(error)}")
         self._executable = call(api.cuGraphInstantiate, graph, 0)
         call(api.cuGraphDestroy, graph)
-
-    def keep(self, value):
-        """Keep something alive that the recorded launches use."""
-        self._kept.append(value)
-
-    def replay(self):
-        """Run it; returns what the function returned."""
-        if self._executable is None:
-            self.result = self._function()
-            return self.result
-        call(api.cuGraphLaunch, self._executable, driver.stream())
-        driver.launched("in a graph")
-        return self.result
 
     def __del__(self):
         if getattr(self, "_executable", None) is not None:

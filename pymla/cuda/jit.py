@@ -114,9 +114,6 @@ class Kernel:
             raise ValueError(f"kernel {self.__name__} takes {self.max_threads} threads at most, not {threads}")
         if 0 in grid:
             return
-        graph = driver.recording()
-        if graph:
-            graph.keep(arguments)
         try:
             if SIMULATED:
                 values = tuple(map(_inside, self.signature, arguments))

@@ -1,14 +1,15 @@
 """Memory of the device: arrays, and copies to and from them.
 
-A freed array's memory is kept for the next one of its size: all work runs on one stream, so what still reads the old
-array runs before what writes the new one. In the simulator an array lies in the host's memory; slices, shapes, strides
-and addresses behave alike, as the same code computes them.
+A freed array's memory is kept for another one of about its size: all work runs on one stream, so what still reads the
+old array runs before what writes the new one. In the simulator an array lies in the host's memory; slices, shapes,
+strides and addresses behave alike, as the same code computes them.
 """
 
+import bisect
 import ctypes
 import functools
+import itertools
 import threading
-from collections import defaultdict
 
 import numpy as np
 from cuda.bindings import driver as api
@@ -20,7 +21,7 @@ if SIMULATED:
     from pymla.cuda import simulator
     from pymla.memory import available_memory
 
-#: Bytes of a staging buffer of `upload`; there are two.
+#: Bytes of a staging buffer for copies from the host; there are two.
 STAGING = 32 << 20
 
 
@@ -88,64 +89,99 @@ class _Memory:
     """Bytes of the device, in the form that NumPy makes an array of."""
 
     def __init__(self, nbytes, shape, dtype):
-        self._nbytes = nbytes
-        self._address = _pool.take(nbytes)
+        # What a graph uses must not be given to anything else while the graph may be replayed.
+        self._pool = recording().pool if recording() else _pool
+        self._address, self._size = self._pool.take(nbytes)
         kind = np.dtype(dtype).str
         self.__array_interface__ = {"shape": shape, "typestr": kind, "data": (self._address, False), "version": 3}
 
     def __del__(self):
         if hasattr(self, "_address"):
-            _pool.give(self._address, self._nbytes)
+            self._pool.give(self._address, self._size)
 
 
-class _Pool:
-    """Memory that was allocated before, by size."""
+class Pool:
+    """Memory that was allocated before and waits for another use.
 
-    def __init__(self):
-        self._free = defaultdict(list)
+    Parameters
+    ----------
+    heir : Pool, optional
+        Gets what is left when this one and all arrays of it are gone.
+
+    Attributes
+    ----------
+    kept : int
+        Bytes that wait.
+    """
+
+    def __init__(self, heir=None):
+        self._heir = heir
+        self._free = []  # (bytes, address), ascending
         # The collector may give memory back while this thread takes some.
         self._lock = threading.RLock()
-        self.kept = 0  # bytes that wait for another use
+        self.kept = 0
 
     def take(self, nbytes):
-        size = self._size(nbytes)
-        with self._lock:
-            if self._free[size]:
-                self.kept -= size
-                return self._free[size].pop()
-        device()
-        error, address = api.cuMemAlloc(size)
-        if error == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY and not recording():
-            self.release()
-            error, address = api.cuMemAlloc(size)
-        if error != api.CUresult.CUDA_SUCCESS:
-            full = error == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-            raise _out_of_memory(nbytes) if full else PymlaError(f"allocation of memory: {describe(error)}")
-        return int(address)
+        """Memory of at least `nbytes`: its address and its bytes.
 
-    def give(self, address, nbytes):
-        size = self._size(nbytes)
+        Raises
+        ------
+        PymlaError
+            There is none.
+        """
+        size = max(512, -(-nbytes // 512) * 512)
         with self._lock:
-            self._free[size].append(address)
+            at = bisect.bisect_left(self._free, (size, 0))
+            # Memory that is too large for an array would be missed by a larger one.
+            if at < len(self._free) and self._free[at][0] <= size + max(size // 8, 4096):
+                size, address = self._free.pop(at)
+                self.kept -= size
+                return address, size
+        address = _allocate(size)
+        if address is None and not recording():
+            release()
+            address = _allocate(size)
+        if address is None:
+            raise _out_of_memory(nbytes)
+        return address, size
+
+    def give(self, address, size):
+        """Memory that is no longer used."""
+        with self._lock:
+            bisect.insort(self._free, (size, address))
             self.kept += size
 
     def release(self):
-        """Give memory that nobody uses back to the driver."""
-        synchronise()
+        """Give all that waits back to the driver."""
         with self._lock:
-            for address in (each for size in self._free.values() for each in size):
+            for _, address in self._free:
                 call(api.cuMemFree, address)
-            self._free.clear()
-            self.kept = 0
+            self._free, self.kept = [], 0
 
-    @staticmethod
-    def _size(nbytes):
-        """A size that suits several: at most an eighth above what is needed, at least 512 bytes."""
-        step = max(512, 1 << max(0, nbytes.bit_length() - 4))
-        return max(1, -(-nbytes // step)) * step
+    def __del__(self):
+        if self._heir is not None:
+            for size, address in self._free:
+                self._heir.give(address, size)
 
 
-_pool = _Pool()
+def _allocate(nbytes):
+    """The address of new memory, or None where the device is full."""
+    device()
+    error, address = api.cuMemAlloc(nbytes)
+    if error == api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        return None
+    if error != api.CUresult.CUDA_SUCCESS:
+        raise PymlaError(f"allocation of memory: {describe(error)}")
+    return int(address)
+
+
+#: Memory outside of graphs.
+_pool = Pool()
+
+
+def pool_of_graph():
+    """A pool of its own for what a graph uses."""
+    return Pool(_pool)
 
 
 def empty(shape, dtype):
@@ -155,14 +191,10 @@ def empty(shape, dtype):
     nbytes = int(np.prod(shape)) * dtype.itemsize
     if SIMULATED:
         try:
-            array = DeviceArray(simulator.buffer(nbytes).view(dtype).reshape(shape))
+            return DeviceArray(simulator.buffer(nbytes).view(dtype).reshape(shape))
         except MemoryError:
             raise _out_of_memory(nbytes) from None
-    else:
-        array = DeviceArray(np.asarray(_Memory(nbytes, shape, dtype)))
-    if recording():
-        recording().keep(array)
-    return array
+    return DeviceArray(np.asarray(_Memory(nbytes, shape, dtype)))
 
 
 def zeros(shape, dtype):
@@ -181,26 +213,29 @@ def fill(array, byte):
         call(api.cuMemsetD8Async, array.address, byte, array.nbytes, stream())
 
 
-def to_device(array):
-    """A copy of a NumPy array."""
-    array = np.asarray(array, order="C")
+def to_device(array, progress=None):
+    """A copy of a NumPy array, such as part of a mapped file: one slice is read while another one is sent.
+
+    Parameters
+    ----------
+    array : NumPy array
+    progress : callable(done, total), optional
+        Bytes.
+    """
+    array = np.ascontiguousarray(array).reshape(np.shape(array))
     result = empty(array.shape, array.dtype)
-    write(result, array)
+    _send(array, result, progress)
     return result
 
 
 def write(target, array):
-    """Copy a NumPy array into a contiguous device array of its shape and type. The array may change afterwards."""
-    refuse_while_recording("copied from the host")
+    """Copy a NumPy array into a contiguous device array of its shape and type. The array may change afterwards, and
+    nothing is waited for."""
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     _need_contiguous(target)
     if (target.shape, target.dtype) != (array.shape, array.dtype):
         raise ValueError(f"an array of {array.dtype} {array.shape} does not fit one of {target.dtype} {target.shape}")
-    if SIMULATED:
-        target._view[...] = array
-    elif array.nbytes:
-        call(api.cuMemcpyHtoDAsync, target.address, array.__array_interface__["data"][0], array.nbytes, stream())
-        synchronise()
+    _send(array, target)
 
 
 def to_host(array):
@@ -231,32 +266,29 @@ def copy(source, target):
         call(api.cuMemcpyDtoDAsync, target.address, source.address, source.nbytes, stream())
 
 
-def upload(array, progress=None):
-    """A copy of a large NumPy array, such as part of a mapped file: one slice is read while another one is sent.
+def take(array, rows):
+    """Some rows, a NumPy array of int (n,), of a contiguous array (T, ...), copied: an array (n, ...)."""
+    out = empty((len(rows), *array.shape[1:]), array.dtype)
+    for i, row in enumerate(rows):
+        copy(array[row : row + 1], out[i : i + 1])
+    return out
 
-    Parameters
-    ----------
-    array : contiguous array
-    progress : callable(done, total), optional
-        Bytes.
-    """
-    if not array.flags.c_contiguous:
-        raise ValueError("upload takes contiguous arrays")
-    result, source, total = empty(array.shape, array.dtype), array.reshape(-1).view(np.uint8), array.nbytes
+
+def _send(array, target, progress=None):
+    """Copy a contiguous NumPy array to a device array through pinned memory. Its bytes have been read when this
+    returns, though not all of them have arrived."""
+    refuse_while_recording("copied from the host")
+    source, total = array.reshape(-1).view(np.uint8), array.nbytes
     if SIMULATED:
-        result._view[...] = array
+        target._view[...] = array
     else:
-        refuse_while_recording("copied from the host")
-        for turn, start in enumerate(range(0, total, STAGING)):
-            staging = _staging(turn % 2)
-            part = source[start : start + STAGING]
-            staging.send(part, result.address + start)
+        for start in range(0, total, STAGING):
+            with _sending:
+                next(_stagings()).send(source[start : start + STAGING], target.address + start)
             if progress:
                 progress(start, total)
-        synchronise()
     if progress:
         progress(total, total)
-    return result
 
 
 class _Staging:
@@ -276,10 +308,13 @@ class _Staging:
         call(api.cuEventRecord, self._sent, stream())
 
 
+_sending = threading.Lock()
+
+
 @functools.cache
-def _staging(number):
-    """One of the two buffers; they stay for the life of the process."""
-    return _Staging()
+def _stagings():
+    """The buffers, in turn for ever; they stay for the life of the process."""
+    return itertools.cycle([_Staging(), _Staging()])
 
 
 def address(array):
@@ -304,8 +339,9 @@ def total_memory():
 
 
 def release():
-    """Give the memory of freed arrays back to the driver."""
+    """Give the memory of freed arrays back to the driver. Waits for all work, which may still use it."""
     if not SIMULATED:
+        synchronise()
         _pool.release()
 
 

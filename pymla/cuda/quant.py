@@ -85,6 +85,9 @@ INPUT = types.NamedUniTuple(types.int64, 5, Input)
 class Activation:
     """The input of one or several matrices, quantised at most once.
 
+    An `Input` holds addresses, so that the Activation must live until the launch that takes it. It may die before that
+    launch runs: its memory then goes to arrays that later launches of the same stream write.
+
     Parameters
     ----------
     x : float32 DeviceArray (T, K), contiguous

@@ -1,10 +1,11 @@
-"""Choosing the next token on the device, so that a generated token costs one small copy to the host. Twin of
+"""Choosing the next token on the device, so that a generated token costs the host a copy of eight bytes. Twin of
 `pymla.sampling`.
 
 The order is the same: top-k, top-p of what is left, min-p, temperature, a draw; of equal logits the lower token comes
 first. The distribution is the same, the random stream is not: a draw takes one number of Philox4x32-10 (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", 2011), whose key is the seed and whose counter is the number of the draw.
-Same parameters, seed and logits: same tokens. Bias, penalties and alternatives stay with the host (`on_device`).
+Same parameters, seed and logits: same tokens. Logit bias, repetition, frequency and presence penalties, and the
+log-probabilities of alternatives (``logprobs``) stay with the host, which then gets all logits (`on_device`).
 
 Each filter keeps the first tokens of the order by logit, up to some *last token*, which the kernel finds by halving the
 range of logits, then that of tokens, and adding up what lies before. Probabilities are integers there, in units of
@@ -19,10 +20,12 @@ from numba import cuda, types
 
 from pymla.cuda import ptx
 from pymla.cuda.jit import device, kernel
-from pymla.cuda.memory import empty, to_device
+from pymla.cuda.memory import empty, to_device, to_host
 from pymla.errors import PymlaError
+from pymla.sampling import Sampled
+from pymla.sampling import Sampler as OnHost
 
-__all__ = ["SEGMENT", "greedy", "new_state", "on_device", "sample"]
+__all__ = ["SEGMENT", "Sampler", "greedy", "new_state", "on_device", "sample"]
 
 F2 = types.Array(types.float32, 2, "C")
 I2 = types.Array(types.int32, 2, "C")
@@ -61,6 +64,40 @@ def new_state(seeds):
     """
     entropy = (np.random.SeedSequence().generate_state(1, np.uint64)[0] if seed is None else seed for seed in seeds)
     return to_device(np.array([[int(seed) & (1 << 63) - 1, 0] for seed in entropy], np.int64).reshape(-1, 2))
+
+
+class Sampler:
+    """Draws tokens for one sequence. Twin of `pymla.sampling.Sampler`, which takes over where the parameters ask for
+    what the device does not do.
+
+    Parameters
+    ----------
+    params : SamplingParams
+    history : list of int
+        Tokens so far, which the penalties look back on.
+    """
+
+    def __init__(self, params, history=()):
+        self.params = params
+        self._on_host = OnHost(params, history)
+        if on_device(params):
+            self._state, self._out = new_state([params.seed]), empty((1, 2), np.int32)
+
+    def sample(self, logits):
+        """The next token after logits, float32 (V,) on the device.
+
+        Raises
+        ------
+        PymlaError
+            A logit is NaN or infinite; on the device, one of −inf is only never drawn.
+        """
+        if not on_device(self.params):
+            return self._on_host.sample(to_host(logits))
+        chosen = to_host(sample(logits[None], self.params, self._state, self._out))[0]
+        if chosen[0] < 0:
+            # The host finds out which one, and says so.
+            return self._on_host.sample(to_host(logits))
+        return Sampled(int(chosen[0]), float(chosen[1:].view(np.float32)[0]), [])
 
 
 def greedy(logits, out):

@@ -1,10 +1,10 @@
 """Kernels without a GPU: blocks run one after another, the threads of a block take turns in Python.
 
 numba-cuda's simulator gives the names of `cuda` a meaning on the host. It has no operations of warps, though, and polls
-its threads. Here a thread runs until it has to wait for others and then hands over, so that a run always repeats; the
-order of the threads alternates from block to block, so that a result that depends on it shows. Where nobody can go on,
-the error says who waits where. Fresh memory holds bytes of 255 (NaN, −1), and an address must lie in an array of the
-device or of the block's shared memory.
+threads of the host. Here a thread is a coroutine (greenlet), which runs until it has to wait for others, so that a run
+always repeats; the order of the threads alternates from block to block, so that a result that depends on it shows.
+Where nobody can go on, the error says who waits where. Fresh memory holds bytes of 255 (NaN, −1), and an address must
+lie in an array of the device or of the block's shared memory.
 """
 
 import bisect
@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 from numba import cuda
 from numba.cuda import types
 from numba.cuda.np import numpy_support
@@ -196,19 +197,34 @@ class _Thread:
     ----------
     waits : str
         What it waits for; "" while it can run.
+    warp : _Warp
     """
 
     def __init__(self, block, number):
         shape = block.block_shape
         self.block, self.number, self.lane = block, number, number % WARP
         self.thread_index = Dim3(number % shape[0], number // shape[0] % shape[1], number // (shape[0] * shape[1]))
-        self.turn = threading.Semaphore(0)
         self.waits, self.done, self.value = "", False, None
         self.copies, self.groups = [], []  # `ptx.cp_async`: pairs of addresses that are not committed, and groups
 
-    def run(self, function, arguments):
-        """The body of the host's thread."""
-        self._my_turn()
+    def start(self, function, arguments):
+        """Prepare to run a kernel for the current coroutine."""
+        self._scheduler, self._coroutine = getcurrent(), greenlet(lambda: self._run(function, arguments))
+
+    def resume(self):
+        """Run until it waits or ends."""
+        global _running
+        _running = self
+        self._coroutine.switch()
+
+    def pause(self, reason):
+        """Let others run until one of them says that this thread can go on."""
+        self.waits = reason
+        self._scheduler.switch()
+        if self.block.error:
+            raise _Stop
+
+    def _run(self, function, arguments):
         try:
             if not self.block.error:
                 with np.errstate(all="ignore"):
@@ -219,19 +235,6 @@ class _Thread:
             self.block.fail(error, self)
         self.done = True
         self.block.leave()
-
-    def pause(self, reason):
-        """Let others run until one of them says that this thread can go on."""
-        self.waits = reason
-        self.block.hand_over()
-        self._my_turn()
-        if self.block.error:
-            raise _Stop
-
-    def _my_turn(self):
-        global _running
-        self.turn.acquire()
-        _running = self
 
 
 _running = None
@@ -249,29 +252,28 @@ class _Block:
         self.index, self.block_shape = Dim3(*index), block_shape
         self.shared = _Shared(shared_bytes)
         self.threads = [_Thread(self, i) for i in range(int(np.prod(block_shape)))]
-        self.warps = [_Warp(self, self.threads[i : i + WARP]) for i in range(0, len(self.threads), WARP)]
+        for first in range(0, len(self.threads), WARP):
+            warp = _Warp(self, self.threads[first : first + WARP])
+            for thread in self.threads[first : first + WARP]:
+                thread.warp = warp
         self.error = None
         self._arrived = []
         self._ready = deque(reversed(self.threads) if backwards else self.threads)
-        self._finished = threading.Semaphore(0)
 
     def run(self, function, arguments):
         for thread in self.threads:
-            threading.Thread(target=thread.run, args=(function, arguments), daemon=True).start()
-        self.hand_over()
-        self._finished.acquire()
+            thread.start(function, arguments)
+        self._resume()
+        if not all(thread.done for thread in self.threads):
+            self.fail(RuntimeError(self._stuck()))
+            self._resume()
         if self.error:
             raise self.error
 
-    def hand_over(self):
-        """Let the next thread run."""
-        if self._ready:
-            self._ready.popleft().turn.release()
-        elif all(thread.done for thread in self.threads):
-            self._finished.release()
-        else:
-            self.fail(RuntimeError(self._stuck()))
-            self.hand_over()
+    def _resume(self):
+        """Run threads until none can go on."""
+        while self._ready:
+            self._ready.popleft().resume()
 
     def wake(self, threads):
         """Let threads go on that wait."""
@@ -292,7 +294,6 @@ class _Block:
     def leave(self):
         """A thread has ended."""
         self._barrier()
-        self.hand_over()
 
     def synchronise(self):
         """Wait for all threads of the block that have not ended."""
@@ -323,33 +324,35 @@ class _Warp:
         self._block, self._threads, self._values = block, threads, {}
         self._operation = None
 
-    def meet(self, operation, value, combine):
+    def meet(self, thread, operation, value, combine):
         """Wait for the other lanes, which must come to the same operation; returns this lane's result.
 
         Parameters
         ----------
+        thread : _Thread
+            The lane that runs.
         operation : str
         value : object
             This lane's.
         combine : callable(list of 32 values)
             Results of the 32 lanes.
         """
-        thread = running()
-        if len(self._threads) < WARP:
-            raise RuntimeError(f"{operation} needs whole warps; the block has {len(self._block.threads)} threads")
-        if self._values and operation != self._operation:
+        values = self._values
+        if not values:
+            if len(self._threads) < WARP:
+                raise RuntimeError(f"{operation} needs whole warps; the block has {len(self._block.threads)} threads")
+            self._operation = operation
+        elif operation != self._operation:
             raise RuntimeError(
-                f"lane {thread.lane} comes to {operation}, and lanes {_ranges(sorted(self._values))} of its warp "
-                f"wait in {self._operation}"
+                f"lane {thread.lane} comes to {operation}, and lanes {_ranges(sorted(values))} of its warp wait in "
+                f"{self._operation}"
             )
-        self._operation = operation
-        self._values[thread.lane] = value
-        if len(self._values) < WARP:
+        values[thread.lane] = value
+        if len(values) < WARP:
             thread.pause(operation)
             return thread.value
-        values = [self._values[lane] for lane in range(WARP)]
         self._values = {}
-        for each, result in zip(self._threads, combine(values), strict=True):
+        for each, result in zip(self._threads, combine([values[lane] for lane in range(WARP)]), strict=True):
             each.value = result
         self._block.wake([each for each in self._threads if each is not thread])
         return thread.value
@@ -358,7 +361,7 @@ class _Warp:
 def meet(operation, value, combine):
     """`_Warp.meet` of the warp whose lane runs."""
     thread = running()
-    return thread.block.warps[thread.number // WARP].meet(operation, value, combine)
+    return thread.warp.meet(thread, operation, value, combine)
 
 
 def _ranges(numbers):

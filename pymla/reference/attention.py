@@ -109,7 +109,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     ----------
     c_kv : float array (S, rank)
     k_pe : float array (S, R)
-        Rotated; all heads share it.
+        Rotated; all heads share it. May be columns of a wider array.
     k_b : QTensor of H matrices of nope rows and rank columns
     v_b : QTensor of H matrices of v rows and rank columns
     out : KeysValues
@@ -133,6 +133,7 @@ def expanded(q, keys_values, positions, scale, out):
         Position p attends to the first p + 1 rows.
     scale : float
     out : float array (T, H, v)
+        May be some heads of a larger array.
     """
     keys, values = keys_values
     for t, position in enumerate(positions):

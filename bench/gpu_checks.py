@@ -1,0 +1,336 @@
+"""Sections of `bench/gpu.py` that compare the GPU's kernels with the reference."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import shapes
+from cases import as_multiplied, latent_layout, poisoned_cache, ragged_step, random_qtensor
+from shapes import normal
+
+from pymla import ggml, reference
+from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.sampling import SamplingParams
+from pymla.weights import QTensor
+
+INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
+EXACT = {"rtol_max": 1e-5, "reason": "order of summation"}
+HIDDEN = {"rtol_max": 0.03, "reason": "hidden activations are int8"}
+HALF = {"rtol_max": 3e-3, "reason": "queries, softmax weights and float32 rows become float16: 11 bits"}
+BFLOAT = {"rtol_max": 1e-2, "reason": "queries and softmax weights become bfloat16: 8 bits"}
+WEIGHTS = {"rtol_max": 1e-5, "reason": "exponentials of 2 ulp"}
+SAME = {"rtol_max": 1e-30, "reason": "the same integers"}
+DRAWS = {"rtol_max": 0.1, "reason": "four standard deviations of the share of the likeliest token"}
+SCALE = 0.1
+
+
+class Sizes(NamedTuple):
+    """Of what is checked."""
+
+    types: tuple  # of weights
+    rows: int
+    hidden: int
+    inner: int
+    experts: int
+    used: int
+    heads: int
+    many_heads: int
+    rank: int
+    nope: int
+    rope: int
+    v: int
+    tokens: tuple  # one, few, many
+    lengths: tuple  # of sequences
+    vocab: int
+    draws: int
+
+
+REAL = Sizes(
+    types=ggml.SUPPORTED,
+    rows=1003,
+    hidden=shapes.HIDDEN,
+    inner=shapes.INNER // 256 * 256,
+    experts=16,
+    used=shapes.USED,
+    heads=shapes.HEADS,
+    many_heads=128,
+    rank=shapes.RANK,
+    nope=shapes.NOPE,
+    rope=shapes.ROPE,
+    v=shapes.V,
+    tokens=(1, 5, 100),
+    lengths=(1, 63, 2500, 4097),
+    vocab=102400,
+    draws=4096,
+)
+#: For the simulator: as small as the kernels take.
+TOY = Sizes(
+    types=(ggml.F16, ggml.Q4_0),
+    rows=5,
+    hidden=64,
+    inner=32,
+    experts=4,
+    used=2,
+    heads=2,
+    many_heads=17,
+    rank=32,
+    nope=16,
+    rope=16,
+    v=16,
+    tokens=(1, 2, 9),
+    lengths=(1, 35),
+    vocab=300,
+    draws=1,
+)
+
+
+def on_device(w):
+    """A QTensor there."""
+    from pymla.cuda import memory
+
+    return QTensor(w.qtype, memory.to_device(w.data))
+
+
+def products(records, sizes):
+    """Every product with every type: `quant`."""
+    from pymla.cuda import memory, quant
+
+    for qtype in sizes.types:
+        name = ggml.NAME[qtype]
+        w = random_qtensor(qtype, sizes.rows, sizes.hidden)
+        there = on_device(w)
+        for tokens in sizes.tokens:
+
+            def matmul(w=w, there=there, tokens=tokens):
+                x = normal(tokens, sizes.hidden)
+                out = memory.empty((tokens, sizes.rows), np.float32)
+                quant.matmul(there, quant.Activation(memory.to_device(x)), out)
+                seen = reference.quant.Activation(as_multiplied(x, w.qtype, False).astype(np.float64))
+                yield memory.to_host(out), reference.quant.matmul(w, seen, np.empty((tokens, sizes.rows)))
+
+            records.check(f"matmul {name}, {tokens} tokens", matmul, **INT8)
+
+        def embedding(w=w, there=there):
+            ids = np.array([sizes.rows - 1, 0, 3, 3], np.int32)
+            out = memory.empty((4, sizes.hidden), np.float32)
+            quant.embedding_rows(there, memory.to_device(ids), out)
+            expected = np.empty((4, sizes.hidden), np.float32)
+            yield memory.to_host(out), reference.quant.embedding_rows(w, ids, expected)
+
+        records.check(f"embedding_rows {name}", embedding, **EXACT)
+        # Rows as wide as the latent space, where the type's blocks fit it.
+        rank = max(sizes.rank, ggml.BLOCK_SIZE[qtype])
+        for tokens in sizes.tokens[::2]:
+
+            def heads(qtype=qtype, rank=rank, tokens=tokens):
+                w, x = random_qtensor(qtype, sizes.heads, sizes.v, rank), normal(tokens, sizes.heads, rank)
+                out = memory.empty((tokens, sizes.heads, sizes.v), np.float32)
+                quant.matmul_heads(on_device(w), memory.to_device(x), out)
+                seen = as_multiplied(x.reshape(-1, rank), qtype, False).reshape(x.shape).astype(np.float64)
+                yield memory.to_host(out), reference.quant.matmul_heads(w, seen, np.empty(out.shape))
+
+            def absorb(qtype=qtype, rank=rank, tokens=tokens):
+                from pymla.cuda import attention
+
+                k_b = random_qtensor(qtype, sizes.heads, sizes.nope, rank)
+                q = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
+                out = memory.empty((tokens, sizes.heads, rank + sizes.rope), np.float32)
+                attention.absorb(memory.to_device(q), on_device(k_b), out)
+                yield memory.to_host(out), reference.attention.absorb(q, k_b, np.empty(out.shape, np.float32))
+
+            records.check(f"matmul_heads {name}, {tokens} tokens", heads, **INT8)
+            records.check(f"absorb {name}, {tokens} tokens", absorb, **EXACT)
+
+
+def layers(records, sizes):
+    """`norm`, `rope`, and the router."""
+    from pymla.cuda import memory, moe, norm, rope
+
+    tokens = sizes.tokens[-1]
+
+    def rms_norm():
+        x, weight = normal(tokens, sizes.hidden), normal(sizes.hidden, seed=1)
+        out = memory.empty(x.shape, np.float32)
+        norm.rms_norm(memory.to_device(x), memory.to_device(weight), 1e-6, out)
+        yield memory.to_host(out), reference.norm.rms_norm(x, weight, 1e-6, np.empty_like(x))
+
+    def add():
+        x, y = normal(tokens, sizes.hidden), normal(tokens, sizes.hidden, seed=1)
+        yield memory.to_host(norm.add(memory.to_device(x), memory.to_device(y))), x + y
+
+    def rotated():
+        positions = np.linspace(0, 160_000, tokens).astype(np.int32)
+        inv_freq = np.geomspace(1, 1e-4, sizes.rope // 2)
+        angles = reference.rope.angles(positions, inv_freq, 1.2, np.empty((tokens, sizes.rope // 2, 2), np.float32))
+        there = memory.empty(angles.shape, np.float32)
+        rope.angles(memory.to_device(positions), memory.to_device(inv_freq), 1.2, there)
+        yield memory.to_host(there), angles
+        x = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
+        actual = memory.to_host(rope.rope_interleaved(memory.to_device(x), there))
+        yield actual, reference.rope.rope_interleaved(x.copy(), angles)
+
+    records.check("rms_norm", rms_norm, **EXACT)
+    records.check("add", add, **SAME)
+    records.check("angles and rope_interleaved", rotated, **EXACT)
+    routers = {
+        "V2-Lite": (64, 6, {"scoring_func": "softmax"}, False),
+        "V2": (160, 6, {"scoring_func": "softmax", "n_group": 8, "topk_group": 3}, False),
+        "V3": (256, 8, {"scoring_func": "sigmoid", "n_group": 8, "topk_group": 4, "group_score": "top2"}, True),
+        "Kimi-K2": (384, 8, {"scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.8}, True),
+    }
+    for name, (experts, used, fields, biased) in routers.items():
+        plain = {"n_group": 1, "topk_group": 1, "group_score": "max"}
+        config = SimpleNamespace(**plain | {"norm_topk_prob": False, "routed_scaling_factor": 1.0} | fields)
+
+        def router(experts=experts, used=used, config=config, biased=biased):
+            logits, bias = normal(tokens, experts), normal(experts, seed=1) if biased else None
+            expected = np.empty((tokens, used), np.int32), np.empty((tokens, used), np.float32)
+            reference.moe.router(logits, bias, config, *expected)
+            actual = memory.empty((tokens, used), np.int32), memory.empty((tokens, used), np.float32)
+            there = memory.to_device(bias) if biased else None
+            moe.router(memory.to_device(logits), there, config, *actual)
+            return zip(map(memory.to_host, actual), expected, strict=True)
+
+        records.check(f"router of {name}", router, **WEIGHTS)
+
+
+def experts(records, sizes):
+    """Routed experts, for few tokens and in tiles, and the dense network."""
+    from pymla.cuda import memory, moe, quant
+
+    def run(qtype, tokens):
+        rng = np.random.default_rng(3)
+        ids = np.argsort(rng.random((tokens, sizes.experts)), axis=1)[:, : sizes.used].astype(np.int32)
+        weights = rng.random((tokens, sizes.used), dtype=np.float32)
+        gate, up = (random_qtensor(qtype, sizes.experts, sizes.inner, sizes.hidden, seed=i) for i in (1, 2))
+        # Rows of 256 fit only some models.
+        down_type = qtype if sizes.inner % ggml.BLOCK_SIZE[qtype] == 0 else ggml.Q8_0
+        down = random_qtensor(down_type, sizes.experts, sizes.hidden, sizes.inner, seed=3)
+        x = as_multiplied(normal(tokens, sizes.hidden), qtype, False).astype(np.float32)
+        there, out = quant.Activation(memory.to_device(x)), memory.empty(x.shape, np.float32)
+        chosen = memory.to_device(ids), memory.to_device(weights)
+        moe.experts(there, *chosen, *map(on_device, (gate, up, down)), out)
+        here, expected = reference.quant.Activation(x), np.empty_like(x)
+        yield memory.to_host(out), reference.moe.experts(here, ids, weights, gate, up, down, expected)
+        one = [QTensor(w.qtype, w.data[0]) for w in (gate, up, down)]
+        moe.ffn(there, *map(on_device, one), out)
+        yield memory.to_host(out), reference.moe.ffn(here, *one, expected)
+
+    for qtype in sizes.types:
+        for tokens in sizes.tokens:
+            tolerance = HIDDEN if qtype in ggml.QUANTISED else EXACT
+            name = f"experts and ffn {ggml.NAME[qtype]}, {tokens} tokens"
+            records.check(name, lambda qtype=qtype, tokens=tokens: run(qtype, tokens), **tolerance)
+
+
+def attention(records, sizes):
+    """Every form of attention with every type of cache; rows that no token may see are NaN."""
+    from pymla.cuda import attention as forms
+    from pymla.cuda import memory
+
+    size, pages = sizes.nope + sizes.rope, sum(-(-n // PAGE) for n in sizes.lengths) + 2
+    single, several = (1,) * len(sizes.lengths), tuple(min(n, sizes.tokens[-1]) for n in sizes.lengths)
+
+    def run(form, layout, heads, wide, narrow, new, some_heads):
+        step = ragged_step(sizes.lengths, new, pages)
+        cache = poisoned_cache(layout, step, sizes.lengths, pages)
+        q = normal(len(step.positions), heads, wide, seed=2)
+        out = memory.empty((len(q), heads, narrow), np.float32)
+        there = map(on_device, cache)
+        getattr(forms, form)(memory.to_device(q), *there, Step(*map(memory.to_device, step)), SCALE, out)
+        # Of many heads the reference computes some.
+        compute = getattr(reference.attention, form)
+        expected = np.empty((len(q), some_heads, narrow), np.float32)
+        yield memory.to_host(out)[:, -some_heads:], compute(q[:, -some_heads:].copy(), *cache, step, SCALE, expected)
+
+    for cache_type, qtype in CACHE_TYPES.items():
+        tensor_cores = BFLOAT if cache_type == "bf16" else HALF
+        latent = latent_layout(cache_type, sizes.rank, sizes.rope)
+        whole = (qtype, sizes.heads * size), (qtype, sizes.heads * sizes.v)
+        sized = {"heads": sizes.heads, "wide": sizes.rank + sizes.rope, "narrow": sizes.rank, "some_heads": sizes.heads}
+        of_full = sized | {"wide": size, "narrow": sizes.v}
+        cases = {
+            "absorbed, single tokens": ("absorbed", latent, {"new": single} | sized, tensor_cores),
+            "absorbed, prompts": ("absorbed", latent, {"new": several} | sized, tensor_cores),
+            "absorbed, many heads": (
+                "absorbed", latent, sized | {"new": single, "heads": sizes.many_heads, "some_heads": 2}, tensor_cores,
+            ),
+            "absorbed_materialised": ("absorbed_materialised", latent, {"new": single} | sized, EXACT),
+            "full, single tokens": ("full", whole, {"new": single} | of_full, EXACT),
+            "full, prompts": ("full", whole, {"new": several} | of_full, tensor_cores),
+        }  # fmt: skip
+        for name, (form, layout, options, tolerance) in cases.items():
+            if layout is whole and (size % ggml.BLOCK_SIZE[qtype] or sizes.v % ggml.BLOCK_SIZE[qtype]):
+                continue  # such a cache does not exist
+
+            def case(form=form, layout=layout, options=options):
+                return run(form, layout, **options)
+
+            records.check(f"{name}, {cache_type} cache", case, **tolerance)
+
+        def stored(layout=latent):
+            for qtype, width in layout:
+                rows, slots = normal(5, width), np.array([3, 70, 64, 127, 1], np.int32)
+                cache = QTensor(qtype, np.zeros((2 * PAGE, ggml.row_bytes(qtype, width)), np.uint8))
+                there = on_device(cache)
+                forms.store(memory.to_device(rows), memory.to_device(slots), there)
+                reference.attention.store(rows, slots, cache)
+                yield memory.to_host(there.data), cache.data
+                table, expected = np.array([1], np.int32), np.empty((3, width), np.float32)
+                out = memory.empty(expected.shape, np.float32)
+                forms.load(there, memory.to_device(table), out)
+                yield memory.to_host(out), reference.attention.load(cache, table, expected)
+
+        records.check(f"store and load, {cache_type} cache", stored, **SAME)
+
+    def expanded():
+        length, tokens, heads = sizes.lengths[-1], sizes.tokens[-1], sizes.heads
+        k_b, v_b = (random_qtensor(ggml.Q4_0, heads, rows, max(sizes.rank, 32)) for rows in (sizes.nope, sizes.v))
+        c_kv, k_pe = normal(length, max(sizes.rank, 32)), normal(length, sizes.rope, seed=1)
+        own = forms.keys_values(length, heads, size, sizes.v, True)
+        forms.expand(memory.to_device(c_kv), memory.to_device(k_pe), on_device(k_b), on_device(v_b), own)
+        seen = as_multiplied(c_kv, ggml.Q4_0, False).astype(np.float32)
+        rows = reference.attention.keys_values(length, heads, size, sizes.v, True)
+        reference.attention.expand(seen, k_pe, k_b, v_b, rows)
+        for mine, other in zip(own, rows, strict=True):
+            yield memory.to_host(mine), other
+        q, positions = normal(tokens, heads, size), np.arange(length - tokens, length, dtype=np.int32)
+        out = memory.empty((tokens, heads, sizes.v), np.float32)
+        forms.expanded(memory.to_device(q), own, memory.to_device(positions), SCALE, out)
+        yield (
+            memory.to_host(out),
+            reference.attention.expanded(q, rows, positions, SCALE, np.empty(out.shape, np.float32)),
+        )
+
+    records.check("expand and expanded", expanded, **HALF)
+
+
+def sampling(records, sizes):
+    """The likeliest token, and the distribution of draws."""
+    from pymla.cuda import memory
+    from pymla.cuda import sampling as there
+
+    def greedy():
+        logits = normal(3, sizes.vocab)
+        out = memory.to_host(there.greedy(memory.to_device(logits), memory.empty((3, 2), np.int32)))
+        yield out[:, 0], logits.argmax(1)
+        largest = logits.max(1)
+        expected = -np.log(np.exp(logits - largest[:, None]).sum(1))
+        yield out[:, 1].copy().view(np.float32), expected
+
+    def draws():
+        """Every row has a token of probability 1/4 beside 20 of equal ones that top-k keeps."""
+        logits = np.full((sizes.draws, sizes.vocab), -9, np.float32)
+        logits[:, 7] = np.log(20 / 3)
+        logits[:, 100 : 100 + 20] = 0
+        params = SamplingParams(temperature=1, top_k=21, top_p=1, min_p=0, seed=1)
+        state = there.new_state(list(range(sizes.draws)))
+        out = memory.empty((sizes.draws, 2), np.int32)
+        tokens = memory.to_host(there.sample(memory.to_device(logits), params, state, out))[:, 0]
+        allowed = (tokens == 7) | ((tokens >= 100) & (tokens < 120))
+        yield allowed.astype(float), np.ones(sizes.draws)
+        if sizes.draws > 1000:
+            yield np.mean(tokens == 7), 0.25
+
+    records.check("greedy", greedy, **WEIGHTS)
+    records.check("sample", draws, **DRAWS)

@@ -1,0 +1,39 @@
+"""The options that say where a model runs, for every command that runs one."""
+
+import click
+
+from pymla.loading import DEVICES
+
+
+class _Layers(click.ParamType):
+    """A number of layers, or all."""
+
+    name = "layers"
+
+    def convert(self, value, param, ctx):
+        if value == "all":
+            return value
+        return click.IntRange(min=1).convert(value, param, ctx)
+
+
+def device_options(command):
+    """Add ``--device``, ``--gpu-layers`` and ``--cpu-moe``."""
+    for option in (
+        click.option("--cpu-moe", is_flag=True, help="Keep the routed experts, most of a model's bytes, on the CPU."),
+        click.option(
+            "-ngl",
+            "--gpu-layers",
+            type=_Layers(),
+            metavar="N|all",
+            help="Layers on the GPU, the last ones; the first run on the CPU. [default: what fits]",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(DEVICES),
+            default="auto",
+            show_default=True,
+            help="auto: the GPU where there is one; reference: NumPy, slow.",
+        ),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,24 @@
+"""A name for the state of the sources and tools that kernels are compiled from: caches of machine code go by it."""
+
+import hashlib
+from pathlib import Path
+
+
+def source_key(folder, tools):
+    """16 hexadecimal digits.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the kernels' sources.
+    tools : iterable
+        Versions of what compiles them, and whatever else machine code depends on; their text counts.
+    """
+    digest = hashlib.sha256()
+    beside = Path(__file__).resolve().parent
+    # Besides themselves, kernels know the types' numbers and sizes, and those of a page.
+    for source in (beside / "ggml.py", beside / "cache.py", *sorted(folder.glob("*.py"))):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for tool in tools:
+        digest.update(str(tool).encode() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""Whole models on the CUDA backend, in the simulator, against the reference's logits.
+
+The models are as small as the kernels allow, and their vocabulary is cut: the simulator takes milliseconds for a block.
+Fresh memory is NaN there, so that a cache row which no token should see would show.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import simulated  # noqa: F401
+from compare import assert_close
+from make_model import Shape, make_model
+
+from pymla import cpu, ggml, reference
+from pymla import model as model_module
+from pymla.backends import Placement
+from pymla.config import ModelConfig
+from pymla.cuda import backend, memory
+from pymla.model import Model
+from pymla.modelfile import ModelFile
+from pymla.sampling import SamplingParams
+from pymla.weights import Weights
+
+#: A layer of experts, as in V2-Lite.
+LITE = Shape(
+    name="lite",
+    hidden_size=32,
+    num_hidden_layers=1,
+    intermediate_size=32,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    num_attention_heads=2,
+    vocab_size=288,
+    first_k_dense_replace=0,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    context_length=128,
+    yarn_factor=4.0,
+    yarn_original=32,
+    mscale_all_dim=0.707,
+)
+#: Where activations are rounded: no rounding chooses other experts.
+ALL_EXPERTS = dataclasses.replace(LITE, name="all-experts", num_experts_per_tok=4)
+#: A dense layer and one of experts, as in V3.
+V3 = dataclasses.replace(
+    ALL_EXPERTS,
+    name="v3",
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    q_lora_rank=32,
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    n_group=2,
+    topk_group=2,
+)
+VOCABULARY = 24
+IDS = np.random.default_rng(0).integers(VOCABULARY, size=100, dtype=np.int32)
+
+HALF = {"rtol_max": 3e-3, "reason": "attention multiplies float16: 11 bits"}
+BFLOAT = {"rtol_max": 1e-2, "reason": "attention multiplies bfloat16: 8 bits"}
+CODES = {"rtol_max": 5e-2, "reason": "int8 activations"}
+
+
+@functools.cache
+def file_of(folder, shape, qtype):
+    return ModelFile.open(make_model(folder / f"{shape.name}-{qtype}.gguf", shape, qtype=qtype))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def made(folder, shape, qtype, placement, **options):
+    """A model of few tokens on a backend or Placement."""
+    file = file_of(folder, shape, qtype)
+    config = ModelConfig.from_gguf(file)
+    if not isinstance(placement, Placement):
+        placement = Placement.on(placement, config.num_hidden_layers)
+    weights = Weights.from_gguf(file, config, placement=placement)
+    rows = {name: getattr(weights, name).rows(0, VOCABULARY) for name in ("token_embd", "output")}
+    return Model(
+        dataclasses.replace(config, vocab_size=VOCABULARY),
+        dataclasses.replace(weights, **rows),
+        placement,
+        **({"cache_type": "f16", "ctx": 128} | options),
+    )
+
+
+class Pair:
+    """The same sequences in a model under test and in the reference."""
+
+    def __init__(self, folder, shape, qtype, placement, **options):
+        self.models = [made(folder, shape, qtype, each, **options) for each in (placement, reference)]
+        self.sequences = {}
+
+    def step(self, tokens, tolerance, logits="last"):
+        """Append ``IDS[a:b]`` to named sequences; compare the logits."""
+        results = []
+        for model in self.models:
+            batch = []
+            for name, (start, stop) in tokens.items():
+                sequence = self.sequences.setdefault((id(model), name), model.new_sequence())
+                batch.append((sequence, IDS[start:stop]))
+            results.append(model.forward(batch, logits=logits))
+        actual, expected = results
+        assert actual.dtype == np.float32
+        assert_close(actual, expected, **tolerance)
+
+    def truncate(self, name, length):
+        for model in self.models:
+            model.cache.truncate(self.sequences[id(model), name], length)
+
+
+@pytest.mark.parametrize(
+    ("shape", "qtype", "cache_type", "tolerance"),
+    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES)],
+    ids=["lite", "v3"],
+)
+def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, tolerance):
+    pair = Pair(folder, shape, qtype, backend, cache_type=cache_type)
+    pair.step({"a": (0, 10)}, tolerance, logits="all")
+    pair.step({"a": (10, 11)}, tolerance)
+    pair.step({"a": (11, 12)}, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("mla", "cache_type", "tolerance"),
+    [("0", "f16", HALF), ("1", "bf16", BFLOAT), ("2", "q8_0", HALF), ("3", "f32", HALF)],
+)
+def test_forms_of_attention_and_cache_types(folder, mla, cache_type, tolerance, monkeypatch):
+    # Keys and values of a head at a time.
+    monkeypatch.setattr(model_module, "EXPANDED_BYTES", 1)
+    pair = Pair(folder, LITE, ggml.F32, backend, cache_type=cache_type, mla=mla)
+    pair.step({"a": (0, 9)}, tolerance, logits="all")
+    pair.step({"a": (9, 10)}, tolerance)
+
+
+def test_sequences_in_one_batch(folder):
+    """Prompts and generation in one step, in another order than before, over the border of a page."""
+    pair = Pair(folder, ALL_EXPERTS, ggml.Q8_0, backend, cache_tokens=4 * 64)
+    pair.step({"a": (0, 62), "b": (70, 72)}, CODES)
+    pair.step({"b": (72, 73), "c": (80, 87), "a": (62, 65)}, CODES)
+    pair.step({"a": (65, 66), "c": (87, 88)}, CODES)
+
+
+def test_slices(folder, monkeypatch):
+    slices = model_module.slices
+    monkeypatch.setattr(model_module, "slices", lambda start, stop, size=9: slices(start, stop, size))
+    pair = Pair(folder, ALL_EXPERTS, ggml.Q8_0, backend)
+    pair.step({"a": (0, 18)}, CODES)
+
+
+def test_what_was_forgotten_is_not_read(folder):
+    pair = Pair(folder, LITE, ggml.F32, backend)
+    pair.step({"a": (0, 10)}, HALF)
+    pair.truncate("a", 6)
+    model = pair.models[0]
+    page = pair.sequences[id(model), "a"].pages[0]
+    for tensor in model.cache.layers[0]:
+        memory.fill(tensor.data[64 * page + 6 : 64 * page + 64], 255)
+    pair.step({"a": (20, 21)}, HALF)
+
+
+PLACEMENTS = {
+    "the last layer on the GPU": Placement(cpu, (cpu, backend), (cpu, backend), backend),
+    "experts on the CPU": Placement(backend, (backend, backend), (backend, cpu), backend),
+    "the output on the CPU": Placement(cpu, (cpu, backend), (cpu, backend), cpu),
+}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_placements(folder, name):
+    placement = PLACEMENTS[name]
+    pair = Pair(folder, V3, ggml.Q8_0, placement)
+    assert pair.models[0].backend is placement.output
+    pair.step({"a": (0, 9)}, CODES)
+    pair.step({"a": (9, 10)}, CODES)
+
+
+def test_tokens_are_chosen_on_the_device(folder, monkeypatch):
+    """From the logits where they lie: the host gets the token alone, or where it must all logits."""
+    model = made(folder, LITE, ggml.F32, backend)
+    sequence = model.new_sequence()
+    copied = []
+    to_host = memory.to_host
+
+    def watched(array):
+        copied.append(array.nbytes)
+        return to_host(array)
+
+    monkeypatch.setattr(backend.sampling, "to_host", watched)
+    logits = model.step([(sequence, IDS[:9])])
+    values = to_host(logits)[0]
+    log_probabilities = values - np.log(np.exp(values).sum())
+    likeliest = model.sampler(SamplingParams(temperature=0)).sample(logits[0])
+    assert likeliest.token == values.argmax()
+    assert likeliest.logprob == pytest.approx(log_probabilities.max(), abs=1e-5)
+    draws = [model.sampler(SamplingParams(seed=1)).sample(logits[0]) for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert copied == [8] * 3
+    with_alternatives = model.sampler(SamplingParams(temperature=0, logprobs=2)).sample(logits[0])
+    assert with_alternatives.token == likeliest.token
+    assert [token for token, _ in with_alternatives.alternatives] == np.argsort(-values)[:2].tolist()
+    biased = model.sampler(SamplingParams(temperature=0, logit_bias={3: 1e6})).sample(logits[0])
+    assert biased.token == 3
+    assert copied == [8] * 3 + [4 * VOCABULARY] * 2

@@ -1,0 +1,257 @@
+"""Which part of a model goes to the GPU: V2-Lite, V3 and small models on cards of different sizes."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from make_model import PRESETS, make_model, model_tensors
+from test_costs import V2_LITE, v2_lite_tensors
+
+from pymla import costs, ggml
+from pymla.config import ModelConfig
+from pymla.errors import PymlaError
+from pymla.modelfile import ModelFile, TensorInfo
+from pymla.placement import LEAST_CTX, RESERVE, Planner, Split, Wish, choose
+
+GIB = 1 << 30
+#: More memory than anything here takes.
+PLENTY = 1 << 50
+ALL = V2_LITE.num_hidden_layers + 1
+
+
+def file_of(tensors):
+    return SimpleNamespace(tensors=tensors, nbytes=sum(map(costs.tensor_bytes, tensors.values())))
+
+
+def v2_lite(cache_type="q8_0", mla="auto", layout="kv_b"):
+    return Planner(V2_LITE, file_of(v2_lite_tensors(layout=layout)), cache_type, mla)
+
+
+@pytest.fixture(scope="module")
+def v3():
+    """671 billion weights of 4 bits, without their bytes."""
+    shape = PRESETS["v3"]
+    common = {field.name for field in dataclasses.fields(ModelConfig)} & set(shape.__dataclass_fields__)
+    config = dataclasses.replace(V2_LITE, **{name: getattr(shape, name) for name in common})
+    tensors = model_tensors(shape, "split", ggml.Q4_0, ggml.Q6_K, 0)
+    return Planner(
+        config, file_of({t.name: TensorInfo(t.name, t.qtype, t.shape, None, None) for t in tensors}), "q8_0", "auto"
+    )
+
+
+def chosen(planner, device, host=PLENTY, **wish):
+    """What is chosen; it must fit."""
+    found = choose(planner, Wish(**wish), device, host)
+    assert found.device.total <= device
+    assert found.host.allocated <= host
+    return found
+
+
+def refused(planner, device, host=PLENTY, **wish):
+    with pytest.raises(PymlaError) as caught:
+        choose(planner, Wish(**wish), device, host)
+    return str(caught.value)
+
+
+# What is chosen -------------------------------------------------------------------------------------------------------
+
+
+def test_everything_where_it_fits():
+    found = chosen(v2_lite(), 80 * GIB)
+    assert found.split == Split(ALL, False)
+    assert found.ctx == V2_LITE.context_length
+    assert found.split.whole(V2_LITE)
+    assert found.split.describe(V2_LITE) == "all 27 layers"
+
+
+def test_the_context_shrinks_before_parts_stay_with_the_cpu():
+    found = chosen(v2_lite(), 12 * GIB)
+    assert found.split == Split(ALL, False)
+    assert LEAST_CTX < found.ctx < V2_LITE.context_length
+    assert found.ctx % 64 == 0
+    assert v2_lite().device(found.split, found.ctx + 64).total > 12 * GIB
+
+
+def test_then_the_routed_experts_stay():
+    found = chosen(v2_lite(), 8 * GIB)
+    assert found.split == Split(ALL, True)
+    assert found.split.describe(V2_LITE) == "all 27 layers, routed experts on the CPU"
+    assert found.split.options(V2_LITE) == "--cpu-moe"
+    assert found.device.weights < GIB
+    assert not found.split.whole(V2_LITE)
+
+
+def test_then_layers_stay():
+    planner = v2_lite()
+    few = planner.device(Split(9, True), LEAST_CTX).total
+    found = chosen(planner, few)
+    assert found.split == Split(9, True)
+    assert found.ctx >= LEAST_CTX
+    assert found.split.describe(V2_LITE) == "the last 9 of 27 layers, routed experts on the CPU"
+    # The context is what was asked for, and layers leave room for it.
+    longer = chosen(planner, few, ctx=LEAST_CTX + 64)
+    assert longer.split.gpu_layers < 9
+    assert longer.ctx == LEAST_CTX + 64
+
+
+def test_without_experts_layers_stay(tmp_path):
+    shape = dataclasses.replace(PRESETS["tiny"], first_k_dense_replace=4)
+    file = ModelFile.open(make_model(tmp_path / "dense.gguf", shape, qtype="q8_0"))
+    planner = Planner(ModelConfig.from_gguf(file), file, "q8_0", "auto")
+    assert chosen(planner, planner.device(Split(3), 1024).total).split == Split(3, False)
+
+
+def test_v3_on_a_card(v3):
+    """Attention and shared experts fit a card of 24 GB, everything only 400 GB."""
+    found = chosen(v3, 24 * 10**9)
+    assert found.split == Split(62, True)
+    assert found.device.weights == pytest.approx(17.2e9 * 18 / 32, rel=0.1)
+    assert found.host.weights == pytest.approx(654e9 * 18 / 32, rel=0.01)
+    # k_b is transposed at load, in 16 bits.
+    assert found.device.derived == 61 * 128 * 512 * 128 * 2
+    assert found.ctx > 16384
+    assert chosen(v3, 400 * GIB).split == Split(62, False)
+    assert chosen(v3, 8 * GIB).split.cpu_moe
+    assert 10 < chosen(v3, 8 * GIB).split.gpu_layers < 61
+
+
+@pytest.mark.parametrize("layers", [1, 20, 27, 28, 99])
+def test_layers_that_were_asked_for(layers):
+    found = chosen(v2_lite(), 80 * GIB, gpu_layers=layers)
+    assert found.split == Split(min(layers, ALL), False)
+    assert found.split.first(V2_LITE) == max(0, 27 - layers)
+    assert found.split.output(V2_LITE) == (layers > 27)
+
+
+def test_experts_that_shall_stay():
+    assert chosen(v2_lite(), 80 * GIB, cpu_moe=True).split == Split(ALL, True)
+    assert chosen(v2_lite(), 80 * GIB, cpu_moe=True, gpu_layers=5).split == Split(5, True)
+    planner = v2_lite()
+    assert chosen(planner, planner.device(Split(20, True), LEAST_CTX).total, cpu_moe=True).split == Split(20, True)
+
+
+def test_memory_of_the_host_bounds_the_context():
+    planner = v2_lite()
+    host = planner.host(Split(5), 8192).allocated
+    found = chosen(planner, 80 * GIB, host, gpu_layers=5)
+    assert 8192 <= found.ctx < 8192 + 64
+    assert "not enough memory beside the GPU's for 16384 tokens" in refused(
+        planner, 80 * GIB, host, gpu_layers=5, ctx=16384
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "embedding", "layers", "experts", "output"),
+    [
+        (Split(5), "g", "gggg", "gggg", "g"),
+        (Split(5, True), "c", "gggg", "gccc", "g"),
+        (Split(4), "c", "gggg", "gggg", "c"),
+        (Split(2), "c", "ccgg", "ccgg", "c"),
+        (Split(2, True), "c", "ccgg", "cccc", "c"),
+        (Split(0), "c", "cccc", "cccc", "c"),
+    ],
+)
+def test_placement(split, embedding, layers, experts, output):
+    config = dataclasses.replace(V2_LITE, num_hidden_layers=4)
+    found = split.placement(config, "c", "g")
+    assert found == (embedding, tuple(layers), tuple(experts), output)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_refused_with_the_plan_and_what_fits():
+    planner = v2_lite()
+    message = refused(planner, 6 * GIB, gpu_layers=28, ctx=8192)
+    plan = planner.device(Split(ALL), 8192)
+    for part in (
+        "all 27 layers",
+        "8192 tokens",
+        f"weights {plan.weights / GIB:.2f} GiB",
+        "cache",
+        "scratch",
+        "reserve",
+    ):
+        assert part in message
+    assert "6.00 GiB are free" in message
+    layers = int(message.split("--gpu-layers ")[1].split(",")[0])
+    assert chosen(planner, 6 * GIB, gpu_layers=layers, ctx=8192)
+    assert planner.device(Split(layers + 1), 8192).total > 6 * GIB
+    assert "or --cpu-moe" in message
+    assert chosen(planner, 6 * GIB, cpu_moe=True, ctx=8192).split == Split(ALL, True)
+    assert "--ctx" not in message
+
+
+def test_a_context_that_fits_is_named():
+    message = refused(v2_lite(), 12 * GIB, gpu_layers=28, ctx=163840)
+    ctx = int(message.rsplit("--ctx ", 1)[1])
+    assert chosen(v2_lite(), 12 * GIB, gpu_layers=28, ctx=ctx)
+    refused(v2_lite(), 12 * GIB, gpu_layers=28, ctx=ctx + 64)
+
+
+def test_a_card_that_holds_nothing():
+    message = refused(v2_lite(), GIB // 4)
+    assert "does not hold the last of 27 layers, routed experts on the CPU" in message
+    assert message.endswith("Choose --device cpu")
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_layers_below_one(layers):
+    with pytest.raises(PymlaError, match=f"--gpu-layers {layers}: .*--device cpu"):
+        Wish(gpu_layers=layers)
+
+
+# The bytes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_on_the_host_alone():
+    plan = v2_lite("f16").host(Split(0), 4096)
+    assert plan.weights == file_of(v2_lite_tensors()).nbytes == pytest.approx(8.9e9, rel=0.01)
+    assert plan.derived == 0
+    assert plan.cache == 4096 * 27 * 1152
+    assert plan.allocated == plan.derived + plan.cache + plan.scratch + plan.process
+    assert plan.total == plan.allocated + plan.weights
+    assert plan.allocated - plan.cache < 600 << 20
+    assert v2_lite().host(Split(0), 163840).cache == 163840 * 27 * 672
+
+
+@pytest.mark.parametrize("layout", ["kv_b", "split", "all"])
+@pytest.mark.parametrize("cpu_moe", [False, True])
+def test_device_and_host_make_up_the_model(layout, cpu_moe):
+    planner, ctx = v2_lite(layout=layout), 4096
+    cache = costs.cache_bytes(V2_LITE, "q8_0", "auto", ctx)
+    nbytes = file_of(v2_lite_tensors(layout=layout)).nbytes
+    before = -1
+    for layers in range(ALL + 1):
+        split = Split(layers, cpu_moe)
+        device, host = planner.device(split, ctx), planner.host(split, ctx)
+        assert device.cache + host.cache == cache
+        assert device.weights + host.weights == nbytes
+        assert device.derived + host.derived == costs.derived_bytes(V2_LITE, v2_lite_tensors(layout=layout))
+        assert device.total > before
+        before = device.total
+    assert device.process == RESERVE
+    # What a GPU that has everything leaves to the CPU: the layouts of kv_b that are not used, or the experts.
+    unused = {"kv_b": 0, "split": 27 * 16 * 512 * 128 * 18 // 32, "all": 27 * 16 * 512 * 256 * 18 // 32}[layout]
+    experts = sum(costs.tensor_bytes(t) for name, t in v2_lite_tensors().items() if name.endswith("_exps.weight"))
+    embedding = costs.tensor_bytes(v2_lite_tensors()["token_embd.weight"])
+    assert host.weights == unused + (experts + embedding if cpu_moe else 0)
+
+
+def test_a_tied_embedding_counts_once():
+    tensors = v2_lite_tensors()
+    output = costs.tensor_bytes(tensors.pop("output.weight"))
+    tied = Planner(V2_LITE, file_of(tensors), "q8_0", "auto")
+    both = v2_lite().device(Split(ALL), 4096).weights
+    assert tied.device(Split(ALL), 4096).weights == both - output
+
+
+def test_scratch_on_the_device():
+    """It grows with the context, since a prompt may be as long, and holds what a layer's expansion takes."""
+    scratch = [costs.device_scratch_bytes(V2_LITE, "q8_0", "auto", ctx) for ctx in (64, 4096, 65536, 163840)]
+    assert scratch == sorted(scratch)
+    per_token = 4 * (2048 + 16 * 128 + 512 + 128)
+    assert scratch[-1] - scratch[-2] > (163840 - 65536) * per_token
+    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "1", 65536) < scratch[2]
+    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "0", 65536) < scratch[2]
+    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "2", 65536) - scratch[2] == 16 * 65536 * 4 * 9 // 8
