@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import ROWS, TOKENS, as_multiplied, columns, random_qtensor
+from cases import ROWS, TOKENS, as_multiplied, columns, latent_layout, poisoned_cache, ragged_step, random_qtensor
 from compare import assert_close
 
 from pymla import cpu, ggml, reference
-from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.cache import CACHE_TYPES, PAGE
 from pymla.config import ModelConfig
 from pymla.cpu.panels import GROUP
 from pymla.weights import QTensor
@@ -117,44 +117,15 @@ def test_experts(qtype, choice):
     assert_close(actual, expected, **tolerance)
 
 
-def caches(heads, widths, slots, qtypes, seed=0):
-    rows = [normal(slots, width, seed=seed + i) for i, width in enumerate(widths)]
-    return [QTensor(q, reference.quant.quantise(each, q).copy()) for each, q in zip(rows, qtypes, strict=True)]
+LENGTHS, NEW, PAGES = (1, 63, 64, 65, 200), (1, 1, 3, 2, 20), 12
 
 
-def ragged_step(lengths, new, pages=12):
-    """Sequences of some lengths, whose last `new` tokens make the step, on shuffled pages."""
-    order = np.random.default_rng(5).permutation(pages).astype(np.int32)
-    tables = np.zeros((len(lengths), max(-(-n // PAGE) for n in lengths)), np.int32)
-    taken = 0
-    for b, n in enumerate(lengths):
-        count = -(-n // PAGE)
-        tables[b, :count] = order[taken : taken + count]
-        taken += count
-    positions = np.concatenate([np.arange(n - k, n) for n, k in zip(lengths, new, strict=True)]).astype(np.int32)
-    seq_of = np.repeat(np.arange(len(lengths), dtype=np.int32), new)
-    slots = (tables[seq_of, positions // PAGE] * PAGE + positions % PAGE).astype(np.int32)
-    return Step(np.zeros_like(positions), positions, seq_of, slots, tables)
-
-
-def poison_unseen(tensor, step, lengths):
-    """NaN in every row that no token of the step may see."""
-    seen = {int(step.block_tables[b][p // PAGE] * PAGE + p % PAGE) for b, n in enumerate(lengths) for p in range(n)}
-    rest = [slot for slot in range(len(tensor.data)) if slot not in seen]
-    tensor.data[rest] = 0xFF  # NaN in float32, float16 and bfloat16, and in the scales of q8_0
-
-
-LENGTHS, NEW = (1, 63, 64, 65, 200), (1, 1, 3, 2, 20)
-
-
+@pytest.mark.parametrize("rope", [32, 12, 200])
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
-def test_absorbed_attention_reads_no_masked_token(cache_type):
-    heads, rank, rope = 3, 64, 32
-    qtype = CACHE_TYPES[cache_type]
-    latent, k_pe = caches(heads, (rank, rope), 12 * PAGE, (qtype, ggml.F16 if qtype == ggml.Q8_0 else qtype))
-    step = ragged_step(LENGTHS, NEW)
-    for tensor in (latent, k_pe):
-        poison_unseen(tensor, step, LENGTHS)
+def test_absorbed_attention_reads_no_masked_token(cache_type, rope):
+    heads, rank = 3, 64
+    step = ragged_step(LENGTHS, NEW, PAGES)
+    latent, k_pe = poisoned_cache(latent_layout(cache_type, rank, rope), step, LENGTHS, PAGES)
     q = normal(len(step.positions), heads, rank + rope)
     expected = reference.attention.absorbed(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank))
     assert np.isfinite(expected).all()
@@ -168,14 +139,25 @@ def test_absorbed_attention_reads_no_masked_token(cache_type):
     assert_close(alone, expected[-1:], **tolerance)
 
 
+def test_many_rotated_dimensions_stay_within_int32():
+    rank, rope = 32, 200
+    step = ragged_step([2], [1], 1)
+    rows = np.zeros((2, PAGE, rope), np.float32)
+    rows[:, step.block_tables[0, 0] * PAGE] = 1  # the first position: its latent row and key are ones
+    latent = QTensor(ggml.Q8_0, reference.quant.quantise(rows[0, :, :rank].copy(), ggml.Q8_0))
+    k_pe = QTensor(ggml.F16, reference.quant.quantise(rows[1], ggml.F16))
+    out = cpu.attention.absorbed(
+        np.ones((1, 1, rank + rope), np.float32), latent, k_pe, step, 0.01, poisoned(1, 1, rank)
+    )
+    assert np.allclose(out, 1 / (1 + np.exp(-0.01 * (rank + rope))), atol=0.01)
+
+
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
 def test_full_attention_reads_no_masked_token(cache_type):
     heads, size, v = 3, 96, 64
     qtype = CACHE_TYPES[cache_type]
-    keys, values = caches(heads, (heads * size, heads * v), 12 * PAGE, (qtype, qtype))
-    step = ragged_step(LENGTHS, NEW)
-    for tensor in (keys, values):
-        poison_unseen(tensor, step, LENGTHS)
+    step = ragged_step(LENGTHS, NEW, PAGES)
+    keys, values = poisoned_cache([(qtype, heads * size), (qtype, heads * v)], step, LENGTHS, PAGES)
     q = normal(len(step.positions), heads, size)
     expected = reference.attention.full(q, keys, values, step, 0.1, poisoned(len(q), heads, v))
     assert np.isfinite(expected).all()

@@ -30,7 +30,7 @@ from pymla.cpu.attention_tiles import (
     tile_scores,
     tile_values,
 )
-from pymla.cpu.formats import F32, float_bytes, is_float, load_f8
+from pymla.cpu.formats import F32, float_bytes, is_float, load_f8, load_float
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
@@ -60,6 +60,7 @@ from pymla.cpu.simd import (
     store_f32,
     store_f32x8,
     store_i8x32,
+    store_i16,
     store_i32,
     store_rescaled,
     store_words_xL,
@@ -71,7 +72,7 @@ from pymla.cpu.softmax import heads_softmax, token_softmax
 TOKENS = 128
 #: Heads that share the reading of a page in the absorbed form.
 HEADS = 16
-#: The largest code of rotated dimensions, of which some hundred are summed in int32.
+#: The largest code of rotated dimensions: more bits than an IEEE half has.
 ROPE_CODES = 4095
 #: Queries of a head that share the reading of keys and values.
 QUERIES = 96
@@ -310,7 +311,10 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     """
     heads, rank = partial.shape[1], partial.shape[2]
     size, blocks = q.shape[2], rank // 32
-    words = (size - rank) // 2
+    rotated = size - rank
+    words = (rotated + 1) // 2
+    # Sums of products stay within int32, however many dimensions rotate.
+    largest_code = min(ROPE_CODES, np.int64(np.sqrt((1 << 31) / (2 * words))) - 1)
     groups = (heads + HEADS - 1) // HEADS
     padded = (rank + ROWS - 1) // ROWS * ROWS
     row_bytes = blocks * BLOCK_BYTES
@@ -319,7 +323,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     panel = allocate(HEADS * row_bytes)
     panel_scales = allocate_f32(blocks, HEADS)
     panel_starts = allocate(4 * blocks * HEADS).view(np.int32).reshape(blocks, HEADS)
-    rope_codes = np.empty((PAGE, 2 * words), np.int16)
+    rope_codes = np.zeros((PAGE, 2 * words), np.int16)
     rope_scales = np.empty((PAGE, 1), np.float32)
     rope_panel, rope_panel_scales = allocate(4 * words * HEADS), allocate_f32(1, HEADS)
     rows = np.empty(PAGE, np.int64)
@@ -359,7 +363,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
             at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
             store_keys(address(query_codes[h]), row_bytes, at)
         for h in range(HEADS):
-            rope_panel_scales[0, h] = quantise_rope(F32, address(query[h, rank:]), 2 * words, address(rope_codes))
+            row = address(query[h, rank:])
+            rope_panel_scales[0, h] = quantise_rope(F32, row, rotated, largest_code, address(rope_codes))
             for i in range(words):
                 at = address(rope_panel) + 4 * (h // LANES * words * LANES + i * LANES + h % LANES)
                 store_f32(at, load_f32(address(rope_codes) + 4 * i))
@@ -378,9 +383,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                 for i in range(0, rope.data.shape[1], 64):
                     prefetch_l2(address(rope.data[following + s]) + i)
                 if s < seen:
-                    rope_scales[s, 0] = quantise_rope(
-                        rope.qtype, address(rope.data[slot]), 2 * words, address(rope_codes[s])
-                    )
+                    row = address(rope.data[slot])
+                    rope_scales[s, 0] = quantise_rope(rope.qtype, row, rotated, largest_code, address(rope_codes[s]))
                     at = address(scales[s]), address(factors[s]), address(codes[s])
                     largest_scale[s] = prepare_row(rows[s], blocks, at[0], at[1], at[2])
                 else:
@@ -457,23 +461,25 @@ def prepare_row(row, blocks, scales, factors, codes):
 
 
 @inline
-def quantise_rope(qtype, row, count, codes):
-    """`count` numbers of a float type as int16; returns their scale. `row` and `codes` are addresses.
-
-    Sums of some hundred products stay within int32, and codes have the bits of an IEEE half. A number that is infinite
-    or NaN shows in the scale.
-    """
-    size, most = float_bytes(qtype), splat_f32(np.float32(0))
-    for i in range(0, count, 8):
-        most = farther(absolute(load_f8(qtype, row + size * i)), most)
-    most_of_all = farthest(most)
+def quantise_rope(qtype, row, count, largest_code, codes):
+    """`count` numbers of a float type as int16 of up to `largest_code`; returns their scale. `row` and `codes` are
+    addresses. A number that is infinite or NaN shows in the scale."""
+    size, whole = float_bytes(qtype), count // 8 * 8
+    eight = splat_f32(np.float32(0))
+    for i in range(0, whole, 8):
+        eight = farther(absolute(load_f8(qtype, row + size * i)), eight)
+    for i in range(whole, count):
+        eight = farther(absolute(splat_f32(load_float(qtype, row + size * i))), eight)
+    most = farthest(eight)
     inverse = np.float32(0)
-    if most_of_all > 0:
-        inverse = np.float32(ROPE_CODES) / most_of_all
+    if most > 0:
+        inverse = np.float32(largest_code) / most
     factor = splat_f32(inverse)
-    for i in range(0, count, 8):
+    for i in range(0, whole, 8):
         store_as_i16(codes + 2 * i, round_even(mul(load_f8(qtype, row + size * i), factor)))
-    return most_of_all / np.float32(ROPE_CODES)
+    for i in range(whole, count):
+        store_i16(codes + 2 * i, np.int16(np.rint(load_float(qtype, row + size * i) * inverse)))
+    return most / np.float32(largest_code)
 
 
 @inline
