@@ -1,7 +1,7 @@
 """Everything about the CUDA backend on a GPU at hand, in one command: is it right, and how fast is it?
 
 python bench/gpu.py                                  # under ten minutes; writes bench/results/gpu.json
-python bench/gpu.py --quick -o /tmp/gpu.json         # fewer sizes
+python bench/gpu.py --quick -o quick.json            # fewer sizes
 python bench/gpu.py --sections products,kernels      # some of it
 python bench/gpu.py --simulate                       # the checks, at toy sizes, without a GPU
 python bench/gpu.py --analytic                       # what a step costs at least, by arithmetic, without a GPU

@@ -173,8 +173,6 @@ class Model:
     def _attention(self, layer, cache, x, tokens, runs):
         """``x += W_o attention(norm(x))``, and the tokens' rows into the cache."""
         be, config = tokens.backend, self.config
-        for part in slices(0, len(x)):
-            self._store(layer, cache, x[part], tokens.part(part.start, part.stop))
         for run in runs:
             if run.form == "expanded":
                 own = tokens.part(run.start, run.stop)
@@ -183,7 +181,9 @@ class Model:
                 continue
             for part in slices(run.start, run.stop):
                 own = tokens.part(part.start, part.stop)
-                q = self._queries(layer, x[part], own)
+                h = self._input(be, layer, x[part])
+                self._store(layer, cache, h, own)
+                q = self._queries(layer, h, own)
                 out = self._empty(be, len(q), config.num_attention_heads, config.v_head_dim)
                 if run.form == "full":
                     be.attention.full(q, *cache, own.step, config.softmax_scale, out)
@@ -191,31 +191,33 @@ class Model:
                     self._absorbed(layer, cache, q, own, out)
                 self._project(be, layer, x[part], out.reshape(len(q), -1))
 
-    def _queries(self, layer, x, tokens, heads=slice(None)):
+    def _input(self, be, layer, x):
+        """What attention multiplies: normalised, as an `Activation`."""
+        return be.quant.Activation(self._norm(be, x, layer.attn_norm))
+
+    def _queries(self, layer, h, tokens, heads=slice(None)):
         """Rotated queries of some heads, (T, H, nope + R)."""
-        be, config = tokens.backend, self.config
-        h = be.quant.Activation(self._norm(be, x, layer.attn_norm))
+        be, config, count = tokens.backend, self.config, len(h.x)
         w = layer.attn_q
         if config.q_lora_rank:
-            low = be.quant.matmul(layer.attn_q_a, h, self._empty(be, len(x), config.q_lora_rank))
+            low = be.quant.matmul(layer.attn_q_a, h, self._empty(be, count, config.q_lora_rank))
             h, w = be.quant.Activation(self._norm(be, low, layer.attn_q_a_norm)), layer.attn_q_b
         start, stop, _ = heads.indices(config.num_attention_heads)
         w = w.rows(start * config.qk_head_dim, stop * config.qk_head_dim)
-        q = be.quant.matmul(w, h, self._empty(be, len(x), len(w.data)))
-        return be.rope.rope_interleaved(q.reshape(len(x), -1, config.qk_head_dim), tokens.cos_sin)
+        q = be.quant.matmul(w, h, self._empty(be, count, len(w.data)))
+        return be.rope.rope_interleaved(q.reshape(count, -1, config.qk_head_dim), tokens.cos_sin)
 
-    def _store(self, layer, cache, x, tokens):
+    def _store(self, layer, cache, h, tokens):
         """The cache rows of tokens: ``c_kv`` normalised and ``k_pe`` rotated, or keys and values of all heads."""
-        be, config = tokens.backend, self.config
-        h = be.quant.Activation(self._norm(be, x, layer.attn_norm))
+        be, config, count = tokens.backend, self.config, len(h.x)
         rank = config.kv_lora_rank
-        kv = be.quant.matmul(layer.attn_kv_a_mqa, h, self._empty(be, len(x), len(layer.attn_kv_a_mqa.data)))
+        kv = be.quant.matmul(layer.attn_kv_a_mqa, h, self._empty(be, count, len(layer.attn_kv_a_mqa.data)))
         be.rope.rope_interleaved(kv[:, None], tokens.cos_sin)
         rows = self._norm(be, kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]
         if self.mla == "0":
-            kv = self._keys_values(tokens, len(x), config.num_attention_heads, exact=True)
+            kv = self._keys_values(tokens, count, config.num_attention_heads, exact=True)
             be.attention.expand(*rows, layer.attn_k_b, layer.attn_v_b, kv)
-            rows = kv.keys.reshape(len(x), -1), kv.values.reshape(len(x), -1)
+            rows = kv.keys.reshape(count, -1), kv.values.reshape(count, -1)
         for each, tensor in zip(rows, cache, strict=True):
             be.attention.store(each, tokens.step.slots, tensor)
 
@@ -230,8 +232,11 @@ class Model:
         be.quant.matmul_heads(layer.attn_v_b, latent, out)
 
     def _expanded(self, layer, cache, x, tokens, run):
-        """Attention of one sequence over keys and values of as many heads at a time as fit the scratch."""
+        """Attention of one sequence, whose rows are stored first, over keys and values of as many heads at a time as
+        fit the scratch."""
         be, config = tokens.backend, self.config
+        for part in slices(0, len(x)):
+            self._store(layer, cache, self._input(be, layer, x[part]), tokens.part(part.start, part.stop))
         table = tokens.step.block_tables[run.sequence]
         c_kv = be.attention.load(cache.latent, table, self._empty(be, run.length, config.kv_lora_rank))
         k_pe = be.attention.load(cache.rope, table, self._empty(be, run.length, config.qk_rope_head_dim))
@@ -245,7 +250,7 @@ class Model:
             be.attention.expand(c_kv, k_pe, k_b, v_b, kv)
             for part in slices(0, len(x)):
                 own = tokens.part(part.start, part.stop)
-                q = self._queries(layer, x[part], own, heads)
+                q = self._queries(layer, self._input(be, layer, x[part]), own, heads)
                 be.attention.expanded(q, kv, own.step.positions, config.softmax_scale, out[part, heads])
         return out.reshape(len(x), -1)
 

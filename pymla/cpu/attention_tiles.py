@@ -23,7 +23,6 @@ from pymla.cpu.simd import (
     farthest,
     finish8,
     fma,
-    larger,
     load_f32x8,
     load_f32xL,
     load_i8xL,
@@ -106,13 +105,12 @@ def quantise_heads(weights, token_scales, codes, scales, heads):
     // WORD, heads), scales (heads,)."""
     row = 4 * heads
     for at in range(0, row, 32):
-        zero = splat_f32(np.float32(0))
-        most, fault = zero, zero
+        most = splat_f32(np.float32(0))
         for s in range(WEIGHTS):
             x = mul(load_f32x8(weights + row * s + at), broadcast_f32x8(token_scales + 4 * s))
             store_f32x8(weights + row * s + at, x)
-            most, fault = larger(x, most), fma(x, zero, fault)
-        store_f32x8(scales + at, mul(add(most, fault), splat_f32(np.float32(1 / 255))))
+            most = farther(absolute(x), most)
+        store_f32x8(scales + at, mul(most, splat_f32(np.float32(1 / 255))))
         factor = where_positive(most, div(splat_f32(np.float32(255)), most))
         for s in range(0, WEIGHTS, 4):
             source = weights + row * s + at
@@ -175,6 +173,11 @@ def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
         fc, gc = _scaled(ic, du, sc, fc), _scaled(jc, dv, sh, gc)
         d, e, z, w = d + step, e + step, z + step, w + step
         sa, sb, sc, sf, sg, sh = sa + 4, sb + 4, sc + 4, sf + 4, sg + 4, sh + 4
+    _store_scores(at, bt, fa, ga, fb, gb, fc, gc)
+
+
+@unrolled
+def _store_scores(at, bt, fa, ga, fb, gb, fc, gc):
     store_f32xL(at[0], fa)
     store_f32xL(bt[0], ga)
     store_f32xL(at[1], fb)
@@ -234,12 +237,7 @@ def tile_rope(x, y, sx, sy, words, p, q, d, e, at, bt):
     fa, ga = _scaled(ia, u, sx[0], load_f32xL(at[0])), _scaled(ja, v, sy[0], load_f32xL(bt[0]))
     fb, gb = _scaled(ib, u, sx[1], load_f32xL(at[1])), _scaled(jb, v, sy[1], load_f32xL(bt[1]))
     fc, gc = _scaled(ic, u, sx[2], load_f32xL(at[2])), _scaled(jc, v, sy[2], load_f32xL(bt[2]))
-    store_f32xL(at[0], fa)
-    store_f32xL(bt[0], ga)
-    store_f32xL(at[1], fb)
-    store_f32xL(bt[1], gb)
-    store_f32xL(at[2], fc)
-    store_f32xL(bt[2], gc)
+    _store_scores(at, bt, fa, ga, fb, gb, fc, gc)
 
 
 @unrolled

@@ -222,6 +222,12 @@ def _sort_pairs(first, last, ids, pairs, tokens, starts):
 
 
 @inline
+def row_at(w, e, r):
+    """The address of a row of an expert's matrix."""
+    return w.address + e * w.matrix_stride + r * w.row_stride
+
+
+@inline
 def next_expert(starts, e):
     """The first expert behind `e` that has tokens, or the number of experts."""
     e += 1
@@ -247,15 +253,10 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
         size = rows_at_once(starts, e, last - first)
         for r in range(first, last, size):
             count = min(size, last - r)
-            gate_row = gate.address + e * gate.matrix_stride + r * gate.row_stride
-            up_row = up.address + e * up.matrix_stride + r * up.row_stride
+            gate_row, up_row = row_at(gate, e, r), row_at(up, e, r)
             then = gate_row + count * gate.row_stride
             if r + count == last:
-                then = (
-                    gate.address
-                    + (following if following < gate.count else e) * gate.matrix_stride
-                    + first * gate.row_stride
-                )
+                then = row_at(gate, following if following < gate.count else e, first)
             for i in range(starts[e], starts[e + 1]):
                 activations = parts(x, tokens[i])
                 dot_rows(gate.qtype, gate_row, gate.row_stride, count, up_row, activations, columns, g)
@@ -283,8 +284,8 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
         count = min(LANES, gate.rows - row)
         product(
             gate.qtype,
-            gate.address + e * gate.matrix_stride + row * gate.row_stride,
-            up.address + e * up.matrix_stride + row * up.row_stride,
+            row_at(gate, e, row),
+            row_at(up, e, row),
             count,
             count,
             gate.row_stride,
@@ -316,14 +317,10 @@ def _down_rows(first, last, down, pairs, starts, weights, x, out):
         size = rows_at_once(starts, e, last - first)
         for r in range(first, last, size):
             count = min(size, last - r)
-            row = down.address + e * down.matrix_stride + r * down.row_stride
+            row = row_at(down, e, r)
             then = row + count * down.row_stride
             if r + count == last:
-                then = (
-                    down.address
-                    + (following if following < down.count else e) * down.matrix_stride
-                    + first * down.row_stride
-                )
+                then = row_at(down, following if following < down.count else e, first)
             for i in range(starts[e], starts[e + 1]):
                 t, j = pairs[i] // choices, pairs[i] % choices
                 dot_rows(down.qtype, row, down.row_stride, count, then, parts(x, i), columns, address(result))
@@ -353,7 +350,7 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
             count = min(ROWS, down.rows - begin)
             half = min(LANES, count)
             rest, skip = (count - half, LANES) if count > half else (1, half - 1)
-            row = down.address + e * down.matrix_stride + begin * down.row_stride
+            row = row_at(down, e, begin)
             product(
                 down.qtype,
                 row,

@@ -59,6 +59,17 @@ def heads_softmax(scores, seen, state, values, columns):
 
 
 @inline
+def _raise_maximum(most, state, result, columns):
+    """The larger of a query's maximum and `most`; its sum and values follow."""
+    if most > state[0]:
+        correction = np.float32(np.exp(state[0] - most))
+        state[1] *= correction
+        shrink(correction, result, columns)
+        state[0] = most
+    return state[0]
+
+
+@inline
 def query_softmax(scores, seen, state, result, columns):
     """Scores of a query, which sees the first ones, become weights, 0 for the rest; maximum, sum and values follow.
 
@@ -72,12 +83,7 @@ def query_softmax(scores, seen, state, result, columns):
     most8 = load_f32x8(row)
     for s in range(32, size, 32):
         most8 = larger(load_f32x8(row + s), most8)
-    most = max(state[0], largest(most8))
-    if most > state[0]:
-        correction = np.float32(np.exp(state[0] - most))
-        state[1] *= correction
-        shrink(correction, result, columns)
-        state[0] = most
+    most = _raise_maximum(largest(most8), state, result, columns)
     negative = splat_f32(-most)
     for s in range(0, size, 32):
         store_f32x8(row + s, exp(add(load_f32x8(row + s), negative)))
@@ -100,12 +106,7 @@ def token_softmax(scores, count, seen, token_scales, state, result, columns):
     most8 = lowest
     for s in range(0, count, 8):
         most8 = larger(first_lanes(load_f32x8(scores + 4 * s), seen - s, lowest), most8)
-    most = max(state[0], largest(most8))
-    if most > state[0]:
-        correction = np.float32(np.exp(state[0] - most))
-        state[1] *= correction
-        shrink(correction, result, columns)
-        state[0] = most
+    most = _raise_maximum(largest(most8), state, result, columns)
     negative, sums = splat_f32(-most), zero
     for s in range(0, count, 8):
         weight = exp(add(load_f32x8(scores + 4 * s), negative))

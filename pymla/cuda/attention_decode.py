@@ -22,7 +22,7 @@ from numba import cuda, types
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE
 from pymla.cuda import ptx
-from pymla.cuda.attention_shares import Shares, boundary, merge, shares_of
+from pymla.cuda.attention_shares import STEP, Shares, boundary, merge, shares_of
 from pymla.cuda.attention_tiles import (
     INFINITY,
     LOG2E,
@@ -54,8 +54,6 @@ from pymla.cuda.jit import device, kernel
 __all__ = ["absorbed"]
 
 I32, I64, F32 = types.int32, types.int64, types.float32
-I1 = types.Array(I32, 1, "C")
-I2 = types.Array(I32, 2, "C")
 
 #: Heads of a block: the rows of a tensor core's product.
 HEADS = 16
@@ -148,7 +146,7 @@ def absorbed_kernel(qtype, rank, rope):
             pass
 
     @kernel(
-        I64, types.UniTuple(I64, 2), types.Tuple((I1, I1, I2)), F32, I32, I32,
+        I64, types.UniTuple(I64, 2), STEP, F32, I32, I32,
         types.UniTuple(I64, 2), types.UniTuple(I64, 3),
         variant=f"{ggml.NAME[qtype].lower()},{rank},{rope}", max_threads=THREADS, min_blocks=2,
     )  # fmt: skip

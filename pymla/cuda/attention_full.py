@@ -14,7 +14,7 @@ from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE
 from pymla.cuda import ptx
 from pymla.cuda.attention_prompt import QUERIES, flash, tile_bytes
-from pymla.cuda.attention_shares import Shares, boundary, merge, shares_of
+from pymla.cuda.attention_shares import STEP, Shares, boundary, merge, shares_of
 from pymla.cuda.attention_tiles import (
     INFINITY,
     LOG2E,
@@ -38,7 +38,6 @@ __all__ = ["full"]
 
 I32, I64, F32 = types.int32, types.int64, types.float32
 NO_SUMS = (ZERO,) * 4
-STEP = types.Tuple((types.Array(I32, 1, "C"), types.Array(I32, 1, "C"), types.Array(I32, 2, "C")))
 
 
 def full(q, keys, values, step, scale, out, splits=None):

@@ -12,7 +12,7 @@ from numba import cuda, types
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE
 from pymla.cuda import ptx
-from pymla.cuda.attention_shares import Shares, boundary, merge, shares_of
+from pymla.cuda.attention_shares import STEP, Shares, boundary, merge, shares_of
 from pymla.cuda.attention_tiles import (
     INFINITY,
     LOG2E,
@@ -34,7 +34,6 @@ __all__ = ["absorbed_materialised"]
 I32, I64, F32 = types.int32, types.int64, types.float32
 I1 = types.Array(I32, 1, "C")
 F3 = types.Array(F32, 3, "C")
-STEP = types.Tuple((I1, I1, types.Array(I32, 2, "C")))
 
 #: Heads of a block that sums rows.
 HEADS = 8

@@ -18,6 +18,8 @@ from pymla.cuda.jit import device, kernel
 from pymla.cuda.memory import DeviceArray, empty
 
 I1 = types.Array(types.int32, 1, "C")
+#: A step as kernels of attention take it: positions, sequences of the tokens, block tables.
+STEP = types.Tuple((I1, I1, types.Array(types.int32, 2, "C")))
 
 #: Tiles that are worth a block of their own, whose result is to be merged.
 LEAST_TILES = 4
