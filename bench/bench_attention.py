@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from cases import as_multiplied
+from cases import as_multiplied, latent_layout, on_cpu
 from shapes import HEADS, NOPE, RANK, ROPE, V, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.cache import PAGE, Step
 from pymla.weights import QTensor
 
 #: Tokens in the cache.
@@ -27,27 +27,32 @@ def last_token(length):
     return Step(one, one + length - 1, one, one + length - 1, table)
 
 
-def cache(qtype, length, width):
-    """Random rows; they repeat after 1000."""
-    rows = reference.quant.quantise(normal(1000, width), qtype)
-    return QTensor(qtype, np.resize(rows, (-(-length // PAGE) * PAGE, rows.shape[1])))
+def random_cache(cache_type, length):
+    """Random rows of whole pages, which repeat after 1024, as blocks and as the CPU has them."""
+    layout = latent_layout(cache_type, RANK, ROPE)
+    rows = [QTensor(qtype, reference.quant.quantise(normal(1024, width), qtype)) for qtype, width in layout]
+    slots = -(-length // PAGE) * PAGE
+    return (
+        [QTensor(each.qtype, np.resize(each.data, (slots, each.data.shape[1]))) for each in rows],
+        [QTensor(each.qtype, np.resize(each.data, (slots, each.data.shape[1]))) for each in on_cpu(layout, rows)],
+    )
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("cache_type", ["q8_0", "f16"])
 def bench_decode(measure, cache_type, length):
-    latent, rope = cache(CACHE_TYPES[cache_type], length, RANK), cache(ggml.F16, length, ROPE)
+    blocks, cache = random_cache(cache_type, length)
     q, out = normal(1, HEADS, RANK + ROPE), np.full((1, HEADS, RANK), np.nan, np.float32)
     step = last_token(length)
 
     def run():
-        cpu.attention.absorbed(q, latent, rope, step, SCALE, out)
+        cpu.attention.absorbed(q, *cache, step, SCALE, out)
 
     def checks():
         some = np.empty((1, 2, RANK), np.float32)
-        yield out[:, -2:], reference.attention.absorbed(q[:, -2:].copy(), latent, rope, step, SCALE, some)
+        yield out[:, -2:], reference.attention.absorbed(q[:, -2:].copy(), *blocks, step, SCALE, some)
 
-    nbytes = latent.data.nbytes + rope.data.nbytes
+    nbytes = sum(rows.data.nbytes for rows in cache)
     measure(run, checks, macs=length * HEADS * (2 * RANK + ROPE), nbytes=nbytes, **ATTENTION)
 
 

@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     rope: int
     v: int
     tokens: tuple  # one, few, many
+    wide: tuple  # rows and tokens of a product that fills the device with its largest tiles
     lengths: tuple  # of sequences
     vocab: int
     draws: int
@@ -59,6 +60,7 @@ REAL = Sizes(
     rope=shapes.ROPE,
     v=shapes.V,
     tokens=(1, 5, 100),
+    wide=(4000, 1000),
     lengths=(1, 63, 2500, 4097),
     vocab=102400,
     draws=4096,
@@ -78,6 +80,7 @@ TOY = Sizes(
     rope=16,
     v=16,
     tokens=(1, 2, 9),
+    wide=(5, 9),
     lengths=(1, 35),
     vocab=300,
     draws=1,
@@ -109,6 +112,16 @@ def products(records, sizes):
                 yield memory.to_host(out), reference.quant.matmul(w, seen, np.empty((tokens, sizes.rows)))
 
             records.check(f"matmul {name}, {tokens} tokens", matmul, **INT8)
+
+        def wide(qtype=qtype):
+            rows, tokens = sizes.wide
+            w, x = random_qtensor(qtype, rows, sizes.inner), normal(tokens, sizes.inner)
+            out = memory.empty((tokens, rows), np.float32)
+            quant.matmul(on_device(w), quant.Activation(memory.to_device(x)), out)
+            seen = reference.quant.Activation(as_multiplied(x, qtype, False).astype(np.float64))
+            yield memory.to_host(out), reference.quant.matmul(w, seen, np.empty((tokens, rows)))
+
+        records.check(f"matmul {name}, {sizes.wide[1]} tokens, {sizes.wide[0]} rows", wide, **INT8)
 
         def embedding(w=w, there=there):
             ids = np.array([sizes.rows - 1, 0, 3, 3], np.int32)
@@ -154,6 +167,18 @@ def layers(records, sizes):
         norm.rms_norm(memory.to_device(x), memory.to_device(weight), 1e-6, out)
         yield memory.to_host(out), reference.norm.rms_norm(x, weight, 1e-6, np.empty_like(x))
 
+    def normed():
+        x, y = normal(tokens, sizes.hidden), normal(tokens, sizes.hidden, seed=1)
+        weight = normal(sizes.hidden, seed=2)
+        there, out = memory.to_device(x), memory.empty(x.shape, np.float32)
+        activation = norm.normed(there, memory.to_device(weight), 1e-6, out, memory.to_device(y))
+        here, actual = x.copy(), memory.to_host(out)
+        yield actual, reference.norm.normed(here, weight, 1e-6, np.empty_like(x), y).x
+        yield memory.to_host(there), here
+        codes, scale = reference.quant.quantise_activations(actual)
+        yield memory.to_host(activation.codes).astype(np.float32), codes.astype(np.float32)
+        yield memory.to_host(activation.scales)[..., 0], scale
+
     def add():
         x, y = normal(tokens, sizes.hidden), normal(tokens, sizes.hidden, seed=1)
         yield memory.to_host(norm.add(memory.to_device(x), memory.to_device(y))), x + y
@@ -170,6 +195,7 @@ def layers(records, sizes):
         yield actual, reference.rope.rope_interleaved(x.copy(), angles)
 
     records.check("rms_norm", rms_norm, **EXACT)
+    records.check("normed", normed, **EXACT)
     records.check("add", add, **SAME)
     records.check("angles and rope_interleaved", rotated, **EXACT)
     routers = {
@@ -215,6 +241,11 @@ def experts(records, sizes):
         one = [QTensor(w.qtype, w.data[0]) for w in (gate, up, down)]
         moe.ffn(there, *map(on_device, one), out)
         yield memory.to_host(out), reference.moe.ffn(here, *one, expected)
+        # Two shared experts, whose result is added with that of the others.
+        shared = [random_qtensor(qtype, 2 * sizes.inner, sizes.hidden, seed=i) for i in (4, 5)]
+        shared.append(random_qtensor(down_type, sizes.hidden, 2 * sizes.inner, seed=6))
+        moe.experts(there, *chosen, *map(on_device, (gate, up, down)), out, list(map(on_device, shared)), add=True)
+        yield memory.to_host(out), reference.moe.experts(here, ids, weights, gate, up, down, expected, shared, add=True)
 
     for qtype in sizes.types:
         for tokens in sizes.tokens:

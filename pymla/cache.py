@@ -2,8 +2,8 @@
 
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer. A
 layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe`` (qk_rope_head_dim values), or, for
-``--mla 0``, the keys and values of all heads. Rows are stored as ggml blocks, so q8_0 takes 34 bytes for 32 values;
-``k_pe`` stays 16-bit then.
+``--mla 0``, the keys and values of all heads. q8_0 takes 34 bytes for 32 values; ``k_pe`` stays 16-bit then. Rows are
+stored as ggml blocks, or as the backend's attention likes them best.
 
 Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
 written; a GPU's is taken at once.
@@ -115,8 +115,14 @@ def row_layout(config, cache_type, mla):
     return [(each, width) for _, each, _, width in layout]
 
 
+def block_rows(memory, layout, slots):
+    """Rows of ggml blocks in the memory of a backend: a QTensor for each type and width of a layout."""
+    shapes = [(qtype, (slots, ggml.row_bytes(qtype, width))) for qtype, width in layout]
+    return [QTensor(qtype, memory.empty(shape, np.uint8)) for qtype, shape in shapes]
+
+
 def row_bytes(config, cache_type, mla):
-    """Bytes of a token in the cache, all layers."""
+    """Bytes of a token in the cache, all layers, as ggml blocks."""
     layout = row_layout(config, cache_type, mla)
     return sum(ggml.row_bytes(qtype, width) for qtype, width in layout) * config.num_hidden_layers
 
@@ -141,14 +147,15 @@ class PagedCache:
 
     def __init__(self, config, cache_type, mla, pages, ctx, backends):
         self.ctx, self.cache_type = ctx, cache_type
-        self.row_bytes = row_bytes(config, cache_type, mla)
         self._free = list(range(pages - 1, -1, -1))
-        kind = FullCache if mla == "0" else LatentCache
-        shapes = [(t, (pages * PAGE, ggml.row_bytes(t, width))) for t, width in row_layout(config, cache_type, mla)]
-        self.layers = [
-            kind(*(QTensor(qtype, backend.memory.empty(shape, np.uint8)) for qtype, shape in shapes))
-            for backend in backends
-        ]
+        layout, slots = row_layout(config, cache_type, mla), pages * PAGE
+        if mla == "0":
+            self.layers = [FullCache(*block_rows(backend.memory, layout, slots)) for backend in backends]
+        else:
+            self.layers = [backend.attention.latent_cache(layout, slots) for backend in backends]
+        self.row_bytes = sum(rows.data.nbytes for layer in self.layers for rows in layer) // slots
+        #: Whether rows hold as many bits as what is computed from them.
+        self.exact = CACHE_TYPES[cache_type] not in ggml.QUANTISED
 
     @property
     def free_pages(self):

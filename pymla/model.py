@@ -15,15 +15,10 @@ from pymla.backends import Placement, moved, moved_input
 from pymla.cache import PAGE, PagedCache, Sequence, Step
 from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form, expanded_bytes
 from pymla.errors import PymlaError
-from pymla.ggml import QUANTISED
 
 #: auto: whichever takes fewer multiply-adds, per sequence and step. 0: full K and V cache. 1: absorbed always.
 #: 2: expanded prompt, absorbed generation with materialised scores. 3: the same with online softmax.
 MLA_MODES = ("auto", "0", "1", "2", "3")
-
-#: Steps of up to so many sequences by one token each are recorded and replayed (`Graph`), where all of a model is on
-#: one backend. Not with ``--mla 2``: the scores of the longest context would be kept for every layer.
-GRAPH_TOKENS = 8
 
 
 class Run(NamedTuple):
@@ -90,6 +85,8 @@ class Model:
         self._inv_freq = {be: be.memory.to_device(inv_freq) for be in self.placement.backends}
         pages = -(-(cache_tokens or ctx) // PAGE)
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, self.placement.layers)
+        # Steps of some sequences by one token each are recorded, where all of a model is on one backend. Not with
+        # ``--mla 2``: the scores of the longest context would be kept for every layer.
         self._recorded = len(self.placement.backends) == 1 and mla != "2"
         self._graphs = {}
 
@@ -131,25 +128,30 @@ class Model:
         """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them."""
         step = self.cache.extend(batch)
         runs = self._runs(batch)
-        if self._recorded and len(batch) == len(step.tokens) <= GRAPH_TOKENS:
-            result = self._replay(step, runs)
+        size = self.backend.Graph.size(len(batch)) if self._recorded and len(batch) == len(step.tokens) else None
+        if size:
+            result = self._replay(step, runs, size)
         else:
             rows = None if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
             result = self._compute({be: step.on(be) for be in self.placement.backends}, runs, rows, progress)
         self.cache.advance(batch)
         return result
 
-    def _replay(self, step, runs):
-        """The step of a few sequences that go on by one token each: recorded once, with memory of its own for the
-        input."""
-        be, size, pages = self.backend, len(step.tokens), -(-self.ctx // PAGE)
+    def _replay(self, step, runs, size):
+        """The step of sequences that go on by one token each, as part of one of `size` sequences: recorded once, with
+        memory of its own for the input. The last sequence stands for those that are not there: its token is computed
+        again, and its cache rows are written again as they are."""
+        be, count, pages = self.backend, len(step.tokens), -(-self.ctx // PAGE)
         if size not in self._graphs:
             packed = be.memory.empty(((4 + pages) * size,), np.int32)
-            own = Step.unpacked(packed, size, size)
+            own, runs = Step.unpacked(packed, size, size), [runs[0]._replace(stop=size)]
             self._graphs[size] = packed, be.Graph(lambda: self._compute({be: own}, runs, None))
         packed, graph = self._graphs[size]
+        if size > count:
+            sources = np.minimum(np.arange(size), count - 1)
+            step = Step(*(array[sources] for array in step))._replace(seq_of=np.arange(size, dtype=np.int32))
         be.memory.write(packed, step.packed(pages))
-        return graph.replay()
+        return graph.replay()[:count]
 
     def _compute(self, steps, runs, rows, progress=None):
         """Logits after the tokens `rows`, or after all. `steps` are the step in the memory of each backend."""
@@ -160,40 +162,35 @@ class Model:
         x = be.quant.embedding_rows(weights.token_embd, ids, self._empty(be, len(ids), config.hidden_size))
         for i, (layer, cache) in enumerate(zip(weights.layers, self.cache.layers, strict=True)):
             x, be = moved(x, be, place.layers[i]), place.layers[i]
-            self._attention(layer, cache, x, tokens[be], runs)
-            self._feed_forward(layer, x, be, place.experts[i])
+            attended = self._attention(layer, cache, x, tokens[be], runs)
+            self._feed_forward(layer, x, attended, be, place.experts[i])
             if progress:
                 progress(i + 1, config.num_hidden_layers)
         if rows is not None:
             x = be.memory.take(x, rows)
         x, be = moved(x, be, place.output), place.output
-        h = be.quant.Activation(self._norm(be, x, weights.output_norm))
+        h = self._normed(be, x, weights.output_norm)
         return be.quant.matmul(weights.output, h, self._empty(be, len(x), config.vocab_size))
 
     def _attention(self, layer, cache, x, tokens, runs):
-        """``x += W_o attention(norm(x))``, and the tokens' rows into the cache."""
+        """What attention gives of all heads, (T, H * v), for ``norm(x)``; and the tokens' rows into the cache."""
         be, config = tokens.backend, self.config
+        out = self._empty(be, len(x), config.num_attention_heads, config.v_head_dim)
         for run in runs:
             if run.form == "expanded":
-                own = tokens.part(run.start, run.stop)
-                attended = self._expanded(layer, cache, x[run.start : run.stop], own, run)
-                self._project(be, layer, x[run.start : run.stop], attended)
+                own, of_run = tokens.part(run.start, run.stop), slice(run.start, run.stop)
+                self._expanded(layer, cache, x[of_run], own, run, out[of_run])
                 continue
             for part in slices(run.start, run.stop):
                 own = tokens.part(part.start, part.stop)
-                h = self._input(be, layer, x[part])
+                h = self._normed(be, x[part], layer.attn_norm)
                 self._store(layer, cache, h, own)
                 q = self._queries(layer, h, own)
-                out = self._empty(be, len(q), config.num_attention_heads, config.v_head_dim)
                 if run.form == "full":
-                    be.attention.full(q, *cache, own.step, config.softmax_scale, out)
+                    be.attention.full(q, *cache, own.step, config.softmax_scale, out[part])
                 else:
-                    self._absorbed(layer, cache, q, own, out)
-                self._project(be, layer, x[part], out.reshape(len(q), -1))
-
-    def _input(self, be, layer, x):
-        """What attention multiplies: normalised, as an `Activation`."""
-        return be.quant.Activation(self._norm(be, x, layer.attn_norm))
+                    self._absorbed(layer, cache, q, own, out[part])
+        return out.reshape(len(x), -1)
 
     def _queries(self, layer, h, tokens, heads=slice(None)):
         """Rotated queries of some heads, (T, H, nope + R)."""
@@ -201,7 +198,7 @@ class Model:
         w = layer.attn_q
         if config.q_lora_rank:
             low = be.quant.matmul(layer.attn_q_a, h, self._empty(be, count, config.q_lora_rank))
-            h, w = be.quant.Activation(self._norm(be, low, layer.attn_q_a_norm)), layer.attn_q_b
+            h, w = self._normed(be, low, layer.attn_q_a_norm), layer.attn_q_b
         start, stop, _ = heads.indices(config.num_attention_heads)
         w = w.rows(start * config.qk_head_dim, stop * config.qk_head_dim)
         q = be.quant.matmul(w, h, self._empty(be, count, len(w.data)))
@@ -213,7 +210,8 @@ class Model:
         rank = config.kv_lora_rank
         kv = be.quant.matmul(layer.attn_kv_a_mqa, h, self._empty(be, count, len(layer.attn_kv_a_mqa.data)))
         be.rope.rope_interleaved(kv[:, None], tokens.cos_sin)
-        rows = self._norm(be, kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]
+        c_kv = self._empty(be, count, rank)
+        rows = be.norm.rms_norm(kv[:, :rank], layer.attn_kv_a_norm, config.rms_norm_eps, c_kv), kv[:, rank:]
         if self.mla == "0":
             kv = self._keys_values(tokens, count, config.num_attention_heads, exact=True)
             be.attention.expand(*rows, layer.attn_k_b, layer.attn_v_b, kv)
@@ -231,18 +229,18 @@ class Model:
         attend(latent_q, *cache, tokens.step, config.softmax_scale, latent)
         be.quant.matmul_heads(layer.attn_v_b, latent, out)
 
-    def _expanded(self, layer, cache, x, tokens, run):
+    def _expanded(self, layer, cache, x, tokens, run, out):
         """Attention of one sequence, whose rows are stored first, over keys and values of as many heads at a time as
         fit the scratch."""
         be, config = tokens.backend, self.config
         for part in slices(0, len(x)):
-            self._store(layer, cache, self._input(be, layer, x[part]), tokens.part(part.start, part.stop))
+            h = self._normed(be, x[part], layer.attn_norm)
+            self._store(layer, cache, h, tokens.part(part.start, part.stop))
         table = tokens.step.block_tables[run.sequence]
         c_kv = be.attention.load(cache.latent, table, self._empty(be, run.length, config.kv_lora_rank))
         k_pe = be.attention.load(cache.rope, table, self._empty(be, run.length, config.qk_rope_head_dim))
-        out = self._empty(be, len(x), config.num_attention_heads, config.v_head_dim)
         # Keys and values need no more bits than the cache row that they come from.
-        exact = cache.latent.qtype not in QUANTISED
+        exact = self.cache.exact
         at_once = max(1, EXPANDED_BYTES // expanded_bytes(config, run.length, exact))
         for heads in slices(0, config.num_attention_heads, at_once):
             k_b, v_b = layer.attn_k_b.rows(heads.start, heads.stop), layer.attn_v_b.rows(heads.start, heads.stop)
@@ -250,31 +248,30 @@ class Model:
             be.attention.expand(c_kv, k_pe, k_b, v_b, kv)
             for part in slices(0, len(x)):
                 own = tokens.part(part.start, part.stop)
-                q = self._queries(layer, self._input(be, layer, x[part]), own, heads)
+                q = self._queries(layer, self._normed(be, x[part], layer.attn_norm), own, heads)
                 be.attention.expanded(q, kv, own.step.positions, config.softmax_scale, out[part, heads])
-        return out.reshape(len(x), -1)
 
-    def _project(self, be, layer, x, attended):
-        """``x += W_o attended``."""
+    def _feed_forward(self, layer, x, attended, be, experts):
+        """``x += W_o attended``, then ``x += FFN(norm(x))``: dense, or the routed experts, which may have a backend of
+        their own, and the shared ones."""
+        own = None if layer.ffn_gate is None else (layer.ffn_gate, layer.ffn_up, layer.ffn_down)
         for part in slices(0, len(x)):
             h = be.quant.Activation(attended[part])
-            be.norm.add(x[part], be.quant.matmul(layer.attn_output, h, self._empty(be, *x[part].shape)))
-
-    def _feed_forward(self, layer, x, be, experts):
-        """``x += FFN(norm(x))``: dense, or the routed experts, which have a backend of their own, and the shared
-        ones."""
-        for part in slices(0, len(x)):
-            h = be.quant.Activation(self._norm(be, x[part], layer.ffn_norm))
-            if layer.ffn_gate_inp is not None:
-                routed = self._routed(layer, h, be, experts)
-            if layer.ffn_gate is not None:
-                out = self._empty(be, *x[part].shape)
-                be.norm.add(x[part], be.moe.ffn(h, layer.ffn_gate, layer.ffn_up, layer.ffn_down, out))
-            if layer.ffn_gate_inp is not None:
-                # A GPU computes the shared experts while the host computes these.
-                of_experts = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
-                out = experts.moe.experts(*routed, *of_experts, self._empty(experts, *x[part].shape))
-                be.norm.add(x[part], moved(out, experts, be))
+            projected = be.quant.matmul(layer.attn_output, h, self._empty(be, *x[part].shape))
+            h = self._normed(be, x[part], layer.ffn_norm, projected)
+            if layer.ffn_gate_inp is None:
+                be.moe.ffn(h, *own, x[part], add=True)
+                continue
+            of_experts = layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps
+            routed = self._routed(layer, h, be, experts)
+            if experts is be:
+                be.moe.experts(*routed, *of_experts, x[part], shared=own, add=True)
+                continue
+            # A GPU computes the shared experts while the host computes the others.
+            if own:
+                be.moe.ffn(h, *own, x[part], add=True)
+            out = experts.moe.experts(*routed, *of_experts, self._empty(experts, *x[part].shape))
+            be.norm.add(x[part], moved(out, experts, be))
 
     def _routed(self, layer, h, be, experts):
         """The input of the routed experts on their backend: activations, the chosen experts and their weights."""
@@ -309,8 +306,9 @@ class Model:
         out = self._empty(be, len(positions), len(inv_freq), 2)
         return be.rope.angles(positions, inv_freq, self.config.rope_magnitude, out)
 
-    def _norm(self, be, x, weight):
-        return be.norm.rms_norm(x, weight, self.config.rms_norm_eps, self._empty(be, *x.shape))
+    def _normed(self, be, x, weight, y=None):
+        """What matrices read of normalised rows, once `y` is added to these."""
+        return be.norm.normed(x, weight, self.config.rms_norm_eps, self._empty(be, *x.shape), y)
 
     def _keys_values(self, tokens, length, heads, exact):
         """Memory for expanded keys and values. It is kept for the next layer: to take it from the system costs as much

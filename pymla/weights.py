@@ -27,6 +27,15 @@ class QTensor(NamedTuple):
         """Some rows of a matrix, without a copy."""
         return QTensor(self.qtype, self.data[start:stop])
 
+    def by_rows(self, count):
+        """A matrix as several of `count` rows, without a copy."""
+        return QTensor(self.qtype, self.data.reshape(-1, count, self.data.shape[1]))
+
+    def by_columns(self, count):
+        """A matrix as several of `count` columns, whole blocks, without a copy."""
+        parts = self.data.reshape(len(self.data), -1, ggml.row_bytes(self.qtype, count))
+        return QTensor(self.qtype, parts.swapaxes(0, 1))
+
 
 @dataclass(frozen=True)
 class Layer:

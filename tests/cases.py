@@ -4,11 +4,11 @@ import numpy as np
 from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
 
-from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla import cpu, ggml
+from pymla.cache import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.cpu.formats import FOUR_BITS
 from pymla.cpu.panels import GROUP
-from pymla.reference.quant import quantise, quantise_activations
+from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.weights import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
@@ -79,4 +79,16 @@ def poisoned_cache(layout, step: Step, lengths, pages: int) -> list[QTensor]:
         rows = np.random.default_rng(seed).standard_normal((len(seen), width), dtype=np.float32)
         data[seen] = quantise(rows, qtype)
         result.append(QTensor(qtype, data))
+    return result
+
+
+def on_cpu(layout, cache: list[QTensor]) -> LatentCache:
+    """A latent cache of ggml blocks with the types that the CPU has for it. Rows that are not numbers are filled with
+    bytes of 255, as in `poisoned_cache`."""
+    result = cpu.attention.latent_cache(layout, len(cache[0].data))
+    for source, target in zip(cache, result, strict=True):
+        target.data[:] = 0xFF
+        rows = dequantise(source.data, source.qtype)
+        slots = np.flatnonzero(np.isfinite(rows).all(1)).astype(np.int32)
+        cpu.attention.store(rows[slots], slots, target)
     return result

@@ -94,3 +94,18 @@ def test_a_model_on_two_backends_computes_the_same(placement):
         assert model.backend is where.output
     for mine, other in zip(results[1], results[0], strict=True):
         np.testing.assert_array_equal(mine, other)
+
+
+def test_a_recorded_step_of_more_sequences(monkeypatch):
+    """Sequences whose step is part of a larger one, alone in their cache."""
+    file = ModelFile.open(GOLDEN / "v3.gguf")
+    config = ModelConfig.from_gguf(file)
+    weights, ids, results = Weights.from_gguf(file, config), np.arange(1, 30, dtype=np.int32), []
+    for size in (lambda sequences: None, lambda sequences: -(-sequences // 4) * 4):
+        monkeypatch.setattr(reference.Graph, "size", staticmethod(size))
+        model = Model(config, weights, reference, cache_type="f32", ctx=64, cache_tokens=128, dtype=np.float64)
+        a, b = model.new_sequence(), model.new_sequence()
+        steps = [(a, 0, 10), (b, 10, 13)], [(a, 13, 14), (b, 14, 15)], [(b, 15, 16)], [(a, 16, 17), (b, 17, 18)]
+        results.append([model.forward([(sequence, ids[i:j]) for sequence, i, j in step]) for step in steps])
+    for mine, other in zip(*results, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)

@@ -79,6 +79,7 @@ def all_shared(a, out):
     words = cuda.shared.array(256, np.int32, alignment=16)
     at = ptx.shared_address(words)
     ptx.cp_async_16(at, a, 16)
+    ptx.cp_async_4(at + 16, a, 4)
     ptx.cp_async_commit()
     ptx.cp_async_wait(1)
     ptx.cp_async_wait(0)
@@ -89,6 +90,7 @@ def all_shared(a, out):
     ptx.store_shared_u32x2(at + 8, 1, 2)
     ptx.store_shared_u32x4(at + 16, 1, 2, 3, 4)
     ptx.store_shared_f32(at + 32, np.float32(1))
+    ptx.store_shared_u64(at + 40, ptx.kept(a))
     ptx.store_shared_f32x4(at + 48, np.float32(1), np.float32(1), np.float32(1), np.float32(1))
     ptx.syncwarp()
     at += 16 * ptx.lane()
@@ -98,8 +100,9 @@ def all_shared(a, out):
     u0, u1 = ptx.ldmatrix_x2_trans(at)
     w0, w1 = ptx.load_shared_u32x2(at)
     w2, w3, w4, w5 = ptx.load_shared_u32x4(at)
+    d0, d1 = ptx.load_shared_u64x2(at)
     f0, f1, f2, f3 = ptx.load_shared_f32x4(at)
-    words = a0 ^ a1 ^ a2 ^ a3 ^ t0 ^ t1 ^ t2 ^ t3 ^ b0 ^ b1 ^ u0 ^ u1 ^ w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5
+    words = a0 ^ a1 ^ a2 ^ a3 ^ t0 ^ t1 ^ t2 ^ t3 ^ b0 ^ b1 ^ u0 ^ u1 ^ w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ d0 ^ d1
     ptx.store_u32(out, words ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
     ptx.store_f32(out + 4, f0 + f1 + f2 + f3 + ptx.load_shared_f32(at))
 
@@ -118,6 +121,7 @@ def all_arithmetic(a, out):
     x = ptx.warp_sum(x) + ptx.warp_max(x) + ptx.group_sum(x, 8) + ptx.shfl_idx(x, 0)
     c0, c1, c2, c3 = ptx.mma_s8(w, w, w, w, w, w, 0, 0, 0, 0)
     c0, c1, c2, c3 = ptx.mma_u8(w, w, w, w, w, w, c0, c1, c2, c3)
+    c0, c1, c2, c3 = ptx.mma_s8_k16(w, w, w, c0, c1, c2, c3)
     f0, f1, f2, f3 = ptx.mma_f16(w, w, w, w, w, w, x, x, x, x)
     f0, f1, f2, f3 = ptx.mma_bf16(w, w, w, w, w, w, f0, f1, f2, f3)
     ptx.store_u32x4(out, c0, c1, c2, c3)
@@ -135,8 +139,10 @@ def all_arithmetic(a, out):
         ),
         (
             all_shared,
-            "cp.async.cg.shared.global cp.async.commit_group cp.async.wait_group bar.warp.sync ld.shared.v4.u32 "
-            "st.shared.v4.u32 ld.shared.v4.f32 st.shared.v4.f32 ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
+            "cp.async.cg.shared.global cp.async.ca.shared.global cp.async.commit_group cp.async.wait_group "
+            "bar.warp.sync ld.shared.v4.u32 "
+            "ld.shared.v2.u64 st.shared.u64 mov.b64 st.shared.v4.u32 ld.shared.v4.f32 st.shared.v4.f32 "
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
             "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 ldmatrix.sync.aligned.m8n8.x2.shared.b16",
         ),
         (
@@ -144,7 +150,8 @@ def all_arithmetic(a, out):
             "dp4a.s32.s32 dp4a.u32.s32 prmt.b32 shf.r.wrap.b32 fma.rn.f32 ex2.approx.ftz.f32 lg2.approx.ftz.f32 "
             "cvt.rni.s32.f32 cvt.rn.f16x2.f32 cvt.rn.bf16x2.f32 fma.rn.f16x2 fma.rn.bf16x2 vote.sync.ballot.b32 "
             "shfl.sync.bfly.b32 shfl.sync.idx.b32 mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         ),
     ],

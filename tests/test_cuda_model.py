@@ -56,6 +56,7 @@ V3 = dataclasses.replace(
     q_lora_rank=32,
     scoring_func="sigmoid",
     norm_topk_prob=True,
+    n_shared_experts=2,
     routed_scaling_factor=2.5,
     n_group=2,
     topk_group=2,
@@ -149,6 +150,22 @@ def test_sequences_in_one_batch(folder):
     pair.step({"a": (0, 62), "b": (70, 72)}, CODES)
     pair.step({"b": (72, 73), "c": (80, 87), "a": (62, 65)}, CODES)
     pair.step({"a": (65, 66), "c": (87, 88)}, CODES)
+
+
+def test_a_recorded_step_of_more_sequences(folder, monkeypatch):
+    """The last sequence stands for those that are not there, whose cache it shares."""
+    monkeypatch.setattr(backend.Graph, "size", lambda sequences: 3)
+    pair = Pair(folder, LITE, ggml.F32, backend, cache_tokens=2 * 64)
+    pair.step({"a": (0, 1), "b": (5, 6)}, HALF)
+    pair.step({"b": (6, 7)}, HALF)
+    pair.step({"a": (1, 2), "b": (7, 8)}, HALF)
+
+
+def test_sizes_of_recorded_steps():
+    sizes = [backend.Graph.size(sequences) for sequences in range(1, 66)]
+    assert sizes[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 16]
+    assert sizes[-3:] == [64, 64, None]
+    assert len(set(sizes)) == 8 + 7 + 1
 
 
 def test_slices(folder, monkeypatch):

@@ -9,7 +9,7 @@ from cases import random_qtensor
 from compare import assert_close
 
 from pymla import ggml, reference
-from pymla.cuda import memory, moe, quant, sampling
+from pymla.cuda import memory, moe, quant, sampling, simulator
 from pymla.errors import PymlaError
 from pymla.sampling import Sampler, SamplingParams
 from pymla.weights import QTensor
@@ -92,8 +92,9 @@ def test_router_takes_the_first_of_equals():
         np.testing.assert_array_equal(routed(logits, None, 7, moe, **config)[0], expected)
 
 
-def run_experts(qtypes, tokens, choice, hidden=64, inner=32, count=5, used=2):
-    """The GPU's result and the reference's."""
+def run_experts(qtypes, tokens, choice, hidden=64, inner=32, count=5, used=2, shared=0, shared_types=None, add=False):
+    """The GPU's result and the reference's. Experts are of the types of gate and up, and of down; `shared` of them, or
+    none, of types of their own."""
     rng = np.random.default_rng(3)
     ids = np.argsort(rng.random((tokens, count)), axis=1)[:, :used].astype(np.int32)
     if choice == "one takes all":
@@ -102,14 +103,18 @@ def run_experts(qtypes, tokens, choice, hidden=64, inner=32, count=5, used=2):
     gate, up = (random_qtensor(qtypes[0], count, inner, hidden, seed=i) for i in (1, 2))
     down = random_qtensor(qtypes[1], count, hidden, inner, seed=3)
     x = as_multiplied(normal(tokens, hidden), qtypes[0]).astype(np.float32)
-    out = memory.empty((tokens, hidden), np.float32)
-    matrices = map(on_device, (gate, up, down))
+    own = None
+    if shared:
+        kinds = shared_types or qtypes
+        own = [random_qtensor(kinds[0], shared * inner, hidden, seed=i) for i in (4, 5)]
+        own.append(random_qtensor(kinds[1], hidden, shared * inner, seed=6))
+    begin = normal(tokens, hidden, seed=7) if add else np.full((tokens, hidden), np.nan, np.float32)
+    out = memory.to_device(begin)
+    matrices, there = map(on_device, (gate, up, down)), own and list(map(on_device, own))
     activation = quant.Activation(memory.to_device(x))
-    moe.experts(activation, memory.to_device(ids), memory.to_device(weights), *matrices, out)
-    expected = reference.moe.experts(
-        reference.quant.Activation(x), ids, weights, gate, up, down, np.full((tokens, hidden), np.nan, np.float32)
-    )
-    return memory.to_host(out), expected
+    moe.experts(activation, memory.to_device(ids), memory.to_device(weights), *matrices, out, there, add)
+    here = reference.quant.Activation(x)
+    return memory.to_host(out), reference.moe.experts(here, ids, weights, gate, up, down, begin.copy(), own, add)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +129,9 @@ def run_experts(qtypes, tokens, choice, hidden=64, inner=32, count=5, used=2):
     ],
     ids=str,
 )
-def test_experts_of_few_tokens(qtypes, tokens, choice, hidden, inner):
-    actual, expected = run_experts(qtypes, tokens, choice, hidden, inner)
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_experts_of_few_tokens(qtypes, tokens, choice, hidden, inner, shared):
+    actual, expected = run_experts(qtypes, tokens, choice, hidden, inner, shared=shared, add=shared == 1)
     assert_close(actual, expected, **(INT8 if qtypes[1] in ggml.QUANTISED else EXACT))
 
 
@@ -137,8 +143,37 @@ def test_experts_of_few_tokens(qtypes, tokens, choice, hidden, inner):
     ],
     ids=["an expert without tokens", "one takes all"],
 )
-def test_experts_in_tiles(qtypes, tokens, choice, inner):
-    assert_close(*run_experts(qtypes, tokens, choice, inner=inner, count=5 if tokens > 5 else 2), **INT8)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_experts_in_tiles(qtypes, tokens, choice, inner, shared):
+    count = 5 if tokens > 5 else 2
+    actual, expected = run_experts(qtypes, tokens, choice, inner=inner, count=count, shared=shared, add=shared > 0)
+    assert_close(actual, expected, **INT8)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "count", "shared_types"),
+    [
+        (1, 5, (ggml.F32, ggml.Q8_0)),
+        (3, 5, (ggml.Q4_0, ggml.Q4_0)),
+        (3, 2, (ggml.Q4_0, ggml.F16)),
+        (moe.FEW + 1, 2 * moe.FEW, None),
+    ],
+    ids=["gate and up of another type", "down of another type", "in tiles", "tokens for a product"],
+)
+def test_shared_experts_apart(tokens, count, shared_types, add):
+    """What is not in the routed experts' launches gives the same."""
+    assert_close(*run_experts((ggml.Q4_0, ggml.Q8_0), tokens, "random", 32, 32, count, 2, 2, shared_types, add), **INT8)
+
+
+def test_launches_of_a_token(monkeypatch):
+    """Shared experts cost none."""
+    launched = []
+    monkeypatch.setattr(simulator, "launch", lambda function, *arguments: launched.append(function.__name__))
+    for shared in (0, 2):
+        run_experts((ggml.Q4_0, ggml.Q4_0), 1, "random", shared=shared, add=True)
+        assert launched == ["_quantise_activations", "_gate_up", "_quantise_activations", "_down"]
+        launched.clear()
 
 
 def test_experts_of_two_types_are_refused():
@@ -147,14 +182,16 @@ def test_experts_of_two_types_are_refused():
         moe.experts(None, None, None, gate, up, gate, None)
 
 
+@pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("qtype", [ggml.F32, ggml.Q4_0], ids=ggml.NAME.get)
-def test_ffn(qtype, tokens):
+def test_ffn(qtype, tokens, add):
     gate, up, down = (random_qtensor(qtype, *shape, seed=i) for i, shape in enumerate(((32, 32), (32, 32), (32, 32))))
     x = as_multiplied(normal(tokens, 32), qtype).astype(np.float32)
-    out = memory.empty((tokens, 32), np.float32)
-    moe.ffn(quant.Activation(memory.to_device(x)), *map(on_device, (gate, up, down)), out)
-    expected = reference.moe.ffn(reference.quant.Activation(x), gate, up, down, np.empty((tokens, 32), np.float32))
+    begin = normal(tokens, 32, seed=7) if add else np.full((tokens, 32), np.nan, np.float32)
+    out = memory.to_device(begin)
+    moe.ffn(quant.Activation(memory.to_device(x)), *map(on_device, (gate, up, down)), out, add)
+    expected = reference.moe.ffn(reference.quant.Activation(x), gate, up, down, begin.copy(), add)
     assert_close(memory.to_host(out), expected, **(INT8 if qtype == ggml.Q4_0 else EXACT))
 
 

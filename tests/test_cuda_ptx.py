@@ -118,6 +118,8 @@ def test_shared_memory():
             ptx.store_shared_u8(at + 7, 0)
             ptx.store_shared_u32x2(at + 8, 3, 4)
             ptx.store_shared_u32x4(at + 16, 5, 6, 7, 8)
+            ptx.store_shared_u64(at + 32, -2 << 40)
+            ptx.store_shared_u64(at + 40, 9)
             ptx.store_shared_f32x4(
                 ptx.shared_address(floats), np.float32(1), np.float32(2), np.float32(3), np.float32(4)
             )
@@ -128,6 +130,7 @@ def test_shared_memory():
             assert ptx.load_shared_u32(at + 4 * i) == words[i]
         assert ptx.load_shared_u32x4(at + 16) == (5, 6, 7, 8)
         assert ptx.load_shared_u32x2(at + 8) == (3, 4)
+        assert ptx.load_shared_u64x2(at + 32) == (-2 << 40, 9)
         assert ptx.load_shared_u16(at + 4) == 0xFFFF
         assert ptx.load_shared_f32(ptx.shared_address(floats) + 8) == 3
         assert ptx.load_shared_f32x4(ptx.shared_address(floats)) == (1, 2, 3, 4)
@@ -172,6 +175,44 @@ def test_asynchronous_copies_arrive_when_they_are_waited_for():
     out = memory.empty(10, np.int32)
     run_kernel(body, (types.int64, I1), 1, x.address, out)
     assert memory.to_host(out).tolist() == [3, -1, 4, 5, 0, 0, 0, 0, 0, 0]
+
+
+def test_asynchronous_copies_of_words():
+    x = memory.to_device(np.arange(2, dtype=np.int32))
+
+    def body(array, out):
+        words = cuda.shared.array(4, np.int32, alignment=16)
+        at, address = ptx.shared_address(words), ptx.global_address(array)
+        ptx.cp_async_4(at, address + 4, 4)
+        ptx.cp_async_4(at + 4, address, 0)
+        ptx.cp_async_commit()
+        assert words[0] == -1
+        ptx.cp_async_wait(0)
+        out[0], out[1] = words[0], words[1]
+
+    out = memory.empty(2, np.int32)
+    run_kernel(body, (I1, I1), 1, x, out)
+    assert memory.to_host(out).tolist() == [1, 0]
+
+
+def test_asynchronous_copies_reach_beyond_an_array():
+    """The 16 bytes around its last ones, of which those behind are poison; other 16 bytes are an error."""
+    x = memory.to_device(np.arange(18, dtype=np.uint8))
+
+    def body(address, out):
+        words = cuda.shared.array(4, np.int32, alignment=16)
+        ptx.cp_async_16(ptx.shared_address(words), address, 16)
+        ptx.cp_async_commit()
+        ptx.cp_async_wait(0)
+        for i in range(4):
+            out[i] = words[i]
+
+    out = memory.empty(4, np.int32)
+    run_kernel(body, (types.int64, I1), 1, x.address + 16, out)
+    assert memory.to_host(out).view(np.uint8).tolist() == [16, 17, *[255] * 14]
+    for at in (-16, 32):
+        with pytest.raises(IndexError, match="outside device memory"):
+            run_kernel(body, (types.int64, I1), 1, x.address + at, out)
 
 
 # Integers and floats.
@@ -348,6 +389,23 @@ def test_mma_of_bytes(function, kind):
     expected = c + a.astype(np.int64) @ b.astype(np.int64)
     for lane in range(32):
         assert result[lane].tolist() == [expected[c_index(lane, i)] for i in range(4)]
+
+
+def test_mma_of_16_columns():
+    """Two of them are one of 32."""
+    words = random_words(6, 32)
+
+    def body(out):
+        me = ptx.lane()
+        a0, a1, a2, a3, b0, b1 = (int(each) for each in words[:, me])
+        whole = ptx.mma_s8(a0, a1, a2, a3, b0, b1, 0, 1, 2, 3)
+        first = ptx.mma_s8_k16(a0, a1, b0, 0, 1, 2, 3)
+        assert ptx.mma_s8_k16(a2, a3, b1, *first) == whole
+        out[me] = 1
+
+    out = memory.empty(32, np.int32)
+    run_kernel(body, (I1,), 32, out)
+    assert (memory.to_host(out) == 1).all()
 
 
 @pytest.mark.parametrize("name", ["mma_f16", "mma_bf16"])

@@ -8,6 +8,7 @@ from compare import assert_close
 
 from pymla import ggml, reference
 from pymla.cuda import memory, norm, quant, rope
+from pymla.cuda.tiles import ROWS, WIDE
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
@@ -65,14 +66,29 @@ def test_matmul_of_several_tiles(qtype):
     assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **INT8)
 
 
-@pytest.mark.parametrize("qtype", [ggml.Q4_0, ggml.Q8_0], ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
 def test_matmul_of_long_rows(qtype):
-    """More blocks than a block of threads reads at a time."""
-    w, x = random_qtensor(qtype, 5, 1408), normal(2, 1408)
-    for tokens in (1, 2):
-        actual = result(quant.matmul, on_device(w), quant.Activation(memory.to_device(x[:tokens])), shape=(tokens, 5))
-        seen = reference.quant.Activation(as_multiplied(x[:tokens], qtype).astype(np.float64))
-        assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, 5))), **INT8)
+    """More blocks than a warp reads at a time, and in tiles more slices than are in shared memory."""
+    for k, many in ((1408 if qtype != ggml.Q6_K else 1536, 9), (2048, 3)):
+        w, x = random_qtensor(qtype, 5, k), normal(many, k)
+        for tokens in (1, 2, many):
+            there = quant.Activation(memory.to_device(x[:tokens]))
+            actual = result(quant.matmul, on_device(w), there, shape=(tokens, 5))
+            seen = reference.quant.Activation(as_multiplied(x[:tokens], qtype).astype(np.float64))
+            assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, 5))), **INT8)
+
+
+@pytest.mark.parametrize(("qtype", "activations"), quant._MATMUL, ids=lambda x: ggml.NAME.get(x, x))
+def test_matmul_in_tiles(qtype, activations, monkeypatch):
+    """Narrow and wide tiles of rows that begin at every place that 16 bytes have, the last ones not full."""
+    monkeypatch.setattr(quant, "ENOUGH_TILES", 1 if activations == WIDE else 1000)
+    k = 96 if qtype != ggml.Q6_K else 256
+    w, x = random_qtensor(qtype, ROWS + 3, k), normal(activations + 2, k)
+    starts = {int(each) % 16 for each in on_device(w).data.strides[0] * np.arange(len(w.data))}
+    assert starts == set(range(0, 16, 4 if qtype == ggml.Q4_1 else 2))
+    actual = result(quant.matmul, on_device(w), quant.Activation(memory.to_device(x)), shape=(len(x), len(w.data)))
+    seen = reference.quant.Activation(as_multiplied(x, qtype).astype(np.float64))
+    assert_close(actual, reference.quant.matmul(w, seen, np.empty(actual.shape)), **INT8)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 9])
@@ -174,6 +190,29 @@ def test_norm_and_residual():
     y, sum = normal(3, 399, seed=2), memory.to_device(x)
     norm.add(sum, memory.to_device(y))
     np.testing.assert_array_equal(memory.to_host(sum), x + y)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 1056, 2112, 70])
+def test_norm_with_sum_and_quantising(columns):
+    """Against the launches that it stands for."""
+    x, y, weight = normal(3, columns), normal(3, columns, seed=2), normal(columns, seed=1)
+    x[1, :32] = y[1, :32] = 0
+    for other in (None, y):
+        here, there = x.copy(), memory.to_device(x)
+        out = memory.empty(x.shape, np.float32)
+        added = None if other is None else memory.to_device(other)
+        activation = norm.normed(there, memory.to_device(weight), 1e-6, out, added)
+        expected = reference.norm.normed(here, weight, 1e-6, np.empty_like(x), other).x
+        np.testing.assert_array_equal(memory.to_host(there), here)
+        actual = memory.to_host(out)
+        assert_close(actual, expected, **EXACT)
+        assert activation.x is out
+        if columns % 32 == 0:
+            codes, scale = reference.quant.quantise_activations(actual)
+            np.testing.assert_array_equal(memory.to_host(activation.codes), codes)
+            scales = memory.to_host(activation.scales)
+            np.testing.assert_array_equal(scales[..., 0], scale)
+            np.testing.assert_allclose(scales[..., 1], codes.reshape(3, -1, 32).sum(-1, dtype=int) * scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("pairs", [2, 33])

@@ -38,17 +38,17 @@ def test_decoding_over_a_faulty_row():
     rng = np.random.default_rng(0)
     config = {"heads": 2, "rank": 64, "rope": 32}
     from pymla.cache import Step
-    from pymla.reference.quant import quantise
-    from pymla.weights import QTensor
 
-    rows = rng.standard_normal((128, config["rank"]), dtype=np.float32)
-    latent = QTensor(ggml.Q8_0, quantise(rows, ggml.Q8_0))
-    rope = QTensor(ggml.F16, quantise(rng.standard_normal((128, config["rope"]), dtype=np.float32), ggml.F16))
-    latent.data[70, 34:36] = np.array([np.nan], np.float16).view(np.uint8)
+    cache = cpu.attention.latent_cache([(ggml.Q8_0, config["rank"]), (ggml.F16, config["rope"])], 128)
+    for rows, width in zip(cache, (config["rank"], config["rope"]), strict=True):
+        values = rng.standard_normal((128, width), dtype=np.float32)
+        if width == config["rank"]:
+            values[70, :32] = np.nan
+        cpu.attention.store(values, np.arange(128, dtype=np.int32), rows)
     q = rng.standard_normal((2, config["heads"], config["rank"] + config["rope"]), dtype=np.float32)
     positions = np.array([69, 70], np.int32)
     zeros = np.zeros(2, np.int32)
     step = Step(zeros, positions, zeros, positions, np.array([[0, 1]], np.int32))
-    out = cpu.attention.absorbed(q, latent, rope, step, 0.1, np.zeros((2, config["heads"], config["rank"]), np.float32))
+    out = cpu.attention.absorbed(q, *cache, step, 0.1, np.zeros((2, config["heads"], config["rank"]), np.float32))
     assert np.isfinite(out[0]).all()
     assert np.isnan(out[1]).all()

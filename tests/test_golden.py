@@ -53,7 +53,7 @@ def test_logits_equal_those_of_transformers(name, device, mla):
 
 # Half of the tokens, because a rounding that changes which experts a token takes changes its logits entirely, and
 # random models have no clear favourites. Attention over q8_0 is on integers.
-@pytest.mark.parametrize(("cache_type", "allowed"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 5e-2)])
+@pytest.mark.parametrize(("cache_type", "allowed"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 6e-2)])
 @pytest.mark.parametrize("device", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_smaller_caches_stay_close(name, device, cache_type, allowed):

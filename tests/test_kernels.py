@@ -4,7 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import ROWS, TOKENS, as_multiplied, columns, latent_layout, poisoned_cache, ragged_step, random_qtensor
+from cases import (
+    ROWS,
+    TOKENS,
+    as_multiplied,
+    columns,
+    latent_layout,
+    on_cpu,
+    poisoned_cache,
+    ragged_step,
+    random_qtensor,
+)
 from compare import assert_close
 
 from pymla import cpu, ggml, reference
@@ -86,6 +96,11 @@ def test_norm_and_residual():
     assert_close(actual, reference.norm.rms_norm(x[:, :70], weight[:70], 1e-6, poisoned(5, 70)), **EXACT)
     y = normal(5, 99, seed=2)
     np.testing.assert_array_equal(cpu.norm.add(x.copy(), y), x + y)
+    for other in (None, y):
+        there, here = x.copy(), x.copy()
+        actual = cpu.norm.normed(there, weight, 1e-6, poisoned(5, 99), other)
+        assert_close(actual.x, reference.norm.normed(here, weight, 1e-6, poisoned(5, 99), other).x, **EXACT)
+        np.testing.assert_array_equal(there, here)
 
 
 def test_rope():
@@ -97,24 +112,49 @@ def test_rope():
     np.testing.assert_array_equal(actual[..., :3], x[..., :3])
 
 
+def random_experts(qtype, count, hidden, inner, seed=1):
+    """Gate, up and down of several experts; without `count` of one, as matrices."""
+    shapes = (inner, hidden), (inner, hidden), (hidden, inner)
+    return [
+        random_qtensor(qtype, *((count,) if count else ()), *shape, seed=seed + i) for i, shape in enumerate(shapes)
+    ]
+
+
 @pytest.mark.parametrize("qtype", [ggml.F32, ggml.Q4_0, ggml.Q8_0], ids=ggml.NAME.get)
-@pytest.mark.parametrize("choice", ["random", "one takes all", "one token"])
-def test_experts(qtype, choice):
-    tokens, used, experts, hidden, inner = (1 if choice == "one token" else 17), 2, 6, 96, 64
+@pytest.mark.parametrize("choice", ["random", "one takes all", "one token", "five tokens"])
+@pytest.mark.parametrize("shared", [None, "of the type", "of another type"])
+def test_experts(qtype, choice, shared):
+    tokens = {"one token": 1, "five tokens": 5}.get(choice, 17)
+    used, experts, hidden, inner = 2, 6, 96, 64
     rng = np.random.default_rng(3)
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :used].astype(np.int32)
     if choice == "one takes all":
         ids[:] = (4, 1)
     weights = rng.random((tokens, used), dtype=np.float32)
-    gate, up = (random_qtensor(qtype, experts, inner, hidden, seed=i) for i in (1, 2))
-    down = random_qtensor(qtype, experts, hidden, inner, seed=3)
-    x = as_multiplied(normal(tokens, hidden), qtype, tokens > 1)
-    actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden))
-    expected = reference.moe.experts(
-        reference.quant.Activation(x), ids, weights, gate, up, down, poisoned(tokens, hidden)
-    )
-    tolerance = EXACT if qtype == ggml.F32 else {"rtol_max": 0.03, "reason": "hidden activations are int8"}
-    assert_close(actual, expected, **tolerance)
+    matrices, own = random_experts(qtype, experts, hidden, inner), None
+    if shared:
+        own = random_experts(qtype if shared == "of the type" else ggml.Q4_1, None, hidden, 2 * inner, seed=5)
+    # Codes of activations are the same for rows and panels where neighbouring blocks have one scale.
+    x = as_multiplied(normal(tokens, hidden), ggml.Q4_0, True)
+    before = normal(tokens, hidden, seed=9)
+    for add in (False, True):
+        begin = before if add else poisoned(tokens, hidden)
+        actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, *matrices, begin.copy(), own, add)
+        seen = reference.quant.Activation(x)
+        expected = reference.moe.experts(seen, ids, weights, *matrices, begin.copy(), own, add)
+        exact = qtype == ggml.F32 and shared != "of another type"
+        tolerance = EXACT if exact else {"rtol_max": 0.03, "reason": "hidden activations are int8"}
+        assert_close(actual, expected, **tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_ffn(tokens):
+    matrices, x = random_experts(ggml.F32, None, 96, 64), normal(tokens, 96)
+    for add in (False, True):
+        begin = normal(tokens, 96, seed=9) if add else poisoned(tokens, 96)
+        actual = cpu.moe.ffn(cpu.quant.Activation(x), *matrices, begin.copy(), add)
+        expected = reference.moe.ffn(reference.quant.Activation(x), *matrices, begin.copy(), add)
+        assert_close(actual, expected, **EXACT)
 
 
 LENGTHS, NEW, PAGES = (1, 63, 64, 65, 200), (1, 1, 3, 2, 20), 12
@@ -125,16 +165,21 @@ LENGTHS, NEW, PAGES = (1, 63, 64, 65, 200), (1, 1, 3, 2, 20), 12
 def test_absorbed_attention_reads_no_masked_token(cache_type, rope):
     heads, rank = 3, 64
     step = ragged_step(LENGTHS, NEW, PAGES)
-    latent, k_pe = poisoned_cache(latent_layout(cache_type, rank, rope), step, LENGTHS, PAGES)
+    layout = latent_layout(cache_type, rank, rope)
+    blocks = poisoned_cache(layout, step, LENGTHS, PAGES)
+    cache = on_cpu(layout, blocks)
     q = normal(len(step.positions), heads, rank + rope)
-    expected = reference.attention.absorbed(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank))
+    expected = reference.attention.absorbed(q, *blocks, step, 0.1, poisoned(len(q), heads, rank))
     assert np.isfinite(expected).all()
     integers = {"rtol_max": 0.02, "reason": "queries, softmax weights and values have 8 bits"}
+    rounded = {"rtol_max": 1e-3, "reason": "rotated dimensions are codes up to 4095"}
     for attend in (cpu.attention.absorbed, cpu.attention.absorbed_materialised):
-        tolerance = integers if cache_type == "q8_0" and attend is cpu.attention.absorbed else EXACT
-        assert_close(attend(q, latent, k_pe, step, 0.1, poisoned(len(q), heads, rank)), expected, **tolerance)
+        tolerance = EXACT
+        if cache_type == "q8_0":
+            tolerance = integers if attend is cpu.attention.absorbed else rounded
+        assert_close(attend(q, *cache, step, 0.1, poisoned(len(q), heads, rank)), expected, **tolerance)
     one = step.part(len(q) - 1, len(q))
-    alone = cpu.attention.absorbed(q[-1:], latent, k_pe, one, 0.1, poisoned(1, heads, rank))
+    alone = cpu.attention.absorbed(q[-1:], *cache, one, 0.1, poisoned(1, heads, rank))
     tolerance = integers if cache_type == "q8_0" else EXACT  # pages of one token are split over threads
     assert_close(alone, expected[-1:], **tolerance)
 
@@ -144,11 +189,11 @@ def test_many_rotated_dimensions_stay_within_int32():
     step = ragged_step([2], [1], 1)
     rows = np.zeros((2, PAGE, rope), np.float32)
     rows[:, step.block_tables[0, 0] * PAGE] = 1  # the first position: its latent row and key are ones
-    latent = QTensor(ggml.Q8_0, reference.quant.quantise(rows[0, :, :rank].copy(), ggml.Q8_0))
-    k_pe = QTensor(ggml.F16, reference.quant.quantise(rows[1], ggml.F16))
-    out = cpu.attention.absorbed(
-        np.ones((1, 1, rank + rope), np.float32), latent, k_pe, step, 0.01, poisoned(1, 1, rank)
-    )
+    cache = cpu.attention.latent_cache([(ggml.Q8_0, rank), (ggml.F16, rope)], PAGE)
+    slots = np.arange(PAGE, dtype=np.int32)
+    cpu.attention.store(rows[0, :, :rank], slots, cache.latent)
+    cpu.attention.store(rows[1], slots, cache.rope)
+    out = cpu.attention.absorbed(np.ones((1, 1, rank + rope), np.float32), *cache, step, 0.01, poisoned(1, 1, rank))
     assert np.allclose(out, 1 / (1 + np.exp(-0.01 * (rank + rope))), atol=0.01)
 
 

@@ -279,12 +279,11 @@ def _share(language_model, generation):
     if generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
         return 0.0
     model = language_model.model
-    cache_type = {0: "f32", 1: "f16", 30: "bf16", 8: "q8_0"}[model.cache.layers[0][0].qtype]
     each = token_bytes(
         language_model.config,
         language_model.file.tensors,
         max(1, generation.stats.cache_tokens),
-        cache_type=cache_type,
+        cache_type=model.cache.cache_type,
         mla=model.mla,
     )
     return each * generation.stats.generation_rate / streaming_read()

@@ -8,7 +8,7 @@ Positions behind a query are never read.
   products. The pages of a token are split over threads, and the shares merged.
 - *Expanded*, *full*: blocks of queries of one head, against keys and values of that head.
 
-A cache of 8 bits is multiplied on integers instead (`pymla.cpu.attention_int8`), in the first two forms.
+A latent cache of 8 bits is multiplied on integers instead (`pymla.cpu.attention_int8`), in the first two forms.
 
 >>> import numpy as np
 >>> from pymla.cpu import attention
@@ -27,7 +27,8 @@ from numba import types
 from pymla.cache import PAGE
 from pymla.cpu import attention_int8, threads
 from pymla.cpu.attention_int8 import HEADS, Panels
-from pymla.cpu.formats import dequantise_row, write_row
+from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
+from pymla.cpu.formats import dequantise_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.panels import tile_f32, transpose_panel
 from pymla.cpu.quant import (
@@ -51,9 +52,20 @@ from pymla.cpu.simd import (
     store_f32x8,
 )
 from pymla.cpu.softmax import heads_softmax, query_softmax, shrink
-from pymla.ggml import F32, Q8_0
+from pymla.ggml import F32
 
-__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "keys_values", "load", "store"]
+__all__ = [
+    "absorb",
+    "absorbed",
+    "absorbed_materialised",
+    "expand",
+    "expanded",
+    "full",
+    "keys_values",
+    "latent_cache",
+    "load",
+    "store",
+]
 
 ROWS = types.Array(types.float32, 2, "A")
 
@@ -91,7 +103,7 @@ def absorbed(q, latent, rope, step, scale, out):
     splits = max(1, 2 * threads.thread_count() // (tokens * groups))
     partial = np.empty((tokens * splits, heads, rank), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
-    kernel = attention_int8.absorbed_pages if latent.qtype == Q8_0 else _absorbed
+    kernel = attention_int8.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
     kernel[tokens * splits * groups, 1](q, latent, rope, step, scale, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
@@ -99,11 +111,11 @@ def absorbed(q, latent, rope, step, scale, out):
 
 def absorbed_materialised(q, latent, rope, step, scale, out):
     """`absorbed` with all scores of a token in memory before the first value is read (``--mla 2``)."""
-    tokens, heads, _ = out.shape
+    tokens, heads, rank = out.shape
     pages = step.block_tables.shape[1]
     for t in range(tokens):
         scores = np.empty((heads, pages * PAGE), np.float32)
-        _scores[pages](q, latent, rope, step, scale, t, scores)
+        _scores[pages](q, latent, rope, step, rank, scale, t, scores)
         _values[heads, 1](scores, latent, step, t, out)
     return out
 
@@ -163,15 +175,21 @@ def full(q, keys, values, step, scale, out):
 
 @kernel(ROWS, I1, CACHE)
 def _store(first, last, rows, slots, cache):
+    data, row_bytes = address(cache.data), cache.data.shape[1]
     for t in range(first, last):
-        write_row(cache.qtype, address(rows[t]), address(cache.data[slots[t]]), rows.shape[1])
+        write_cache_row(cache.qtype, address(rows[t]), data, row_bytes, slots[t], rows.shape[1])
 
 
 @kernel(CACHE, I1, F2)
 def _load(first, last, cache, block_table, out):
     for p in range(first, last):
-        row = cache.data[block_table[p // PAGE] * PAGE + p % PAGE]
-        dequantise_row(cache.qtype, address(row), address(out[p]), out.shape[1])
+        read_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
+
+
+@inline
+def read_row(cache, slot, out, columns):
+    """A row of the cache as float32 at an address."""
+    read_cache_row(cache.qtype, address(cache.data), cache.data.shape[1], slot, out, columns)
 
 
 @kernel(F3, F3, types.int64)
@@ -235,8 +253,8 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
             for s in range(seen):
                 slot = table[page] * PAGE + s
                 row = address(rows[s])
-                dequantise_row(latent.qtype, address(latent.data[slot]), row, rank)
-                dequantise_row(rope.qtype, address(rope.data[slot]), row + 4 * rank, size - rank)
+                read_row(latent, slot, row, rank)
+                read_row(rope, slot, row + 4 * rank, size - rank)
             for s in range(0, seen, 4):
                 a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
                 tile_f32(
@@ -277,27 +295,20 @@ def _merge(first, last, partial, sums, splits, out):
         shrink(np.float32(1) / total, address(out[t, h]), rank)
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F2)
-def _scores(first, last, q, latent, rope, step, scale, t, scores):
+@kernel(F3, CACHE, CACHE, STEP, types.int64, types.float64, types.int64, F2)
+def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
     """One token's scores (H, S), over pages; those behind its position have none."""
     heads, size = q.shape[1], q.shape[2]
-    rank = size - rope_width(rope)
     table = step.block_tables[step.seq_of[t]]
     row = np.empty(size, np.float32)
     for page in range(first, last):
         for p in range(page * PAGE, min(page * PAGE + PAGE, step.positions[t] + 1)):
             slot = table[page] * PAGE + p % PAGE
-            dequantise_row(latent.qtype, address(latent.data[slot]), address(row), rank)
-            dequantise_row(rope.qtype, address(rope.data[slot]), address(row[rank:]), size - rank)
+            read_row(latent, slot, address(row), rank)
+            read_row(rope, slot, address(row[rank:]), size - rank)
             for h in range(heads):
-                score = dot_float(F32, address(row), address(q[t, h]), size)
+                score = dot_float(F32, address(row), address(row), address(q[t, h]), size)
                 scores[h, p] = score * np.float32(scale)
-
-
-@inline
-def rope_width(rope):
-    """Values in a row of ``k_pe``, whose type is a float type."""
-    return rope.data.shape[1] // (4 if rope.qtype == F32 else 2)
 
 
 @kernel(F2, CACHE, STEP, types.int64, F3)
@@ -318,7 +329,7 @@ def _values(first, last, scores, latent, step, t, out):
         out[t, h, :] = 0
         for p in range(length):
             slot = table[p // PAGE] * PAGE + p % PAGE
-            dequantise_row(latent.qtype, address(latent.data[slot]), address(row), rank)
+            read_row(latent, slot, address(row), rank)
             add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
 
 

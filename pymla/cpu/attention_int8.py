@@ -5,10 +5,10 @@ keys are tokens, and their head dimensions run along K; the lanes of values are 
 K. Keys have a scale for 32 dimensions, values a scale for each token, which goes into the softmax weights. Those are
 quantised per 64 tokens. So no number depends on a token that its query does not see.
 
-In the absorbed form the codes of the cache are multiplied as they are. Queries are panels, whose lanes are heads, and
-meet the codes of one row of the cache after the other. For the values, four rows at a time become panels whose lanes
-are dimensions; the scales of a row's blocks go into its codes, relative to the largest, and that into the softmax
-weights. The rotated dimensions, which the cache keeps with 16 bits, are multiplied as int16.
+In the absorbed form the codes of the cache are multiplied where they lie (`pymla.cpu.cache_rows`). Queries are panels,
+whose lanes are heads, and meet the codes of one row of the cache after the other. For the values, four rows at a time
+become panels whose lanes are dimensions; the scales of a row's blocks go into its codes, relative to the largest, and
+that into the softmax weights. The rotated dimensions are multiplied as int16.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,8 @@ from pymla.cpu.attention_tiles import (
     tile_scores,
     tile_values,
 )
-from pymla.cpu.formats import F32, float_bytes, is_float, load_f8, load_float
+from pymla.cpu.cache_rows import even, quantise_i16
+from pymla.cpu.formats import F16, F32, is_float, load_f8
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
@@ -50,7 +51,6 @@ from pymla.cpu.simd import (
     load_f32,
     load_f32x8,
     load_f32xL,
-    load_scales,
     mul,
     prefetch_l2,
     round_even,
@@ -60,7 +60,6 @@ from pymla.cpu.simd import (
     store_f32,
     store_f32x8,
     store_i8x32,
-    store_i16,
     store_i32,
     store_rescaled,
     store_words_xL,
@@ -72,8 +71,6 @@ from pymla.cpu.softmax import heads_softmax, token_softmax
 TOKENS = 128
 #: Heads that share the reading of a page in the absorbed form.
 HEADS = 16
-#: The largest code of rotated dimensions: more bits than an IEEE half has.
-ROPE_CODES = 4095
 #: Queries of a head that share the reading of keys and values.
 QUERIES = 96
 
@@ -312,25 +309,20 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     heads, rank = partial.shape[1], partial.shape[2]
     size, blocks = q.shape[2], rank // 32
     rotated = size - rank
-    words = (rotated + 1) // 2
-    # Sums of products stay within int32, however many dimensions rotate.
-    largest_code = min(ROPE_CODES, np.int64(np.sqrt((1 << 31) / (2 * words))) - 1)
+    words = even(rotated) // 2
     groups = (heads + HEADS - 1) // HEADS
     padded = (rank + ROWS - 1) // ROWS * ROWS
-    row_bytes = blocks * BLOCK_BYTES
+    row_bytes, rope_bytes = blocks * BLOCK_BYTES, 4 * words
     query = np.zeros((HEADS, size), np.float32)
     query_codes = np.empty((HEADS, row_bytes), np.uint8)
     panel = allocate(HEADS * row_bytes)
     panel_scales = allocate_f32(blocks, HEADS)
     panel_starts = allocate(4 * blocks * HEADS).view(np.int32).reshape(blocks, HEADS)
-    rope_codes = np.zeros((PAGE, 2 * words), np.int16)
-    rope_scales = np.empty((PAGE, 1), np.float32)
-    rope_panel, rope_panel_scales = allocate(4 * words * HEADS), allocate_f32(1, HEADS)
-    rows = np.empty(PAGE, np.int64)
-    codes = np.empty((PAGE, row_bytes), np.uint8)
-    eights = (blocks + 7) // 8 * 8
-    scales = np.zeros((PAGE, eights), np.float32)
-    factors = np.empty((PAGE, eights), np.int16)
+    rope_codes = np.empty(2 * words, np.int16)
+    rope_panel, rope_panel_scales = allocate(rope_bytes * HEADS), allocate_f32(1, HEADS)
+    wide_codes = allocate(PAGE * row_bytes)
+    scales = np.zeros((PAGE, (blocks + 7) // 8 * 8), np.float32)
+    factors = np.empty(scales.shape, np.int16)
     largest_scale = np.empty(PAGE, np.float32)
     values_panel = allocate(PAGE // 32 * padded * BLOCK_BYTES).reshape(PAGE // 32, -1)
     values_panel[:] = 0
@@ -339,6 +331,9 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     weight_scales = np.empty(HEADS, np.float32)
     values = allocate_f32(HEADS, padded)
     state = np.empty((2, HEADS), np.float32)
+    # Cache lines of a page: as many as bytes of its rows.
+    lines = latent.data.shape[1] + rope.data.shape[1]
+    in_scores, tiles = lines // 3, padded // ROWS * (HEADS // 4)
     for item in range(first, last):
         task, group = item // groups, item % groups
         t, split = task // splits, task % splits
@@ -351,6 +346,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
             sums[task, h, 0], sums[task, h, 1] = -np.inf, 0
         if from_page == to_page:
             continue
+        table = step.block_tables[step.seq_of[t]]
+        ask(latent, rope, table[from_page], 0, lines)
         for h in range(count):
             for i in range(size):
                 query[h, i] = q[t, begin + h, i] * np.float32(scale)
@@ -364,55 +361,56 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
             store_keys(address(query_codes[h]), row_bytes, at)
         for h in range(HEADS):
             row = address(query[h, rank:])
-            rope_panel_scales[0, h] = quantise_rope(F32, row, rotated, largest_code, address(rope_codes))
+            rope_panel_scales[0, h] = quantise_i16(F32, row, rotated, address(rope_codes))
             for i in range(words):
                 at = address(rope_panel) + 4 * (h // LANES * words * LANES + i * LANES + h % LANES)
                 store_f32(at, load_f32(address(rope_codes) + 4 * i))
         values[:] = 0
         state[0], state[1] = -np.inf, 0
-        table = step.block_tables[step.seq_of[t]]
         for page in range(from_page, to_page):
             seen = min(PAGE, length - page * PAGE)
-            # Memory works on the next page meanwhile.
-            following = table[min(page + 1, to_page - 1)] * PAGE
-            for s in range(PAGE):
-                slot = table[page] * PAGE + min(s, seen - 1)
-                rows[s] = address(latent.data[slot])
-                for i in range(0, latent.data.shape[1], 64):
-                    prefetch_l2(address(latent.data[following + s]) + i)
-                for i in range(0, rope.data.shape[1], 64):
-                    prefetch_l2(address(rope.data[following + s]) + i)
-                if s < seen:
-                    row = address(rope.data[slot])
-                    rope_scales[s, 0] = quantise_rope(rope.qtype, row, rotated, largest_code, address(rope_codes[s]))
-                    at = address(scales[s]), address(factors[s]), address(codes[s])
-                    largest_scale[s] = prepare_row(rows[s], blocks, at[0], at[1], at[2])
-                else:
-                    largest_scale[s], factors[s] = 0, 0
+            rows = address(latent.data[table[page] * PAGE])
+            rope_rows = address(rope.data[table[page] * PAGE])
+            rope_scales = rope_rows + PAGE * rope_bytes
+            for s in range(seen):
+                at = rows + PAGE * rank + 2 * blocks * s
+                largest_scale[s] = prepare_scales(at, blocks, address(scales[s]), address(factors[s]))
+            largest_scale[seen:], factors[seen:] = 0, 0
+            # Codes are words as they lie, or become so.
+            codes = rows
+            if row_bytes != rank:
+                codes = address(wide_codes)
+                for i in range(seen * blocks):
+                    widen(codes + BLOCK_BYTES * i, rows + 32 * i)
+            # Memory works on the next page meanwhile, and is asked a little at a time: it takes no more.
+            following = table[min(page + 1, to_page - 1)]
             # The panel's halves are heads 0 to 7 and 8 to 15, and meet the same rows; or they are one, and meet others.
             half = 0 if LANES == HEADS else 1
             p, d, z = address(panel), address(panel_scales), address(panel_starts)
             p_next, d_next, z_next = p + half * LANES * row_bytes, d + half * 4 * LANES, z + half * 4 * LANES
             r, f = address(rope_panel), address(rope_panel_scales)
-            r_next, f_next = r + half * 4 * words * LANES, f + half * 4 * LANES
+            r_next, f_next = r + half * LANES * rope_bytes, f + half * 4 * LANES
             for s in range(0, seen, 3 * LANES // 8):
                 end, other = seen - 1, s + 3 * (1 - half)
-                a, b, c = min(s, end), min(s + 1, end), min(s + 2, end)
-                e, g, h = min(other, end), min(other + 1, end), min(other + 2, end)
-                x, y = three(codes, a, b, c), three(codes, e, g, h)
-                sx, sy = three(scales, a, b, c), three(scales, e, g, h)
-                at, bt = three(scores, a, b, c), three(scores[:, half * LANES :], e, g, h)
+                abc = min(s, end), min(s + 1, end), min(s + 2, end)
+                egh = min(other, end), min(other + 1, end), min(other + 2, end)
+                x, y = multiples(codes, row_bytes, abc), multiples(codes, row_bytes, egh)
+                scale_bytes = 4 * scales.shape[1]
+                sx, sy = multiples(address(scales), scale_bytes, abc), multiples(address(scales), scale_bytes, egh)
+                at, bt = multiples(address(scores), 4 * HEADS, abc), multiples(address(scores), 4 * HEADS, egh)
+                bt = bt[0] + half * 4 * LANES, bt[1] + half * 4 * LANES, bt[2] + half * 4 * LANES
                 tile_scores(x, y, sx, sy, blocks, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
-                x, y = three(rope_codes, a, b, c), three(rope_codes, e, g, h)
-                sx, sy = three(rope_scales, a, b, c), three(rope_scales, e, g, h)
+                x, y = multiples(rope_rows, rope_bytes, abc), multiples(rope_rows, rope_bytes, egh)
+                sx, sy = multiples(rope_scales, 4, abc), multiples(rope_scales, 4, egh)
                 tile_rope(x, y, sx, sy, words, r, r_next, f, f_next, at, bt)
+                ask(latent, rope, following, in_scores * s // PAGE, in_scores * min(s + 3 * LANES // 8, PAGE) // PAGE)
             heads_softmax(address(scores), seen, address(state), address(values), padded)
             scores[seen:] = 0
             quantise_heads(address(scores), address(largest_scale), address(weights), address(weight_scales), HEADS)
             depth = (seen + 31) // 32
             for s in range(depth):
-                panel_values(rows[32 * s :], factors[32 * s :], blocks, address(values_panel[s]))
-            w, ws = address(weights), address(weight_scales)
+                panel_values(rows + 32 * s * rank, rank, factors[32 * s :], address(values_panel[s]))
+            w, ws, tile = address(weights), address(weight_scales), 0
             for j in range(0, padded, ROWS):
                 p = address(values_panel) + BLOCK_BYTES * j
                 for h in range(0, HEADS, 4):
@@ -420,6 +418,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                     sx = ws + 4 * h, ws + 4 * h + 4, ws + 4 * h + 8, ws + 4 * h + 12
                     at = four(values[:, j:], h, h + 1, h + 2, h + 3)
                     tile_values(x, 4 * HEADS, sx, depth, p, BLOCK_BYTES * padded, at)
+                    since, tile = in_scores + (lines - in_scores) * tile // tiles, tile + 1
+                    ask(latent, rope, following, since, in_scores + (lines - in_scores) * tile // tiles)
         for h in range(count):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
             for i in range(rank):
@@ -427,27 +427,32 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
 
 
 @inline
-def prepare_row(row, blocks, scales, factors, codes):
-    """What attention needs of a Q8_0 row; returns the largest scale of a block.
+def ask(latent, rope, page, since, until):
+    """Ask memory for some of a page's cache lines: those of the latent rows, then those of the rotated dimensions."""
+    count = latent.data.shape[1]
+    at, other = address(latent.data[page * PAGE]), address(rope.data[page * PAGE])
+    for i in range(since, min(until, count)):
+        prefetch_l2(at + 64 * i)
+    for i in range(max(since, count), until):
+        prefetch_l2(other + 64 * (i - count))
 
-    Parameters
-    ----------
-    row : int
-        Address.
-    blocks : int
-    scales, factors : int
-        Addresses for each block's scale, float32, and its scale relative to the largest, int16 / 32768. There is room
-        for a multiple of eight, and zeros behind the scales.
-    codes : int
-        Address for the codes of words, with the bias.
-    """
-    for i in range(blocks):
-        widen(codes + BLOCK_BYTES * i, row + 34 * i + 2)
+
+@inline
+def multiples(base, step, numbers):
+    """Addresses of three rows that lie `step` bytes apart."""
+    a, b, c = numbers
+    return base + a * step, base + b * step, base + c * step
+
+
+@inline
+def prepare_scales(at, blocks, scales, factors):
+    """The scales of a row's blocks, IEEE halves at an address, as float32, and relative to the largest as int16 /
+    32768, to two others; returns the largest. There is room for a multiple of eight, and zeros behind the scales."""
     whole = blocks // 8 * 8
     for i in range(0, whole, 8):
-        store_f32x8(scales + 4 * i, load_scales(row + 34 * i, 34))
+        store_f32x8(scales + 4 * i, load_f8(F16, at + 2 * i))
     for i in range(whole, blocks):
-        store_f32(scales + 4 * i, load_f16(row + 34 * i))
+        store_f32(scales + 4 * i, load_f16(at + 2 * i))
     most = load_f32x8(scales)
     for i in range(8, blocks, 8):
         most = larger(load_f32x8(scales + 4 * i), most)
@@ -461,41 +466,12 @@ def prepare_row(row, blocks, scales, factors, codes):
 
 
 @inline
-def quantise_rope(qtype, row, count, largest_code, codes):
-    """`count` numbers of a float type as int16 of up to `largest_code`; returns their scale. `row` and `codes` are
-    addresses. A number that is infinite or NaN shows in the scale."""
-    size, whole = float_bytes(qtype), count // 8 * 8
-    eight = splat_f32(np.float32(0))
-    for i in range(0, whole, 8):
-        eight = farther(absolute(load_f8(qtype, row + size * i)), eight)
-    for i in range(whole, count):
-        eight = farther(absolute(splat_f32(load_float(qtype, row + size * i))), eight)
-    most = farthest(eight)
-    inverse = np.float32(0)
-    if most > 0:
-        inverse = np.float32(largest_code) / most
-    factor = splat_f32(inverse)
-    for i in range(0, whole, 8):
-        store_as_i16(codes + 2 * i, round_even(mul(load_f8(qtype, row + size * i), factor)))
-    for i in range(whole, count):
-        store_i16(codes + 2 * i, np.int16(np.rint(load_float(qtype, row + size * i) * inverse)))
-    return most / np.float32(largest_code)
-
-
-@inline
-def panel_values(rows, factors, blocks, panel):
-    """Thirty-two rows of the cache, at addresses, times the `factors` of `prepare_row` as panels of `LANES` dimensions
-    at an address."""
+def panel_values(rows, rank, factors, panel):
+    """Thirty-two rows of codes, `rank` bytes each, times the `factors` of `prepare_scales` as panels of `LANES`
+    dimensions; `rows` and `panel` are addresses. Rows behind the last token have factors of 0, whatever their codes."""
     stride = 2 * factors.shape[1]
-    for i in range(blocks):
-        at = 34 * i + 2
+    for i in range(rank // 32):
         for t in range(0, 32, 4):
-            store_rescaled(
-                panel + BLOCK_BYTES * 32 * i + 4 * LANES * (t // WORD),
-                rows[t] + at,
-                rows[t + 1] + at,
-                rows[t + 2] + at,
-                rows[t + 3] + at,
-                address(factors[t, i:]),
-                stride,
-            )
+            at = rows + 32 * i + t * rank
+            target = panel + BLOCK_BYTES * 32 * i + 4 * LANES * (t // WORD)
+            store_rescaled(target, at, at + rank, at + 2 * rank, at + 3 * rank, address(factors[t, i:]), stride)

@@ -1,7 +1,8 @@
 """The mixture of experts. Twin of `pymla.reference.moe`.
 
 Pairs of a token and an expert are sorted by expert, so that an expert's rows are read once for all of its tokens. Gate
-and up rows of the same number are multiplied together, and SiLU is applied before anything is stored.
+and up rows of the same number are multiplied together, and SiLU is applied before anything is stored. Where many
+tokens go through panels, shared experts are experts that every token chose, and take part in the same pass.
 
 >>> import numpy as np
 >>> from pymla import ggml
@@ -21,12 +22,14 @@ and up rows of the same number are multiplied together, and SiLU is applied befo
 import numpy as np
 from numba import types
 
+from pymla.cpu import norm
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32
 from pymla.cpu.panels import ROWS, SCRATCH, product
 from pymla.cpu.quant import (
     AT_ONCE,
     F2,
+    FEW,
     I1,
     I2,
     INPUT,
@@ -68,43 +71,71 @@ def router(logits, bias, config, ids, weights):
     )
 
 
-def experts(activation, ids, weights, gate, up, down, out):
-    """Routed experts, fused: gate and up of all pairs of token and expert in one pass, then down with the weights.
+def experts(activation, ids, weights, gate, up, down, out, shared=None, add=False):
+    """Routed and shared experts, fused: gate and up of all pairs of token and expert in one pass, then down with the
+    weights.
 
     `activation` of (T, K); `ids` int32 and `weights` float32 (T, k); `gate` and `up` of E matrices of F rows and K
-    columns, `down` of E matrices of K rows and F columns; `out` float32 (T, K), overwritten.
+    columns, `down` of E matrices of K rows and F columns; `out` float32 (T, K), overwritten or with `add` added to.
+    `shared`: gate, up and down of S shared experts together, S * F rows of K columns and K rows of S * F columns. They
+    are a pass of their own (`ffn`) where their types are others, and where few tokens read rows: there a row of their
+    down matrix is read as a whole, which is faster than an expert's columns after the other's.
     """
     count, inner = gate.data.shape[:2]
-    pairs = np.empty(ids.size, np.int32)
-    tokens = np.empty(ids.size, np.int32)
-    starts = np.empty(count + 1, np.int32)
-    _sort_pairs[1](ids, pairs, tokens, starts)
-    hidden = np.empty((ids.size, inner), np.float32)
-    gates, ups, downs = Matrices.of(gate), Matrices.of(up), Matrices.of(down)
-    by_panels = ids.size > FEW_PAIRS * count and gate.qtype == up.qtype and gate.qtype in QUANTISED
-    if by_panels:
+    many = ids.size > FEW_PAIRS * count
+    gate_up_by_panels = many and gate.qtype == up.qtype and gate.qtype in QUANTISED
+    down_by_panels = many and down.qtype in QUANTISED
+    if shared is not None:
+        same = all(w.qtype == other.qtype for w, other in zip(shared, (gate, up, down), strict=True))
+        if not (same and gate_up_by_panels and down_by_panels):
+            ffn(activation, *shared, out, add)
+            return experts(activation, ids, weights, gate, up, down, out, add=True)
+    gates, ups, downs = (Matrices.of(w) for w in (gate, up, down))
+    if shared is None:
+        others = [each._replace(count=0) for each in (gates, ups, downs)]
+    else:
+        by_expert = shared[0].by_rows(inner), shared[1].by_rows(inner), shared[2].by_columns(inner)
+        others = [Matrices.of(w) for w in by_expert]
+    all_experts = count + others[0].count
+    pairs = np.empty(ids.size + len(ids) * others[0].count, np.int32)
+    tokens = np.empty(len(pairs), np.int32)
+    starts = np.empty(all_experts + 1, np.int32)
+    _sort_pairs[1](ids, others[0].count, pairs, tokens, starts)
+    hidden = np.empty((len(pairs), inner), np.float32)
+    if gate_up_by_panels:
         x = activation.panels(gate.qtype)
-        _gate_up_panels[count * -(-inner // LANES), 1](gates, ups, tokens, starts, x, hidden)
+        _gate_up_panels[all_experts * -(-inner // LANES), 1](gates, ups, *others[:2], tokens, starts, x, hidden)
     else:
         x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
         _gate_up_rows[inner](gates, ups, tokens, starts, x, hidden)
     y = Activation(hidden)
-    if ids.size > FEW_PAIRS * count and down.qtype in QUANTISED:
+    if down_by_panels:
         index, x = counting(len(pairs)), y.panels(down.qtype)
-        _down_panels[-(-len(down.data[0]) // ROWS)](downs, pairs, index, starts, weights, x, out)
+        _down_panels[-(-len(down.data[0]) // ROWS)](downs, others[2], pairs, index, starts, weights, x, add, out)
     else:
-        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), out)
+        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), add, out)
     return out
 
 
-def ffn(activation, gate, up, down, out):
-    """``out = down @ (silu(gate @ x) * (up @ x))``: the dense network, also the shared experts."""
-    inner = np.empty((len(out), len(gate.data)), np.float32)
-    other = np.empty_like(inner)
-    matmul(gate, activation, inner)
+def ffn(activation, gate, up, down, out, add=False):
+    """``out = down @ (silu(gate @ x) * (up @ x))``: the dense network, also the shared experts; with `add` added to
+    `out`."""
+    hidden = np.empty((len(out), len(gate.data)), np.float32)
+    if len(out) <= FEW:
+        # An expert that every token chose: two launches, where there would be five.
+        tokens, starts, ones = counting(len(out)), np.array([0, len(out)], np.int32), np.ones((len(out), 1), np.float32)
+        x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
+        _gate_up_rows[len(gate.data)](Matrices.of(gate), Matrices.of(up), tokens, starts, x, hidden)
+        y = Activation(hidden).rows(down.qtype)
+        _down_rows[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
+        return out
+    other = np.empty_like(hidden)
+    matmul(gate, activation, hidden)
     matmul(up, activation, other)
-    _silu_mul[len(inner)](inner, other)
-    return matmul(down, Activation(inner), out)
+    _silu_mul[len(hidden)](hidden, other)
+    if not add:
+        return matmul(down, Activation(hidden), out)
+    return norm.add(out, matmul(down, Activation(hidden), np.empty_like(out)))
 
 
 @inline
@@ -201,23 +232,30 @@ def _router(first, last, logits, bias, sigmoid, groups, kept, best, normalise, f
             weights[t, j] = share * np.float32(factor)
 
 
-@kernel(I2, I1, I1, I1)
-def _sort_pairs(first, last, ids, pairs, tokens, starts):
-    """Numbers of the pairs (token * k + choice) by expert, their tokens, and where each expert's pairs begin."""
-    used = ids.shape[1]
+@inline
+def expert(ids, t, j, count):
+    """A token's choice of `count` experts; behind its own choices stand the shared experts, whose numbers follow."""
+    return ids[t, j] if j < ids.shape[1] else count + j - ids.shape[1]
+
+
+@kernel(I2, types.int64, I1, I1, I1)
+def _sort_pairs(first, last, ids, shared, pairs, tokens, starts):
+    """Numbers of the pairs (token * choices + choice) by expert, their tokens, and where each expert's pairs begin."""
+    choices = ids.shape[1] + shared
     count = len(starts) - 1
     starts[:] = 0
     for t in range(len(ids)):
-        for j in range(used):
-            starts[ids[t, j] + 1] += 1
+        for j in range(choices):
+            starts[expert(ids, t, j, count - shared) + 1] += 1
     for e in range(count):
         starts[e + 1] += starts[e]
     next_of = starts.copy()
     for t in range(len(ids)):
-        for j in range(used):
-            at = next_of[ids[t, j]]
-            next_of[ids[t, j]] += 1
-            pairs[at] = t * used + j
+        for j in range(choices):
+            e = expert(ids, t, j, count - shared)
+            at = next_of[e]
+            next_of[e] += 1
+            pairs[at] = t * choices + j
             tokens[at] = t
 
 
@@ -225,6 +263,14 @@ def _sort_pairs(first, last, ids, pairs, tokens, starts):
 def row_at(w, e, r):
     """The address of a row of an expert's matrix."""
     return w.address + e * w.matrix_stride + r * w.row_stride
+
+
+@inline
+def any_row_at(w, shared, e, r):
+    """The address and the stride of a row of an expert's matrix: a routed one's, or behind these a shared one's."""
+    if e < w.count:
+        return row_at(w, e, r), w.row_stride
+    return row_at(shared, e - w.count, r), shared.row_stride
 
 
 @inline
@@ -266,8 +312,8 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
         e = following
 
 
-@kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
-def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
+@kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
+def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, tokens, starts, x, hidden):
     """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows."""
     columns = x.x.shape[1]
     groups = (gate.rows + LANES - 1) // LANES
@@ -282,15 +328,16 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
         if begin == end:
             continue
         count = min(LANES, gate.rows - row)
+        gate_row, stride = any_row_at(gate, shared_gate, e, row)
         product(
             gate.qtype,
-            row_at(gate, e, row),
-            row_at(up, e, row),
+            gate_row,
+            any_row_at(up, shared_up, e, row)[0],
             count,
             count,
-            gate.row_stride,
+            stride,
             columns,
-            LANES * gate.row_stride,
+            LANES * stride,
             x,
             tokens,
             (begin, end),
@@ -303,14 +350,15 @@ def _gate_up_panels(first, last, gate, up, tokens, starts, x, hidden):
             copy(at, address(hidden[begin + i, row:]), count)
 
 
-@kernel(MATRICES, I1, I1, F2, INPUT, F2)
-def _down_rows(first, last, down, pairs, starts, weights, x, out):
-    """``out[t] = Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
+@kernel(MATRICES, I1, I1, F2, INPUT, types.int64, F2)
+def _down_rows(first, last, down, pairs, starts, weights, x, add, out):
+    """``out[t] += Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
     columns, result = x.x.shape[1], np.empty(last - first, np.float32)
     choices = weights.shape[1]
-    for t in range(len(out)):
-        for r in range(first, last):
-            out[t, r] = 0
+    if not add:
+        for t in range(len(out)):
+            for r in range(first, last):
+                out[t, r] = 0
     e = next_expert(starts, -1)
     while e < down.count:
         following = next_expert(starts, e)
@@ -328,21 +376,28 @@ def _down_rows(first, last, down, pairs, starts, weights, x, out):
         e = following
 
 
-@kernel(MATRICES, I1, I1, I1, F2, INPUT, F2)
-def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
+@inline
+def weight_of(weights, t, j):
+    """Of a token's choice; shared experts have 1."""
+    return weights[t, j] if j < weights.shape[1] else np.float32(1)
+
+
+@kernel(MATRICES, MATRICES, I1, I1, I1, F2, INPUT, types.int64, F2)
+def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, add, out):
     """The same over groups of `ROWS` rows; all groups of an item meet an expert's activations while a cache has
     them."""
     columns = x.x.shape[1]
-    choices = weights.shape[1]
+    choices = len(pairs) // len(out)
     scratch = allocate(SCRATCH)
     most = 0
-    for e in range(down.count):
+    for e in range(len(starts) - 1):
         most = max(most, starts[e + 1] - starts[e])
     result = allocate_f32(most, ROWS)
-    for t in range(len(out)):
-        for r in range(first * ROWS, min(last * ROWS, down.rows)):
-            out[t, r] = 0
-    for e in range(down.count):
+    if not add:
+        for t in range(len(out)):
+            for r in range(first * ROWS, min(last * ROWS, down.rows)):
+                out[t, r] = 0
+    for e in range(len(starts) - 1):
         if starts[e] == starts[e + 1]:
             continue
         for group in range(first, last):
@@ -350,16 +405,16 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
             count = min(ROWS, down.rows - begin)
             half = min(LANES, count)
             rest, skip = (count - half, LANES) if count > half else (1, half - 1)
-            row = row_at(down, e, begin)
+            row, stride = any_row_at(down, shared, e, begin)
             product(
                 down.qtype,
                 row,
-                row + skip * down.row_stride,
+                row + skip * stride,
                 half,
                 rest,
-                down.row_stride,
+                stride,
                 columns,
-                ROWS * down.row_stride,
+                ROWS * stride,
                 x,
                 index,
                 (starts[e], starts[e + 1]),
@@ -368,4 +423,4 @@ def _down_panels(first, last, down, pairs, index, starts, weights, x, out):
             )
             for i in range(starts[e], starts[e + 1]):
                 t, j = pairs[i] // choices, pairs[i] % choices
-                add_scaled(weights[t, j], address(result[i - starts[e]]), address(out[t, begin:]), count)
+                add_scaled(weight_of(weights, t, j), address(result[i - starts[e]]), address(out[t, begin:]), count)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu.jit import kernel
+from pymla.cpu.quant import Activation
 from pymla.cpu.simd import add as plus
 from pymla.cpu.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
 
@@ -26,6 +27,14 @@ def rms_norm(x, weight, eps, out):
     """
     _rms_norm[len(x)](x, weight, eps, out)
     return out
+
+
+def normed(x, weight, eps, out, y=None):
+    """``x += y``, then ``out = rms_norm(x)`` as an `Activation`, which is quantised where it is read: for rows or for
+    panels. All float32 (T, K), `weight` float32 (K,)."""
+    if y is not None:
+        add(x, y)
+    return Activation(rms_norm(x, weight, eps, out))
 
 
 def add(x, y):

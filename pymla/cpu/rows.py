@@ -20,6 +20,7 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_i8x32,
     load_nibbles,
+    prefetch_bytes,
     splat_f32,
     store_f32,
     to_f32,
@@ -33,8 +34,9 @@ _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
-#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own.
-AHEAD = 4096
+#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own,
+#: and fast memory has so many under way.
+AHEAD = 8192
 
 
 @inline
@@ -87,7 +89,7 @@ def dot_rows(qtype, row, stride, count, then, activations, columns, out):
     else:
         for i in range(count):
             at = row + i * stride
-            store_f32(out + 4 * i, dot_float(qtype, at, x, columns))
+            store_f32(out + 4 * i, dot_float(qtype, at, _ahead(at, end, then), x, columns))
 
 
 @inline
@@ -125,16 +127,16 @@ def _dot_q8_0(row, ahead, codes, scale, columns):
 
 
 @inline
-def dot_float(qtype, row, x, columns):
-    """`dot_row` of a float type: F32, F16 or BF16."""
+def dot_float(qtype, row, ahead, x, columns):
+    """A row of a float type, F32, F16 or BF16, times activations; memory is asked for as many bytes from `ahead` on."""
     a = splat_f32(np.float32(0))
     b = splat_f32(np.float32(0))
     size = float_bytes(qtype)
     for _ in range(columns // 16):
+        prefetch_bytes(ahead, 64)
         a = fma(load_f8(qtype, row), load_f32x8(x), a)
         b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
-        row += 16 * size
-        x += 64
+        row, ahead, x = row + 16 * size, ahead + 16 * size, x + 64
     rest = np.float32(0)
     for _ in range(columns % 16):
         rest += load_float(qtype, row) * load_f32(x)

@@ -185,6 +185,7 @@ store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
 store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
+load_i16 = operation(types.int16, types.int64)(lambda b, address: _read(b, address, _I16))
 load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(_read(b, address, _I8), _F32))
 
 
@@ -220,6 +221,12 @@ def load_scales_4(builder, address, stride):
         halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
     halves = _shuffle(builder, halves, halves, [0, 1, 2, 3] * 2)
     return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+
+
+@operation(f32x8, types.int64)
+def load_u8x8(builder, address):
+    """Eight bytes without a sign from memory as float32."""
+    return builder.uitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
 
 
 @operation(f32x8, types.int64)
@@ -350,11 +357,12 @@ def _prefetch(builder, address, level):
 
 @intrinsic(prefer_literal=True)
 def prefetch_bytes(typingctx, address, size):
-    """Ask for `size` bytes, a literal; nothing needs to be there."""
+    """Ask the second-level cache for `size` bytes, a literal; nothing needs to be there. The first level has too few
+    requests under way at a time to keep up with fast memory."""
 
     def codegen(context, builder, signature, args):
         for i in range(0, size.literal_value, 64):
-            _prefetch(builder, builder.add(args[0], ir.Constant(_I64, i)), 3)
+            _prefetch(builder, builder.add(args[0], ir.Constant(_I64, i)), 2)
         return context.get_dummy_value()
 
     return types.void(types.int64, size), codegen
@@ -849,10 +857,9 @@ def dot_i16_words(builder, acc, a, b):
 
 @operation(types.void, types.int64, types.int64)
 def widen(builder, address, codes):
-    """Thirty-two int8 at `codes` as codes of words, with the `BIAS`."""
+    """Thirty-two bytes at `codes`, 128 more than codes, as codes of words of two."""
     value = _read(builder, codes, ir.VectorType(_I8, 32))
-    wide = builder.xor(value, _constant(value.type, -128)) if _VNNI else builder.sext(value, ir.VectorType(_I16, 32))
-    _write(builder, address, wide)
+    _write(builder, address, builder.sext(builder.xor(value, _constant(value.type, -128)), ir.VectorType(_I16, 32)))
 
 
 def _scale_words(builder, words, factors):
@@ -867,8 +874,8 @@ def _scale_words(builder, words, factors):
 
 @operation(types.void, *[types.int64] * 7)
 def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
-    """Thirty-two int8 of each of four rows as words of as many lanes of panels, times int16 / 32768 at `factors`,
-    `stride` bytes from row to row."""
+    """Thirty-two codes of each of four rows, bytes that are 128 more than the codes, as words of as many lanes of
+    panels, times int16 / 32768 at `factors`, `stride` bytes from row to row."""
     # Numbers at a time, and lanes of a store: a panel's.
     count, lanes = (32, 16) if LANES == 16 else (16, 8)
     words = ir.VectorType(_I16, count)
@@ -880,6 +887,7 @@ def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
         rows = []
         for row, factor in zip((row_0, row_1, row_2, row_3), scale, strict=True):
             codes = _read(builder, builder.add(row, ir.Constant(_I64, first)), ir.VectorType(_I8, count))
+            codes = builder.xor(codes, _constant(codes.type, -128))
             rows.append(_scale_words(builder, builder.sext(codes, words), factor))
         if WORD == 4:
             low, eight = _constant(words, 255), _constant(words, 8)

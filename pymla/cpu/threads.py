@@ -30,7 +30,7 @@ SPINS = 2000
 #: Such offers before an idle thread goes to sleep, some milliseconds.
 YIELDS = 5000
 #: The smallest range that a thread takes, as a part of its share of an operation.
-SMALLEST = 32
+SMALLEST = 16
 
 # Words of an operation, which has a cache line of its own: kernel, address of arguments, items, items of a range, or
 # minus those of the smallest one, and the first item that nobody has taken yet.
@@ -71,7 +71,7 @@ def launch(address, items, grain, words, keep):
         Of a C function ``void(int64 arguments, int64 first, int64 last)``.
     items : int
     grain : int or None
-        Items that a thread takes at a time; None: half of its share of what is left, so that it reads long stretches
+        Items that a thread takes at a time; None: most of its share of what is left, so that it reads long stretches
         of memory and yet all end at the same time.
     words : int64 array
         The kernel's arguments.
@@ -110,6 +110,12 @@ class Graph:
         table = self._operations.reshape(-1, _OPERATION)
         for row, each in zip(table, self._launches, strict=False):
             row[:5] = *each, 0
+
+    @staticmethod
+    def size(sequences):
+        """Sequences of the recorded step of which a step of some sequences is part; None: it is not recorded. A step
+        keeps the arrays of all its launches, and of more sequences Python's part is small."""
+        return sequences if sequences <= 8 else None
 
     def add(self, address, items, grain, words, keep):
         """Record a launch."""
@@ -311,7 +317,7 @@ def _wait(spins):
 @inline
 def _range(grain, left, threads):
     """Items that a thread takes of those that are left."""
-    return grain if grain > 0 else max(-grain, left // (2 * threads))
+    return grain if grain > 0 else max(-grain, 7 * left // (8 * threads))
 
 
 @inline

@@ -15,8 +15,8 @@ import numpy as np
 from numba import cuda, types
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE
-from pymla.cuda import ptx, quant
+from pymla.cache import CACHE_TYPES, PAGE, LatentCache, block_rows
+from pymla.cuda import memory, ptx, quant
 from pymla.cuda.attention_decode import absorbed
 from pymla.cuda.attention_full import full
 from pymla.cuda.attention_materialised import absorbed_materialised
@@ -26,7 +26,18 @@ from pymla.cuda.jit import kernel
 from pymla.cuda.memory import DeviceArray, empty
 from pymla.weights import QTensor
 
-__all__ = ["absorb", "absorbed", "absorbed_materialised", "expand", "expanded", "full", "keys_values", "load", "store"]
+__all__ = [
+    "absorb",
+    "absorbed",
+    "absorbed_materialised",
+    "expand",
+    "expanded",
+    "full",
+    "keys_values",
+    "latent_cache",
+    "load",
+    "store",
+]
 
 I32, I64 = types.int32, types.int64
 I1 = types.Array(types.int32, 1, "C")
@@ -38,6 +49,11 @@ F3 = types.Array(types.float32, 3, "A")
 
 #: Threads of a block; each takes a value.
 THREADS = 128
+
+
+def latent_cache(layout, slots):
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.cache.row_layout`."""
+    return LatentCache(*block_rows(memory, layout, slots))
 
 
 def store(rows, slots, cache):

@@ -35,7 +35,6 @@ from pymla.cuda.attention_tiles import (
     copy_rows,
     copy_whole,
     factors_of,
-    folded,
     key_row,
     load_queries,
     need_contiguous,
@@ -45,11 +44,10 @@ from pymla.cuda.attention_tiles import (
     scores_of,
     store_values,
     unpack_blocks,
-    unrolled,
     value_row,
     values_of,
 )
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["absorbed"]
 

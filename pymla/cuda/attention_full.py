@@ -25,14 +25,12 @@ from pymla.cuda.attention_tiles import (
     convert_rows,
     copy_rows,
     decode_rows,
-    folded,
     need_contiguous,
     need_multiples_of_16,
     place,
-    unrolled,
 )
 from pymla.cuda.cache_rows import read_four
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["full"]
 

@@ -23,10 +23,9 @@ from pymla.cuda.attention_tiles import (
     need_contiguous,
     need_multiples_of_16,
     place,
-    unrolled,
 )
 from pymla.cuda.cache_rows import read_four
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.jit import device, kernel, unrolled
 from pymla.cuda.memory import empty
 
 __all__ = ["absorbed_materialised"]

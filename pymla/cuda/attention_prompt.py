@@ -25,7 +25,6 @@ from pymla.cuda.attention_tiles import (
     ZERO,
     copy_rows,
     factors_of,
-    folded,
     key_row,
     load_queries,
     need_contiguous,
@@ -34,11 +33,10 @@ from pymla.cuda.attention_tiles import (
     place,
     scores_of,
     store_values,
-    unrolled,
     value_row,
     values_of,
 )
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["QUERIES", "expanded", "flash", "tile_bytes"]
 

@@ -5,7 +5,6 @@ eight rows of a matrix, which are read together, lie in different banks. Kernels
 from device functions that the functions here make.
 """
 
-import functools
 import math
 
 import numpy as np
@@ -58,50 +57,6 @@ def factors_of(qtype):
     """The tensor cores' product, and the packing of its factors, for a cache type: bfloat16 for bf16, float16 for the
     others."""
     return (ptx.mma_bf16, ptx.pack_bf16x2) if qtype == ggml.BF16 else (ptx.mma_f16, ptx.pack_f16x2)
-
-
-# Loops over registers: a tuple's elements stay in registers where the index is a constant, so these are unrolled.
-
-
-@functools.cache
-def unrolled(function, count):
-    """A device function (first, items, fixed): the tuple of ``function(items[i], first + i, fixed)``, i < `count`."""
-    if count == 1:
-
-        @device
-        def one(first, items, fixed):
-            return (function(items[0], first, fixed),)
-
-        return one
-    half = count // 2
-    left, right = unrolled(function, half), unrolled(function, count - half)
-
-    @device
-    def both(first, items, fixed):
-        return left(first, items[:half], fixed) + right(first + half, items[half:], fixed)
-
-    return both
-
-
-@functools.cache
-def folded(function, count):
-    """A device function (first, items, state, fixed): the last ``state = function(items[i], first + i, state, fixed)``,
-    i < `count`."""
-    if count == 1:
-
-        @device
-        def one(first, items, state, fixed):
-            return function(items[0], first, state, fixed)
-
-        return one
-    half = count // 2
-    left, right = folded(function, half), folded(function, count - half)
-
-    @device
-    def both(first, items, state, fixed):
-        return right(first + half, items[half:], left(first, items[:half], state, fixed), fixed)
-
-    return both
 
 
 # Tiles in shared memory.

@@ -7,6 +7,7 @@ type come from factories: ``qtype`` is a constant of the closure, so that a kern
 In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (`pymla.cuda.simulator`).
 """
 
+import functools
 import operator
 import struct
 
@@ -21,7 +22,7 @@ from pymla.errors import PymlaError
 if SIMULATED:
     from pymla.cuda import simulator
 
-__all__ = ["KERNELS", "Kernel", "compile_all", "device", "kernel", "needs_compiling"]
+__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "needs_compiling", "unrolled"]
 
 #: Every kernel, by name.
 KERNELS = {}
@@ -52,6 +53,50 @@ def device(function):
         simulator.register(function)
         return function
     return cuda.jit(device=True, forceinline=True)(function)
+
+
+# Loops over registers: a tuple's elements stay in registers where the index is a constant, so these are unrolled.
+
+
+@functools.cache
+def unrolled(function, count):
+    """A device function (first, items, fixed): the tuple of ``function(items[i], first + i, fixed)``, i < `count`."""
+    if count == 1:
+
+        @device
+        def one(first, items, fixed):
+            return (function(items[0], first, fixed),)
+
+        return one
+    half = count // 2
+    left, right = unrolled(function, half), unrolled(function, count - half)
+
+    @device
+    def both(first, items, fixed):
+        return left(first, items[:half], fixed) + right(first + half, items[half:], fixed)
+
+    return both
+
+
+@functools.cache
+def folded(function, count):
+    """A device function (first, items, state, fixed): the last ``state = function(items[i], first + i, state, fixed)``,
+    i < `count`."""
+    if count == 1:
+
+        @device
+        def one(first, items, state, fixed):
+            return function(items[0], first, state, fixed)
+
+        return one
+    half = count // 2
+    left, right = folded(function, half), folded(function, count - half)
+
+    @device
+    def both(first, items, state, fixed):
+        return right(first + half, items[half:], left(first, items[:half], state, fixed), fixed)
+
+    return both
 
 
 class Kernel:

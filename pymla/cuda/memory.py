@@ -74,6 +74,10 @@ class DeviceArray:
             raise ValueError(f"a device array of strides {self.strides} cannot be reshaped")
         return DeviceArray(self._view.reshape(*shape))
 
+    def swapaxes(self, first, second):
+        """The same elements with two dimensions in each other's place."""
+        return DeviceArray(self._view.swapaxes(first, second))
+
     def view(self, dtype):
         """The same bytes as another type."""
         return DeviceArray(self._view.view(dtype))

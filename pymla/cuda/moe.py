@@ -4,7 +4,8 @@ The host never learns which experts were chosen: grids depend on the number of t
 Where few tokens meet many experts, a warp takes a row of gate beside its row of up for each pair of a token and an
 expert, applies SiLU, and a second launch sums the chosen experts' down rows with their weights. Where pairs are many,
 they are sorted by expert on the device and multiplied in tiles on the tensor cores (`_grouped`), so that an expert's
-rows are read once for up to `TILE` of its tokens. Sums run in one order always: no atomic addition of floats.
+rows are read once for up to `TILE` of its tokens. Sums run in one order always: no atomic addition of floats. Shared
+experts are experts that every token chose, and take part in the same launches.
 """
 
 import math
@@ -13,8 +14,9 @@ import numpy as np
 from numba import cuda, types
 
 from pymla import ggml
+from pymla.cuda import norm
 from pymla.cuda.formats import FLOATS, FORMATS
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.jit import device, kernel, unrolled
 from pymla.cuda.memory import empty
 from pymla.cuda.ptx import (
     WARP,
@@ -22,18 +24,21 @@ from pymla.cuda.ptx import (
     div,
     exp2,
     fma,
+    global_address,
     lane,
     load_f32,
-    load_f32x2,
-    load_u32,
     shfl_idx,
+    store_f32,
     syncwarp,
     warp_max,
     warp_sum,
 )
-from pymla.cuda.quant import INPUT, MATRICES, WARPS, Activation, Matrices, matmul, row_address
-from pymla.cuda.tiles import THREADS, TILE, TILE_PRODUCT, store_two
+from pymla.cuda.quant import FEW, INPUT, MATRICES, WARPS, Activation, Matrices, matmul, row_address
+from pymla.cuda.rows import row_products
+from pymla.cuda.tiles import NARROW as TILE
+from pymla.cuda.tiles import ROWS, THREADS, tile_of
 from pymla.errors import PymlaError
+from pymla.weights import QTensor
 
 __all__ = ["experts", "ffn", "router"]
 
@@ -42,6 +47,8 @@ F2 = types.Array(types.float32, 2, "C")
 F3 = types.Array(types.float32, 3, "C")
 I1 = types.Array(types.int32, 1, "C")
 I2 = types.Array(types.int32, 2, "C")
+#: The routed experts' matrices, and the shared ones'.
+BOTH = types.UniTuple(MATRICES, 2)
 
 #: Pairs for each expert on average, from which tiles are faster than rows.
 FEW_PAIRS = 2
@@ -69,56 +76,93 @@ def router(logits, bias, config, ids, weights):
     )
 
 
-def experts(activation, ids, weights, gate, up, down, out):
-    """Routed experts (`pymla.reference.moe.experts`): `activation` of (T, K), `ids` int32 and `weights` float32 (T, k),
-    `gate` and `up` of E matrices of F rows and K columns and one type, `down` of E matrices of K rows and F columns,
-    `out` float32 (T, K), overwritten."""
+def experts(activation, ids, weights, gate, up, down, out, shared=None, add=False):
+    """Routed and shared experts (`pymla.reference.moe.experts`): `activation` of (T, K), `ids` int32 and `weights`
+    float32 (T, k), `gate` and `up` of E matrices of F rows and K columns and one type, `down` of E matrices of K rows
+    and F columns, `out` float32 (T, K), overwritten or with `add` added to.
+
+    `shared`: gate, up and down of S shared experts together, S * F rows of K columns and K rows of S * F columns. They
+    are launches of their own (`ffn`) where their types are others, or where more tokens than `FEW` read rows one by
+    one: as products the shared experts are read once for all of these.
+    """
     _need_one_type(gate, up)
-    (tokens, used), (count, inner), rows = ids.shape, gate.data.shape[:2], down.data.shape[1]
-    if tokens * used > FEW_PAIRS * count and gate.qtype in FORMATS and down.qtype in FORMATS:
-        return _experts_in_tiles(activation, ids, weights, gate, up, down, out)
-    hidden = empty((tokens * used, inner), np.float32)
-    grid = -(-inner // WARPS), used, tokens
-    _GATE_UP[gate.qtype][grid, THREADS](Matrices.of(gate), Matrices.of(up), ids, activation.input(gate.qtype), hidden)
-    y = Activation(hidden)
-    _DOWN[down.qtype][(-(-rows // WARPS), tokens), THREADS](Matrices.of(down), ids, weights, y.input(down.qtype), out)
+    (tokens, used), (count, inner) = ids.shape, gate.data.shape[:2]
+    in_tiles = tokens * used > FEW_PAIRS * count and gate.qtype in FORMATS and down.qtype in FORMATS
+    if shared is not None:
+        same = all(w.qtype == other.qtype for w, other in zip(shared, (gate, up, down), strict=True))
+        if not same or (tokens > FEW and not in_tiles):
+            ffn(activation, *shared, out, add)
+            return experts(activation, ids, weights, gate, up, down, out, add=True)
+        shared = shared[0].by_rows(inner), shared[1].by_rows(inner), shared[2].by_columns(inner)
+    run = _experts_in_tiles if in_tiles else _experts_by_rows
+    run(activation, ids, weights, (gate, up, down), shared, inner, out, add)
     return out
 
 
-def _experts_in_tiles(activation, ids, weights, gate, up, down, out):
-    """`experts` of quantised types, for many pairs."""
-    (tokens, used), (count, inner), rows = ids.shape, gate.data.shape[:2], down.data.shape[1]
-    number = tokens * used
+def _experts_by_rows(activation, ids, weights, routed, shared, inner, out, add):
+    """Experts of few tokens. `routed` and `shared`, either of them or None: gate, up and down of several matrices, each
+    gate with `inner` rows."""
+    (gate, _, down), (tokens, used) = routed or shared, ids.shape
+    gates, ups, downs = _both(routed, shared)
+    choices = used + downs[1].count
+    hidden = empty((tokens * choices, inner), np.float32)
+    x = activation.input(gate.qtype)
+    _GATE_UP[gate.qtype][(-(-inner // WARPS), choices, tokens), THREADS](gates, ups, ids, x, hidden)
+    y = Activation(hidden)
+    x = y.input(down.qtype)
+    _DOWN[down.qtype][(-(-out.shape[1] // WARPS), tokens), THREADS](downs, ids, weights, x, add, out)
+
+
+def _experts_in_tiles(activation, ids, weights, routed, shared, inner, out, add):
+    """Experts of quantised types, for many pairs of a token and an expert."""
+    (gate, _, down), (tokens, used) = routed, ids.shape
+    gates, ups, downs = _both(routed, shared)
+    count, others = downs[0].count, downs[1].count
+    chosen, rows = tokens * used, out.shape[1]
+    number = chosen + tokens * others
     # Every expert may have a tile that is not full.
-    tiles = empty((-(-number // TILE) + min(count, number), 3), np.int32)
+    tiles = empty((-(-chosen // TILE) + min(count, chosen) + others * -(-tokens // TILE), 3), np.int32)
     pairs, tokens_of = empty(number, np.int32), empty(number, np.int32)
-    _sort_pairs[1, _SORTING, 8 * count](ids, count, pairs, tokens_of, tiles)
+    _sort_pairs[1, _SORTING, 8 * (count + others)](ids, count, others, pairs, tokens_of, tiles)
     hidden, results = empty((2, number, inner), np.float32), empty((1, number, rows), np.float32)
-    x, gates, ups, downs = activation.input(gate.qtype), Matrices.of(gate), Matrices.of(up), Matrices.of(down)
-    _GROUPED[gate.qtype][(len(tiles), -(-inner // TILE), 2), THREADS](gates, ups, x, tokens_of, pairs, tiles, hidden)
+    x, grid = activation.input(gate.qtype), (len(tiles), -(-inner // ROWS), 2)
+    shared_bytes = tile_of(gate.qtype, TILE).shared_bytes
+    _GROUPED[gate.qtype][grid, THREADS, shared_bytes](gates, ups, x, tokens_of, pairs, tiles, hidden)
     _multiply(hidden[0], hidden[1])
     y = Activation(hidden[0])
-    x = y.input(down.qtype)
-    _GROUPED[down.qtype][(len(tiles), -(-rows // TILE), 1), THREADS](downs, downs, x, pairs, pairs, tiles, results)
-    _combine[(-(-rows // THREADS), tokens), THREADS](weights, results[0], out)
-    return out
+    x, grid = y.input(down.qtype), (len(tiles), -(-rows // ROWS), 1)
+    shared_bytes = tile_of(down.qtype, TILE).shared_bytes
+    _GROUPED[down.qtype][grid, THREADS, shared_bytes](downs, downs, x, pairs, pairs, tiles, results)
+    results = results.reshape(tokens, used + others, rows)
+    _combine[(-(-rows // THREADS), tokens), THREADS](weights, results, add, out)
 
 
-def ffn(activation, gate, up, down, out):
+def ffn(activation, gate, up, down, out, add=False):
     """The dense network, also the shared experts (`pymla.reference.moe.ffn`): `activation` of (T, K), `out` float32
-    (T, K)."""
+    (T, K), overwritten or with `add` added to."""
     tokens, inner = len(out), len(gate.data)
-    hidden = empty((tokens, inner), np.float32)
     if tokens == 1 and gate.qtype == up.qtype:
-        _GATE_UP[gate.qtype][-(-inner // WARPS), THREADS](
-            Matrices.of(gate), Matrices.of(up), empty((0, 1), np.int32), activation.input(gate.qtype), hidden
-        )
-    else:
-        other = empty((tokens, inner), np.float32)
-        matmul(gate, activation, hidden)
-        matmul(up, activation, other)
-        _multiply(hidden, other)
-    return matmul(down, Activation(hidden), out)
+        whole = [QTensor(w.qtype, w.data[None]) for w in (gate, up, down)]
+        none = empty((1, 0), np.int32), empty((1, 0), np.float32)
+        _experts_by_rows(activation, *none, None, whole, inner, out, add)
+        return out
+    hidden, other = empty((tokens, inner), np.float32), empty((tokens, inner), np.float32)
+    matmul(gate, activation, hidden)
+    matmul(up, activation, other)
+    _multiply(hidden, other)
+    if not add:
+        return matmul(down, Activation(hidden), out)
+    return norm.add(out, matmul(down, Activation(hidden), empty(out.shape, np.float32)))
+
+
+def _both(routed, shared):
+    """Gates, ups and downs: of each the routed experts' matrices and the shared ones', none where there are none."""
+
+    def of(w, other):
+        return Matrices.of(w) if w else Matrices.of(other)._replace(count=0)
+
+    routed, shared = routed or (None,) * 3, shared or (None,) * 3
+    return [(of(w, other), of(other, w)) for w, other in zip(routed, shared, strict=True)]
 
 
 def _need_one_type(gate, up):
@@ -239,81 +283,97 @@ def _router(logits, bias, sigmoid, grouping, normalise, factor, ids, weights):
         weights[t, j] = share * factor
 
 
-def _row_part(qtype):
-    """A lane's part of a row times activations, as a device function of the row's address, the `Input` and the row of
-    the activations; the lanes' parts add up to the product."""
+def _row_parts(qtype, rows):
+    """A lane's parts of `rows` rows times activations, as a device function of the rows' addresses, the `Input` and the
+    row of the activations; the lanes' parts add up to the products."""
     if qtype in FLOATS:
         one, _, nbytes = FLOATS[qtype]
 
         @device
-        def part(row, x, t):
+        def part(row, _, fixed):
+            x, t = fixed
             sum, at = _ZERO, x.x + 4 * x.columns * t
             for k in range(lane(), x.columns, WARP):
                 sum = fma(one(row + nbytes * k), load_f32(at + 4 * k), sum)
             return sum
 
-    else:
-        piece, dot = FORMATS[qtype].piece, FORMATS[qtype].dot
+        every = unrolled(part, rows)
 
         @device
-        def part(row, x, t):
-            sum, blocks, w = _ZERO, x.columns >> 5, lane() & 3
-            codes, scales = x.codes + x.columns * t + 4 * w, x.scales + 8 * blocks * t
-            for block in range(lane() >> 2, blocks, WARP // 4):
-                scale, total = load_f32x2(scales + 8 * block)
-                c0, c1 = load_u32(codes + 32 * block), load_u32(codes + 32 * block + 16)
-                sum = dot(piece(row, block, w), c0, c1, scale, total, sum)
-            return sum
+        def parts(addresses, x, t):
+            return every(0, addresses, (x, t))
 
-    return part
+    else:
+        products, first = row_products(qtype, rows, 1), unrolled(_first, rows)
+
+        @device
+        def parts(addresses, x, t):
+            return first(0, products(addresses, (t,), x), 0)
+
+    return parts
+
+
+@device
+def _first(sums, _, fixed):
+    return sums[0]
 
 
 def _gate_up(qtype):
     """Gate and up, for each pair of a token and an expert."""
-    part = _row_part(qtype)
+    parts = _row_parts(qtype, 2)
 
-    @kernel(MATRICES, MATRICES, I2, INPUT, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    @kernel(BOTH, BOTH, I2, INPUT, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _gate_up(gate, up, ids, x, hidden):
-        """``hidden = silu(gate @ x) * (up @ x)``: a warp takes a row (x) for choice y of token z. Without ids there is
-        one matrix."""
+        """``hidden = silu(gate @ x) * (up @ x)``: a warp takes a row (x) for choice y of token z. Behind a token's
+        choices come the shared experts."""
         row, j, t = WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP, cuda.blockIdx.y, cuda.blockIdx.z
-        e = ids[t, j] if len(ids) else 0
-        g = warp_sum(part(row_address(gate, e, row), x, t))
-        u = warp_sum(part(row_address(up, e, row), x, t))
-        if lane() == 0 and row < gate.rows:
-            hidden[t * ids.shape[1] + j, row] = silu(g) * u
+        used = ids.shape[1]
+        if j < used:
+            e = ids[t, j]
+            at, other = row_address(gate[0], e, row), row_address(up[0], e, row)
+        else:
+            at, other = row_address(gate[1], j - used, row), row_address(up[1], j - used, row)
+        g, u = parts((at, other), x, t)
+        g, u = warp_sum(g), warp_sum(u)
+        if lane() == 0 and row < hidden.shape[1]:
+            hidden[t * cuda.gridDim.y + j, row] = silu(g) * u
 
     return _gate_up
 
 
 def _down(qtype):
     """Down, summed over a token's experts."""
-    part = _row_part(qtype)
+    parts = _row_parts(qtype, 1)
 
-    @kernel(MATRICES, I2, F2, INPUT, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
-    def _down(down, ids, weights, x, out):
-        """``out[t] = Σ weights[t, j] * down[e] @ hidden[t, j]``: a warp takes a row (x) of token y."""
+    @kernel(BOTH, I2, F2, INPUT, types.boolean, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _down(down, ids, weights, x, add, out):
+        """``out[t] += Σ weights[t, j] * down[e] @ hidden[t, j]``: a warp takes a row (x) of token y."""
         row, t = WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP, cuda.blockIdx.y
-        sum, used = _ZERO, ids.shape[1]
+        sum, used, others = _ZERO, ids.shape[1], down[1].count
+        first = t * (used + others)
         for j in range(used):
-            sum = fma(weights[t, j], part(row_address(down, ids[t, j], row), x, t * used + j), sum)
+            sum = fma(weights[t, j], parts((row_address(down[0], ids[t, j], row),), x, first + j)[0], sum)
+        for e in range(others):
+            sum += parts((row_address(down[1], e, row),), x, first + used + e)[0]
         sum = warp_sum(sum)
-        if lane() == 0 and row < down.rows:
-            out[t, row] = sum
+        if lane() == 0 and row < out.shape[1]:
+            out[t, row] = out[t, row] + sum if add else sum
 
     return _down
 
 
-@kernel(I2, types.int64, I1, I1, I2, max_threads=_SORTING)
-def _sort_pairs(ids, count, pairs, tokens, tiles):
-    """Numbers of the pairs (token * k + choice) by expert, in any order within one, their tokens, and tiles of at most
-    `TILE` pairs of an expert: the expert, the first and the last position; −1 where there is no tile. One block; the
-    shared memory holds two numbers for each of `count` experts."""
+@kernel(I2, types.int64, types.int64, I1, I1, I2, max_threads=_SORTING)
+def _sort_pairs(ids, routed, others, pairs, tokens, tiles):
+    """Numbers of the pairs (token * choices + choice) by expert, in any order within one, their tokens, and tiles of at
+    most `TILE` pairs of an expert: the expert, the first and the last position; −1 where there is no tile. Behind
+    `routed` experts come `others`, which every token chose. One block; the shared memory holds two numbers for each
+    expert."""
     shared = cuda.shared.array(0, np.int32)
-    me, used = cuda.threadIdx.x, ids.shape[1]
+    me, used, count = cuda.threadIdx.x, ids.shape[1], routed + others
+    choices = used + others
     counts, places = shared[:count], shared[count : 2 * count]
     for e in range(me, count, _SORTING):
-        counts[e] = 0
+        counts[e] = 0 if e < routed else len(ids)
     for i in range(me, len(tiles), _SORTING):
         tiles[i, 0] = -1
     cuda.syncthreads()
@@ -336,71 +396,70 @@ def _sort_pairs(ids, count, pairs, tokens, tiles):
     for t in range(me, len(ids), _SORTING):
         for j in range(used):
             at = cuda.atomic.add(places, ids[t, j], 1)
-            pairs[at] = t * used + j
+            pairs[at] = t * choices + j
+            tokens[at] = t
+        for e in range(others):
+            at = places[routed + e] + t
+            pairs[at] = t * choices + used + e
             tokens[at] = t
 
 
-@kernel(F2, F2, F2, max_threads=THREADS)
-def _combine(weights, results, out):
-    """``out[t] = Σ weights[t, j] * results[t * k + j]``: a thread takes a column (x) of token y."""
+@kernel(F2, F3, types.boolean, F2, max_threads=THREADS)
+def _combine(weights, results, add, out):
+    """``out[t] += Σ weights[t, j] * results[t, j]``, where shared experts have the weight 1: a thread takes a column
+    (x) of token y."""
     column, t, used = THREADS * cuda.blockIdx.x + cuda.threadIdx.x, cuda.blockIdx.y, weights.shape[1]
     if column < out.shape[1]:
         sum = _ZERO
-        for j in range(used):
-            sum = fma(weights[t, j], results[t * used + j, column], sum)
-        out[t, column] = sum
+        for j in range(results.shape[1]):
+            sum = fma(weights[t, j] if j < used else _ONE, results[t, j, column], sum)
+        out[t, column] = out[t, column] + sum if add else sum
 
 
 def _grouped(qtype):
     """Products of pairs that are sorted by expert, on int8 tensor cores: `quant.matmul` for many tokens, with rows of
     activations that lie anywhere."""
-    tile_product = TILE_PRODUCT[qtype]
+    tile = tile_of(qtype, TILE)
+    product = tile.product
+
+    @device
+    def store(upper, lower, row, i, to):
+        """Results of two rows and of a pair, if they are there: pair i of sorted ones goes to ``targets[i]``."""
+        results, targets, first, begin, last = to
+        if begin + i <= last:
+            at = global_address(results) + 4 * (results.shape[1] * targets[begin + i] + first + row)
+            if first + row < results.shape[1]:
+                store_f32(at, upper)
+            if first + row + 8 < results.shape[1]:
+                store_f32(at + 32, lower)
+
+    store_all = tile.storing(store)
 
     @kernel(
-        MATRICES, MATRICES, INPUT, I1, I1, I2, F3, variant=ggml.NAME[qtype].lower(), max_threads=THREADS, min_blocks=4
+        BOTH,
+        BOTH,
+        INPUT,
+        I1,
+        I1,
+        I2,
+        F3,
+        variant=ggml.NAME[qtype].lower(),
+        max_threads=THREADS,
+        min_blocks=2 if FORMATS[qtype].halves else 3,
     )
     def _grouped(first_w, second_w, x, sources, targets, tiles, out):
-        """``out[z, targets[i]] = W[e] @ x[sources[i]]`` for the pairs i of tile x and `TILE` rows (y) of their expert's
+        """``out[z, targets[i]] = W[e] @ x[sources[i]]`` for the pairs i of tile x and `ROWS` rows (y) of their expert's
         matrix, the first or the second one (z)."""
-        thread, first = cuda.threadIdx.x, TILE * cuda.blockIdx.y
+        thread, first = cuda.threadIdx.x, ROWS * cuda.blockIdx.y
         matrix, begin, last = tiles[cuda.blockIdx.x, 0], tiles[cuda.blockIdx.x, 1], tiles[cuda.blockIdx.x, 2]
         if matrix < 0:
             return
-        w = first_w if cuda.blockIdx.z == 0 else second_w
-        row, i, blocks = first + (thread >> 3), begin + (thread >> 2), x.columns >> 5
-        sums = tile_product(
-            row_address(w, matrix, row),
-            row_address(w, matrix, row + 16),
-            row_address(w, matrix, row + 32),
-            row_address(w, matrix, row + 48),
-            x.codes + 32 * blocks * sources[min(i, last)],
-            x.codes + 32 * blocks * sources[min(i + 32, last)],
-            x.scales + 8 * blocks * sources[min(begin + (thread >> 1), last)],
-            blocks,
-        )
-        s0, s1, s2, s3, s4, s5, s6, s7 = sums
-        results, row, i = out[cuda.blockIdx.z], first + 16 * (thread // WARP) + (lane() >> 2), begin + 2 * (lane() & 3)
-        store_pairs(results, targets, i, last, row, s0)
-        store_pairs(results, targets, i + 8, last, row, s1)
-        store_pairs(results, targets, i + 16, last, row, s2)
-        store_pairs(results, targets, i + 24, last, row, s3)
-        store_pairs(results, targets, i + 32, last, row, s4)
-        store_pairs(results, targets, i + 40, last, row, s5)
-        store_pairs(results, targets, i + 48, last, row, s6)
-        store_pairs(results, targets, i + 56, last, row, s7)
+        routed, others = first_w if cuda.blockIdx.z == 0 else second_w
+        w, matrix = (routed, matrix) if matrix < routed.count else (others, matrix - routed.count)
+        sums = product(row_address(w, matrix, first + thread), sources[min(begin + thread, last)], x)
+        store_all(sums, (out[cuda.blockIdx.z], targets, first, begin, last))
 
     return _grouped
-
-
-@device
-def store_pairs(results, targets, i, last, row, sums):
-    """A lane's part of 16 rows times 8 pairs of a token and an expert: pair i of sorted ones goes to ``targets[i]``."""
-    s0, s1, s2, s3 = sums
-    left = results.shape[1] - row
-    if i <= last:
-        store_two(results, targets[i], row, left, s0, s2)
-    if i < last:
-        store_two(results, targets[i + 1], row, left, s1, s3)
 
 
 _GATE_UP = {qtype: _gate_up(qtype) for qtype in ggml.SUPPORTED}

@@ -373,6 +373,22 @@ def store_bf16(address, x):
     simulator.GLOBAL.write("<H", address, bf16_bits(x))
 
 
+def _global_address_typer(typingctx, array):
+    def codegen(context, builder, signature, values):
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, values[0]).data, _LLVM[I64])
+
+    return I64(array), codegen
+
+
+def global_address(array):
+    """The address of the first element of a kernel's argument."""
+    return array.__array_interface__["data"][0]
+
+
+if not SIMULATED:
+    global_address = _intrinsic(global_address, _global_address_typer)
+
+
 # Shared memory by address, for accesses that are wider than an array's elements.
 
 
@@ -404,79 +420,91 @@ def _write_shared(form, address, *values):
     simulator.running().block.shared.memory.write(form, address, *values)
 
 
-@instruction(I32, I32, emit=_load(_bits(16), space=_SHARED, then=_unsigned))
+@instruction(I32, I64, emit=_load(_bits(16), space=_SHARED, then=_unsigned))
 def load_shared_u16(address):
     """A 16-bit integer, 0 to 65535, of shared memory."""
     return _shared("<H", address)
 
 
-@instruction(I32, I32, emit=_load(_bits(32), space=_SHARED))
+@instruction(I32, I64, emit=_load(_bits(32), space=_SHARED))
 def load_shared_u32(address):
     """A word of shared memory."""
     return _shared("<i", address)
 
 
-@instruction(_words(2), I32, emit=_load(_bits(32), 2, space=_SHARED))
+@instruction(types.UniTuple(I64, 2), I64, emit=_load(_bits(64), 2, space=_SHARED))
+def load_shared_u64x2(address):
+    """Two times 64 bits of shared memory as int64."""
+    return _shared("<2q", address)
+
+
+@instruction(_words(2), I64, emit=_load(_bits(32), 2, space=_SHARED))
 def load_shared_u32x2(address):
     """Two words of shared memory."""
     return _shared("<2i", address)
 
 
-@instruction(_words(4), I32, emit=_load(_bits(32), 4, space=_SHARED))
+@instruction(_words(4), I64, emit=_load(_bits(32), 4, space=_SHARED))
 def load_shared_u32x4(address):
     """Four words of shared memory."""
     return _shared("<4i", address)
 
 
-@instruction(F32, I32, emit=_load(ir.FloatType(), space=_SHARED))
+@instruction(F32, I64, emit=_load(ir.FloatType(), space=_SHARED))
 def load_shared_f32(address):
     """A float32 of shared memory."""
     return np.float32(_shared("<f", address))
 
 
-@instruction(_floats(4), I32, emit=_load(ir.FloatType(), 4, space=_SHARED))
+@instruction(_floats(4), I64, emit=_load(ir.FloatType(), 4, space=_SHARED))
 def load_shared_f32x4(address):
     """Four float32 of shared memory."""
     return _floats_of(_shared("<4f", address))
 
 
-@instruction(types.void, I32, I32, emit=_store(_bits(8), space=_SHARED, then=_truncated(8)))
+@instruction(types.void, I64, I32, emit=_store(_bits(8), space=_SHARED, then=_truncated(8)))
 def store_shared_u8(address, value):
     """The low byte of an integer to shared memory."""
     _write_shared("<B", address, int(value) & 0xFF)
 
 
-@instruction(types.void, I32, I32, emit=_store(_bits(16), space=_SHARED, then=_truncated(16)))
+@instruction(types.void, I64, I32, emit=_store(_bits(16), space=_SHARED, then=_truncated(16)))
 def store_shared_u16(address, value):
     """The low 16 bits of an integer to shared memory."""
     _write_shared("<H", address, int(value) & 0xFFFF)
 
 
-@instruction(types.void, I32, I32, emit=_store(_bits(32), space=_SHARED))
+@instruction(types.void, I64, I32, emit=_store(_bits(32), space=_SHARED))
 def store_shared_u32(address, word):
     """A word to shared memory."""
     _write_shared("<i", address, _word(word))
 
 
-@instruction(types.void, I32, I32, I32, emit=_store(_bits(32), 2, space=_SHARED))
+@instruction(types.void, I64, I64, emit=_store(_bits(64), space=_SHARED))
+def store_shared_u64(address, value):
+    """64 bits to shared memory."""
+    _write_shared("<q", address, int(value))
+
+
+@instruction(types.void, I64, I32, I32, emit=_store(_bits(32), 2, space=_SHARED))
 def store_shared_u32x2(address, w0, w1):
     """Two words to shared memory."""
     _write_shared("<2i", address, _word(w0), _word(w1))
 
 
-@instruction(types.void, I32, I32, I32, I32, I32, emit=_store(_bits(32), 4, space=_SHARED))
+@instruction(types.void, I64, I32, I32, I32, I32, emit=_store(_bits(32), 4, space=_SHARED))
 def store_shared_u32x4(address, w0, w1, w2, w3):
     """Four words to shared memory."""
     _write_shared("<4i", address, _word(w0), _word(w1), _word(w2), _word(w3))
 
 
-@instruction(types.void, I32, F32, emit=_store(ir.FloatType(), space=_SHARED))
+@instruction(types.void, I64, F32, emit=_store(ir.FloatType(), space=_SHARED))
 def store_shared_f32(address, x):
     """A float32 to shared memory."""
     _write_shared("<f", address, _float(x))
 
 
-@instruction(types.void, I32, F32, F32, F32, F32, emit=_store(ir.FloatType(), 4, space=_SHARED))
+@instruction(types.void, I64, F32, F32, F32, F32, emit=_store(ir.FloatType(), 4, space=_SHARED))
 def store_shared_f32x4(address, x0, x1, x2, x3):
     """Four float32 to shared memory."""
     _write_shared("<4f", address, _float(x0), _float(x1), _float(x2), _float(x3))
@@ -485,14 +513,24 @@ def store_shared_f32x4(address, x0, x1, x2, x3):
 @instruction(types.void, I32, I64, I32, asm="cp.async.cg.shared.global [$0], [$1], 16, $2;", effects="memory")
 def cp_async_16(shared, address, nbytes):
     """Begin to copy 16 bytes from global to shared memory: `nbytes` of them, 0 to 16, and zeros behind. With 0 the
-    address is not read, but must be aligned. In the simulator the target is poisoned until the copy is waited for."""
-    if not 0 <= nbytes <= 16:
-        raise ValueError(f"cp_async_16 of {nbytes} bytes")
-    if address % 16:
-        raise IndexError(f"cp_async_16 from address {address}, which 16 does not divide")
-    thread = simulator.running()
-    _write_shared("16s", shared, b"\xff" * 16)
-    thread.copies.append((shared, address, nbytes))
+    address is not read, but must be aligned. All 16 may reach beyond an array, whose memory is a multiple of 16 bytes.
+    In the simulator the target is poisoned until the copy is waited for, and what is no part of the array stays so."""
+    _begin_copy(16, shared, address, nbytes)
+
+
+@instruction(types.void, I32, I64, I32, asm="cp.async.ca.shared.global [$0], [$1], 4, $2;", effects="memory")
+def cp_async_4(shared, address, nbytes):
+    """`cp_async_16` of 4 bytes."""
+    _begin_copy(4, shared, address, nbytes)
+
+
+def _begin_copy(size, shared, address, nbytes):
+    if not 0 <= nbytes <= size:
+        raise ValueError(f"cp_async_{size} of {nbytes} bytes")
+    if address % size:
+        raise IndexError(f"cp_async_{size} from address {address}, which {size} does not divide")
+    _write_shared(f"{size}s", shared, b"\xff" * size)
+    simulator.running().copies.append((size, shared, address, nbytes))
 
 
 @instruction(types.void, asm="cp.async.commit_group;", effects="memory")
@@ -520,12 +558,9 @@ def cp_async_wait(groups):
     there behind `cuda.syncthreads`."""
     thread = simulator.running()
     while len(thread.groups) > groups:
-        for shared, address, nbytes in thread.groups.pop(0):
-            data = b""
-            if nbytes:
-                memory, at = simulator.GLOBAL.find(address, nbytes, 16)
-                data = bytes(memory[at : at + nbytes])
-            _write_shared("16s", shared, data.ljust(16, b"\0"))
+        for size, shared, address, nbytes in thread.groups.pop(0):
+            data = simulator.GLOBAL.around(address, size)[:nbytes] if nbytes else b""
+            _write_shared(f"{size}s", shared, data.ljust(size, b"\0"))
 
 
 if not SIMULATED:
@@ -574,6 +609,13 @@ def prmt(a, b, selector):
         byte = int(source[nibble & 7])
         result |= (byte if not nibble & 8 else 0xFF * (byte >> 7)) << 8 * i
     return _word(result)
+
+
+@instruction(I64, I64, asm="mov.b64 $0, $1;")
+def kept(address):
+    """The same. The compiler cannot see through it, so that it keeps the address, where it would compute it, or parts
+    of it, again at every use."""
+    return address
 
 
 @instruction(I32, I32, I32, I32, asm="shf.r.wrap.b32 $0, $1, $2, $3;")
@@ -900,6 +942,18 @@ def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     """
     c = [_word(each) for each in (c0, c1, c2, c3)]
     return simulator.meet("mma_s8", ((a0, a1, a2, a3, b0, b1), c), _mma_s8)
+
+
+@instruction(
+    _words(4),
+    *[I32] * 7,
+    asm="mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};",
+    effects="lanes",
+)
+def mma_s8_k16(a0, a1, b0, c0, c1, c2, c3):
+    """`mma_s8` of A 16 × 16 and B 16 × 8: a0, a1 and b0 are those of there, or a2, a3 and b1."""
+    c = [_word(each) for each in (c0, c1, c2, c3)]
+    return simulator.meet("mma_s8_k16", ((a0, a1, 0, 0, b0, 0), c), _mma_s8)
 
 
 @instruction(_words(4), *[I32] * 10, asm=f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {_MMA}", effects="lanes")

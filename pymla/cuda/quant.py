@@ -1,9 +1,9 @@
 """Products with quantised matrices. Twin of `pymla.reference.quant`.
 
 Quantised types multiply on integers: activations become int8 with a scale per 32 values, once for all matrices that
-read them (`Activation`). Float types multiply in float32. A single token reads four rows per block of threads straight
-from the file's blocks, a few tokens share what was read; many go through shared memory to the tensor cores, 64 rows
-times 64 tokens at a time. No matrix is ever copied.
+read them (`Activation`). Float types multiply in float32. For few tokens a warp takes four rows straight from the
+file's blocks (`rows`); for many, blocks of threads multiply tiles on the tensor cores (`tiles`). No matrix is ever
+copied.
 """
 
 from typing import NamedTuple
@@ -22,29 +22,36 @@ from pymla.cuda.ptx import (
     div,
     dp4a,
     fma,
+    global_address,
     group_max,
     group_sum,
     lane,
     load_f32,
-    load_f32x2,
     load_f32x4,
     load_shared_f32x4,
-    load_u32,
     nearest_int,
     shared_address,
     shfl_xor,
+    store_f32,
     store_f32x2,
     store_u32,
     to_f32,
     warp_sum,
 )
-from pymla.cuda.tiles import THREADS, TILE, TILE_PRODUCT, store_two
+from pymla.cuda.rows import row_products
+from pymla.cuda.tiles import NARROW, THREADS, WIDE, tile_of
+from pymla.cuda.tiles import ROWS as TILE_ROWS
 
 F2 = types.Array(types.float32, 2, "C")
 A3 = types.Array(types.float32, 3, "A")
 I1 = types.Array(types.int32, 1, "C")
 
 WARPS = THREADS // WARP
+
+#: Tiles that keep a large chip busy.
+ENOUGH_TILES = 256
+#: Rows, and tokens, of a block's product in float32.
+TILE = 64
 
 #: Up to this many tokens every row is read straight from the file; beyond, it goes through shared memory.
 FEW = 8
@@ -104,15 +111,20 @@ class Activation:
             raise ValueError(f"activations of strides {x.strides} are not contiguous")
         self.x, self.codes, self.scales = x, None, None
 
+    def quantised(self):
+        """The same, with room for codes and scales, which the caller fills."""
+        tokens, columns = self.x.shape
+        self.codes = memory.empty((tokens, columns), np.int8)
+        self.scales = memory.empty((tokens, columns // 32, 2), np.float32)
+        return self
+
     def input(self, qtype):
         """The `Input` for products with a type."""
         if qtype not in ggml.QUANTISED:
             return Input(self.x.address, 0, 0, *self.x.shape)
         if self.codes is None:
-            tokens, columns = self.x.shape
-            self.codes = memory.empty((tokens, columns), np.int8)
-            self.scales = memory.empty((tokens, columns // 32, 2), np.float32)
-            blocks = tokens * (columns // 32)
+            self.quantised()
+            blocks = self.x.size // 32
             _quantise_activations[-(-blocks // _BLOCKS), THREADS](
                 self.x.address, self.codes.address, self.scales.address, blocks
             )
@@ -139,15 +151,24 @@ def _product(w, activation, heads, out):
     """`matmul`, or with more than one head `matmul_heads`: row ``t * heads + h`` of the activations is the input of
     token t and matrix h."""
     matrices, x, tokens = Matrices.of(w), activation.input(w.qtype), len(out)
-    rows, count, floats = matrices.rows, matrices.count, w.qtype in FLOATS
-    if tokens > FEW:
-        # Neighbouring blocks take the same rows, which are then read from memory once.
-        grid = -(-tokens // TILE), -(-rows // TILE), count
-        kernels = _MATMUL_TILES if floats else _MATMUL
+    rows, count, shared_bytes = matrices.rows, matrices.count, 0
+    # Neighbouring blocks take the same rows, which are then read from memory once.
+    if tokens > FEW and w.qtype in FLOATS:
+        launched, grid = _MATMUL_TILES[w.qtype], (-(-tokens // TILE), -(-rows // TILE), count)
+    elif tokens > FEW:
+        of_rows = -(-rows // TILE_ROWS)
+        # Wide tiles read less, and are for matrices that keep all multiprocessors busy with them.
+        wide = (w.qtype, WIDE) in _MATMUL and -(-tokens // WIDE) * of_rows * count >= ENOUGH_TILES
+        activations = WIDE if wide else NARROW
+        launched, grid = _MATMUL[w.qtype, activations], (-(-tokens // activations), of_rows, count)
+        shared_bytes = tile_of(w.qtype, activations).shared_bytes
+    elif w.qtype in FLOATS:
+        launched, grid = _MATVEC_FLOAT[w.qtype], (-(-rows // WARPS), count, -(-tokens // AT_ONCE))
+    elif tokens > 1:
+        launched, grid = _MATVEC_FEW[w.qtype], (-(-tokens // AT_ONCE), -(-rows // (ROWS * WARPS)), count)
     else:
-        grid = -(-rows // (WARPS if floats else ROWS)), count, -(-tokens // AT_ONCE)
-        kernels = _MATVEC_FLOAT if floats else _MATVEC if tokens == 1 else _MATVEC_FEW
-    kernels[w.qtype][grid, THREADS](matrices, x, heads, out)
+        launched, grid = _MATVEC[w.qtype], (-(-rows // (ROWS * WARPS)), count)
+    launched[grid, THREADS, shared_bytes](matrices, x, heads, out)
 
 
 def matmul_heads_transposed(w, x, out):
@@ -176,6 +197,13 @@ def _quantise_activations(x, codes, scales, blocks):
     """`blocks` of 32 activations, counted over all tokens, as int8 (`reference.quant.quantise_activations`)."""
     i, part = cuda.blockIdx.x * _BLOCKS + cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
     x0, x1, x2, x3 = load_f32x4(x + 128 * min(i, blocks - 1) + 16 * part)
+    quantise_four(x0, x1, x2, x3, codes + 32 * i + 4 * part, scales + 8 * i, part, i < blocks)
+
+
+@device
+def quantise_four(x0, x1, x2, x3, codes, scales, part, inside):
+    """Four of the 32 activations of eight neighbouring lanes, of which this is number `part`: the address of its codes,
+    that of the block's two numbers, and whether they are written."""
     # Magnitudes compare as their bits do, and NaN is above all of them: it becomes the scale.
     largest = max(max(_magnitude(x0), _magnitude(x1)), max(_magnitude(x2), _magnitude(x3)))
     maximum = as_f32(group_max(largest, 8))
@@ -185,10 +213,10 @@ def _quantise_activations(x, codes, scales, blocks):
     c2, c3 = nearest_int(x2 * inverse) & 255, nearest_int(x3 * inverse) & 255
     word = c0 | c1 << 8 | c2 << 16 | c3 << 24
     total = group_sum(dp4a(word, 0x01010101, 0), 8)
-    if i < blocks:
-        store_u32(codes + 32 * i + 4 * part, word)
+    if inside:
+        store_u32(codes, word)
         if part == 0:
-            store_f32x2(scales + 8 * i, scale, to_f32(total) * scale)
+            store_f32x2(scales, scale, to_f32(total) * scale)
 
 
 @device
@@ -208,165 +236,109 @@ def input_row(x, heads, matrix, t):
     return min(t * heads + matrix, x.tokens - heads + matrix) if heads > 1 else min(t, x.tokens - 1)
 
 
-#: Rows that a block of threads takes at a time, all its threads together, and tokens.
+#: Rows, and tokens, that a warp takes at a time.
 ROWS, AT_ONCE = 4, 4
-_SUMS = ROWS * AT_ONCE
 
 
 def _matvec(qtype):
     """A product with one token."""
-    piece, dot = FORMATS[qtype].piece, FORMATS[qtype].dot
+    products = row_products(qtype, ROWS, 1)
 
-    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS, min_blocks=4)
     def _matvec(w, x, heads, out):
-        """A block takes `ROWS` rows of matrix y; every thread a piece of one in 32 blocks of each row."""
-        partial = cuda.shared.array((ROWS, WARPS), np.float32)
-        thread, matrix, first = cuda.threadIdx.x, cuda.blockIdx.y, ROWS * cuda.blockIdx.x
-        part, blocks = thread & 3, x.columns >> 5
-        at = input_row(x, heads, matrix, 0)
-        codes, scales = x.codes + 32 * blocks * at + 4 * part, x.scales + 8 * blocks * at
-        r0, r1 = row_address(w, matrix, first), row_address(w, matrix, first + 1)
-        r2, r3 = row_address(w, matrix, first + 2), row_address(w, matrix, first + 3)
-        s0 = s1 = s2 = s3 = np.float32(0)
-        for block in range(thread >> 2, blocks, THREADS // 4):
-            c0, c1 = load_u32(codes + 32 * block), load_u32(codes + 32 * block + 16)
-            scale, total = load_f32x2(scales + 8 * block)
-            s0 = dot(piece(r0, block, part), c0, c1, scale, total, s0)
-            s1 = dot(piece(r1, block, part), c0, c1, scale, total, s1)
-            s2 = dot(piece(r2, block, part), c0, c1, scale, total, s2)
-            s3 = dot(piece(r3, block, part), c0, c1, scale, total, s3)
-        s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
-        if lane() == 0:
-            warp = thread // WARP
-            partial[0, warp], partial[1, warp], partial[2, warp], partial[3, warp] = s0, s1, s2, s3
-        cuda.syncthreads()
-        if thread < ROWS and first + thread < w.rows:
-            result = partial[thread, 0] + partial[thread, 1] + partial[thread, 2] + partial[thread, 3]
-            out[0, matrix * w.rows + first + thread] = result
+        """A warp takes `ROWS` rows of matrix y."""
+        matrix, me = cuda.blockIdx.y, lane()
+        first = ROWS * (WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP)
+        s0, s1, s2, s3 = products(four_rows(w, matrix, first), (input_row(x, heads, matrix, 0),), x)
+        r0, r1, r2, r3 = warp_sum(s0[0]), warp_sum(s1[0]), warp_sum(s2[0]), warp_sum(s3[0])
+        if me < ROWS and first + me < w.rows:
+            result = r0 if me == 0 else r1 if me == 1 else r2 if me == 2 else r3
+            store_f32(global_address(out) + 4 * (matrix * w.rows + first + me), result)
 
     return _matvec
 
 
 def _matvec_few(qtype):
     """A product with up to `AT_ONCE` tokens, which share the rows that are read."""
-    piece, dot = FORMATS[qtype].piece, FORMATS[qtype].dot
-
-    @device
-    def activation(codes, scales, block):
-        """A part of a block of a token's activations: two words, the scale and the sum."""
-        scale, total = load_f32x2(scales + 8 * block)
-        return load_u32(codes + 32 * block), load_u32(codes + 32 * block + 16), scale, total
-
-    @device
-    def dots(one, x0, x1, x2, x3, sums):
-        """`sums` of four tokens and the products of a piece with each."""
-        s0, s1, s2, s3 = sums
-        return (
-            dot(one, x0[0], x0[1], x0[2], x0[3], s0),
-            dot(one, x1[0], x1[1], x1[2], x1[3], s1),
-            dot(one, x2[0], x2[1], x2[2], x2[3], s2),
-            dot(one, x3[0], x3[1], x3[2], x3[3], s3),
-        )
+    products = row_products(qtype, ROWS, AT_ONCE)
 
     @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _matvec_few(w, x, heads, out):
-        """As `matvec`, for tokens from ``AT_ONCE * z`` on."""
-        partial = cuda.shared.array((_SUMS, WARPS), np.float32)
-        thread, matrix, first = cuda.threadIdx.x, cuda.blockIdx.y, ROWS * cuda.blockIdx.x
-        part, blocks, t = thread & 3, x.columns >> 5, AT_ONCE * cuda.blockIdx.z
-        i0, i1 = input_row(x, heads, matrix, t), input_row(x, heads, matrix, t + 1)
-        i2, i3 = input_row(x, heads, matrix, t + 2), input_row(x, heads, matrix, t + 3)
-        codes, scales = x.codes + 4 * part, x.scales
-        wide, narrow = 32 * blocks, 8 * blocks
-        r0, r1 = row_address(w, matrix, first), row_address(w, matrix, first + 1)
-        r2, r3 = row_address(w, matrix, first + 2), row_address(w, matrix, first + 3)
-        zero = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        s0 = s1 = s2 = s3 = zero
-        for block in range(thread >> 2, blocks, THREADS // 4):
-            x0 = activation(codes + wide * i0, scales + narrow * i0, block)
-            x1 = activation(codes + wide * i1, scales + narrow * i1, block)
-            x2 = activation(codes + wide * i2, scales + narrow * i2, block)
-            x3 = activation(codes + wide * i3, scales + narrow * i3, block)
-            s0 = dots(piece(r0, block, part), x0, x1, x2, x3, s0)
-            s1 = dots(piece(r1, block, part), x0, x1, x2, x3, s1)
-            s2 = dots(piece(r2, block, part), x0, x1, x2, x3, s2)
-            s3 = dots(piece(r3, block, part), x0, x1, x2, x3, s3)
-        store_sums(partial, 0, s0)
-        store_sums(partial, AT_ONCE, s1)
-        store_sums(partial, 2 * AT_ONCE, s2)
-        store_sums(partial, 3 * AT_ONCE, s3)
-        cuda.syncthreads()
-        row, t = first + thread // AT_ONCE, t + thread % AT_ONCE
-        if thread < _SUMS and row < w.rows and t < len(out):
-            result = partial[thread, 0] + partial[thread, 1] + partial[thread, 2] + partial[thread, 3]
-            out[t, matrix * w.rows + row] = result
+        """As `matvec`, for tokens from ``AT_ONCE * x`` on; y are rows and z matrices."""
+        matrix, t = cuda.blockIdx.z, AT_ONCE * cuda.blockIdx.x
+        first = ROWS * (WARPS * cuda.blockIdx.y + cuda.threadIdx.x // WARP)
+        numbers = (
+            input_row(x, heads, matrix, t),
+            input_row(x, heads, matrix, t + 1),
+            input_row(x, heads, matrix, t + 2),
+            input_row(x, heads, matrix, t + 3),
+        )
+        s0, s1, s2, s3 = products(four_rows(w, matrix, first), numbers, x)
+        column, left = matrix * w.rows + first, w.rows - first
+        store_few(out, t, column, left, s0)
+        store_few(out, t, column + 1, left - 1, s1)
+        store_few(out, t, column + 2, left - 2, s2)
+        store_few(out, t, column + 3, left - 3, s3)
 
     return _matvec_few
 
 
 @device
-def store_sums(partial, first, sums):
-    """Four sums over the warp, as `partial`'s rows from `first` on."""
+def four_rows(w, matrix, first):
+    """The addresses of a warp's rows; of the last one where there are fewer."""
+    r0, left = row_address(w, matrix, first), w.rows - first
+    r1 = r0 + (w.row_stride if left > 1 else 0)
+    r2 = r1 + (w.row_stride if left > 2 else 0)
+    return r0, r1, r2, r2 + (w.row_stride if left > 3 else 0)
+
+
+@device
+def store_few(out, t, column, left, sums):
+    """A row's products with four tokens, the lanes' parts of which are `sums`, if the row is there."""
     s0, s1, s2, s3 = sums
     s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
-    if lane() == 0:
-        warp = cuda.threadIdx.x // WARP
-        partial[first, warp], partial[first + 1, warp] = s0, s1
-        partial[first + 2, warp], partial[first + 3, warp] = s2, s3
+    me = lane()
+    if me < AT_ONCE and left > 0 and t + me < len(out):
+        out[t + me, column] = s0 if me == 0 else s1 if me == 1 else s2 if me == 2 else s3
 
 
-def _matmul(qtype):
+def _matmul(qtype, activations):
     """A product with many tokens, on int8 tensor cores."""
-    tile_product = TILE_PRODUCT[qtype]
+    tile = tile_of(qtype, activations)
+    product = tile.product
+
+    @device
+    def store(upper, lower, row, t, to):
+        """Results of two rows and a token, if they are there. `to`: the address of the first results of the tile, bytes
+        from token to token, and how many rows and tokens are left."""
+        address, stride, rows, tokens = to
+        at = address + stride * t + 4 * row
+        if t < tokens and row < rows:
+            store_f32(at, upper)
+        if t < tokens and row + 8 < rows:
+            store_f32(at + 32, lower)
+
+    store_all = tile.storing(store)
 
     @kernel(
         MATRICES,
         INPUT,
         types.int64,
         F2,
-        variant=ggml.NAME[qtype].lower(),
+        variant=f"{ggml.NAME[qtype].lower()},{activations}",
         max_threads=THREADS,
-        # A type with two scales in a block would spill registers for the fourth.
-        min_blocks=3 if FORMATS[qtype].halves else 4,
+        min_blocks=2 if activations == WIDE or FORMATS[qtype].halves else 3,
     )
     def _matmul(w, x, heads, out):
-        """A block takes `TILE` rows (y) of matrix z and `TILE` tokens (x)."""
-        thread, matrix, blocks = cuda.threadIdx.x, cuda.blockIdx.z, x.columns >> 5
-        first, t = TILE * cuda.blockIdx.y, TILE * cuda.blockIdx.x
-        row, token = first + (thread >> 3), t + (thread >> 2)
-        sums = tile_product(
-            row_address(w, matrix, row),
-            row_address(w, matrix, row + 16),
-            row_address(w, matrix, row + 32),
-            row_address(w, matrix, row + 48),
-            x.codes + 32 * blocks * input_row(x, heads, matrix, token),
-            x.codes + 32 * blocks * input_row(x, heads, matrix, token + 32),
-            x.scales + 8 * blocks * input_row(x, heads, matrix, t + (thread >> 1)),
-            blocks,
-        )
-        s0, s1, s2, s3, s4, s5, s6, s7 = sums
-        row, t = first + 16 * (thread // WARP) + (lane() >> 2), t + 2 * (lane() & 3)
-        column, left = matrix * w.rows + row, w.rows - row
-        store_tile(out, t, column, left, s0)
-        store_tile(out, t + 8, column, left, s1)
-        store_tile(out, t + 16, column, left, s2)
-        store_tile(out, t + 24, column, left, s3)
-        store_tile(out, t + 32, column, left, s4)
-        store_tile(out, t + 40, column, left, s5)
-        store_tile(out, t + 48, column, left, s6)
-        store_tile(out, t + 56, column, left, s7)
+        """A block takes a tile: `TILE_ROWS` rows (y) of matrix z and as many tokens (x) as it has activations."""
+        thread, matrix = cuda.threadIdx.x, cuda.blockIdx.z
+        first, t = TILE_ROWS * cuda.blockIdx.y, activations * cuda.blockIdx.x
+        sums = product(row_address(w, matrix, first + thread), input_row(x, heads, matrix, t + thread), x)
+        stride = 4 * out.shape[1]
+        address = global_address(out) + stride * t + 4 * (matrix * w.rows + first)
+        store_all(sums, (address, stride, w.rows - first, len(out) - t))
 
     return _matmul
-
-
-@device
-def store_tile(out, t, column, left, sums):
-    """A lane's part of 16 rows times 8 tokens, of which `left` rows from its first one on are there."""
-    s0, s1, s2, s3 = sums
-    if t < len(out):
-        store_two(out, t, column, left, s0, s2)
-    if t + 1 < len(out):
-        store_two(out, t + 1, column, left, s1, s3)
 
 
 def _matvec_float(qtype):
@@ -579,7 +551,8 @@ def _embedding_rows_float(qtype):
 
 _MATVEC = {qtype: _matvec(qtype) for qtype in FORMATS}
 _MATVEC_FEW = {qtype: _matvec_few(qtype) for qtype in FORMATS}
-_MATMUL = {qtype: _matmul(qtype) for qtype in FORMATS}
+#: Types with two scales in a block would spill registers in wide tiles.
+_MATMUL = {(q, n): _matmul(q, n) for q in FORMATS for n in (NARROW, WIDE) if n == NARROW or not FORMATS[q].halves}
 _MATVEC_FLOAT = {qtype: _matvec_float(qtype) for qtype in FLOATS}
 _MATMUL_TILES = {qtype: _matmul_tiles(qtype) for qtype in FLOATS}
 _TRANSPOSED = {q: _transposed(q) for q in FORMATS} | {q: _transposed_float(q) for q in FLOATS}

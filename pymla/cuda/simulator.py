@@ -94,6 +94,21 @@ class Memory:
             near = "before every array"
         raise IndexError(f"access of {size} bytes outside {self._name} memory: {near}")
 
+    def around(self, address, size):
+        """The `size` bytes at a multiple of it, some of which lie in an array; poison for the others.
+
+        Memory of the device is allocated in multiples of 512 bytes, so that aligned bytes around an array can be read.
+        """
+        at = bisect.bisect_right(self._starts, address + size - 1) - 1
+        start = self._starts[at] if at >= 0 else 0
+        memory = self._bytes.get(start, b"")
+        if address % size or address >= start + len(memory):
+            self.find(address, size)  # says what is wrong
+        before = max(start - address, 0)
+        return (b"\xff" * before + bytes(memory[address + before - start : address + size - start])).ljust(
+            size, b"\xff"
+        )
+
     def read(self, form, address):
         """Values of a `struct` format at an address."""
         memory, at = self.find(address, struct.calcsize(form))

@@ -10,8 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla.cache import PAGE
+from pymla.cache import PAGE, LatentCache, block_rows
+from pymla.reference import memory
 from pymla.reference.quant import dequantise, quantise
+
+
+def latent_cache(layout, slots):
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.cache.row_layout`."""
+    return LatentCache(*block_rows(memory, layout, slots))
 
 
 def store(rows, slots, cache):

@@ -49,8 +49,9 @@ def router(logits, bias, config, ids, weights):
     weights[...] = chosen * config.routed_scaling_factor
 
 
-def experts(activation, ids, weights, gate, up, down, out):
-    """``out[t] = Σ weights[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` over the experts e = ids[t, j].
+def experts(activation, ids, weights, gate, up, down, out, shared=None, add=False):
+    """``out[t] = Σ weights[t, j] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`` over the experts e = ids[t, j],
+    and what the shared experts give every token.
 
     Parameters
     ----------
@@ -60,18 +61,26 @@ def experts(activation, ids, weights, gate, up, down, out):
     gate, up : QTensor of E matrices of F rows and K columns
     down : QTensor of E matrices of K rows and F columns
     out : float array (T, K)
-        Overwritten.
+    shared : (gate, up, down), optional
+        As for `ffn`: of the shared experts together, each of F rows.
+    add : bool
+        Whether `out` is added to, or overwritten.
     """
     x = activation.x
-    out[...] = 0
+    if not add:
+        out[...] = 0
+    if shared is not None:
+        ffn(activation, *shared, out, add=True)
+    routed = np.zeros_like(out)
     for e in np.unique(ids):
         token, slot = np.nonzero(ids == e)
         matrices = (dequantise(w.data[e], w.qtype).astype(x.dtype) for w in (gate, up, down))
-        out[token] += weights[token, slot, None] * _swiglu(x[token], *matrices)
+        routed[token] += weights[token, slot, None] * _swiglu(x[token], *matrices)
+    out += routed
     return out
 
 
-def ffn(activation, gate, up, down, out):
+def ffn(activation, gate, up, down, out, add=False):
     """The dense feed-forward network, also the shared experts: ``out = down @ (silu(gate @ x) * (up @ x))``.
 
     Parameters
@@ -80,9 +89,12 @@ def ffn(activation, gate, up, down, out):
     gate, up : QTensor of F rows and K columns
     down : QTensor of K rows and F columns
     out : float array (T, K)
+    add : bool
+        Whether `out` is added to, or overwritten.
     """
     x = activation.x
-    out[...] = _swiglu(x, *(dequantise(w.data, w.qtype).astype(x.dtype) for w in (gate, up, down)))
+    result = _swiglu(x, *(dequantise(w.data, w.qtype).astype(x.dtype) for w in (gate, up, down)))
+    out[...] = out + result if add else result
     return out
 
 

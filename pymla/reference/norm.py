@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from pymla.reference.quant import Activation
+
 
 def rms_norm(x, weight, eps, out):
     """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis.
@@ -21,6 +23,26 @@ def rms_norm(x, weight, eps, out):
     scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True, dtype=x.dtype) + x.dtype.type(eps))
     out[...] = x * scale * weight.astype(x.dtype)
     return out
+
+
+def normed(x, weight, eps, out, y=None):
+    """What matrices read of normalised rows: ``x += y``, then ``out = rms_norm(x)``.
+
+    Parameters
+    ----------
+    x : float array (T, K), contiguous
+    weight, eps : as for `rms_norm`
+    out : float array (T, K)
+    y : float array (T, K), optional
+        Added to `x` first: the residual connection.
+
+    Returns
+    -------
+    Activation of `out`
+    """
+    if y is not None:
+        add(x, y)
+    return Activation(rms_norm(x, weight, eps, out))
 
 
 def add(x, y):

@@ -1,0 +1,136 @@
+"""Rows of the cache in memory. Twin of `pymla.cuda.cache_rows`.
+
+Float types, and keys and values of all heads, lie as ggml blocks. A latent cache of 8 bits has two types of its own, so
+that `pymla.cpu.attention_int8` multiplies the codes where they lie: a page begins with the codes of its 64 rows, and
+their scales follow. It takes the bytes that ggml's types take, but for the scale of the rotated dimensions.
+"""
+
+import numpy as np
+
+from pymla import ggml
+from pymla.cache import PAGE, LatentCache
+from pymla.cpu.formats import F32, dequantise_row, float_bytes, load_f8, load_float, magnitude, write_row
+from pymla.cpu.jit import inline
+from pymla.cpu.memory import aligned
+from pymla.cpu.simd import (
+    absolute,
+    add,
+    farther,
+    farthest,
+    load_f16,
+    load_f32,
+    load_f32x8,
+    load_i16,
+    load_u8x8,
+    mul,
+    round_away,
+    round_even,
+    splat_f32,
+    store_as_i8,
+    store_as_i16,
+    store_f16,
+    store_f32,
+    store_f32x8,
+    store_i16,
+    sub,
+)
+from pymla.weights import QTensor
+
+#: Types of rows, beside ggml's: the numbers of Q8_0 with codes 128 more than there, and int16 with a scale for a row.
+Q8_PAGES, I16_PAGES = 1000 + ggml.Q8_0, 1016
+#: The largest int16 code, which has more bits than an IEEE half.
+LARGEST_CODE = 4095
+
+
+def latent_cache(layout, slots):
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.cache.row_layout`."""
+    (qtype, rank), (rope_type, rope) = layout
+    if qtype == ggml.Q8_0:
+        rows = (Q8_PAGES, ggml.row_bytes(qtype, rank)), (I16_PAGES, 2 * even(rope) + 4)
+    else:
+        rows = (qtype, ggml.row_bytes(qtype, rank)), (rope_type, ggml.row_bytes(rope_type, rope))
+    return LatentCache(*(QTensor(each, aligned((slots, nbytes), np.uint8)) for each, nbytes in rows))
+
+
+@inline
+def even(count):
+    """The even number from `count` on: int16 are multiplied by twos."""
+    return count + count % 2
+
+
+@inline
+def write_cache_row(qtype, x, data, row_bytes, slot, columns):
+    """Float32 values at the address `x` as the row of a slot; `data` is the address of a cache's rows."""
+    page, row = data + slot // PAGE * PAGE * row_bytes, slot % PAGE
+    if qtype == Q8_PAGES:
+        codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
+        for block in range(columns // 32):
+            _write_q8(x + 128 * block, codes + 32 * block, scales + 2 * block)
+    elif qtype == I16_PAGES:
+        wide = 2 * even(columns)
+        scale = quantise_i16(F32, x, columns, page + row * wide)
+        store_f32(page + PAGE * wide + 4 * row, scale)
+    else:
+        write_row(qtype, x, page + row * row_bytes, columns)
+
+
+@inline
+def read_cache_row(qtype, data, row_bytes, slot, out, columns):
+    """The row of a slot as float32 at the address `out`."""
+    page, row = data + slot // PAGE * PAGE * row_bytes, slot % PAGE
+    if qtype == Q8_PAGES:
+        codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
+        zero = splat_f32(np.float32(128))
+        for i in range(0, columns, 8):
+            scale = splat_f32(load_f16(scales + i // 32 * 2))
+            store_f32x8(out + 4 * i, mul(scale, sub(load_u8x8(codes + i), zero)))
+    elif qtype == I16_PAGES:
+        wide = 2 * even(columns)
+        scale = load_f32(page + PAGE * wide + 4 * row)
+        for i in range(columns):
+            store_f32(out + 4 * i, scale * np.float32(load_i16(page + row * wide + 2 * i)))
+    else:
+        dequantise_row(qtype, page + row * row_bytes, out, columns)
+
+
+@inline
+def _write_q8(x, codes, scale):
+    """The numbers of ``formats.write_row`` for a block of Q8_0."""
+    d = magnitude(x) / np.float32(127)
+    inverse = np.float32(0)
+    if d > 0:
+        inverse = np.float32(1) / d
+    store_f16(scale, d)
+    factor, zero = splat_f32(inverse), splat_f32(np.float32(128))
+    for i in range(4):
+        store_as_i8(codes + 8 * i, add(round_away(mul(load_f32x8(x + 32 * i), factor)), zero))
+
+
+@inline
+def largest_code(count):
+    """The largest code of `count` int16 such that sums of their products stay within int32."""
+    return min(LARGEST_CODE, np.int64(np.sqrt((1 << 31) / even(count))) - 1)
+
+
+@inline
+def quantise_i16(qtype, row, count, codes):
+    """`count` numbers of a float type as int16; returns their scale. `row` and `codes` are addresses; there is room for
+    an even number of codes. A number that is infinite or NaN shows in the scale."""
+    size, whole, largest = float_bytes(qtype), count // 8 * 8, np.float32(largest_code(count))
+    eight = splat_f32(np.float32(0))
+    for i in range(0, whole, 8):
+        eight = farther(absolute(load_f8(qtype, row + size * i)), eight)
+    for i in range(whole, count):
+        eight = farther(absolute(splat_f32(load_float(qtype, row + size * i))), eight)
+    most = farthest(eight)
+    inverse = np.float32(0)
+    if most > 0:
+        inverse = largest / most
+    factor = splat_f32(inverse)
+    for i in range(0, whole, 8):
+        store_as_i16(codes + 2 * i, round_even(mul(load_f8(qtype, row + size * i), factor)))
+    for i in range(whole, count):
+        store_i16(codes + 2 * i, np.int16(np.rint(load_float(qtype, row + size * i) * inverse)))
+    if count % 2:
+        store_i16(codes + 2 * count, np.int16(0))
+    return most / largest
