@@ -175,21 +175,14 @@ def full(q, keys, values, step, scale, out):
 
 @kernel(ROWS, I1, CACHE)
 def _store(first, last, rows, slots, cache):
-    data, row_bytes = address(cache.data), cache.data.shape[1]
     for t in range(first, last):
-        write_cache_row(cache.qtype, address(rows[t]), data, row_bytes, slots[t], rows.shape[1])
+        write_cache_row(cache, slots[t], address(rows[t]), rows.shape[1])
 
 
 @kernel(CACHE, I1, F2)
 def _load(first, last, cache, block_table, out):
     for p in range(first, last):
-        read_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
-
-
-@inline
-def read_row(cache, slot, out, columns):
-    """A row of the cache as float32 at an address."""
-    read_cache_row(cache.qtype, address(cache.data), cache.data.shape[1], slot, out, columns)
+        read_cache_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
 
 
 @kernel(F3, F3, types.int64)
@@ -253,8 +246,8 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
             for s in range(seen):
                 slot = table[page] * PAGE + s
                 row = address(rows[s])
-                read_row(latent, slot, row, rank)
-                read_row(rope, slot, row + 4 * rank, size - rank)
+                read_cache_row(latent, slot, row, rank)
+                read_cache_row(rope, slot, row + 4 * rank, size - rank)
             for s in range(0, seen, 4):
                 a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
                 tile_f32(
@@ -304,8 +297,8 @@ def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
     for page in range(first, last):
         for p in range(page * PAGE, min(page * PAGE + PAGE, step.positions[t] + 1)):
             slot = table[page] * PAGE + p % PAGE
-            read_row(latent, slot, address(row), rank)
-            read_row(rope, slot, address(row[rank:]), size - rank)
+            read_cache_row(latent, slot, address(row), rank)
+            read_cache_row(rope, slot, address(row[rank:]), size - rank)
             for h in range(heads):
                 score = dot_float(F32, address(row), address(row), address(q[t, h]), size)
                 scores[h, p] = score * np.float32(scale)
@@ -329,7 +322,7 @@ def _values(first, last, scores, latent, step, t, out):
         out[t, h, :] = 0
         for p in range(length):
             slot = table[p // PAGE] * PAGE + p % PAGE
-            read_row(latent, slot, address(row), rank)
+            read_cache_row(latent, slot, address(row), rank)
             add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
 
 

@@ -9,26 +9,22 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cache import PAGE, LatentCache
-from pymla.cpu.formats import F32, dequantise_row, float_bytes, load_f8, load_float, magnitude, write_row
+from pymla.cpu.formats import F32, dequantise_row, float_bytes, load_f8, load_float, write_q8, write_row
 from pymla.cpu.jit import inline
 from pymla.cpu.memory import aligned
 from pymla.cpu.simd import (
     absolute,
-    add,
+    address,
     farther,
     farthest,
     load_f16,
     load_f32,
-    load_f32x8,
     load_i16,
     load_u8x8,
     mul,
-    round_away,
     round_even,
     splat_f32,
-    store_as_i8,
     store_as_i16,
-    store_f16,
     store_f32,
     store_f32x8,
     store_i16,
@@ -59,25 +55,25 @@ def even(count):
 
 
 @inline
-def write_cache_row(qtype, x, data, row_bytes, slot, columns):
-    """Float32 values at the address `x` as the row of a slot; `data` is the address of a cache's rows."""
-    page, row = data + slot // PAGE * PAGE * row_bytes, slot % PAGE
+def write_cache_row(cache, slot, x, columns):
+    """Float32 values at the address `x` as the row of a slot."""
+    qtype, page, row = cache.qtype, address(cache.data[slot // PAGE * PAGE]), slot % PAGE
     if qtype == Q8_PAGES:
         codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
         for block in range(columns // 32):
-            _write_q8(x + 128 * block, codes + 32 * block, scales + 2 * block)
+            write_q8(x + 128 * block, scales + 2 * block, codes + 32 * block, 128)
     elif qtype == I16_PAGES:
         wide = 2 * even(columns)
         scale = quantise_i16(F32, x, columns, page + row * wide)
         store_f32(page + PAGE * wide + 4 * row, scale)
     else:
-        write_row(qtype, x, page + row * row_bytes, columns)
+        write_row(qtype, x, address(cache.data[slot]), columns)
 
 
 @inline
-def read_cache_row(qtype, data, row_bytes, slot, out, columns):
+def read_cache_row(cache, slot, out, columns):
     """The row of a slot as float32 at the address `out`."""
-    page, row = data + slot // PAGE * PAGE * row_bytes, slot % PAGE
+    qtype, page, row = cache.qtype, address(cache.data[slot // PAGE * PAGE]), slot % PAGE
     if qtype == Q8_PAGES:
         codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
         zero = splat_f32(np.float32(128))
@@ -90,20 +86,7 @@ def read_cache_row(qtype, data, row_bytes, slot, out, columns):
         for i in range(columns):
             store_f32(out + 4 * i, scale * np.float32(load_i16(page + row * wide + 2 * i)))
     else:
-        dequantise_row(qtype, page + row * row_bytes, out, columns)
-
-
-@inline
-def _write_q8(x, codes, scale):
-    """The numbers of ``formats.write_row`` for a block of Q8_0."""
-    d = magnitude(x) / np.float32(127)
-    inverse = np.float32(0)
-    if d > 0:
-        inverse = np.float32(1) / d
-    store_f16(scale, d)
-    factor, zero = splat_f32(inverse), splat_f32(np.float32(128))
-    for i in range(4):
-        store_as_i8(codes + 8 * i, add(round_away(mul(load_f32x8(x + 32 * i), factor)), zero))
+        dequantise_row(qtype, address(cache.data[slot]), out, columns)
 
 
 @inline

@@ -309,7 +309,7 @@ def write_row(qtype, x, row, columns):
     ``reference.quant.quantise``."""
     if qtype == Q8_0:
         for block in range(columns // 32):
-            _write_q8_0(x + 128 * block, row + 34 * block)
+            write_q8(x + 128 * block, row + 34 * block, row + 34 * block + 2, 0)
     elif qtype == F32:
         for i in range(columns):
             store_f32(row + 4 * i, load_f32(x + 4 * i))
@@ -322,18 +322,17 @@ def write_row(qtype, x, row, columns):
 
 
 @inline
-def _write_q8_0(x, block):
-    a, b, c, e = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
+def write_q8(x, scale, codes, zero):
+    """Thirty-two float32 as a scale, an IEEE half, and codes of 8 bits that are `zero` more than ggml's Q8_0 has. All
+    but `zero` are addresses."""
     d = magnitude(x) / np.float32(127)
     inverse = np.float32(0)
     if d > 0:
         inverse = np.float32(1) / d
-    store_f16(block, d)
-    factor = splat_f32(inverse)
-    store_as_i8(block + 2, round_away(mul(a, factor)))
-    store_as_i8(block + 10, round_away(mul(b, factor)))
-    store_as_i8(block + 18, round_away(mul(c, factor)))
-    store_as_i8(block + 26, round_away(mul(e, factor)))
+    store_f16(scale, d)
+    factor, zero = splat_f32(inverse), splat_f32(np.float32(zero))
+    for i in range(4):
+        store_as_i8(codes + 8 * i, add(round_away(mul(load_f32x8(x + 32 * i), factor)), zero))
 
 
 @inline

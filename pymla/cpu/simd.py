@@ -273,7 +273,7 @@ def store_as_i16(builder, address, value):
 
 @operation(types.void, types.int64, f32x8)
 def store_as_i8(builder, address, value):
-    """Eight float32, whole numbers from -127 to 127, as int8 to memory. NaN becomes any number."""
+    """Eight float32, whole numbers from -128 to 255, as bytes to memory. NaN becomes any number."""
     _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I8, 8)))
 
 
