@@ -112,7 +112,7 @@ def _q4_0(row, block, w):
     at = row + 18 * block
     codes = unaligned_word(at + 2 + 4 * w)
     d = load_f16(at) * np.float32(1 / 16)
-    return (codes << 4 & 0xF0F0F0F0) ^ 0x80808080, (codes & 0xF0F0F0F0) ^ 0x80808080, d, d
+    return _high_nibbles(codes << 4), _high_nibbles(codes), d, d
 
 
 @device
@@ -138,11 +138,9 @@ def _q6_k(row, block, w):
     low, high = at + 64 * half + 32 * (quarter & 1) + 4 * w, at + 128 + 32 * half + 4 * w
     right, left = quarter & 2, 6 - 2 * quarter
     d, scales = f16_value(load_u16(at + 208)) * np.float32(1 / 4), at + 192 + 8 * half + 2 * quarter
-    low0, low1 = unaligned_word(low) << 2 >> 2 * right, unaligned_word(low + 16) << 2 >> 2 * right
-    high0, high1 = unaligned_word(high) << left, unaligned_word(high + 16) << left
     return (
-        (low0 & 0x3C3C3C3C | high0 & 0xC0C0C0C0) ^ 0x80808080,
-        (low1 & 0x3C3C3C3C | high1 & 0xC0C0C0C0) ^ 0x80808080,
+        _six_bits(unaligned_word(low), unaligned_word(high), right, left),
+        _six_bits(unaligned_word(low + 16), unaligned_word(high + 16), right, left),
         d * to_f32(load_i8(scales)),
         d * to_f32(load_i8(scales + 1)),
     )
