@@ -261,7 +261,7 @@ def attended(be, length, tokens, *, qtypes=(ggml.Q4_0, ggml.Q4_0), fault=None, s
     [(ggml.Q4_0,) * 2, (ggml.Q8_0,) * 2, (ggml.F16,) * 2, (ggml.F16, ggml.Q4_0), (ggml.Q8_0, ggml.Q4_0)],
     ids=lambda pair: "-".join(map(ggml.NAME.get, pair)),
 )
-@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (97, 97), (129, 5), (420, 300)])
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (97, 97), (129, 5), (420, 300), (1100, 40)])
 def test_expanded_attention_on_integers(length, tokens, qtypes, sizes):
     expected = attended(reference, length, tokens, qtypes=qtypes, sizes=sizes)
     actual = attended(cpu, length, tokens, qtypes=qtypes, sizes=sizes)

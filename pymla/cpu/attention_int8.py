@@ -17,6 +17,7 @@ import numpy as np
 from numba import types
 
 from pymla.cache import PAGE
+from pymla.cpu import threads
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
     PANEL_BYTES,
@@ -35,7 +36,7 @@ from pymla.cpu.formats import F16, F32, is_float, load_f8
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
-from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting
+from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, copy, counting
 from pymla.cpu.simd import (
     BIAS,
     LANES,
@@ -67,8 +68,10 @@ from pymla.cpu.simd import (
 )
 from pymla.cpu.softmax import heads_softmax, token_softmax
 
-#: Tokens that are expanded, and keys that a block of queries meets, at a time.
+#: Keys that a block of queries meets at a time.
 TOKENS = 128
+#: Most tokens that are expanded at a time, a multiple of `TOKENS`: the more, the less often weights are unpacked.
+EXPANDED = 512
 #: Heads that share the reading of a page in the absorbed form.
 HEADS = 16
 #: Queries of a head that share the reading of keys and values.
@@ -104,10 +107,14 @@ PANELS = types.NamedTuple((BYTES3, F3, I3, BYTES3, F2), Panels)
 
 def expand(c_kv, k_pe, k_b, v_b, out):
     """Keys and values of some heads from latent rows, as `Panels`; otherwise as `attention.expand`."""
-    x, blocks = Activation(c_kv), -(-len(c_kv) // TOKENS)
+    x, tokens, heads = Activation(c_kv), len(c_kv), len(k_b.data)
+    # Two items for each thread, where there are so many.
+    share = tokens * heads // (2 * threads.thread_count())
+    size = min(max(share // TOKENS, 1) * TOKENS, EXPANDED)
     # The two matrices may have different types: k_b is derived where the file has it transposed.
     inputs = x.panels(k_b.qtype), x.panels(v_b.qtype)
-    _expand[len(k_b.data) * blocks, 1](Matrices.of(k_b), Matrices.of(v_b), *inputs, counting(len(c_kv)), k_pe, out)
+    matrices = Matrices.of(k_b), Matrices.of(v_b)
+    _expand[heads * -(-tokens // size), 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
 
 
 def expanded(q, keys_values, positions, scale, out):
@@ -117,38 +124,39 @@ def expanded(q, keys_values, positions, scale, out):
     return out
 
 
-@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, F2, PANELS)
-def _expand(first, last, k_b, v_b, x, y, index, k_pe, out):
-    """Over blocks of `TOKENS` tokens of each head."""
+@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, F2, types.int64, PANELS)
+def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
+    """Over blocks of `size` tokens of each head."""
     tokens = len(k_pe)
-    groups = (tokens + TOKENS - 1) // TOKENS
+    groups = (tokens + size - 1) // size
     blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
     scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
-    result = allocate_f32(TOKENS, ROWS)
-    keys = np.zeros((TOKENS, 32 * blocks), np.float32)
-    values = np.zeros((TOKENS, v), np.float32)
-    codes = np.empty((TOKENS, blocks * BLOCK_BYTES), np.uint8)
+    result = allocate_f32(size, ROWS)
+    keys = np.zeros((size, 32 * blocks), np.float32)
+    values = np.zeros((size, v), np.float32)
+    codes = np.empty((size, blocks * BLOCK_BYTES), np.uint8)
     for item in range(first, last):
-        h, begin = item // groups, item % groups * TOKENS
-        count = min(TOKENS, tokens - begin)
+        h, begin = item // groups, item % groups * size
+        count = min(size, tokens - begin)
+        padded = (count + TOKENS - 1) // TOKENS * TOKENS
         multiply_head(k_b, h, x, index, begin, count, scratch, result, keys)
         multiply_head(v_b, h, y, index, begin, count, scratch, result, values)
         for t in range(count):
             for i in range(k_pe.shape[1]):
                 keys[t, k_b.rows + i] = k_pe[begin + t, i]
         # Tokens that are missing are zeros.
-        keys[count:], values[count:] = 0, 0
-        for t in range(TOKENS):
+        keys[count:padded], values[count:padded] = 0, 0
+        for t in range(padded):
             scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
             starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
             for i in range(blocks):
                 at = address(codes[t]) + BLOCK_BYTES * i
                 sums = quantise_codes(address(keys[t]) + 128 * i, at, scales + 4 * LANES * i, 0)
                 store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
-        for t in range(0, TOKENS, 8):
+        for t in range(0, padded, 8):
             at = address(out.keys[h, (begin + t) // LANES]) + 4 * (t % LANES)
             store_keys(address(codes[t]), codes.shape[1], at)
-        for t in range(0, TOKENS, 32):
+        for t in range(0, padded, 32):
             store_values(values[t:], out.values[h, (begin + t) // 32], out.value_scales[h, begin + t :])
 
 
@@ -184,8 +192,7 @@ def multiply_head(w, h, x, index, begin, count, scratch, result, out):
             address(result),
         )
         for t in range(count):
-            for i in range(rows):
-                out[t, r + i] = result[t, i]
+            copy(address(result[t]), address(out[t, r:]), rows)
 
 
 @inline

@@ -103,12 +103,20 @@ def token_softmax(scores, count, seen, token_scales, state, result, columns):
     `scores`, `token_scales` (count,) and `result` (columns,) are addresses of float32; `count` is a multiple of 8.
     """
     lowest, zero = splat_f32(np.float32(-np.inf)), splat_f32(np.float32(0))
+    # Eight at a time without a look at what is seen, then the others.
+    whole = min(max(seen, 0), count) // 8 * 8
     most8 = lowest
-    for s in range(0, count, 8):
+    for s in range(0, whole, 8):
+        most8 = larger(load_f32x8(scores + 4 * s), most8)
+    for s in range(whole, count, 8):
         most8 = larger(first_lanes(load_f32x8(scores + 4 * s), seen - s, lowest), most8)
     most = _raise_maximum(largest(most8), state, result, columns)
     negative, sums = splat_f32(-most), zero
-    for s in range(0, count, 8):
+    for s in range(0, whole, 8):
+        weight = exp(add(load_f32x8(scores + 4 * s), negative))
+        sums = add(sums, weight)
+        store_f32x8(scores + 4 * s, mul(weight, load_f32x8(token_scales + 4 * s)))
+    for s in range(whole, count, 8):
         weight = exp(add(load_f32x8(scores + 4 * s), negative))
         sums = add(sums, first_lanes(weight, seen - s, zero))
         store_f32x8(scores + 4 * s, first_lanes(mul(weight, load_f32x8(token_scales + 4 * s)), seen - s, zero))
