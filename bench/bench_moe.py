@@ -58,8 +58,9 @@ def bench_experts_q4_0(measure, tokens):
         yield out[one], reference.moe.experts(seen, last[0][one], weights[one], gate, up, down, expected)
 
     used = np.mean([len(np.unique(ids)) for ids in choices]) / EXPERTS
-    nbytes = used * (gate.data.nbytes + up.data.nbytes + down.data.nbytes)
-    measure(run, checks, macs=3 * tokens * USED * HIDDEN * INNER, nbytes=nbytes if tokens <= 8 else 0, **INT8)
+    few = tokens <= 8
+    nbytes = used * (gate.data.nbytes + up.data.nbytes + down.data.nbytes) if few else 0
+    measure(run, checks, macs=3 * tokens * USED * HIDDEN * INNER, nbytes=nbytes, streamed=few, **INT8)
 
 
 @pytest.mark.parametrize("tokens", [1, 512])
@@ -78,4 +79,4 @@ def bench_shared_experts_q4_0(measure, tokens):
         yield out[-1:], reference.moe.ffn(seen, next(gates), next(ups), next(downs), expected)
 
     macs = 3 * tokens * HIDDEN * 2 * INNER
-    measure(run, checks, macs=macs, nbytes=macs * 18 / 32 if tokens == 1 else 0, **INT8)
+    measure(run, checks, macs=macs, nbytes=macs * 18 / 32 if tokens == 1 else 0, streamed=tokens == 1, **INT8)

@@ -30,7 +30,9 @@ def product(measure, qtype, shape, tokens):
         rows = w.rows(shape[0] - 50, shape[0])
         yield out[-3:, -50:], reference.quant.matmul(rows, reference.quant.Activation(seen), np.empty((len(seen), 50)))
 
-    measure(run, checks, macs=tokens * shape[0] * shape[1], nbytes=w.data.nbytes if tokens <= 16 else 0, **INT8)
+    few = tokens <= 16
+    macs, nbytes = tokens * shape[0] * shape[1], w.data.nbytes if few else 0
+    measure(run, checks, macs=macs, nbytes=nbytes, streamed=few, **INT8)
 
 
 @pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)

@@ -4,6 +4,7 @@
 reference says about a slice of that array: nothing is timed that is wrong.
 """
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,35 +29,53 @@ _state = {"rows": []}
 @pytest.fixture(scope="session")
 def limits():
     cpu.compile_all()
-    _state["limits"] = machine.measure()
+    _state["limits"], _state["packed"] = machine.measure(), machine.packed_rate()
     return _state["limits"]
 
 
+@pytest.fixture(scope="session")
+def stream():
+    return machine.Stream()
+
+
 @pytest.fixture
-def measure(benchmark, limits, request):
+def measure(benchmark, limits, stream, request):
     """Check a function, then time it.
 
     Arguments of the fixture: ``run``, a function without arguments; ``checks``, pairs of what it computed and what is
     expected; ``rtol_max`` and ``reason``, as for `assert_close`; ``macs`` and ``nbytes``, what it costs. The checks are
-    a function, which is called after a first run.
+    a function, which is called after a first run. ``streamed``: the bytes come from memory, whose speed may change from
+    second to second; every round then follows a pass of the streaming read, and the share is the rounds' median.
     """
 
-    def call(run, checks, *, rtol_max, reason, macs=0, nbytes=0):
+    def call(run, checks, *, rtol_max, reason, macs=0, nbytes=0, streamed=False):
         run()
         for actual, expected in checks():
             assert_close(actual, expected, rtol_max=rtol_max, reason=reason)
         began = time.perf_counter()
         run()
         rounds = int(min(max(SECONDS / (time.perf_counter() - began), ROUNDS[0]), ROUNDS[1]))
-        benchmark.pedantic(run, rounds=rounds, iterations=1)
-        # Rates are those of the fastest round, as the limits are: other programs can only slow one down.
+        passes = []
+
+        def read():
+            began = time.perf_counter()
+            stream.read()
+            passes.append(stream.nbytes / (time.perf_counter() - began))
+
+        benchmark.pedantic(run, setup=read if streamed else None, rounds=rounds, iterations=1)
+        # Rates are those of the fastest round, as the limits are: other programs can only slow one down. Packed is the
+        # rate of products whose weights are unpacked already.
         fastest = benchmark.stats.stats.min
         rates = {
             "GMAC/s": macs / fastest / 1e9,
             "int8 share": macs / fastest / limits.int8,
+            "packed share": macs / fastest / _state["packed"],
             "GB/s": nbytes / fastest / 1e9,
             "read share": nbytes / fastest / limits.read,
         }
+        if streamed:
+            shares = [nbytes / each / read for each, read in zip(benchmark.stats.stats.data, passes, strict=True)]
+            rates["read share"] = statistics.median(shares)
         benchmark.extra_info.update({name: value for name, value in rates.items() if value})
         times = {"median ms": benchmark.stats.stats.median * 1e3, "fastest ms": fastest * 1e3}
         _state["rows"].append((request.node.name, times | rates))
@@ -69,12 +88,13 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("shares of the machine's limits")
     terminalreporter.write_line(describe(facts(_state["limits"])))
+    terminalreporter.write_line(f"products with packed panels: {_state['packed'] / 1e9:.0f} GMAC/s")
     width = max(len(name) for name, _ in _state["rows"])
     columns = list(_state["rows"][0][1])
-    terminalreporter.write_line(f"{'':{width}}" + "".join(f"{name:>12}" for name in columns))
+    terminalreporter.write_line(f"{'':{width}}" + "".join(f"{name:>13}" for name in columns))
     for name, values in _state["rows"]:
         cells = (_cell(column, values[column]) for column in columns)
-        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def _cell(column, value):

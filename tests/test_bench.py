@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import pymla
-from pymla import bench, costs, plot
+from pymla import bench, costs, ggml, plot
 from pymla.cli import main
 from pymla.cpu import limits
+from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
+from pymla.cpu.quant import Activation
 from pymla.cpu.simd import LANES, sum4
 from pymla.errors import PymlaError
 
@@ -88,10 +90,30 @@ def test_limits_read_and_multiply_everything():
     np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-6, atol=0.5)
 
 
+def test_packed_products_are_those_of_the_panels():
+    rng = np.random.default_rng(0)
+    # Five columns: the last tile is not full. K is not a multiple of the panels' length.
+    x = Activation(rng.standard_normal((5, CHUNK + 128), dtype=np.float32)).panels(ggml.Q4_0)
+    scratch = np.zeros(SCRATCH, np.uint8)
+    codes = scratch[: ROWS * CHUNK].reshape(2, CHUNK // 4, LANES, 4)
+    codes[:] = rng.integers(0, 16, codes.shape)
+    scales = scratch[ROWS * CHUNK :][: ROWS * CHUNK // 4].view(np.float32).reshape(2, -1, LANES)
+    scales[:] = rng.random(scales.shape)
+    out = np.full((2, ROWS), np.nan, np.float32)
+    limits._multiply_packed[2, 1](scratch, x, out)
+    rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - 8
+    # The scales of both panels, one for each row and 32 columns.
+    rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(ROWS, -1), 32, axis=1)
+    column = x.codes[-1] * np.repeat(x.scale[-1].astype(np.float64), 32)
+    expected = rows @ column[:CHUNK] + rows[:, :128] @ column[CHUNK:]
+    np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-5, atol=1e-3)
+
+
 def test_limits_are_rates():
     found = limits.measure(16 << 20)
     assert 1e8 < found.read < 1e13
     assert 1e8 < found.int8 < 1e14
+    assert 1e7 < limits.packed_rate() < found.int8 * 1.5
 
 
 def test_settings_refuse_nonsense():

@@ -1,4 +1,4 @@
-"""The device's memory and graphs, with a driver that only takes notes: neither a GPU nor the simulator."""
+"""The device's memory, graphs and faults, with a driver that only takes notes: neither a GPU nor the simulator."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from cuda.bindings import driver as api
 
-from pymla.cuda import driver, graph, memory
+from pymla.cuda import driver, graph, memory, quant
 from pymla.errors import PymlaError
 
 SUCCESS = api.CUresult.CUDA_SUCCESS
@@ -66,6 +66,12 @@ class Driver:
 
     def cuStreamSynchronize(self, stream):
         return (SUCCESS,)
+
+    def cuGetErrorName(self, error):
+        return SUCCESS, error.name.encode()
+
+    def cuGetErrorString(self, error):
+        return SUCCESS, b"in words"
 
     def read(self, array):
         """The bytes of a contiguous device array."""
@@ -192,3 +198,41 @@ def test_a_graph_copies_nothing_from_the_host(device):
     with pytest.raises(PymlaError, match="recorded as a graph copied from the host"):
         made.replay()
     assert driver.recording() is None
+
+
+@pytest.fixture
+def kernel(device, monkeypatch):
+    """A kernel that counts as loaded, the first one since the host last waited."""
+    monkeypatch.setattr(quant._quantise_activations, "_function", 1)
+    driver._since.clear()
+    yield quant._quantise_activations
+    driver._since.clear()
+
+
+def test_a_launch_that_is_refused_names_its_kernel(device, kernel):
+    def refuse(*arguments):
+        return (api.CUresult.CUDA_ERROR_INVALID_VALUE,)
+
+    device.cuLaunchKernel = refuse
+    shape = r"\(3, 1, 1\) blocks of \(128, 1, 1\) threads, 0 bytes of shared memory"
+    with pytest.raises(PymlaError, match=rf"^kernel quantise_activations, {shape}: refuse: CUDA_ERROR_INVALID_VALUE"):
+        kernel[3, 128](0, 0, 0, 1)
+
+
+def test_kernels_that_fail_are_named_where_the_host_waits(device, kernel, monkeypatch):
+    device.cuStreamSynchronize = lambda stream: (api.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
+    kernel[1, 128](0, 0, 0, 1)
+    with pytest.raises(PymlaError, match=r"^kernel quantise_activations failed: CUDA_ERROR_ILLEGAL_\w+ \(in words\)$"):
+        memory.to_host(memory.empty((1,), np.float32))
+    # What is told once is not told again.
+    with pytest.raises(PymlaError, match=r"^a copy failed"):
+        driver.synchronise()
+    kernel[1, 128](0, 0, 0, 1)
+    driver.launched("another")
+    with pytest.raises(
+        PymlaError, match=r"^one of the kernels quantise_activations, another failed: .*PYMLA_CUDA_SYNC=1"
+    ):
+        driver.synchronise()
+    monkeypatch.setattr(driver, "SYNC", True)
+    with pytest.raises(PymlaError, match=r"^kernel quantise_activations failed"):
+        kernel[1, 128](0, 0, 0, 1)

@@ -1,7 +1,7 @@
 """Multi-head latent attention over a paged cache. Twin of `pymla.reference.attention`.
 
 All forms run over the cache a page of 64 positions at a time, with an online softmax (Milakov and Gimelshein, 2018): a
-running maximum m, a running sum l, and accumulated values, which shrink by exp(m_old - m_new) where the maximum grows.
+running maximum m, a running sum l, and accumulated values, which shrink where the maximum grows (`pymla.cpu.softmax`).
 Positions behind a query are never read.
 
 - *Absorbed*: a page is dequantised once and meets 16 heads, which are the lanes of two registers, in two small matrix
@@ -51,7 +51,7 @@ from pymla.cpu.simd import (
     store_f32,
     store_f32x8,
 )
-from pymla.cpu.softmax import heads_softmax, query_softmax, shrink
+from pymla.cpu.softmax import LOG2E, heads_softmax, query_softmax, shrink
 from pymla.ggml import F32
 
 __all__ = [
@@ -104,7 +104,7 @@ def absorbed(q, latent, rope, step, scale, out):
     partial = np.empty((tokens * splits, heads, rank), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
     kernel = attention_int8.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
-    kernel[tokens * splits * groups, 1](q, latent, rope, step, scale, splits, partial, sums)
+    kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
 
@@ -162,14 +162,14 @@ def expanded(q, keys_values, positions, scale, out):
     if isinstance(keys_values, Panels):
         return attention_int8.expanded(q, keys_values, positions, scale, out)
     tokens, heads, _ = q.shape
-    _expanded[heads * -(-tokens // BLOCK), 1](q, *keys_values, positions, scale, out)
+    _expanded[heads * -(-tokens // BLOCK), 1](q, *keys_values, positions, scale * LOG2E, out)
     return out
 
 
 def full(q, keys, values, step, scale, out):
     """Attention over a cache of whole keys and values (``--mla 0``); `q` float32 (T, H, nope + R), `out` (T, H, v)."""
     tokens, heads, _ = q.shape
-    _full[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale, out)
+    _full[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale * LOG2E, out)
     return out
 
 
@@ -269,7 +269,7 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
 
 @kernel(F3, F3, types.int64, F3)
 def _merge(first, last, partial, sums, splits, out):
-    """Bring the shares of each token and head together: values weighted by exp(their maximum - the largest)."""
+    """Bring the shares of each token and head together: values weighted by 2 ** (their maximum - the largest)."""
     _, heads, rank = out.shape
     for item in range(first, last):
         t, h = item // heads, item % heads
@@ -282,7 +282,7 @@ def _merge(first, last, partial, sums, splits, out):
             each = t * splits + split
             if sums[each, h, 1] == 0:
                 continue
-            weight = np.float32(np.exp(sums[each, h, 0] - largest))
+            weight = np.float32(np.exp2(sums[each, h, 0] - largest))
             total += weight * sums[each, h, 1]
             add_scaled(weight, address(partial[each, h]), address(out[t, h]), rank)
         shrink(np.float32(1) / total, address(out[t, h]), rank)

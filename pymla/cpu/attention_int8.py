@@ -2,8 +2,8 @@
 
 In the expanded form, keys and values become panels (`pymla.cpu.attention_tiles`) as they are expanded. The lanes of
 keys are tokens, and their head dimensions run along K; the lanes of values are head dimensions, and tokens run along
-K. Keys have a scale for 32 dimensions, values a scale for each token, which goes into the softmax weights. Those are
-quantised per 64 tokens. So no number depends on a token that its query does not see.
+K. Keys have a scale for `KEY_BLOCK` dimensions, values a scale for each token, which goes into the softmax weights.
+Those are quantised per 64 tokens. So no number depends on a token that its query does not see.
 
 In the absorbed form the codes of the cache are multiplied where they lie (`pymla.cpu.cache_rows`). Queries are panels,
 whose lanes are heads, and meet the codes of one row of the cache after the other. For the values, four rows at a time
@@ -66,35 +66,40 @@ from pymla.cpu.simd import (
     store_words_xL,
     widen,
 )
-from pymla.cpu.softmax import heads_softmax, token_softmax
+from pymla.cpu.softmax import LOG2E, heads_softmax, token_softmax
 
 #: Keys that a block of queries meets at a time.
 TOKENS = 128
+#: Dimensions of an expanded key with a common scale: with 32, a fifth of the scores' instructions were for scales.
+KEY_BLOCK = 64
 #: Most tokens that are expanded at a time, a multiple of `TOKENS`: the more, the less often weights are unpacked.
 EXPANDED = 512
 #: Heads that share the reading of a page in the absorbed form.
 HEADS = 16
-#: Queries of a head that share the reading of keys and values.
-QUERIES = 96
+#: Most queries of a head that share the reading of keys and values.
+QUERIES = 192
+
+#: Bytes of a block of a key's codes.
+_KEY_BYTES = KEY_BLOCK // 32 * BLOCK_BYTES
 
 
 class Panels(NamedTuple):
     """Expanded keys and values of some heads; tokens are padded to a multiple of `TOKENS`."""
 
-    keys: np.ndarray  # uint8 (H, tokens // LANES, D // 32 * PANEL_BYTES): D is a multiple of 32
-    key_scales: np.ndarray  # float32 (H, tokens // LANES, D // 32 * LANES)
-    key_starts: np.ndarray  # int32, likewise: minus `BIAS` times the sums of the codes of 32 dimensions
+    keys: np.ndarray  # uint8 (H, tokens // LANES, D // 32 * PANEL_BYTES): D is a multiple of `KEY_BLOCK`
+    key_scales: np.ndarray  # float32 (H, tokens // LANES, D // KEY_BLOCK * LANES)
+    key_starts: np.ndarray  # int32, likewise: minus `BIAS` times the sums of the codes of a block
     values: np.ndarray  # uint8 (H, tokens // 32, v * BLOCK_BYTES): v is a multiple of ROWS
     value_scales: np.ndarray  # float32 (H, tokens)
 
     @classmethod
     def empty(cls, tokens, heads, size, v):
         """For so many tokens and heads, keys of `size` and values of `v` numbers."""
-        tokens, size, v = -(-tokens // TOKENS) * TOKENS, -(-size // 32) * 32, -(-v // ROWS) * ROWS
+        tokens, v, blocks = -(-tokens // TOKENS) * TOKENS, -(-v // ROWS) * ROWS, -(-size // KEY_BLOCK)
         return cls(
-            aligned((heads, tokens // LANES, size // 32 * PANEL_BYTES), np.uint8),
-            aligned((heads, tokens // LANES, size // 32 * LANES), np.float32),
-            aligned((heads, tokens // LANES, size // 32 * LANES), np.int32),
+            aligned((heads, tokens // LANES, blocks * KEY_BLOCK // 32 * PANEL_BYTES), np.uint8),
+            aligned((heads, tokens // LANES, blocks * LANES), np.float32),
+            aligned((heads, tokens // LANES, blocks * LANES), np.int32),
             aligned((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
             aligned((heads, tokens), np.float32),
         )
@@ -120,7 +125,11 @@ def expand(c_kv, k_pe, k_b, v_b, out):
 def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence over `Panels`; `q` float32 (T, H, D), `out` (T, H, v) with any strides."""
     tokens, heads, _ = q.shape
-    _expanded[heads * -(-tokens // QUERIES), 1](q, keys_values, positions, scale, out)
+    size = QUERIES
+    # Four items for each thread, where there are so many.
+    if heads * -(-tokens // size) < 4 * threads.thread_count():
+        size = QUERIES // 2
+    _expanded[heads * -(-tokens // size), 1](q, keys_values, positions, scale * LOG2E, size, out)
     return out
 
 
@@ -132,9 +141,9 @@ def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
     blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
     scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
     result = allocate_f32(size, ROWS)
-    keys = np.zeros((size, 32 * blocks), np.float32)
+    keys = np.zeros((size, KEY_BLOCK * blocks), np.float32)
     values = np.zeros((size, v), np.float32)
-    codes = np.empty((size, blocks * BLOCK_BYTES), np.uint8)
+    codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)
     for item in range(first, last):
         h, begin = item // groups, item % groups * size
         count = min(size, tokens - begin)
@@ -150,8 +159,8 @@ def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
             scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
             starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
             for i in range(blocks):
-                at = address(codes[t]) + BLOCK_BYTES * i
-                sums = quantise_codes(address(keys[t]) + 128 * i, at, scales + 4 * LANES * i, 0)
+                x_at, at = address(keys[t]) + 4 * KEY_BLOCK * i, address(codes[t]) + _KEY_BYTES * i
+                sums = quantise_codes(x_at, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
                 store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
         for t in range(0, padded, 8):
             at = address(out.keys[h, (begin + t) // LANES]) + 4 * (t % LANES)
@@ -223,9 +232,9 @@ def store_values(rows, panels, scales):
     v = rows.shape[1]
     inverse = np.empty(32, np.float32)
     for t in range(32):
-        most = splat_f32(np.float32(0))
-        for i in range(0, v, 8):
-            most = farther(absolute(load_f32x8(address(rows[t]) + 4 * i)), most)
+        most = splat_f32xL(np.float32(0))
+        for i in range(0, v, LANES):
+            most = farther(absolute(load_f32xL(address(rows[t]) + 4 * i)), most)
         most_of_all = farthest(most)
         inverse[t] = 0
         if most_of_all > 0:
@@ -246,29 +255,29 @@ def scaled_row(rows, factors, t, i):
     return round_even(mul(load_f32xL(address(rows[t]) + 4 * i), splat_f32xL(factors[t])))
 
 
-@kernel(F3, PANELS, I1, types.float64, A3)
-def _expanded(first, last, q, panels, positions, scale, out):
-    """Over blocks of queries of each head. Late blocks have more to read: they are dealt out first."""
+@kernel(F3, PANELS, I1, types.float64, types.int64, A3)
+def _expanded(first, last, q, panels, positions, scale, size, out):
+    """Over blocks of `size` queries of each head. Late blocks have more to read: they are dealt out first."""
     tokens, heads, v = out.shape
     blocks, padded_v = panels.key_scales.shape[2] // LANES, panels.values.shape[2] // BLOCK_BYTES
-    groups = (tokens + QUERIES - 1) // QUERIES
-    query = np.zeros(32 * blocks, np.float32)
-    codes = np.empty((QUERIES, blocks * BLOCK_BYTES), np.uint8)
-    scales = np.empty((QUERIES, blocks), np.float32)
-    scores = allocate_f32(QUERIES, TOKENS)
-    weights = np.empty((QUERIES, TOKENS // 32 * BLOCK_BYTES), np.uint8)
-    weight_scales = np.empty((QUERIES, TOKENS // WEIGHTS), np.float32)
-    state = np.empty((QUERIES, 2), np.float32)
-    result = allocate_f32(QUERIES, padded_v)
+    groups = (tokens + size - 1) // size
+    query = np.zeros(KEY_BLOCK * blocks, np.float32)
+    codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)
+    scales = np.empty((size, blocks), np.float32)
+    scores = allocate_f32(size, TOKENS)
+    weights = np.empty((size, TOKENS // 32 * BLOCK_BYTES), np.uint8)
+    weight_scales = np.empty((size, TOKENS // WEIGHTS), np.float32)
+    state = np.empty((size, 2), np.float32)
+    result = allocate_f32(size, padded_v)
     for item in range(first, last):
-        begin, h = (groups - 1 - item // heads) * QUERIES, item % heads
-        count = min(QUERIES, tokens - begin)
+        begin, h = (groups - 1 - item // heads) * size, item % heads
+        count = min(size, tokens - begin)
         for i in range(count):
             for j in range(q.shape[2]):
                 query[j] = q[begin + i, h, j] * np.float32(scale)
             for j in range(blocks):
-                at = address(codes[i]) + BLOCK_BYTES * j
-                quantise_codes(address(query) + 128 * j, at, address(scales[i, j:]), BIAS)
+                at = address(codes[i]) + _KEY_BYTES * j
+                quantise_codes(address(query) + 4 * KEY_BLOCK * j, KEY_BLOCK, at, address(scales[i, j:]), BIAS)
         state[:, 0] = -np.inf
         state[:, 1] = 0
         result[:] = 0
@@ -285,7 +294,7 @@ def _expanded(first, last, q, panels, positions, scale, out):
                     a, b, c = i, min(i + 1, count - 1), min(i + 2, count - 1)
                     x, sx = three(codes, a, b, c), three(scales, a, b, c)
                     at, bt = three(scores[:, s:], a, b, c), three(scores[:, s + LANES :], a, b, c)
-                    tile_scores(x, x, sx, sx, blocks, p, p_next, d, d_next, z, z_next, 4 * LANES, at, bt)
+                    tile_scores(x, x, sx, sx, blocks, KEY_BLOCK, p, p_next, d, d_next, z, z_next, 4 * LANES, at, bt)
             for i in range(count):
                 visible, token_scales = positions[begin + i] + 1 - block, address(panels.value_scales[h, block:])
                 at, target = address(scores[i]), address(result[i])
@@ -361,7 +370,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
         for h in range(HEADS):
             for i in range(blocks):
                 at = address(query_codes[h]) + BLOCK_BYTES * i
-                total_codes = quantise_codes(address(query[h]) + 128 * i, at, address(panel_scales[i, h:]), 0)
+                total_codes = quantise_codes(address(query[h]) + 128 * i, 32, at, address(panel_scales[i, h:]), 0)
                 panel_starts[i, h] = np.int32(-BIAS * total_codes)
         for h in range(0, HEADS, 8):
             at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
@@ -406,7 +415,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                 sx, sy = multiples(address(scales), scale_bytes, abc), multiples(address(scales), scale_bytes, egh)
                 at, bt = multiples(address(scores), 4 * HEADS, abc), multiples(address(scores), 4 * HEADS, egh)
                 bt = bt[0] + half * 4 * LANES, bt[1] + half * 4 * LANES, bt[2] + half * 4 * LANES
-                tile_scores(x, y, sx, sy, blocks, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
+                tile_scores(x, y, sx, sy, blocks, 32, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
                 x, y = multiples(rope_rows, rope_bytes, abc), multiples(rope_rows, rope_bytes, egh)
                 sx, sy = multiples(rope_scales, 4, abc), multiples(rope_scales, 4, egh)
                 tile_rope(x, y, sx, sy, words, r, r_next, f, f_next, at, bt)

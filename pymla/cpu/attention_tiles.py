@@ -1,7 +1,7 @@
 """Tiles of attention on integers: queries against keys, softmax weights against values.
 
-Operands are codes of 8 bits with a scale for 32 of them, in words of `simd.WORD` codes. Panels have words of `LANES`
-rows side by side; words of the other operand are broadcast.
+Operands are codes of 8 bits with a scale for 32 of them or more, in words of `simd.WORD` codes. Panels have words of
+`LANES` rows side by side; words of the other operand are broadcast.
 """
 
 import numpy as np
@@ -50,52 +50,42 @@ PANEL_BYTES = LANES * BLOCK_BYTES
 
 
 @inline
-def quantise_codes(x, codes, scale, zero):
-    """Thirty-two float32 as codes from -127 to 127, plus `zero` (0 or `BIAS`), and their scale; returns their sum
-    without it.
+def quantise_codes(x, count, codes, scale, zero):
+    """`count` float32, a multiple of 32, as codes from -127 to 127, plus `zero` (0 or `BIAS`), and their scale; returns
+    their sum without it.
 
-    All but `zero` are addresses.
+    `x`, `codes` and `scale` are addresses.
     """
-    a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
-    most = farthest(farther(farther(absolute(a), absolute(b)), farther(absolute(c), absolute(d))))
+    most_lanes = splat_f32xL(np.float32(0))
+    for i in range(0, count, LANES):
+        most_lanes = farther(absolute(load_f32xL(x + 4 * i)), most_lanes)
+    most = farthest(most_lanes)
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
     # A value that is infinite or NaN stays in sight here; codes would turn it into a number.
     store_f32(scale, most / np.float32(127))
-    factor, zero = splat_f32(inverse), splat_f32(np.float32(zero))
-    a, b = round_even(mul(a, factor)), round_even(mul(b, factor))
-    c, d = round_even(mul(c, factor)), round_even(mul(d, factor))
-    eight = BLOCK_BYTES // 4
-    store_codes(codes, add(a, zero))
-    store_codes(codes + eight, add(b, zero))
-    store_codes(codes + 2 * eight, add(c, zero))
-    store_codes(codes + 3 * eight, add(d, zero))
-    return total(add(add(a, b), add(c, d)))
+    factor, zero, sums = splat_f32xL(inverse), splat_f32xL(np.float32(zero)), splat_f32xL(np.float32(0))
+    for i in range(0, count, LANES):
+        whole = round_even(mul(load_f32xL(x + 4 * i), factor))
+        store_codes(codes + 4 // WORD * i, add(whole, zero))
+        sums = add(sums, whole)
+    return total(sums)
 
 
 @inline
 def quantise_weights(weights, codes, scale):
     """`WEIGHTS` float32 that are not negative as codes from 0 to 255, and their scale; all are addresses."""
-    a, b = load_f32x8(weights), load_f32x8(weights + 32)
-    c, d = load_f32x8(weights + 64), load_f32x8(weights + 96)
-    e, f = load_f32x8(weights + 128), load_f32x8(weights + 160)
-    g, h = load_f32x8(weights + 192), load_f32x8(weights + 224)
-    ab, cd, ef, gh = farther(a, b), farther(c, d), farther(e, f), farther(g, h)
-    most = farthest(farther(farther(ab, cd), farther(ef, gh)))
+    most_lanes = splat_f32xL(np.float32(0))
+    for i in range(0, WEIGHTS, LANES):
+        most_lanes = farther(load_f32xL(weights + 4 * i), most_lanes)
+    most = farthest(most_lanes)
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(255) / most
-    factor = splat_f32(inverse)
-    eight = BLOCK_BYTES // 4
-    store_codes(codes, round_even(mul(a, factor)))
-    store_codes(codes + eight, round_even(mul(b, factor)))
-    store_codes(codes + 2 * eight, round_even(mul(c, factor)))
-    store_codes(codes + 3 * eight, round_even(mul(d, factor)))
-    store_codes(codes + 4 * eight, round_even(mul(e, factor)))
-    store_codes(codes + 5 * eight, round_even(mul(f, factor)))
-    store_codes(codes + 6 * eight, round_even(mul(g, factor)))
-    store_codes(codes + 7 * eight, round_even(mul(h, factor)))
+    factor = splat_f32xL(inverse)
+    for i in range(0, WEIGHTS, LANES):
+        store_codes(codes + 4 // WORD * i, round_even(mul(load_f32xL(weights + 4 * i), factor)))
     store_f32(scale, most / np.float32(255))
 
 
@@ -133,7 +123,7 @@ def three(rows, a, b, c):
 
 
 @unrolled
-def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
+def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
     """Rows of two panels with three others each.
 
     Parameters
@@ -143,8 +133,8 @@ def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
         panels are neighbours, which the caller's code must show to LLVM: words are then loaded once.
     sx, sy : tuples of 3 int
         Addresses of their scales.
-    blocks : int
-        Of 32 codes.
+    blocks, count : int
+        Of `count` codes, a multiple of 32.
     p, q : int
         Addresses of the panels.
     d, e, z, w, step : int
@@ -162,7 +152,7 @@ def tile_scores(x, y, sx, sy, blocks, p, q, d, e, z, w, step, at, bt):
     for _ in range(blocks):
         i, j = load_i32xL(z), load_i32xL(w)
         sums = i, j, i, j, i, j
-        for _ in range(BLOCK_BYTES // 16):
+        for _ in range(count // 32 * BLOCK_BYTES // 16):
             sums = _four_scores(sums, p, q, xa, xb, xc, ya, yb, yc)
             p, q = p + 16 * LANES, q + 16 * LANES
             xa, xb, xc, ya, yb, yc = xa + 16, xb + 16, xc + 16, ya + 16, yb + 16, yc + 16

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from pymla import ggml
 from pymla.cpu import threads
 from pymla.cpu.jit import kernel
-from pymla.cpu.quant import F1, F2
+from pymla.cpu.memory import allocate_f32
+from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, tile4
+from pymla.cpu.quant import F1, F2, INPUT, Activation
 from pymla.cpu.simd import (
     LANES,
     add,
@@ -44,8 +47,11 @@ _DEPTH = 512
 _TIMES = 64
 #: Multiply-adds of an item of `_multiply`: two panels of `LANES` rows and three columns.
 _ITEM_MACS = 2 * LANES * 3 * _DEPTH * _TIMES
+#: Columns of activations of `_multiply_packed`, and their length.
+_TOKENS, _LENGTH = 512, 2048
 
 CODES = types.Array(types.int8, 1, "C")
+BYTES = types.Array(types.uint8, 1, "C")
 
 
 class Limits(NamedTuple):
@@ -72,10 +78,21 @@ def measure(nbytes=STREAM_BYTES):
 
 def read_rate(nbytes=STREAM_BYTES):
     """Bytes per second of a sum over an array of `nbytes`, which was written before."""
-    blocks = max(1, nbytes // (4 * _BLOCK))
-    data = np.ones(blocks * _BLOCK, np.float32)
-    sums = np.empty((blocks, 8), np.float32)
-    return data.nbytes / _fastest(lambda: _read[blocks](data, sums))
+    stream = Stream(nbytes)
+    return stream.nbytes / _fastest(stream.read)
+
+
+class Stream:
+    """An array of about `nbytes` that is read from memory, by all threads."""
+
+    def __init__(self, nbytes=STREAM_BYTES):
+        blocks = max(1, nbytes // (4 * _BLOCK))
+        self._data, self._sums = np.ones(blocks * _BLOCK, np.float32), np.empty((blocks, 8), np.float32)
+        self.nbytes = self._data.nbytes
+
+    def read(self):
+        """Sum all of it."""
+        _read[len(self._sums)](self._data, self._sums)
 
 
 def int8_rate():
@@ -85,6 +102,16 @@ def int8_rate():
     activations = np.arange(3 * _DEPTH, dtype=np.int64).astype(np.int8)
     sums = np.empty((items, 2 * LANES), np.float32)
     return items * _ITEM_MACS / _fastest(lambda: _multiply[items](codes, activations, sums))
+
+
+def packed_rate():
+    """Multiply-adds per second of products with 4-bit codes that lie in panels already: those of `panels.product`, with
+    scales and results, but without reading and unpacking weights. Bounds what a product of many columns can reach."""
+    items = 64 * threads.thread_count()
+    x = Activation(np.ones((_TOKENS, _LENGTH), np.float32)).panels(ggml.Q4_0)
+    panels, out = np.zeros(SCRATCH, np.uint8), np.empty((items, ROWS), np.float32)
+    macs = items * ROWS * _TOKENS * _LENGTH
+    return macs / _fastest(lambda: _multiply_packed[items, 1](panels, x, out))
 
 
 def _fastest(run):
@@ -150,3 +177,23 @@ def _multiply(first, last, codes, activations, sums):
         j = add(add(add(finish4(ja), finish4(jb)), finish4(jc)), add(add(finish4(la), finish4(lb)), finish4(lc)))
         store_f32xL(address(sums[item]), i)
         store_f32xL(address(sums[item]) + 4 * LANES, j)
+
+
+@kernel(BYTES, INPUT, F2)
+def _multiply_packed(first, last, panels, x, out):
+    """`panels.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
+    tokens, k = x.codes.shape
+    result = allocate_f32(tokens, ROWS)
+    for item in range(first, last):
+        for start in range(0, k, CHUNK):
+            for a in range(0, tokens, 3):
+                # A tile at the edge repeats the last column.
+                b, c = min(a + 1, tokens - 1), min(a + 2, tokens - 1)
+                xa, xb, xc = address(x.codes[a, start:]), address(x.codes[b, start:]), address(x.codes[c, start:])
+                i = start // 32
+                sa, sb, sc = address(x.scale[a, i:]), address(x.scale[b, i:]), address(x.scale[c, i:])
+                za, zb, zc = address(x.starts[a, i:]), address(x.starts[b, i:]), address(x.starts[c, i:])
+                at, bt, ct = address(result[a]), address(result[b]), address(result[c])
+                blocks, scratch = min(CHUNK, k - start) // 32, address(panels)
+                tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, 4, blocks, scratch, start > 0, at, bt, ct)
+        out[item] = result[tokens - 1]

@@ -121,12 +121,12 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
             sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
             if bits == 4:
                 za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
-                _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
+                tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
                 if minimum:
                     _add_minima(sums + 4 * wa, sums + 4 * wb, sums + 4 * wc, blocks, scratch, at, bt, ct)
             else:
                 za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
-                _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
+                tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
 
 
 @inline
@@ -149,7 +149,7 @@ def _unpack(qtype, row, count, stride, first, blocks, codes, scales, minima):
 
 
 @inline
-def _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, bt, ct):
+def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, bt, ct):
     """Two panels of 4-bit codes times three columns a, b and c.
 
     Parameters
@@ -196,8 +196,8 @@ def _tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, 
 
 
 @inline
-def _tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct):
-    """`_tile4` for codes of 8 bits, with a scale and a word for `simd.start8` for 16 weights."""
+def tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct):
+    """`tile4` for codes of 8 bits, with a scale and a word for `simd.start8` for 16 weights."""
     p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
     d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
     fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)

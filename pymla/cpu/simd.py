@@ -132,6 +132,15 @@ def elementwise(emit):
     return _intrinsic(typed, emit, emit.__code__.co_argcount - 1)
 
 
+def reduction(emit):
+    """Make an intrinsic from float lanes to one number."""
+
+    def typed(typingctx, x):
+        return types.float32(x), lambda context, builder, signature, args: emit(builder, *args)
+
+    return _intrinsic(typed, emit, 1)
+
+
 def _function(builder, name, result, arguments):
     module = builder.module
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
@@ -429,11 +438,11 @@ def where_positive(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, zero), y, zero)
 
 
-@operation(f32x8, f32x8, types.int64, f32x8)
+@operation(f32xL, f32xL, types.int64, f32xL)
 def first_lanes(builder, x, count, y):
     """`x` in the first `count` lanes, which may be none or all, and `y` in the others."""
-    lanes = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
-    inside = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), 8))
+    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+    inside = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), LANES))
     return builder.select(inside, x, y)
 
 
@@ -485,6 +494,31 @@ def exp(builder, x):
     return builder.fmul(polynomial, builder.bitcast(exponent, vector))
 
 
+@elementwise
+def exp2(builder, x):
+    """``2 ** x`` for x up to 127, to three units of the last place; from 1e-38 for small x. NaN stays NaN.
+
+    ``x = n + f``; the polynomial for ``2 ** f``, -1/2 ≤ f ≤ 1/2, has the smallest largest error (found by reweighted
+    least squares).
+    """
+    vector = x.type
+    fused = _function(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
+
+    def number(value):
+        return _constant(vector, float(np.float32(value)))
+
+    x = builder.select(builder.fcmp_ordered("<", x, number(-126)), number(-126), x)
+    # Adding 1.5 * 2**23 leaves the whole part in the low bits, which then move into the exponent.
+    shifted = builder.fadd(x, number(12582912.0))
+    f = builder.fsub(x, builder.fsub(shifted, number(12582912.0)))
+    polynomial = number(1.32647261e-3)
+    for coefficient in (9.67151299e-3, 5.55073358e-2, 2.40222424e-1, 6.93147004e-1, 1.0):
+        polynomial = builder.call(fused, [polynomial, f, number(coefficient)])
+    wide = ir.VectorType(_I32, vector.count)
+    exponent = builder.shl(builder.bitcast(shifted, wide), _constant(wide, 23))
+    return builder.bitcast(builder.add(builder.bitcast(polynomial, wide), exponent), vector)
+
+
 def _reduced(builder, value, combine):
     """Halves combined with halves, so that the order does not depend on compiler flags."""
     count = value.type.count
@@ -496,24 +530,24 @@ def _reduced(builder, value, combine):
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
 
-@operation(types.float32, f32x8)
+@reduction
 def total(builder, x):
     """The sum of all lanes."""
     return _reduced(builder, x, builder.fadd)
 
 
-@operation(types.float32, f32x8)
+@reduction
 def largest(builder, x):
     """The largest of all lanes."""
     return _reduced(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
-@operation(types.float32, f32x8)
+@reduction
 def farthest(builder, x):
     """The largest of all lanes, none of which is negative; NaN counts as larger than any."""
     word = _reduced(
         builder,
-        builder.bitcast(x, ir.VectorType(_I32, 8)),
+        builder.bitcast(x, ir.VectorType(_I32, x.type.count)),
         lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b),
     )
     return builder.bitcast(word, _F32)
@@ -793,11 +827,11 @@ def dot8(builder, acc, codes, activations):
 # Words of attention: `WORD` codes of a column of K each, of one operand from 0 to 255 where there is VNNI (`BIAS`).
 
 
-@operation(types.void, types.int64, f32x8)
+@operation(types.void, types.int64, f32xL)
 def store_codes(builder, address, value):
-    """Eight float32, whole numbers, as codes. NaN becomes any number."""
-    codes = builder.fptosi(value, ir.VectorType(_I32, 8))
-    _write(builder, address, builder.trunc(codes, ir.VectorType(_I8 if _VNNI else _I16, 8)))
+    """`LANES` float32, whole numbers, as codes. NaN becomes any number."""
+    codes = builder.fptosi(value, ir.VectorType(_I32, LANES))
+    _write(builder, address, builder.trunc(codes, ir.VectorType(_I8 if _VNNI else _I16, LANES)))
 
 
 def _words(builder, columns):

@@ -1,25 +1,35 @@
 """The online softmax (Milakov and Gimelshein, 2018): a running maximum m, a running sum l, and accumulated values,
-which shrink by exp(m_old - m_new) where the maximum grows."""
+which shrink by 2 ** (m_old - m_new) where the maximum grows. Scores are to base 2, which costs half as much as base e:
+queries are scaled by `LOG2E` besides."""
+
+import math
 
 import numpy as np
 
 from pymla.cpu.compiling import inline
 from pymla.cpu.simd import (
+    LANES,
     add,
     address,
-    exp,
+    exp2,
     first_lanes,
     larger,
     largest,
     load_f32,
     load_f32x8,
+    load_f32xL,
     mul,
     splat_f32,
+    splat_f32xL,
     store_f32,
     store_f32x8,
+    store_f32xL,
     sub,
     total,
 )
+
+#: Base 2 for base e.
+LOG2E = math.log2(math.e)
 
 
 @inline
@@ -43,10 +53,10 @@ def heads_softmax(scores, seen, state, values, columns):
         most = old
         for s in range(seen):
             most = larger(load_f32x8(scores + 64 * s + half), most)
-        correction = exp(sub(old, most))
+        correction = exp2(sub(old, most))
         summed = mul(load_f32x8(state + 64 + half), correction)
         for s in range(seen):
-            weight = exp(sub(load_f32x8(scores + 64 * s + half), most))
+            weight = exp2(sub(load_f32x8(scores + 64 * s + half), most))
             store_f32x8(scores + 64 * s + half, weight)
             summed = add(summed, weight)
         store_f32x8(state + half, most)
@@ -62,7 +72,7 @@ def heads_softmax(scores, seen, state, values, columns):
 def _raise_maximum(most, state, result, columns):
     """The larger of a query's maximum and `most`; its sum and values follow."""
     if most > state[0]:
-        correction = np.float32(np.exp(state[0] - most))
+        correction = np.float32(np.exp2(state[0] - most))
         state[1] *= correction
         shrink(correction, result, columns)
         state[0] = most
@@ -86,8 +96,8 @@ def query_softmax(scores, seen, state, result, columns):
     most = _raise_maximum(largest(most8), state, result, columns)
     negative = splat_f32(-most)
     for s in range(0, size, 32):
-        store_f32x8(row + s, exp(add(load_f32x8(row + s), negative)))
-    # `exp` of minus infinity is a very small number: what the query does not see must count for nothing.
+        store_f32x8(row + s, exp2(add(load_f32x8(row + s), negative)))
+    # `exp2` of minus infinity is a very small number: what the query does not see must count for nothing.
     scores[seen:] = 0
     sums = splat_f32(np.float32(0))
     for s in range(0, size, 32):
@@ -100,24 +110,24 @@ def token_softmax(scores, count, seen, token_scales, state, result, columns):
     """Scores of a query, which sees the first `seen` of `count` tokens, become weights times the tokens' scales, 0 for
     the rest; maximum, sum and values follow.
 
-    `scores`, `token_scales` (count,) and `result` (columns,) are addresses of float32; `count` is a multiple of 8.
+    `scores`, `token_scales` (count,) and `result` (columns,) are addresses of float32; `LANES` divides `count`.
     """
-    lowest, zero = splat_f32(np.float32(-np.inf)), splat_f32(np.float32(0))
-    # Eight at a time without a look at what is seen, then the others.
-    whole = min(max(seen, 0), count) // 8 * 8
-    most8 = lowest
-    for s in range(0, whole, 8):
-        most8 = larger(load_f32x8(scores + 4 * s), most8)
-    for s in range(whole, count, 8):
-        most8 = larger(first_lanes(load_f32x8(scores + 4 * s), seen - s, lowest), most8)
-    most = _raise_maximum(largest(most8), state, result, columns)
-    negative, sums = splat_f32(-most), zero
-    for s in range(0, whole, 8):
-        weight = exp(add(load_f32x8(scores + 4 * s), negative))
+    lowest, zero = splat_f32xL(np.float32(-np.inf)), splat_f32xL(np.float32(0))
+    # `LANES` at a time without a look at what is seen, then the others.
+    whole = min(max(seen, 0), count) // LANES * LANES
+    most_lanes = lowest
+    for s in range(0, whole, LANES):
+        most_lanes = larger(load_f32xL(scores + 4 * s), most_lanes)
+    for s in range(whole, count, LANES):
+        most_lanes = larger(first_lanes(load_f32xL(scores + 4 * s), seen - s, lowest), most_lanes)
+    most = _raise_maximum(largest(most_lanes), state, result, columns)
+    negative, sums = splat_f32xL(-most), zero
+    for s in range(0, whole, LANES):
+        weight = exp2(add(load_f32xL(scores + 4 * s), negative))
         sums = add(sums, weight)
-        store_f32x8(scores + 4 * s, mul(weight, load_f32x8(token_scales + 4 * s)))
-    for s in range(whole, count, 8):
-        weight = exp(add(load_f32x8(scores + 4 * s), negative))
+        store_f32xL(scores + 4 * s, mul(weight, load_f32xL(token_scales + 4 * s)))
+    for s in range(whole, count, LANES):
+        weight = exp2(add(load_f32xL(scores + 4 * s), negative))
         sums = add(sums, first_lanes(weight, seen - s, zero))
-        store_f32x8(scores + 4 * s, first_lanes(mul(weight, load_f32x8(token_scales + 4 * s)), seen - s, zero))
+        store_f32xL(scores + 4 * s, first_lanes(mul(weight, load_f32xL(token_scales + 4 * s)), seen - s, zero))
     state[1] += total(sums)

@@ -8,6 +8,7 @@ rows are read once for up to `TILE` of its tokens. Sums run in one order always:
 experts are experts that every token chose, and take part in the same launches.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -34,7 +35,7 @@ from pymla.cuda.ptx import (
     warp_sum,
 )
 from pymla.cuda.quant import FEW, INPUT, MATRICES, WARPS, Activation, Matrices, matmul, row_address
-from pymla.cuda.rows import row_products
+from pymla.cuda.rows import row_products, row_sums
 from pymla.cuda.tiles import NARROW as TILE
 from pymla.cuda.tiles import ROWS, THREADS, tile_of
 from pymla.errors import PymlaError
@@ -287,17 +288,7 @@ def _row_parts(qtype, rows):
     """A lane's parts of `rows` rows times activations, as a device function of the rows' addresses, the `Input` and the
     row of the activations; the lanes' parts add up to the products."""
     if qtype in FLOATS:
-        one, _, nbytes = FLOATS[qtype]
-
-        @device
-        def part(row, _, fixed):
-            x, t = fixed
-            sum, at = _ZERO, x.x + 4 * x.columns * t
-            for k in range(lane(), x.columns, WARP):
-                sum = fma(one(row + nbytes * k), load_f32(at + 4 * k), sum)
-            return sum
-
-        every = unrolled(part, rows)
+        every = unrolled(_float_part(qtype), rows)
 
         @device
         def parts(addresses, x, t):
@@ -311,6 +302,22 @@ def _row_parts(qtype, rows):
             return first(0, products(addresses, (t,), x), 0)
 
     return parts
+
+
+@functools.cache
+def _float_part(qtype):
+    """A lane's part of a row of a float type times activations, for `unrolled`."""
+    one, _, nbytes = FLOATS[qtype]
+
+    @device
+    def part(row, _, fixed):
+        x, t = fixed
+        sum, at = _ZERO, x.x + 4 * x.columns * t
+        for k in range(lane(), x.columns, WARP):
+            sum = fma(one(row + nbytes * k), load_f32(at + 4 * k), sum)
+        return sum
+
+    return part
 
 
 @device
@@ -341,21 +348,45 @@ def _gate_up(qtype):
     return _gate_up
 
 
+@device
+def _chosen_down(j, fixed):
+    """The row of down, the row of activations and the weight of a token's choice j; shared experts, whose weight is 1,
+    come behind the chosen ones."""
+    down, ids, weights, t, row = fixed
+    used = ids.shape[1]
+    number = t * (used + down[1].count) + j
+    if j < used:
+        return row_address(down[0], ids[t, j], row), number, weights[t, j]
+    return row_address(down[1], j - used, row), number, _ONE
+
+
+def _weighted_rows(qtype):
+    """A lane's part of a token's down rows times activations, weighted and summed: a device function (count, input,
+    fixed), `fixed` for `_chosen_down`."""
+    if qtype not in FLOATS:
+        return row_sums(qtype, _chosen_down)
+    part = _float_part(qtype)
+
+    @device
+    def total(count, x, fixed):
+        sum = _ZERO
+        for j in range(count):
+            address, number, weight = _chosen_down(j, fixed)
+            sum = fma(weight, part(address, 0, (x, number)), sum)
+        return sum
+
+    return total
+
+
 def _down(qtype):
     """Down, summed over a token's experts."""
-    parts = _row_parts(qtype, 1)
+    total = _weighted_rows(qtype)
 
     @kernel(BOTH, I2, F2, INPUT, types.boolean, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _down(down, ids, weights, x, add, out):
         """``out[t] += Σ weights[t, j] * down[e] @ hidden[t, j]``: a warp takes a row (x) of token y."""
         row, t = WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP, cuda.blockIdx.y
-        sum, used, others = _ZERO, ids.shape[1], down[1].count
-        first = t * (used + others)
-        for j in range(used):
-            sum = fma(weights[t, j], parts((row_address(down[0], ids[t, j], row),), x, first + j)[0], sum)
-        for e in range(others):
-            sum += parts((row_address(down[1], e, row),), x, first + used + e)[0]
-        sum = warp_sum(sum)
+        sum = warp_sum(total(ids.shape[1] + down[1].count, x, (down, ids, weights, t, row)))
         if lane() == 0 and row < out.shape[1]:
             out[t, row] = out[t, row] + sum if add else sum
 

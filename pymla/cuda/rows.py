@@ -5,7 +5,8 @@ that go straight to shared memory (`formats.copying`): what is on its way needs 
 block of 32 weights of every row, 1024 columns at a time, and multiplies it on integers with each activation.
 
 A warp has two parts of its rows on their way from the beginning, which is all of 2048 columns. In q4_0 that is 4.6 KB
-for four rows; 40 to 60 KB for a multiprocessor keep the memory of an H100 or H200 busy.
+for four rows; 40 to 60 KB for a multiprocessor keep the memory of an H100 or H200 busy. Where a warp sums products of
+single rows (`row_sums`), it has `AHEAD` parts on their way, across rows.
 """
 
 import functools
@@ -19,6 +20,7 @@ from pymla.cuda.ptx import (
     WARP,
     cp_async_commit,
     cp_async_wait,
+    fma,
     kept,
     lane,
     load_f32x2,
@@ -28,7 +30,22 @@ from pymla.cuda.ptx import (
 )
 from pymla.cuda.tiles import THREADS
 
-__all__ = ["row_products"]
+__all__ = ["row_products", "row_sums"]
+
+#: Parts of rows that `row_sums` has on their way, a power of two: as much as two parts of four rows.
+AHEAD = 8
+_LATEST = AHEAD - 1
+
+_ZERO = np.float32(0)
+
+
+@device
+def load_activation(number, i, fixed):
+    """A block of 32 activations of row `number`: words of codes, then scale and sum. `fixed`: the `Input` and the
+    block."""
+    x, at = fixed
+    codes, scales = x.codes + x.columns * number + 32 * at, x.scales + 8 * ((x.columns >> 5) * number + at)
+    return load_u32x4(codes) + load_u32x4(codes + 16), load_f32x2(scales)
 
 
 @functools.cache
@@ -44,7 +61,7 @@ def row_products(qtype, rows, tokens):
     row_bytes = 16 * run.pieces
     part_bytes = rows * row_bytes
     shared_bytes = THREADS // WARP * 2 * part_bytes
-    no_sums = ((np.float32(0),) * tokens,) * rows
+    no_sums = ((_ZERO,) * tokens,) * rows
 
     @device
     def keep(address, i, fixed):
@@ -55,12 +72,6 @@ def row_products(qtype, rows, tokens):
         to, begin, nbytes = fixed
         copy_pieces(to + row_bytes * i, address + begin, nbytes, lane())
         return 0
-
-    @device
-    def load_activation(number, i, fixed):
-        x, at = fixed
-        codes, scales = x.codes + x.columns * number + 32 * at, x.scales + 8 * ((x.columns >> 5) * number + at)
-        return load_u32x4(codes) + load_u32x4(codes + 16), load_f32x2(scales)
 
     @device
     def add_activation(sum, i, fixed):
@@ -103,3 +114,52 @@ def row_products(qtype, rows, tokens):
         return sums
 
     return products
+
+
+@functools.cache
+def row_sums(qtype, choose):
+    """A device function (count, input, fixed) for all lanes of a warp, in a block of `THREADS` at most.
+
+    It returns the lane's part of the sum of `count` products of a row and an activation, each with a weight: ``address,
+    number, weight = choose(i, fixed)``, of a device function, are those of product i.
+    """
+    block, dot = FORMATS[qtype].block, FORMATS[qtype].dot
+    run = Run.of(qtype, WARP)
+    copy_pieces = copying(run, WARP)
+    part_bytes = 16 * run.pieces
+    shared_bytes = THREADS // WARP * AHEAD * part_bytes
+
+    @device
+    def total(count, x, fixed):
+        base = shared_address(cuda.shared.array(shared_bytes, np.uint8, alignment=16))
+        base += AHEAD * part_bytes * (cuda.threadIdx.x // WARP)
+        blocks, sum = x.columns >> 5, _ZERO
+        nbytes, parts = run.nbytes * blocks // run.blocks, blocks + WARP - 1 >> 5
+        # The product and the part of it that are computed next, and that are copied next.
+        i = part = coming = coming_part = 0
+        for step in range(-AHEAD, count * parts):
+            at = base + part_bytes * (step & _LATEST)
+            if step >= 0:
+                address, number, weight = choose(i, fixed)
+                mine = WARP * part + lane()
+                codes, (scale, whole) = load_activation(number, 0, (x, min(mine, blocks - 1)))
+                cp_async_wait(_LATEST)
+                syncwarp()
+                if mine < blocks:
+                    weights = block(at + (address + run.nbytes * part & 15), lane())
+                    sum = fma(weight, dot(weights, codes, scale, whole, _ZERO), sum)
+                part += 1
+                if part == parts:
+                    i, part = i + 1, 0
+            # All lanes have read what is overwritten.
+            syncwarp()
+            if coming < count:
+                begin = run.nbytes * coming_part
+                copy_pieces(at, choose(coming, fixed)[0] + begin, min(run.nbytes, nbytes - begin), lane())
+                coming_part += 1
+                if coming_part == parts:
+                    coming, coming_part = coming + 1, 0
+            cp_async_commit()
+        return sum
+
+    return total
