@@ -8,6 +8,7 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla import costs
+from pymla.cpu import threads
 
 #: V2-Lite with one layer, and so few tokens in its vocabulary that the output matrix does not count.
 SHAPE = dataclasses.replace(PRESETS["v2-lite"], num_hidden_layers=1, first_k_dense_replace=0, vocab_size=2560)
@@ -54,4 +55,24 @@ def bench_layer(measure, layer, gate, tokens, depth):
     ops = costs.step_ops(layer.config, layer.file.tensors, tokens, depth + tokens)
     macs, nbytes = sum(op.macs for op in ops), sum(op.nbytes for op in ops)
     measure(run, checks, macs=macs, nbytes=nbytes if tokens == 1 else 0, streamed=tokens == 1, **ENGINE)
+    model.free(sequence)
+
+
+def bench_python_of_a_step(measure, layer, gate, monkeypatch):
+    """A generated token's step without its kernels: what Python costs, however many layers there are."""
+    model, token = layer.model, np.array([1], np.int32)
+    sequence = model.new_sequence()
+    for _ in range(2):
+        model.step([(sequence, token)])  # the first one records
+    monkeypatch.setattr(threads.Graph, "replay", lambda self: self.result)
+
+    def run():
+        model.cache.truncate(sequence, 1)
+        model.step([(sequence, token)])
+
+    def checks():
+        # Several tokens are not replayed.
+        yield layer.logits(gate[0]), gate[1]
+
+    measure(run, checks, **ENGINE)
     model.free(sequence)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pymla.errors import PymlaError
-from pymla.sampling import Sampler, SamplingParams
+from pymla.sampling import Sampler, SamplingParams, _likeliest
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
 
@@ -32,6 +32,30 @@ def test_filters():
     assert set(drawn(top_p=0.75)) == {0, 1}
     assert set(drawn(min_p=0.25)) == {0, 1, 2}
     assert set(drawn(temperature=0.01)) == {0}
+
+
+@pytest.mark.parametrize("count", [1, 3, 40, 999, 1000, 5000])
+def test_the_likeliest_are_those_of_a_whole_sort(count):
+    # Many are equal, some are impossible, and no number of parts divides them evenly.
+    logits = np.random.default_rng(count).integers(0, 300, 1013).astype(np.float64)
+    logits[::7] = -np.inf
+    for each in (logits, -logits[1:2].repeat(1013), np.sort(logits)):
+        np.testing.assert_array_equal(_likeliest(each, count), np.argsort(-each, kind="stable")[:count])
+
+
+@pytest.mark.parametrize("filters", [{"min_p": 0.1}, {"min_p": 0.1, "top_p": 0.5}, {"top_k": 9, "top_p": 0.8}, {}])
+def test_filters_are_those_of_a_whole_sort(filters):
+    params = SamplingParams(**{"top_k": 0, "top_p": 1, "min_p": 0, "seed": 2} | filters)
+    logits = np.random.default_rng(3).standard_normal(1000).astype(np.float32)
+    kept = np.argsort(-logits, kind="stable")[: params.top_k or None]
+    weights = np.exp(logits[kept].astype(np.float64))
+    weights /= weights.sum()
+    before = np.cumsum(weights) - weights
+    allowed = kept[(before < params.top_p) & (weights >= params.min_p * weights[0])]
+    sampler = Sampler(params)
+    seen = {sampler.sample(logits).token for _ in range(3000)}
+    assert seen <= set(allowed.tolist())
+    assert len(allowed) > 100 or seen == set(allowed.tolist())
 
 
 def test_same_seed_same_tokens():
