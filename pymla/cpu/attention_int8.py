@@ -63,7 +63,7 @@ from pymla.cpu.simd import (
     store_i8x32,
     store_i32,
     store_rescaled,
-    store_words_xL,
+    store_words,
     widen,
 )
 from pymla.cpu.softmax import LOG2E, heads_softmax, token_softmax
@@ -245,7 +245,7 @@ def store_values(rows, panels, scales):
         for t in range(0, 32, 4):
             a, b = scaled_row(rows, inverse, t, i), scaled_row(rows, inverse, t + 1, i)
             c, d = scaled_row(rows, inverse, t + 2, i), scaled_row(rows, inverse, t + 3, i)
-            store_words_xL(out + 4 * LANES * (t // WORD), 4 * LANES, a, b, c, d)
+            store_words(out + 4 * LANES * (t // WORD), 4 * LANES, a, b, c, d)
         out += PANEL_BYTES
 
 

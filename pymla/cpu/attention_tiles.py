@@ -13,7 +13,6 @@ from pymla.cpu.simd import (
     absolute,
     add,
     address,
-    broadcast_f32x8,
     broadcast_f32xL,
     broadcast_i8xL,
     div,
@@ -23,19 +22,16 @@ from pymla.cpu.simd import (
     farthest,
     finish8,
     fma,
-    load_f32x8,
     load_f32xL,
     load_i8xL,
     load_i32xL,
     mul,
     round_even,
-    splat_f32,
     splat_f32xL,
     store_codes,
     store_f32,
-    store_f32x8,
     store_f32xL,
-    store_words_x8,
+    store_words,
     total,
     where_positive,
     zero_words,
@@ -91,23 +87,23 @@ def quantise_weights(weights, codes, scale):
 
 @inline
 def quantise_heads(weights, token_scales, codes, scales, heads):
-    """`quantise_weights` for heads side by side, a multiple of eight: weights (WEIGHTS, heads), words of codes (WEIGHTS
-    // WORD, heads), scales (heads,)."""
+    """`quantise_weights` for heads side by side, which `LANES` divides: weights (WEIGHTS, heads), words of codes
+    (WEIGHTS // WORD, heads), scales (heads,)."""
     row = 4 * heads
-    for at in range(0, row, 32):
-        most = splat_f32(np.float32(0))
+    for at in range(0, row, 4 * LANES):
+        most = splat_f32xL(np.float32(0))
         for s in range(WEIGHTS):
-            x = mul(load_f32x8(weights + row * s + at), broadcast_f32x8(token_scales + 4 * s))
-            store_f32x8(weights + row * s + at, x)
+            x = mul(load_f32xL(weights + row * s + at), broadcast_f32xL(token_scales + 4 * s))
+            store_f32xL(weights + row * s + at, x)
             most = farther(absolute(x), most)
-        store_f32x8(scales + at, mul(most, splat_f32(np.float32(1 / 255))))
-        factor = where_positive(most, div(splat_f32(np.float32(255)), most))
+        store_f32xL(scales + at, mul(most, splat_f32xL(np.float32(1 / 255))))
+        factor = where_positive(most, div(splat_f32xL(np.float32(255)), most))
         for s in range(0, WEIGHTS, 4):
             source = weights + row * s + at
-            a, b = mul(load_f32x8(source), factor), mul(load_f32x8(source + row), factor)
-            c, d = mul(load_f32x8(source + 2 * row), factor), mul(load_f32x8(source + 3 * row), factor)
+            a, b = mul(load_f32xL(source), factor), mul(load_f32xL(source + row), factor)
+            c, d = mul(load_f32xL(source + 2 * row), factor), mul(load_f32xL(source + 3 * row), factor)
             target = codes + row * (s // WORD) + at
-            store_words_x8(target, row, round_even(a), round_even(b), round_even(c), round_even(d))
+            store_words(target, row, round_even(a), round_even(b), round_even(c), round_even(d))
 
 
 @inline

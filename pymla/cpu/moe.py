@@ -53,6 +53,9 @@ _NO_BIAS = np.empty(0, np.float32)
 
 #: Pairs for each expert on average, from which panels are faster than rows.
 FEW_PAIRS = 2
+#: Groups of rows that a thread takes at a time in a product by panels: it asks memory for the next one's rows, which
+#: only then come to its own cache.
+NEIGHBOURS = 8
 
 
 def router(logits, bias, config, ids, weights):
@@ -104,7 +107,8 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     hidden = np.empty((len(pairs), inner), np.float32)
     if gate_up_by_panels:
         x = activation.panels(gate.qtype)
-        _gate_up_panels[all_experts * -(-inner // LANES), 1](gates, ups, *others[:2], tokens, starts, x, hidden)
+        items = all_experts * -(-inner // LANES)
+        _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], tokens, starts, x, hidden)
     else:
         x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
         _gate_up_rows[inner](gates, ups, tokens, starts, x, hidden)

@@ -431,7 +431,7 @@ def farther(builder, x, y):
     return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), x.type)
 
 
-@operation(f32x8, f32x8, f32x8)
+@elementwise
 def where_positive(builder, x, y):
     """`y` where `x` is above 0, else 0."""
     zero = _constant(x.type, 0.0)
@@ -849,17 +849,11 @@ def _words(builder, columns):
     return packed
 
 
-def _store_words(vector):
-    @operation(types.void, types.int64, types.int64, vector, vector, vector, vector)
-    def store(builder, address, stride, *columns):
-        """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
-        for i, word in enumerate(_words(builder, columns)):
-            _write(builder, builder.add(address, builder.mul(stride, ir.Constant(_I64, i))), word)
-
-    return store
-
-
-store_words_x8, store_words_xL = _store_words(f32x8), _store_words(f32xL)
+@operation(types.void, types.int64, types.int64, f32xL, f32xL, f32xL, f32xL)
+def store_words(builder, address, stride, *columns):
+    """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
+    for i, word in enumerate(_words(builder, columns)):
+        _write(builder, builder.add(address, builder.mul(stride, ir.Constant(_I64, i))), word)
 
 
 zero_words = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))

@@ -48,24 +48,24 @@ def heads_softmax(scores, seen, state, values, columns):
 
     All but the numbers are addresses of float32.
     """
-    for half in range(0, 64, 32):
-        old = load_f32x8(state + half)
+    factors = np.empty(16, np.float32)
+    for at in range(0, 64, 4 * LANES):
+        old = load_f32xL(state + at)
         most = old
         for s in range(seen):
-            most = larger(load_f32x8(scores + 64 * s + half), most)
+            most = larger(load_f32xL(scores + 64 * s + at), most)
         correction = exp2(sub(old, most))
-        summed = mul(load_f32x8(state + 64 + half), correction)
+        summed = mul(load_f32xL(state + 64 + at), correction)
         for s in range(seen):
-            weight = exp2(sub(load_f32x8(scores + 64 * s + half), most))
-            store_f32x8(scores + 64 * s + half, weight)
+            weight = exp2(sub(load_f32xL(scores + 64 * s + at), most))
+            store_f32xL(scores + 64 * s + at, weight)
             summed = add(summed, weight)
-        store_f32x8(state + half, most)
-        store_f32x8(state + 64 + half, summed)
-        factors = np.empty(8, np.float32)
-        store_f32x8(address(factors), correction)
-        for h in range(8):
-            if factors[h] != 1:
-                shrink(factors[h], values + 4 * columns * (half // 4 + h), columns)
+        store_f32xL(state + at, most)
+        store_f32xL(state + 64 + at, summed)
+        store_f32xL(address(factors) + at, correction)
+    for h in range(16):
+        if factors[h] != 1:
+            shrink(factors[h], values + 4 * columns * h, columns)
 
 
 @inline
