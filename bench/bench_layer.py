@@ -54,7 +54,7 @@ def bench_layer(measure, layer, gate, tokens, depth):
 
     ops = costs.step_ops(layer.config, layer.file.tensors, tokens, depth + tokens)
     macs, nbytes = sum(op.macs for op in ops), sum(op.nbytes for op in ops)
-    measure(run, checks, macs=macs, nbytes=nbytes if tokens == 1 else 0, streamed=tokens == 1, **ENGINE)
+    measure(run, checks, macs=macs, nbytes=nbytes if tokens == 1 else 0, **ENGINE)
     model.free(sequence)
 
 

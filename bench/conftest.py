@@ -44,8 +44,9 @@ def measure(benchmark, limits, stream, request):
 
     Arguments of the fixture: ``run``, a function without arguments; ``checks``, pairs of what it computed and what is
     expected; ``rtol_max`` and ``reason``, as for `assert_close`; ``macs`` and ``nbytes``, what it costs. The checks are
-    a function, which is called after a first run. ``streamed``: the bytes come from memory, whose speed may change from
-    second to second; every round then follows a pass of the streaming read, and the share is the rounds' median.
+    a function, which is called after a first run. ``streamed``: the bytes come from memory, as every run takes others,
+    and its speed may change from second to second; every round then follows a pass of the streaming read, and the share
+    is the rounds' median.
     """
 
     def call(run, checks, *, rtol_max, reason, macs=0, nbytes=0, streamed=False):
@@ -61,6 +62,8 @@ def measure(benchmark, limits, stream, request):
             began = time.perf_counter()
             stream.read()
             passes.append(stream.nbytes / (time.perf_counter() - began))
+            # The pass has driven code out of the caches, Python's as well.
+            run()
 
         benchmark.pedantic(run, setup=read if streamed else None, rounds=rounds, iterations=1)
         # Rates are those of the fastest round, as the limits are: other programs can only slow one down. Packed is the
