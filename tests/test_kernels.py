@@ -24,7 +24,8 @@ from pymla.cpu.panels import GROUP
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
-INT8 = {"rtol_max": 5e-6, "reason": "the reference multiplies the same int8 activations, in float64"}
+# A single row of 1408 columns may cancel to a 400th of its terms.
+INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 
 
 def normal(*shape, seed=0):

@@ -300,7 +300,7 @@ def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
             read_cache_row(latent, slot, address(row), rank)
             read_cache_row(rope, slot, address(row[rank:]), size - rank)
             for h in range(heads):
-                score = dot_float(F32, address(row), address(row), address(q[t, h]), size)
+                score = dot_float(F32, address(row), address(q[t, h]), size)
                 scores[h, p] = score * np.float32(scale)
 
 

@@ -27,7 +27,6 @@ from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32
 from pymla.cpu.panels import ROWS, SCRATCH, product
 from pymla.cpu.quant import (
-    AT_ONCE,
     F2,
     FEW,
     I1,
@@ -41,6 +40,7 @@ from pymla.cpu.quant import (
     counting,
     matmul,
     parts,
+    rows_at_once,
 )
 from pymla.cpu.rows import dot_rows
 from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
@@ -286,12 +286,6 @@ def next_expert(starts, e):
     return e
 
 
-@inline
-def rows_at_once(starts, e, rows):
-    """Rows of an expert that one token after the other reads while they are in a cache; all where it has one token."""
-    return AT_ONCE if starts[e + 1] - starts[e] > 1 else rows
-
-
 @kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
 def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
     """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices."""
@@ -299,21 +293,17 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
     g, u = address(results[0]), address(results[1])
     e = next_expert(starts, -1)
     while e < gate.count:
-        following = next_expert(starts, e)
-        size = rows_at_once(starts, e, last - first)
+        size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, last - first)
         for r in range(first, last, size):
             count = min(size, last - r)
             gate_row, up_row = row_at(gate, e, r), row_at(up, e, r)
-            then = gate_row + count * gate.row_stride
-            if r + count == last:
-                then = row_at(gate, following if following < gate.count else e, first)
             for i in range(starts[e], starts[e + 1]):
                 activations = parts(x, tokens[i])
-                dot_rows(gate.qtype, gate_row, gate.row_stride, count, up_row, activations, columns, g)
-                dot_rows(up.qtype, up_row, up.row_stride, count, then, activations, columns, u)
+                dot_rows(gate.qtype, gate_row, gate.row_stride, count, activations, columns, g)
+                dot_rows(up.qtype, up_row, up.row_stride, count, activations, columns, u)
                 silu_mul(g, u, g, count)
                 copy(g, address(hidden[i, r:]), count)
-        e = following
+        e = next_expert(starts, e)
 
 
 @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
@@ -365,19 +355,15 @@ def _down_rows(first, last, down, pairs, starts, weights, x, add, out):
                 out[t, r] = 0
     e = next_expert(starts, -1)
     while e < down.count:
-        following = next_expert(starts, e)
-        size = rows_at_once(starts, e, last - first)
+        size = rows_at_once(starts[e + 1] - starts[e], down.row_stride, last - first)
         for r in range(first, last, size):
             count = min(size, last - r)
             row = row_at(down, e, r)
-            then = row + count * down.row_stride
-            if r + count == last:
-                then = row_at(down, following if following < down.count else e, first)
             for i in range(starts[e], starts[e + 1]):
                 t, j = pairs[i] // choices, pairs[i] % choices
-                dot_rows(down.qtype, row, down.row_stride, count, then, parts(x, i), columns, address(result))
+                dot_rows(down.qtype, row, down.row_stride, count, parts(x, i), columns, address(result))
                 add_scaled(weights[t, j], address(result), address(out[t, r:]), count)
-        e = following
+        e = next_expert(starts, e)
 
 
 @inline

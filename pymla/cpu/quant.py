@@ -230,8 +230,14 @@ def _quantise_activations(first, last, x, for_rows, group):
             )
 
 
-#: Rows that several tokens read one after the other, while they are in a cache.
-AT_ONCE = 16
+#: Bytes of rows that several tokens read one after the other, while they are in a cache.
+AT_ONCE = 128 << 10
+
+
+@inline
+def rows_at_once(tokens, stride, rows):
+    """Rows that tokens read one after the other; all where there is one token."""
+    return max(16, AT_ONCE // stride) if tokens > 1 else rows
 
 
 @inline
@@ -245,15 +251,14 @@ def parts(x, t):
 @kernel(MATRICES, INPUT, F2)
 def _matmul_rows(first, last, w, x, out):
     """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
-    columns, size = x.x.shape[1], AT_ONCE if len(out) > 1 else last - first
+    columns, size = x.x.shape[1], rows_at_once(len(out), w.row_stride, last - first)
     r = first
     while r < last:
         matrix, i = r // w.rows, r % w.rows
         count = min(size, last - r, w.rows - i)
         row = w.address + matrix * w.matrix_stride + i * w.row_stride
-        then = row + count * w.row_stride
         for t in range(len(out)):
-            dot_rows(w.qtype, row, w.row_stride, count, then, parts(x, t), columns, address(out[t, r:]))
+            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
         r += count
 
 
@@ -310,14 +315,14 @@ def copy(source, target, count):
 def _matmul_heads(first, last, w, x, out):
     """`matmul_heads` over the rows of all heads."""
     tokens, heads, _ = out.shape
-    columns, r = x.x.shape[1], first
+    columns, size = x.x.shape[1], rows_at_once(tokens, w.row_stride, last - first)
+    r = first
     while r < last:
         h, i = r // w.rows, r % w.rows
-        count = min(AT_ONCE, last - r, w.rows - i)
+        count = min(size, last - r, w.rows - i)
         row = w.address + h * w.matrix_stride + i * w.row_stride
-        then = row + count * w.row_stride
         for t in range(tokens):
-            dot_rows(w.qtype, row, w.row_stride, count, then, parts(x, t * heads + h), columns, address(out[t, h, i:]))
+            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t * heads + h), columns, address(out[t, h, i:]))
         r += count
 
 

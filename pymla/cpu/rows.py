@@ -1,8 +1,9 @@
 """Products of rows of weights with one activation vector, for every ggml type.
 
-`rows_512` or `rows_256`, whatever registers the processor has, takes whole fours of blocks of 32 weights, of which the
-codes of the activations are mixed so that they meet the weights as the file has them (`place`); the rest, in the order
-of the columns, is taken here.
+Four rows at a time, so that activations are loaded once for them, and far apart, so that each of the four is a stream
+that the processor recognises and fetches from memory in advance. `rows_512` or `rows_256`, whatever registers the
+processor has, takes whole fours of blocks of 32 weights, of which the codes of the activations are mixed so that they
+meet the weights as the file has them (`place`); the rest, in the order of the columns, is taken here.
 """
 
 import numpy as np
@@ -20,7 +21,6 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_i8x32,
     load_nibbles,
-    prefetch_bytes,
     splat_f32,
     store_f32,
     to_f32,
@@ -34,11 +34,6 @@ _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
-#: Bytes by which rows are asked for in advance: from one memory page to the next the processor would not on its own,
-#: and fast memory has so many under way.
-AHEAD = 8192
-
-
 @inline
 def place(block, blocks):
     """Where the activations of a block of a row stand: its first sixteen codes, and bytes from there to the others."""
@@ -48,7 +43,7 @@ def place(block, blocks):
 
 
 @inline
-def dot_rows(qtype, row, stride, count, then, activations, columns, out):
+def dot_rows(qtype, row, stride, count, activations, columns, out):
     """Rows of weights times one activation vector.
 
     Parameters
@@ -58,8 +53,6 @@ def dot_rows(qtype, row, stride, count, then, activations, columns, out):
         Address of the first row.
     stride, count : int
         Bytes from row to row, and their number.
-    then : int
-        Address of what is read behind them: memory is asked for it in advance.
     activations : tuple of 5 int
         Addresses of x, codes, scale, sums and sum16 of a `quant.Input` in the order of rows. Float types read the
         first, quantised types the others.
@@ -68,44 +61,66 @@ def dot_rows(qtype, row, stride, count, then, activations, columns, out):
         Address for float32 (count,).
     """
     x, codes, scale, sums, sum16 = activations
-    end = row + count * stride
+    apart = (count + 3) // 4
     # A loop for each type, so that its constants stay in registers.
     if qtype == Q4_0:
-        for i in range(count):
-            at = row + i * stride
-            store_f32(out + 4 * i, _dot_4_bits(18, 2, at, _ahead(at, end, then), codes, scale, sums, columns))
+        for i in range(apart):
+            rows = _four(row, stride, i, apart, count)
+            _store(out, i, apart, count, _dot_4_bits(18, 2, rows, codes, scale, sums, columns))
     elif qtype == Q8_0:
-        for i in range(count):
-            at = row + i * stride
-            store_f32(out + 4 * i, _dot_q8_0(at, _ahead(at, end, then), codes, scale, columns))
+        for i in range(apart):
+            rows = _four(row, stride, i, apart, count)
+            _store(out, i, apart, count, _dot_q8_0(rows, codes, scale, columns))
     elif qtype == Q6_K:
-        for i in range(count):
-            at = row + i * stride
-            store_f32(out + 4 * i, _dot_q6_k(at, _ahead(at, end, then), codes, scale, sum16, columns))
+        for i in range(apart):
+            rows = _four(row, stride, i, apart, count)
+            _store(out, i, apart, count, _dot_q6_k(rows, codes, scale, sum16, columns))
     elif qtype == Q4_1:
-        for i in range(count):
-            at = row + i * stride
-            store_f32(out + 4 * i, _dot_4_bits(20, 4, at, _ahead(at, end, then), codes, scale, sums, columns))
+        for i in range(apart):
+            rows = _four(row, stride, i, apart, count)
+            _store(out, i, apart, count, _dot_4_bits(20, 4, rows, codes, scale, sums, columns))
     else:
         for i in range(count):
-            at = row + i * stride
-            store_f32(out + 4 * i, dot_float(qtype, at, _ahead(at, end, then), x, columns))
+            store_f32(out + 4 * i, dot_float(qtype, row + i * stride, x, columns))
 
 
 @inline
-def _ahead(row, end, then):
-    """What is read when a row and some others behind it have been."""
-    at = row + AHEAD
-    return at if at < end else at - end + then
+def _four(row, stride, i, apart, count):
+    """Addresses of four rows from the i-th on; the last row stands for those that are not there."""
+    last = count - 1
+    second, third, fourth = min(i + apart, last), min(i + 2 * apart, last), min(i + 3 * apart, last)
+    return row + i * stride, row + second * stride, row + third * stride, row + fourth * stride
+
+
+@inline
+def _store(out, i, apart, count, results):
+    """The results of four such rows."""
+    last = count - 1
+    first, second, third, fourth = results
+    store_f32(out + 4 * i, first)
+    store_f32(out + 4 * min(i + apart, last), second)
+    store_f32(out + 4 * min(i + 2 * apart, last), third)
+    store_f32(out + 4 * min(i + 3 * apart, last), fourth)
 
 
 @unrolled
-def _dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
+def _dot_4_bits(size, header, rows, codes, scale, sums, columns):
     """Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
-    result = _dot_4_bits_of_fours(size, header, row, ahead, codes, scale, sums, columns)
-    done = columns // 128 * 4
-    row, codes, scale, sums = row + size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done
-    for _ in range(columns % 128 // 32):
+    a, b, c, d = _dot_4_bits_of_fours(size, header, rows, codes, scale, sums, columns)
+    if columns % 128:
+        done = columns // 128 * 4
+        at, codes, scale, sums = size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done
+        a += _rest_4_bits(size, header, rows[0] + at, codes, scale, sums, columns % 128 // 32)
+        b += _rest_4_bits(size, header, rows[1] + at, codes, scale, sums, columns % 128 // 32)
+        c += _rest_4_bits(size, header, rows[2] + at, codes, scale, sums, columns % 128 // 32)
+        d += _rest_4_bits(size, header, rows[3] + at, codes, scale, sums, columns % 128 // 32)
+    return a, b, c, d
+
+
+@inline
+def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
+    result = np.float32(0)
+    for _ in range(blocks):
         d = load_f16(row)
         products = dot_u7(zero_i32x8(), load_nibbles(row + header), load_i8x32(codes))
         result += total(to_f32(products)) * (d * load_f32(scale))
@@ -115,11 +130,22 @@ def _dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
 
 
 @unrolled
-def _dot_q8_0(row, ahead, codes, scale, columns):
-    result = _dot_q8_0_of_fours(row, ahead, codes, scale, columns)
-    done = columns // 128 * 4
-    row, codes, scale = row + 34 * done, codes + 32 * done, scale + 4 * done
-    for _ in range(columns % 128 // 32):
+def _dot_q8_0(rows, codes, scale, columns):
+    a, b, c, d = _dot_q8_0_of_fours(rows, codes, scale, columns)
+    if columns % 128:
+        done = columns // 128 * 4
+        at, codes, scale = 34 * done, codes + 32 * done, scale + 4 * done
+        a += _rest_q8_0(rows[0] + at, codes, scale, columns % 128 // 32)
+        b += _rest_q8_0(rows[1] + at, codes, scale, columns % 128 // 32)
+        c += _rest_q8_0(rows[2] + at, codes, scale, columns % 128 // 32)
+        d += _rest_q8_0(rows[3] + at, codes, scale, columns % 128 // 32)
+    return a, b, c, d
+
+
+@inline
+def _rest_q8_0(row, codes, scale, blocks):
+    result = np.float32(0)
+    for _ in range(blocks):
         products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
         result += total(to_f32(products)) * (load_f16(row) * load_f32(scale))
         row, codes, scale = row + 34, codes + 32, scale + 4
@@ -127,16 +153,15 @@ def _dot_q8_0(row, ahead, codes, scale, columns):
 
 
 @inline
-def dot_float(qtype, row, ahead, x, columns):
-    """A row of a float type, F32, F16 or BF16, times activations; memory is asked for as many bytes from `ahead` on."""
+def dot_float(qtype, row, x, columns):
+    """A row of a float type, F32, F16 or BF16, times activations."""
     a = splat_f32(np.float32(0))
     b = splat_f32(np.float32(0))
     size = float_bytes(qtype)
     for _ in range(columns // 16):
-        prefetch_bytes(ahead, 64)
         a = fma(load_f8(qtype, row), load_f32x8(x), a)
         b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
-        row, ahead, x = row + 16 * size, ahead + 16 * size, x + 64
+        row, x = row + 16 * size, x + 64
     rest = np.float32(0)
     for _ in range(columns % 16):
         rest += load_float(qtype, row) * load_f32(x)

@@ -1,6 +1,7 @@
 """Products of rows of weights with one activation vector in registers of 32 bytes.
 
 Blocks of 32 weights go eight at a time: the halves of a register have sixteen codes of two blocks, four blocks apart.
+The four rows follow each other: there are too few registers for more than one.
 """
 
 import numpy as np
@@ -29,7 +30,6 @@ from pymla.cpu.simd import (
     load_scales_4,
     low_nibbles,
     mul,
-    prefetch_bytes,
     splat_f32,
     subtract_i32,
     sum_blocks,
@@ -52,16 +52,25 @@ def place(block, blocks):
 
 
 @unrolled
-def dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
-    """Whole fours of blocks of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
+def dot_4_bits(size, header, rows, codes, scale, sums, columns):
+    """Whole fours of blocks of four rows of Q4_0, with blocks of 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
+    a, b, c, d = rows
+    return (
+        _row_4_bits(size, header, a, codes, scale, sums, columns),
+        _row_4_bits(size, header, b, codes, scale, sums, columns),
+        _row_4_bits(size, header, c, codes, scale, sums, columns),
+        _row_4_bits(size, header, d, codes, scale, sums, columns),
+    )
 
-    Codes stay unsigned, which saves instructions: Q4_0's zero point of 8 comes off by the sums, like a minimum.
-    """
+
+@inline
+def _row_4_bits(size, header, row, codes, scale, sums, columns):
+    """Codes stay unsigned, which saves instructions: Q4_0's zero point of 8 comes off by the sums, like a
+    minimum."""
     zero = zero_sums()
     acc = splat_f32(np.float32(0))
     shift = splat_f32(np.float32(-8))
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 144)
         d, at = load_scales(row, size), row + header
         a = _dot_pair(zero, load_pair(at, at + 4 * size), codes)
         b = _dot_pair(zero, load_pair(at + size, at + 5 * size), codes + 64)
@@ -70,7 +79,7 @@ def dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
         m = mul(d, shift) if size == 18 else load_scales(row + 2, size)
         acc = fma(m, load_f32x8(sums), acc)
         acc = fma(to_f32(sum_blocks(a, b, c, e)), mul(d, load_f32x8(scale)), acc)
-        row, ahead, codes, scale, sums = row + 8 * size, ahead + 8 * size, codes + 256, scale + 32, sums + 32
+        row, codes, scale, sums = row + 8 * size, codes + 256, scale + 32, sums + 32
     if columns % 256 >= 128:
         d, at = load_scales_4(row, size), row + header
         a = dot_u6(zero, load_nibbles(at), load_i8x32(codes))
@@ -91,18 +100,28 @@ def _dot_pair(zero, packed, codes):
 
 
 @unrolled
-def dot_q8_0(row, ahead, codes, scale, columns):
-    """Whole fours of blocks of Q8_0."""
+def dot_q8_0(rows, codes, scale, columns):
+    """Whole fours of blocks of four rows of Q8_0."""
+    a, b, c, d = rows
+    return (
+        _row_q8_0(a, codes, scale, columns),
+        _row_q8_0(b, codes, scale, columns),
+        _row_q8_0(c, codes, scale, columns),
+        _row_q8_0(d, codes, scale, columns),
+    )
+
+
+@inline
+def _row_q8_0(row, codes, scale, columns):
     acc = splat_f32(np.float32(0))
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 272)
         a = _dot_pair_q8_0(row + 2, codes)
         b = _dot_pair_q8_0(row + 36, codes + 64)
         c = _dot_pair_q8_0(row + 70, codes + 128)
         e = _dot_pair_q8_0(row + 104, codes + 192)
         factor = mul(load_scales(row, 34), load_f32x8(scale))
         acc = fma(to_f32(sum_blocks_i32(a, b, c, e)), factor, acc)
-        row, ahead, codes, scale = row + 272, ahead + 272, codes + 256, scale + 32
+        row, codes, scale = row + 272, codes + 256, scale + 32
     for _ in range(columns % 256 // 128 * 4):
         products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
         acc = fma(to_f32(products), splat_f32(load_f16(row) * load_f32(scale)), acc)
@@ -118,12 +137,23 @@ def _dot_pair_q8_0(weights, codes):
 
 
 @unrolled
-def dot_q6_k(row, ahead, codes, scale, sum16, columns):
-    """Q6_K. Codes stay unsigned, from 0 to 63; a block's products meet the scales of its sixteens as integers."""
+def dot_q6_k(rows, codes, scale, sum16, columns):
+    """Four rows of Q6_K."""
+    a, b, c, d = rows
+    return (
+        _row_q6_k(a, codes, scale, sum16, columns),
+        _row_q6_k(b, codes, scale, sum16, columns),
+        _row_q6_k(c, codes, scale, sum16, columns),
+        _row_q6_k(d, codes, scale, sum16, columns),
+    )
+
+
+@inline
+def _row_q6_k(row, codes, scale, sum16, columns):
+    """Codes stay unsigned, from 0 to 63; a block's products meet the scales of its sixteens as integers."""
     acc = splat_f32(np.float32(0))
     zero = zero_i32x8()
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 210)
         # Register n of a half's 64 bytes has weights 16 n to 16 n + 15 in its low nibbles, 64 further ones in its high.
         n0, n1 = load_pair(row, row + 64), load_pair(row + 16, row + 80)
         n2, n3 = load_pair(row + 32, row + 96), load_pair(row + 48, row + 112)
@@ -141,7 +171,7 @@ def dot_q6_k(row, ahead, codes, scale, sum16, columns):
         products = subtract_i32(sum_blocks_i32(a, b, c, e), offset)
         factor = mul(splat_f32(load_f16(row + 208)), load_f32x8(scale))
         acc = fma(to_f32(products), factor, acc)
-        row, ahead, codes, scale, sum16 = row + 210, ahead + 210, codes + 256, scale + 32, sum16 + 32
+        row, codes, scale, sum16 = row + 210, codes + 256, scale + 32, sum16 + 32
     return total(acc)
 
 

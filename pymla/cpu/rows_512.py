@@ -30,10 +30,10 @@ from pymla.cpu.simd import (
     load_quarters,
     load_scales,
     load_scales_4,
+    load_scales_and_minima,
     low_nibbles,
     mul,
     odd_quarters,
-    prefetch_bytes,
     quarters,
     splat_f32,
     spread,
@@ -43,7 +43,7 @@ from pymla.cpu.simd import (
     times_scales_8,
     to_f32,
     to_f32x16,
-    total,
+    totals,
     zero_f32x16,
     zero_i32x16,
 )
@@ -57,81 +57,147 @@ def place(block, blocks):
 
 
 @unrolled
-def dot_4_bits(size, header, row, ahead, codes, scale, sums, columns):
-    """Whole fours of blocks of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
+def dot_4_bits(size, header, rows, codes, scale, sums, columns):
+    """Whole fours of blocks of four rows of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
 
     Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, like a minimum.
     """
-    acc, minima = zero_f32x16(), splat_f32(np.float32(0))
+    a, b, c, d = rows
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    min_a, min_b, min_c, min_d = none, none, none, none
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 144)
-        x, y, z = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
-        d = halves_18(x, y) if size == 18 else load_scales(row, size)
-        products = _nibbles_times(quarters(x, y, size, header, 0), codes)
-        others = _nibbles_times(quarters(y, z, size, header, 1), codes + 128)
-        minima = fma(d if size == 18 else load_scales(row + 2, size), load_f32x8(sums), minima)
-        factor = mul(d, load_f32x8(scale))
-        acc = fma(to_f32x16(products), spread(factor, 0), acc)
-        acc = fma(to_f32x16(others), spread(factor, 1), acc)
-        row, ahead, codes, scale, sums = row + 8 * size, ahead + 8 * size, codes + 256, scale + 32, sums + 32
+        x = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
+        s, m = load_f32x8(scale), load_f32x8(sums)
+        acc_a, min_a = _add_eight(size, header, a, x, s, m, acc_a, min_a)
+        acc_b, min_b = _add_eight(size, header, b, x, s, m, acc_b, min_b)
+        acc_c, min_c = _add_eight(size, header, c, x, s, m, acc_c, min_c)
+        acc_d, min_d = _add_eight(size, header, d, x, s, m, acc_d, min_d)
+        a, b, c, d = a + 8 * size, b + 8 * size, c + 8 * size, d + 8 * size
+        codes, scale, sums = codes + 256, scale + 32, sums + 32
     if columns % 256 >= 128:
-        prefetch_bytes(ahead, 72)
-        d = load_scales_4(row, size)
-        products = _nibbles_times(load_quarters(row, size, header), codes)
-        minima = fma(d if size == 18 else load_scales_4(row + 2, size), load_f32x4(sums), minima)
-        acc = fma(to_f32x16(products), spread(mul(d, load_f32x4_twice(scale)), 0), acc)
-    return total(fma(minima, splat_f32(np.float32(-8 if size == 18 else 1)), halve(acc)))
+        s, m = load_f32x4_twice(scale), load_f32x4(sums)
+        acc_a, min_a = _add_four(size, header, a, codes, s, m, acc_a, min_a)
+        acc_b, min_b = _add_four(size, header, b, codes, s, m, acc_b, min_b)
+        acc_c, min_c = _add_four(size, header, c, codes, s, m, acc_c, min_c)
+        acc_d, min_d = _add_four(size, header, d, codes, s, m, acc_d, min_d)
+    w = splat_f32(np.float32(-8 if size == 18 else 1))
+    return totals(
+        fma(min_a, w, halve(acc_a)),
+        fma(min_b, w, halve(acc_b)),
+        fma(min_c, w, halve(acc_c)),
+        fma(min_d, w, halve(acc_d)),
+    )
 
 
 @unrolled
-def _nibbles_times(packed, codes):
+def _add_eight(size, header, row, x, s, m, acc, minima):
+    """Add products of eight blocks and of their minima."""
+    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
+    if size == 18:
+        d = halves_18(first, second)
+        minimum = d
+    else:
+        d, minimum = load_scales_and_minima(row, size)
+    products = _nibbles_times(quarters(first, second, size, header, 0), x[0], x[1])
+    others = _nibbles_times(quarters(second, last, size, header, 1), x[2], x[3])
+    factor = mul(d, s)
+    acc = fma(to_f32x16(products), spread(factor, 0), acc)
+    acc = fma(to_f32x16(others), spread(factor, 1), acc)
+    return acc, fma(minimum, m, minima)
+
+
+@unrolled
+def _add_four(size, header, row, codes, s, m, acc, minima):
+    """Add products of four blocks and of their minima."""
+    d = load_scales_4(row, size)
+    products = _nibbles_times(load_quarters(row, size, header), load_i8x64(codes), load_i8x64(codes + 64))
+    acc = fma(to_f32x16(products), spread(mul(d, s), 0), acc)
+    return acc, fma(d if size == 18 else load_scales_4(row + 2, size), m, minima)
+
+
+@unrolled
+def _nibbles_times(packed, x, y):
     """Products of four blocks' nibbles with their activations."""
-    low = dot_u8x64(zero_i32x16(), low_nibbles(packed), load_i8x64(codes))
-    return dot_u8x64(low, high_nibbles(packed), load_i8x64(codes + 64))
+    return dot_u8x64(dot_u8x64(zero_i32x16(), low_nibbles(packed), x), high_nibbles(packed), y)
 
 
 @unrolled
-def dot_q8_0(row, ahead, codes, scale, columns):
-    """Whole fours of blocks of Q8_0."""
-    acc = zero_f32x16()
+def dot_q8_0(rows, codes, scale, columns):
+    """Whole fours of blocks of four rows of Q8_0. Codes become unsigned, 128 more, and the products with 128 are taken
+    off."""
+    a, b, c, d = rows
+    zero = zero_f32x16()
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 272)
-        factor = mul(load_scales(row, 34), load_f32x8(scale))
-        acc = fma(to_f32x16(_bytes_times(row, codes)), spread(factor, 0), acc)
-        acc = fma(to_f32x16(_bytes_times(row + 136, codes + 128)), spread(factor, 1), acc)
-        row, ahead, codes, scale = row + 272, ahead + 272, codes + 256, scale + 32
+        s = load_f32x8(scale)
+        first, second = _offset(codes), _offset(codes + 128)
+        acc_a = _add_eight_q8_0(a, codes, first, second, s, acc_a)
+        acc_b = _add_eight_q8_0(b, codes, first, second, s, acc_b)
+        acc_c = _add_eight_q8_0(c, codes, first, second, s, acc_c)
+        acc_d = _add_eight_q8_0(d, codes, first, second, s, acc_d)
+        a, b, c, d, codes, scale = a + 272, b + 272, c + 272, d + 272, codes + 256, scale + 32
     if columns % 256 >= 128:
-        prefetch_bytes(ahead, 136)
-        factor = mul(load_scales_4(row, 34), load_f32x4_twice(scale))
-        acc = fma(to_f32x16(_bytes_times(row, codes)), spread(factor, 0), acc)
-    return total(halve(acc))
+        s, offset = load_f32x4_twice(scale), _offset(codes)
+        acc_a = fma(to_f32x16(_bytes_times(a, codes, offset)), spread(mul(load_scales_4(a, 34), s), 0), acc_a)
+        acc_b = fma(to_f32x16(_bytes_times(b, codes, offset)), spread(mul(load_scales_4(b, 34), s), 0), acc_b)
+        acc_c = fma(to_f32x16(_bytes_times(c, codes, offset)), spread(mul(load_scales_4(c, 34), s), 0), acc_c)
+        acc_d = fma(to_f32x16(_bytes_times(d, codes, offset)), spread(mul(load_scales_4(d, 34), s), 0), acc_d)
+    return totals(halve(acc_a), halve(acc_b), halve(acc_c), halve(acc_d))
 
 
 @unrolled
-def _bytes_times(row, codes):
-    """Products of four blocks of Q8_0 with their activations. Codes become unsigned, 128 more, and the products with
-    128 are taken off."""
-    low, high = load_quarters(row, 34, 2), load_quarters(row, 34, 18)
-    x, y = load_i8x64(codes), load_i8x64(codes + 64)
-    products = dot_u8x64(dot_u8x64(zero_i32x16(), flip_sign_bits(low), x), flip_sign_bits(high), y)
-    return subtract_i32x16(products, dot_u8x64(dot_u8x64(zero_i32x16(), all_128(), x), all_128(), y))
+def _offset(codes):
+    """Minus the products of 128 with the activations of four blocks."""
+    products = dot_u8x64(zero_i32x16(), all_128(), load_i8x64(codes))
+    return subtract_i32x16(zero_i32x16(), dot_u8x64(products, all_128(), load_i8x64(codes + 64)))
 
 
 @unrolled
-def dot_q6_k(row, ahead, codes, scale, sum16, columns):
-    """Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen activations."""
-    acc, offsets = zero_f32x16(), splat_f32(np.float32(0))
+def _add_eight_q8_0(row, codes, first, second, s, acc):
+    factor = mul(load_scales(row, 34), s)
+    acc = fma(to_f32x16(_bytes_times(row, codes, first)), spread(factor, 0), acc)
+    return fma(to_f32x16(_bytes_times(row + 136, codes + 128, second)), spread(factor, 1), acc)
+
+
+@unrolled
+def _bytes_times(row, codes, offset):
+    """Products of four blocks of Q8_0 with their activations."""
+    low, high = flip_sign_bits(load_quarters(row, 34, 2)), flip_sign_bits(load_quarters(row, 34, 18))
+    return dot_u8x64(dot_u8x64(offset, low, load_i8x64(codes)), high, load_i8x64(codes + 64))
+
+
+@unrolled
+def dot_q6_k(rows, codes, scale, sum16, columns):
+    """Four rows of Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen
+    activations."""
+    a, b, c, d = rows
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    off_a, off_b, off_c, off_d = none, none, none, none
     for _ in range(columns // 256):
-        prefetch_bytes(ahead, 210)
-        factor = mul(splat_f32(load_f16(row + 208)), load_f32x8(scale))
-        products = _q6_times(row, row + 128, row + 192, codes)
-        acc = fma(to_f32x16(products), spread(factor, 0), acc)
-        products = _q6_times(row + 64, row + 160, row + 200, codes + 128)
-        acc = fma(to_f32x16(products), spread(factor, 1), acc)
-        offset = times_32(dot_i16(load_i8_as_i16(row + 192), load_i16x16(sum16)))
-        offsets = fma(to_f32(offset), factor, offsets)
-        row, ahead, codes, scale, sum16 = row + 210, ahead + 210, codes + 256, scale + 32, sum16 + 32
-    return total(sub(halve(acc), offsets))
+        s, sums = load_f32x8(scale), load_i16x16(sum16)
+        acc_a, off_a = _add_q6_k(a, codes, s, sums, acc_a, off_a)
+        acc_b, off_b = _add_q6_k(b, codes, s, sums, acc_b, off_b)
+        acc_c, off_c = _add_q6_k(c, codes, s, sums, acc_c, off_c)
+        acc_d, off_d = _add_q6_k(d, codes, s, sums, acc_d, off_d)
+        a, b, c, d = a + 210, b + 210, c + 210, d + 210
+        codes, scale, sum16 = codes + 256, scale + 32, sum16 + 32
+    return totals(
+        sub(halve(acc_a), off_a), sub(halve(acc_b), off_b), sub(halve(acc_c), off_c), sub(halve(acc_d), off_d)
+    )
+
+
+@unrolled
+def _add_q6_k(row, codes, s, sums, acc, offsets):
+    """Add products of a block of 256, and what comes off."""
+    factor = mul(splat_f32(load_f16(row + 208)), s)
+    products = _q6_times(row, row + 128, row + 192, codes)
+    others = _q6_times(row + 64, row + 160, row + 200, codes + 128)
+    offset = times_32(dot_i16(load_i8_as_i16(row + 192), sums))
+    acc = fma(to_f32x16(products), spread(factor, 0), acc)
+    acc = fma(to_f32x16(others), spread(factor, 1), acc)
+    return acc, fma(to_f32(offset), factor, offsets)
 
 
 @unrolled

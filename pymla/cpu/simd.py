@@ -221,6 +221,26 @@ def load_scales(builder, address, stride):
     return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
 
 
+@intrinsic
+def load_scales_and_minima(typingctx, address, stride):
+    """Eight pairs of IEEE halves, `stride` bytes from one to the next, as two registers of float32."""
+    result = types.UniTuple(f32x8, 2)
+
+    def codegen(context, builder, signature, args):
+        address, stride = args
+        words = ir.VectorType(_I32, 8)
+        pairs = ir.Constant(words, ir.Undefined)
+        for i in range(8):
+            at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
+            pairs = builder.insert_element(pairs, _read(builder, at, _I32), ir.Constant(_I32, i))
+        both = pairs, builder.lshr(pairs, _constant(words, 16))
+        halves = (builder.trunc(each, ir.VectorType(_I16, 8)) for each in both)
+        floats = [builder.fpext(builder.bitcast(each, ir.VectorType(_F16, 8)), _ir_type(f32x8)) for each in halves]
+        return context.make_tuple(builder, result, floats)
+
+    return result(types.int64, types.int64), codegen
+
+
 @operation(f32x8, types.int64, types.int64)
 def load_scales_4(builder, address, stride):
     """Four such halves, twice."""
@@ -362,19 +382,6 @@ def _prefetch(builder, address, level):
     fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
     read, data = ir.Constant(_I32, 0), ir.Constant(_I32, 1)
     builder.call(fetch, [builder.inttoptr(address, pointer), read, ir.Constant(_I32, level), data])
-
-
-@intrinsic(prefer_literal=True)
-def prefetch_bytes(typingctx, address, size):
-    """Ask the second-level cache for `size` bytes, a literal; nothing needs to be there. The first level has too few
-    requests under way at a time to keep up with fast memory."""
-
-    def codegen(context, builder, signature, args):
-        for i in range(0, size.literal_value, 64):
-            _prefetch(builder, builder.add(args[0], ir.Constant(_I64, i)), 2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, size), codegen
 
 
 #: Ask the second-level cache for the 64 bytes at an address.
@@ -534,6 +541,25 @@ def _reduced(builder, value, combine):
 def total(builder, x):
     """The sum of all lanes."""
     return _reduced(builder, x, builder.fadd)
+
+
+@intrinsic
+def totals(typingctx, a, b, c, d):
+    """The sums of all lanes of each of four registers of eight float32."""
+    result = types.UniTuple(types.float32, 4)
+
+    def codegen(context, builder, signature, args):
+        def add_shuffled(x, y, first, second):
+            return builder.fadd(_shuffle(builder, x, y, first), _shuffle(builder, x, y, second))
+
+        even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+        ab, cd = (add_shuffled(x, y, even, odd) for x, y in (args[:2], args[2:]))
+        halves = add_shuffled(ab, cd, even, odd)
+        sums = add_shuffled(halves, halves, range(4), range(4, 8))
+        lanes = [builder.extract_element(sums, ir.Constant(_I32, i)) for i in range(4)]
+        return context.make_tuple(builder, result, lanes)
+
+    return result(a, b, c, d), codegen
 
 
 @reduction
