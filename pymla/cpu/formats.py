@@ -1,6 +1,6 @@
 """What a ggml type is to a kernel: how to unpack rows for a panel, how to read and write numbers.
 
-Adding a type means a branch in `unpack_rows`, `block_values` and `rows.dot_rows`, and its sizes in `panel_bits`:
+Adding a type means a branch in `unpack_rows`, `add_block` and `rows.dot_rows`, and its sizes in `panel_bits`:
 nothing anywhere else. A branch is taken once per row or for 8 blocks.
 
 Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
@@ -19,7 +19,7 @@ from pymla.cpu.simd import (
     add,
     bit_or,
     bits_2,
-    eight_as_f32,
+    bytes_to_f32,
     farther,
     farthest,
     fma,
@@ -28,11 +28,14 @@ from pymla.cpu.simd import (
     high_nibbles,
     load_bf16,
     load_bf16x8,
+    load_bf16x32,
     load_columns,
     load_f16,
     load_f16x8,
+    load_f16x32,
     load_f32,
     load_f32x8,
+    load_f32x32,
     load_i8_as_f32,
     load_i8x16,
     load_i8x32,
@@ -44,11 +47,14 @@ from pymla.cpu.simd import (
     round_away,
     round_even,
     splat_f32,
+    splat_f32x32,
+    splat_sixteens,
     store_as_i8,
     store_bf16,
     store_f16,
     store_f32,
     store_f32x8,
+    store_f32x32,
     store_i8x32,
     store_i16,
     store_start4,
@@ -89,10 +95,10 @@ def _q6_k_codes(block, group):
 
 @unrolled
 def _q6_k_scales(block, group):
-    """Scales of the two sixteens of a group, each in all lanes."""
+    """Scales of the two sixteens of a group."""
     d = load_f16(block + 208)
     scales = block + 192 + 2 * group
-    return splat_f32(d * load_i8_as_f32(scales)), splat_f32(d * load_i8_as_f32(scales + 1))
+    return d * load_i8_as_f32(scales), d * load_i8_as_f32(scales + 1)
 
 
 @inline
@@ -256,51 +262,37 @@ def dequantise_row(qtype, row, out, columns):
             store_f32(out + 4 * i, load_float(qtype, row + size * i))
         return
     for block in range(columns // 32):
-        a, b, c, d = block_values(qtype, row, block)
-        store_f32x8(out, a)
-        store_f32x8(out + 32, b)
-        store_f32x8(out + 64, c)
-        store_f32x8(out + 96, d)
-        out += 128
+        store_f32x32(out + 128 * block, add_block(qtype, row, block, np.float32(1), splat_f32x32(np.float32(0))))
 
 
 @unrolled
-def block_values(qtype, row, block):
-    """Thirty-two weights of a row of a quantised type, from ``32 * block`` on, as four registers of float32."""
-    zero = splat_f32(np.float32(0))
-    return add_block(qtype, row, block, np.float32(1), zero, zero, zero, zero)
-
-
-@unrolled
-def add_block(qtype, row, block, weight, a, b, c, d):
-    """Four registers plus ``weight`` times thirty-two weights of a row of any type, from ``32 * block`` on."""
+def add_block(qtype, row, block, weight, acc):
+    """`acc` plus ``weight`` times thirty-two weights of a row of any type, from ``32 * block`` on."""
     if is_float(qtype):
-        size, factor = float_bytes(qtype), splat_f32(weight)
-        at = row + 32 * size * block
-        a, b = fma(load_f8(qtype, at), factor, a), fma(load_f8(qtype, at + 8 * size), factor, b)
-        at += 16 * size
-        return a, b, fma(load_f8(qtype, at), factor, c), fma(load_f8(qtype, at + 8 * size), factor, d)
+        return fma(_load_f32(qtype, row + 32 * float_bytes(qtype) * block), splat_f32x32(weight), acc)
     if qtype == Q8_0:
         at = row + 34 * block
-        codes = load_i8x32(at + 2)
-        low = high = splat_f32(weight * load_f16(at))
-    elif qtype == Q6_K:
+        return fma(bytes_to_f32(load_i8x32(at + 2)), splat_f32x32(weight * load_f16(at)), acc)
+    if qtype == Q6_K:
         at, group = row + block // 8 * 210, block % 8
-        codes = _q6_k_codes(at, group)
         low, high = _q6_k_scales(at, group)
-        low, high = mul(splat_f32(weight), low), mul(splat_f32(weight), high)
-    elif qtype == Q4_0:
+        return fma(bytes_to_f32(_q6_k_codes(at, group)), splat_sixteens(weight * low, weight * high), acc)
+    if qtype == Q4_0:
         at = row + 18 * block
-        codes = subtract_i8(load_nibbles(at + 2), 8)
-        low = high = splat_f32(weight * load_f16(at))
-    else:
-        at = row + 20 * block
-        codes = load_nibbles(at + 4)
-        low = high = splat_f32(weight * load_f16(at))
-        minimum = splat_f32(weight * load_f16(at + 2))
-        a, b, c, d = add(a, minimum), add(b, minimum), add(c, minimum), add(d, minimum)
-    a, b = fma(eight_as_f32(codes, 0), low, a), fma(eight_as_f32(codes, 1), low, b)
-    return a, b, fma(eight_as_f32(codes, 2), high, c), fma(eight_as_f32(codes, 3), high, d)
+        return fma(bytes_to_f32(subtract_i8(load_nibbles(at + 2), 8)), splat_f32x32(weight * load_f16(at)), acc)
+    at = row + 20 * block
+    acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
+    return fma(bytes_to_f32(load_nibbles(at + 4)), splat_f32x32(weight * load_f16(at)), acc)
+
+
+@inline
+def _load_f32(qtype, address):
+    """Thirty-two numbers of a float type as float32."""
+    if qtype == F32:
+        return load_f32x32(address)
+    if qtype == F16:
+        return load_f16x32(address)
+    return load_bf16x32(address)
 
 
 @inline

@@ -23,7 +23,6 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
-from pymla.cpu.compiling import unrolled
 from pymla.cpu.formats import (
     FOUR_BITS,
     add_block,
@@ -44,11 +43,13 @@ from pymla.cpu.simd import (
     fma,
     load_f32,
     load_f32x8,
+    load_f32x32,
     load_f32xL,
     prefetch_l2,
     splat_f32,
     store_f32,
     store_f32x8,
+    store_f32x32,
     store_f32xL,
 )
 from pymla.weights import QTensor
@@ -179,7 +180,8 @@ def matmul_heads_transposed(w, x, out):
 
     `x` float32 (T, H, N) and `out` (T, H, K) may be part of a wider last axis.
     """
-    _matmul_heads_transposed[len(w.data) * _PARTS, 1](Matrices.of(w), x, out)
+    shares = min(_SHARES, len(x))
+    _matmul_heads_transposed[len(w.data) * shares](Matrices.of(w), x, shares, out)
     return out
 
 
@@ -326,22 +328,22 @@ def _matmul_heads(first, last, w, x, out):
         r += count
 
 
-#: Items of `_matmul_heads_transposed` per head: each takes a share of the tokens.
-_PARTS = 4
+#: Most items of `_matmul_heads_transposed` per head, each with a share of the tokens.
+_SHARES = 4
 #: Rows that are added up in registers at a time: memory is read in one piece, sums are stored now and then.
 _STRIP = 16
 A3 = types.Array(types.float32, 3, "A")
 
 
-@kernel(MATRICES, A3, A3)
-def _matmul_heads_transposed(first, last, w, x, out):
-    """Sums of scaled rows, a strip of rows after the other; an item is a quarter of a head's tokens."""
+@kernel(MATRICES, A3, types.int64, A3)
+def _matmul_heads_transposed(first, last, w, x, shares, out):
+    """Sums of scaled rows, a strip of rows after the other; an item is one of the shares of a head's tokens."""
     tokens, columns, weights = len(x), out.shape[2], np.empty(w.rows, np.float32)
     whole = columns // 32 * 32
     for item in range(first, last):
-        h, part = item // _PARTS, item % _PARTS
+        h, share = item // shares, item % shares
         matrix = w.address + h * w.matrix_stride
-        for t in range(tokens * part // _PARTS, tokens * (part + 1) // _PARTS):
+        for t in range(tokens * share // shares, tokens * (share + 1) // shares):
             sums = address(out[t, h])
             out[t, h, :] = 0
             for i in range(w.rows):
@@ -366,29 +368,20 @@ def _add_rows(qtype, row, stride, count, blocks, weights, sums):
     """Add two blocks of columns of ``weights @ W``; all but the numbers are addresses."""
     first, second = blocks
     at, other = sums + 128 * first, sums + 128 * second
-    a, b, c, d = load_f32x8(at), load_f32x8(at + 32), load_f32x8(at + 64), load_f32x8(at + 96)
-    e, f, g, h = load_f32x8(other), load_f32x8(other + 32), load_f32x8(other + 64), load_f32x8(other + 96)
+    a, b = load_f32x32(at), load_f32x32(other)
     # A loop of its own for the most common type: its constants stay in registers.
     if qtype == ggml.Q4_0:
         for i in range(count):
             weight = load_f32(weights + 4 * i)
-            a, b, c, d = add_block(ggml.Q4_0, row + i * stride, first, weight, a, b, c, d)
-            e, f, g, h = add_block(ggml.Q4_0, row + i * stride, second, weight, e, f, g, h)
+            a = add_block(ggml.Q4_0, row + i * stride, first, weight, a)
+            b = add_block(ggml.Q4_0, row + i * stride, second, weight, b)
     else:
         for i in range(count):
             weight = load_f32(weights + 4 * i)
-            a, b, c, d = add_block(qtype, row + i * stride, first, weight, a, b, c, d)
-            e, f, g, h = add_block(qtype, row + i * stride, second, weight, e, f, g, h)
-    _store_four(at, a, b, c, d)
-    _store_four(other, e, f, g, h)
-
-
-@unrolled
-def _store_four(target, a, b, c, d):
-    store_f32x8(target, a)
-    store_f32x8(target + 32, b)
-    store_f32x8(target + 64, c)
-    store_f32x8(target + 96, d)
+            a = add_block(qtype, row + i * stride, first, weight, a)
+            b = add_block(qtype, row + i * stride, second, weight, b)
+    store_f32x32(at, a)
+    store_f32x32(other, b)
 
 
 @inline

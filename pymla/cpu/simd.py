@@ -55,6 +55,7 @@ i16x16 = Vector("i16", 16)
 i8x32 = Vector("i8", 32)
 i8x16 = Vector("i8", 16)
 f32x16 = Vector("f32", 16)
+f32x32 = Vector("f32", 32)
 i32x16 = Vector("i32", 16)
 i8x64 = Vector("i8", 64)
 
@@ -189,8 +190,8 @@ def _store(kind):
 
 
 load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
-load_i32xL = _load(i32xL)
-store_f32x8, store_i8x32, store_f32xL = map(_store, (f32x8, i8x32, f32xL))
+load_f32x32, load_i32xL = _load(f32x32), _load(i32xL)
+store_f32x8, store_f32x32, store_i8x32, store_f32xL = map(_store, (f32x8, f32x32, i8x32, f32xL))
 store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
@@ -205,10 +206,13 @@ def load_bf16(builder, address):
     return builder.bitcast(builder.shl(bits, ir.Constant(_I32, 16)), _F32)
 
 
-@operation(f32x8, types.int64)
-def load_f16x8(builder, address):
-    """Eight IEEE halves from memory as float32."""
-    return builder.fpext(_read(builder, address, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+def _load_halves(vector):
+    """Loads IEEE halves as float32."""
+    halves = ir.VectorType(_F16, vector.count)
+    return operation(vector, types.int64)(lambda b, address: b.fpext(_read(b, address, halves), _ir_type(vector)))
+
+
+load_f16x8, load_f16x32 = map(_load_halves, (f32x8, f32x32))
 
 
 @operation(f32x8, types.int64, types.int64)
@@ -258,23 +262,21 @@ def load_u8x8(builder, address):
     return builder.uitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
 
 
-@operation(f32x8, types.int64)
-def load_bf16x8(builder, address):
-    """Eight bfloat16 from memory as float32."""
-    wide = ir.VectorType(_I32, 8)
-    bits = builder.zext(_read(builder, address, ir.VectorType(_I16, 8)), wide)
-    return builder.bitcast(builder.shl(bits, _constant(wide, 16)), _ir_type(f32x8))
+def _load_bfloats(vector):
+    """Loads bfloat16 as float32."""
+
+    @operation(vector, types.int64)
+    def load(builder, address):
+        wide = ir.VectorType(_I32, vector.count)
+        bits = builder.zext(_read(builder, address, ir.VectorType(_I16, vector.count)), wide)
+        return builder.bitcast(builder.shl(bits, _constant(wide, 16)), _ir_type(vector))
+
+    return load
 
 
-@intrinsic(prefer_literal=True)
-def eight_as_f32(typingctx, codes, part):
-    """Eight of thirty-two int8 as float32: the `part`-th, a literal."""
-    lanes = range(8 * part.literal_value, 8 * part.literal_value + 8)
-
-    def codegen(context, builder, signature, args):
-        return builder.sitofp(_shuffle(builder, args[0], args[0], lanes), _ir_type(f32x8))
-
-    return f32x8(i8x32, part), codegen
+load_bf16x8, load_bf16x32 = map(_load_bfloats, (f32x8, f32x32))
+#: Thirty-two int8 as float32.
+bytes_to_f32 = operation(f32x32, i8x32)(lambda builder, x: builder.sitofp(x, _ir_type(f32x32)))
 
 
 @operation(types.void, types.int64, types.float32)
@@ -392,9 +394,16 @@ prefetch_l2 = operation(types.void, types.int64)(lambda builder, address: _prefe
 
 
 splat_f32 = operation(f32x8, types.float32)(lambda builder, value: _splat(builder, value, 8))
+splat_f32x32 = operation(f32x32, types.float32)(lambda builder, value: _splat(builder, value, 32))
 splat_f32xL = operation(f32xL, types.float32)(lambda builder, value: _splat(builder, value, LANES))
 broadcast_f32x8 = operation(f32x8, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), 8))
 broadcast_f32xL = operation(f32xL, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), LANES))
+
+
+@operation(f32x32, types.float32, types.float32)
+def splat_sixteens(builder, low, high):
+    """One number in the first sixteen lanes, another in the others."""
+    return _shuffle(builder, _splat(builder, low, 16), _splat(builder, high, 16), range(32))
 
 
 @operation(f32x8, types.int64)
