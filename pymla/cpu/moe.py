@@ -111,7 +111,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
         _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], tokens, starts, x, hidden)
     else:
         x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
-        _gate_up_rows[inner](gates, ups, tokens, starts, x, hidden)
+        _gate_up_rows[min(count, ids.size) * inner](gates, ups, tokens, starts, x, hidden)
     y = Activation(hidden)
     if down_by_panels:
         index, x = counting(len(pairs)), y.panels(down.qtype)
@@ -288,22 +288,23 @@ def next_expert(starts, e):
 
 @kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
 def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
-    """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices."""
-    columns, results = x.x.shape[1], np.empty((2, last - first + 7), np.float32)
+    """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of the
+    first expert that has tokens, then all of the second, so that a thread reads long stretches of memory."""
+    columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
     g, u = address(results[0]), address(results[1])
-    e = next_expert(starts, -1)
-    while e < gate.count:
-        size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, last - first)
-        for r in range(first, last, size):
-            count = min(size, last - r)
-            gate_row, up_row = row_at(gate, e, r), row_at(up, e, r)
+    begin, e = 0, next_expert(starts, -1)
+    while begin < last and e < gate.count:
+        until = min(last - begin, gate.rows)
+        size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, gate.rows)
+        for r in range(max(first - begin, 0), until, size):
+            count = min(size, until - r)
             for i in range(starts[e], starts[e + 1]):
                 activations = parts(x, tokens[i])
-                dot_rows(gate.qtype, gate_row, gate.row_stride, count, activations, columns, g)
-                dot_rows(up.qtype, up_row, up.row_stride, count, activations, columns, u)
+                dot_rows(gate.qtype, row_at(gate, e, r), gate.row_stride, count, activations, columns, g)
+                dot_rows(up.qtype, row_at(up, e, r), up.row_stride, count, activations, columns, u)
                 silu_mul(g, u, g, count)
                 copy(g, address(hidden[i, r:]), count)
-        e = next_expert(starts, e)
+        begin, e = begin + gate.rows, next_expert(starts, e)
 
 
 @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
