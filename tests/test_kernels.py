@@ -24,8 +24,8 @@ from pymla.cpu.panels import GROUP
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
-# A single row of 1408 columns may cancel to a 400th of its terms.
-INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
+INT8 = {"rtol_max": 5e-6, "reason": "the reference multiplies the same int8 activations, in float64"}
+ONE_ROW = {"rtol_max": 1e-5, "reason": "a single result may cancel to a 400th of its terms"}
 
 
 def normal(*shape, seed=0):
@@ -45,7 +45,8 @@ def test_matmul(qtype, tokens):
             x = normal(tokens, k)
             actual = cpu.quant.matmul(w, cpu.quant.Activation(x), poisoned(tokens, rows))
             seen = reference.quant.Activation(as_multiplied(x, qtype, tokens > cpu.quant.FEW).astype(np.float64))
-            assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **INT8)
+            tolerance = ONE_ROW if rows == tokens == 1 else INT8
+            assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **tolerance)
 
 
 @pytest.mark.parametrize("byte", [0, 255, 0x80, 0x7F])
