@@ -30,7 +30,8 @@ from pymla.cpu.attention_int8 import HEADS, Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
 from pymla.cpu.formats import dequantise_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.panels import tile_f32, transpose_panel
+from pymla.cpu.memory import aligned
+from pymla.cpu.panels import ROWS, tile_f32, transpose_panel
 from pymla.cpu.quant import (
     A3,
     CACHE,
@@ -67,7 +68,7 @@ __all__ = [
     "store",
 ]
 
-ROWS = types.Array(types.float32, 2, "A")
+A2 = types.Array(types.float32, 2, "A")
 
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64
@@ -101,10 +102,10 @@ def absorbed(q, latent, rope, step, scale, out):
     # Few tokens leave threads idle, so the pages of a token are split over several.
     groups = -(-heads // HEADS)
     splits = max(1, 2 * threads.thread_count() // (tokens * groups))
-    partial = np.empty((tokens * splits, heads, rank), np.float32)
+    partial = aligned((tokens * splits, groups * HEADS, -(-rank // ROWS) * ROWS), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
     kernel = attention_int8.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
-    kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, splits, partial, sums)
+    kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, rank, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
 
@@ -173,7 +174,7 @@ def full(q, keys, values, step, scale, out):
     return out
 
 
-@kernel(ROWS, I1, CACHE)
+@kernel(A2, I1, CACHE)
 def _store(first, last, rows, slots, cache):
     for t in range(first, last):
         write_cache_row(cache, slots[t], address(rows[t]), rows.shape[1])
@@ -193,7 +194,7 @@ def _copy_rope(first, last, q, out, size):
                 out[t, h, out.shape[2] - size + i] = q[t, h, q.shape[2] - size + i]
 
 
-@kernel(F3, ROWS, F3)
+@kernel(F3, A2, F3)
 def _join_keys(first, last, nope, k_pe, keys):
     """``keys[s, h] = [nope[s, h]; k_pe[s]]``."""
     size = nope.shape[2]
@@ -205,21 +206,19 @@ def _join_keys(first, last, nope, k_pe, keys):
                 keys[s, h, size + i] = k_pe[s, i]
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F3, F3)
-def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
-    """Unnormalised values (T * splits, H, rank), and maximum and sum (T * splits, H, 2), of each share of the pages.
+@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, types.int64, F3, F3)
+def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, sums):
+    """Unnormalised values (T * splits, H, rank), both padded, and maximum and sum (T * splits, H, 2), of each share of
+    the pages.
 
     An item is a token, a group of heads and a share.
     """
-    heads, rank = partial.shape[1], partial.shape[2]
-    size = q.shape[2]
+    heads, size, padded = q.shape[1], q.shape[2], partial.shape[2]
     groups = (heads + HEADS - 1) // HEADS
-    padded = (rank + 15) // 16 * 16
     queries = np.empty((HEADS, size), np.float32)
     panel = np.empty((size, HEADS), np.float32)
     rows = np.zeros((PAGE, size + 16), np.float32)
     scores = np.empty((PAGE, HEADS), np.float32)
-    values = np.empty((HEADS, padded), np.float32)
     state = np.empty((2, HEADS), np.float32)
     stride = 4 * (size + 16)
     for item in range(first, last):
@@ -238,7 +237,8 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
             for i in range(size):
                 queries[h, i] = q[t, begin + h, i] * np.float32(scale)
         transpose_panel(address(queries), 4 * size, count, size, address(panel))
-        values[:] = 0
+        values = partial[task, begin:]
+        values[:HEADS] = 0
         state[0], state[1] = -np.inf, 0
         table = step.block_tables[step.seq_of[t]]
         for page in range(from_page, to_page):
@@ -263,8 +263,6 @@ def _absorbed(first, last, q, latent, rope, step, scale, splits, partial, sums):
                     )  # fmt: skip
         for h in range(count):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
-            for i in range(rank):
-                partial[task, begin + h, i] = values[h, i]
 
 
 @kernel(F3, F3, types.int64, F3)

@@ -316,20 +316,21 @@ def _expanded(first, last, q, panels, positions, scale, size, out):
                 out[begin + i, h, j] = result[i, j] / state[i, 1]
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, F3, F3)
-def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, sums):
-    """Unnormalised values (T * splits, H, rank), and maximum and sum (T * splits, H, 2), of each share of the pages.
+@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, types.int64, F3, F3)
+def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, partial, sums):
+    """Unnormalised values (T * splits, H, rank), both padded, and maximum and sum (T * splits, H, 2), of each share of
+    the pages.
 
-    An item is a token, a group of heads and a share.
+    An item is a token, a group of heads and a share. All its memory is small, or written and read just once: between
+    two layers weights drive it from the caches.
     """
-    heads, rank = partial.shape[1], partial.shape[2]
-    size, blocks = q.shape[2], rank // 32
+    heads, size, padded = q.shape[1], q.shape[2], partial.shape[2]
+    blocks = rank // 32
     rotated = size - rank
     words = even(rotated) // 2
     groups = (heads + HEADS - 1) // HEADS
-    padded = (rank + ROWS - 1) // ROWS * ROWS
     row_bytes, rope_bytes = blocks * BLOCK_BYTES, 4 * words
-    query = np.zeros((HEADS, size), np.float32)
+    query = np.empty(size, np.float32)
     query_codes = np.empty((HEADS, row_bytes), np.uint8)
     panel = allocate(HEADS * row_bytes)
     panel_scales = allocate_f32(blocks, HEADS)
@@ -341,11 +342,11 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
     factors = np.empty(scales.shape, np.int16)
     largest_scale = np.empty(PAGE, np.float32)
     values_panel = allocate(PAGE // 32 * padded * BLOCK_BYTES).reshape(PAGE // 32, -1)
-    values_panel[:] = 0
+    if padded > rank:
+        values_panel[:] = 0
     scores = allocate_f32(PAGE, HEADS)
     weights = np.empty((PAGE // WORD, HEADS), np.int32)
     weight_scales = np.empty(HEADS, np.float32)
-    values = allocate_f32(HEADS, padded)
     state = np.empty((2, HEADS), np.float32)
     # Cache lines of a page: as many as bytes of its rows.
     lines = latent.data.shape[1] + rope.data.shape[1]
@@ -364,24 +365,24 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
             continue
         table = step.block_tables[step.seq_of[t]]
         ask(latent, rope, table[from_page], 0, lines)
-        for h in range(count):
-            for i in range(size):
-                query[h, i] = q[t, begin + h, i] * np.float32(scale)
+        query[:] = 0
         for h in range(HEADS):
+            if h < count:
+                for i in range(size):
+                    query[i] = q[t, begin + h, i] * np.float32(scale)
             for i in range(blocks):
                 at = address(query_codes[h]) + BLOCK_BYTES * i
-                total_codes = quantise_codes(address(query[h]) + 128 * i, 32, at, address(panel_scales[i, h:]), 0)
+                total_codes = quantise_codes(address(query) + 128 * i, 32, at, address(panel_scales[i, h:]), 0)
                 panel_starts[i, h] = np.int32(-BIAS * total_codes)
-        for h in range(0, HEADS, 8):
-            at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
-            store_keys(address(query_codes[h]), row_bytes, at)
-        for h in range(HEADS):
-            row = address(query[h, rank:])
-            rope_panel_scales[0, h] = quantise_i16(F32, row, rotated, address(rope_codes))
+            rope_panel_scales[0, h] = quantise_i16(F32, address(query[rank:]), rotated, address(rope_codes))
             for i in range(words):
                 at = address(rope_panel) + 4 * (h // LANES * words * LANES + i * LANES + h % LANES)
                 store_f32(at, load_f32(address(rope_codes) + 4 * i))
-        values[:] = 0
+        for h in range(0, HEADS, 8):
+            at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
+            store_keys(address(query_codes[h]), row_bytes, at)
+        values = partial[task, begin:]
+        values[:HEADS] = 0
         state[0], state[1] = -np.inf, 0
         for page in range(from_page, to_page):
             seen = min(PAGE, length - page * PAGE)
@@ -438,8 +439,6 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, splits, partial, s
                     ask(latent, rope, following, since, in_scores + (lines - in_scores) * tile // tiles)
         for h in range(count):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
-            for i in range(rank):
-                partial[task, begin + h, i] = values[h, i]
 
 
 @inline

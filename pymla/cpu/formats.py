@@ -30,6 +30,7 @@ from pymla.cpu.simd import (
     load_bf16x8,
     load_bf16x32,
     load_columns,
+    load_eights,
     load_f16,
     load_f16x8,
     load_f16x32,
@@ -37,10 +38,8 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_f32x32,
     load_i8_as_f32,
-    load_i8x16,
     load_i8x32,
-    load_nibbles,
-    load_pair,
+    load_nibbles_f32,
     low_nibbles,
     mul,
     panel_codes8,
@@ -56,10 +55,10 @@ from pymla.cpu.simd import (
     store_f32x8,
     store_f32x32,
     store_i8x32,
-    store_i16,
     store_start4,
+    store_sum16,
     subtract_i8,
-    sum_i8x16,
+    sum_i8x32,
 )
 
 # Kernels see module globals as constants.
@@ -279,10 +278,10 @@ def add_block(qtype, row, block, weight, acc):
         return fma(bytes_to_f32(_q6_k_codes(at, group)), splat_sixteens(weight * low, weight * high), acc)
     if qtype == Q4_0:
         at = row + 18 * block
-        return fma(bytes_to_f32(subtract_i8(load_nibbles(at + 2), 8)), splat_f32x32(weight * load_f16(at)), acc)
+        return fma(load_nibbles_f32(at + 2, 8), splat_f32x32(weight * load_f16(at)), acc)
     at = row + 20 * block
     acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
-    return fma(bytes_to_f32(load_nibbles(at + 4)), splat_f32x32(weight * load_f16(at)), acc)
+    return fma(load_nibbles_f32(at + 4, 0), splat_f32x32(weight * load_f16(at)), acc)
 
 
 @inline
@@ -336,24 +335,25 @@ def magnitude(x):
 
 
 @inline
-def quantise_block(x, most, low, high, scale, sums, starts, sum16):
+def quantise_block(x, most, codes, step, apart, scale, sums, starts, sum16):
     """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; `most`, of `magnitude`, becomes code 127.
 
-    All others are addresses, `low` and `high` of sixteen codes each.
+    Codes are stored eight at a time: at the address `codes`, `step` bytes behind it, and the others likewise, `apart`
+    bytes behind these. All others are addresses.
     """
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
     inverse = np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
     factor = splat_f32(inverse)
-    store_as_i8(low, round_even(mul(a, factor)))
-    store_as_i8(low + 8, round_even(mul(b, factor)))
-    store_as_i8(high, round_even(mul(c, factor)))
-    store_as_i8(high + 8, round_even(mul(d, factor)))
-    step = most / np.float32(127)
-    store_f32(scale, step)
-    store_start4(starts, load_pair(low, high))
-    sum_low, sum_high = sum_i8x16(load_i8x16(low)), sum_i8x16(load_i8x16(high))
-    store_i16(sum16, sum_low)
-    store_i16(sum16 + 2, sum_high)
-    store_f32(sums, step * np.float32(sum_low + sum_high))
+    others = codes + apart
+    store_as_i8(codes, round_even(mul(a, factor)))
+    store_as_i8(codes + step, round_even(mul(b, factor)))
+    store_as_i8(others, round_even(mul(c, factor)))
+    store_as_i8(others + step, round_even(mul(d, factor)))
+    stored = load_eights(codes, codes + step, others, others + step)
+    one = most / np.float32(127)
+    store_f32(scale, one)
+    store_start4(starts, stored)
+    store_sum16(sum16, stored)
+    store_f32(sums, one * np.float32(sum_i8x32(stored)))

@@ -110,8 +110,8 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
         items = all_experts * -(-inner // LANES)
         _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], tokens, starts, x, hidden)
     else:
-        x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
-        _gate_up_rows[min(count, ids.size) * inner](gates, ups, tokens, starts, x, hidden)
+        inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
+        _gate_up_rows[min(count, ids.size) * inner](gates, ups, tokens, starts, *inputs, hidden)
     y = Activation(hidden)
     if down_by_panels:
         index, x = counting(len(pairs)), y.panels(down.qtype)
@@ -128,8 +128,8 @@ def ffn(activation, gate, up, down, out, add=False):
     if len(out) <= FEW:
         # An expert that every token chose: two launches, where there would be five.
         tokens, starts, ones = counting(len(out)), np.array([0, len(out)], np.int32), np.ones((len(out), 1), np.float32)
-        x = activation.rows(gate.qtype if gate.qtype in QUANTISED else up.qtype)
-        _gate_up_rows[len(gate.data)](Matrices.of(gate), Matrices.of(up), tokens, starts, x, hidden)
+        inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
+        _gate_up_rows[len(gate.data)](Matrices.of(gate), Matrices.of(up), tokens, starts, *inputs, hidden)
         y = Activation(hidden).rows(down.qtype)
         _down_rows[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
         return out
@@ -286,10 +286,11 @@ def next_expert(starts, e):
     return e
 
 
-@kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
-def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
+@kernel(MATRICES, MATRICES, I1, I1, INPUT, INPUT, F2)
+def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
     """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of the
-    first expert that has tokens, then all of the second, so that a thread reads long stretches of memory."""
+    first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x` and `y`
+    are the same activations, for each matrix in the order of its type."""
     columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
     g, u = address(results[0]), address(results[1])
     begin, e = 0, next_expert(starts, -1)
@@ -299,9 +300,9 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, hidden):
         for r in range(max(first - begin, 0), until, size):
             count = min(size, until - r)
             for i in range(starts[e], starts[e + 1]):
-                activations = parts(x, tokens[i])
-                dot_rows(gate.qtype, row_at(gate, e, r), gate.row_stride, count, activations, columns, g)
-                dot_rows(up.qtype, row_at(up, e, r), up.row_stride, count, activations, columns, u)
+                t = tokens[i]
+                dot_rows(gate.qtype, row_at(gate, e, r), gate.row_stride, count, parts(x, t), columns, g)
+                dot_rows(up.qtype, row_at(up, e, r), up.row_stride, count, parts(y, t), columns, u)
                 silu_mul(g, u, g, count)
                 copy(g, address(hidden[i, r:]), count)
         begin, e = begin + gate.rows, next_expert(starts, e)

@@ -23,6 +23,7 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
+from pymla.cpu.compiling import unrolled
 from pymla.cpu.formats import (
     FOUR_BITS,
     add_block,
@@ -36,7 +37,7 @@ from pymla.cpu.formats import (
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
-from pymla.cpu.rows import dot_rows, place
+from pymla.cpu.rows import COLUMNS, dot_rows, order, place
 from pymla.cpu.simd import (
     LANES,
     address,
@@ -45,7 +46,6 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_f32x32,
     load_f32xL,
-    prefetch_l2,
     splat_f32,
     store_f32,
     store_f32x8,
@@ -94,7 +94,7 @@ MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 class Input(NamedTuple):
     """Activations as kernels read them; the quantised parts are empty where only float types do.
 
-    Codes lie in one of two orders: for panels in that of the columns, for rows mixed (`rows.place`). The panels of
+    Codes lie in one of several orders: for panels in that of the columns, for rows mixed (`rows.place`). The panels of
     types of 4 bits have one scale for `panels.GROUP` blocks.
     """
 
@@ -126,17 +126,18 @@ class Activation:
 
     def rows(self, qtype):
         """The `Input` for products with rows of a type."""
-        return self._input("rows" if qtype in ggml.QUANTISED else "float")
+        return self._input(order(qtype)) if qtype in ggml.QUANTISED else self._input()
 
     def panels(self, qtype):
         """The `Input` for products with panels of a type."""
         if qtype in ggml.QUANTISED:
-            return self._input("panels", GROUP if qtype in FOUR_BITS else 1)
-        return self._input("float")
+            return self._input(COLUMNS, GROUP if qtype in FOUR_BITS else 1)
+        return self._input()
 
-    def _input(self, order, group=1):
+    def _input(self, order=None, group=1):
+        """Codes in an order with scales for groups of blocks, or nothing but `x`."""
         if (order, group) not in self._inputs:
-            tokens, columns = self.x.shape if order != "float" else (0, 0)
+            tokens, columns = self.x.shape if order is not None else (0, 0)
             self._inputs[order, group] = made = Input(
                 self.x,
                 aligned((tokens, columns), np.int8),
@@ -146,8 +147,9 @@ class Activation:
                 aligned((tokens, columns // 16), np.int16),
                 _ZERO,
             )
-            groups = tokens * -(-columns // (32 * group))
-            _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order == "rows", group)
+            if order is not None:
+                groups = tokens * -(-columns // (32 * group))
+                _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order, group)
         return self._inputs[order, group]
 
 
@@ -203,7 +205,7 @@ def counting(count):
 
 
 @kernel(INPUT, types.int64, types.int64)
-def _quantise_activations(first, last, x, for_rows, group):
+def _quantise_activations(first, last, x, order, group):
     """Groups of blocks of 32 activations with a common scale, counted over all tokens."""
     blocks = x.x.shape[1] // 32
     groups = (blocks + group - 1) // group
@@ -217,14 +219,14 @@ def _quantise_activations(first, last, x, for_rows, group):
             if each > most or each != each:
                 most = each
         for block in range(begin, end):
-            low, apart = place(block, blocks) if for_rows else (32 * block, 16)
-            low += address(x.codes) + 32 * blocks * t
+            codes, step, apart = place(order, block, blocks)
             at = t * blocks + block
             quantise_block(
                 address(x.x) + 128 * at,
                 most,
-                low,
-                low + apart,
+                address(x.codes) + 32 * blocks * t + codes,
+                step,
+                apart,
                 address(x.scale) + 4 * at,
                 address(x.sums) + 4 * at,
                 address(x.starts) + 4 * at,
@@ -246,8 +248,10 @@ def rows_at_once(tokens, stride, rows):
 def parts(x, t):
     """Addresses of a token's parts of an `Input`, for `rows.dot_rows`."""
     at = t * x.x.shape[1]
-    scale, sums, sum16 = address(x.scale), address(x.sums), address(x.sum16)
-    return address(x.x) + 4 * at, address(x.codes) + at, scale + at // 8, sums + at // 8, sum16 + at // 8
+    scale, sums, starts, sum16 = address(x.scale), address(x.sums), address(x.starts), address(x.sum16)
+    at_blocks = at // 8
+    codes = address(x.codes) + at
+    return address(x.x) + 4 * at, codes, scale + at_blocks, sums + at_blocks, starts + at_blocks, sum16 + at_blocks
 
 
 @kernel(MATRICES, INPUT, F2)
@@ -330,58 +334,58 @@ def _matmul_heads(first, last, w, x, out):
 
 #: Most items of `_matmul_heads_transposed` per head, each with a share of the tokens.
 _SHARES = 4
-#: Rows that are added up in registers at a time: memory is read in one piece, sums are stored now and then.
-_STRIP = 16
 A3 = types.Array(types.float32, 3, "A")
 
 
 @kernel(MATRICES, A3, types.int64, A3)
 def _matmul_heads_transposed(first, last, w, x, shares, out):
-    """Sums of scaled rows, a strip of rows after the other; an item is one of the shares of a head's tokens."""
-    tokens, columns, weights = len(x), out.shape[2], np.empty(w.rows, np.float32)
-    whole = columns // 32 * 32
+    """Sums of scaled rows; an item is one of the shares of a head's tokens. Four rows, a quarter of the matrix apart,
+    are added at a time, each a stream that the processor fetches in advance."""
+    tokens, columns, stride = len(x), out.shape[2], w.row_stride
+    blocks, apart = columns // 32, w.rows // 4
     for item in range(first, last):
         h, share = item // shares, item % shares
         matrix = w.address + h * w.matrix_stride
         for t in range(tokens * share // shares, tokens * (share + 1) // shares):
             sums = address(out[t, h])
             out[t, h, :] = 0
-            for i in range(w.rows):
-                weights[i] = x[t, h, i]
-            for r in range(0, w.rows, _STRIP):
-                row, count = matrix + r * w.row_stride, min(_STRIP, w.rows - r)
-                ahead = row + count * w.row_stride if r + count < w.rows else matrix + w.matrix_stride
-                for c in range(0, whole, 64):
-                    for at in range(c * count * w.row_stride // whole, (c + 64) * count * w.row_stride // whole, 64):
-                        prefetch_l2(ahead + at)
-                    # The last block stands for one that is not there.
-                    blocks = c // 32, min(c, whole - 64) // 32 + 1
-                    _add_rows(w.qtype, row, w.row_stride, count, blocks, address(weights[r:]), sums)
-                for c in range(whole, columns):
-                    for i in range(r, r + count):
-                        at = matrix + i * w.row_stride + c * float_bytes(w.qtype)
-                        out[t, h, c] += weights[i] * load_float(w.qtype, at)
+            for i in range(apart):
+                a, b, c, d = i, i + apart, i + 2 * apart, i + 3 * apart
+                rows = matrix + a * stride, matrix + b * stride, matrix + c * stride, matrix + d * stride
+                _add_rows(w.qtype, rows, (x[t, h, a], x[t, h, b], x[t, h, c], x[t, h, d]), blocks, sums)
+            for i in range(4 * apart, w.rows):
+                _add_row(w.qtype, matrix + i * stride, x[t, h, i], blocks, sums)
+            for c in range(32 * blocks, columns):
+                for i in range(w.rows):
+                    out[t, h, c] += x[t, h, i] * load_float(w.qtype, matrix + i * stride + c * float_bytes(w.qtype))
 
 
 @inline
-def _add_rows(qtype, row, stride, count, blocks, weights, sums):
-    """Add two blocks of columns of ``weights @ W``; all but the numbers are addresses."""
-    first, second = blocks
-    at, other = sums + 128 * first, sums + 128 * second
-    a, b = load_f32x32(at), load_f32x32(other)
+def _add_rows(qtype, rows, weights, blocks, sums):
+    """Add the whole blocks of four rows times their weights to float32 at `sums`."""
     # A loop of its own for the most common type: its constants stay in registers.
     if qtype == ggml.Q4_0:
-        for i in range(count):
-            weight = load_f32(weights + 4 * i)
-            a = add_block(ggml.Q4_0, row + i * stride, first, weight, a)
-            b = add_block(ggml.Q4_0, row + i * stride, second, weight, b)
+        for block in range(blocks):
+            _add_blocks(ggml.Q4_0, rows, weights, block, sums + 128 * block)
     else:
-        for i in range(count):
-            weight = load_f32(weights + 4 * i)
-            a = add_block(qtype, row + i * stride, first, weight, a)
-            b = add_block(qtype, row + i * stride, second, weight, b)
-    store_f32x32(at, a)
-    store_f32x32(other, b)
+        for block in range(blocks):
+            _add_blocks(qtype, rows, weights, block, sums + 128 * block)
+
+
+@unrolled
+def _add_blocks(qtype, rows, weights, block, sums):
+    """The same for one block."""
+    acc = add_block(qtype, rows[0], block, weights[0], load_f32x32(sums))
+    acc = add_block(qtype, rows[1], block, weights[1], acc)
+    acc = add_block(qtype, rows[2], block, weights[2], acc)
+    store_f32x32(sums, add_block(qtype, rows[3], block, weights[3], acc))
+
+
+@inline
+def _add_row(qtype, row, weight, blocks, sums):
+    """The same for one row."""
+    for at in range(blocks):
+        store_f32x32(sums + 128 * at, add_block(qtype, row, at, weight, load_f32x32(sums + 128 * at)))
 
 
 @inline

@@ -34,12 +34,26 @@ _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
+#: Orders of activations: that of the columns, for panels; for rows of most types; for those of eight blocks of Q4_0 in
+#: a register.
+COLUMNS, MIXED, EIGHTHS = range(3)
+
+
+def order(qtype):
+    """The order of activations that meet rows of a quantised type."""
+    return EIGHTHS if LANES == 16 and qtype == Q4_0 else MIXED
+
+
 @inline
-def place(block, blocks):
-    """Where the activations of a block of a row stand: its first sixteen codes, and bytes from there to the others."""
-    if block >= blocks // 4 * 4:
-        return 32 * block, 16
-    return _place_in_fours(block, blocks // 4 * 4)
+def place(order, block, blocks):
+    """Where the activations of a block of a row stand: the first eight codes, bytes from there to the next eight, and
+    from the first sixteen to the others."""
+    if order == COLUMNS or block >= blocks // 4 * 4:
+        return 32 * block, 8, 16
+    if order == EIGHTHS and block < blocks // 8 * 8:
+        return block // 8 * 256 + block % 8 * 8, 128, 64
+    low, apart = _place_in_fours(block, blocks // 4 * 4)
+    return low, 8, apart
 
 
 @inline
@@ -53,20 +67,20 @@ def dot_rows(qtype, row, stride, count, activations, columns, out):
         Address of the first row.
     stride, count : int
         Bytes from row to row, and their number.
-    activations : tuple of 5 int
-        Addresses of x, codes, scale, sums and sum16 of a `quant.Input` in the order of rows. Float types read the
-        first, quantised types the others.
+    activations : tuple of 6 int
+        Addresses of x, codes, scale, sums, starts and sum16 of a `quant.Input` in the type's `order`. Float types read
+        the first, quantised types the others.
     columns : int
     out : int
         Address for float32 (count,).
     """
-    x, codes, scale, sums, sum16 = activations
+    x, codes, scale, sums, starts, sum16 = activations
     apart = (count + 3) // 4
     # A loop for each type, so that its constants stay in registers.
     if qtype == Q4_0:
         for i in range(apart):
             rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_4_bits(18, 2, rows, codes, scale, sums, columns))
+            _store(out, i, apart, count, _dot_4_bits(18, 2, rows, codes, scale, sums, starts, columns))
     elif qtype == Q8_0:
         for i in range(apart):
             rows = _four(row, stride, i, apart, count)
@@ -78,7 +92,7 @@ def dot_rows(qtype, row, stride, count, activations, columns, out):
     elif qtype == Q4_1:
         for i in range(apart):
             rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_4_bits(20, 4, rows, codes, scale, sums, columns))
+            _store(out, i, apart, count, _dot_4_bits(20, 4, rows, codes, scale, sums, starts, columns))
     else:
         for i in range(count):
             store_f32(out + 4 * i, dot_float(qtype, row + i * stride, x, columns))
@@ -104,9 +118,9 @@ def _store(out, i, apart, count, results):
 
 
 @unrolled
-def _dot_4_bits(size, header, rows, codes, scale, sums, columns):
+def _dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
-    a, b, c, d = _dot_4_bits_of_fours(size, header, rows, codes, scale, sums, columns)
+    a, b, c, d = _dot_4_bits_of_fours(size, header, rows, codes, scale, sums, starts, columns)
     if columns % 128:
         done = columns // 128 * 4
         at, codes, scale, sums = size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done

@@ -52,7 +52,7 @@ def place(block, blocks):
 
 
 @unrolled
-def dot_4_bits(size, header, rows, codes, scale, sums, columns):
+def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q4_0, with blocks of 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
     a, b, c, d = rows
     return (

@@ -2,7 +2,9 @@
 
 Twice as wide as the registers of `pymla.cpu.formats`, and with bytes picked from anywhere in two registers by one
 instruction, so that a core keeps up with memory. Each register has sixteen codes of four blocks, which is the order of
-the activations (`place`); the scales of the four blocks are spread over its lanes.
+the activations (`place`); the scales of the four blocks are spread over its lanes. Blocks of Q4_0 go eight at a time,
+with eight codes of each in a register (`rows.EIGHTHS`): they lie so close that two loads have the bytes for each, and
+sums of all four registers meet in one, which takes scales once.
 """
 
 import numpy as np
@@ -13,6 +15,7 @@ from pymla.cpu.simd import (
     bit_or,
     dot_i16,
     dot_u8x64,
+    eighths_18,
     even_quarters,
     flip_sign_bits,
     fma,
@@ -31,12 +34,14 @@ from pymla.cpu.simd import (
     load_scales,
     load_scales_4,
     load_scales_and_minima,
+    load_starts,
     low_nibbles,
     mul,
     odd_quarters,
     quarters,
     splat_f32,
     spread,
+    spread_pairs,
     sub,
     subtract_i32x16,
     times_32,
@@ -57,10 +62,11 @@ def place(block, blocks):
 
 
 @unrolled
-def dot_4_bits(size, header, rows, codes, scale, sums, columns):
+def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
 
-    Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, like a minimum.
+    Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, of eight blocks before their
+    products are added up, else like a minimum.
     """
     a, b, c, d = rows
     zero, none = zero_f32x16(), splat_f32(np.float32(0))
@@ -68,13 +74,13 @@ def dot_4_bits(size, header, rows, codes, scale, sums, columns):
     min_a, min_b, min_c, min_d = none, none, none, none
     for _ in range(columns // 256):
         x = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
-        s, m = load_f32x8(scale), load_f32x8(sums)
-        acc_a, min_a = _add_eight(size, header, a, x, s, m, acc_a, min_a)
-        acc_b, min_b = _add_eight(size, header, b, x, s, m, acc_b, min_b)
-        acc_c, min_c = _add_eight(size, header, c, x, s, m, acc_c, min_c)
-        acc_d, min_d = _add_eight(size, header, d, x, s, m, acc_d, min_d)
+        s, m, z = load_f32x8(scale), load_f32x8(sums), load_starts(starts)
+        acc_a, min_a = _add_eight(size, header, a, x, s, m, z, acc_a, min_a)
+        acc_b, min_b = _add_eight(size, header, b, x, s, m, z, acc_b, min_b)
+        acc_c, min_c = _add_eight(size, header, c, x, s, m, z, acc_c, min_c)
+        acc_d, min_d = _add_eight(size, header, d, x, s, m, z, acc_d, min_d)
         a, b, c, d = a + 8 * size, b + 8 * size, c + 8 * size, d + 8 * size
-        codes, scale, sums = codes + 256, scale + 32, sums + 32
+        codes, scale, sums, starts = codes + 256, scale + 32, sums + 32, starts + 32
     if columns % 256 >= 128:
         s, m = load_f32x4_twice(scale), load_f32x4(sums)
         acc_a, min_a = _add_four(size, header, a, codes, s, m, acc_a, min_a)
@@ -91,20 +97,28 @@ def dot_4_bits(size, header, rows, codes, scale, sums, columns):
 
 
 @unrolled
-def _add_eight(size, header, row, x, s, m, acc, minima):
+def _add_eight(size, header, row, x, s, m, z, acc, minima):
     """Add products of eight blocks and of their minima."""
-    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
     if size == 18:
-        d = halves_18(first, second)
-        minimum = d
-    else:
-        d, minimum = load_scales_and_minima(row, size)
+        return _add_eight_q4_0(row, x, s, z, acc), minima
+    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
+    d, minimum = load_scales_and_minima(row, size)
     products = _nibbles_times(quarters(first, second, size, header, 0), x[0], x[1])
     others = _nibbles_times(quarters(second, last, size, header, 1), x[2], x[3])
     factor = mul(d, s)
     acc = fma(to_f32x16(products), spread(factor, 0), acc)
     acc = fma(to_f32x16(others), spread(factor, 1), acc)
     return acc, fma(minimum, m, minima)
+
+
+@unrolled
+def _add_eight_q4_0(row, x, s, z, acc):
+    """The same for Q4_0, with sums that begin with minus eight times those of the activations."""
+    head, other = load_i8x64(row), load_i8x64(row + 72)
+    first, second = eighths_18(head, other), eighths_18(load_i8x64(row + 8), load_i8x64(row + 80))
+    products = dot_u8x64(dot_u8x64(z, low_nibbles(first), x[0]), high_nibbles(first), x[1])
+    products = dot_u8x64(dot_u8x64(products, low_nibbles(second), x[2]), high_nibbles(second), x[3])
+    return fma(to_f32x16(products), spread_pairs(mul(halves_18(head, other), s)), acc)
 
 
 @unrolled

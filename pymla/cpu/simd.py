@@ -53,7 +53,6 @@ f32x8 = Vector("f32", 8)
 i32x8 = Vector("i32", 8)
 i16x16 = Vector("i16", 16)
 i8x32 = Vector("i8", 32)
-i8x16 = Vector("i8", 16)
 f32x16 = Vector("f32", 16)
 f32x32 = Vector("f32", 32)
 i32x16 = Vector("i32", 16)
@@ -189,7 +188,7 @@ def _store(kind):
     return operation(types.void, types.int64, kind)(_write)
 
 
-load_f32x8, load_i8x32, load_i8x16, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, i8x16, f32xL, i8xL))
+load_f32x8, load_i8x32, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, f32xL, i8xL))
 load_f32x32, load_i32xL = _load(f32x32), _load(i32xL)
 store_f32x8, store_f32x32, store_i8x32, store_f32xL = map(_store, (f32x8, f32x32, i8x32, f32xL))
 store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
@@ -591,13 +590,36 @@ def farthest(builder, x):
 # Codes
 
 
-@operation(i8x32, types.int64)
-def load_nibbles(builder, address):
-    """Thirty-two codes of 4 bits: the low halves of sixteen bytes come first, then the high halves."""
+def _nibbles(builder, address):
     packed = _read(builder, address, ir.VectorType(_I8, 16))
     both = builder.bitcast(_shuffle(builder, packed, packed, list(range(16)) * 2), ir.VectorType(_I32, 8))
     shifts = ir.Constant(both.type, [0] * 4 + [4] * 4)
     return builder.and_(builder.bitcast(builder.lshr(both, shifts), _ir_type(i8x32)), _constant(_ir_type(i8x32), 15))
+
+
+#: Thirty-two codes of 4 bits: the low halves of sixteen bytes come first, then the high halves.
+load_nibbles = operation(i8x32, types.int64)(_nibbles)
+
+
+@intrinsic(prefer_literal=True)
+def load_nibbles_f32(typingctx, address, zero):
+    """Thirty-two codes of 4 bits as `load_nibbles` has them, less a zero point (a literal), as float32."""
+    zero_point = zero.literal_value
+
+    def codegen(context, builder, signature, args):
+        if LANES != 16:
+            codes = _nibbles(builder, args[0])
+            codes = builder.sub(codes, _constant(codes.type, zero_point))
+            return builder.sitofp(codes, _ir_type(f32x32))
+        # A table in a register has all sixteen values; its instruction looks at the lowest 4 bits of a lane.
+        words = ir.VectorType(_I32, 16)
+        table = ir.Constant(_ir_type(f32x16), [float(code - zero_point) for code in range(16)])
+        pick = _function(builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table.type, words])
+        packed = builder.zext(_read(builder, args[0], ir.VectorType(_I8, 16)), words)
+        low, high = packed, builder.lshr(packed, _constant(words, 4))
+        return _shuffle(builder, *(builder.call(pick, [table, codes]) for codes in (low, high)), range(32))
+
+    return f32x32(types.int64, zero), codegen
 
 
 @operation(i8x32, types.int64, types.int64)
@@ -605,6 +627,13 @@ def load_pair(builder, first, second):
     """Sixteen bytes from one address, then sixteen from another."""
     sixteen = ir.VectorType(_I8, 16)
     return _shuffle(builder, _read(builder, first, sixteen), _read(builder, second, sixteen), list(range(32)))
+
+
+@operation(i8x32, *[types.int64] * 4)
+def load_eights(builder, *addresses):
+    """Eight bytes from each of four addresses."""
+    a, b, c, d = (_read(builder, each, ir.VectorType(_I8, 8)) for each in addresses)
+    return _shuffle(builder, _shuffle(builder, a, b, range(16)), _shuffle(builder, c, d, range(16)), range(32))
 
 
 low_nibbles = elementwise(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
@@ -788,17 +817,17 @@ def broadcast_i8xL(builder, address):
 @operation(types.void, types.int64, i8x32)
 def store_start4(builder, address, codes):
     """What `start4` needs to take a zero point of 8 off: a word for 32 activations."""
+    if _VNNI:
+        _write(builder, address, builder.mul(_sum_i8x32(builder, codes), ir.Constant(_I32, -8)))
+        return
     pairs = _madd_bytes(builder, _constant(codes.type, 1), codes)
     minus_8 = ir.Constant(_I16, -8)
     halves = []
     for i in (0, 1):
         half = _shuffle(builder, pairs, pairs, list(range(i, 16, 2)))
         halves.append(builder.mul(_reduced(builder, half, builder.add), minus_8))
-    if _VNNI:
-        _write(builder, address, builder.sext(builder.add(*halves), _I32))
-    else:
-        low, high = builder.zext(halves[0], _I32), builder.zext(halves[1], _I32)
-        _write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(_I32, 16))))
+    low, high = builder.zext(halves[0], _I32), builder.zext(halves[1], _I32)
+    _write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(_I32, 16))))
 
 
 @operation(sum4, types.int64)
@@ -965,15 +994,36 @@ def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
 finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
 
 
-@operation(types.int16, i8x16)
-def sum_i8x16(builder, codes):
-    """The sum of sixteen signed bytes."""
-    wide = builder.sext(codes, ir.VectorType(_I16, 16))
-    return _reduced(builder, wide, builder.add)
+def _sum_sixteens(builder, codes):
+    """The sum of the first sixteen of thirty-two signed bytes in each of four int32, of the others in four more."""
+    ones = _constant(codes.type, 1)
+    if _VNNI:
+        fours = _dpbusd(builder, _constant(_ir_type(i32x8), 0), ones, codes)
+    else:
+        fours = _dot_words(builder, _madd_bytes(builder, ones, codes), _constant(_ir_type(i16x16), 1))
+    twos = builder.add(fours, _shuffle(builder, fours, fours, [1, 0, 3, 2, 5, 4, 7, 6]))
+    return builder.add(twos, _shuffle(builder, twos, twos, [2, 3, 0, 1, 6, 7, 4, 5]))
+
+
+@operation(types.void, types.int64, i8x32)
+def store_sum16(builder, address, codes):
+    """The sums of the first and of the second sixteen of thirty-two signed bytes, as int16 to memory."""
+    sums = _sum_sixteens(builder, codes)
+    _write(builder, address, builder.trunc(_shuffle(builder, sums, sums, [0, 4]), ir.VectorType(_I16, 2)))
+
+
+def _sum_i8x32(builder, codes):
+    sums = _sum_sixteens(builder, codes)
+    low, high = (builder.extract_element(sums, ir.Constant(_I32, i)) for i in (0, 4))
+    return builder.add(low, high)
+
+
+#: The sum of thirty-two signed bytes.
+sum_i8x32 = operation(types.int32, i8x32)(_sum_i8x32)
 
 
 # Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.rows_512`). Each quarter belongs
-# to one of four blocks of 32 weights: sixteen codes, or four sums of products.
+# to one of four blocks of 32 weights: sixteen codes, or four sums of products; or each eighth to one of eight.
 
 
 @intrinsic(prefer_literal=True)
@@ -993,10 +1043,19 @@ def quarters(typingctx, x, y, size, header, four):
 
 @operation(f32x8, i8x64, i8x64)
 def halves_18(builder, x, y):
-    """The IEEE half at the beginning of each of eight blocks of 18 bytes as float32."""
+    """The IEEE half at the beginning of each of eight blocks of 18 bytes as float32: four of them begin in `x`, the
+    others in `y`."""
     words = ir.VectorType(_I16, 32)
-    halves = _shuffle(builder, builder.bitcast(x, words), builder.bitcast(y, words), [9 * i for i in range(8)])
+    lanes = [32 * (i // 4) + 9 * (i % 4) for i in range(8)]
+    halves = _shuffle(builder, builder.bitcast(x, words), builder.bitcast(y, words), lanes)
     return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+
+
+@operation(i8x64, i8x64, i8x64)
+def eighths_18(builder, x, y):
+    """Eight bytes, from the third on, of each of eight blocks of 18 bytes: four of them begin in `x`, the others in
+    `y`."""
+    return _shuffle(builder, x, y, [64 * (i // 32) + 18 * (i // 8 % 4) + 2 + i % 8 for i in range(64)])
 
 
 @intrinsic(prefer_literal=True)
@@ -1030,6 +1089,19 @@ def spread(typingctx, x, half):
     """Four of eight float32, the `half`-th ones, each in a quarter of the lanes; `half` is a literal."""
     lanes = [4 * half.literal_value + i // 4 for i in range(16)]
     return f32x16(f32x8, half), lambda context, builder, signature, args: _shuffle(builder, args[0], args[0], lanes)
+
+
+@operation(f32x16, f32x8)
+def spread_pairs(builder, x):
+    """Eight float32, each in two lanes."""
+    return _shuffle(builder, x, x, [i // 2 for i in range(16)])
+
+
+@operation(i32x16, types.int64)
+def load_starts(builder, address):
+    """Eight int32 from memory, each in the first of two lanes; the second is 0."""
+    wide = builder.zext(_read(builder, address, ir.VectorType(_I32, 8)), ir.VectorType(_I64, 8))
+    return builder.bitcast(wide, _ir_type(i32x16))
 
 
 @operation(f32x8, f32x16)
