@@ -52,12 +52,14 @@ def test_matmul(qtype, tokens):
 @pytest.mark.parametrize("byte", [0, 255, 0x80, 0x7F])
 @pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
 def test_matmul_at_extreme_codes(qtype, byte):
-    """All codes alike, against activations of ±127: where 16-bit sums of products would overflow."""
-    block = np.full((3, 2, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
+    """All codes alike, against activations of ±127: where 16-bit sums of products would overflow. Blocks of 32 come in
+    an eight, a four and one by itself."""
+    count = 13 if ggml.BLOCK_SIZE[qtype] == 32 else 2
+    block = np.full((3, count, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
     for at in {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}[qtype]:
         block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
     w = QTensor(qtype, block.reshape(3, -1))
-    size = 2 * ggml.BLOCK_SIZE[qtype]
+    size = count * ggml.BLOCK_SIZE[qtype]
     for tokens in (1, 9):
         for sign in (np.ones(size), -np.ones(size), np.resize([1, -1], size)):
             x = np.tile(sign.astype(np.float32), (tokens, 1))
@@ -147,6 +149,17 @@ def test_experts(qtype, choice, shared):
         exact = qtype == ggml.F32 and shared != "of another type"
         tolerance = EXACT if exact else {"rtol_max": 0.03, "reason": "hidden activations are int8"}
         assert_close(actual, expected, **tolerance)
+
+
+def test_gate_and_up_of_two_types():
+    """Their rows read the codes of the same activations in different orders."""
+    gate, _, down = random_experts(ggml.Q4_0, 4, 512, 64)
+    _, up, _ = random_experts(ggml.Q8_0, 4, 512, 64)
+    ids, weights, x = np.array([[2, 0]], np.int32), np.array([[0.5, 0.25]], np.float32), normal(1, 512)
+    actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, gate, up, down, poisoned(1, 512))
+    seen = reference.quant.Activation(as_multiplied(x, ggml.Q4_0, False))
+    expected = reference.moe.experts(seen, ids, weights, gate, up, down, poisoned(1, 512))
+    assert_close(actual, expected, rtol_max=0.03, reason="hidden activations are int8")
 
 
 @pytest.mark.parametrize("tokens", [1, 17])
