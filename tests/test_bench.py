@@ -16,9 +16,10 @@ import pymla
 from pymla import bench, costs, ggml, plot
 from pymla.cli import main
 from pymla.cpu import limits
+from pymla.cpu.isa import LANES
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
 from pymla.cpu.quant import Activation
-from pymla.cpu.simd import LANES, sum4
+from pymla.cpu.simd import sum4
 from pymla.errors import PymlaError
 
 LIMITS = limits.Limits(read=1e10, int8=1e11)

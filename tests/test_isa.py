@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pymla.cpu import attention_int8, moe, quant, simd
+from pymla.cpu import attention_int8, isa, moe, quant
 
 HERE = Path(__file__).parent
 KERNELS = (
@@ -25,8 +25,8 @@ KERNELS = (
 DOTS = {"avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
 
 
-@pytest.mark.parametrize("isa", [isa for isa in simd.levels() if isa != simd.ISA])
-def test_other_levels(isa):
+@pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
+def test_other_levels(level):
     """The tests of kernels, which compare with the reference at extreme codes as well, pass at every level."""
     command = [
         sys.executable,
@@ -39,7 +39,7 @@ def test_other_levels(isa):
         "test_kernels.py",
         "test_faults.py",
     ]
-    environment = os.environ | {"PYMLA_ISA": isa}
+    environment = os.environ | {"PYMLA_ISA": level}
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
 
@@ -58,10 +58,10 @@ def test_inner_loops_are_found():
     assert list(inner_loops(text)) == [["\tnop", "\tjne\t.LBB0_1"]]
 
 
-@pytest.mark.skipif(simd.ISA not in DOTS, reason="the portable level leaves the choice of instructions to LLVM")
+@pytest.mark.skipif(isa.ISA not in DOTS, reason="the portable level leaves the choice of instructions to LLVM")
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_dot_instructions_without_spills(kernel):
-    dot = re.compile(rf"\s{DOTS[simd.ISA]}\s")
+    dot = re.compile(rf"\s{DOTS[isa.ISA]}\s")
     loops = [lines for lines in inner_loops(kernel.assembly) if sum(bool(dot.search(line)) for line in lines) >= 4]
     assert loops, "no loop has the dot instruction"
     for lines in loops:

@@ -3,7 +3,7 @@
 from pymla import sampling
 from pymla.cpu import attention, memory, moe, norm, quant, rope
 from pymla.cpu.compiling import cache_dir_warning, compile_all, needs_compiling
-from pymla.cpu.simd import ISA
+from pymla.cpu.isa import ISA
 from pymla.cpu.threads import Graph, set_threads, thread_count, usable_cores
 
 NAME = "cpu"

@@ -45,13 +45,7 @@ from pymla.cpu.quant import (
     matmul_heads_transposed,
 )
 from pymla.cpu.rows import dot_float
-from pymla.cpu.simd import (
-    address,
-    load_f32,
-    load_f32x8,
-    store_f32,
-    store_f32x8,
-)
+from pymla.cpu.simd import address, load_f32, load_f32x8, store_f32, store_f32x8
 from pymla.cpu.softmax import LOG2E, heads_softmax, query_softmax, shrink
 from pymla.ggml import F32
 

@@ -33,14 +33,12 @@ from pymla.cpu.attention_tiles import (
 )
 from pymla.cpu.cache_rows import even, quantise_i16
 from pymla.cpu.formats import F16, F32, is_float, load_f8
+from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
 from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, copy, counting
 from pymla.cpu.simd import (
-    BIAS,
-    LANES,
-    WORD,
     absolute,
     address,
     farther,
@@ -62,10 +60,8 @@ from pymla.cpu.simd import (
     store_f32x8,
     store_i8x32,
     store_i32,
-    store_rescaled,
-    store_words,
-    widen,
 )
+from pymla.cpu.simd_words import BIAS, WORD, store_rescaled, store_words, widen
 from pymla.cpu.softmax import LOG2E, heads_softmax, token_softmax
 
 #: Keys that a block of queries meets at a time.

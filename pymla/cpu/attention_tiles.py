@@ -7,17 +7,14 @@ Operands are codes of 8 bits with a scale for 32 of them or more, in words of `s
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
-    LANES,
-    WORD,
     absolute,
     add,
     address,
     broadcast_f32xL,
     broadcast_i8xL,
     div,
-    dot_i16_words,
-    dot_words,
     farther,
     farthest,
     finish8,
@@ -28,14 +25,12 @@ from pymla.cpu.simd import (
     mul,
     round_even,
     splat_f32xL,
-    store_codes,
     store_f32,
     store_f32xL,
-    store_words,
     total,
     where_positive,
-    zero_words,
 )
+from pymla.cpu.simd_words import WORD, dot_i16_words, dot_words, store_codes, store_words, zero_words
 
 #: Softmax weights with a common scale.
 WEIGHTS = 64

@@ -13,8 +13,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
-    LANES,
     absolute,
     add,
     bit_or,

@@ -15,12 +15,12 @@ from numba import types
 
 from pymla import ggml
 from pymla.cpu import threads
+from pymla.cpu.isa import LANES
 from pymla.cpu.jit import kernel
 from pymla.cpu.memory import allocate_f32
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, tile4
 from pymla.cpu.quant import F1, F2, INPUT, Activation
 from pymla.cpu.simd import (
-    LANES,
     add,
     address,
     broadcast_i8xL,

@@ -23,6 +23,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu import norm
+from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32
 from pymla.cpu.panels import ROWS, SCRATCH, product
@@ -43,7 +44,7 @@ from pymla.cpu.quant import (
     rows_at_once,
 )
 from pymla.cpu.rows import dot_rows
-from pymla.cpu.simd import LANES, add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
+from pymla.cpu.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
 from pymla.ggml import QUANTISED
 
 __all__ = ["experts", "ffn", "router"]

@@ -12,8 +12,8 @@ import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
+from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
-    LANES,
     address,
     broadcast_f32x8,
     broadcast_f32xL,

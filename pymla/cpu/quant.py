@@ -34,12 +34,12 @@ from pymla.cpu.formats import (
     magnitude,
     quantise_block,
 )
+from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
 from pymla.cpu.rows import COLUMNS, dot_rows, order, place
 from pymla.cpu.simd import (
-    LANES,
     address,
     fma,
     load_f32,

@@ -11,8 +11,8 @@ import numpy as np
 from pymla.cpu import rows_256, rows_512
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import Q4_0, Q4_1, Q6_K, Q8_0, float_bytes, load_f8, load_float
+from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
-    LANES,
     dot_i8,
     dot_u7,
     fma,
@@ -31,6 +31,7 @@ from pymla.cpu.simd import (
 # Kernels see module globals as constants.
 _fours = rows_512 if LANES == 16 else rows_256
 _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
+_place_in_eights = rows_512.place_eights
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
@@ -46,12 +47,12 @@ def order(qtype):
 
 @inline
 def place(order, block, blocks):
-    """Where the activations of a block of a row stand: the first eight codes, bytes from there to the next eight, and
-    from the first sixteen to the others."""
+    """Where the activations of a block of a row stand: its first eight codes, and bytes from there to the next eight
+    and to the last sixteen."""
     if order == COLUMNS or block >= blocks // 4 * 4:
         return 32 * block, 8, 16
     if order == EIGHTHS and block < blocks // 8 * 8:
-        return block // 8 * 256 + block % 8 * 8, 128, 64
+        return _place_in_eights(block)
     low, apart = _place_in_fours(block, blocks // 4 * 4)
     return low, 8, apart
 

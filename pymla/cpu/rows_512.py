@@ -11,44 +11,47 @@ import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.simd import (
-    all_128,
     bit_or,
     dot_i16,
-    dot_u8x64,
-    eighths_18,
-    even_quarters,
-    flip_sign_bits,
     fma,
-    halve,
-    halves_18,
     high_nibbles,
-    load_bits_2,
     load_f16,
     load_f32x4,
     load_f32x4_twice,
     load_f32x8,
     load_i8_as_i16,
-    load_i8x64,
     load_i16x16,
-    load_quarters,
     load_scales,
     load_scales_4,
     load_scales_and_minima,
-    load_starts,
     low_nibbles,
     mul,
-    odd_quarters,
-    quarters,
     splat_f32,
+    sub,
+    times_32,
+    to_f32,
+    totals,
+)
+from pymla.cpu.simd_512 import (
+    all_128,
+    dot_u8x64,
+    eighths_18,
+    even_quarters,
+    first_quarters_20,
+    flip_sign_bits,
+    halve,
+    halves_18,
+    last_quarters_20,
+    load_bits_2,
+    load_i8x64,
+    load_quarters,
+    load_starts,
+    odd_quarters,
     spread,
     spread_pairs,
-    sub,
     subtract_i32x16,
-    times_32,
     times_scales_8,
-    to_f32,
     to_f32x16,
-    totals,
     zero_f32x16,
     zero_i32x16,
 )
@@ -59,6 +62,13 @@ def place(block, blocks):
     """Where the activations of a block stand, of whole fours of blocks: its first sixteen codes, and bytes from there
     to the others."""
     return block // 4 * 128 + block % 4 * 16, 64
+
+
+@inline
+def place_eights(block):
+    """Where they stand in `rows.EIGHTHS`, of whole eights of blocks: the first eight codes, and bytes from there to the
+    next eight and to the last sixteen."""
+    return block // 8 * 256 + block % 8 * 8, 128, 64
 
 
 @unrolled
@@ -75,10 +85,10 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     for _ in range(columns // 256):
         x = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
         s, m, z = load_f32x8(scale), load_f32x8(sums), load_starts(starts)
-        acc_a, min_a = _add_eight(size, header, a, x, s, m, z, acc_a, min_a)
-        acc_b, min_b = _add_eight(size, header, b, x, s, m, z, acc_b, min_b)
-        acc_c, min_c = _add_eight(size, header, c, x, s, m, z, acc_c, min_c)
-        acc_d, min_d = _add_eight(size, header, d, x, s, m, z, acc_d, min_d)
+        acc_a, min_a = _add_eight(size, a, x, s, m, z, acc_a, min_a)
+        acc_b, min_b = _add_eight(size, b, x, s, m, z, acc_b, min_b)
+        acc_c, min_c = _add_eight(size, c, x, s, m, z, acc_c, min_c)
+        acc_d, min_d = _add_eight(size, d, x, s, m, z, acc_d, min_d)
         a, b, c, d = a + 8 * size, b + 8 * size, c + 8 * size, d + 8 * size
         codes, scale, sums, starts = codes + 256, scale + 32, sums + 32, starts + 32
     if columns % 256 >= 128:
@@ -97,14 +107,14 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
 
 
 @unrolled
-def _add_eight(size, header, row, x, s, m, z, acc, minima):
+def _add_eight(size, row, x, s, m, z, acc, minima):
     """Add products of eight blocks and of their minima."""
     if size == 18:
         return _add_eight_q4_0(row, x, s, z, acc), minima
-    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 8 * size - 64)
-    d, minimum = load_scales_and_minima(row, size)
-    products = _nibbles_times(quarters(first, second, size, header, 0), x[0], x[1])
-    others = _nibbles_times(quarters(second, last, size, header, 1), x[2], x[3])
+    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 96)
+    d, minimum = load_scales_and_minima(row, 20)
+    products = _nibbles_times(first_quarters_20(first, second), x[0], x[1])
+    others = _nibbles_times(last_quarters_20(second, last), x[2], x[3])
     factor = mul(d, s)
     acc = fma(to_f32x16(products), spread(factor, 0), acc)
     acc = fma(to_f32x16(others), spread(factor, 1), acc)

@@ -1,9 +1,7 @@
 """Vector registers as Numba values, so that kernels are plain Python over them.
 
 ``f32x8`` is eight float32, ``i8x32`` thirty-two int8, and so on. A kernel keeps them in local variables; LLVM keeps
-those in registers. Four levels behind one interface, the best that the processor has, or the one that ``PYMLA_ISA``
-names: ``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector code that LLVM lowers on any processor. All give
-the same integers.
+those in registers. The levels of `pymla.cpu.isa` are behind one interface, and all give the same integers.
 
 Products of int8 come in two shapes. Rows of weights use 32 codes in the order of the file (`dot_i8`, `dot_u7`). Panels
 (`pymla.cpu.panels`) hold `LANES` rows in the lanes of a register, four codes of each row side by side, and take the
@@ -12,163 +10,49 @@ functions on ``Panel`` registers, whose width the level decides.
 Addresses are int64 (``array.ctypes.data``). Loads and stores need no alignment.
 """
 
-import os
-from inspect import Parameter, Signature
-
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
 
-from pymla.errors import PymlaError
+from pymla.cpu.intrinsics import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Vector,
+    constant,
+    declare,
+    dpbusd,
+    elementwise,
+    f32x8,
+    f32x16,
+    f32x32,
+    i8x32,
+    i16x16,
+    i32x8,
+    ir_type,
+    loader,
+    operation,
+    read,
+    reduction,
+    shuffle,
+    splat,
+    storer,
+    write,
+)
+from pymla.cpu.isa import ISA, LANES, VNNI
 
-
-class Vector(types.Type):
-    """The Numba type of a vector register: `count` elements of `element`."""
-
-    def __init__(self, element, count):
-        self.element = element
-        self.count = count
-        super().__init__(name=f"{element}x{count}")
-
-
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F16, _F32 = ir.HalfType(), ir.FloatType()
-_ELEMENT = {"i8": _I8, "i16": _I16, "i32": _I32, "f32": _F32}
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, _ir_type(fe_type))
-
-
-def _ir_type(vector):
-    return ir.VectorType(_ELEMENT[vector.element], vector.count)
-
-
-f32x8 = Vector("f32", 8)
-i32x8 = Vector("i32", 8)
-i16x16 = Vector("i16", 16)
-i8x32 = Vector("i8", 32)
-f32x16 = Vector("f32", 16)
-f32x32 = Vector("f32", 32)
-i32x16 = Vector("i32", 16)
-i8x64 = Vector("i8", 64)
-
-
-def levels():
-    """The levels that this processor runs, best first."""
-    features = llvm.get_host_cpu_features()
-    found = ["portable"]
-    if features.get("avx2") and features.get("fma"):
-        found.insert(0, "avx2")
-        if features.get("avxvnni"):
-            found.insert(0, "avxvnni")
-        if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
-            found.insert(0, "avx512vnni")
-    return found
-
-
-def _isa():
-    wanted = os.environ.get("PYMLA_ISA", "")
-    if wanted and wanted not in levels():
-        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {', '.join(levels())}")
-    return wanted or levels()[0]
-
-
-#: The level in use.
-ISA = _isa()
-_VNNI = ISA in ("avx512vnni", "avxvnni")
-
-#: Rows of a panel: the lanes of its registers.
-LANES = 16 if ISA == "avx512vnni" else 8
-#: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
-#: others without are one instruction there; elsewhere int16 is as fast, and as exact.
-WORD = 4 if _VNNI else 2
-#: Added to the codes that VNNI takes as unsigned.
-BIAS = 128 if _VNNI else 0
 f32xL = Vector("f32", LANES)
 i32xL = Vector("i32", LANES)
 i8xL = Vector("i8", 4 * LANES)
 #: Sums of products with codes of up to 6 bits in rows.
-row_sums = i32x8 if _VNNI else i16x16
+row_sums = i32x8 if VNNI else i16x16
 #: Sums of products with codes of 4 bits in panels: a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
-sum4 = i32xL if _VNNI else Vector("i16", 2 * LANES)
-
-
-def _intrinsic(typed, emit, arguments):
-    """An intrinsic that takes so many arguments; Numba reads the number from the signature."""
-    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
-    names = ["typingctx", *(f"argument_{i}" for i in range(arguments))]
-    typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
-    return intrinsic(typed)
-
-
-def operation(result, *arguments):
-    """Make an intrinsic of fixed types from a function that emits its IR: ``emit(builder, *values)``."""
-
-    def decorate(emit):
-        def typed(typingctx, *_):
-            def codegen(context, builder, signature, args):
-                value = emit(builder, *args)
-                return context.get_dummy_value() if result is types.void else value
-
-            return result(*arguments), codegen
-
-        return _intrinsic(typed, emit, len(arguments))
-
-    return decorate
-
-
-def elementwise(emit):
-    """Make an intrinsic whose arguments and result all have the type of its first argument."""
-
-    def typed(typingctx, first, *rest):
-        return first(first, *rest), lambda context, builder, signature, args: emit(builder, *args)
-
-    return _intrinsic(typed, emit, emit.__code__.co_argcount - 1)
-
-
-def reduction(emit):
-    """Make an intrinsic from float lanes to one number."""
-
-    def typed(typingctx, x):
-        return types.float32(x), lambda context, builder, signature, args: emit(builder, *args)
-
-    return _intrinsic(typed, emit, 1)
-
-
-def _function(builder, name, result, arguments):
-    module = builder.module
-    return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
-
-
-def _constant(ir_vector, value):
-    return ir.Constant(ir_vector, [value] * ir_vector.count)
-
-
-def _splat(builder, value, count):
-    vector = ir.VectorType(value.type, count)
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, count), [0] * count))
-
-
-def _shuffle(builder, a, b, lanes):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
-
-
-def _read(builder, address, ir_type):
-    value = builder.load(builder.inttoptr(address, ir_type.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _write(builder, address, value):
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+sum4 = i32xL if VNNI else Vector("i16", 2 * LANES)
 
 
 # Memory
@@ -180,35 +64,27 @@ def address(array):
     return np.int64(array.ctypes.data)
 
 
-def _load(vector):
-    return operation(vector, types.int64)(lambda builder, address: _read(builder, address, _ir_type(vector)))
-
-
-def _store(kind):
-    return operation(types.void, types.int64, kind)(_write)
-
-
-load_f32x8, load_i8x32, load_f32xL, load_i8xL = map(_load, (f32x8, i8x32, f32xL, i8xL))
-load_f32x32, load_i32xL = _load(f32x32), _load(i32xL)
-store_f32x8, store_f32x32, store_i8x32, store_f32xL = map(_store, (f32x8, f32x32, i8x32, f32xL))
-store_f32, store_i16, store_i32 = map(_store, (types.float32, types.int16, types.int32))
-load_f32 = operation(types.float32, types.int64)(lambda b, address: _read(b, address, _F32))
-load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(_read(b, address, _F16), _F32))
-load_i16 = operation(types.int16, types.int64)(lambda b, address: _read(b, address, _I16))
-load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(_read(b, address, _I8), _F32))
+load_f32x8, load_i8x32, load_f32xL, load_i8xL = map(loader, (f32x8, i8x32, f32xL, i8xL))
+load_f32x32, load_i32xL = loader(f32x32), loader(i32xL)
+store_f32x8, store_f32x32, store_i8x32, store_f32xL = map(storer, (f32x8, f32x32, i8x32, f32xL))
+store_f32, store_i16, store_i32 = map(storer, (types.float32, types.int16, types.int32))
+load_f32 = operation(types.float32, types.int64)(lambda b, address: read(b, address, F32))
+load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(read(b, address, F16), F32))
+load_i16 = operation(types.int16, types.int64)(lambda b, address: read(b, address, I16))
+load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(read(b, address, I8), F32))
 
 
 @operation(types.float32, types.int64)
 def load_bf16(builder, address):
     """A bfloat16 from memory as float32."""
-    bits = builder.zext(_read(builder, address, _I16), _I32)
-    return builder.bitcast(builder.shl(bits, ir.Constant(_I32, 16)), _F32)
+    bits = builder.zext(read(builder, address, I16), I32)
+    return builder.bitcast(builder.shl(bits, ir.Constant(I32, 16)), F32)
 
 
 def _load_halves(vector):
     """Loads IEEE halves as float32."""
-    halves = ir.VectorType(_F16, vector.count)
-    return operation(vector, types.int64)(lambda b, address: b.fpext(_read(b, address, halves), _ir_type(vector)))
+    halves = ir.VectorType(F16, vector.count)
+    return operation(vector, types.int64)(lambda b, address: b.fpext(read(b, address, halves), ir_type(vector)))
 
 
 load_f16x8, load_f16x32 = map(_load_halves, (f32x8, f32x32))
@@ -217,11 +93,11 @@ load_f16x8, load_f16x32 = map(_load_halves, (f32x8, f32x32))
 @operation(f32x8, types.int64, types.int64)
 def load_scales(builder, address, stride):
     """Eight IEEE halves as float32, `stride` bytes from one to the next."""
-    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    halves = ir.Constant(ir.VectorType(I16, 8), ir.Undefined)
     for i in range(8):
-        at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
-        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+        at = builder.add(address, builder.mul(stride, ir.Constant(I64, i)))
+        halves = builder.insert_element(halves, read(builder, at, I16), ir.Constant(I32, i))
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 8)), ir_type(f32x8))
 
 
 @intrinsic
@@ -231,14 +107,14 @@ def load_scales_and_minima(typingctx, address, stride):
 
     def codegen(context, builder, signature, args):
         address, stride = args
-        words = ir.VectorType(_I32, 8)
+        words = ir.VectorType(I32, 8)
         pairs = ir.Constant(words, ir.Undefined)
         for i in range(8):
-            at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
-            pairs = builder.insert_element(pairs, _read(builder, at, _I32), ir.Constant(_I32, i))
-        both = pairs, builder.lshr(pairs, _constant(words, 16))
-        halves = (builder.trunc(each, ir.VectorType(_I16, 8)) for each in both)
-        floats = [builder.fpext(builder.bitcast(each, ir.VectorType(_F16, 8)), _ir_type(f32x8)) for each in halves]
+            at = builder.add(address, builder.mul(stride, ir.Constant(I64, i)))
+            pairs = builder.insert_element(pairs, read(builder, at, I32), ir.Constant(I32, i))
+        both = pairs, builder.lshr(pairs, constant(words, 16))
+        halves = (builder.trunc(each, ir.VectorType(I16, 8)) for each in both)
+        floats = [builder.fpext(builder.bitcast(each, ir.VectorType(F16, 8)), ir_type(f32x8)) for each in halves]
         return context.make_tuple(builder, result, floats)
 
     return result(types.int64, types.int64), codegen
@@ -247,18 +123,18 @@ def load_scales_and_minima(typingctx, address, stride):
 @operation(f32x8, types.int64, types.int64)
 def load_scales_4(builder, address, stride):
     """Four such halves, twice."""
-    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    halves = ir.Constant(ir.VectorType(I16, 8), ir.Undefined)
     for i in range(4):
-        at = builder.add(address, builder.mul(stride, ir.Constant(_I64, i)))
-        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
-    halves = _shuffle(builder, halves, halves, [0, 1, 2, 3] * 2)
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+        at = builder.add(address, builder.mul(stride, ir.Constant(I64, i)))
+        halves = builder.insert_element(halves, read(builder, at, I16), ir.Constant(I32, i))
+    halves = shuffle(builder, halves, halves, [0, 1, 2, 3] * 2)
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 8)), ir_type(f32x8))
 
 
 @operation(f32x8, types.int64)
 def load_u8x8(builder, address):
     """Eight bytes without a sign from memory as float32."""
-    return builder.uitofp(_read(builder, address, ir.VectorType(_I8, 8)), _ir_type(f32x8))
+    return builder.uitofp(read(builder, address, ir.VectorType(I8, 8)), ir_type(f32x8))
 
 
 def _load_bfloats(vector):
@@ -266,45 +142,45 @@ def _load_bfloats(vector):
 
     @operation(vector, types.int64)
     def load(builder, address):
-        wide = ir.VectorType(_I32, vector.count)
-        bits = builder.zext(_read(builder, address, ir.VectorType(_I16, vector.count)), wide)
-        return builder.bitcast(builder.shl(bits, _constant(wide, 16)), _ir_type(vector))
+        wide = ir.VectorType(I32, vector.count)
+        bits = builder.zext(read(builder, address, ir.VectorType(I16, vector.count)), wide)
+        return builder.bitcast(builder.shl(bits, constant(wide, 16)), ir_type(vector))
 
     return load
 
 
 load_bf16x8, load_bf16x32 = map(_load_bfloats, (f32x8, f32x32))
 #: Thirty-two int8 as float32.
-bytes_to_f32 = operation(f32x32, i8x32)(lambda builder, x: builder.sitofp(x, _ir_type(f32x32)))
+bytes_to_f32 = operation(f32x32, i8x32)(lambda builder, x: builder.sitofp(x, ir_type(f32x32)))
 
 
 @operation(types.void, types.int64, types.float32)
 def store_f16(builder, address, value):
     """A float32 as IEEE half to memory, rounded to nearest even."""
-    _write(builder, address, builder.fptrunc(value, _F16))
+    write(builder, address, builder.fptrunc(value, F16))
 
 
 @operation(types.void, types.int64, types.float32)
 def store_bf16(builder, address, value):
     """A float32 as bfloat16 to memory, rounded to nearest even. NaN stays NaN."""
-    bits = builder.bitcast(value, _I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(_I32, 0x7FFF)))
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
     nan = builder.fcmp_unordered("uno", value, value)
-    chosen = builder.select(nan, builder.or_(bits, ir.Constant(_I32, 0x400000)), rounded)
-    _write(builder, address, builder.trunc(builder.lshr(chosen, ir.Constant(_I32, 16)), _I16))
+    chosen = builder.select(nan, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
+    write(builder, address, builder.trunc(builder.lshr(chosen, ir.Constant(I32, 16)), I16))
 
 
 @operation(types.void, types.int64, f32x8)
 def store_as_i16(builder, address, value):
     """Eight float32, from -32768 to 32767, as int16 to memory, rounded towards zero. NaN becomes any number."""
-    _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I16, 8)))
+    write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(I32, 8)), ir.VectorType(I16, 8)))
 
 
 @operation(types.void, types.int64, f32x8)
 def store_as_i8(builder, address, value):
     """Eight float32, whole numbers from -128 to 255, as bytes to memory. NaN becomes any number."""
-    _write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(_I32, 8)), ir.VectorType(_I8, 8)))
+    write(builder, address, builder.trunc(builder.fptosi(value, ir.VectorType(I32, 8)), ir.VectorType(I8, 8)))
 
 
 @operation(types.void, types.int64, *[f32x8] * 8)
@@ -313,16 +189,16 @@ def store_transposed(builder, address, *rows):
     # Pairs, then fours, then halves: each step doubles the run of rows that lie side by side.
     pairs = []
     for a, b in zip(rows[::2], rows[1::2], strict=True):
-        pairs.append(_shuffle(builder, a, b, [0, 8, 1, 9, 4, 12, 5, 13]))
-        pairs.append(_shuffle(builder, a, b, [2, 10, 3, 11, 6, 14, 7, 15]))
+        pairs.append(shuffle(builder, a, b, [0, 8, 1, 9, 4, 12, 5, 13]))
+        pairs.append(shuffle(builder, a, b, [2, 10, 3, 11, 6, 14, 7, 15]))
     fours = []
     for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
-        fours.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
-        fours.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+        fours.append(shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+        fours.append(shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
     for i in range(4):
         for half, order in enumerate(([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
-            at = builder.add(address, ir.Constant(_I64, 64 * (i + 4 * half)))
-            _write(builder, at, _shuffle(builder, fours[i], fours[i + 4], order))
+            at = builder.add(address, ir.Constant(I64, 64 * (i + 4 * half)))
+            write(builder, at, shuffle(builder, fours[i], fours[i + 4], order))
 
 
 #: Addresses of eight rows.
@@ -339,22 +215,22 @@ def load_columns(typingctx, rows, offset):
     result = types.UniTuple(i8x32, 4)
 
     def codegen(context, builder, signature, args):
-        four = ir.VectorType(_I32, 4)
+        four = ir.VectorType(I32, 4)
         at = _addresses(builder, *args)
         # Rows 0 to 3 in the low halves, 4 to 7 in the high ones; then a 4 × 4 transposition of each half.
         both = []
         for i in range(4):
-            low, high = (_read(builder, each, four) for each in (at[i], at[i + 4]))
-            both.append(_shuffle(builder, low, high, range(8)))
+            low, high = (read(builder, each, four) for each in (at[i], at[i + 4]))
+            both.append(shuffle(builder, low, high, range(8)))
         pairs = []
         for a, b in ((0, 1), (2, 3)):
-            pairs.append(_shuffle(builder, both[a], both[b], [0, 8, 1, 9, 4, 12, 5, 13]))
-            pairs.append(_shuffle(builder, both[a], both[b], [2, 10, 3, 11, 6, 14, 7, 15]))
+            pairs.append(shuffle(builder, both[a], both[b], [0, 8, 1, 9, 4, 12, 5, 13]))
+            pairs.append(shuffle(builder, both[a], both[b], [2, 10, 3, 11, 6, 14, 7, 15]))
         columns = []
         for a, b in ((0, 2), (1, 3)):
-            columns.append(_shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
-            columns.append(_shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
-        columns = [builder.bitcast(column, _ir_type(i8x32)) for column in columns]
+            columns.append(shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+            columns.append(shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+        columns = [builder.bitcast(column, ir_type(i8x32)) for column in columns]
         return context.make_tuple(builder, result, columns)
 
     return result(rows8, types.int64), codegen
@@ -363,26 +239,26 @@ def load_columns(typingctx, rows, offset):
 @operation(f32x8, rows8, types.int64)
 def gather_f16(builder, rows, offset):
     """An IEEE half of each of eight rows as float32."""
-    halves = ir.Constant(ir.VectorType(_I16, 8), ir.Undefined)
+    halves = ir.Constant(ir.VectorType(I16, 8), ir.Undefined)
     for i, at in enumerate(_addresses(builder, rows, offset)):
-        halves = builder.insert_element(halves, _read(builder, at, _I16), ir.Constant(_I32, i))
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
+        halves = builder.insert_element(halves, read(builder, at, I16), ir.Constant(I32, i))
+    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 8)), ir_type(f32x8))
 
 
 @operation(f32x8, rows8, types.int64)
 def gather_i8(builder, rows, offset):
     """An int8 of each of eight rows as float32."""
-    codes = ir.Constant(ir.VectorType(_I8, 8), ir.Undefined)
+    codes = ir.Constant(ir.VectorType(I8, 8), ir.Undefined)
     for i, at in enumerate(_addresses(builder, rows, offset)):
-        codes = builder.insert_element(codes, _read(builder, at, _I8), ir.Constant(_I32, i))
-    return builder.sitofp(codes, _ir_type(f32x8))
+        codes = builder.insert_element(codes, read(builder, at, I8), ir.Constant(I32, i))
+    return builder.sitofp(codes, ir_type(f32x8))
 
 
 def _prefetch(builder, address, level):
-    pointer = _I8.as_pointer()
-    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32, _I32, _I32])
-    read, data = ir.Constant(_I32, 0), ir.Constant(_I32, 1)
-    builder.call(fetch, [builder.inttoptr(address, pointer), read, ir.Constant(_I32, level), data])
+    pointer = I8.as_pointer()
+    fetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32, I32, I32])
+    read, data = ir.Constant(I32, 0), ir.Constant(I32, 1)
+    builder.call(fetch, [builder.inttoptr(address, pointer), read, ir.Constant(I32, level), data])
 
 
 #: Ask the second-level cache for the 64 bytes at an address.
@@ -392,38 +268,38 @@ prefetch_l2 = operation(types.void, types.int64)(lambda builder, address: _prefe
 # Float registers
 
 
-splat_f32 = operation(f32x8, types.float32)(lambda builder, value: _splat(builder, value, 8))
-splat_f32x32 = operation(f32x32, types.float32)(lambda builder, value: _splat(builder, value, 32))
-splat_f32xL = operation(f32xL, types.float32)(lambda builder, value: _splat(builder, value, LANES))
-broadcast_f32x8 = operation(f32x8, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), 8))
-broadcast_f32xL = operation(f32xL, types.int64)(lambda b, address: _splat(b, _read(b, address, _F32), LANES))
+splat_f32 = operation(f32x8, types.float32)(lambda builder, value: splat(builder, value, 8))
+splat_f32x32 = operation(f32x32, types.float32)(lambda builder, value: splat(builder, value, 32))
+splat_f32xL = operation(f32xL, types.float32)(lambda builder, value: splat(builder, value, LANES))
+broadcast_f32x8 = operation(f32x8, types.int64)(lambda b, address: splat(b, read(b, address, F32), 8))
+broadcast_f32xL = operation(f32xL, types.int64)(lambda b, address: splat(b, read(b, address, F32), LANES))
 
 
 @operation(f32x32, types.float32, types.float32)
 def splat_sixteens(builder, low, high):
     """One number in the first sixteen lanes, another in the others."""
-    return _shuffle(builder, _splat(builder, low, 16), _splat(builder, high, 16), range(32))
+    return shuffle(builder, splat(builder, low, 16), splat(builder, high, 16), range(32))
 
 
 @operation(f32x8, types.int64)
 def load_f32x4(builder, address):
     """Four float32 from memory, then zeros."""
-    four = _read(builder, address, ir.VectorType(_F32, 4))
-    return _shuffle(builder, four, _constant(four.type, 0.0), list(range(8)))
+    four = read(builder, address, ir.VectorType(F32, 4))
+    return shuffle(builder, four, constant(four.type, 0.0), list(range(8)))
 
 
 @operation(f32x8, types.int64)
 def load_f32x4_twice(builder, address):
     """Four float32 from memory, twice."""
-    four = _read(builder, address, ir.VectorType(_F32, 4))
-    return _shuffle(builder, four, four, [0, 1, 2, 3] * 2)
+    four = read(builder, address, ir.VectorType(F32, 4))
+    return shuffle(builder, four, four, [0, 1, 2, 3] * 2)
 
 
 @elementwise
 def fma(builder, x, y, z):
     """``x * y + z``, rounded once."""
     name = f"llvm.fma.v{x.type.count}f32"
-    return builder.call(_function(builder, name, x.type, [x.type] * 3), [x, y, z])
+    return builder.call(declare(builder, name, x.type, [x.type] * 3), [x, y, z])
 
 
 add = elementwise(lambda builder, x, y: builder.fadd(x, y))
@@ -441,7 +317,7 @@ def larger(builder, x, y):
 @elementwise
 def farther(builder, x, y):
     """The larger of two numbers that are not negative; NaN counts as larger than any."""
-    words = ir.VectorType(_I32, x.type.count)
+    words = ir.VectorType(I32, x.type.count)
     a, b = builder.bitcast(x, words), builder.bitcast(y, words)
     return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), x.type)
 
@@ -449,35 +325,35 @@ def farther(builder, x, y):
 @elementwise
 def where_positive(builder, x, y):
     """`y` where `x` is above 0, else 0."""
-    zero = _constant(x.type, 0.0)
+    zero = constant(x.type, 0.0)
     return builder.select(builder.fcmp_ordered(">", x, zero), y, zero)
 
 
 @operation(f32xL, f32xL, types.int64, f32xL)
 def first_lanes(builder, x, count, y):
     """`x` in the first `count` lanes, which may be none or all, and `y` in the others."""
-    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-    inside = builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32), LANES))
+    lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    inside = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, I32), LANES))
     return builder.select(inside, x, y)
 
 
 @elementwise
 def absolute(builder, x):
     """Without the sign."""
-    return builder.call(_function(builder, f"llvm.fabs.v{x.type.count}f32", x.type, [x.type]), [x])
+    return builder.call(declare(builder, f"llvm.fabs.v{x.type.count}f32", x.type, [x.type]), [x])
 
 
 @elementwise
 def round_even(builder, x):
     """To the nearest whole number, halves to even."""
-    return builder.call(_function(builder, f"llvm.rint.v{x.type.count}f32", x.type, [x.type]), [x])
+    return builder.call(declare(builder, f"llvm.rint.v{x.type.count}f32", x.type, [x.type]), [x])
 
 
 @elementwise
 def round_away(builder, x):
     """To the nearest whole number, halves away from zero."""
     name = f"llvm.round.v{x.type.count}f32"
-    return builder.call(_function(builder, name, x.type, [x.type]), [x])
+    return builder.call(declare(builder, name, x.type, [x.type]), [x])
 
 
 @elementwise
@@ -487,10 +363,10 @@ def exp(builder, x):
     ``x = n ln 2 + f``; the polynomial for ``e ** f`` is that of the Cephes library's `expf` (S. Moshier).
     """
     vector = x.type
-    fused = _function(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
+    fused = declare(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
 
     def number(value):
-        return _constant(vector, float(np.float32(value)))
+        return constant(vector, float(np.float32(value)))
 
     x = builder.select(builder.fcmp_ordered("<", x, number(-87.3)), number(-87.3), x)
     x = builder.select(builder.fcmp_ordered(">", x, number(88.3)), number(88.3), x)
@@ -504,8 +380,8 @@ def exp(builder, x):
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         polynomial = builder.call(fused, [polynomial, f, number(coefficient)])
     polynomial = builder.call(fused, [builder.fmul(f, f), polynomial, builder.fadd(f, number(1.0))])
-    wide = ir.VectorType(_I32, vector.count)
-    exponent = builder.shl(builder.add(builder.bitcast(shifted, wide), _constant(wide, 127)), _constant(wide, 23))
+    wide = ir.VectorType(I32, vector.count)
+    exponent = builder.shl(builder.add(builder.bitcast(shifted, wide), constant(wide, 127)), constant(wide, 23))
     return builder.fmul(polynomial, builder.bitcast(exponent, vector))
 
 
@@ -517,10 +393,10 @@ def exp2(builder, x):
     least squares).
     """
     vector = x.type
-    fused = _function(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
+    fused = declare(builder, f"llvm.fma.v{vector.count}f32", vector, [vector] * 3)
 
     def number(value):
-        return _constant(vector, float(np.float32(value)))
+        return constant(vector, float(np.float32(value)))
 
     x = builder.select(builder.fcmp_ordered("<", x, number(-126)), number(-126), x)
     # Adding 1.5 * 2**23 leaves the whole part in the low bits, which then move into the exponent.
@@ -529,8 +405,8 @@ def exp2(builder, x):
     polynomial = number(1.32647261e-3)
     for coefficient in (9.67151299e-3, 5.55073358e-2, 2.40222424e-1, 6.93147004e-1, 1.0):
         polynomial = builder.call(fused, [polynomial, f, number(coefficient)])
-    wide = ir.VectorType(_I32, vector.count)
-    exponent = builder.shl(builder.bitcast(shifted, wide), _constant(wide, 23))
+    wide = ir.VectorType(I32, vector.count)
+    exponent = builder.shl(builder.bitcast(shifted, wide), constant(wide, 23))
     return builder.bitcast(builder.add(builder.bitcast(polynomial, wide), exponent), vector)
 
 
@@ -539,10 +415,10 @@ def _reduced(builder, value, combine):
     count = value.type.count
     while count > 1:
         count //= 2
-        low = _shuffle(builder, value, value, list(range(count)))
-        high = _shuffle(builder, value, value, list(range(count, 2 * count)))
+        low = shuffle(builder, value, value, list(range(count)))
+        high = shuffle(builder, value, value, list(range(count, 2 * count)))
         value = combine(low, high)
-    return builder.extract_element(value, ir.Constant(_I32, 0))
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 @reduction
@@ -558,13 +434,13 @@ def totals(typingctx, a, b, c, d):
 
     def codegen(context, builder, signature, args):
         def add_shuffled(x, y, first, second):
-            return builder.fadd(_shuffle(builder, x, y, first), _shuffle(builder, x, y, second))
+            return builder.fadd(shuffle(builder, x, y, first), shuffle(builder, x, y, second))
 
         even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
         ab, cd = (add_shuffled(x, y, even, odd) for x, y in (args[:2], args[2:]))
         halves = add_shuffled(ab, cd, even, odd)
         sums = add_shuffled(halves, halves, range(4), range(4, 8))
-        lanes = [builder.extract_element(sums, ir.Constant(_I32, i)) for i in range(4)]
+        lanes = [builder.extract_element(sums, ir.Constant(I32, i)) for i in range(4)]
         return context.make_tuple(builder, result, lanes)
 
     return result(a, b, c, d), codegen
@@ -581,20 +457,20 @@ def farthest(builder, x):
     """The largest of all lanes, none of which is negative; NaN counts as larger than any."""
     word = _reduced(
         builder,
-        builder.bitcast(x, ir.VectorType(_I32, x.type.count)),
+        builder.bitcast(x, ir.VectorType(I32, x.type.count)),
         lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b),
     )
-    return builder.bitcast(word, _F32)
+    return builder.bitcast(word, F32)
 
 
 # Codes
 
 
 def _nibbles(builder, address):
-    packed = _read(builder, address, ir.VectorType(_I8, 16))
-    both = builder.bitcast(_shuffle(builder, packed, packed, list(range(16)) * 2), ir.VectorType(_I32, 8))
+    packed = read(builder, address, ir.VectorType(I8, 16))
+    both = builder.bitcast(shuffle(builder, packed, packed, list(range(16)) * 2), ir.VectorType(I32, 8))
     shifts = ir.Constant(both.type, [0] * 4 + [4] * 4)
-    return builder.and_(builder.bitcast(builder.lshr(both, shifts), _ir_type(i8x32)), _constant(_ir_type(i8x32), 15))
+    return builder.and_(builder.bitcast(builder.lshr(both, shifts), ir_type(i8x32)), constant(ir_type(i8x32), 15))
 
 
 #: Thirty-two codes of 4 bits: the low halves of sixteen bytes come first, then the high halves.
@@ -609,15 +485,15 @@ def load_nibbles_f32(typingctx, address, zero):
     def codegen(context, builder, signature, args):
         if LANES != 16:
             codes = _nibbles(builder, args[0])
-            codes = builder.sub(codes, _constant(codes.type, zero_point))
-            return builder.sitofp(codes, _ir_type(f32x32))
+            codes = builder.sub(codes, constant(codes.type, zero_point))
+            return builder.sitofp(codes, ir_type(f32x32))
         # A table in a register has all sixteen values; its instruction looks at the lowest 4 bits of a lane.
-        words = ir.VectorType(_I32, 16)
-        table = ir.Constant(_ir_type(f32x16), [float(code - zero_point) for code in range(16)])
-        pick = _function(builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table.type, words])
-        packed = builder.zext(_read(builder, args[0], ir.VectorType(_I8, 16)), words)
-        low, high = packed, builder.lshr(packed, _constant(words, 4))
-        return _shuffle(builder, *(builder.call(pick, [table, codes]) for codes in (low, high)), range(32))
+        words = ir.VectorType(I32, 16)
+        table = ir.Constant(ir_type(f32x16), [float(code - zero_point) for code in range(16)])
+        pick = declare(builder, "llvm.x86.avx512.permvar.sf.512", table.type, [table.type, words])
+        packed = builder.zext(read(builder, args[0], ir.VectorType(I8, 16)), words)
+        low, high = packed, builder.lshr(packed, constant(words, 4))
+        return shuffle(builder, *(builder.call(pick, [table, codes]) for codes in (low, high)), range(32))
 
     return f32x32(types.int64, zero), codegen
 
@@ -625,81 +501,74 @@ def load_nibbles_f32(typingctx, address, zero):
 @operation(i8x32, types.int64, types.int64)
 def load_pair(builder, first, second):
     """Sixteen bytes from one address, then sixteen from another."""
-    sixteen = ir.VectorType(_I8, 16)
-    return _shuffle(builder, _read(builder, first, sixteen), _read(builder, second, sixteen), list(range(32)))
+    sixteen = ir.VectorType(I8, 16)
+    return shuffle(builder, read(builder, first, sixteen), read(builder, second, sixteen), list(range(32)))
 
 
 @operation(i8x32, *[types.int64] * 4)
 def load_eights(builder, *addresses):
     """Eight bytes from each of four addresses."""
-    a, b, c, d = (_read(builder, each, ir.VectorType(_I8, 8)) for each in addresses)
-    return _shuffle(builder, _shuffle(builder, a, b, range(16)), _shuffle(builder, c, d, range(16)), range(32))
+    a, b, c, d = (read(builder, each, ir.VectorType(I8, 8)) for each in addresses)
+    return shuffle(builder, shuffle(builder, a, b, range(16)), shuffle(builder, c, d, range(16)), range(32))
 
 
-low_nibbles = elementwise(lambda builder, x: builder.and_(x, _constant(x.type, 15)))
-high_nibbles = elementwise(lambda builder, x: builder.lshr(x, _constant(x.type, 4)))
+low_nibbles = elementwise(lambda builder, x: builder.and_(x, constant(x.type, 15)))
+high_nibbles = elementwise(lambda builder, x: builder.lshr(x, constant(x.type, 4)))
 bit_or = elementwise(lambda builder, x, y: builder.or_(x, y))
 
 
 @operation(i8x32, i8x32, types.int64)
 def bits_2(builder, x, shift):
     """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
-    shift = _splat(builder, builder.trunc(shift, _I8), x.type.count)
-    two = builder.and_(builder.lshr(x, shift), _constant(x.type, 3))
-    return builder.shl(two, _constant(x.type, 4))
+    shift = splat(builder, builder.trunc(shift, I8), x.type.count)
+    two = builder.and_(builder.lshr(x, shift), constant(x.type, 3))
+    return builder.shl(two, constant(x.type, 4))
 
 
 @operation(i8x32, i8x32, types.int64)
 def subtract_i8(builder, x, value):
     """``x - value`` in every byte, wrapping."""
-    return builder.sub(x, _splat(builder, builder.trunc(value, _I8), 32))
+    return builder.sub(x, splat(builder, builder.trunc(value, I8), 32))
 
 
 # Products of bytes
 
 
-def _dpbusd(builder, acc, unsigned, signed):
-    """``acc[i] += Σ unsigned[4i+j] * signed[4i+j]`` by the VNNI instruction."""
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.count}"
-    args = [acc, builder.bitcast(unsigned, acc.type), builder.bitcast(signed, acc.type)]
-    return builder.call(_function(builder, name, acc.type, [acc.type] * 3), args)
-
-
 def _madd_bytes(builder, unsigned, signed):
     """int16 sums of two products each; the caller sees to it that none is over 32767."""
-    words = ir.VectorType(_I16, unsigned.type.count // 2)
+    words = ir.VectorType(I16, unsigned.type.count // 2)
     if ISA != "portable":
-        multiply = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned.type, signed.type])
+        multiply = declare(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned.type, signed.type])
         return builder.call(multiply, [unsigned, signed])
-    wide = ir.VectorType(_I16, unsigned.type.count)
+    wide = ir.VectorType(I16, unsigned.type.count)
     product = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
-    even, odd = (_shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
+    even, odd = (shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
     return builder.add(even, odd)
 
 
-def _dot_words(builder, a, b):
+def dot_pairs_i16(builder, a, b):
     """int32 sums of two products of int16 each."""
-    doubles = ir.VectorType(_I32, a.type.count // 2)
+    doubles = ir.VectorType(I32, a.type.count // 2)
     if ISA != "portable":
-        multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", doubles, [a.type, a.type])
+        multiply = declare(builder, "llvm.x86.avx2.pmadd.wd", doubles, [a.type, a.type])
         return builder.call(multiply, [a, b])
-    wide = ir.VectorType(_I32, a.type.count)
+    wide = ir.VectorType(I32, a.type.count)
     product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    even, odd = (_shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
+    even, odd = (shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
     return builder.add(even, odd)
 
 
 def _add_pairs(builder, words):
     """int32 sums of two int16 each."""
-    return _dot_words(builder, words, _constant(words.type, 1))
+    return dot_pairs_i16(builder, words, constant(words.type, 1))
 
 
 def _with_sign(builder, value, sign):
     """`value` times the sign of `sign`, by bytes."""
     if ISA != "portable":
-        psign = _function(builder, "llvm.x86.avx2.psign.b", value.type, [value.type] * 2)
+        psign = declare(builder, "llvm.x86.avx2.psign.b", value.type, [value.type] * 2)
         return builder.call(psign, [value, sign])
-    zero = _constant(value.type, 0)
+    zero = constant(value.type, 0)
     signed = builder.select(builder.icmp_signed("<", sign, zero), builder.sub(zero, value), value)
     return builder.select(builder.icmp_signed("==", sign, zero), zero, signed)
 
@@ -707,8 +576,8 @@ def _with_sign(builder, value, sign):
 def _dot_signed(builder, acc, a, b):
     # |a| as unsigned bytes times b with a's sign: pairs sum up to 2 * 128 * 127, which an int16 holds.
     unsigned, signed = _with_sign(builder, a, a), _with_sign(builder, b, a)
-    if _VNNI and acc.type.count == 8:
-        return _dpbusd(builder, acc, unsigned, signed)
+    if VNNI and acc.type.count == 8:
+        return dpbusd(builder, acc, unsigned, signed)
     return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed)))
 
 
@@ -724,26 +593,26 @@ def dot_i8(builder, acc, a, b):
 @operation(i32x8, i32x8, i8x32, i8x32)
 def dot_u7(builder, acc, a, b):
     """`dot_i8` for `a` from 0 to 127: sums of two products fit an int16 as they are."""
-    if _VNNI:
-        return _dpbusd(builder, acc, a, b)
+    if VNNI:
+        return dpbusd(builder, acc, a, b)
     return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, a, b)))
 
 
-zero_i32x8 = operation(i32x8)(lambda builder: _constant(_ir_type(i32x8), 0))
-to_f32 = operation(f32x8, i32x8)(lambda builder, x: builder.sitofp(x, _ir_type(f32x8)))
+zero_i32x8 = operation(i32x8)(lambda builder: constant(ir_type(i32x8), 0))
+to_f32 = operation(f32x8, i32x8)(lambda builder, x: builder.sitofp(x, ir_type(f32x8)))
 
 
 # Eight blocks of 32 codes at a time: halves of a register hold parts of two, and in the end each lane has one.
 
 
-zero_sums = operation(row_sums)(lambda builder: _constant(_ir_type(row_sums), 0))
+zero_sums = operation(row_sums)(lambda builder: constant(ir_type(row_sums), 0))
 
 
 @operation(row_sums, row_sums, i8x32, i8x32)
 def dot_u6(builder, acc, a, b):
     """Add products of `a` from 0 to 63 with `b` from -127 to 127: twice at most, eight times where `a` is under 16."""
-    if _VNNI:
-        return _dpbusd(builder, acc, a, b)
+    if VNNI:
+        return dpbusd(builder, acc, a, b)
     return builder.add(acc, _madd_bytes(builder, a, b))
 
 
@@ -751,11 +620,11 @@ def _sum_blocks(sums):
     @operation(i32x8, sums, sums, sums, sums)
     def sum_blocks(builder, a, b, c, d):
         """Sums of blocks 0 to 7; `a` has those of 0 and 4 in its halves, `b` of 1 and 5, and so on."""
-        doubles = _ir_type(i32x8)
+        doubles = ir_type(i32x8)
 
         def add_shuffled(x, y, first, second):
             x, y = builder.bitcast(x, doubles), builder.bitcast(y, doubles)
-            first, second = _shuffle(builder, x, y, first), _shuffle(builder, x, y, second)
+            first, second = shuffle(builder, x, y, first), shuffle(builder, x, y, second)
             return builder.add(builder.bitcast(first, a.type), builder.bitcast(second, a.type))
 
         ab = add_shuffled(a, b, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
@@ -773,16 +642,16 @@ sum_blocks, sum_blocks_i32 = _sum_blocks(row_sums), _sum_blocks(i32x8)
 @operation(i16x16, types.int64)
 def load_i8_as_i16(builder, address):
     """Sixteen int8 from memory as int16."""
-    return builder.sext(_read(builder, address, ir.VectorType(_I8, 16)), _ir_type(i16x16))
+    return builder.sext(read(builder, address, ir.VectorType(I8, 16)), ir_type(i16x16))
 
 
-load_i16x16 = _load(i16x16)
+load_i16x16 = loader(i16x16)
 
 
 @operation(i32x8, i16x16, i16x16)
 def dot_i16(builder, a, b):
     """``a[2i] b[2i] + a[2i+1] b[2i+1]``."""
-    return _dot_words(builder, a, b)
+    return dot_pairs_i16(builder, a, b)
 
 
 @intrinsic(prefer_literal=True)
@@ -792,17 +661,45 @@ def add_times(typingctx, acc, sums, scales, k):
 
     def codegen(context, builder, signature, args):
         acc, sums, scales, _ = args
-        scale = _shuffle(builder, scales, scales, lanes)
-        if _VNNI:
-            wide = builder.sext(_shuffle(builder, scale, scale, list(range(0, 16, 2))), acc.type)
+        scale = shuffle(builder, scales, scales, lanes)
+        if VNNI:
+            wide = builder.sext(shuffle(builder, scale, scale, list(range(0, 16, 2))), acc.type)
             return builder.add(acc, builder.mul(sums, wide))
-        return builder.add(acc, _dot_words(builder, sums, scale))
+        return builder.add(acc, dot_pairs_i16(builder, sums, scale))
 
     return i32x8(i32x8, row_sums, i16x16, k), codegen
 
 
-times_32 = operation(i32x8, i32x8)(lambda builder, x: builder.shl(x, _constant(x.type, 5)))
+times_32 = operation(i32x8, i32x8)(lambda builder, x: builder.shl(x, constant(x.type, 5)))
 subtract_i32 = operation(i32x8, i32x8, i32x8)(lambda builder, x, y: builder.sub(x, y))
+
+
+def _sum_sixteens(builder, codes):
+    """The sum of the first sixteen of thirty-two signed bytes in each of four int32, of the others in four more."""
+    ones = constant(codes.type, 1)
+    if VNNI:
+        fours = dpbusd(builder, constant(ir_type(i32x8), 0), ones, codes)
+    else:
+        fours = dot_pairs_i16(builder, _madd_bytes(builder, ones, codes), constant(ir_type(i16x16), 1))
+    twos = builder.add(fours, shuffle(builder, fours, fours, [1, 0, 3, 2, 5, 4, 7, 6]))
+    return builder.add(twos, shuffle(builder, twos, twos, [2, 3, 0, 1, 6, 7, 4, 5]))
+
+
+@operation(types.void, types.int64, i8x32)
+def store_sum16(builder, address, codes):
+    """The sums of the first and of the second sixteen of thirty-two signed bytes, as int16 to memory."""
+    sums = _sum_sixteens(builder, codes)
+    write(builder, address, builder.trunc(shuffle(builder, sums, sums, [0, 4]), ir.VectorType(I16, 2)))
+
+
+def _sum_i8x32(builder, codes):
+    sums = _sum_sixteens(builder, codes)
+    low, high = (builder.extract_element(sums, ir.Constant(I32, i)) for i in (0, 4))
+    return builder.add(low, high)
+
+
+#: The sum of thirty-two signed bytes.
+sum_i8x32 = operation(types.int32, i8x32)(_sum_i8x32)
 
 
 # Panel registers. `broadcast_i8xL` gives every row the same four activations.
@@ -811,36 +708,36 @@ subtract_i32 = operation(i32x8, i32x8, i32x8)(lambda builder, x, y: builder.sub(
 @operation(i8xL, types.int64)
 def broadcast_i8xL(builder, address):
     """Four bytes from memory, repeated."""
-    return builder.bitcast(_splat(builder, _read(builder, address, _I32), LANES), _ir_type(i8xL))
+    return builder.bitcast(splat(builder, read(builder, address, I32), LANES), ir_type(i8xL))
 
 
 @operation(types.void, types.int64, i8x32)
 def store_start4(builder, address, codes):
     """What `start4` needs to take a zero point of 8 off: a word for 32 activations."""
-    if _VNNI:
-        _write(builder, address, builder.mul(_sum_i8x32(builder, codes), ir.Constant(_I32, -8)))
+    if VNNI:
+        write(builder, address, builder.mul(_sum_i8x32(builder, codes), ir.Constant(I32, -8)))
         return
-    pairs = _madd_bytes(builder, _constant(codes.type, 1), codes)
-    minus_8 = ir.Constant(_I16, -8)
+    pairs = _madd_bytes(builder, constant(codes.type, 1), codes)
+    minus_8 = ir.Constant(I16, -8)
     halves = []
     for i in (0, 1):
-        half = _shuffle(builder, pairs, pairs, list(range(i, 16, 2)))
+        half = shuffle(builder, pairs, pairs, list(range(i, 16, 2)))
         halves.append(builder.mul(_reduced(builder, half, builder.add), minus_8))
-    low, high = builder.zext(halves[0], _I32), builder.zext(halves[1], _I32)
-    _write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(_I32, 16))))
+    low, high = builder.zext(halves[0], I32), builder.zext(halves[1], I32)
+    write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(I32, 16))))
 
 
 @operation(sum4, types.int64)
 def start4(builder, address):
     """Sums of a block of 32 weights to begin with, so that codes from 0 to 15 count as -8 to 7."""
-    word = _splat(builder, _read(builder, address, _I32), LANES)
-    return builder.bitcast(word, _ir_type(sum4))
+    word = splat(builder, read(builder, address, I32), LANES)
+    return builder.bitcast(word, ir_type(sum4))
 
 
-zero4 = operation(sum4)(lambda builder: _constant(_ir_type(sum4), 0))
+zero4 = operation(sum4)(lambda builder: constant(ir_type(sum4), 0))
 
 
-def _in_order(builder, value):
+def in_order(builder, value):
     """The same value, computed here. LLVM would otherwise sum in another order, and keep so many loaded values for it
     that it runs out of registers (a third of the speed)."""
     if ISA == "portable":
@@ -851,15 +748,15 @@ def _in_order(builder, value):
 @operation(sum4, sum4, i8xL, i8xL)
 def dot4(builder, acc, codes, activations):
     """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again."""
-    if _VNNI:
-        return _in_order(builder, _dpbusd(builder, acc, codes, activations))
-    return _in_order(builder, builder.add(acc, _madd_bytes(builder, codes, activations)))
+    if VNNI:
+        return in_order(builder, dpbusd(builder, acc, codes, activations))
+    return in_order(builder, builder.add(acc, _madd_bytes(builder, codes, activations)))
 
 
 @operation(f32xL, sum4)
 def finish4(builder, acc):
     """The sums as float32."""
-    return builder.sitofp(acc if _VNNI else _add_pairs(builder, acc), _ir_type(f32xL))
+    return builder.sitofp(acc if VNNI else _add_pairs(builder, acc), ir_type(f32xL))
 
 
 # Codes of 8 bits: signed where there is no VNNI; unsigned, 128 more, where there is.
@@ -868,280 +765,24 @@ def finish4(builder, acc):
 @operation(i8x32, i8x32)
 def panel_codes8(builder, codes):
     """Signed codes as `dot8` wants them."""
-    return builder.xor(codes, _constant(codes.type, -128)) if _VNNI else codes
+    return builder.xor(codes, constant(codes.type, -128)) if VNNI else codes
 
 
 @operation(i32xL, types.int64)
 def start8(builder, address):
     """Sums to begin with, from the sum of the activations, int16, at `address`."""
-    if not _VNNI:
-        return _constant(_ir_type(i32xL), 0)
-    offset = builder.mul(builder.sext(_read(builder, address, _I16), _I32), ir.Constant(_I32, -128))
-    return _splat(builder, offset, LANES)
+    if not VNNI:
+        return constant(ir_type(i32xL), 0)
+    offset = builder.mul(builder.sext(read(builder, address, I16), I32), ir.Constant(I32, -128))
+    return splat(builder, offset, LANES)
 
 
 @operation(i32xL, i32xL, i8xL, i8xL)
 def dot8(builder, acc, codes, activations):
     """Add products with codes that `panel_codes8` gave."""
-    if _VNNI:
-        return _in_order(builder, _dpbusd(builder, acc, codes, activations))
-    return _in_order(builder, _dot_signed(builder, acc, codes, activations))
+    if VNNI:
+        return in_order(builder, dpbusd(builder, acc, codes, activations))
+    return in_order(builder, _dot_signed(builder, acc, codes, activations))
 
 
-# Words of attention: `WORD` codes of a column of K each, of one operand from 0 to 255 where there is VNNI (`BIAS`).
-
-
-@operation(types.void, types.int64, f32xL)
-def store_codes(builder, address, value):
-    """`LANES` float32, whole numbers, as codes. NaN becomes any number."""
-    codes = builder.fptosi(value, ir.VectorType(_I32, LANES))
-    _write(builder, address, builder.trunc(codes, ir.VectorType(_I8 if _VNNI else _I16, LANES)))
-
-
-def _words(builder, columns):
-    """Registers of columns as words: int32 or int16 lanes, of which the low bits count."""
-    bits = 32 // WORD
-    words = ir.VectorType(_I32, columns[0].type.count)
-    packed = []
-    for group in (columns[i : i + WORD] for i in range(0, len(columns), WORD)):
-        word = None
-        for i, column in enumerate(group):
-            code = builder.and_(builder.fptosi(column, words), _constant(words, (1 << bits) - 1))
-            code = builder.shl(code, _constant(words, bits * i))
-            word = code if word is None else builder.or_(word, code)
-        packed.append(word)
-    return packed
-
-
-@operation(types.void, types.int64, types.int64, f32xL, f32xL, f32xL, f32xL)
-def store_words(builder, address, stride, *columns):
-    """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
-    for i, word in enumerate(_words(builder, columns)):
-        _write(builder, builder.add(address, builder.mul(stride, ir.Constant(_I64, i))), word)
-
-
-zero_words = operation(i32xL)(lambda builder: _constant(_ir_type(i32xL), 0))
-
-
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot_words(builder, acc, a, b):
-    """Add the products of words, of which `a` has the `BIAS`."""
-    if _VNNI:
-        return _in_order(builder, _dpbusd(builder, acc, a, b))
-    words = ir.VectorType(_I16, 2 * LANES)
-    return _in_order(
-        builder, builder.add(acc, _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
-    )
-
-
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot_i16_words(builder, acc, a, b):
-    """Add the products of words of two int16; sums must stay within int32."""
-    if _VNNI:
-        name = f"llvm.x86.avx512.vpdpwssd.{32 * LANES}"
-        a, b = builder.bitcast(a, acc.type), builder.bitcast(b, acc.type)
-        return _in_order(builder, builder.call(_function(builder, name, acc.type, [acc.type] * 3), [acc, a, b]))
-    words = ir.VectorType(_I16, 2 * LANES)
-    return _in_order(
-        builder, builder.add(acc, _dot_words(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
-    )
-
-
-@operation(types.void, types.int64, types.int64)
-def widen(builder, address, codes):
-    """Thirty-two bytes at `codes`, 128 more than codes, as codes of words of two."""
-    value = _read(builder, codes, ir.VectorType(_I8, 32))
-    _write(builder, address, builder.sext(builder.xor(value, _constant(value.type, -128)), ir.VectorType(_I16, 32)))
-
-
-def _scale_words(builder, words, factors):
-    """int16 times int16 / 32768, rounded."""
-    if ISA != "portable":
-        name = "llvm.x86.avx512.pmul.hr.sw.512" if words.type.count == 32 else "llvm.x86.avx2.pmul.hr.sw"
-        return builder.call(_function(builder, name, words.type, [words.type] * 2), [words, factors])
-    wide = ir.VectorType(_I32, words.type.count)
-    product = builder.add(builder.mul(builder.sext(words, wide), builder.sext(factors, wide)), _constant(wide, 1 << 14))
-    return builder.trunc(builder.ashr(product, _constant(wide, 15)), words.type)
-
-
-@operation(types.void, *[types.int64] * 7)
-def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
-    """Thirty-two codes of each of four rows, bytes that are 128 more than the codes, as words of as many lanes of
-    panels, times int16 / 32768 at `factors`, `stride` bytes from row to row."""
-    # Numbers at a time, and lanes of a store: a panel's.
-    count, lanes = (32, 16) if LANES == 16 else (16, 8)
-    words = ir.VectorType(_I16, count)
-    scale = []
-    for i in range(4):
-        at = builder.add(factors, builder.mul(stride, ir.Constant(_I64, i)))
-        scale.append(_splat(builder, _read(builder, at, _I16), count))
-    for first in range(0, 32, count):
-        rows = []
-        for row, factor in zip((row_0, row_1, row_2, row_3), scale, strict=True):
-            codes = _read(builder, builder.add(row, ir.Constant(_I64, first)), ir.VectorType(_I8, count))
-            codes = builder.xor(codes, _constant(codes.type, -128))
-            rows.append(_scale_words(builder, builder.sext(codes, words), factor))
-        if WORD == 4:
-            low, eight = _constant(words, 255), _constant(words, 8)
-            rows = [builder.or_(builder.and_(a, low), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
-        for i, (a, b) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
-            for j in range(0, count, lanes):
-                order = [lane for k in range(j, j + lanes) for lane in (k, count + k)]
-                offset = 4 * LANES * i + (first + j) // lanes * (4 * LANES * 32 // WORD)
-                _write(builder, builder.add(panel, ir.Constant(_I64, offset)), _shuffle(builder, a, b, order))
-
-
-finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, _ir_type(f32xL)))
-
-
-def _sum_sixteens(builder, codes):
-    """The sum of the first sixteen of thirty-two signed bytes in each of four int32, of the others in four more."""
-    ones = _constant(codes.type, 1)
-    if _VNNI:
-        fours = _dpbusd(builder, _constant(_ir_type(i32x8), 0), ones, codes)
-    else:
-        fours = _dot_words(builder, _madd_bytes(builder, ones, codes), _constant(_ir_type(i16x16), 1))
-    twos = builder.add(fours, _shuffle(builder, fours, fours, [1, 0, 3, 2, 5, 4, 7, 6]))
-    return builder.add(twos, _shuffle(builder, twos, twos, [2, 3, 0, 1, 6, 7, 4, 5]))
-
-
-@operation(types.void, types.int64, i8x32)
-def store_sum16(builder, address, codes):
-    """The sums of the first and of the second sixteen of thirty-two signed bytes, as int16 to memory."""
-    sums = _sum_sixteens(builder, codes)
-    _write(builder, address, builder.trunc(_shuffle(builder, sums, sums, [0, 4]), ir.VectorType(_I16, 2)))
-
-
-def _sum_i8x32(builder, codes):
-    sums = _sum_sixteens(builder, codes)
-    low, high = (builder.extract_element(sums, ir.Constant(_I32, i)) for i in (0, 4))
-    return builder.add(low, high)
-
-
-#: The sum of thirty-two signed bytes.
-sum_i8x32 = operation(types.int32, i8x32)(_sum_i8x32)
-
-
-# Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.rows_512`). Each quarter belongs
-# to one of four blocks of 32 weights: sixteen codes, or four sums of products; or each eighth to one of eight.
-
-
-@intrinsic(prefer_literal=True)
-def quarters(typingctx, x, y, size, header, four):
-    """The sixteen bytes of codes of each of four blocks of `size` bytes, behind a header.
-
-    `x` and `y` are the first and second 64 bytes of eight blocks for the first four (`four` is 0); the second and the
-    last 64 bytes for the others (1). The numbers are literals.
-    """
-    size, header, four = (each.literal_value for each in (size, header, four))
-    begin, apart = (0, 64) if four == 0 else (64, 8 * size - 128)
-    wanted = [size * (4 * four + i // 16) + header + i % 16 - begin for i in range(64)]
-    lanes = [at if at < 64 else 64 + at - apart for at in wanted]
-    literals = (types.literal(each) for each in (size, header, four))
-    return i8x64(i8x64, i8x64, *literals), lambda context, builder, _, args: _shuffle(builder, *args[:2], lanes)
-
-
-@operation(f32x8, i8x64, i8x64)
-def halves_18(builder, x, y):
-    """The IEEE half at the beginning of each of eight blocks of 18 bytes as float32: four of them begin in `x`, the
-    others in `y`."""
-    words = ir.VectorType(_I16, 32)
-    lanes = [32 * (i // 4) + 9 * (i % 4) for i in range(8)]
-    halves = _shuffle(builder, builder.bitcast(x, words), builder.bitcast(y, words), lanes)
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(_F16, 8)), _ir_type(f32x8))
-
-
-@operation(i8x64, i8x64, i8x64)
-def eighths_18(builder, x, y):
-    """Eight bytes, from the third on, of each of eight blocks of 18 bytes: four of them begin in `x`, the others in
-    `y`."""
-    return _shuffle(builder, x, y, [64 * (i // 32) + 18 * (i // 8 % 4) + 2 + i % 8 for i in range(64)])
-
-
-@intrinsic(prefer_literal=True)
-def load_quarters(typingctx, address, size, offset):
-    """Sixteen bytes from `offset` on of each of four blocks of `size` bytes; both are literals."""
-    first = offset.literal_value
-    # Two loads have all of them: one begins with the first block's bytes, the other ends with the last block's.
-    second = first + 3 * size.literal_value - 48
-    wanted = [size.literal_value * (i // 16) + i % 16 for i in range(64)]
-    lanes = [at if at < 64 else 64 + first + at - second for at in wanted]
-
-    def codegen(context, builder, signature, args):
-        loads = (builder.add(args[0], ir.Constant(_I64, at)) for at in (first, second))
-        return _shuffle(builder, *(_read(builder, at, _ir_type(i8x64)) for at in loads), lanes)
-
-    return i8x64(types.int64, size, offset), codegen
-
-
-load_i8x64 = _load(i8x64)
-zero_i32x16 = operation(i32x16)(lambda builder: _constant(_ir_type(i32x16), 0))
-zero_f32x16 = operation(f32x16)(lambda builder: _constant(_ir_type(f32x16), 0.0))
-to_f32x16 = operation(f32x16, i32x16)(lambda builder, x: builder.sitofp(x, _ir_type(f32x16)))
-dot_u8x64 = operation(i32x16, i32x16, i8x64, i8x64)(_dpbusd)
-flip_sign_bits = operation(i8x64, i8x64)(lambda builder, x: builder.xor(x, _constant(x.type, -128)))
-all_128 = operation(i8x64)(lambda builder: _constant(_ir_type(i8x64), -128))
-subtract_i32x16 = operation(i32x16, i32x16, i32x16)(lambda builder, x, y: builder.sub(x, y))
-
-
-@intrinsic(prefer_literal=True)
-def spread(typingctx, x, half):
-    """Four of eight float32, the `half`-th ones, each in a quarter of the lanes; `half` is a literal."""
-    lanes = [4 * half.literal_value + i // 4 for i in range(16)]
-    return f32x16(f32x8, half), lambda context, builder, signature, args: _shuffle(builder, args[0], args[0], lanes)
-
-
-@operation(f32x16, f32x8)
-def spread_pairs(builder, x):
-    """Eight float32, each in two lanes."""
-    return _shuffle(builder, x, x, [i // 2 for i in range(16)])
-
-
-@operation(i32x16, types.int64)
-def load_starts(builder, address):
-    """Eight int32 from memory, each in the first of two lanes; the second is 0."""
-    wide = builder.zext(_read(builder, address, ir.VectorType(_I32, 8)), ir.VectorType(_I64, 8))
-    return builder.bitcast(wide, _ir_type(i32x16))
-
-
-@operation(f32x8, f32x16)
-def halve(builder, x):
-    """The sum of both halves."""
-    low, high = (_shuffle(builder, x, x, range(8 * i, 8 * i + 8)) for i in (0, 1))
-    return builder.fadd(low, high)
-
-
-@operation(i8x64, i8x64, i8x64)
-def even_quarters(builder, x, y):
-    """The first and third quarters of two registers."""
-    return _shuffle(builder, x, y, [32 * (i // 16) + i % 16 for i in range(64)])
-
-
-@operation(i8x64, i8x64, i8x64)
-def odd_quarters(builder, x, y):
-    """The second and fourth quarters of two registers."""
-    return _shuffle(builder, x, y, [32 * (i // 16) + 16 + i % 16 for i in range(64)])
-
-
-@operation(i8x64, types.int64)
-def load_bits_2(builder, address):
-    """Sixteen bytes of four codes each, 2 bits of every code: quarter i has the i-th codes, at bits 4 and 5."""
-    sixteen = _read(builder, address, ir.VectorType(_I32, 4))
-    words = ir.VectorType(_I32, 16)
-    four = _shuffle(builder, sixteen, sixteen, [0, 1, 2, 3] * 4)
-    rotate = _function(builder, "llvm.fshl.v16i32", words, [words] * 3)
-    amounts = ir.Constant(words, [4] * 4 + [2] * 4 + [0] * 4 + [30] * 4)
-    rotated = builder.call(rotate, [four, four, amounts])
-    return builder.and_(builder.bitcast(rotated, _ir_type(i8x64)), _constant(_ir_type(i8x64), 0x30))
-
-
-@operation(i32x16, i32x16, i32x16, types.int64)
-def times_scales_8(builder, low, high, address):
-    """Sums of products, within int16, of the first and the second sixteen codes of four blocks times int8 scales, of
-    which each block has two behind each other; a quarter of the result belongs to each block."""
-    words = ir.VectorType(_I16, 32)
-    pack = _function(builder, "llvm.x86.avx512.packssdw.512", words, [low.type] * 2)
-    scales = _read(builder, address, ir.VectorType(_I8, 8))
-    scales = builder.sext(_shuffle(builder, scales, scales, [i // 4 for i in range(32)]), words)
-    multiply = _function(builder, "llvm.x86.avx512.pmaddw.d.512", low.type, [words] * 2)
-    return builder.call(multiply, [builder.call(pack, [low, high]), scales])
+finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, ir_type(f32xL)))

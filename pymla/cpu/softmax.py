@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from pymla.cpu.compiling import inline
+from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
-    LANES,
     add,
     address,
     exp2,
