@@ -26,6 +26,7 @@ from pymla.cpu.simd import (
     load_scales_and_minima,
     low_nibbles,
     mul,
+    prefetch_l2,
     splat_f32,
     sub,
     times_32,
@@ -55,6 +56,9 @@ from pymla.cpu.simd_512 import (
     zero_f32x16,
     zero_i32x16,
 )
+
+#: Bytes from a block of Q6_K to those that memory is asked for meanwhile.
+AHEAD = 1680
 
 
 @inline
@@ -215,6 +219,9 @@ def dot_q6_k(rows, codes, scale, sum16, columns):
 @unrolled
 def _add_q6_k(row, codes, s, sums, acc, offsets):
     """Add products of a block of 256, and what comes off."""
+    # There is so much to compute that a core looks less far ahead than memory takes to answer.
+    for line in range(4):
+        prefetch_l2(row + AHEAD + 64 * line)
     factor = mul(splat_f32(load_f16(row + 208)), s)
     products = _q6_times(row, row + 128, row + 192, codes)
     others = _q6_times(row + 64, row + 160, row + 200, codes + 128)
