@@ -22,7 +22,7 @@ KERNELS = (
     attention_int8.absorbed_pages,
 )
 #: What multiplies bytes, or in attention without VNNI words.
-DOTS = {"avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
+DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
 
 
 @pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])

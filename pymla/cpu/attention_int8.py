@@ -18,6 +18,8 @@ from numba import types
 
 from pymla.cache import PAGE
 from pymla.cpu import threads
+from pymla.cpu.attention_amx import SCORE_LINES, VALUE_LINES, add_values, load_weights, sixteen_scores
+from pymla.cpu.attention_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
     PANEL_BYTES,
@@ -33,7 +35,7 @@ from pymla.cpu.attention_tiles import (
 )
 from pymla.cpu.cache_rows import even, quantise_i16
 from pymla.cpu.formats import F16, F32, is_float, load_f8
-from pymla.cpu.isa import LANES
+from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
@@ -61,6 +63,7 @@ from pymla.cpu.simd import (
     store_i8x32,
     store_i32,
 )
+from pymla.cpu.simd_amx import configure, release
 from pymla.cpu.simd_words import BIAS, WORD, store_rescaled, store_words, widen
 from pymla.cpu.softmax import LOG2E, heads_softmax, token_softmax
 
@@ -347,6 +350,11 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
     # Cache lines of a page: as many as bytes of its rows.
     lines = latent.data.shape[1] + rope.data.shape[1]
     in_scores, tiles = lines // 3, padded // ROWS * (HEADS // 4)
+    before_rope, in_rope = (latent.data.shape[1], rope.data.shape[1]) if AMX else (0, in_scores)
+    if AMX:
+        configure()
+    tile_sums = allocate(TILE_SCRATCH)
+    sums_of_tiles = address(tile_sums)
     for item in range(first, last):
         task, group = item // groups, item % groups
         t, split = task // splits, task % splits
@@ -403,6 +411,15 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             p_next, d_next, z_next = p + half * LANES * row_bytes, d + half * 4 * LANES, z + half * 4 * LANES
             r, f = address(rope_panel), address(rope_panel_scales)
             r_next, f_next = r + half * LANES * rope_bytes, f + half * 4 * LANES
+            if AMX:
+                scale_bytes = 4 * scales.shape[1]
+                ahead = address(latent.data[following * PAGE])
+                for s in range(0, seen, 16):
+                    at, sx = address(scores[s:]), address(scales[s:])
+                    sixteen_scores(
+                        codes + row_bytes * s, row_bytes, sx, scale_bytes, blocks, p, d, z, sums_of_tiles, at, ahead
+                    )
+                    ahead += 64 * SCORE_LINES * blocks
             for s in range(0, seen, 3 * LANES // 8):
                 end, other = seen - 1, s + 3 * (1 - half)
                 abc = min(s, end), min(s + 1, end), min(s + 2, end)
@@ -412,18 +429,28 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
                 sx, sy = multiples(address(scales), scale_bytes, abc), multiples(address(scales), scale_bytes, egh)
                 at, bt = multiples(address(scores), 4 * HEADS, abc), multiples(address(scores), 4 * HEADS, egh)
                 bt = bt[0] + half * 4 * LANES, bt[1] + half * 4 * LANES, bt[2] + half * 4 * LANES
-                tile_scores(x, y, sx, sy, blocks, 32, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
+                if not AMX:
+                    tile_scores(x, y, sx, sy, blocks, 32, p, p_next, d, d_next, z, z_next, 4 * HEADS, at, bt)
                 x, y = multiples(rope_rows, rope_bytes, abc), multiples(rope_rows, rope_bytes, egh)
                 sx, sy = multiples(rope_scales, 4, abc), multiples(rope_scales, 4, egh)
                 tile_rope(x, y, sx, sy, words, r, r_next, f, f_next, at, bt)
-                ask(latent, rope, following, in_scores * s // PAGE, in_scores * min(s + 3 * LANES // 8, PAGE) // PAGE)
+                since = before_rope + in_rope * s // PAGE
+                ask(latent, rope, following, since, before_rope + in_rope * min(s + 3 * LANES // 8, PAGE) // PAGE)
             heads_softmax(address(scores), seen, address(state), address(values), padded)
             scores[seen:] = 0
             quantise_heads(address(scores), address(largest_scale), address(weights), address(weight_scales), HEADS)
-            depth = (seen + 31) // 32
+            w, ws, at = address(weights), address(weight_scales), address(values)
+            if AMX:
+                load_weights(w, sums_of_tiles)
+                factor_bytes = 2 * factors.shape[1]
+                for i in range(blocks):
+                    f = address(factors) + 2 * i
+                    add_values(rows + 32 * i, rank, f, factor_bytes, ws, sums_of_tiles, at + 128 * i, 4 * padded, ahead)
+                    ahead += 64 * VALUE_LINES
+                continue
+            depth, tile = (seen + 31) // 32, 0
             for s in range(depth):
                 panel_values(rows + 32 * s * rank, rank, factors[32 * s :], address(values_panel[s]))
-            w, ws, tile = address(weights), address(weight_scales), 0
             for j in range(0, padded, ROWS):
                 p = address(values_panel) + BLOCK_BYTES * j
                 for h in range(0, HEADS, 4):
@@ -435,6 +462,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
                     ask(latent, rope, following, since, in_scores + (lines - in_scores) * tile // tiles)
         for h in range(count):
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
+    if AMX:
+        release()
 
 
 @inline

@@ -13,6 +13,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 
+from pymla.cpu.isa import ISA
 from pymla.source_key import source_key
 
 #: Everything that `compile_all` compiles.
@@ -127,6 +128,6 @@ def compile_all(progress=None):
 
 @functools.cache
 def _key():
-    features, isa = llvm.get_host_cpu_features().flatten(), os.environ.get("PYMLA_ISA", "")
-    tools = sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, isa
+    features = llvm.get_host_cpu_features().flatten()
+    tools = sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, ISA
     return source_key(Path(__file__).resolve().parent, tools)

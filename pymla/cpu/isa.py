@@ -1,16 +1,24 @@
 """What this processor's vector instructions are: the level that kernels are compiled for.
 
-Four levels, the best that the processor has, or the one that ``PYMLA_ISA`` names: ``avx512vnni``, ``avxvnni``,
-``avx2``, and ``portable`` vector code that LLVM lowers on any processor. All give the same integers.
+Five levels, the best that the processor has, or the one that ``PYMLA_ISA`` names: ``amx`` (and all of the next one),
+``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector code that LLVM lowers on any processor. All give the same
+integers.
 """
 
+import ctypes
+import functools
 import os
+import sys
 
 import llvmlite.binding as llvm
 
 from pymla.errors import PymlaError
 
+# Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), <asm/prctl.h>; programs ask before they use tiles.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
+
+@functools.cache
 def levels():
     """The levels that this processor runs, best first."""
     features = llvm.get_host_cpu_features()
@@ -21,7 +29,16 @@ def levels():
             found.insert(0, "avxvnni")
         if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
             found.insert(0, "avx512vnni")
+            if features.get("amx-tile") and features.get("amx-int8") and _may_use_tiles():
+                found.insert(0, "amx")
     return found
+
+
+def _may_use_tiles():
+    """Ask the system for AMX, for all threads of this process that follow."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
 def _isa():
@@ -33,8 +50,10 @@ def _isa():
 
 #: The level in use.
 ISA = _isa()
+#: Whether it has tiles (`simd_amx`).
+AMX = ISA == "amx"
 #: Whether it has the instruction that adds four products of bytes to an int32.
-VNNI = ISA in ("avx512vnni", "avxvnni")
+VNNI = ISA in ("amx", "avx512vnni", "avxvnni")
 
 #: Rows of a panel: the lanes of its registers.
-LANES = 16 if ISA == "avx512vnni" else 8
+LANES = 16 if ISA in ("amx", "avx512vnni") else 8

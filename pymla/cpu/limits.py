@@ -17,7 +17,7 @@ from pymla import ggml
 from pymla.cpu import threads
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import kernel
-from pymla.cpu.memory import allocate_f32
+from pymla.cpu.memory import allocate_f32, fetch_ahead
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, tile4
 from pymla.cpu.quant import F1, F2, INPUT, Activation
 from pymla.cpu.simd import (
@@ -133,6 +133,7 @@ def _read(first, last, data, sums):
         zero = splat_f32(np.float32(0))
         a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
         for i in range(0, 4 * _BLOCK, 256):
+            fetch_ahead(at + i, 256)
             a, b = add(a, load_f32x8(at + i)), add(b, load_f32x8(at + i + 32))
             c, d = add(c, load_f32x8(at + i + 64)), add(d, load_f32x8(at + i + 96))
             e, f = add(e, load_f32x8(at + i + 128)), add(f, load_f32x8(at + i + 160))

@@ -36,7 +36,7 @@ from pymla.cpu.formats import (
 )
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import aligned, allocate, allocate_f32
+from pymla.cpu.memory import aligned, allocate, allocate_f32, fetch_ahead
 from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
 from pymla.cpu.rows import COLUMNS, dot_rows, order, place
 from pymla.cpu.simd import (
@@ -352,6 +352,8 @@ def _matmul_heads_transposed(first, last, w, x, shares, out):
             for i in range(apart):
                 a, b, c, d = i, i + apart, i + 2 * apart, i + 3 * apart
                 rows = matrix + a * stride, matrix + b * stride, matrix + c * stride, matrix + d * stride
+                for each in rows:
+                    fetch_ahead(each, stride)
                 _add_rows(w.qtype, rows, (x[t, h, a], x[t, h, b], x[t, h, c], x[t, h, d]), blocks, sums)
             for i in range(4 * apart, w.rows):
                 _add_row(w.qtype, matrix + i * stride, x[t, h, i], blocks, sums)

@@ -12,6 +12,7 @@ from pymla.cpu import rows_256, rows_512
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import Q4_0, Q4_1, Q6_K, Q8_0, float_bytes, load_f8, load_float
 from pymla.cpu.isa import LANES
+from pymla.cpu.memory import fetch_ahead
 from pymla.cpu.simd import (
     dot_i8,
     dot_u7,
@@ -174,6 +175,7 @@ def dot_float(qtype, row, x, columns):
     b = splat_f32(np.float32(0))
     size = float_bytes(qtype)
     for _ in range(columns // 16):
+        fetch_ahead(row, 16 * size)
         a = fma(load_f8(qtype, row), load_f32x8(x), a)
         b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
         row, x = row + 16 * size, x + 64

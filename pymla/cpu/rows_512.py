@@ -10,6 +10,7 @@ sums of all four registers meet in one, which takes scales once.
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.memory import fetch_ahead
 from pymla.cpu.simd import (
     bit_or,
     dot_i16,
@@ -26,7 +27,6 @@ from pymla.cpu.simd import (
     load_scales_and_minima,
     low_nibbles,
     mul,
-    prefetch_l2,
     splat_f32,
     sub,
     times_32,
@@ -56,9 +56,6 @@ from pymla.cpu.simd_512 import (
     zero_f32x16,
     zero_i32x16,
 )
-
-#: Bytes from a block of Q6_K to those that memory is asked for meanwhile.
-AHEAD = 1680
 
 
 @inline
@@ -113,6 +110,7 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
 @unrolled
 def _add_eight(size, row, x, s, m, z, acc, minima):
     """Add products of eight blocks and of their minima."""
+    fetch_ahead(row, 8 * size)
     if size == 18:
         return _add_eight_q4_0(row, x, s, z, acc), minima
     first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 96)
@@ -183,6 +181,7 @@ def _offset(codes):
 
 @unrolled
 def _add_eight_q8_0(row, codes, first, second, s, acc):
+    fetch_ahead(row, 272)
     factor = mul(load_scales(row, 34), s)
     acc = fma(to_f32x16(_bytes_times(row, codes, first)), spread(factor, 0), acc)
     return fma(to_f32x16(_bytes_times(row + 136, codes + 128, second)), spread(factor, 1), acc)
@@ -219,9 +218,7 @@ def dot_q6_k(rows, codes, scale, sum16, columns):
 @unrolled
 def _add_q6_k(row, codes, s, sums, acc, offsets):
     """Add products of a block of 256, and what comes off."""
-    # There is so much to compute that a core looks less far ahead than memory takes to answer.
-    for line in range(4):
-        prefetch_l2(row + AHEAD + 64 * line)
+    fetch_ahead(row, 210)
     factor = mul(splat_f32(load_f16(row + 208)), s)
     products = _q6_times(row, row + 128, row + 192, codes)
     others = _q6_times(row + 64, row + 160, row + 200, codes + 128)

@@ -71,6 +71,7 @@ store_f32, store_i16, store_i32 = map(storer, (types.float32, types.int16, types
 load_f32 = operation(types.float32, types.int64)(lambda b, address: read(b, address, F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(read(b, address, F16), F32))
 load_i16 = operation(types.int16, types.int64)(lambda b, address: read(b, address, I16))
+load_i32 = operation(types.int32, types.int64)(lambda b, address: read(b, address, I32))
 load_i8_as_f32 = operation(types.float32, types.int64)(lambda b, address: b.sitofp(read(b, address, I8), F32))
 
 

@@ -1,0 +1,185 @@
+"""Products of the absorbed form by tiles of AMX: sixteen tokens of a page at a time, and sixteen heads.
+
+The operands are those of `pymla.cpu.attention_int8`: codes of the cache as they lie are rows, queries are a panel; the
+softmax weights are rows, values a panel.
+"""
+
+from pymla.cpu.attention_tiles import PANEL_BYTES, WEIGHTS
+from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.isa import LANES
+from pymla.cpu.simd import load_f32xL, load_i32, prefetch_l2, store_i32
+from pymla.cpu.simd_amx import (
+    BLOCK,
+    SUMS,
+    add_scaled_sums,
+    add_sums_to,
+    dot_tiles_u8,
+    load_tile,
+    store_rows,
+    store_tile,
+    zero_rows,
+    zero_tile,
+)
+from pymla.cpu.simd_words import store_rescaled
+
+#: Bytes of scratch: the sums of four tiles, twice.
+SCRATCH = 8 * SUMS
+#: Cache lines that memory is asked for, a few at a time: a core has no more than some sixteen under way. Together they
+#: are what 64 tokens have of a block: four times the first ones, and once the others.
+SCORE_LINES, VALUE_LINES = 4, 18
+#: Bytes of a row of results, 16 heads.
+_ROW = 64
+#: Blocks whose sums are in tiles at the same time.
+_FOUR = 4
+
+
+@inline
+def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_scales, starts, scratch, out, ahead):
+    """Scores of sixteen tokens and sixteen heads, but for the rotated dimensions.
+
+    Parameters
+    ----------
+    codes, row_bytes : int
+        Address of the first token's codes, from 0 to 255, and bytes from token to token.
+    scales, scale_bytes : int
+        The same for its scales.
+    blocks : int
+        Of 32 codes.
+    panel, panel_scales, starts : int
+        Addresses of the queries' codes, of their scales, and of sums to begin with, (blocks, 16).
+    scratch : int
+        Address of `SCRATCH` bytes.
+    out : int
+        Address of float32 (16, 16), tokens by heads.
+    ahead : int
+        Memory is asked for `SCORE_LINES` cache lines a block from this address on.
+    """
+    rows, fours, at = zero_rows(), blocks // _FOUR, 0
+    if fours:
+        _dot_four(codes, row_bytes, panel, starts)
+        _store_four(scratch)
+        # The processor multiplies the next four blocks while the sums of the last four are scaled.
+        for _ in range(fours - 1):
+            codes, panel, starts = codes + _FOUR * BLOCK, panel + _FOUR * PANEL_BYTES, starts + _FOUR * _ROW
+            _dot_four(codes, row_bytes, panel, starts)
+            rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
+            at ^= _FOUR * SUMS
+            _store_four(scratch + at)
+            scales, panel_scales = scales + 4 * _FOUR, panel_scales + _FOUR * _ROW
+            ahead += 64 * _FOUR * SCORE_LINES
+        rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
+        codes, panel, starts = codes + _FOUR * BLOCK, panel + _FOUR * PANEL_BYTES, starts + _FOUR * _ROW
+        scales, panel_scales = scales + 4 * _FOUR, panel_scales + _FOUR * _ROW
+    for _ in range(blocks % _FOUR):
+        load_tile(0, starts, 0)
+        load_tile(4, codes, row_bytes)
+        load_tile(6, panel, 64)
+        dot_tiles_u8(0, 4, 6)
+        store_tile(0, scratch, 64)
+        rows = add_scaled_sums(rows, scratch, load_f32xL(panel_scales), scales, scale_bytes)
+        codes, panel, starts = codes + BLOCK, panel + PANEL_BYTES, starts + _ROW
+        scales, panel_scales = scales + 4, panel_scales + _ROW
+    store_rows(out, _ROW, rows)
+
+
+@unrolled
+def _scale_four(rows, sums, scales, scale_bytes, panel_scales, ahead):
+    """Add the sums of four tiles, scaled."""
+    rows = _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead)
+    rows = _scale_one(rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + _ROW, ahead + 64 * SCORE_LINES)
+    sums, scales, panel_scales = sums + 2 * SUMS, scales + 8, panel_scales + 2 * _ROW
+    ahead += 2 * 64 * SCORE_LINES
+    rows = _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead)
+    return _scale_one(rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + _ROW, ahead + 64 * SCORE_LINES)
+
+
+@unrolled
+def _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead):
+    for line in range(SCORE_LINES):
+        prefetch_l2(ahead + 64 * line)
+    return add_scaled_sums(rows, sums, load_f32xL(panel_scales), scales, scale_bytes)
+
+
+@unrolled
+def _dot_four(codes, row_bytes, panel, starts):
+    """Products of four blocks, in tiles 0 to 3. Every row of a tile begins with the same sums."""
+    load_tile(0, starts, 0)
+    load_tile(4, codes, row_bytes)
+    load_tile(6, panel, 64)
+    dot_tiles_u8(0, 4, 6)
+    load_tile(1, starts + _ROW, 0)
+    load_tile(5, codes + BLOCK, row_bytes)
+    load_tile(7, panel + PANEL_BYTES, 64)
+    dot_tiles_u8(1, 5, 7)
+    load_tile(2, starts + 2 * _ROW, 0)
+    load_tile(4, codes + 2 * BLOCK, row_bytes)
+    load_tile(6, panel + 2 * PANEL_BYTES, 64)
+    dot_tiles_u8(2, 4, 6)
+    load_tile(3, starts + 3 * _ROW, 0)
+    load_tile(5, codes + 3 * BLOCK, row_bytes)
+    load_tile(7, panel + 3 * PANEL_BYTES, 64)
+    dot_tiles_u8(3, 5, 7)
+
+
+@unrolled
+def _store_four(scratch):
+    store_tile(0, scratch, 64)
+    store_tile(1, scratch + SUMS, 64)
+    store_tile(2, scratch + 2 * SUMS, 64)
+    store_tile(3, scratch + 3 * SUMS, 64)
+
+
+@inline
+def load_weights(words, scratch):
+    """Softmax weights of `WEIGHTS` tokens and sixteen heads, words (tokens / 4, 16) at an address, as tiles 4 and 5: a
+    row for each head."""
+    for i in range(WEIGHTS // 4):
+        for h in range(16):
+            store_i32(scratch + WEIGHTS * h + 4 * i, load_i32(words + _ROW * i + 4 * h))
+    load_tile(4, scratch, WEIGHTS)
+    load_tile(5, scratch + BLOCK, WEIGHTS)
+
+
+@inline
+def add_values(codes, row_bytes, factors, factor_bytes, scales, scratch, out, out_bytes, ahead):
+    """Add the values of 32 dimensions, weighted by what `load_weights` loaded, to the results of sixteen heads.
+
+    Parameters
+    ----------
+    codes, row_bytes : int
+        Address of the first token's codes, 128 more than they are, and bytes from token to token.
+    factors, factor_bytes : int
+        Address of what the first token's codes are multiplied with, int16 / 32768, and bytes from token to token; 0 for
+        tokens that are missing.
+    scales : int
+        Address of the weights' scales, (16,).
+    scratch : int
+        Address of `SCRATCH` bytes.
+    out, out_bytes : int
+        Address of float32, and bytes from head to head.
+    ahead : int
+        Memory is asked for `VALUE_LINES` cache lines from this address on.
+    """
+    panel = scratch + 2 * SUMS
+    for t in range(0, WEIGHTS, 4):
+        at = codes + t * row_bytes
+        target = panel + 2 * PANEL_BYTES * (t // 32) + 4 * LANES * (t % 32 // 4)
+        second, third, fourth = at + row_bytes, at + 2 * row_bytes, at + 3 * row_bytes
+        store_rescaled(target, at, second, third, fourth, factors + factor_bytes * t, factor_bytes)
+        prefetch_l2(ahead + 16 * t)
+    for line in range(WEIGHTS // 4, VALUE_LINES):
+        prefetch_l2(ahead + 64 * line)
+    zero_tile(0)
+    zero_tile(1)
+    load_tile(6, panel, 64)
+    dot_tiles_u8(0, 4, 6)
+    load_tile(7, panel + PANEL_BYTES, 64)
+    dot_tiles_u8(1, 4, 7)
+    load_tile(6, panel + 2 * PANEL_BYTES, 64)
+    dot_tiles_u8(0, 5, 6)
+    load_tile(7, panel + 3 * PANEL_BYTES, 64)
+    dot_tiles_u8(1, 5, 7)
+    store_tile(0, scratch, 64)
+    store_tile(1, scratch + SUMS, 64)
+    add_sums_to(out, out_bytes, scratch, scales, 4)
+    add_sums_to(out + 64, out_bytes, scratch + SUMS, scales, 4)
