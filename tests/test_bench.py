@@ -16,7 +16,7 @@ import pymla
 from pymla import bench, costs, ggml, plot
 from pymla.cli import main
 from pymla.cpu import limits
-from pymla.cpu.isa import LANES
+from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
 from pymla.cpu.quant import Activation
 from pymla.cpu.simd import sum4
@@ -82,6 +82,10 @@ def test_limits_read_and_multiply_everything():
     out = np.full((3, 2 * LANES), np.nan, np.float32)
     limits._multiply[3, 1](codes, activations, out)
     rows = codes.reshape(2, depth // 4, LANES, 4).astype(np.int64)
+    if AMX:
+        products = rows * activations.reshape(3, depth // 4, 1, 4)[:2] * limits.TILE_TIMES
+        np.testing.assert_allclose(out, np.broadcast_to(products.sum((1, 3)).reshape(-1), out.shape), rtol=1e-6)
+        return
     # [column, panel, group of 4, lane, code]: 64 times round, groups of even and of odd number apart.
     products = rows * activations.reshape(3, 1, depth // 4, 1, 4) * limits._TIMES
     by_parity = products.reshape(3, 2, depth // 8, 2, LANES, 4).sum(2)
@@ -96,13 +100,14 @@ def test_packed_products_are_those_of_the_panels():
     # Five columns: the last tile is not full. K is not a multiple of the panels' length.
     x = Activation(rng.standard_normal((5, CHUNK + 128), dtype=np.float32)).panels(ggml.Q4_0)
     scratch = np.zeros(SCRATCH, np.uint8)
-    codes = scratch[: ROWS * CHUNK].reshape(2, CHUNK // 4, LANES, 4)
-    codes[:] = rng.integers(0, 16, codes.shape)
+    codes = scratch[: ROWS * CHUNK].view(np.int8).reshape(2, CHUNK // 4, LANES, 4)
+    zero_point = 0 if AMX else 8
+    codes[:] = rng.integers(-8, 8, codes.shape) + zero_point
     scales = scratch[ROWS * CHUNK :][: ROWS * CHUNK // 4].view(np.float32).reshape(2, -1, LANES)
     scales[:] = rng.random(scales.shape)
     out = np.full((2, ROWS), np.nan, np.float32)
     limits._multiply_packed[2, 1](scratch, x, out)
-    rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - 8
+    rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - zero_point
     # The scales of both panels, one for each row and 32 columns.
     rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(ROWS, -1), 32, axis=1)
     column = x.codes[-1] * np.repeat(x.scale[-1].astype(np.float64), 32)

@@ -15,6 +15,7 @@ from pymla.cpu.simd_amx import (
     add_sums_to,
     dot_tiles_u8,
     load_tile,
+    store_four,
     store_rows,
     store_tile,
     zero_rows,
@@ -57,14 +58,14 @@ def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_s
     rows, fours, at = zero_rows(), blocks // _FOUR, 0
     if fours:
         _dot_four(codes, row_bytes, panel, starts)
-        _store_four(scratch)
+        store_four(scratch)
         # The processor multiplies the next four blocks while the sums of the last four are scaled.
         for _ in range(fours - 1):
             codes, panel, starts = codes + _FOUR * BLOCK, panel + _FOUR * PANEL_BYTES, starts + _FOUR * _ROW
             _dot_four(codes, row_bytes, panel, starts)
             rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
             at ^= _FOUR * SUMS
-            _store_four(scratch + at)
+            store_four(scratch + at)
             scales, panel_scales = scales + 4 * _FOUR, panel_scales + _FOUR * _ROW
             ahead += 64 * _FOUR * SCORE_LINES
         rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
@@ -119,14 +120,6 @@ def _dot_four(codes, row_bytes, panel, starts):
     load_tile(5, codes + 3 * BLOCK, row_bytes)
     load_tile(7, panel + 3 * PANEL_BYTES, 64)
     dot_tiles_u8(3, 5, 7)
-
-
-@unrolled
-def _store_four(scratch):
-    store_tile(0, scratch, 64)
-    store_tile(1, scratch + SUMS, 64)
-    store_tile(2, scratch + 2 * SUMS, 64)
-    store_tile(3, scratch + 3 * SUMS, 64)
 
 
 @inline

@@ -38,7 +38,7 @@ from pymla.cpu.formats import F16, F32, is_float, load_f8
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32
-from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product, product_float
+from pymla.cpu.panels import FLOAT_SCRATCH, MARGIN, ROWS, SCRATCH, product, product_float
 from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, copy, counting
 from pymla.cpu.simd import (
     absolute,
@@ -139,7 +139,7 @@ def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
     groups = (tokens + size - 1) // size
     blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
     scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
-    result = allocate_f32(size, ROWS)
+    result = allocate_f32(size + MARGIN, ROWS)
     keys = np.zeros((size, KEY_BLOCK * blocks), np.float32)
     values = np.zeros((size, v), np.float32)
     codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.isa import LANES
+from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.simd import (
     absolute,
     add,
@@ -188,8 +188,8 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
     for block in range(first, first + count):
         at = size * block
         a, b, c, d = load_columns(rows, at + size - 16)
-        _store_codes(codes, low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d))
-        _store_codes(codes + 16 * LANES, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
+        _store_codes4(size, codes, low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d))
+        _store_codes4(size, codes + 16 * LANES, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
         store_f32x8(scales, gather_f16(rows, at))
         if size == 20:
             store_f32x8(minima, gather_f16(rows, at + 2))
@@ -232,6 +232,14 @@ def _unpack_q6_k(rows, at, codes, scales):
 def _code_6(nibbles, high, shift):
     """Codes from -32 to 31 of nibbles and the two bits of `high` at `shift`."""
     return subtract_i8(bit_or(nibbles, bits_2(high, shift)), 32)
+
+
+@inline
+def _store_codes4(size, out, a, b, c, d):
+    """Tiles of AMX take Q4_0's codes with their sign; elsewhere the zero point is where sums begin."""
+    if AMX and size == 18:
+        a, b, c, d = subtract_i8(a, 8), subtract_i8(b, 8), subtract_i8(c, 8), subtract_i8(d, 8)
+    _store_codes(out, a, b, c, d)
 
 
 @inline

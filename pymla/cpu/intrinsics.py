@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
+from pymla.cpu.isa import ISA
+
 
 class Vector(types.Type):
     """The Numba type of a vector register: `count` elements of `element`."""
@@ -139,3 +141,11 @@ def dpbusd(builder, acc, unsigned, signed):
     name = f"llvm.x86.avx512.vpdpbusd.{32 * acc.type.count}"
     args = [acc, builder.bitcast(unsigned, acc.type), builder.bitcast(signed, acc.type)]
     return builder.call(declare(builder, name, acc.type, [acc.type] * 3), args)
+
+
+def in_order(builder, value):
+    """The same value, computed here. LLVM would otherwise sum in another order, and keep so many loaded values for it
+    that it runs out of registers (a third of the speed)."""
+    if ISA == "portable":
+        return value
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=True)

@@ -15,10 +15,11 @@ from numba import types
 
 from pymla import ggml
 from pymla.cpu import threads
-from pymla.cpu.isa import LANES
-from pymla.cpu.jit import kernel
-from pymla.cpu.memory import allocate_f32, fetch_ahead
-from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, tile4
+from pymla.cpu.isa import AMX, LANES
+from pymla.cpu.jit import inline, kernel
+from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
+from pymla.cpu.panels import CHUNK, MARGIN, ROWS, SCRATCH, add_tiles, tile4
+from pymla.cpu.panels_amx import COLUMNS
 from pymla.cpu.quant import F1, F2, INPUT, Activation
 from pymla.cpu.simd import (
     add,
@@ -29,9 +30,22 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_i8xL,
     splat_f32,
+    splat_f32xL,
     store_f32x8,
     store_f32xL,
     zero4,
+)
+from pymla.cpu.simd_amx import (
+    BLOCK,
+    SUMS,
+    add_sums,
+    configure,
+    dot_tiles,
+    load_tile,
+    release,
+    store_four,
+    zero_four,
+    zero_rows,
 )
 
 #: Bytes that are streamed: more than any cache holds.
@@ -47,6 +61,8 @@ _DEPTH = 512
 _TIMES = 64
 #: Multiply-adds of an item of `_multiply`: two panels of `LANES` rows and three columns.
 _ITEM_MACS = 2 * LANES * 3 * _DEPTH * _TIMES
+#: The same of an item by tiles, which multiply sixteen columns at a time.
+TILE_TIMES = _ITEM_MACS // (2 * LANES * 2 * 16 * _DEPTH)
 #: Columns of activations of `_multiply_packed`, and their length.
 _TOKENS, _LENGTH = 512, 2048
 
@@ -150,6 +166,9 @@ def _multiply(first, last, codes, activations, sums):
     itself.
     """
     for item in range(first, last):
+        if AMX:
+            _multiply_tiles(address(codes), address(activations), address(sums[item]))
+            continue
         zero = zero4()
         ia, ib, ic, ja, jb, jc = zero, zero, zero, zero, zero, zero
         ka, kb, kc, la, lb, lc = zero, zero, zero, zero, zero, zero
@@ -180,13 +199,49 @@ def _multiply(first, last, codes, activations, sums):
         store_f32xL(address(sums[item]) + 4 * LANES, j)
 
 
+@inline
+def _multiply_tiles(codes, activations, out):
+    """As many multiply-adds by tiles of AMX, of two panels with two columns, each of which stands for sixteen. Tiles
+    have the shapes that kernels use: blocks have 32 codes, which is half of what a tile could hold."""
+    configure()
+    zero_four()
+    for _ in range(TILE_TIMES):
+        for at in range(0, _DEPTH, BLOCK):
+            load_tile(4, activations + at, 0)
+            load_tile(5, activations + _DEPTH + at, 0)
+            load_tile(6, codes + LANES * at, 64)
+            load_tile(7, codes + LANES * (_DEPTH + at), 64)
+            dot_tiles(0, 4, 6)
+            dot_tiles(1, 4, 7)
+            dot_tiles(2, 5, 6)
+            dot_tiles(3, 5, 7)
+    sums = allocate(4 * SUMS)
+    store_four(address(sums))
+    rows = add_sums(zero_rows(), address(sums), splat_f32xL(np.float32(1)))
+    store_f32xL(out, rows[0])
+    rows = add_sums(zero_rows(), address(sums) + 3 * SUMS, splat_f32xL(np.float32(1)))
+    store_f32xL(out + 4 * LANES, rows[0])
+    release()
+
+
 @kernel(BYTES, INPUT, F2)
 def _multiply_packed(first, last, panels, x, out):
     """`panels.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
     tokens, k = x.codes.shape
-    result = allocate_f32(tokens, ROWS)
+    result = allocate_f32(tokens + MARGIN, ROWS)
+    # Tiles leave their sums behind the panels: each thread has its own.
+    own = allocate(SCRATCH)
+    own[:] = panels
     for item in range(first, last):
+        if AMX:
+            configure()
+            result[:] = 0
         for start in range(0, k, CHUNK):
+            if AMX:
+                for a in range(0, tokens, COLUMNS):
+                    xa, sa = address(x.codes[a, start:]), address(x.scale[a, start // 32 :])
+                    add_tiles(xa, k, sa, min(CHUNK, k - start) // 32, address(own), address(result[a]))
+                continue
             for a in range(0, tokens, 3):
                 # A tile at the edge repeats the last column.
                 b, c = min(a + 1, tokens - 1), min(a + 2, tokens - 1)
@@ -195,6 +250,8 @@ def _multiply_packed(first, last, panels, x, out):
                 sa, sb, sc = address(x.scale[a, i:]), address(x.scale[b, i:]), address(x.scale[c, i:])
                 za, zb, zc = address(x.starts[a, i:]), address(x.starts[b, i:]), address(x.starts[c, i:])
                 at, bt, ct = address(result[a]), address(result[b]), address(result[c])
-                blocks, scratch = min(CHUNK, k - start) // 32, address(panels)
+                blocks, scratch = min(CHUNK, k - start) // 32, address(own)
                 tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, 4, blocks, scratch, start > 0, at, bt, ct)
+        if AMX:
+            release()
         out[item] = result[tokens - 1]

@@ -26,7 +26,7 @@ from pymla.cpu import norm
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32
-from pymla.cpu.panels import ROWS, SCRATCH, product
+from pymla.cpu.panels import MARGIN, ROWS, SCRATCH, product
 from pymla.cpu.quant import (
     F2,
     FEW,
@@ -37,6 +37,7 @@ from pymla.cpu.quant import (
     Activation,
     Matrices,
     add_scaled,
+    consecutive,
     copy,
     counting,
     matmul,
@@ -107,9 +108,9 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     _sort_pairs[1](ids, others[0].count, pairs, tokens, starts)
     hidden = np.empty((len(pairs), inner), np.float32)
     if gate_up_by_panels:
-        x = activation.panels(gate.qtype)
+        x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
         items = all_experts * -(-inner // LANES)
-        _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], tokens, starts, x, hidden)
+        _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], index, starts, x, hidden)
     else:
         inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
         _gate_up_rows[min(count, ids.size) * inner](gates, ups, tokens, starts, *inputs, hidden)
@@ -310,15 +311,16 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
 
 
 @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
-def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, tokens, starts, x, hidden):
-    """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows."""
+def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts, x, hidden):
+    """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has the
+    columns of `x` of each pair."""
     columns = x.x.shape[1]
     groups = (gate.rows + LANES - 1) // LANES
     scratch = allocate(SCRATCH)
     most = 0
     for e in range(first // groups, (last - 1) // groups + 1):
         most = max(most, starts[e + 1] - starts[e])
-    result = allocate_f32(max(1, most), ROWS)
+    result = allocate_f32(most + MARGIN + 1, ROWS)
     for item in range(first, last):
         e, row = item // groups, item % groups * LANES
         begin, end = starts[e], starts[e + 1]
@@ -336,7 +338,7 @@ def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, tokens, start
             columns,
             LANES * stride,
             x,
-            tokens,
+            index,
             (begin, end),
             address(scratch),
             address(result),
@@ -385,7 +387,7 @@ def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, ad
     most = 0
     for e in range(len(starts) - 1):
         most = max(most, starts[e + 1] - starts[e])
-    result = allocate_f32(most, ROWS)
+    result = allocate_f32(most + MARGIN, ROWS)
     if not add:
         for t in range(len(out)):
             for r in range(first * ROWS, min(last * ROWS, down.rows)):

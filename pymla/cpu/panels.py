@@ -12,7 +12,9 @@ import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
-from pymla.cpu.isa import LANES
+from pymla.cpu.isa import AMX, LANES
+from pymla.cpu.panels_amx import COLUMNS, add_columns
+from pymla.cpu.panels_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.simd import (
     address,
     broadcast_f32x8,
@@ -38,6 +40,7 @@ from pymla.cpu.simd import (
     store_f32xL,
     store_transposed,
 )
+from pymla.cpu.simd_amx import configure, release
 
 #: Rows of a product.
 ROWS = 2 * LANES
@@ -47,15 +50,19 @@ ROWS = 2 * LANES
 GROUP = 4
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
 CHUNK = 512
-#: Bytes of scratch of `product`: codes, scales and minima of two panels.
-SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32)
+#: Bytes of scratch of `product`: codes, scales and minima of two panels, and sums of tiles.
+SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + (TILE_SCRATCH if AMX else 0)
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
 FLOAT_SCRATCH = 4 * (FLOAT_CHUNK * FLOAT_ROWS + 16 * FLOAT_CHUNK + 4 * FLOAT_ROWS)
 
+#: Columns behind the last one that a product may read, and write results of.
+MARGIN = COLUMNS - 1 if AMX else 0
+
 _ROW = 4 * ROWS  # bytes of a row of results
 _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
+_SUMS = ROWS * (CHUNK + CHUNK // 4 + CHUNK // 8)
 
 
 @inline
@@ -78,13 +85,13 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
     x : Input
         Quantised activations (T, K).
     index : int32 array
-        The activations of each column.
+        The activations of each column; with AMX, and weights of 4 bits, they follow each other (`quant.consecutive`).
     columns : range of int, as (first, behind the last)
         Of `index`.
     scratch : int
         Address of `SCRATCH` bytes.
     out : int
-        Address of float32 (columns, ROWS): lanes of the first group, then of the second.
+        Address of float32 (columns + `MARGIN`, ROWS): lanes of the first group, then of the second.
     """
     begin, end = columns
     bits, minimum = panel_bits(qtype), has_minimum(qtype)
@@ -93,7 +100,14 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
     starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
     sum16 = address(x.sum16)
     chunk_bytes = CHUNK // 256 * bytes_256(qtype)
-    rows_a_tile = -(-ROWS * 3 // (end - begin))
+    tiles = AMX and bits == 4
+    width = COLUMNS if tiles else 3
+    rows_a_tile = -(-ROWS * width // (end - begin))
+    if tiles:
+        configure()
+        nothing = splat_f32xL(np.float32(0))
+        for at in range(0, (end - begin + COLUMNS - 1) // COLUMNS * COLUMNS * _ROW, 4 * LANES):
+            store_f32xL(out + at, nothing)
     for start in range(0, k, CHUNK):
         blocks = min(CHUNK, k - start) // 32
         for half in range(2):
@@ -105,7 +119,7 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
         # Memory works on the rows that are unpacked next while tiles are computed.
         ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
         asked = 0
-        for i in range(begin, end, 3):
+        for i in range(begin, end, width):
             # A tile at the edge repeats the last column: in `out` as well, the same numbers.
             second, third = min(i + 1, end - 1), min(i + 2, end - 1)
             for _ in range(rows_a_tile):
@@ -119,7 +133,13 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
             xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start
             wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
             sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
-            if bits == 4:
+            if tiles:
+                add_tiles(xa, k, sa, blocks, scratch, at)
+                if minimum:
+                    stop = min(i + COLUMNS, end)
+                    for j in range(i, stop, 3):
+                        _add_minima_of(sums, index, j, stop, begin, k, start, blocks, scratch, out)
+            elif bits == 4:
                 za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
                 tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
                 if minimum:
@@ -127,6 +147,29 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
             else:
                 za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
                 tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
+    if tiles:
+        release()
+
+
+@inline
+def add_tiles(x, k, scales, blocks, scratch, out):
+    """Add two panels of 4-bit codes times sixteen columns to the results, by AMX.
+
+    Parameters
+    ----------
+    x, scales : int
+        Addresses of the first column's codes, of `k`, and scales.
+    blocks : int
+        Of 32 codes.
+    scratch : int
+        The panels, as `product` lays them out.
+    out : int
+        Address of the first column's `ROWS` results.
+    """
+    for half in range(2):
+        panel = scratch + _CODES + half * LANES * CHUNK
+        d = scratch + _SCALES + half * LANES * (CHUNK // 4)
+        add_columns(x, k, scales, k // 8, blocks, panel, d, scratch + _SUMS, out + half * 4 * LANES, _ROW)
 
 
 @inline
@@ -283,6 +326,17 @@ def _end(fa, ga, fb, gb, fc, gc, at, bt, ct):
     store_f32xL(bt + 4 * LANES, gb)
     store_f32xL(ct, fc)
     store_f32xL(ct + 4 * LANES, gc)
+
+
+@inline
+def _add_minima_of(sums, index, i, end, begin, k, start, blocks, scratch, out):
+    """`_add_minima` for the i-th column and two more; where there are fewer, the last one again."""
+    second, third = min(i + 1, end - 1), min(i + 2, end - 1)
+    at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
+    first = sums + 4 * (start // 32)
+    a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
+    step = k // 32 * 4
+    _add_minima(first + a * step, first + b * step, first + c * step, blocks, scratch, at, bt, ct)
 
 
 @inline

@@ -34,10 +34,10 @@ from pymla.cpu.formats import (
     magnitude,
     quantise_block,
 )
-from pymla.cpu.isa import LANES
+from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import aligned, allocate, allocate_f32, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product, product_float
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, MARGIN, ROWS, SCRATCH, product, product_float
 from pymla.cpu.rows import COLUMNS, dot_rows, order, place
 from pymla.cpu.simd import (
     address,
@@ -138,10 +138,11 @@ class Activation:
         """Codes in an order with scales for groups of blocks, or nothing but `x`."""
         if (order, group) not in self._inputs:
             tokens, columns = self.x.shape if order is not None else (0, 0)
+            margin = MARGIN if order == COLUMNS else 0
             self._inputs[order, group] = made = Input(
                 self.x,
-                aligned((tokens, columns), np.int8),
-                aligned((tokens, columns // 32), np.float32),
+                aligned((tokens + margin, columns), np.int8)[:tokens],
+                aligned((tokens + margin, columns // 32), np.float32)[:tokens],
                 aligned((tokens, columns // 32), np.float32),
                 aligned((tokens, columns // 32), np.int32),
                 aligned((tokens, columns // 16), np.int16),
@@ -151,6 +152,23 @@ class Activation:
                 groups = tokens * -(-columns // (32 * group))
                 _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order, group)
         return self._inputs[order, group]
+
+
+def consecutive(qtype, x, index):
+    """An `Input` for products with panels of a type, and the index of its columns: those of `x` by `index` (int32).
+
+    Tiles of AMX want columns that follow each other, so they are copied; elsewhere products find them by `index`.
+    """
+    if not AMX or qtype not in FOUR_BITS:
+        return x, index
+    columns, blocks = len(index), x.scale.shape[1]
+    made = x._replace(
+        codes=aligned((columns + MARGIN, x.codes.shape[1]), np.int8)[:columns],
+        scale=aligned((columns + MARGIN, blocks), np.float32)[:columns],
+        sums=aligned((columns, blocks), np.float32),
+    )
+    _copy_columns[columns](x, index, made)
+    return made, counting(columns)
 
 
 def matmul(w, activation, out):
@@ -234,6 +252,17 @@ def _quantise_activations(first, last, x, order, group):
             )
 
 
+@kernel(INPUT, I1, INPUT)
+def _copy_columns(first, last, x, index, out):
+    """What `panels.product` reads of columns, over columns."""
+    blocks = x.scale.shape[1]
+    for i in range(first, last):
+        t = index[i]
+        copy(address(x.codes[t]), address(out.codes[i]), 8 * blocks)
+        copy(address(x.scale[t]), address(out.scale[i]), blocks)
+        copy(address(x.sums[t]), address(out.sums[i]), blocks)
+
+
 #: Bytes of rows that several tokens read one after the other, while they are in a cache.
 AT_ONCE = 128 << 10
 
@@ -276,7 +305,7 @@ def _matmul_panels(first, last, w, x, index, out):
     size = FLOAT_ROWS if floats else ROWS
     groups = (w.rows + size - 1) // size
     scratch = allocate(FLOAT_SCRATCH if floats else SCRATCH)
-    result = allocate_f32(1 if floats else tokens, ROWS)
+    result = allocate_f32(1 if floats else tokens + MARGIN, ROWS)
     for item in range(first, last):
         matrix, begin = item // groups, item % groups * size
         row = w.address + matrix * w.matrix_stride + begin * w.row_stride

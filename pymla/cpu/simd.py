@@ -34,6 +34,7 @@ from pymla.cpu.intrinsics import (
     i8x32,
     i16x16,
     i32x8,
+    in_order,
     ir_type,
     loader,
     operation,
@@ -736,14 +737,6 @@ def start4(builder, address):
 
 
 zero4 = operation(sum4)(lambda builder: constant(ir_type(sum4), 0))
-
-
-def in_order(builder, value):
-    """The same value, computed here. LLVM would otherwise sum in another order, and keep so many loaded values for it
-    that it runs out of registers (a third of the speed)."""
-    if ISA == "portable":
-        return value
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=True)
 
 
 @operation(sum4, sum4, i8xL, i8xL)

@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pymla.cpu.compiling import unrolled
 from pymla.cpu.intrinsics import (
     F32,
     I8,
@@ -20,6 +21,7 @@ from pymla.cpu.intrinsics import (
     constant,
     declare,
     f32x16,
+    in_order,
     operation,
     read,
     splat,
@@ -93,6 +95,24 @@ def release(builder):
     _instruction(builder, "tilerelease", [])
 
 
+@unrolled
+def zero_four():
+    """Tiles 0 to 3 without sums."""
+    zero_tile(0)
+    zero_tile(1)
+    zero_tile(2)
+    zero_tile(3)
+
+
+@unrolled
+def store_four(address):
+    """Tiles 0 to 3 to memory."""
+    store_tile(0, address, 64)
+    store_tile(1, address + SUMS, 64)
+    store_tile(2, address + 2 * SUMS, 64)
+    store_tile(3, address + 3 * SUMS, 64)
+
+
 def _at(builder, address, stride, row):
     return builder.add(address, builder.mul(stride, ir.Constant(I64, row)))
 
@@ -125,7 +145,10 @@ def add_sums(typingctx, rows, sums, scale):
 
     def codegen(context, builder, signature, args):
         rows, sums, scale = args
-        added = [_fma(builder, _sums(builder, sums, i), scale, builder.extract_value(rows, i)) for i in range(16)]
+        added = [
+            in_order(builder, _fma(builder, _sums(builder, sums, i), scale, builder.extract_value(rows, i)))
+            for i in range(16)
+        ]
         return context.make_tuple(builder, Rows, added)
 
     return Rows(Rows, types.int64, f32x16), codegen
@@ -141,7 +164,7 @@ def add_scaled_sums(typingctx, rows, sums, scale, factors, stride):
         for i in range(16):
             scaled = builder.fmul(_sums(builder, sums, i), scale)
             factor = _factor(builder, factors, stride, i)
-            added.append(_fma(builder, scaled, factor, builder.extract_value(rows, i)))
+            added.append(in_order(builder, _fma(builder, scaled, factor, builder.extract_value(rows, i))))
         return context.make_tuple(builder, Rows, added)
 
     return Rows(Rows, types.int64, f32x16, types.int64, types.int64), codegen

@@ -15,6 +15,7 @@ from pymla.cpu.intrinsics import (
     constant,
     declare,
     dpbusd,
+    in_order,
     ir_type,
     operation,
     read,
@@ -23,7 +24,7 @@ from pymla.cpu.intrinsics import (
     write,
 )
 from pymla.cpu.isa import ISA, LANES, VNNI
-from pymla.cpu.simd import dot_pairs_i16, f32xL, i8xL, i32xL, in_order
+from pymla.cpu.simd import dot_pairs_i16, f32xL, i8xL, i32xL
 
 #: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
 #: others without are one instruction there; elsewhere int16 is as fast, and as exact.

@@ -1,0 +1,104 @@
+"""Panels of 4-bit codes times sixteen columns of activations, by tiles of AMX: the part of `pymla.cpu.panels` that
+multiplies.
+
+Codes have a sign here, so that sums begin with nothing.
+"""
+
+from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.simd import load_f32xL
+from pymla.cpu.simd_amx import (
+    BLOCK,
+    SUMS,
+    add_rows_to,
+    add_sums,
+    dot_tiles,
+    load_tile,
+    store_four,
+    store_tile,
+    zero_rows,
+    zero_tile,
+)
+
+#: Columns of a tile.
+COLUMNS = 16
+#: Bytes of scratch: the sums of four tiles, twice.
+SCRATCH = 8 * SUMS
+
+_PANEL = 16 * BLOCK  # bytes of a block of sixteen rows
+_ROW = 64  # bytes of sixteen float32
+
+
+@inline
+def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, scratch, out, out_bytes):
+    """Add a panel times sixteen columns to the results.
+
+    Parameters
+    ----------
+    x, x_bytes : int
+        Address of the first column's codes, and bytes from column to column.
+    scales, scale_bytes : int
+        The same for its scales, one for four blocks.
+    blocks : int
+        Of 32 codes.
+    panel, panel_scales : int
+        Addresses of the codes and of the scales, (blocks, 16), of sixteen rows of weights.
+    scratch : int
+        Address of `SCRATCH` bytes.
+    out, out_bytes : int
+        Address of the first column's results, float32 (16,), and bytes from column to column.
+    """
+    fours, at = blocks // 4, 0
+    if fours:
+        _dot_four(x, x_bytes, panel)
+        store_four(scratch)
+        # The processor multiplies the next four blocks while the sums of the last four are scaled.
+        for _ in range(fours - 1):
+            x, panel = x + 4 * BLOCK, panel + 4 * _PANEL
+            _dot_four(x, x_bytes, panel)
+            add_rows_to(out, out_bytes, _scaled_four(scratch + at, panel_scales), scales, scale_bytes)
+            at ^= 4 * SUMS
+            store_four(scratch + at)
+            panel_scales, scales = panel_scales + 4 * _ROW, scales + 16
+        add_rows_to(out, out_bytes, _scaled_four(scratch + at, panel_scales), scales, scale_bytes)
+        x, panel, panel_scales, scales = x + 4 * BLOCK, panel + 4 * _PANEL, panel_scales + 4 * _ROW, scales + 16
+    if blocks % 4:
+        rows = zero_rows()
+        for _ in range(blocks % 4):
+            zero_tile(0)
+            load_tile(4, x, x_bytes)
+            load_tile(6, panel, 64)
+            dot_tiles(0, 4, 6)
+            store_tile(0, scratch, 64)
+            rows = add_sums(rows, scratch, load_f32xL(panel_scales))
+            x, panel, panel_scales = x + BLOCK, panel + _PANEL, panel_scales + _ROW
+        add_rows_to(out, out_bytes, rows, scales, scale_bytes)
+
+
+@unrolled
+def _dot_four(x, x_bytes, panel):
+    """Products of four blocks, in tiles 0 to 3."""
+    zero_tile(0)
+    load_tile(4, x, x_bytes)
+    load_tile(6, panel, 64)
+    dot_tiles(0, 4, 6)
+    zero_tile(1)
+    load_tile(5, x + BLOCK, x_bytes)
+    load_tile(7, panel + _PANEL, 64)
+    dot_tiles(1, 5, 7)
+    zero_tile(2)
+    load_tile(4, x + 2 * BLOCK, x_bytes)
+    load_tile(6, panel + 2 * _PANEL, 64)
+    dot_tiles(2, 4, 6)
+    zero_tile(3)
+    load_tile(5, x + 3 * BLOCK, x_bytes)
+    load_tile(7, panel + 3 * _PANEL, 64)
+    dot_tiles(3, 5, 7)
+
+
+@unrolled
+def _scaled_four(sums, panel_scales):
+    """The sums of four tiles, scaled."""
+    rows = add_sums(zero_rows(), sums, load_f32xL(panel_scales))
+    rows = add_sums(rows, sums + SUMS, load_f32xL(panel_scales + _ROW))
+    rows = add_sums(rows, sums + 2 * SUMS, load_f32xL(panel_scales + 2 * _ROW))
+    return add_sums(rows, sums + 3 * SUMS, load_f32xL(panel_scales + 3 * _ROW))
