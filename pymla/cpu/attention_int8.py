@@ -353,8 +353,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
     before_rope, in_rope = (latent.data.shape[1], rope.data.shape[1]) if AMX else (0, in_scores)
     if AMX:
         configure()
-    tile_sums = allocate(TILE_SCRATCH)
-    sums_of_tiles = address(tile_sums)
+    tiles_memory = allocate(TILE_SCRATCH)
     for item in range(first, last):
         task, group = item // groups, item % groups
         t, split = task // splits, task % splits
@@ -413,12 +412,11 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             r_next, f_next = r + half * LANES * rope_bytes, f + half * 4 * LANES
             if AMX:
                 scale_bytes = 4 * scales.shape[1]
-                ahead = address(latent.data[following * PAGE])
+                ahead, scratch = address(latent.data[following * PAGE]), address(tiles_memory)
                 for s in range(0, seen, 16):
                     at, sx = address(scores[s:]), address(scales[s:])
-                    sixteen_scores(
-                        codes + row_bytes * s, row_bytes, sx, scale_bytes, blocks, p, d, z, sums_of_tiles, at, ahead
-                    )
+                    x = codes + row_bytes * s
+                    sixteen_scores(x, row_bytes, sx, scale_bytes, blocks, p, d, z, scratch, at, ahead)
                     ahead += 64 * SCORE_LINES * blocks
             for s in range(0, seen, 3 * LANES // 8):
                 end, other = seen - 1, s + 3 * (1 - half)
@@ -441,11 +439,11 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             quantise_heads(address(scores), address(largest_scale), address(weights), address(weight_scales), HEADS)
             w, ws, at = address(weights), address(weight_scales), address(values)
             if AMX:
-                load_weights(w, sums_of_tiles)
-                factor_bytes = 2 * factors.shape[1]
+                scratch, factor_bytes = address(tiles_memory), 2 * factors.shape[1]
+                load_weights(w, scratch)
                 for i in range(blocks):
                     f = address(factors) + 2 * i
-                    add_values(rows + 32 * i, rank, f, factor_bytes, ws, sums_of_tiles, at + 128 * i, 4 * padded, ahead)
+                    add_values(rows + 32 * i, rank, f, factor_bytes, ws, scratch, at + 128 * i, 4 * padded, ahead)
                     ahead += 64 * VALUE_LINES
                 continue
             depth, tile = (seen + 31) // 32, 0

@@ -165,9 +165,10 @@ def _multiply(first, last, codes, activations, sums):
     Even and odd groups have sums of their own, so that an instruction that takes several cycles does not wait for
     itself.
     """
+    scratch = allocate(4 * SUMS)
     for item in range(first, last):
         if AMX:
-            _multiply_tiles(address(codes), address(activations), address(sums[item]))
+            _multiply_tiles(address(codes), address(activations), address(scratch), address(sums[item]))
             continue
         zero = zero4()
         ia, ib, ic, ja, jb, jc = zero, zero, zero, zero, zero, zero
@@ -200,7 +201,7 @@ def _multiply(first, last, codes, activations, sums):
 
 
 @inline
-def _multiply_tiles(codes, activations, out):
+def _multiply_tiles(codes, activations, scratch, out):
     """As many multiply-adds by tiles of AMX, of two panels with two columns, each of which stands for sixteen. Tiles
     have the shapes that kernels use: blocks have 32 codes, which is half of what a tile could hold."""
     configure()
@@ -215,11 +216,10 @@ def _multiply_tiles(codes, activations, out):
             dot_tiles(1, 4, 7)
             dot_tiles(2, 5, 6)
             dot_tiles(3, 5, 7)
-    sums = allocate(4 * SUMS)
-    store_four(address(sums))
-    rows = add_sums(zero_rows(), address(sums), splat_f32xL(np.float32(1)))
+    store_four(scratch)
+    rows = add_sums(zero_rows(), scratch, splat_f32xL(np.float32(1)))
     store_f32xL(out, rows[0])
-    rows = add_sums(zero_rows(), address(sums) + 3 * SUMS, splat_f32xL(np.float32(1)))
+    rows = add_sums(zero_rows(), scratch + 3 * SUMS, splat_f32xL(np.float32(1)))
     store_f32xL(out + 4 * LANES, rows[0])
     release()
 
