@@ -23,8 +23,6 @@ from pymla.cpu.simd_amx import (
 )
 from pymla.cpu.simd_words import store_rescaled
 
-#: Bytes of scratch: the sums of four tiles, twice.
-SCRATCH = 8 * SUMS
 #: Cache lines that memory is asked for, a few at a time: a core has no more than some sixteen under way. Together they
 #: are what 64 tokens have of a block: four times the first ones, and once the others.
 SCORE_LINES, VALUE_LINES = 4, 18
@@ -49,7 +47,7 @@ def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_s
     panel, panel_scales, starts : int
         Addresses of the queries' codes, of their scales, and of sums to begin with, (blocks, 16).
     scratch : int
-        Address of `SCRATCH` bytes.
+        Address of `simd_amx.SCRATCH` bytes.
     out : int
         Address of float32 (16, 16), tokens by heads.
     ahead : int
@@ -147,7 +145,7 @@ def add_values(codes, row_bytes, factors, factor_bytes, scales, scratch, out, ou
     scales : int
         Address of the weights' scales, (16,).
     scratch : int
-        Address of `SCRATCH` bytes.
+        Address of `simd_amx.SCRATCH` bytes.
     out, out_bytes : int
         Address of float32, and bytes from head to head.
     ahead : int

@@ -19,7 +19,6 @@ from numba import types
 from pymla.cache import PAGE
 from pymla.cpu import threads
 from pymla.cpu.attention_amx import SCORE_LINES, VALUE_LINES, add_values, load_weights, sixteen_scores
-from pymla.cpu.attention_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
     PANEL_BYTES,
@@ -63,6 +62,7 @@ from pymla.cpu.simd import (
     store_i8x32,
     store_i32,
 )
+from pymla.cpu.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.simd_amx import configure, release
 from pymla.cpu.simd_words import BIAS, WORD, store_rescaled, store_words, widen
 from pymla.cpu.softmax import LOG2E, heads_softmax, token_softmax
@@ -353,7 +353,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
     before_rope, in_rope = (latent.data.shape[1], rope.data.shape[1]) if AMX else (0, in_scores)
     if AMX:
         configure()
-    tiles_memory = allocate(TILE_SCRATCH)
+    tiles_memory, scale_bytes = allocate(TILE_SCRATCH), 4 * scales.shape[1]
     for item in range(first, last):
         task, group = item // groups, item % groups
         t, split = task // splits, task % splits
@@ -411,7 +411,6 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             r, f = address(rope_panel), address(rope_panel_scales)
             r_next, f_next = r + half * LANES * rope_bytes, f + half * 4 * LANES
             if AMX:
-                scale_bytes = 4 * scales.shape[1]
                 ahead, scratch = address(latent.data[following * PAGE]), address(tiles_memory)
                 for s in range(0, seen, 16):
                     at, sx = address(scores[s:]), address(scales[s:])
@@ -423,7 +422,6 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
                 abc = min(s, end), min(s + 1, end), min(s + 2, end)
                 egh = min(other, end), min(other + 1, end), min(other + 2, end)
                 x, y = multiples(codes, row_bytes, abc), multiples(codes, row_bytes, egh)
-                scale_bytes = 4 * scales.shape[1]
                 sx, sy = multiples(address(scales), scale_bytes, abc), multiples(address(scales), scale_bytes, egh)
                 at, bt = multiples(address(scores), 4 * HEADS, abc), multiples(address(scores), 4 * HEADS, egh)
                 bt = bt[0] + half * 4 * LANES, bt[1] + half * 4 * LANES, bt[2] + half * 4 * LANES

@@ -14,7 +14,6 @@ from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.panels_amx import COLUMNS, add_columns
-from pymla.cpu.panels_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.simd import (
     address,
     broadcast_f32x8,
@@ -40,6 +39,7 @@ from pymla.cpu.simd import (
     store_f32xL,
     store_transposed,
 )
+from pymla.cpu.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.simd_amx import configure, release
 
 #: Rows of a product.
@@ -51,7 +51,7 @@ GROUP = 4
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
 CHUNK = 512
 #: Bytes of scratch of `product`: codes, scales and minima of two panels, and sums of tiles.
-SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + (TILE_SCRATCH if AMX else 0)
+SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + TILE_SCRATCH
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
@@ -138,12 +138,12 @@ def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, inde
                 if minimum:
                     stop = min(i + COLUMNS, end)
                     for j in range(i, stop, 3):
-                        _add_minima_of(sums, index, j, stop, begin, k, start, blocks, scratch, out)
+                        _add_minima(sums, index, j, stop, begin, k, start, blocks, scratch, out)
             elif bits == 4:
                 za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
                 tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
                 if minimum:
-                    _add_minima(sums + 4 * wa, sums + 4 * wb, sums + 4 * wc, blocks, scratch, at, bt, ct)
+                    _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out)
             else:
                 za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
                 tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
@@ -329,19 +329,14 @@ def _end(fa, ga, fb, gb, fc, gc, at, bt, ct):
 
 
 @inline
-def _add_minima_of(sums, index, i, end, begin, k, start, blocks, scratch, out):
-    """`_add_minima` for the i-th column and two more; where there are fewer, the last one again."""
+def _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out):
+    """Add minimum times sum of activations, over blocks from column `start` of K on, to the results of the i-th column
+    and two more; where there are fewer, the last one again. The others are as in `product`."""
     second, third = min(i + 1, end - 1), min(i + 2, end - 1)
     at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
-    first = sums + 4 * (start // 32)
     a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
-    step = k // 32 * 4
-    _add_minima(first + a * step, first + b * step, first + c * step, blocks, scratch, at, bt, ct)
-
-
-@inline
-def _add_minima(sa, sb, sc, blocks, scratch, at, bt, ct):
-    """Add minimum times sum of activations, over blocks, to three columns of results."""
+    first, step = sums + 4 * (start // 32), 4 * (k // 32)
+    sa, sb, sc = first + a * step, first + b * step, first + c * step
     m, n = scratch + _MINIMA, scratch + _MINIMA + LANES * (CHUNK // 8)
     fa, ga, fb, gb, fc, gc = _begin(True, at, bt, ct)
     for block in range(blocks):

@@ -21,8 +21,6 @@ from pymla.cpu.simd_amx import (
 
 #: Columns of a tile.
 COLUMNS = 16
-#: Bytes of scratch: the sums of four tiles, twice.
-SCRATCH = 8 * SUMS
 
 _PANEL = 16 * BLOCK  # bytes of a block of sixteen rows
 _ROW = 64  # bytes of sixteen float32
@@ -43,7 +41,7 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     panel, panel_scales : int
         Addresses of the codes and of the scales, (blocks, 16), of sixteen rows of weights.
     scratch : int
-        Address of `SCRATCH` bytes.
+        Address of `simd_amx.SCRATCH` bytes.
     out, out_bytes : int
         Address of the first column's results, float32 (16,), and bytes from column to column.
     """

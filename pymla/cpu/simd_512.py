@@ -40,7 +40,7 @@ def first_quarters_20(builder, x, y):
 def last_quarters_20(builder, x, y):
     """The same for the other four; `x` and `y` are the second and the last 64 bytes."""
     at = [80 + 20 * (i // 16) + 4 + i % 16 for i in range(64)]
-    return shuffle(builder, x, y, [each - 64 if each < 128 else each - 96 + 64 for each in at])
+    return shuffle(builder, x, y, [each - 64 if each < 128 else each - 32 for each in at])
 
 
 @operation(f32x8, i8x64, i8x64)

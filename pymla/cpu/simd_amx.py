@@ -27,11 +27,14 @@ from pymla.cpu.intrinsics import (
     splat,
     write,
 )
+from pymla.cpu.isa import AMX
 
 #: Codes of a row that a dot instruction takes.
 BLOCK = 32
 #: Bytes of a tile of sums, in memory.
 SUMS = 16 * 64
+#: Bytes of scratch of products by tiles: the sums of four, twice. Without AMX none are needed.
+SCRATCH = 8 * SUMS if AMX else 0
 #: Sixteen registers, for the rows of a tile.
 Rows = types.UniTuple(f32x16, 16)
 
