@@ -30,7 +30,7 @@ from pymla.cpu.attention_int8 import HEADS, Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
 from pymla.cpu.formats import dequantise_row
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import aligned
+from pymla.cpu.memory import empty
 from pymla.cpu.panels import ROWS, tile_f32, transpose_panel
 from pymla.cpu.quant import (
     A3,
@@ -96,7 +96,7 @@ def absorbed(q, latent, rope, step, scale, out):
     # Few tokens leave threads idle, so the pages of a token are split over several.
     groups = -(-heads // HEADS)
     splits = max(1, 2 * threads.thread_count() // (tokens * groups))
-    partial = aligned((tokens * splits, groups * HEADS, -(-rank // ROWS) * ROWS), np.float32)
+    partial = empty((tokens * splits, groups * HEADS, -(-rank // ROWS) * ROWS), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
     kernel = attention_int8.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
     kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, rank, splits, partial, sums)

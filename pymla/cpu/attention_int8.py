@@ -33,12 +33,12 @@ from pymla.cpu.attention_tiles import (
     tile_values,
 )
 from pymla.cpu.cache_rows import even, quantise_i16
-from pymla.cpu.formats import F16, F32, is_float, load_f8
+from pymla.cpu.formats import F16, F32, is_float, load_f8, store_columns
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import aligned, allocate, allocate_f32
-from pymla.cpu.panels import FLOAT_SCRATCH, MARGIN, ROWS, SCRATCH, product, product_float
-from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, copy, counting
+from pymla.cpu.memory import allocate, allocate_f32, empty
+from pymla.cpu.panels import FLOAT_SCRATCH, MARGIN, ROWS, SCRATCH, product_float
+from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting, product_rows
 from pymla.cpu.simd import (
     absolute,
     address,
@@ -52,6 +52,7 @@ from pymla.cpu.simd import (
     load_f32x8,
     load_f32xL,
     mul,
+    panel_rows,
     prefetch_l2,
     round_even,
     splat_f32,
@@ -59,7 +60,6 @@ from pymla.cpu.simd import (
     store_as_i16,
     store_f32,
     store_f32x8,
-    store_i8x32,
     store_i32,
 )
 from pymla.cpu.simd_amx import SCRATCH as TILE_SCRATCH
@@ -96,11 +96,11 @@ class Panels(NamedTuple):
         """For so many tokens and heads, keys of `size` and values of `v` numbers."""
         tokens, v, blocks = -(-tokens // TOKENS) * TOKENS, -(-v // ROWS) * ROWS, -(-size // KEY_BLOCK)
         return cls(
-            aligned((heads, tokens // LANES, blocks * KEY_BLOCK // 32 * PANEL_BYTES), np.uint8),
-            aligned((heads, tokens // LANES, blocks * LANES), np.float32),
-            aligned((heads, tokens // LANES, blocks * LANES), np.int32),
-            aligned((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
-            aligned((heads, tokens), np.float32),
+            empty((heads, tokens // LANES, blocks * KEY_BLOCK // 32 * PANEL_BYTES), np.uint8),
+            empty((heads, tokens // LANES, blocks * LANES), np.float32),
+            empty((heads, tokens // LANES, blocks * LANES), np.int32),
+            empty((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
+            empty((heads, tokens), np.float32),
         )
 
 
@@ -161,9 +161,8 @@ def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
                 x_at, at = address(keys[t]) + 4 * KEY_BLOCK * i, address(codes[t]) + _KEY_BYTES * i
                 sums = quantise_codes(x_at, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
                 store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
-        for t in range(0, padded, 8):
-            at = address(out.keys[h, (begin + t) // LANES]) + 4 * (t % LANES)
-            store_keys(address(codes[t]), codes.shape[1], at)
+        for t in range(0, padded, LANES):
+            store_keys(address(codes[t]), codes.shape[1], address(out.keys[h, (begin + t) // LANES]))
         for t in range(0, padded, 32):
             store_values(values[t:], out.values[h, (begin + t) // 32], out.value_scales[h, begin + t :])
 
@@ -184,7 +183,7 @@ def multiply_head(w, h, x, index, begin, count, scratch, result, out):
             continue
         half = min(LANES, rows)
         rest, skip = (rows - half, LANES) if rows > half else (1, half - 1)
-        product(
+        product_rows(
             w.qtype,
             row,
             row + skip * w.row_stride,
@@ -198,31 +197,15 @@ def multiply_head(w, h, x, index, begin, count, scratch, result, out):
             (begin, begin + count),
             address(scratch),
             address(result),
+            (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
         )
-        for t in range(count):
-            copy(address(result[t]), address(out[t, r:]), rows)
 
 
 @inline
 def store_keys(rows, row_bytes, out):
-    """Eight rows of codes to eight lanes of a panel; addresses."""
-    eight = (
-        rows,
-        rows + row_bytes,
-        rows + 2 * row_bytes,
-        rows + 3 * row_bytes,
-        rows + 4 * row_bytes,
-        rows + 5 * row_bytes,
-        rows + 6 * row_bytes,
-        rows + 7 * row_bytes,
-    )
+    """Rows of codes to the lanes of a panel; addresses."""
     for i in range(0, row_bytes, 16):
-        a, b, c, d = load_columns(eight, i)
-        at = out + i * LANES
-        store_i8x32(at, a)
-        store_i8x32(at + 4 * LANES, b)
-        store_i8x32(at + 8 * LANES, c)
-        store_i8x32(at + 12 * LANES, d)
+        store_columns(out + i * LANES, load_columns(panel_rows(rows, row_bytes, LANES), i))
 
 
 @inline
@@ -381,9 +364,8 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             for i in range(words):
                 at = address(rope_panel) + 4 * (h // LANES * words * LANES + i * LANES + h % LANES)
                 store_f32(at, load_f32(address(rope_codes) + 4 * i))
-        for h in range(0, HEADS, 8):
-            at = address(panel) + h // LANES * (LANES * row_bytes) + 4 * (h % LANES)
-            store_keys(address(query_codes[h]), row_bytes, at)
+        for h in range(0, HEADS, LANES):
+            store_keys(address(query_codes[h]), row_bytes, address(panel) + h * row_bytes)
         values = partial[task, begin:]
         values[:HEADS] = 0
         state[0], state[1] = -np.inf, 0

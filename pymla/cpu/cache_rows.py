@@ -11,7 +11,7 @@ from pymla import ggml
 from pymla.cache import PAGE, LatentCache
 from pymla.cpu.formats import F32, dequantise_row, float_bytes, load_f8, load_float, write_q8, write_row
 from pymla.cpu.jit import inline
-from pymla.cpu.memory import aligned
+from pymla.cpu.memory import empty
 from pymla.cpu.simd import (
     absolute,
     address,
@@ -45,7 +45,7 @@ def latent_cache(layout, slots):
         rows = (Q8_PAGES, ggml.row_bytes(qtype, rank)), (I16_PAGES, 2 * even(rope) + 4)
     else:
         rows = (qtype, ggml.row_bytes(qtype, rank)), (rope_type, ggml.row_bytes(rope_type, rope))
-    return LatentCache(*(QTensor(each, aligned((slots, nbytes), np.uint8)) for each, nbytes in rows))
+    return LatentCache(*(QTensor(each, empty((slots, nbytes), np.uint8)) for each, nbytes in rows))
 
 
 @inline

@@ -54,7 +54,8 @@ from pymla.cpu.simd import (
     store_f32,
     store_f32x8,
     store_f32x32,
-    store_i8x32,
+    store_f32xL,
+    store_i8xL,
     store_start4,
     store_sum16,
     subtract_i8,
@@ -146,21 +147,21 @@ def has_minimum(qtype):
 
 @inline
 def unpack_rows(qtype, rows, first, count, codes, scales, minima):
-    """Blocks of 32 weights of eight rows of a quantised type, in the form that panels are made of.
+    """Blocks of 32 weights of the rows of a panel of a quantised type, unpacked.
 
     Parameters
     ----------
     qtype : int
-    rows : tuple of 8 int
-        Addresses of the rows.
+    rows : tuple of int
+        Their addresses, from `simd.panel_rows`.
     first, count : int
         The first block, a multiple of 8, and the number of blocks.
     codes : int
-        Address for 8 registers a block, `LANES` words apart: four columns' codes of each row, from 0 to 15 or as
-        `simd.panel_codes8` wants them.
+        Address for 8 registers a block: four columns' codes of each row, from 0 to 15 or as `simd.panel_codes8` wants
+        them.
     scales : int
-        Address for float32 of the eight rows, `LANES` apart: a scale for each block of a type of 4 bits, one for 16
-        weights of a type of 8 bits.
+        Address for float32 of the rows: a scale for each block of a type of 4 bits, one for 16 weights of a type of 8
+        bits.
     minima : int
         Address for a minimum for each block, likewise, written where the type has them.
     """
@@ -172,8 +173,8 @@ def unpack_rows(qtype, rows, first, count, codes, scales, minima):
             _store_codes8(codes, load_columns(rows, at + 2))
             _store_codes8(codes + 16 * LANES, load_columns(rows, at + 18))
             d = gather_f16(rows, at)
-            store_f32x8(scales, d)
-            store_f32x8(scales + 4 * LANES, d)
+            store_f32xL(scales, d)
+            store_f32xL(scales + 4 * LANES, d)
             codes, scales = codes + 32 * LANES, scales + 8 * LANES
     elif qtype == Q6_K:
         for block in range(first // 8, (first + count) // 8):
@@ -190,9 +191,9 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
         a, b, c, d = load_columns(rows, at + size - 16)
         _store_codes4(size, codes, low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d))
         _store_codes4(size, codes + 16 * LANES, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
-        store_f32x8(scales, gather_f16(rows, at))
+        store_f32xL(scales, gather_f16(rows, at))
         if size == 20:
-            store_f32x8(minima, gather_f16(rows, at + 2))
+            store_f32xL(minima, gather_f16(rows, at + 2))
         codes, scales, minima = codes + 32 * LANES, scales + 4 * LANES, minima + 4 * LANES
 
 
@@ -200,7 +201,7 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
 def _unpack_q6_k(rows, at, codes, scales):
     d = gather_f16(rows, at + 208)
     for i in range(16):
-        store_f32x8(scales + 4 * LANES * i, mul(d, gather_i8(rows, at + 192 + i)))
+        store_f32xL(scales + 4 * LANES * i, mul(d, gather_i8(rows, at + 192 + i)))
     # A half of 128 weights has four times 16 bytes with a nibble of two weights each, and twice 16 bytes with two bits
     # of four weights each.
     for half in range(2):
@@ -239,22 +240,23 @@ def _store_codes4(size, out, a, b, c, d):
     """Tiles of AMX take Q4_0's codes with their sign; elsewhere the zero point is where sums begin."""
     if AMX and size == 18:
         a, b, c, d = subtract_i8(a, 8), subtract_i8(b, 8), subtract_i8(c, 8), subtract_i8(d, 8)
-    _store_codes(out, a, b, c, d)
+    store_columns(out, (a, b, c, d))
 
 
 @inline
 def _store_codes8(out, codes):
     a, b, c, d = codes
-    _store_codes(out, panel_codes8(a), panel_codes8(b), panel_codes8(c), panel_codes8(d))
+    store_columns(out, (panel_codes8(a), panel_codes8(b), panel_codes8(c), panel_codes8(d)))
 
 
 @inline
-def _store_codes(out, a, b, c, d):
-    """Sixteen columns of eight rows to a panel."""
-    store_i8x32(out, a)
-    store_i8x32(out + 4 * LANES, b)
-    store_i8x32(out + 8 * LANES, c)
-    store_i8x32(out + 12 * LANES, d)
+def store_columns(out, columns):
+    """What `simd.load_columns` gave to a panel: an address, and four registers."""
+    a, b, c, d = columns
+    store_i8xL(out, a)
+    store_i8xL(out + 4 * LANES, b)
+    store_i8xL(out + 8 * LANES, c)
+    store_i8xL(out + 12 * LANES, d)
 
 
 @inline

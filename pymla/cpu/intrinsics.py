@@ -73,7 +73,7 @@ def operation(result, *arguments):
 
 
 def elementwise(emit):
-    """Make an intrinsic whose arguments and result all have the type of its first argument."""
+    """Make an intrinsic whose result has the type of its first argument."""
 
     def typed(typingctx, first, *rest):
         return first(first, *rest), lambda context, builder, signature, args: emit(builder, *args)

@@ -1,15 +1,14 @@
-"""Where arrays lie, in the host's memory as for `pymla.reference.memory`; scratch that begins at a cache line, as a
-vector load that reaches over two lines takes twice as long; and what memory is asked for in advance."""
+"""Where arrays lie, in the host's memory as for `pymla.reference.memory`, but from the beginning of a cache line on, as
+a vector that reaches over two lines takes twice as long; and what memory is asked for in advance."""
 
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.isa import AMX
 from pymla.cpu.simd import prefetch_l2
-from pymla.reference.memory import empty, release, take, to_device, to_host, write
+from pymla.reference.memory import release, take, to_device, to_host, write
 
 __all__ = [
-    "aligned",
     "allocate",
     "allocate_f32",
     "empty",
@@ -26,8 +25,8 @@ LINE = 64
 AHEAD = 1152
 
 
-def aligned(shape, dtype):
-    """An uninitialised array, for Python."""
+def empty(shape, dtype):
+    """An array whose elements are not set, for Python."""
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(nbytes + LINE, np.uint8)
     skip = -memory.__array_interface__["data"][0] % LINE

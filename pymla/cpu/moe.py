@@ -25,8 +25,8 @@ from numba import types
 from pymla.cpu import norm
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import allocate, allocate_f32
-from pymla.cpu.panels import MARGIN, ROWS, SCRATCH, product
+from pymla.cpu.memory import allocate, allocate_f32, empty
+from pymla.cpu.panels import MARGIN, ROWS, SCRATCH, product_for
 from pymla.cpu.quant import (
     F2,
     FEW,
@@ -43,6 +43,7 @@ from pymla.cpu.quant import (
     matmul,
     parts,
     rows_at_once,
+    take_rows,
 )
 from pymla.cpu.rows import dot_rows
 from pymla.cpu.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
@@ -106,7 +107,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     tokens = np.empty(len(pairs), np.int32)
     starts = np.empty(all_experts + 1, np.int32)
     _sort_pairs[1](ids, others[0].count, pairs, tokens, starts)
-    hidden = np.empty((len(pairs), inner), np.float32)
+    hidden = empty((len(pairs), inner), np.float32)
     if gate_up_by_panels:
         x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
         items = all_experts * -(-inner // LANES)
@@ -126,7 +127,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
 def ffn(activation, gate, up, down, out, add=False):
     """``out = down @ (silu(gate @ x) * (up @ x))``: the dense network, also the shared experts; with `add` added to
     `out`."""
-    hidden = np.empty((len(out), len(gate.data)), np.float32)
+    hidden = empty((len(out), len(gate.data)), np.float32)
     if len(out) <= FEW:
         # An expert that every token chose: two launches, where there would be five.
         tokens, starts, ones = counting(len(out)), np.array([0, len(out)], np.int32), np.ones((len(out), 1), np.float32)
@@ -310,6 +311,17 @@ def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
         begin, e = begin + gate.rows, next_expert(starts, e)
 
 
+@inline
+def _take_gate_up(results, first, last, where):
+    """`quant.take_rows` for gate rows beside up rows."""
+    for at in range(results, results + 4 * ROWS * (last - first), 4 * ROWS):
+        silu_mul(at, at + 4 * LANES, at, LANES)
+    take_rows(results, first, last, where)
+
+
+_product_gate_up = product_for(_take_gate_up)
+
+
 @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
 def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts, x, hidden):
     """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has the
@@ -328,7 +340,7 @@ def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts
             continue
         count = min(LANES, gate.rows - row)
         gate_row, stride = any_row_at(gate, shared_gate, e, row)
-        product(
+        _product_gate_up(
             gate.qtype,
             gate_row,
             any_row_at(up, shared_up, e, row)[0],
@@ -342,11 +354,8 @@ def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts
             (begin, end),
             address(scratch),
             address(result),
+            (address(hidden[0, row:]), 4 * hidden.shape[1], count),
         )
-        for i in range(end - begin):
-            at = address(result[i])
-            silu_mul(at, at + 4 * LANES, at, LANES)
-            copy(at, address(hidden[begin + i, row:]), count)
 
 
 @kernel(MATRICES, I1, I1, F2, INPUT, types.int64, F2)
@@ -377,12 +386,24 @@ def weight_of(weights, t, j):
     return weights[t, j] if j < weights.shape[1] else np.float32(1)
 
 
+@inline
+def _take_down(results, first, last, where):
+    """What `panels.product` gives to `count` numbers from `begin` on of the tokens' sums."""
+    pairs, weights, out, begin, count = where
+    choices = len(pairs) // len(out)
+    for i in range(first, last):
+        t, j = pairs[i] // choices, pairs[i] % choices
+        add_scaled(weight_of(weights, t, j), results + 4 * ROWS * (i - first), address(out[t, begin:]), count)
+
+
+_product_down = product_for(_take_down)
+
+
 @kernel(MATRICES, MATRICES, I1, I1, I1, F2, INPUT, types.int64, F2)
 def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, add, out):
     """The same over groups of `ROWS` rows; all groups of an item meet an expert's activations while a cache has
     them."""
     columns = x.x.shape[1]
-    choices = len(pairs) // len(out)
     scratch = allocate(SCRATCH)
     most = 0
     for e in range(len(starts) - 1):
@@ -401,7 +422,7 @@ def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, ad
             half = min(LANES, count)
             rest, skip = (count - half, LANES) if count > half else (1, half - 1)
             row, stride = any_row_at(down, shared, e, begin)
-            product(
+            _product_down(
                 down.qtype,
                 row,
                 row + skip * stride,
@@ -415,7 +436,5 @@ def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, ad
                 (starts[e], starts[e + 1]),
                 address(scratch),
                 address(result),
+                (pairs, weights, out, begin, count),
             )
-            for i in range(starts[e], starts[e + 1]):
-                t, j = pairs[i] // choices, pairs[i] % choices
-                add_scaled(weight_of(weights, t, j), address(result[i - starts[e]]), address(out[t, begin:]), count)

@@ -29,6 +29,7 @@ from pymla.cpu.simd import (
     load_f32xL,
     load_i8xL,
     mul,
+    panel_rows,
     prefetch_l2,
     splat_f32,
     splat_f32xL,
@@ -65,90 +66,102 @@ _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
 _SUMS = ROWS * (CHUNK + CHUNK // 4 + CHUNK // 8)
 
 
-@inline
-def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out):
-    """Two groups of up to `LANES` rows of weights times columns of activations.
+def product_for(take):
+    """Make `product` for a function that takes the results: ``take(results, first, last, where)`` has the address of
+    those of columns `first` to `last`, `ROWS` float32 each, as soon as they are complete, while a cache has them."""
 
-    Parameters
-    ----------
-    qtype : int
-        A quantised type.
-    row_a, row_b : int
-        Addresses of the first row of each group.
-    count_a, count_b : int
-        Rows of each; further lanes repeat the last one.
-    stride : int
-        Bytes from row to row.
-    k : int
-    following : int
-        Bytes from each row to the one that the caller takes next, which is asked for in advance.
-    x : Input
-        Quantised activations (T, K).
-    index : int32 array
-        The activations of each column; with AMX, and weights of 4 bits, they follow each other (`quant.consecutive`).
-    columns : range of int, as (first, behind the last)
-        Of `index`.
-    scratch : int
-        Address of `SCRATCH` bytes.
-    out : int
-        Address of float32 (columns + `MARGIN`, ROWS): lanes of the first group, then of the second.
-    """
-    begin, end = columns
-    bits, minimum = panel_bits(qtype), has_minimum(qtype)
-    codes, scale, sums = address(x.codes), address(x.scale), address(x.sums)
-    # Where the blocks have a minimum, the codes have no zero point to take off: sums begin with 0.
-    starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
-    sum16 = address(x.sum16)
-    chunk_bytes = CHUNK // 256 * bytes_256(qtype)
-    tiles = AMX and bits == 4
-    width = COLUMNS if tiles else 3
-    rows_a_tile = -(-ROWS * width // (end - begin))
-    if tiles:
-        configure()
-        nothing = splat_f32xL(np.float32(0))
-        for at in range(0, (end - begin + COLUMNS - 1) // COLUMNS * COLUMNS * _ROW, 4 * LANES):
-            store_f32xL(out + at, nothing)
-    for start in range(0, k, CHUNK):
-        blocks = min(CHUNK, k - start) // 32
-        for half in range(2):
-            row, count = (row_a, count_a) if half == 0 else (row_b, count_b)
-            panel = scratch + _CODES + half * LANES * CHUNK
-            scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
-            minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
-            _unpack(qtype, row, count, stride, start // 32, blocks, panel, scales, minima)
-        # Memory works on the rows that are unpacked next while tiles are computed.
-        ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
-        asked = 0
-        for i in range(begin, end, width):
-            # A tile at the edge repeats the last column: in `out` as well, the same numbers.
-            second, third = min(i + 1, end - 1), min(i + 2, end - 1)
-            for _ in range(rows_a_tile):
-                if asked < count_a + count_b:
-                    row = row_a + asked * stride if asked < count_a else row_b + (asked - count_a) * stride
-                    for at in range(0, chunk_bytes, 64):
-                        prefetch_l2(row + ahead + at)
-                    asked += 1
-            a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
-            at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
-            xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start
-            wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
-            sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
-            if tiles:
-                add_tiles(xa, k, sa, blocks, scratch, at)
-                if minimum:
-                    stop = min(i + COLUMNS, end)
-                    for j in range(i, stop, 3):
-                        _add_minima(sums, index, j, stop, begin, k, start, blocks, scratch, out)
-            elif bits == 4:
-                za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
-                tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
-                if minimum:
-                    _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out)
-            else:
-                za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
-                tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
-    if tiles:
-        release()
+    @inline
+    def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out, where):
+        """Two groups of up to `LANES` rows of weights times columns of activations.
+
+        Parameters
+        ----------
+        qtype : int
+            A quantised type.
+        row_a, row_b : int
+            Addresses of the first row of each group.
+        count_a, count_b : int
+            Rows of each; further lanes repeat the last one.
+        stride : int
+            Bytes from row to row.
+        k : int
+        following : int
+            Bytes from each row to the one that the caller takes next, which is asked for in advance.
+        x : Input
+            Quantised activations (T, K).
+        index : int32 array
+            The activations of each column; with AMX, and weights of 4 bits, they follow each other
+            (`quant.consecutive`).
+        columns : range of int, as (first, behind the last)
+            Of `index`.
+        scratch : int
+            Address of `SCRATCH` bytes.
+        out : int
+            Address of float32 (columns + `MARGIN`, ROWS), for results: lanes of the first group, then of the second.
+        where : tuple
+            The last argument of `take`.
+        """
+        begin, end = columns
+        last_chunk = (k - 1) // CHUNK * CHUNK
+        bits, minimum = panel_bits(qtype), has_minimum(qtype)
+        codes, scale, sums = address(x.codes), address(x.scale), address(x.sums)
+        # Where the blocks have a minimum, the codes have no zero point to take off: sums begin with 0.
+        starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
+        sum16 = address(x.sum16)
+        chunk_bytes = CHUNK // 256 * bytes_256(qtype)
+        tiles = AMX and bits == 4
+        width = COLUMNS if tiles else 3
+        rows_a_tile = -(-ROWS * width // (end - begin))
+        if tiles:
+            configure()
+            nothing = splat_f32xL(np.float32(0))
+            for at in range(0, (end - begin + COLUMNS - 1) // COLUMNS * COLUMNS * _ROW, 4 * LANES):
+                store_f32xL(out + at, nothing)
+        for start in range(0, k, CHUNK):
+            blocks = min(CHUNK, k - start) // 32
+            for half in range(2):
+                row, count = (row_a, count_a) if half == 0 else (row_b, count_b)
+                panel = scratch + _CODES + half * LANES * CHUNK
+                scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
+                minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
+                unpack_rows(qtype, panel_rows(row, stride, count), start // 32, blocks, panel, scales, minima)
+            # Memory works on the rows that are unpacked next while tiles are computed.
+            ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
+            asked = 0
+            for i in range(begin, end, width):
+                # A tile at the edge repeats the last column: in `out` as well, the same numbers.
+                second, third = min(i + 1, end - 1), min(i + 2, end - 1)
+                for _ in range(rows_a_tile):
+                    if asked < count_a + count_b:
+                        row = row_a + asked * stride if asked < count_a else row_b + (asked - count_a) * stride
+                        for at in range(0, chunk_bytes, 64):
+                            prefetch_l2(row + ahead + at)
+                        asked += 1
+                a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
+                at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
+                xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start
+                wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
+                sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
+                if tiles:
+                    add_tiles(xa, k, sa, blocks, scratch, at)
+                    if minimum:
+                        stop = min(i + COLUMNS, end)
+                        for j in range(i, stop, 3):
+                            _add_minima(sums, index, j, stop, begin, k, start, blocks, scratch, out)
+                elif bits == 4:
+                    za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
+                    tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
+                    if minimum:
+                        _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out)
+                else:
+                    za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
+                    tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
+                if start == last_chunk:
+                    take(at, i, min(i + width, end), where)
+        if tiles:
+            release()
+
+    return product
 
 
 @inline
@@ -170,25 +183,6 @@ def add_tiles(x, k, scales, blocks, scratch, out):
         panel = scratch + _CODES + half * LANES * CHUNK
         d = scratch + _SCALES + half * LANES * (CHUNK // 4)
         add_columns(x, k, scales, k // 8, blocks, panel, d, scratch + _SUMS, out + half * 4 * LANES, _ROW)
-
-
-@inline
-def _unpack(qtype, row, count, stride, first, blocks, codes, scales, minima):
-    """Blocks of up to `LANES` rows as a panel; lanes of missing rows repeat the last one."""
-    for eight in range(0, LANES, 8):
-        last = count - 1
-        rows = (
-            row + min(eight, last) * stride,
-            row + min(eight + 1, last) * stride,
-            row + min(eight + 2, last) * stride,
-            row + min(eight + 3, last) * stride,
-            row + min(eight + 4, last) * stride,
-            row + min(eight + 5, last) * stride,
-            row + min(eight + 6, last) * stride,
-            row + min(eight + 7, last) * stride,
-        )
-        lane = 4 * eight
-        unpack_rows(qtype, rows, first, blocks, codes + lane, scales + lane, minima + lane)
 
 
 @inline

@@ -36,8 +36,8 @@ from pymla.cpu.formats import (
 )
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import aligned, allocate, allocate_f32, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, MARGIN, ROWS, SCRATCH, product, product_float
+from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, MARGIN, ROWS, SCRATCH, product_float, product_for
 from pymla.cpu.rows import COLUMNS, dot_rows, order, place
 from pymla.cpu.simd import (
     address,
@@ -141,11 +141,11 @@ class Activation:
             margin = MARGIN if order == COLUMNS else 0
             self._inputs[order, group] = made = Input(
                 self.x,
-                aligned((tokens + margin, columns), np.int8)[:tokens],
-                aligned((tokens + margin, columns // 32), np.float32)[:tokens],
-                aligned((tokens, columns // 32), np.float32),
-                aligned((tokens, columns // 32), np.int32),
-                aligned((tokens, columns // 16), np.int16),
+                empty((tokens + margin, columns), np.int8)[:tokens],
+                empty((tokens + margin, columns // 32), np.float32)[:tokens],
+                empty((tokens, columns // 32), np.float32),
+                empty((tokens, columns // 32), np.int32),
+                empty((tokens, columns // 16), np.int16),
                 _ZERO,
             )
             if order is not None:
@@ -163,9 +163,9 @@ def consecutive(qtype, x, index):
         return x, index
     columns, blocks = len(index), x.scale.shape[1]
     made = x._replace(
-        codes=aligned((columns + MARGIN, x.codes.shape[1]), np.int8)[:columns],
-        scale=aligned((columns + MARGIN, blocks), np.float32)[:columns],
-        sums=aligned((columns, blocks), np.float32),
+        codes=empty((columns + MARGIN, x.codes.shape[1]), np.int8)[:columns],
+        scale=empty((columns + MARGIN, blocks), np.float32)[:columns],
+        sums=empty((columns, blocks), np.float32),
     )
     _copy_columns[columns](x, index, made)
     return made, counting(columns)
@@ -182,7 +182,7 @@ def matmul(w, activation, out):
     else:
         rows = FLOAT_ROWS if w.qtype not in ggml.QUANTISED else ROWS
         items, x = matrices.count * -(-matrices.rows // rows), activation.panels(w.qtype)
-        _matmul_panels[items, 1](matrices, x, counting(len(out)), out)
+        _matmul_panels[items](matrices, x, counting(len(out)), out)
     return out
 
 
@@ -297,6 +297,29 @@ def _matmul_rows(first, last, w, x, out):
         r += count
 
 
+@inline
+def copy(source, target, count):
+    """`count` float32 from one address to another."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store_f32xL(target + 4 * i, load_f32xL(source + 4 * i))
+    for i in range(whole, count):
+        store_f32(target + 4 * i, load_f32(source + 4 * i))
+
+
+@inline
+def take_rows(results, first, last, where):
+    """What `panels.product` gives to rows of float32; `where` has the address of row 0, bytes from row to row, and the
+    count of numbers."""
+    at, stride, count = where
+    for t in range(first, last):
+        copy(results + 4 * ROWS * (t - first), at + stride * t, count)
+
+
+#: Products whose results are rows.
+product_rows = product_for(take_rows)
+
+
 @kernel(MATRICES, INPUT, I1, F2)
 def _matmul_panels(first, last, w, x, index, out):
     """`matmul` for many tokens, over groups of `ROWS` (float types: `FLOAT_ROWS`) rows of each matrix."""
@@ -317,7 +340,7 @@ def _matmul_panels(first, last, w, x, index, out):
             half = min(LANES, count)
             # Without a second group, the first one's last row stands in for it.
             rest, skip = (count - half, LANES) if count > half else (1, half - 1)
-            product(
+            product_rows(
                 w.qtype,
                 row,
                 row + skip * w.row_stride,
@@ -331,19 +354,8 @@ def _matmul_panels(first, last, w, x, index, out):
                 (0, tokens),
                 address(scratch),
                 address(result),
+                (address(out[0, target:]), 4 * out.shape[1], count),
             )
-            for t in range(tokens):
-                copy(address(result[t]), address(out[t, target:]), count)
-
-
-@inline
-def copy(source, target, count):
-    """`count` float32 from one address to another."""
-    whole = count // LANES * LANES
-    for i in range(0, whole, LANES):
-        store_f32xL(target + 4 * i, load_f32xL(source + 4 * i))
-    for i in range(whole, count):
-        store_f32(target + 4 * i, load_f32(source + 4 * i))
 
 
 @kernel(MATRICES, INPUT, F3)

@@ -67,7 +67,7 @@ def address(array):
 
 load_f32x8, load_i8x32, load_f32xL, load_i8xL = map(loader, (f32x8, i8x32, f32xL, i8xL))
 load_f32x32, load_i32xL = loader(f32x32), loader(i32xL)
-store_f32x8, store_f32x32, store_i8x32, store_f32xL = map(storer, (f32x8, f32x32, i8x32, f32xL))
+store_f32x8, store_f32x32, store_f32xL, store_i8xL = map(storer, (f32x8, f32x32, f32xL, i8xL))
 store_f32, store_i16, store_i32 = map(storer, (types.float32, types.int16, types.int32))
 load_f32 = operation(types.float32, types.int64)(lambda b, address: read(b, address, F32))
 load_f16 = operation(types.float32, types.int64)(lambda b, address: b.fpext(read(b, address, F16), F32))
@@ -203,57 +203,80 @@ def store_transposed(builder, address, *rows):
             write(builder, at, shuffle(builder, fours[i], fours[i + 4], order))
 
 
-#: Addresses of eight rows.
-rows8 = types.UniTuple(types.int64, 8)
+#: Addresses of the rows of a panel.
+rowsL = types.UniTuple(types.int64, LANES)
+
+
+@intrinsic
+def panel_rows(typingctx, row, stride, count):
+    """Addresses of the rows of a panel, `stride` bytes apart; where there are fewer, of the last one again."""
+
+    def codegen(context, builder, signature, args):
+        row, stride, count = args
+        last = builder.sub(count, ir.Constant(I64, 1))
+        numbers = (ir.Constant(I64, i) for i in range(LANES))
+        numbers = (builder.select(builder.icmp_signed("<", i, last), i, last) for i in numbers)
+        return context.make_tuple(builder, rowsL, [builder.add(row, builder.mul(i, stride)) for i in numbers])
+
+    return rowsL(types.int64, types.int64, types.int64), codegen
 
 
 def _addresses(builder, rows, offset):
-    return [builder.add(builder.extract_value(rows, i), offset) for i in range(8)]
+    return [builder.add(builder.extract_value(rows, i), offset) for i in range(LANES)]
 
 
 @intrinsic
 def load_columns(typingctx, rows, offset):
-    """Sixteen bytes of each of eight rows, as four registers: bytes 0 to 3 of every row, then 4 to 7, and so on."""
-    result = types.UniTuple(i8x32, 4)
+    """Sixteen bytes of each row of a panel, as four registers: bytes 0 to 3 of every row, then 4 to 7, and so on."""
+    result = types.UniTuple(i8xL, 4)
+
+    def of_fours(builder, a, b, lanes):
+        """Lanes of each four of two registers; those of the second have numbers from 4 on."""
+        order = [lane + 4 * i if lane < 4 else LANES + lane - 4 + 4 * i for i in range(LANES // 4) for lane in lanes]
+        return shuffle(builder, a, b, order)
+
+    def joined(builder, parts):
+        """One register of two or four."""
+        while len(parts) > 1:
+            lanes = range(2 * parts[0].type.count)
+            parts = [shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
 
     def codegen(context, builder, signature, args):
-        four = ir.VectorType(I32, 4)
-        at = _addresses(builder, *args)
-        # Rows 0 to 3 in the low halves, 4 to 7 in the high ones; then a 4 × 4 transposition of each half.
-        both = []
-        for i in range(4):
-            low, high = (read(builder, each, four) for each in (at[i], at[i + 4]))
-            both.append(shuffle(builder, low, high, range(8)))
+        sixteens = [read(builder, each, ir.VectorType(I32, 4)) for each in _addresses(builder, *args)]
+        # Each register has every fourth row; then the fours of its lanes are transposed.
+        registers = [joined(builder, sixteens[i::4]) for i in range(4)]
         pairs = []
-        for a, b in ((0, 1), (2, 3)):
-            pairs.append(shuffle(builder, both[a], both[b], [0, 8, 1, 9, 4, 12, 5, 13]))
-            pairs.append(shuffle(builder, both[a], both[b], [2, 10, 3, 11, 6, 14, 7, 15]))
+        for a, b in (registers[:2], registers[2:]):
+            pairs.append((of_fours(builder, a, b, [0, 4, 1, 5]), of_fours(builder, a, b, [2, 6, 3, 7])))
         columns = []
-        for a, b in ((0, 2), (1, 3)):
-            columns.append(shuffle(builder, pairs[a], pairs[b], [0, 1, 8, 9, 4, 5, 12, 13]))
-            columns.append(shuffle(builder, pairs[a], pairs[b], [2, 3, 10, 11, 6, 7, 14, 15]))
-        columns = [builder.bitcast(column, ir_type(i8x32)) for column in columns]
+        for a, b in zip(*pairs, strict=True):
+            columns += of_fours(builder, a, b, [0, 1, 4, 5]), of_fours(builder, a, b, [2, 3, 6, 7])
+        columns = [builder.bitcast(column, ir_type(i8xL)) for column in columns]
         return context.make_tuple(builder, result, columns)
 
-    return result(rows8, types.int64), codegen
+    return result(rowsL, types.int64), codegen
 
 
-@operation(f32x8, rows8, types.int64)
+def _gathered(builder, rows, offset, element):
+    """An element of each row of a panel."""
+    gathered = ir.Constant(ir.VectorType(element, LANES), ir.Undefined)
+    for i, at in enumerate(_addresses(builder, rows, offset)):
+        gathered = builder.insert_element(gathered, read(builder, at, element), ir.Constant(I32, i))
+    return gathered
+
+
+@operation(f32xL, rowsL, types.int64)
 def gather_f16(builder, rows, offset):
-    """An IEEE half of each of eight rows as float32."""
-    halves = ir.Constant(ir.VectorType(I16, 8), ir.Undefined)
-    for i, at in enumerate(_addresses(builder, rows, offset)):
-        halves = builder.insert_element(halves, read(builder, at, I16), ir.Constant(I32, i))
-    return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 8)), ir_type(f32x8))
+    """An IEEE half of each row of a panel as float32."""
+    halves = builder.bitcast(_gathered(builder, rows, offset, I16), ir.VectorType(F16, LANES))
+    return builder.fpext(halves, ir_type(f32xL))
 
 
-@operation(f32x8, rows8, types.int64)
+@operation(f32xL, rowsL, types.int64)
 def gather_i8(builder, rows, offset):
-    """An int8 of each of eight rows as float32."""
-    codes = ir.Constant(ir.VectorType(I8, 8), ir.Undefined)
-    for i, at in enumerate(_addresses(builder, rows, offset)):
-        codes = builder.insert_element(codes, read(builder, at, I8), ir.Constant(I32, i))
-    return builder.sitofp(codes, ir_type(f32x8))
+    """An int8 of each row of a panel as float32."""
+    return builder.sitofp(_gathered(builder, rows, offset, I8), ir_type(f32xL))
 
 
 def _prefetch(builder, address, level):
@@ -519,7 +542,7 @@ high_nibbles = elementwise(lambda builder, x: builder.lshr(x, constant(x.type, 4
 bit_or = elementwise(lambda builder, x, y: builder.or_(x, y))
 
 
-@operation(i8x32, i8x32, types.int64)
+@elementwise
 def bits_2(builder, x, shift):
     """Two bits of every byte, from bit `shift` on, moved to bits 4 and 5."""
     shift = splat(builder, builder.trunc(shift, I8), x.type.count)
@@ -527,10 +550,10 @@ def bits_2(builder, x, shift):
     return builder.shl(two, constant(x.type, 4))
 
 
-@operation(i8x32, i8x32, types.int64)
+@elementwise
 def subtract_i8(builder, x, value):
     """``x - value`` in every byte, wrapping."""
-    return builder.sub(x, splat(builder, builder.trunc(value, I8), 32))
+    return builder.sub(x, splat(builder, builder.trunc(value, I8), x.type.count))
 
 
 # Products of bytes
@@ -756,7 +779,7 @@ def finish4(builder, acc):
 # Codes of 8 bits: signed where there is no VNNI; unsigned, 128 more, where there is.
 
 
-@operation(i8x32, i8x32)
+@elementwise
 def panel_codes8(builder, codes):
     """Signed codes as `dot8` wants them."""
     return builder.xor(codes, constant(codes.type, -128)) if VNNI else codes

@@ -23,7 +23,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pymla.cpu.compiling import function, inline
-from pymla.cpu.memory import aligned
+from pymla.cpu.memory import empty
 
 #: Looks at a barrier before a thread offers its core to others, some 20 µs.
 SPINS = 2000
@@ -148,7 +148,7 @@ def _record(graph):
 
 def _zeros(words):
     """Zeroed int64 memory that begins at a cache line."""
-    memory = aligned(words, np.int64)
+    memory = empty(words, np.int64)
     memory[:] = 0
     return memory
 
