@@ -1,12 +1,15 @@
 """Products of weights with activations."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
-from cases import as_multiplied
-from shapes import HIDDEN, MATRICES, cold, matrix, normal
+from cases import as_multiplied, panel_codes
+from shapes import HIDDEN, MATRICES, copies, matrix, normal
 
 from pymla import cpu, ggml, reference
 from pymla.cpu.panels import GROUP
+from pymla.cpu.threads import Graph
 
 INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 EXACT = {"rtol_max": 1e-6, "reason": "rounding of the scale"}
@@ -19,10 +22,13 @@ def product(measure, qtype, shape, tokens):
     w, x, out = matrix(qtype, *shape), normal(tokens, shape[1]), np.full((tokens, shape[0]), np.nan, np.float32)
     activation = cpu.quant.Activation(x)
     activation.panels(qtype)
-    copies = cold(w) if tokens <= 16 else iter(lambda: w, None)
+    few = tokens <= 16
+    # Launches are replayed, as in a step of a model, and not prepared by Python every time.
+    weights = copies(w) if few else [w]
+    turn = cycle([Graph(lambda w=each: cpu.quant.matmul(w, activation, out)) for each in weights])
 
     def run():
-        cpu.quant.matmul(next(copies), activation, out)
+        next(turn).replay()
 
     def checks():
         # Some tokens and the last rows, which end in the middle of a panel.
@@ -30,7 +36,6 @@ def product(measure, qtype, shape, tokens):
         rows = w.rows(shape[0] - 50, shape[0])
         yield out[-3:, -50:], reference.quant.matmul(rows, reference.quant.Activation(seen), np.empty((len(seen), 50)))
 
-    few = tokens <= 16
     macs, nbytes = tokens * shape[0] * shape[1], w.data.nbytes if few else 0
     measure(run, checks, macs=macs, nbytes=nbytes, streamed=few, **INT8)
 
@@ -66,7 +71,8 @@ def bench_quantise_activations(measure, tokens):
     x, found = normal(tokens, HIDDEN), []
 
     def run():
-        found[:] = cpu.quant.Activation(x).panels(ggml.Q4_0)[1:3]
+        made = cpu.quant.Activation(x).panels(ggml.Q4_0)
+        found[:] = panel_codes(made), made.scale
 
     def checks():
         return zip(found, reference.quant.quantise_activations(x, GROUP), strict=True)

@@ -40,7 +40,12 @@ def matrix(qtype, *shape):
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
 
 
-def cold(w):
-    """Endless copies of a matrix, so many that they do not fit the processor's caches; the first is `w`."""
+def copies(w):
+    """A matrix, and so many copies that together they do not fit the processor's caches."""
     count = max(1, -(-COLD // w.data.nbytes))
-    return cycle([w, *(QTensor(w.qtype, w.data.copy()) for _ in range(count - 1))])
+    return [w, *(QTensor(w.qtype, w.data.copy()) for _ in range(count - 1))]
+
+
+def cold(w):
+    """The same without an end."""
+    return cycle(copies(w))

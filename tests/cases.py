@@ -7,6 +7,7 @@ from make_model import PRESETS, Shape, random_blocks
 from pymla import cpu, ggml
 from pymla.cache import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.cpu.formats import FOUR_BITS
+from pymla.cpu.isa import AMX
 from pymla.cpu.panels import GROUP
 from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.weights import QTensor
@@ -47,6 +48,12 @@ def as_multiplied(x: np.ndarray, qtype: int, panels: bool) -> np.ndarray:
         return x
     codes, scale = quantise_activations(x, GROUP if panels and qtype in FOUR_BITS else 1)
     return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
+
+
+def panel_codes(x: cpu.quant.Input) -> np.ndarray:
+    """The codes (T, K) of activations for panels of 4 bits."""
+    tokens, k = x.x.shape
+    return x.codes.reshape(k // 32, -1, 32)[:, :tokens].transpose(1, 0, 2).reshape(tokens, k) if AMX else x.codes
 
 
 def ragged_step(lengths, new, pages: int) -> Step:

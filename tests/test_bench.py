@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import against
 import numpy as np
 import pytest
+from cases import panel_codes
 
 import pymla
 from pymla import bench, costs, ggml, plot
@@ -110,7 +111,7 @@ def test_packed_products_are_those_of_the_panels():
     rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - zero_point
     # The scales of both panels, one for each row and 32 columns.
     rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(ROWS, -1), 32, axis=1)
-    column = x.codes[-1] * np.repeat(x.scale[-1].astype(np.float64), 32)
+    column = panel_codes(x)[-1] * np.repeat(x.scale[-1].astype(np.float64), 32)
     expected = rows @ column[:CHUNK] + rows[:, :128] @ column[CHUNK:]
     np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-5, atol=1e-3)
 

@@ -53,7 +53,7 @@ def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_s
     ahead : int
         Memory is asked for `SCORE_LINES` cache lines a block from this address on.
     """
-    rows, fours, at = zero_rows(), blocks // _FOUR, 0
+    rows, fours = zero_rows(), blocks // _FOUR
     if fours:
         _dot_four(codes, row_bytes, panel, starts)
         store_four(scratch)
@@ -61,12 +61,11 @@ def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_s
         for _ in range(fours - 1):
             codes, panel, starts = codes + _FOUR * BLOCK, panel + _FOUR * PANEL_BYTES, starts + _FOUR * _ROW
             _dot_four(codes, row_bytes, panel, starts)
-            rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
-            at ^= _FOUR * SUMS
-            store_four(scratch + at)
+            rows = _scale_four(rows, scratch, scales, scale_bytes, panel_scales, ahead)
+            store_four(scratch)
             scales, panel_scales = scales + 4 * _FOUR, panel_scales + _FOUR * _ROW
             ahead += 64 * _FOUR * SCORE_LINES
-        rows = _scale_four(rows, scratch + at, scales, scale_bytes, panel_scales, ahead)
+        rows = _scale_four(rows, scratch, scales, scale_bytes, panel_scales, ahead)
         codes, panel, starts = codes + _FOUR * BLOCK, panel + _FOUR * PANEL_BYTES, starts + _FOUR * _ROW
         scales, panel_scales = scales + 4 * _FOUR, panel_scales + _FOUR * _ROW
     for _ in range(blocks % _FOUR):

@@ -37,7 +37,8 @@ from pymla.cpu.formats import F16, F32, is_float, load_f8, store_columns
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import FLOAT_SCRATCH, MARGIN, ROWS, SCRATCH, product_float
+from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float
+from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import A3, CACHE, F2, F3, I1, INPUT, MATRICES, STEP, Activation, Matrices, counting, product_rows
 from pymla.cpu.simd import (
     absolute,

@@ -25,6 +25,7 @@ from pymla.cpu.simd import (
     fma,
     gather_f16,
     gather_i8,
+    gather_second_f16,
     high_nibbles,
     load_bf16,
     load_bf16x8,
@@ -193,13 +194,13 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
         _store_codes4(size, codes + 16 * LANES, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
         store_f32xL(scales, gather_f16(rows, at))
         if size == 20:
-            store_f32xL(minima, gather_f16(rows, at + 2))
+            store_f32xL(minima, gather_second_f16(rows, at))
         codes, scales, minima = codes + 32 * LANES, scales + 4 * LANES, minima + 4 * LANES
 
 
 @inline
 def _unpack_q6_k(rows, at, codes, scales):
-    d = gather_f16(rows, at + 208)
+    d = gather_second_f16(rows, at + 206)
     for i in range(16):
         store_f32xL(scales + 4 * LANES * i, mul(d, gather_i8(rows, at + 192 + i)))
     # A half of 128 weights has four times 16 bytes with a nibble of two weights each, and twice 16 bytes with two bits

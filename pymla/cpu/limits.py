@@ -18,8 +18,8 @@ from pymla.cpu import threads
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
-from pymla.cpu.panels import CHUNK, MARGIN, ROWS, SCRATCH, add_tiles, tile4
-from pymla.cpu.panels_amx import COLUMNS
+from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, add_tiles, tile4
+from pymla.cpu.panels_amx import COLUMNS, MARGIN
 from pymla.cpu.quant import F1, F2, INPUT, Activation
 from pymla.cpu.simd import (
     add,
@@ -227,7 +227,7 @@ def _multiply_tiles(codes, activations, scratch, out):
 @kernel(BYTES, INPUT, F2)
 def _multiply_packed(first, last, panels, x, out):
     """`panels.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
-    tokens, k = x.codes.shape
+    tokens, k = x.x.shape
     result = allocate_f32(tokens + MARGIN, ROWS)
     # Tiles leave their sums behind the panels: each thread has its own.
     own = allocate(SCRATCH)
@@ -239,8 +239,9 @@ def _multiply_packed(first, last, panels, x, out):
         for start in range(0, k, CHUNK):
             if AMX:
                 for a in range(0, tokens, COLUMNS):
-                    xa, sa = address(x.codes[a, start:]), address(x.scale[a, start // 32 :])
-                    add_tiles(xa, k, sa, min(CHUNK, k - start) // 32, address(own), address(result[a]))
+                    xa, sa = address(x.codes[start // 32]) + 32 * a, address(x.scale[a, start // 32 :])
+                    blocks = min(CHUNK, k - start) // 32
+                    add_tiles(xa, x.codes.shape[1], sa, k // 8, blocks, address(own), address(result[a]))
                 continue
             for a in range(0, tokens, 3):
                 # A tile at the edge repeats the last column.

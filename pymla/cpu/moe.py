@@ -26,7 +26,8 @@ from pymla.cpu import norm
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import MARGIN, ROWS, SCRATCH, product_for
+from pymla.cpu.panels import ROWS, SCRATCH, product_for
+from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import (
     F2,
     FEW,

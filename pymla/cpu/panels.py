@@ -49,17 +49,15 @@ ROWS = 2 * LANES
 #: weights' scales, block by block, which are a tenth of the tile's instructions less; the weights' own error is many
 #: times that of the activations.
 GROUP = 4
-#: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache.
-CHUNK = 512
+#: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache, with what else
+#: tiles of AMX need.
+CHUNK = 256 if AMX else 512
 #: Bytes of scratch of `product`: codes, scales and minima of two panels, and sums of tiles.
 SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + TILE_SCRATCH
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
 FLOAT_SCRATCH = 4 * (FLOAT_CHUNK * FLOAT_ROWS + 16 * FLOAT_CHUNK + 4 * FLOAT_ROWS)
-
-#: Columns behind the last one that a product may read, and write results of.
-MARGIN = COLUMNS - 1 if AMX else 0
 
 _ROW = 4 * ROWS  # bytes of a row of results
 _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
@@ -143,7 +141,8 @@ def product_for(take):
                 wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
                 sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
                 if tiles:
-                    add_tiles(xa, k, sa, blocks, scratch, at)
+                    step = x.codes.shape[1]
+                    add_tiles(codes + start // 32 * step + 32 * a, step, sa, k // 8, blocks, scratch, at)
                     if minimum:
                         stop = min(i + COLUMNS, end)
                         for j in range(i, stop, 3):
@@ -165,13 +164,13 @@ def product_for(take):
 
 
 @inline
-def add_tiles(x, k, scales, blocks, scratch, out):
+def add_tiles(x, x_bytes, scales, scale_bytes, blocks, scratch, out):
     """Add two panels of 4-bit codes times sixteen columns to the results, by AMX.
 
     Parameters
     ----------
-    x, scales : int
-        Addresses of the first column's codes, of `k`, and scales.
+    x, x_bytes, scales, scale_bytes : int
+        As `panels_amx.add_columns` has them.
     blocks : int
         Of 32 codes.
     scratch : int
@@ -182,7 +181,8 @@ def add_tiles(x, k, scales, blocks, scratch, out):
     for half in range(2):
         panel = scratch + _CODES + half * LANES * CHUNK
         d = scratch + _SCALES + half * LANES * (CHUNK // 4)
-        add_columns(x, k, scales, k // 8, blocks, panel, d, scratch + _SUMS, out + half * 4 * LANES, _ROW)
+        at = out + half * 4 * LANES
+        add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, d, scratch + _SUMS, at, _ROW)
 
 
 @inline

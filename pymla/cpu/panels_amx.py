@@ -1,10 +1,15 @@
 """Panels of 4-bit codes times sixteen columns of activations, by tiles of AMX: the part of `pymla.cpu.panels` that
 multiplies.
 
-Codes have a sign here, so that sums begin with nothing.
+Codes have a sign here, so that sums begin with nothing. Those of activations lie as tiles take them
+(`empty_columns`).
 """
 
+import numpy as np
+
 from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.isa import AMX
+from pymla.cpu.memory import empty
 from pymla.cpu.simd import load_f32xL
 from pymla.cpu.simd_amx import (
     BLOCK,
@@ -21,9 +26,22 @@ from pymla.cpu.simd_amx import (
 
 #: Columns of a tile.
 COLUMNS = 16
+#: Columns behind the last one that are read, and whose results are written.
+MARGIN = COLUMNS - 1 if AMX else 0
 
 _PANEL = 16 * BLOCK  # bytes of a block of sixteen rows
 _ROW = 64  # bytes of sixteen float32
+
+
+def empty_columns(columns, k):
+    """Memory for codes of so many columns, int8 (K / 32, bytes): block after block, and in a block column after column.
+
+    From block to block it is not a multiple of 4,096 bytes, nor near one, so that those of sixteen columns have room
+    side by side in the first-level cache.
+    """
+    lines = -(-BLOCK * (columns + MARGIN) // 64)
+    lines += (9 - lines) % 16
+    return empty((k // BLOCK, 64 * lines), np.int8)
 
 
 @inline
@@ -33,9 +51,9 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     Parameters
     ----------
     x, x_bytes : int
-        Address of the first column's codes, and bytes from column to column.
+        Address of the first column's codes, `BLOCK` from column to column, and bytes from block to block.
     scales, scale_bytes : int
-        The same for its scales, one for four blocks.
+        Address of its scales, one for four blocks, and bytes from column to column.
     blocks : int
         Of 32 codes.
     panel, panel_scales : int
@@ -45,30 +63,29 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     out, out_bytes : int
         Address of the first column's results, float32 (16,), and bytes from column to column.
     """
-    fours, at = blocks // 4, 0
+    fours = blocks // 4
     if fours:
         _dot_four(x, x_bytes, panel)
         store_four(scratch)
         # The processor multiplies the next four blocks while the sums of the last four are scaled.
         for _ in range(fours - 1):
-            x, panel = x + 4 * BLOCK, panel + 4 * _PANEL
+            x, panel = x + 4 * x_bytes, panel + 4 * _PANEL
             _dot_four(x, x_bytes, panel)
-            add_rows_to(out, out_bytes, _scaled_four(scratch + at, panel_scales), scales, scale_bytes)
-            at ^= 4 * SUMS
-            store_four(scratch + at)
+            add_rows_to(out, out_bytes, _scaled_four(scratch, panel_scales), scales, scale_bytes)
+            store_four(scratch)
             panel_scales, scales = panel_scales + 4 * _ROW, scales + 16
-        add_rows_to(out, out_bytes, _scaled_four(scratch + at, panel_scales), scales, scale_bytes)
-        x, panel, panel_scales, scales = x + 4 * BLOCK, panel + 4 * _PANEL, panel_scales + 4 * _ROW, scales + 16
+        add_rows_to(out, out_bytes, _scaled_four(scratch, panel_scales), scales, scale_bytes)
+        x, panel, panel_scales, scales = x + 4 * x_bytes, panel + 4 * _PANEL, panel_scales + 4 * _ROW, scales + 16
     if blocks % 4:
         rows = zero_rows()
         for _ in range(blocks % 4):
             zero_tile(0)
-            load_tile(4, x, x_bytes)
+            load_tile(4, x, BLOCK)
             load_tile(6, panel, 64)
             dot_tiles(0, 4, 6)
             store_tile(0, scratch, 64)
             rows = add_sums(rows, scratch, load_f32xL(panel_scales))
-            x, panel, panel_scales = x + BLOCK, panel + _PANEL, panel_scales + _ROW
+            x, panel, panel_scales = x + x_bytes, panel + _PANEL, panel_scales + _ROW
         add_rows_to(out, out_bytes, rows, scales, scale_bytes)
 
 
@@ -76,19 +93,19 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
 def _dot_four(x, x_bytes, panel):
     """Products of four blocks, in tiles 0 to 3."""
     zero_tile(0)
-    load_tile(4, x, x_bytes)
+    load_tile(4, x, BLOCK)
     load_tile(6, panel, 64)
     dot_tiles(0, 4, 6)
     zero_tile(1)
-    load_tile(5, x + BLOCK, x_bytes)
+    load_tile(5, x + x_bytes, BLOCK)
     load_tile(7, panel + _PANEL, 64)
     dot_tiles(1, 5, 7)
     zero_tile(2)
-    load_tile(4, x + 2 * BLOCK, x_bytes)
+    load_tile(4, x + 2 * x_bytes, BLOCK)
     load_tile(6, panel + 2 * _PANEL, 64)
     dot_tiles(2, 4, 6)
     zero_tile(3)
-    load_tile(5, x + 3 * BLOCK, x_bytes)
+    load_tile(5, x + 3 * x_bytes, BLOCK)
     load_tile(7, panel + 3 * _PANEL, 64)
     dot_tiles(3, 5, 7)
 

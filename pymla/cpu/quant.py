@@ -37,8 +37,9 @@ from pymla.cpu.formats import (
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, MARGIN, ROWS, SCRATCH, product_float, product_for
-from pymla.cpu.rows import COLUMNS, dot_rows, order, place
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product_float, product_for
+from pymla.cpu.panels_amx import MARGIN, empty_columns
+from pymla.cpu.rows import COLUMNS, TILES, dot_rows, order, place
 from pymla.cpu.simd import (
     address,
     fma,
@@ -94,12 +95,12 @@ MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
 class Input(NamedTuple):
     """Activations as kernels read them; the quantised parts are empty where only float types do.
 
-    Codes lie in one of several orders: for panels in that of the columns, for rows mixed (`rows.place`). The panels of
-    types of 4 bits have one scale for `panels.GROUP` blocks.
+    Codes lie in one of several orders: for panels in that of the columns or of tiles, for rows mixed (`rows.place`).
+    The panels of types of 4 bits have one scale for `panels.GROUP` blocks.
     """
 
     x: np.ndarray  # float32 (T, K)
-    codes: np.ndarray  # int8 (T, K)
+    codes: np.ndarray  # int8 (T, K), for tiles (K // 32, bytes)
     scale: np.ndarray  # float32 (T, K // 32): x ≈ codes * scale
     sums: np.ndarray  # float32 (T, K // 32): sums of codes * scale
     starts: np.ndarray  # int32 (T, K // 32): for `simd.start4`
@@ -130,18 +131,20 @@ class Activation:
 
     def panels(self, qtype):
         """The `Input` for products with panels of a type."""
-        if qtype in ggml.QUANTISED:
-            return self._input(COLUMNS, GROUP if qtype in FOUR_BITS else 1)
-        return self._input()
+        if qtype not in ggml.QUANTISED:
+            return self._input()
+        if qtype not in FOUR_BITS:
+            return self._input(COLUMNS)
+        return self._input(TILES if AMX else COLUMNS, GROUP)
 
     def _input(self, order=None, group=1):
         """Codes in an order with scales for groups of blocks, or nothing but `x`."""
         if (order, group) not in self._inputs:
             tokens, columns = self.x.shape if order is not None else (0, 0)
-            margin = MARGIN if order == COLUMNS else 0
+            margin = MARGIN if order == TILES else 0
             self._inputs[order, group] = made = Input(
                 self.x,
-                empty((tokens + margin, columns), np.int8)[:tokens],
+                empty_columns(tokens, columns) if order == TILES else empty((tokens, columns), np.int8),
                 empty((tokens + margin, columns // 32), np.float32)[:tokens],
                 empty((tokens, columns // 32), np.float32),
                 empty((tokens, columns // 32), np.int32),
@@ -163,7 +166,7 @@ def consecutive(qtype, x, index):
         return x, index
     columns, blocks = len(index), x.scale.shape[1]
     made = x._replace(
-        codes=empty((columns + MARGIN, x.codes.shape[1]), np.int8)[:columns],
+        codes=empty_columns(columns, 32 * blocks),
         scale=empty((columns + MARGIN, blocks), np.float32)[:columns],
         sums=empty((columns, blocks), np.float32),
     )
@@ -238,11 +241,14 @@ def _quantise_activations(first, last, x, order, group):
                 most = each
         for block in range(begin, end):
             codes, step, apart = place(order, block, blocks)
+            codes += address(x.codes) + 32 * blocks * t
+            if order == TILES:
+                codes = address(x.codes[block]) + 32 * t
             at = t * blocks + block
             quantise_block(
                 address(x.x) + 128 * at,
                 most,
-                address(x.codes) + 32 * blocks * t + codes,
+                codes,
                 step,
                 apart,
                 address(x.scale) + 4 * at,
@@ -258,7 +264,8 @@ def _copy_columns(first, last, x, index, out):
     blocks = x.scale.shape[1]
     for i in range(first, last):
         t = index[i]
-        copy(address(x.codes[t]), address(out.codes[i]), 8 * blocks)
+        for block in range(blocks):
+            store_f32x8(address(out.codes[block]) + 32 * i, load_f32x8(address(x.codes[block]) + 32 * t))
         copy(address(x.scale[t]), address(out.scale[i]), blocks)
         copy(address(x.sums[t]), address(out.sums[i]), blocks)
 

@@ -36,9 +36,9 @@ _place_in_eights = rows_512.place_eights
 _dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
 
 
-#: Orders of activations: that of the columns, for panels; for rows of most types; for those of eight blocks of Q4_0 in
-#: a register.
-COLUMNS, MIXED, EIGHTHS = range(3)
+#: Orders of activations: that of the columns, for panels; that of tiles (`panels_amx.empty_columns`), for panels too;
+#: for rows of most types; for those of eight blocks of Q4_0 in a register.
+COLUMNS, TILES, MIXED, EIGHTHS = range(4)
 
 
 def order(qtype):
@@ -50,7 +50,7 @@ def order(qtype):
 def place(order, block, blocks):
     """Where the activations of a block of a row stand: its first eight codes, and bytes from there to the next eight
     and to the last sixteen."""
-    if order == COLUMNS or block >= blocks // 4 * 4:
+    if order <= TILES or block >= blocks // 4 * 4:
         return 32 * block, 8, 16
     if order == EIGHTHS and block < blocks // 8 * 8:
         return _place_in_eights(block)

@@ -45,7 +45,7 @@ from pymla.cpu.intrinsics import (
     storer,
     write,
 )
-from pymla.cpu.isa import ISA, LANES, VNNI
+from pymla.cpu.isa import AMX, ISA, LANES, VNNI
 
 f32xL = Vector("f32", LANES)
 i32xL = Vector("i32", LANES)
@@ -266,11 +266,35 @@ def _gathered(builder, rows, offset, element):
     return gathered
 
 
-@operation(f32xL, rowsL, types.int64)
-def gather_f16(builder, rows, offset):
-    """An IEEE half of each row of a panel as float32."""
-    halves = builder.bitcast(_gathered(builder, rows, offset, I16), ir.VectorType(F16, LANES))
-    return builder.fpext(halves, ir_type(f32xL))
+def _words(builder, rows, offset):
+    """An int32 of each row of a panel."""
+    if not AMX:
+        return _gathered(builder, rows, offset, I32)
+    # One instruction, a third faster than sixteen. Not on every processor: on AMD's it takes longer.
+    words, mask = ir.VectorType(I32, LANES), ir.VectorType(ir.IntType(1), LANES)
+    first, from_first = builder.extract_value(rows, 0), ir.Constant(words, ir.Undefined)
+    for i in range(LANES):
+        distance = builder.trunc(builder.sub(builder.extract_value(rows, i), first), I32)
+        from_first = builder.insert_element(from_first, distance, ir.Constant(I32, i))
+    base = builder.inttoptr(builder.add(first, offset), I8.as_pointer())
+    gather = declare(builder, "llvm.x86.avx512.mask.gather.dpi.512", words, [words, base.type, words, mask, I32])
+    return builder.call(gather, [constant(words, 0), base, from_first, constant(mask, 1), ir.Constant(I32, 1)])
+
+
+def _gather_halves(shift):
+    """Gathers IEEE halves, the bits from `shift` on of int32, as float32."""
+
+    @operation(f32xL, rowsL, types.int64)
+    def gather(builder, rows, offset):
+        words = _words(builder, rows, offset)
+        halves = builder.trunc(builder.lshr(words, constant(words.type, shift)), ir.VectorType(I16, LANES))
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), ir_type(f32xL))
+
+    return gather
+
+
+#: The first and the second one of the IEEE halves in four bytes of each row of a panel, as float32.
+gather_f16, gather_second_f16 = _gather_halves(0), _gather_halves(16)
 
 
 @operation(f32xL, rowsL, types.int64)
