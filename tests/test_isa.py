@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pymla.cpu import attention_int8, isa, moe, quant
+from pymla.cpu import attention_absorbed, attention_expanded, isa, moe, quant
 
 HERE = Path(__file__).parent
 KERNELS = (
@@ -18,8 +18,8 @@ KERNELS = (
     moe._gate_up_panels,
     moe._down_rows,
     moe._down_panels,
-    attention_int8._expanded,
-    attention_int8.absorbed_pages,
+    attention_expanded._expanded,
+    attention_absorbed.absorbed_pages,
 )
 #: What multiplies bytes, or in attention without VNNI words.
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}

@@ -8,7 +8,8 @@ Positions behind a query are never read.
   products. The pages of a token are split over threads, and the shares merged.
 - *Expanded*, *full*: blocks of queries of one head, against keys and values of that head.
 
-A latent cache of 8 bits is multiplied on integers instead (`pymla.cpu.attention_int8`), in the first two forms.
+A latent cache of 8 bits is multiplied on integers instead, in the first two forms (`pymla.cpu.attention_absorbed`,
+`pymla.cpu.attention_expanded`).
 
 >>> import numpy as np
 >>> from pymla.cpu import attention
@@ -25,8 +26,9 @@ import numpy as np
 from numba import types
 
 from pymla.cache import PAGE
-from pymla.cpu import attention_int8, threads
-from pymla.cpu.attention_int8 import HEADS, Panels
+from pymla.cpu import attention_absorbed, attention_expanded, threads
+from pymla.cpu.attention_absorbed import HEADS
+from pymla.cpu.attention_expanded import Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
 from pymla.cpu.formats import dequantise_row
 from pymla.cpu.jit import inline, kernel
@@ -98,7 +100,7 @@ def absorbed(q, latent, rope, step, scale, out):
     splits = max(1, 2 * threads.thread_count() // (tokens * groups))
     partial = empty((tokens * splits, groups * HEADS, -(-rank // ROWS) * ROWS), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
-    kernel = attention_int8.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
+    kernel = attention_absorbed.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
     kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, rank, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
@@ -125,7 +127,7 @@ class KeysValues(NamedTuple):
 def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
     """Memory for the expanded keys, of `size` numbers, and values of some heads.
 
-    `exact` ones are `KeysValues` of `dtype`; the others have 8 bits (`pymla.cpu.attention_int8`), which is several
+    `exact` ones are `KeysValues` of `dtype`; the others have 8 bits (`pymla.cpu.attention_expanded`), which is several
     times faster and suits a cache of 8 bits.
     """
     if not exact:
@@ -140,7 +142,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     both of rank columns; `out` from `keys_values`.
     """
     if isinstance(out, Panels):
-        attention_int8.expand(c_kv, k_pe, k_b, v_b, out)
+        attention_expanded.expand(c_kv, k_pe, k_b, v_b, out)
         return out
     length, heads, v = out.values.shape
     x = Activation(c_kv)
@@ -155,7 +157,7 @@ def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence over expanded keys and values; `q` float32 (T, H, nope + R), `out` (T, H, v),
     which may be part of a larger array."""
     if isinstance(keys_values, Panels):
-        return attention_int8.expanded(q, keys_values, positions, scale, out)
+        return attention_expanded.expanded(q, keys_values, positions, scale, out)
     tokens, heads, _ = q.shape
     _expanded[heads * -(-tokens // BLOCK), 1](q, *keys_values, positions, scale * LOG2E, out)
     return out

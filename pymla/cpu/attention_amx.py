@@ -1,13 +1,14 @@
 """Products of the absorbed form by tiles of AMX: sixteen tokens of a page at a time, and sixteen heads.
 
-The operands are those of `pymla.cpu.attention_int8`: codes of the cache as they lie are rows, queries are a panel; the
-softmax weights are rows, values a panel.
+Twins of functions of `pymla.cpu.attention_absorbed`, with the same operands: codes of the cache as they lie are rows,
+queries are a panel; the softmax weights are rows, values a panel.
 """
 
+from pymla.cache import PAGE
 from pymla.cpu.attention_tiles import PANEL_BYTES, WEIGHTS
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.isa import LANES
-from pymla.cpu.simd import load_f32xL, load_i32, prefetch_l2, store_i32
+from pymla.cpu.simd import address, load_f32xL, load_i32, prefetch_l2, store_i32
 from pymla.cpu.simd_amx import (
     BLOCK,
     SUMS,
@@ -33,26 +34,34 @@ _FOUR = 4
 
 
 @inline
-def sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_scales, starts, scratch, out, ahead):
-    """Scores of sixteen tokens and sixteen heads, but for the rotated dimensions.
+def page_scores(codes, seen, queries, scales, scratch, scores, ahead):
+    """Scores (PAGE, 16), but for the rotated dimensions, of a page whose codes are at an address.
 
     Parameters
     ----------
-    codes, row_bytes : int
-        Address of the first token's codes, from 0 to 255, and bytes from token to token.
-    scales, scale_bytes : int
-        The same for its scales.
-    blocks : int
-        Of 32 codes.
-    panel, panel_scales, starts : int
-        Addresses of the queries' codes, of their scales, and of sums to begin with, (blocks, 16).
-    scratch : int
-        Address of `simd_amx.SCRATCH` bytes.
-    out : int
-        Address of float32 (16, 16), tokens by heads.
+    codes : int
+        Address of the first token's codes, from 0 to 255.
+    seen : int
+        Tokens.
+    queries, scales : `attention_absorbed.Queries`, `attention_absorbed.Scales`
+    scratch : uint8 array of `simd_amx.SCRATCH` bytes
+    scores : float32 array (PAGE, 16)
     ahead : int
-        Memory is asked for `SCORE_LINES` cache lines a block from this address on.
+        Memory is asked for `SCORE_LINES` cache lines a block and sixteen tokens from this address on.
     """
+    blocks, row_bytes = queries.scales.shape[0], queries.codes.shape[1]
+    p, d, z = address(queries.codes), address(queries.scales), address(queries.starts)
+    scale_bytes = 4 * scales.scales.shape[1]
+    for s in range(0, seen, 16):
+        x, sx, at = codes + row_bytes * s, address(scales.scales[s:]), address(scores[s:])
+        _sixteen_scores(x, row_bytes, sx, scale_bytes, blocks, p, d, z, address(scratch), at, ahead)
+        ahead += 64 * SCORE_LINES * blocks
+
+
+@inline
+def _sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_scales, starts, scratch, out, ahead):
+    """The same for sixteen tokens; all but the counts are addresses. Scales and starts are (blocks, 16) of the queries,
+    and `scale_bytes` apart those of the tokens."""
     rows, fours = zero_rows(), blocks // _FOUR
     if fours:
         _dot_four(codes, row_bytes, panel, starts)
@@ -120,7 +129,44 @@ def _dot_four(codes, row_bytes, panel, starts):
 
 
 @inline
-def load_weights(words, scratch):
+def add_page_values(rows, rank, scales, weights, weight_scales, scratch, values, ahead):
+    """Add the values of a page, weighted, to the results of sixteen heads.
+
+    Parameters
+    ----------
+    rows, rank : int
+        Address of the codes, 128 more than they are, and codes of a token.
+    scales : `attention_absorbed.Scales`
+    weights, weight_scales : int32 array (PAGE / 4, 16), float32 array (16,)
+        Words of the softmax weights of four tokens, and their scales.
+    scratch : uint8 array of `simd_amx.SCRATCH` bytes
+    values : float32 array (16, rank)
+    ahead : int
+        Memory is asked for `VALUE_LINES` cache lines a block, of those that `page_scores` left.
+    """
+    blocks, sums = rank // 32, address(scratch)
+    panel, other = sums + 2 * SUMS, sums + 2 * SUMS + 4 * PANEL_BYTES
+    factors, factor_bytes = address(scales.factors), 2 * scales.factors.shape[1]
+    scale, out, out_bytes = address(weight_scales), address(values), 4 * values.shape[1]
+    ahead += 64 * SCORE_LINES * blocks * (PAGE // 16)
+    _load_weights(address(weights), sums)
+    _take_values(rows, rank, factors, factor_bytes, panel, ahead)
+    for i in range(blocks):
+        _dot_values(panel)
+        store_tile(0, sums, 64)
+        store_tile(1, sums + SUMS, 64)
+        # The processor multiplies while the next block is made.
+        panel, other = other, panel
+        if i + 1 < blocks:
+            rows, factors, ahead = rows + 32, factors + 2, ahead + 64 * VALUE_LINES
+            _take_values(rows, rank, factors, factor_bytes, panel, ahead)
+        add_sums_to(out, out_bytes, sums, scale, 4)
+        add_sums_to(out + 64, out_bytes, sums + SUMS, scale, 4)
+        out += 128
+
+
+@inline
+def _load_weights(words, scratch):
     """Softmax weights of `WEIGHTS` tokens and sixteen heads, words (tokens / 4, 16) at an address, as tiles 4 and 5: a
     row for each head."""
     for i in range(WEIGHTS // 4):
@@ -131,26 +177,8 @@ def load_weights(words, scratch):
 
 
 @inline
-def add_values(codes, row_bytes, factors, factor_bytes, scales, scratch, out, out_bytes, ahead):
-    """Add the values of 32 dimensions, weighted by what `load_weights` loaded, to the results of sixteen heads.
-
-    Parameters
-    ----------
-    codes, row_bytes : int
-        Address of the first token's codes, 128 more than they are, and bytes from token to token.
-    factors, factor_bytes : int
-        Address of what the first token's codes are multiplied with, int16 / 32768, and bytes from token to token; 0 for
-        tokens that are missing.
-    scales : int
-        Address of the weights' scales, (16,).
-    scratch : int
-        Address of `simd_amx.SCRATCH` bytes.
-    out, out_bytes : int
-        Address of float32, and bytes from head to head.
-    ahead : int
-        Memory is asked for `VALUE_LINES` cache lines from this address on.
-    """
-    panel = scratch + 2 * SUMS
+def _take_values(codes, row_bytes, factors, factor_bytes, panel, ahead):
+    """Panels of 64 tokens and 32 dimensions."""
     for t in range(0, WEIGHTS, 4):
         at = codes + t * row_bytes
         target = panel + 2 * PANEL_BYTES * (t // 32) + 4 * LANES * (t % 32 // 4)
@@ -159,6 +187,11 @@ def add_values(codes, row_bytes, factors, factor_bytes, scales, scratch, out, ou
         prefetch_l2(ahead + 16 * t)
     for line in range(WEIGHTS // 4, VALUE_LINES):
         prefetch_l2(ahead + 64 * line)
+
+
+@unrolled
+def _dot_values(panel):
+    """Sixteen heads times 32 dimensions, in tiles 0 and 1."""
     zero_tile(0)
     zero_tile(1)
     load_tile(6, panel, 64)
@@ -169,7 +202,3 @@ def add_values(codes, row_bytes, factors, factor_bytes, scales, scratch, out, ou
     dot_tiles_u8(0, 5, 6)
     load_tile(7, panel + 3 * PANEL_BYTES, 64)
     dot_tiles_u8(1, 5, 7)
-    store_tile(0, scratch, 64)
-    store_tile(1, scratch + SUMS, 64)
-    add_sums_to(out, out_bytes, scratch, scales, 4)
-    add_sums_to(out + 64, out_bytes, scratch + SUMS, scales, 4)

@@ -7,6 +7,7 @@ Operands are codes of 8 bits with a scale for 32 of them or more, in words of `s
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
+from pymla.cpu.formats import store_columns
 from pymla.cpu.isa import LANES
 from pymla.cpu.simd import (
     absolute,
@@ -19,10 +20,12 @@ from pymla.cpu.simd import (
     farthest,
     finish8,
     fma,
+    load_columns,
     load_f32xL,
     load_i8xL,
     load_i32xL,
     mul,
+    panel_rows,
     round_even,
     splat_f32xL,
     store_f32,
@@ -99,6 +102,13 @@ def quantise_heads(weights, token_scales, codes, scales, heads):
             c, d = mul(load_f32xL(source + 2 * row), factor), mul(load_f32xL(source + 3 * row), factor)
             target = codes + row * (s // WORD) + at
             store_words(target, row, round_even(a), round_even(b), round_even(c), round_even(d))
+
+
+@inline
+def store_keys(rows, row_bytes, out):
+    """Rows of codes to the lanes of a panel; addresses."""
+    for i in range(0, row_bytes, 16):
+        store_columns(out + i * LANES, load_columns(panel_rows(rows, row_bytes, LANES), i))
 
 
 @inline

@@ -1,8 +1,8 @@
 """Rows of the cache in memory. Twin of `pymla.cuda.cache_rows`.
 
 Float types, and keys and values of all heads, lie as ggml blocks. A latent cache of 8 bits has two types of its own, so
-that `pymla.cpu.attention_int8` multiplies the codes where they lie: a page begins with the codes of its 64 rows, and
-their scales follow. It takes the bytes that ggml's types take, but for the scale of the rotated dimensions.
+that `pymla.cpu.attention_absorbed` multiplies the codes where they lie: a page begins with the codes of its 64 rows,
+and their scales follow. It takes the bytes that ggml's types take, but for the scale of the rotated dimensions.
 """
 
 import numpy as np

@@ -33,8 +33,9 @@ from pymla.cpu.isa import AMX
 BLOCK = 32
 #: Bytes of a tile of sums, in memory.
 SUMS = 16 * 64
-#: Bytes of scratch of products by tiles: the sums of four. Without AMX none are needed.
-SCRATCH = 4 * SUMS if AMX else 0
+#: Bytes of scratch of products by tiles: the sums of four, or of two and as much for what is multiplied next. Without
+#: AMX none are needed.
+SCRATCH = 6 * SUMS if AMX else 0
 #: Sixteen registers, for the rows of a tile.
 Rows = types.UniTuple(f32x16, 16)
 
