@@ -141,11 +141,10 @@ class Activation:
         """Codes in an order with scales for groups of blocks, or nothing but `x`."""
         if (order, group) not in self._inputs:
             tokens, columns = self.x.shape if order is not None else (0, 0)
-            margin = MARGIN if order == TILES else 0
             self._inputs[order, group] = made = Input(
                 self.x,
                 empty_columns(tokens, columns) if order == TILES else empty((tokens, columns), np.int8),
-                empty((tokens + margin, columns // 32), np.float32)[:tokens],
+                _empty_scale(tokens, columns // 32),
                 empty((tokens, columns // 32), np.float32),
                 empty((tokens, columns // 32), np.int32),
                 empty((tokens, columns // 16), np.int16),
@@ -155,6 +154,14 @@ class Activation:
                 groups = tokens * -(-columns // (32 * group))
                 _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order, group)
         return self._inputs[order, group]
+
+
+def _empty_scale(tokens, blocks):
+    """Memory for scales (T, blocks). The columns behind the last one, which tiles read, have zeros: what happens to be
+    there may be subnormal, and take a hundred times as long."""
+    scale = empty((tokens + MARGIN, blocks), np.float32)
+    scale[tokens:] = 0
+    return scale[:tokens]
 
 
 def consecutive(qtype, x, index):
@@ -167,7 +174,7 @@ def consecutive(qtype, x, index):
     columns, blocks = len(index), x.scale.shape[1]
     made = x._replace(
         codes=empty_columns(columns, 32 * blocks),
-        scale=empty((columns + MARGIN, blocks), np.float32)[:columns],
+        scale=_empty_scale(columns, blocks),
         sums=empty((columns, blocks), np.float32),
     )
     _copy_columns[columns](x, index, made)
