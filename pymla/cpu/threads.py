@@ -25,8 +25,9 @@ from numba.extending import intrinsic
 from pymla.cpu.compiling import function, inline
 from pymla.cpu.memory import empty
 
-#: Looks at a barrier before a thread offers its core to others, some 20 µs.
-SPINS = 2000
+#: Looks at a barrier before a thread offers its core to others, some microseconds: if another program has the other
+#: thread's core, waiting longer takes from both.
+SPINS = 50
 #: Such offers before an idle thread goes to sleep, some milliseconds.
 YIELDS = 5000
 #: The smallest range that a thread takes, as a part of its share of an operation.
