@@ -101,4 +101,4 @@ def bench_expand(measure, exact, length=4096):
 def latent_rows(length, heads):
     """Matrices and latent rows to expand."""
     k_b, v_b = matrix(ggml.Q4_0, heads, NOPE, RANK), matrix(ggml.Q4_0, heads, V, RANK)
-    return k_b, v_b, as_multiplied(normal(length, RANK), ggml.Q4_0, True), normal(length, ROPE, seed=1)
+    return k_b, v_b, as_multiplied(normal(length, RANK), ggml.Q4_0), normal(length, ROPE, seed=1)

@@ -40,7 +40,7 @@ def bench_experts_q4_0(measure, tokens):
     rng = np.random.default_rng(0)
     # Other experts in every run, as from layer to layer, so that they are not in the processor's caches.
     choices = [np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :USED].astype(np.int32) for _ in range(16)]
-    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0, tokens * USED > cpu.moe.FEW_PAIRS * EXPERTS)
+    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
     weights, out = rng.random((tokens, USED), dtype=np.float32), np.full((tokens, HIDDEN), np.nan, np.float32)
     activation = cpu.quant.Activation(x)
     activation.panels(ggml.Q4_0)
@@ -67,7 +67,7 @@ def bench_experts_q4_0(measure, tokens):
 def bench_shared_experts_q4_0(measure, tokens):
     gates, ups = (cold(matrix(ggml.Q4_0, 2 * INNER, HIDDEN)) for _ in range(2))
     downs = cold(matrix(ggml.Q4_0, HIDDEN, 2 * INNER))
-    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0, tokens > cpu.quant.FEW)
+    x = as_multiplied(normal(tokens, HIDDEN), ggml.Q4_0)
     out, activation = np.full((tokens, HIDDEN), np.nan, np.float32), cpu.quant.Activation(x)
     activation.panels(ggml.Q4_0)
 

@@ -108,7 +108,7 @@ def products(records, sizes):
                 x = normal(tokens, sizes.hidden)
                 out = memory.empty((tokens, sizes.rows), np.float32)
                 quant.matmul(there, quant.Activation(memory.to_device(x)), out)
-                seen = reference.quant.Activation(as_multiplied(x, w.qtype, False).astype(np.float64))
+                seen = reference.quant.Activation(as_multiplied(x, w.qtype).astype(np.float64))
                 yield memory.to_host(out), reference.quant.matmul(w, seen, np.empty((tokens, sizes.rows)))
 
             records.check(f"matmul {name}, {tokens} tokens", matmul, **INT8)
@@ -118,7 +118,7 @@ def products(records, sizes):
             w, x = random_qtensor(qtype, rows, sizes.inner), normal(tokens, sizes.inner)
             out = memory.empty((tokens, rows), np.float32)
             quant.matmul(on_device(w), quant.Activation(memory.to_device(x)), out)
-            seen = reference.quant.Activation(as_multiplied(x, qtype, False).astype(np.float64))
+            seen = reference.quant.Activation(as_multiplied(x, qtype).astype(np.float64))
             yield memory.to_host(out), reference.quant.matmul(w, seen, np.empty((tokens, rows)))
 
         records.check(f"matmul {name}, {sizes.wide[1]} tokens, {sizes.wide[0]} rows", wide, **INT8)
@@ -139,7 +139,7 @@ def products(records, sizes):
                 w, x = random_qtensor(qtype, sizes.heads, sizes.v, rank), normal(tokens, sizes.heads, rank)
                 out = memory.empty((tokens, sizes.heads, sizes.v), np.float32)
                 quant.matmul_heads(on_device(w), memory.to_device(x), out)
-                seen = as_multiplied(x.reshape(-1, rank), qtype, False).reshape(x.shape).astype(np.float64)
+                seen = as_multiplied(x.reshape(-1, rank), qtype).reshape(x.shape).astype(np.float64)
                 yield memory.to_host(out), reference.quant.matmul_heads(w, seen, np.empty(out.shape))
 
             def absorb(qtype=qtype, rank=rank, tokens=tokens):
@@ -232,7 +232,7 @@ def experts(records, sizes):
         # Rows of 256 fit only some models.
         down_type = qtype if sizes.inner % ggml.BLOCK_SIZE[qtype] == 0 else ggml.Q8_0
         down = random_qtensor(down_type, sizes.experts, sizes.hidden, sizes.inner, seed=3)
-        x = as_multiplied(normal(tokens, sizes.hidden), qtype, False).astype(np.float32)
+        x = as_multiplied(normal(tokens, sizes.hidden), qtype).astype(np.float32)
         there, out = quant.Activation(memory.to_device(x)), memory.empty(x.shape, np.float32)
         chosen = memory.to_device(ids), memory.to_device(weights)
         moe.experts(there, *chosen, *map(on_device, (gate, up, down)), out)
@@ -320,7 +320,7 @@ def attention(records, sizes):
         c_kv, k_pe = normal(length, max(sizes.rank, 32)), normal(length, sizes.rope, seed=1)
         own = forms.keys_values(length, heads, size, sizes.v, True)
         forms.expand(memory.to_device(c_kv), memory.to_device(k_pe), on_device(k_b), on_device(v_b), own)
-        seen = as_multiplied(c_kv, ggml.Q4_0, False).astype(np.float32)
+        seen = as_multiplied(c_kv, ggml.Q4_0).astype(np.float32)
         rows = reference.attention.keys_values(length, heads, size, sizes.v, True)
         reference.attention.expand(seen, k_pe, k_b, v_b, rows)
         for mine, other in zip(own, rows, strict=True):

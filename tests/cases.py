@@ -6,9 +6,7 @@ from make_model import PRESETS, Shape, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cache import CACHE_TYPES, PAGE, LatentCache, Step
-from pymla.cpu.formats import FOUR_BITS
 from pymla.cpu.isa import AMX
-from pymla.cpu.panels import GROUP
 from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.weights import QTensor
 
@@ -42,11 +40,11 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
 
 
-def as_multiplied(x: np.ndarray, qtype: int, panels: bool) -> np.ndarray:
-    """The activations (T, K) that a CPU product with `qtype` really sees, by panels or by rows."""
+def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
+    """The activations (T, K) that a CPU product with `qtype` really sees."""
     if qtype not in ggml.QUANTISED:
         return x
-    codes, scale = quantise_activations(x, GROUP if panels and qtype in FOUR_BITS else 1)
+    codes, scale = quantise_activations(x)
     return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
 
 

@@ -21,7 +21,6 @@ from compare import assert_close
 from pymla import cpu, ggml, reference
 from pymla.cache import CACHE_TYPES, PAGE
 from pymla.config import ModelConfig
-from pymla.cpu.panels import GROUP
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
@@ -45,7 +44,7 @@ def test_matmul(qtype, tokens):
             w = random_qtensor(qtype, rows, k)
             x = normal(tokens, k)
             actual = cpu.quant.matmul(w, cpu.quant.Activation(x), poisoned(tokens, rows))
-            seen = reference.quant.Activation(as_multiplied(x, qtype, tokens > cpu.quant.FEW).astype(np.float64))
+            seen = reference.quant.Activation(as_multiplied(x, qtype).astype(np.float64))
             tolerance = ONE_ROW if rows == tokens == 1 else INT8
             assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **tolerance)
 
@@ -74,7 +73,7 @@ def test_quantise_activations():
     x[2, :32] = 0
     made = cpu.quant.Activation(x).panels(ggml.Q4_0)
     codes, scale, sums = panel_codes(made), made.scale, made.sums
-    expected_codes, expected_scale = reference.quant.quantise_activations(x, GROUP)
+    expected_codes, expected_scale = reference.quant.quantise_activations(x)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_array_equal(scale, expected_scale)
     np.testing.assert_allclose(sums, codes.reshape(7, 3, 32).sum(-1) * scale, rtol=1e-6)
@@ -92,7 +91,7 @@ def test_embedding_rows(qtype):
 def test_matmul_heads(qtype):
     w, x = random_qtensor(qtype, 3, 5, 256), normal(7, 3, 256)
     actual = cpu.quant.matmul_heads(w, x, poisoned(7, 3, 5))
-    seen = as_multiplied(x.reshape(21, 256), qtype, False).reshape(x.shape)
+    seen = as_multiplied(x.reshape(21, 256), qtype).reshape(x.shape)
     assert_close(actual, reference.quant.matmul_heads(w, seen, np.empty((7, 3, 5))), **INT8)
 
 
@@ -141,7 +140,7 @@ def test_experts(qtype, choice, shared):
     if shared:
         own = random_experts(qtype if shared == "of the type" else ggml.Q4_1, None, hidden, 2 * inner, seed=5)
     # Codes of activations are the same for rows and panels where neighbouring blocks have one scale.
-    x = as_multiplied(normal(tokens, hidden), ggml.Q4_0, True)
+    x = as_multiplied(normal(tokens, hidden), ggml.Q4_0)
     before = normal(tokens, hidden, seed=9)
     for add in (False, True):
         begin = before if add else poisoned(tokens, hidden)
@@ -159,7 +158,7 @@ def test_gate_and_up_of_two_types():
     _, up, _ = random_experts(ggml.Q8_0, 4, 512, 64)
     ids, weights, x = np.array([[2, 0]], np.int32), np.array([[0.5, 0.25]], np.float32), normal(1, 512)
     actual = cpu.moe.experts(cpu.quant.Activation(x), ids, weights, gate, up, down, poisoned(1, 512))
-    seen = reference.quant.Activation(as_multiplied(x, ggml.Q4_0, False))
+    seen = reference.quant.Activation(as_multiplied(x, ggml.Q4_0))
     expected = reference.moe.experts(seen, ids, weights, gate, up, down, poisoned(1, 512))
     assert_close(actual, expected, rtol_max=0.03, reason="hidden activations are int8")
 
@@ -245,7 +244,7 @@ def test_expanded_attention_reads_no_masked_token():
 def test_expand_and_absorb(qtype):
     heads, rank, nope, rope, v, length = 3, 256, 256, 32, 40, 70
     k_b, v_b = random_qtensor(qtype, heads, nope, rank), random_qtensor(qtype, heads, v, rank, seed=1)
-    c_kv, k_pe = as_multiplied(normal(length, rank), qtype, True), normal(length, rope, seed=1)
+    c_kv, k_pe = as_multiplied(normal(length, rank), qtype), normal(length, rope, seed=1)
     results = []
     for be in (cpu, reference):
         out = be.attention.keys_values(length, heads, nope + rope, v, True)

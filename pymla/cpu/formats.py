@@ -346,14 +346,14 @@ def magnitude(x):
 
 
 @inline
-def quantise_block(x, most, codes, step, apart, scale, sums, starts, sum16):
-    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; `most`, of `magnitude`, becomes code 127.
+def quantise_block(x, codes, step, apart, scale, sums, starts, sum16):
+    """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; the largest becomes code 127 or -127.
 
     Codes are stored eight at a time: at the address `codes`, `step` bytes behind it, and the others likewise, `apart`
     bytes behind these. All others are addresses.
     """
     a, b, c, d = load_f32x8(x), load_f32x8(x + 32), load_f32x8(x + 64), load_f32x8(x + 96)
-    inverse = np.float32(0)
+    most, inverse = magnitude(x), np.float32(0)
     if most > 0:
         inverse = np.float32(127) / most
     factor = splat_f32(inverse)

@@ -45,10 +45,6 @@ from pymla.cpu.simd_amx import configure, release
 
 #: Rows of a product.
 ROWS = 2 * LANES
-#: Blocks of 32 activations with a common scale, where the codes of weights have 4 bits. Their sums then meet only the
-#: weights' scales, block by block, which are a tenth of the tile's instructions less; the weights' own error is many
-#: times that of the activations.
-GROUP = 4
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache, with what else
 #: tiles of AMX need.
 CHUNK = 256 if AMX else 512
@@ -192,8 +188,8 @@ def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, b
     Parameters
     ----------
     xa, xb, xc, sa, sb, sc, za, zb, zc : int
-        Addresses of each column's codes, scales, one for `GROUP` blocks, and words for `simd.start4`; `step` bytes
-        from one such word to the next.
+        Addresses of each column's codes, scales, and words for `simd.start4`; `step` bytes from one such word to the
+        next.
     blocks : int
         Of 32 codes.
     scratch : int
@@ -206,29 +202,23 @@ def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, b
     p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
     d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
     fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
-    zero = splat_f32xL(np.float32(0))
-    for group in range(0, blocks, GROUP):
-        ha, ka, hb, kb, hc, kc = zero, zero, zero, zero, zero, zero
-        for _ in range(min(GROUP, blocks - group)):
-            ia, ib, ic = start4(za), start4(zb), start4(zc)
-            sums = _sixteen4((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
-            sums = _sixteen4(sums, p + 16 * LANES, q + 16 * LANES, xa + 16, xb + 16, xc + 16)
-            ia, ja, ib, jb, ic, jc = sums
-            du, dv = load_f32xL(d), load_f32xL(e)
-            ha, ka = fma(finish4(ia), du, ha), fma(finish4(ja), dv, ka)
-            hb, kb = fma(finish4(ib), du, hb), fma(finish4(jb), dv, kb)
-            hc, kc = fma(finish4(ic), du, hc), fma(finish4(jc), dv, kc)
-            p, q = p + 32 * LANES, q + 32 * LANES
-            d, e = d + 4 * LANES, e + 4 * LANES
-            xa, xb, xc = xa + 32, xb + 32, xc + 32
-            za, zb, zc = za + step, zb + step, zc + step
+    for _ in range(blocks):
+        ia, ib, ic = start4(za), start4(zb), start4(zc)
+        sums = _sixteen4((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
+        sums = _sixteen4(sums, p + 16 * LANES, q + 16 * LANES, xa + 16, xb + 16, xc + 16)
+        ia, ja, ib, jb, ic, jc = sums
+        du, dv = load_f32xL(d), load_f32xL(e)
         s = broadcast_f32xL(sa)
-        fa, ga = fma(ha, s, fa), fma(ka, s, ga)
+        fa, ga = fma(finish4(ia), mul(du, s), fa), fma(finish4(ja), mul(dv, s), ga)
         s = broadcast_f32xL(sb)
-        fb, gb = fma(hb, s, fb), fma(kb, s, gb)
+        fb, gb = fma(finish4(ib), mul(du, s), fb), fma(finish4(jb), mul(dv, s), gb)
         s = broadcast_f32xL(sc)
-        fc, gc = fma(hc, s, fc), fma(kc, s, gc)
-        sa, sb, sc = sa + 4 * GROUP, sb + 4 * GROUP, sc + 4 * GROUP
+        fc, gc = fma(finish4(ic), mul(du, s), fc), fma(finish4(jc), mul(dv, s), gc)
+        p, q = p + 32 * LANES, q + 32 * LANES
+        d, e = d + 4 * LANES, e + 4 * LANES
+        xa, xb, xc = xa + 32, xb + 32, xc + 32
+        sa, sb, sc = sa + 4, sb + 4, sc + 4
+        za, zb, zc = za + step, zb + step, zc + step
     _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
 
 

@@ -15,7 +15,7 @@ from pymla.cpu.simd_amx import (
     BLOCK,
     SUMS,
     add_rows_to,
-    add_sums,
+    add_scaled_sums,
     dot_tiles,
     load_tile,
     store_four,
@@ -53,7 +53,7 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     x, x_bytes : int
         Address of the first column's codes, `BLOCK` from column to column, and bytes from block to block.
     scales, scale_bytes : int
-        Address of its scales, one for four blocks, and bytes from column to column.
+        Address of its scales, and bytes from column to column.
     blocks : int
         Of 32 codes.
     panel, panel_scales : int
@@ -63,7 +63,7 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     out, out_bytes : int
         Address of the first column's results, float32 (16,), and bytes from column to column.
     """
-    fours = blocks // 4
+    rows, fours = zero_rows(), blocks // 4
     if fours:
         _dot_four(x, x_bytes, panel)
         store_four(scratch)
@@ -71,22 +71,20 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
         for _ in range(fours - 1):
             x, panel = x + 4 * x_bytes, panel + 4 * _PANEL
             _dot_four(x, x_bytes, panel)
-            add_rows_to(out, out_bytes, _scaled_four(scratch, panel_scales), scales, scale_bytes)
+            rows = _scale_four(rows, scratch, panel_scales, scales, scale_bytes)
             store_four(scratch)
             panel_scales, scales = panel_scales + 4 * _ROW, scales + 16
-        add_rows_to(out, out_bytes, _scaled_four(scratch, panel_scales), scales, scale_bytes)
+        rows = _scale_four(rows, scratch, panel_scales, scales, scale_bytes)
         x, panel, panel_scales, scales = x + 4 * x_bytes, panel + 4 * _PANEL, panel_scales + 4 * _ROW, scales + 16
-    if blocks % 4:
-        rows = zero_rows()
-        for _ in range(blocks % 4):
-            zero_tile(0)
-            load_tile(4, x, BLOCK)
-            load_tile(6, panel, 64)
-            dot_tiles(0, 4, 6)
-            store_tile(0, scratch, 64)
-            rows = add_sums(rows, scratch, load_f32xL(panel_scales))
-            x, panel, panel_scales = x + x_bytes, panel + _PANEL, panel_scales + _ROW
-        add_rows_to(out, out_bytes, rows, scales, scale_bytes)
+    for _ in range(blocks % 4):
+        zero_tile(0)
+        load_tile(4, x, BLOCK)
+        load_tile(6, panel, 64)
+        dot_tiles(0, 4, 6)
+        store_tile(0, scratch, 64)
+        rows = add_scaled_sums(rows, scratch, load_f32xL(panel_scales), scales, scale_bytes)
+        x, panel, panel_scales, scales = x + x_bytes, panel + _PANEL, panel_scales + _ROW, scales + 4
+    add_rows_to(out, out_bytes, rows)
 
 
 @unrolled
@@ -111,9 +109,9 @@ def _dot_four(x, x_bytes, panel):
 
 
 @unrolled
-def _scaled_four(sums, panel_scales):
-    """The sums of four tiles, scaled."""
-    rows = add_sums(zero_rows(), sums, load_f32xL(panel_scales))
-    rows = add_sums(rows, sums + SUMS, load_f32xL(panel_scales + _ROW))
-    rows = add_sums(rows, sums + 2 * SUMS, load_f32xL(panel_scales + 2 * _ROW))
-    return add_sums(rows, sums + 3 * SUMS, load_f32xL(panel_scales + 3 * _ROW))
+def _scale_four(rows, sums, panel_scales, scales, scale_bytes):
+    """Add the sums of four tiles, scaled."""
+    rows = add_scaled_sums(rows, sums, load_f32xL(panel_scales), scales, scale_bytes)
+    rows = add_scaled_sums(rows, sums + SUMS, load_f32xL(panel_scales + _ROW), scales + 4, scale_bytes)
+    rows = add_scaled_sums(rows, sums + 2 * SUMS, load_f32xL(panel_scales + 2 * _ROW), scales + 8, scale_bytes)
+    return add_scaled_sums(rows, sums + 3 * SUMS, load_f32xL(panel_scales + 3 * _ROW), scales + 12, scale_bytes)

@@ -31,13 +31,12 @@ from pymla.cpu.formats import (
     float_bytes,
     is_float,
     load_float,
-    magnitude,
     quantise_block,
 )
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, GROUP, ROWS, SCRATCH, product_float, product_for
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float, product_for
 from pymla.cpu.panels_amx import MARGIN, empty_columns
 from pymla.cpu.rows import COLUMNS, TILES, dot_rows, order, place
 from pymla.cpu.simd import (
@@ -96,7 +95,6 @@ class Input(NamedTuple):
     """Activations as kernels read them; the quantised parts are empty where only float types do.
 
     Codes lie in one of several orders: for panels in that of the columns or of tiles, for rows mixed (`rows.place`).
-    The panels of types of 4 bits have one scale for `panels.GROUP` blocks.
     """
 
     x: np.ndarray  # float32 (T, K)
@@ -133,15 +131,13 @@ class Activation:
         """The `Input` for products with panels of a type."""
         if qtype not in ggml.QUANTISED:
             return self._input()
-        if qtype not in FOUR_BITS:
-            return self._input(COLUMNS)
-        return self._input(TILES if AMX else COLUMNS, GROUP)
+        return self._input(TILES if AMX and qtype in FOUR_BITS else COLUMNS)
 
-    def _input(self, order=None, group=1):
-        """Codes in an order with scales for groups of blocks, or nothing but `x`."""
-        if (order, group) not in self._inputs:
+    def _input(self, order=None):
+        """Codes in an order, or nothing but `x`."""
+        if order not in self._inputs:
             tokens, columns = self.x.shape if order is not None else (0, 0)
-            self._inputs[order, group] = made = Input(
+            self._inputs[order] = made = Input(
                 self.x,
                 empty_columns(tokens, columns) if order == TILES else empty((tokens, columns), np.int8),
                 _empty_scale(tokens, columns // 32),
@@ -151,9 +147,9 @@ class Activation:
                 _ZERO,
             )
             if order is not None:
-                groups = tokens * -(-columns // (32 * group))
-                _quantise_activations[groups, max(64 // group, -(-groups // 64))](made, order, group)
-        return self._inputs[order, group]
+                blocks = tokens * columns // 32
+                _quantise_activations[blocks, max(64, -(-blocks // 64))](made, order)
+        return self._inputs[order]
 
 
 def _empty_scale(tokens, blocks):
@@ -232,37 +228,26 @@ def counting(count):
     return _longest_index[:count]
 
 
-@kernel(INPUT, types.int64, types.int64)
-def _quantise_activations(first, last, x, order, group):
-    """Groups of blocks of 32 activations with a common scale, counted over all tokens."""
+@kernel(INPUT, types.int64)
+def _quantise_activations(first, last, x, order):
+    """Blocks of 32 activations, counted over all tokens."""
     blocks = x.x.shape[1] // 32
-    groups = (blocks + group - 1) // group
     for i in range(first, last):
-        t, begin = i // groups, i % groups * group
-        end = min(begin + group, blocks)
-        most = np.float32(0)
-        for block in range(begin, end):
-            each = magnitude(address(x.x) + 128 * (t * blocks + block))
-            # NaN takes the place of any number, and stays.
-            if each > most or each != each:
-                most = each
-        for block in range(begin, end):
-            codes, step, apart = place(order, block, blocks)
-            codes += address(x.codes) + 32 * blocks * t
-            if order == TILES:
-                codes = address(x.codes[block]) + 32 * t
-            at = t * blocks + block
-            quantise_block(
-                address(x.x) + 128 * at,
-                most,
-                codes,
-                step,
-                apart,
-                address(x.scale) + 4 * at,
-                address(x.sums) + 4 * at,
-                address(x.starts) + 4 * at,
-                address(x.sum16) + 4 * at,
-            )
+        t, block = i // blocks, i % blocks
+        codes, step, apart = place(order, block, blocks)
+        codes += address(x.codes) + 32 * blocks * t
+        if order == TILES:
+            codes = address(x.codes[block]) + 32 * t
+        quantise_block(
+            address(x.x) + 128 * i,
+            codes,
+            step,
+            apart,
+            address(x.scale) + 4 * i,
+            address(x.sums) + 4 * i,
+            address(x.starts) + 4 * i,
+            address(x.sum16) + 4 * i,
+        )
 
 
 @kernel(INPUT, I1, INPUT)

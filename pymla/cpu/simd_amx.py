@@ -181,12 +181,12 @@ def store_rows(builder, address, stride, rows):
         write(builder, _at(builder, address, stride, i), builder.extract_value(rows, i))
 
 
-@operation(types.void, types.int64, types.int64, Rows, types.int64, types.int64)
-def add_rows_to(builder, address, stride, rows, factors, factor_stride):
-    """Add ``rows[i] * factors[i]`` to float32 in memory."""
+@operation(types.void, types.int64, types.int64, Rows)
+def add_rows_to(builder, address, stride, rows):
+    """Add rows to float32 in memory, `stride` bytes apart."""
     for i in range(16):
-        at, factor = _at(builder, address, stride, i), _factor(builder, factors, factor_stride, i)
-        write(builder, at, _fma(builder, builder.extract_value(rows, i), factor, read(builder, at, _FLOATS)))
+        at = _at(builder, address, stride, i)
+        write(builder, at, builder.fadd(builder.extract_value(rows, i), read(builder, at, _FLOATS)))
 
 
 @operation(types.void, types.int64, types.int64, types.int64, types.int64, types.int64)

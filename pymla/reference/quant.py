@@ -22,15 +22,13 @@ class Activation:
         self.x = x
 
 
-def quantise_activations(x, group=1):
+def quantise_activations(x):
     """Activations as int8 codes with a float32 scale for every 32 values: ``x ≈ codes * scale``.
 
     Parameters
     ----------
     x : float32 array (T, K)
         K is a multiple of 32.
-    group : int
-        Neighbouring blocks of 32 that have the same scale; fewer at the end.
 
     Returns
     -------
@@ -39,9 +37,7 @@ def quantise_activations(x, group=1):
         0 where all values are 0.
     """
     blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
-    starts = np.arange(0, blocks.shape[1], group)
-    largest = np.maximum.reduceat(np.abs(blocks).max(-1), starts, axis=1)
-    largest = np.repeat(largest, group, axis=1)[:, : blocks.shape[1]]
+    largest = np.abs(blocks).max(-1)
     scale = largest / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(largest == 0, np.float32(0), np.float32(127) / largest).astype(np.float32)
