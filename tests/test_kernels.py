@@ -139,7 +139,6 @@ def test_experts(qtype, choice, shared):
     matrices, own = random_experts(qtype, experts, hidden, inner), None
     if shared:
         own = random_experts(qtype if shared == "of the type" else ggml.Q4_1, None, hidden, 2 * inner, seed=5)
-    # Codes of activations are the same for rows and panels where neighbouring blocks have one scale.
     x = as_multiplied(normal(tokens, hidden), ggml.Q4_0)
     before = normal(tokens, hidden, seed=9)
     for add in (False, True):

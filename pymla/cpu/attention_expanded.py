@@ -28,7 +28,7 @@ from pymla.cpu.formats import is_float
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float
+from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float, two_groups
 from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, product_rows
 from pymla.cpu.simd import (
@@ -157,12 +157,11 @@ def multiply_head(w, h, x, index, begin, count, scratch, result, out):
                 tokens = x.x[begin : begin + count]
                 product_float(w.qtype, source, part, w.row_stride, columns, tokens, out[:, r + s :], address(scratch))
             continue
-        half = min(LANES, rows)
-        rest, skip = (rows - half, LANES) if rows > half else (1, half - 1)
+        second, half, rest = two_groups(row, w.row_stride, rows)
         product_rows(
             w.qtype,
             row,
-            row + skip * w.row_stride,
+            second,
             half,
             rest,
             w.row_stride,

@@ -26,7 +26,7 @@ from pymla.cpu import norm
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import ROWS, SCRATCH, product_for
+from pymla.cpu.panels import ROWS, SCRATCH, product_for, two_groups
 from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import (
     F2,
@@ -420,13 +420,12 @@ def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, ad
         for group in range(first, last):
             begin = group * ROWS
             count = min(ROWS, down.rows - begin)
-            half = min(LANES, count)
-            rest, skip = (count - half, LANES) if count > half else (1, half - 1)
             row, stride = any_row_at(down, shared, e, begin)
+            second, half, rest = two_groups(row, stride, count)
             _product_down(
                 down.qtype,
                 row,
-                row + skip * stride,
+                second,
                 half,
                 rest,
                 stride,

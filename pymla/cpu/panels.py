@@ -60,6 +60,15 @@ _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
 _SUMS = ROWS * (CHUNK + CHUNK // 4 + CHUNK // 8)
 
 
+@inline
+def two_groups(row, stride, count):
+    """Up to `ROWS` rows that follow each other as the two groups of a product: address of the second, rows of each.
+    Without a second group, the first one's last row stands in for it."""
+    if count > LANES:
+        return row + LANES * stride, LANES, count - LANES
+    return row + (count - 1) * stride, count, 1
+
+
 def product_for(take):
     """Make `product` for a function that takes the results: ``take(results, first, last, where)`` has the address of
     those of columns `first` to `last`, `ROWS` float32 each, as soon as they are complete, while a cache has them."""

@@ -36,7 +36,7 @@ from pymla.cpu.formats import (
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float, product_for
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float, product_for, two_groups
 from pymla.cpu.panels_amx import MARGIN, empty_columns
 from pymla.cpu.rows import COLUMNS, TILES, dot_rows, order, place
 from pymla.cpu.simd import (
@@ -336,13 +336,11 @@ def _matmul_panels(first, last, w, x, index, out):
         if floats:
             product_float(w.qtype, row, count, w.row_stride, columns, x.x, out[:, target:], address(scratch))
         else:
-            half = min(LANES, count)
-            # Without a second group, the first one's last row stands in for it.
-            rest, skip = (count - half, LANES) if count > half else (1, half - 1)
+            second, half, rest = two_groups(row, w.row_stride, count)
             product_rows(
                 w.qtype,
                 row,
-                row + skip * w.row_stride,
+                second,
                 half,
                 rest,
                 w.row_stride,
