@@ -4,6 +4,12 @@ import hashlib
 from pathlib import Path
 
 
+def is_part_of(folder, function):
+    """Whether the key of a folder changes with the source of a function: those that users write elsewhere may change
+    without it, so their machine code is not kept."""
+    return Path(function.__code__.co_filename).resolve().parent == folder
+
+
 def source_key(folder, tools):
     """16 hexadecimal digits.
 

@@ -14,10 +14,11 @@ import llvmlite.binding as llvm
 import numba
 
 from pymla.cpu.isa import ISA
-from pymla.source_key import source_key
+from pymla.source_key import is_part_of, source_key
 
 #: Everything that `compile_all` compiles.
 COMPILED = []
+_SOURCES = Path(__file__).resolve().parent
 _warning = None
 
 #: A function that kernels call. Sums are taken in the order that is written, so that a result does not depend on the
@@ -31,8 +32,9 @@ unrolled = numba.njit(error_model="numpy", nogil=True, forceinline=True)
 class Compiled:
     """A function that is compiled by `compile_all` or when first used; `build` says how, given keyword options."""
 
-    def __init__(self, name, build):
-        self.__name__ = name
+    def __init__(self, python_function, build):
+        self.__name__ = python_function.__name__
+        self._keep = is_part_of(_SOURCES, python_function)
         self._build = build
         self._result = None
         COMPILED.append(self)
@@ -41,7 +43,7 @@ class Compiled:
     def result(self):
         """What `build` gave, with the compiled code in the cache's folder."""
         if self._result is None:
-            folder = cache_dir()
+            folder = cache_dir() if self._keep else None
             previous = numba.config.CACHE_DIR
             # The folder is fixed when a function is decorated. Other users of Numba in the process keep their own.
             numba.config.CACHE_DIR = folder or previous
@@ -59,7 +61,7 @@ def function(signature):
         def build(**options):
             return numba.njit(signature, nogil=True, **options)(python_function)
 
-        compiled = Compiled(python_function.__name__, build)
+        compiled = Compiled(python_function, build)
         return lambda *arguments: compiled.result(*arguments)
 
     return decorate
@@ -130,4 +132,4 @@ def compile_all(progress=None):
 def _key():
     features = llvm.get_host_cpu_features().flatten()
     tools = sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, ISA
-    return source_key(Path(__file__).resolve().parent, tools)
+    return source_key(_SOURCES, tools)

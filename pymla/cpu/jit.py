@@ -32,7 +32,7 @@ class Kernel:
         self._function = python_function
         self._signature = signature
         self._pack = Packer(signature, self.__name__)
-        self._compiled = Compiled(self.__name__, self._build)
+        self._compiled = Compiled(python_function, self._build)
 
     def __getitem__(self, items):
         """The kernel over `items`, dealt out in ranges of a suitable size, or of a given one: ``[items, grain]``."""

@@ -23,8 +23,9 @@ from numba import cuda, types
 
 from pymla.cpu import compiling as cpu_compiling
 from pymla.errors import PymlaError
-from pymla.source_key import source_key
+from pymla.source_key import is_part_of, source_key
 
+_SOURCES = Path(__file__).resolve().parent
 _lock = threading.RLock()
 
 
@@ -59,7 +60,7 @@ def compile_kernel(kernel, capability):
     -------
     Code
     """
-    folder = cache_dir()
+    folder = cache_dir() if is_part_of(_SOURCES, kernel.function) else None
     stem = re.sub(r"[^\w.-]", "_", f"{kernel.__name__}.sm_{capability[0]}{capability[1]}")
     known = folder and folder / f"{stem}.json"
     if known and known.exists():
@@ -181,7 +182,7 @@ def _key():
     from cuda.bindings import nvjitlink
 
     tools = sys.version, numba.__version__, llvmlite.__version__, metadata.version("numba-cuda"), nvjitlink.version()
-    return source_key(Path(__file__).resolve().parent, tools)
+    return source_key(_SOURCES, tools)
 
 
 def _write(path, data):
