@@ -1,4 +1,4 @@
-"""How much memory there is to use."""
+"""How much memory there is to use, and sizes for people."""
 
 import os
 import sys
@@ -9,6 +9,18 @@ from pathlib import Path
 # and, as total_*, with its children, to which the limit applies.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 _V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in the largest binary unit that they fill.
+
+    >>> size_text(3 << 19)
+    '1.50 MiB'
+    """
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.2f} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def available_memory(root: str | Path = "/") -> int:

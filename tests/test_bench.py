@@ -20,7 +20,7 @@ from pymla.cpu import limits
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
 from pymla.cpu.quant import Activation
-from pymla.cpu.simd import sum4
+from pymla.cpu.simd_panels import sum4
 from pymla.errors import PymlaError
 
 LIMITS = limits.Limits(read=1e10, int8=1e11)

@@ -14,7 +14,7 @@ from pymla import costs, ggml
 from pymla.cache import CACHE_TYPES, row_bytes
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
-from pymla.memory import available_memory
+from pymla.memory import available_memory, size_text
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split
 
@@ -249,7 +249,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
                 entry["type"] if entry["supported"] else f"{entry['type']} (not run)",
                 entry["tensors"],
                 _count(entry["weights"]).strip(),
-                _size(entry["bytes"]),
+                size_text(entry["bytes"]),
             )
             for entry in found["types"]
         ]
@@ -262,7 +262,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
         _show_costs(page, found["costs"])
     if tensors and found["tensors"]:
         rows = [
-            (tensor["name"], tensor["type"], " × ".join(map(str, tensor["shape"])), _size(tensor["bytes"]))
+            (tensor["name"], tensor["type"], " × ".join(map(str, tensor["shape"])), size_text(tensor["bytes"]))
             for tensor in found["tensors"]
         ]
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
@@ -272,7 +272,7 @@ def _file_rows(found: dict[str, Any]) -> list[tuple]:
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
     return [
         ("path", found["path"]),
-        ("size", _size(found["bytes"]) + parts),
+        ("size", size_text(found["bytes"]) + parts),
         ("format", f"GGUF {found['version']}, {len(found['metadata'])} keys, {len(found['tensors'])} tensors"),
     ]
 
@@ -353,21 +353,21 @@ def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple]:
 
 def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> None:
     rows = [
-        ("weights, mapped from the file", _size(memory["weights"])),
-        ("k_b, derived at load", _size(memory["derived"])),
-        (f"scratch, prompts in slices of {memory['scratch_tokens']}", _size(memory["scratch"])),
-        ("program", _size(memory["process"])),
-        ("available on this machine", _size(memory["available"])),
+        ("weights, mapped from the file", size_text(memory["weights"])),
+        ("k_b, derived at load", size_text(memory["derived"])),
+        (f"scratch, prompts in slices of {memory['scratch_tokens']}", size_text(memory["scratch"])),
+        ("program", size_text(memory["process"])),
+        ("available on this machine", size_text(memory["available"])),
     ]
     page.table("Memory", rows=rows, numbers=(1,))
     rows = [
-        (cache_type, _size(nbytes), _size(memory["cache_at_context_length"][cache_type]))
+        (cache_type, size_text(nbytes), size_text(memory["cache_at_context_length"][cache_type]))
         for cache_type, nbytes in memory["cache_per_1000_tokens"].items()
     ]
     page.table("Cache", "type", "1,000 tokens", f"{context_length:,} tokens", rows=rows, numbers=(1, 2))
     contexts = [f"{each['context']:,} tokens" for each in memory["gpu"]]
     rows = [
-        (name, *(_size(each[key]) for each in memory["gpu"]))
+        (name, *(size_text(each[key]) for each in memory["gpu"]))
         for key, name in (("all", "everything"), ("cpu_moe", "without routed experts (--cpu-moe)"))
     ]
     page.table("On a GPU, cache q8_0", "what", *contexts, rows=rows, numbers=tuple(range(1, len(contexts) + 1)))
@@ -381,9 +381,9 @@ def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:
             (
                 f"{cost['context']:,}",
                 f"{_count(prompt['macs'])}MAC",
-                _size(prompt["bytes"]),
+                size_text(prompt["bytes"]),
                 f"{_count(generation['macs'])}MAC",
-                _size(generation["bytes"]),
+                size_text(generation["bytes"]),
                 f"{generation['cache_share']:.0%}",
             )
         )
@@ -398,13 +398,6 @@ def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:
         rows=rows,
         numbers=(0, 1, 2, 3, 4, 5),
     )
-
-
-def _size(nbytes: float) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if nbytes >= 1024**power:
-            return f"{nbytes / 1024**power:.2f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def _count(number: float) -> str:

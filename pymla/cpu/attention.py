@@ -27,7 +27,7 @@ from numba import types
 
 from pymla.cache import PAGE
 from pymla.cpu import attention_absorbed, attention_expanded, threads
-from pymla.cpu.attention_absorbed import HEADS
+from pymla.cpu.attention_absorbed import HEADS, take_item
 from pymla.cpu.attention_expanded import Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
 from pymla.cpu.formats import dequantise_row
@@ -210,7 +210,6 @@ def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, 
     An item is a token, a group of heads and a share.
     """
     heads, size, padded = q.shape[1], q.shape[2], partial.shape[2]
-    groups = (heads + HEADS - 1) // HEADS
     queries = np.empty((HEADS, size), np.float32)
     panel = np.empty((size, HEADS), np.float32)
     rows = np.zeros((PAGE, size + 16), np.float32)
@@ -218,15 +217,7 @@ def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, 
     state = np.empty((2, HEADS), np.float32)
     stride = 4 * (size + 16)
     for item in range(first, last):
-        task, group = item // groups, item % groups
-        t, split = task // splits, task % splits
-        begin = group * HEADS
-        count = min(HEADS, heads - begin)
-        length = step.positions[t] + 1
-        pages = (length + PAGE - 1) // PAGE
-        from_page, to_page = pages * split // splits, pages * (split + 1) // splits
-        for h in range(begin, begin + count):
-            sums[task, h, 0], sums[task, h, 1] = -np.inf, 0
+        task, t, begin, count, length, from_page, to_page = take_item(item, heads, splits, step, sums)
         if from_page == to_page:
             continue
         for h in range(count):

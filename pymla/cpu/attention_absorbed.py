@@ -96,7 +96,6 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
     """
     heads, padded = q.shape[1], partial.shape[2]
     blocks, rotated = rank // 32, q.shape[2] - rank
-    groups = (heads + HEADS - 1) // HEADS
     queries = Queries(
         allocate(HEADS * blocks * BLOCK_BYTES).reshape(HEADS, -1),
         allocate_f32(blocks, HEADS),
@@ -117,14 +116,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
     if AMX:
         configure()
     for item in range(first, last):
-        task, begin = item // groups, item % groups * HEADS
-        t, split = task // splits, task % splits
-        count = min(HEADS, heads - begin)
-        length = step.positions[t] + 1
-        pages = (length + PAGE - 1) // PAGE
-        from_page, to_page = pages * split // splits, pages * (split + 1) // splits
-        for h in range(begin, begin + count):
-            sums[task, h, 0], sums[task, h, 1] = -np.inf, 0
+        task, t, begin, count, length, from_page, to_page = take_item(item, heads, splits, step, sums)
         if from_page == to_page:
             continue
         table = step.block_tables[step.seq_of[t]]
@@ -163,6 +155,21 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
     if AMX:
         release()
+
+
+@inline
+def take_item(item, heads, splits, step, sums):
+    """What an item of the absorbed form is: its row of the results, its token, its first head and how many it has, how
+    many positions the token sees, and the first page and the one behind the last. Its sums become those of no pages."""
+    groups = (heads + HEADS - 1) // HEADS
+    task, begin = item // groups, item % groups * HEADS
+    t, split = task // splits, task % splits
+    count = min(HEADS, heads - begin)
+    length = step.positions[t] + 1
+    pages = (length + PAGE - 1) // PAGE
+    for h in range(begin, begin + count):
+        sums[task, h, 0], sums[task, h, 1] = -np.inf, 0
+    return task, t, begin, count, length, pages * split // splits, pages * (split + 1) // splits
 
 
 @inline

@@ -31,17 +31,7 @@ from pymla.cpu.memory import allocate, allocate_f32, empty
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float, two_groups
 from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, product_rows
-from pymla.cpu.simd import (
-    absolute,
-    address,
-    farther,
-    farthest,
-    load_f32xL,
-    mul,
-    round_even,
-    splat_f32xL,
-    store_i32,
-)
+from pymla.cpu.simd import absolute, address, farther, farthest, load_f32xL, mul, round_even, splat_f32xL, store_i32
 from pymla.cpu.simd_words import BIAS, WORD, store_words
 from pymla.cpu.softmax import LOG2E, token_softmax
 

@@ -1,7 +1,7 @@
 """Tiles of attention on integers: queries against keys, softmax weights against values.
 
-Operands are codes of 8 bits with a scale for 32 of them or more, in words of `simd.WORD` codes. Panels have words of
-`LANES` rows side by side; words of the other operand are broadcast.
+Operands are codes of 8 bits with a scale for 32 of them or more, in words of `simd_words.WORD` codes. Panels have words
+of `LANES` rows side by side; words of the other operand are broadcast.
 """
 
 import numpy as np
@@ -14,18 +14,14 @@ from pymla.cpu.simd import (
     add,
     address,
     broadcast_f32xL,
-    broadcast_i8xL,
     div,
     farther,
     farthest,
-    finish8,
     fma,
-    load_columns,
     load_f32xL,
     load_i8xL,
     load_i32xL,
     mul,
-    panel_rows,
     round_even,
     splat_f32xL,
     store_f32,
@@ -33,6 +29,7 @@ from pymla.cpu.simd import (
     total,
     where_positive,
 )
+from pymla.cpu.simd_panels import broadcast_i8xL, finish8, load_columns, panel_rows
 from pymla.cpu.simd_words import WORD, dot_i16_words, dot_words, store_codes, store_words, zero_words
 
 #: Softmax weights with a common scale.

@@ -23,14 +23,10 @@ from pymla.cpu.simd import (
     farther,
     farthest,
     fma,
-    gather_f16,
-    gather_i8,
-    gather_second_f16,
     high_nibbles,
     load_bf16,
     load_bf16x8,
     load_bf16x32,
-    load_columns,
     load_eights,
     load_f16,
     load_f16x8,
@@ -43,7 +39,6 @@ from pymla.cpu.simd import (
     load_nibbles_f32,
     low_nibbles,
     mul,
-    panel_codes8,
     round_away,
     round_even,
     splat_f32,
@@ -57,11 +52,10 @@ from pymla.cpu.simd import (
     store_f32x32,
     store_f32xL,
     store_i8xL,
-    store_start4,
-    store_sum16,
     subtract_i8,
-    sum_i8x32,
 )
+from pymla.cpu.simd_bytes import store_sum16, sum_i8x32
+from pymla.cpu.simd_panels import gather_f16, gather_i8, gather_second_f16, load_columns, panel_codes8, store_start4
 
 # Kernels see module globals as constants.
 F32, F16, BF16 = ggml.F32, ggml.F16, ggml.BF16
@@ -154,12 +148,12 @@ def unpack_rows(qtype, rows, first, count, codes, scales, minima):
     ----------
     qtype : int
     rows : tuple of int
-        Their addresses, from `simd.panel_rows`.
+        Their addresses, from `simd_panels.panel_rows`.
     first, count : int
         The first block, a multiple of 8, and the number of blocks.
     codes : int
-        Address for 8 registers a block: four columns' codes of each row, from 0 to 15 or as `simd.panel_codes8` wants
-        them.
+        Address for 8 registers a block: four columns' codes of each row, from 0 to 15 or as `simd_panels.panel_codes8`
+        wants them.
     scales : int
         Address for float32 of the rows: a scale for each block of a type of 4 bits, one for 16 weights of a type of 8
         bits.
@@ -252,7 +246,7 @@ def _store_codes8(out, codes):
 
 @inline
 def store_columns(out, columns):
-    """What `simd.load_columns` gave to a panel: an address, and four registers."""
+    """What `simd_panels.load_columns` gave to a panel: an address, and four registers."""
     a, b, c, d = columns
     store_i8xL(out, a)
     store_i8xL(out + 4 * LANES, b)

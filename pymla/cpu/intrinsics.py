@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from pymla.cpu.isa import ISA
+from pymla.cpu.isa import ISA, LANES
 
 
 class Vector(types.Type):
@@ -46,6 +46,9 @@ f32x16 = Vector("f32", 16)
 f32x32 = Vector("f32", 32)
 i32x16 = Vector("i32", 16)
 i8x64 = Vector("i8", 64)
+f32xL = Vector("f32", LANES)
+i32xL = Vector("i32", LANES)
+i8xL = Vector("i8", 4 * LANES)
 
 
 def _intrinsic(typed, emit, arguments):
@@ -134,6 +137,17 @@ def loader(vector):
 def storer(kind):
     """An operation that writes a register or number to an address."""
     return operation(types.void, types.int64, kind)(write)
+
+
+def reduced(builder, value, combine):
+    """Halves combined with halves, so that the order does not depend on compiler flags."""
+    count = value.type.count
+    while count > 1:
+        count //= 2
+        low = shuffle(builder, value, value, list(range(count)))
+        high = shuffle(builder, value, value, list(range(count, 2 * count)))
+        value = combine(low, high)
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 def dpbusd(builder, acc, unsigned, signed):

@@ -21,20 +21,7 @@ from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, add_tiles, tile4
 from pymla.cpu.panels_amx import COLUMNS, MARGIN
 from pymla.cpu.quant import F1, F2, INPUT, Activation
-from pymla.cpu.simd import (
-    add,
-    address,
-    broadcast_i8xL,
-    dot4,
-    finish4,
-    load_f32x8,
-    load_i8xL,
-    splat_f32,
-    splat_f32xL,
-    store_f32x8,
-    store_f32xL,
-    zero4,
-)
+from pymla.cpu.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
 from pymla.cpu.simd_amx import (
     BLOCK,
     SUMS,
@@ -47,6 +34,7 @@ from pymla.cpu.simd_amx import (
     zero_four,
     zero_rows,
 )
+from pymla.cpu.simd_panels import broadcast_i8xL, dot4, finish4, zero4
 
 #: Bytes that are streamed: more than any cache holds.
 STREAM_BYTES = 512 << 20

@@ -18,23 +18,15 @@ from pymla.cpu.simd import (
     address,
     broadcast_f32x8,
     broadcast_f32xL,
-    broadcast_i8xL,
-    dot4,
-    dot8,
-    finish4,
-    finish8,
     fma,
     load_f32,
     load_f32x8,
     load_f32xL,
     load_i8xL,
     mul,
-    panel_rows,
     prefetch_l2,
     splat_f32,
     splat_f32xL,
-    start4,
-    start8,
     store_f32,
     store_f32x8,
     store_f32xL,
@@ -42,6 +34,7 @@ from pymla.cpu.simd import (
 )
 from pymla.cpu.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.simd_amx import configure, release
+from pymla.cpu.simd_panels import broadcast_i8xL, dot4, dot8, finish4, finish8, panel_rows, start4, start8
 
 #: Rows of a product.
 ROWS = 2 * LANES
@@ -197,8 +190,8 @@ def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, b
     Parameters
     ----------
     xa, xb, xc, sa, sb, sc, za, zb, zc : int
-        Addresses of each column's codes, scales, and words for `simd.start4`; `step` bytes from one such word to the
-        next.
+        Addresses of each column's codes, scales, and words for `simd_panels.start4`; `step` bytes from one such word to
+        the next.
     blocks : int
         Of 32 codes.
     scratch : int
@@ -233,7 +226,7 @@ def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, b
 
 @inline
 def tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct):
-    """`tile4` for codes of 8 bits, with a scale and a word for `simd.start8` for 16 weights."""
+    """`tile4` for codes of 8 bits, with a scale and a word for `simd_panels.start8` for 16 weights."""
     p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
     d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
     fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)

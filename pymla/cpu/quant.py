@@ -101,7 +101,7 @@ class Input(NamedTuple):
     codes: np.ndarray  # int8 (T, K), for tiles (K // 32, bytes)
     scale: np.ndarray  # float32 (T, K // 32): x ≈ codes * scale
     sums: np.ndarray  # float32 (T, K // 32): sums of codes * scale
-    starts: np.ndarray  # int32 (T, K // 32): for `simd.start4`
+    starts: np.ndarray  # int32 (T, K // 32): for `simd_panels.start4`
     sum16: np.ndarray  # int16 (T, K // 16): sums of codes
     zeros: np.ndarray  # int32 (1, 1): 0
 

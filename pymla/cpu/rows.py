@@ -13,21 +13,8 @@ from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.formats import Q4_0, Q4_1, Q6_K, Q8_0, float_bytes, load_f8, load_float
 from pymla.cpu.isa import LANES
 from pymla.cpu.memory import fetch_ahead
-from pymla.cpu.simd import (
-    dot_i8,
-    dot_u7,
-    fma,
-    load_f16,
-    load_f32,
-    load_f32x8,
-    load_i8x32,
-    load_nibbles,
-    splat_f32,
-    store_f32,
-    to_f32,
-    total,
-    zero_i32x8,
-)
+from pymla.cpu.simd import fma, load_f16, load_f32, load_f32x8, load_i8x32, load_nibbles, splat_f32, store_f32, total
+from pymla.cpu.simd_bytes import dot_i8, dot_u7, to_f32, zero_i32x8
 
 # Kernels see module globals as constants.
 _fours = rows_512 if LANES == 16 else rows_256

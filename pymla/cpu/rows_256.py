@@ -8,12 +8,8 @@ import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.simd import (
-    add_times,
     bit_or,
     bits_2,
-    dot_i8,
-    dot_i16,
-    dot_u6,
     fma,
     high_nibbles,
     load_f16,
@@ -21,9 +17,7 @@ from pymla.cpu.simd import (
     load_f32x4,
     load_f32x4_twice,
     load_f32x8,
-    load_i8_as_i16,
     load_i8x32,
-    load_i16x16,
     load_nibbles,
     load_pair,
     load_scales,
@@ -31,12 +25,20 @@ from pymla.cpu.simd import (
     low_nibbles,
     mul,
     splat_f32,
+    total,
+)
+from pymla.cpu.simd_bytes import (
+    add_times,
+    dot_i8,
+    dot_i16,
+    dot_u6,
+    load_i8_as_i16,
+    load_i16x16,
     subtract_i32,
     sum_blocks,
     sum_blocks_i32,
     times_32,
     to_f32,
-    total,
     zero_i32x8,
     zero_sums,
 )

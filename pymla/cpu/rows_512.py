@@ -13,15 +13,12 @@ from pymla.cpu.compiling import inline, unrolled
 from pymla.cpu.memory import fetch_ahead
 from pymla.cpu.simd import (
     bit_or,
-    dot_i16,
     fma,
     high_nibbles,
     load_f16,
     load_f32x4,
     load_f32x4_twice,
     load_f32x8,
-    load_i8_as_i16,
-    load_i16x16,
     load_scales,
     load_scales_4,
     load_scales_and_minima,
@@ -29,8 +26,6 @@ from pymla.cpu.simd import (
     mul,
     splat_f32,
     sub,
-    times_32,
-    to_f32,
     totals,
 )
 from pymla.cpu.simd_512 import (
@@ -56,6 +51,7 @@ from pymla.cpu.simd_512 import (
     zero_f32x16,
     zero_i32x16,
 )
+from pymla.cpu.simd_bytes import dot_i16, load_i8_as_i16, load_i16x16, times_32, to_f32
 
 
 @inline

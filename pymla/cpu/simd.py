@@ -3,9 +3,9 @@
 ``f32x8`` is eight float32, ``i8x32`` thirty-two int8, and so on. A kernel keeps them in local variables; LLVM keeps
 those in registers. The levels of `pymla.cpu.isa` are behind one interface, and all give the same integers.
 
-Products of int8 come in two shapes. Rows of weights use 32 codes in the order of the file (`dot_i8`, `dot_u7`). Panels
-(`pymla.cpu.panels`) hold `LANES` rows in the lanes of a register, four codes of each row side by side, and take the
-functions on ``Panel`` registers, whose width the level decides.
+Here are memory, arithmetic in float32, and codes. Products of codes have modules of their own: `pymla.cpu.simd_bytes`
+for rows of weights, `pymla.cpu.simd_panels` for panels, `pymla.cpu.simd_words` for attention. An ``L`` in a name stands
+for the lanes of the level's widest register, `LANES`.
 
 Addresses are int64 (``array.ctypes.data``). Loads and stores need no alignment.
 """
@@ -23,38 +23,28 @@ from pymla.cpu.intrinsics import (
     I16,
     I32,
     I64,
-    Vector,
     constant,
     declare,
-    dpbusd,
     elementwise,
     f32x8,
     f32x16,
     f32x32,
+    f32xL,
     i8x32,
-    i16x16,
-    i32x8,
-    in_order,
+    i8xL,
+    i32xL,
     ir_type,
     loader,
     operation,
     read,
+    reduced,
     reduction,
     shuffle,
     splat,
     storer,
     write,
 )
-from pymla.cpu.isa import AMX, ISA, LANES, VNNI
-
-f32xL = Vector("f32", LANES)
-i32xL = Vector("i32", LANES)
-i8xL = Vector("i8", 4 * LANES)
-#: Sums of products with codes of up to 6 bits in rows.
-row_sums = i32x8 if VNNI else i16x16
-#: Sums of products with codes of 4 bits in panels: a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
-sum4 = i32xL if VNNI else Vector("i16", 2 * LANES)
-
+from pymla.cpu.isa import LANES
 
 # Memory
 
@@ -201,106 +191,6 @@ def store_transposed(builder, address, *rows):
         for half, order in enumerate(([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])):
             at = builder.add(address, ir.Constant(I64, 64 * (i + 4 * half)))
             write(builder, at, shuffle(builder, fours[i], fours[i + 4], order))
-
-
-#: Addresses of the rows of a panel.
-rowsL = types.UniTuple(types.int64, LANES)
-
-
-@intrinsic
-def panel_rows(typingctx, row, stride, count):
-    """Addresses of the rows of a panel, `stride` bytes apart; where there are fewer, of the last one again."""
-
-    def codegen(context, builder, signature, args):
-        row, stride, count = args
-        last = builder.sub(count, ir.Constant(I64, 1))
-        numbers = (ir.Constant(I64, i) for i in range(LANES))
-        numbers = (builder.select(builder.icmp_signed("<", i, last), i, last) for i in numbers)
-        return context.make_tuple(builder, rowsL, [builder.add(row, builder.mul(i, stride)) for i in numbers])
-
-    return rowsL(types.int64, types.int64, types.int64), codegen
-
-
-def _addresses(builder, rows, offset):
-    return [builder.add(builder.extract_value(rows, i), offset) for i in range(LANES)]
-
-
-@intrinsic
-def load_columns(typingctx, rows, offset):
-    """Sixteen bytes of each row of a panel, as four registers: bytes 0 to 3 of every row, then 4 to 7, and so on."""
-    result = types.UniTuple(i8xL, 4)
-
-    def of_fours(builder, a, b, lanes):
-        """Lanes of each four of two registers; those of the second have numbers from 4 on."""
-        order = [lane + 4 * i if lane < 4 else LANES + lane - 4 + 4 * i for i in range(LANES // 4) for lane in lanes]
-        return shuffle(builder, a, b, order)
-
-    def joined(builder, parts):
-        """One register of two or four."""
-        while len(parts) > 1:
-            lanes = range(2 * parts[0].type.count)
-            parts = [shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
-
-    def codegen(context, builder, signature, args):
-        sixteens = [read(builder, each, ir.VectorType(I32, 4)) for each in _addresses(builder, *args)]
-        # Each register has every fourth row; then the fours of its lanes are transposed.
-        registers = [joined(builder, sixteens[i::4]) for i in range(4)]
-        pairs = []
-        for a, b in (registers[:2], registers[2:]):
-            pairs.append((of_fours(builder, a, b, [0, 4, 1, 5]), of_fours(builder, a, b, [2, 6, 3, 7])))
-        columns = []
-        for a, b in zip(*pairs, strict=True):
-            columns += of_fours(builder, a, b, [0, 1, 4, 5]), of_fours(builder, a, b, [2, 3, 6, 7])
-        columns = [builder.bitcast(column, ir_type(i8xL)) for column in columns]
-        return context.make_tuple(builder, result, columns)
-
-    return result(rowsL, types.int64), codegen
-
-
-def _gathered(builder, rows, offset, element):
-    """An element of each row of a panel."""
-    gathered = ir.Constant(ir.VectorType(element, LANES), ir.Undefined)
-    for i, at in enumerate(_addresses(builder, rows, offset)):
-        gathered = builder.insert_element(gathered, read(builder, at, element), ir.Constant(I32, i))
-    return gathered
-
-
-def _words(builder, rows, offset):
-    """An int32 of each row of a panel."""
-    if not AMX:
-        return _gathered(builder, rows, offset, I32)
-    # One instruction, a third faster than sixteen. Not on every processor: on AMD's it takes longer.
-    words, mask = ir.VectorType(I32, LANES), ir.VectorType(ir.IntType(1), LANES)
-    first, from_first = builder.extract_value(rows, 0), ir.Constant(words, ir.Undefined)
-    for i in range(LANES):
-        distance = builder.trunc(builder.sub(builder.extract_value(rows, i), first), I32)
-        from_first = builder.insert_element(from_first, distance, ir.Constant(I32, i))
-    base = builder.inttoptr(builder.add(first, offset), I8.as_pointer())
-    gather = declare(builder, "llvm.x86.avx512.mask.gather.dpi.512", words, [words, base.type, words, mask, I32])
-    return builder.call(gather, [constant(words, 0), base, from_first, constant(mask, 1), ir.Constant(I32, 1)])
-
-
-def _gather_halves(shift):
-    """Gathers IEEE halves, the bits from `shift` on of int32, as float32."""
-
-    @operation(f32xL, rowsL, types.int64)
-    def gather(builder, rows, offset):
-        words = _words(builder, rows, offset)
-        halves = builder.trunc(builder.lshr(words, constant(words.type, shift)), ir.VectorType(I16, LANES))
-        return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), ir_type(f32xL))
-
-    return gather
-
-
-#: The first and the second one of the IEEE halves in four bytes of each row of a panel, as float32.
-gather_f16, gather_second_f16 = _gather_halves(0), _gather_halves(16)
-
-
-@operation(f32xL, rowsL, types.int64)
-def gather_i8(builder, rows, offset):
-    """An int8 of each row of a panel as float32."""
-    return builder.sitofp(_gathered(builder, rows, offset, I8), ir_type(f32xL))
 
 
 def _prefetch(builder, address, level):
@@ -459,21 +349,10 @@ def exp2(builder, x):
     return builder.bitcast(builder.add(builder.bitcast(polynomial, wide), exponent), vector)
 
 
-def _reduced(builder, value, combine):
-    """Halves combined with halves, so that the order does not depend on compiler flags."""
-    count = value.type.count
-    while count > 1:
-        count //= 2
-        low = shuffle(builder, value, value, list(range(count)))
-        high = shuffle(builder, value, value, list(range(count, 2 * count)))
-        value = combine(low, high)
-    return builder.extract_element(value, ir.Constant(I32, 0))
-
-
 @reduction
 def total(builder, x):
     """The sum of all lanes."""
-    return _reduced(builder, x, builder.fadd)
+    return reduced(builder, x, builder.fadd)
 
 
 @intrinsic
@@ -498,13 +377,13 @@ def totals(typingctx, a, b, c, d):
 @reduction
 def largest(builder, x):
     """The largest of all lanes."""
-    return _reduced(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+    return reduced(builder, x, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
 
 @reduction
 def farthest(builder, x):
     """The largest of all lanes, none of which is negative; NaN counts as larger than any."""
-    word = _reduced(
+    word = reduced(
         builder,
         builder.bitcast(x, ir.VectorType(I32, x.type.count)),
         lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b),
@@ -578,252 +457,3 @@ def bits_2(builder, x, shift):
 def subtract_i8(builder, x, value):
     """``x - value`` in every byte, wrapping."""
     return builder.sub(x, splat(builder, builder.trunc(value, I8), x.type.count))
-
-
-# Products of bytes
-
-
-def _madd_bytes(builder, unsigned, signed):
-    """int16 sums of two products each; the caller sees to it that none is over 32767."""
-    words = ir.VectorType(I16, unsigned.type.count // 2)
-    if ISA != "portable":
-        multiply = declare(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned.type, signed.type])
-        return builder.call(multiply, [unsigned, signed])
-    wide = ir.VectorType(I16, unsigned.type.count)
-    product = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
-    even, odd = (shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
-    return builder.add(even, odd)
-
-
-def dot_pairs_i16(builder, a, b):
-    """int32 sums of two products of int16 each."""
-    doubles = ir.VectorType(I32, a.type.count // 2)
-    if ISA != "portable":
-        multiply = declare(builder, "llvm.x86.avx2.pmadd.wd", doubles, [a.type, a.type])
-        return builder.call(multiply, [a, b])
-    wide = ir.VectorType(I32, a.type.count)
-    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    even, odd = (shuffle(builder, product, product, list(range(i, wide.count, 2))) for i in (0, 1))
-    return builder.add(even, odd)
-
-
-def _add_pairs(builder, words):
-    """int32 sums of two int16 each."""
-    return dot_pairs_i16(builder, words, constant(words.type, 1))
-
-
-def _with_sign(builder, value, sign):
-    """`value` times the sign of `sign`, by bytes."""
-    if ISA != "portable":
-        psign = declare(builder, "llvm.x86.avx2.psign.b", value.type, [value.type] * 2)
-        return builder.call(psign, [value, sign])
-    zero = constant(value.type, 0)
-    signed = builder.select(builder.icmp_signed("<", sign, zero), builder.sub(zero, value), value)
-    return builder.select(builder.icmp_signed("==", sign, zero), zero, signed)
-
-
-def _dot_signed(builder, acc, a, b):
-    # |a| as unsigned bytes times b with a's sign: pairs sum up to 2 * 128 * 127, which an int16 holds.
-    unsigned, signed = _with_sign(builder, a, a), _with_sign(builder, b, a)
-    if VNNI and acc.type.count == 8:
-        return dpbusd(builder, acc, unsigned, signed)
-    return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, unsigned, signed)))
-
-
-@operation(i32x8, i32x8, i8x32, i8x32)
-def dot_i8(builder, acc, a, b):
-    """``acc[i] += a[4i] b[4i] + … + a[4i+3] b[4i+3]`` on signed bytes, exact.
-
-    `b` must lie between -127 and 127 (`quantise_activations` sees to it); `a` may also be -128.
-    """
-    return _dot_signed(builder, acc, a, b)
-
-
-@operation(i32x8, i32x8, i8x32, i8x32)
-def dot_u7(builder, acc, a, b):
-    """`dot_i8` for `a` from 0 to 127: sums of two products fit an int16 as they are."""
-    if VNNI:
-        return dpbusd(builder, acc, a, b)
-    return builder.add(acc, _add_pairs(builder, _madd_bytes(builder, a, b)))
-
-
-zero_i32x8 = operation(i32x8)(lambda builder: constant(ir_type(i32x8), 0))
-to_f32 = operation(f32x8, i32x8)(lambda builder, x: builder.sitofp(x, ir_type(f32x8)))
-
-
-# Eight blocks of 32 codes at a time: halves of a register hold parts of two, and in the end each lane has one.
-
-
-zero_sums = operation(row_sums)(lambda builder: constant(ir_type(row_sums), 0))
-
-
-@operation(row_sums, row_sums, i8x32, i8x32)
-def dot_u6(builder, acc, a, b):
-    """Add products of `a` from 0 to 63 with `b` from -127 to 127: twice at most, eight times where `a` is under 16."""
-    if VNNI:
-        return dpbusd(builder, acc, a, b)
-    return builder.add(acc, _madd_bytes(builder, a, b))
-
-
-def _sum_blocks(sums):
-    @operation(i32x8, sums, sums, sums, sums)
-    def sum_blocks(builder, a, b, c, d):
-        """Sums of blocks 0 to 7; `a` has those of 0 and 4 in its halves, `b` of 1 and 5, and so on."""
-        doubles = ir_type(i32x8)
-
-        def add_shuffled(x, y, first, second):
-            x, y = builder.bitcast(x, doubles), builder.bitcast(y, doubles)
-            first, second = shuffle(builder, x, y, first), shuffle(builder, x, y, second)
-            return builder.add(builder.bitcast(first, a.type), builder.bitcast(second, a.type))
-
-        ab = add_shuffled(a, b, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
-        cd = add_shuffled(c, d, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
-        all_four = add_shuffled(ab, cd, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
-        return all_four if a.type == doubles else _add_pairs(builder, all_four)
-
-    return sum_blocks
-
-
-#: For sums of `dot_u6`, and of `dot_i8`.
-sum_blocks, sum_blocks_i32 = _sum_blocks(row_sums), _sum_blocks(i32x8)
-
-
-@operation(i16x16, types.int64)
-def load_i8_as_i16(builder, address):
-    """Sixteen int8 from memory as int16."""
-    return builder.sext(read(builder, address, ir.VectorType(I8, 16)), ir_type(i16x16))
-
-
-load_i16x16 = loader(i16x16)
-
-
-@operation(i32x8, i16x16, i16x16)
-def dot_i16(builder, a, b):
-    """``a[2i] b[2i] + a[2i+1] b[2i+1]``."""
-    return dot_pairs_i16(builder, a, b)
-
-
-@intrinsic(prefer_literal=True)
-def add_times(typingctx, acc, sums, scales, k):
-    """Add `sums`, int32, times the k-th of eight int16 in each half of `scales`; `k` is a literal."""
-    lanes = [k.literal_value] * 8 + [8 + k.literal_value] * 8
-
-    def codegen(context, builder, signature, args):
-        acc, sums, scales, _ = args
-        scale = shuffle(builder, scales, scales, lanes)
-        if VNNI:
-            wide = builder.sext(shuffle(builder, scale, scale, list(range(0, 16, 2))), acc.type)
-            return builder.add(acc, builder.mul(sums, wide))
-        return builder.add(acc, dot_pairs_i16(builder, sums, scale))
-
-    return i32x8(i32x8, row_sums, i16x16, k), codegen
-
-
-times_32 = operation(i32x8, i32x8)(lambda builder, x: builder.shl(x, constant(x.type, 5)))
-subtract_i32 = operation(i32x8, i32x8, i32x8)(lambda builder, x, y: builder.sub(x, y))
-
-
-def _sum_sixteens(builder, codes):
-    """The sum of the first sixteen of thirty-two signed bytes in each of four int32, of the others in four more."""
-    ones = constant(codes.type, 1)
-    if VNNI:
-        fours = dpbusd(builder, constant(ir_type(i32x8), 0), ones, codes)
-    else:
-        fours = dot_pairs_i16(builder, _madd_bytes(builder, ones, codes), constant(ir_type(i16x16), 1))
-    twos = builder.add(fours, shuffle(builder, fours, fours, [1, 0, 3, 2, 5, 4, 7, 6]))
-    return builder.add(twos, shuffle(builder, twos, twos, [2, 3, 0, 1, 6, 7, 4, 5]))
-
-
-@operation(types.void, types.int64, i8x32)
-def store_sum16(builder, address, codes):
-    """The sums of the first and of the second sixteen of thirty-two signed bytes, as int16 to memory."""
-    sums = _sum_sixteens(builder, codes)
-    write(builder, address, builder.trunc(shuffle(builder, sums, sums, [0, 4]), ir.VectorType(I16, 2)))
-
-
-def _sum_i8x32(builder, codes):
-    sums = _sum_sixteens(builder, codes)
-    low, high = (builder.extract_element(sums, ir.Constant(I32, i)) for i in (0, 4))
-    return builder.add(low, high)
-
-
-#: The sum of thirty-two signed bytes.
-sum_i8x32 = operation(types.int32, i8x32)(_sum_i8x32)
-
-
-# Panel registers. `broadcast_i8xL` gives every row the same four activations.
-
-
-@operation(i8xL, types.int64)
-def broadcast_i8xL(builder, address):
-    """Four bytes from memory, repeated."""
-    return builder.bitcast(splat(builder, read(builder, address, I32), LANES), ir_type(i8xL))
-
-
-@operation(types.void, types.int64, i8x32)
-def store_start4(builder, address, codes):
-    """What `start4` needs to take a zero point of 8 off: a word for 32 activations."""
-    if VNNI:
-        write(builder, address, builder.mul(_sum_i8x32(builder, codes), ir.Constant(I32, -8)))
-        return
-    pairs = _madd_bytes(builder, constant(codes.type, 1), codes)
-    minus_8 = ir.Constant(I16, -8)
-    halves = []
-    for i in (0, 1):
-        half = shuffle(builder, pairs, pairs, list(range(i, 16, 2)))
-        halves.append(builder.mul(_reduced(builder, half, builder.add), minus_8))
-    low, high = builder.zext(halves[0], I32), builder.zext(halves[1], I32)
-    write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(I32, 16))))
-
-
-@operation(sum4, types.int64)
-def start4(builder, address):
-    """Sums of a block of 32 weights to begin with, so that codes from 0 to 15 count as -8 to 7."""
-    word = splat(builder, read(builder, address, I32), LANES)
-    return builder.bitcast(word, ir_type(sum4))
-
-
-zero4 = operation(sum4)(lambda builder: constant(ir_type(sum4), 0))
-
-
-@operation(sum4, sum4, i8xL, i8xL)
-def dot4(builder, acc, codes, activations):
-    """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again."""
-    if VNNI:
-        return in_order(builder, dpbusd(builder, acc, codes, activations))
-    return in_order(builder, builder.add(acc, _madd_bytes(builder, codes, activations)))
-
-
-@operation(f32xL, sum4)
-def finish4(builder, acc):
-    """The sums as float32."""
-    return builder.sitofp(acc if VNNI else _add_pairs(builder, acc), ir_type(f32xL))
-
-
-# Codes of 8 bits: signed where there is no VNNI; unsigned, 128 more, where there is.
-
-
-@elementwise
-def panel_codes8(builder, codes):
-    """Signed codes as `dot8` wants them."""
-    return builder.xor(codes, constant(codes.type, -128)) if VNNI else codes
-
-
-@operation(i32xL, types.int64)
-def start8(builder, address):
-    """Sums to begin with, from the sum of the activations, int16, at `address`."""
-    if not VNNI:
-        return constant(ir_type(i32xL), 0)
-    offset = builder.mul(builder.sext(read(builder, address, I16), I32), ir.Constant(I32, -128))
-    return splat(builder, offset, LANES)
-
-
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot8(builder, acc, codes, activations):
-    """Add products with codes that `panel_codes8` gave."""
-    if VNNI:
-        return in_order(builder, dpbusd(builder, acc, codes, activations))
-    return in_order(builder, _dot_signed(builder, acc, codes, activations))
-
-
-finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, ir_type(f32xL)))

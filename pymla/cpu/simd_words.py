@@ -15,6 +15,9 @@ from pymla.cpu.intrinsics import (
     constant,
     declare,
     dpbusd,
+    f32xL,
+    i8xL,
+    i32xL,
     in_order,
     ir_type,
     operation,
@@ -24,7 +27,7 @@ from pymla.cpu.intrinsics import (
     write,
 )
 from pymla.cpu.isa import ISA, LANES, VNNI
-from pymla.cpu.simd import dot_pairs_i16, f32xL, i8xL, i32xL
+from pymla.cpu.simd_bytes import dot_pairs_i16
 
 #: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
 #: others without are one instruction there; elsewhere int16 is as fast, and as exact.

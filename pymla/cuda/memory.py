@@ -16,10 +16,10 @@ from cuda.bindings import driver as api
 
 from pymla.cuda.driver import SIMULATED, call, describe, device, recording, refuse_while_recording, stream, synchronise
 from pymla.errors import PymlaError
+from pymla.memory import available_memory, size_text
 
 if SIMULATED:
     from pymla.cuda import simulator
-    from pymla.memory import available_memory
 
 #: Bytes of a staging buffer for copies from the host; there are two.
 STAGING = 32 << 20
@@ -355,8 +355,7 @@ def _need_contiguous(array):
 
 
 def _out_of_memory(nbytes):
-    free = "" if SIMULATED else f"; {free_memory() / 2**30:.2f} of {total_memory() / 2**30:.2f} GiB are free"
+    free = "" if SIMULATED else f"; {size_text(free_memory())} of {size_text(total_memory())} are free"
     return PymlaError(
-        f"the device has no {nbytes / 2**30:.2f} GiB for another array{free}; "
-        "lower --ctx or choose a smaller --cache-type"
+        f"the device has no {size_text(nbytes)} for another array{free}; lower --ctx or choose a smaller --cache-type"
     )
