@@ -19,7 +19,7 @@ from pymla.cli import main
 from pymla.cpu import limits
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
-from pymla.cpu.quant import Activation
+from pymla.cpu.quant import Activation, counting
 from pymla.cpu.simd_panels import sum4
 from pymla.errors import PymlaError
 
@@ -107,7 +107,7 @@ def test_packed_products_are_those_of_the_panels():
     scales = scratch[ROWS * CHUNK :][: ROWS * CHUNK // 4].view(np.float32).reshape(2, -1, LANES)
     scales[:] = rng.random(scales.shape)
     out = np.full((2, ROWS), np.nan, np.float32)
-    limits._multiply_packed[2, 1](scratch, x, out)
+    limits._multiply_packed[2, 1](scratch, x, counting(5), out)
     rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - zero_point
     # The scales of both panels, one for each row and 32 columns.
     rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(ROWS, -1), 32, axis=1)

@@ -16,7 +16,10 @@ from pymla.cache import PAGE
 from pymla.cpu import attention_amx
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
+    SCORE_ROWS,
+    VALUE_ROWS,
     four,
+    moved,
     quantise_codes,
     quantise_heads,
     store_keys,
@@ -55,8 +58,8 @@ HEADS = 16
 
 #: Heads from the first panel of queries to the second; 0 where one has them all.
 _SECOND = HEADS - LANES
-#: Rows of the cache that a tile takes: three, which meet both panels, or twice three, which meet the same one.
-_TAKEN = 3 if _SECOND else 6
+#: Rows of the cache that a tile takes: those of `tile_scores` meet both panels, or twice as many the same one.
+_TAKEN = SCORE_ROWS if _SECOND else 2 * SCORE_ROWS
 
 
 class Queries(NamedTuple):
@@ -253,10 +256,10 @@ def page_scores(codes, seen, queries, scales, scores, following):
     scale, scale_bytes = address(scales.scales), 4 * scales.scales.shape[1]
     asked = (following.row_lines + following.rope_lines) // 3
     for s in range(0, seen, _TAKEN):
-        abc, fgh = _taken(s, seen)
-        x, y = _rows(codes, row_bytes, abc), _rows(codes, row_bytes, fgh)
-        sx, sy = _rows(scale, scale_bytes, abc), _rows(scale, scale_bytes, fgh)
-        at, bt = _results(scores, abc, fgh)
+        first, second = _taken(s, seen)
+        x, y = _rows(codes, row_bytes, first), _rows(codes, row_bytes, second)
+        sx, sy = _rows(scale, scale_bytes, first), _rows(scale, scale_bytes, second)
+        at, bt = _results(scores, first, second)
         tile_scores(x, y, sx, sy, blocks, 32, p, q, d, e, z, w, 4 * HEADS, at, bt)
         ask(following, asked * s // PAGE, asked * min(s + _TAKEN, PAGE) // PAGE)
 
@@ -270,10 +273,10 @@ def add_rope_scores(rows, seen, queries, scores, following):
     q, e = p + _SECOND * row_bytes, d + 4 * _SECOND
     scale = rows + PAGE * row_bytes
     for s in range(0, seen, _TAKEN):
-        abc, fgh = _taken(s, seen)
-        x, y = _rows(rows, row_bytes, abc), _rows(rows, row_bytes, fgh)
-        sx, sy = _rows(scale, 4, abc), _rows(scale, 4, fgh)
-        at, bt = _results(scores, abc, fgh)
+        first, second = _taken(s, seen)
+        x, y = _rows(rows, row_bytes, first), _rows(rows, row_bytes, second)
+        sx, sy = _rows(scale, 4, first), _rows(scale, 4, second)
+        at, bt = _results(scores, first, second)
         tile_rope(x, y, sx, sy, row_bytes // 4, p, q, d, e, at, bt)
         if AMX:
             asked, first = following.rope_lines, following.row_lines
@@ -282,23 +285,24 @@ def add_rope_scores(rows, seen, queries, scores, following):
 
 @inline
 def _taken(s, seen):
-    """The rows that a tile takes from `s` on, three for each panel; at the edge, the last one again."""
-    last, t = seen - 1, s + _TAKEN - 3
-    return (min(s, last), min(s + 1, last), min(s + 2, last)), (min(t, last), min(t + 1, last), min(t + 2, last))
+    """The rows that a tile takes from `s` on, four addresses for each panel; at the edge, the last one again."""
+    last, t = seen - 1, s + _TAKEN - SCORE_ROWS
+    first = min(s, last), min(s + 1, last), min(s + 2, last), min(s + 3, last)
+    return first, (min(t, last), min(t + 1, last), min(t + 2, last), min(t + 3, last))
 
 
 @inline
 def _rows(base, step, numbers):
-    """Addresses of three rows that lie `step` bytes apart."""
-    a, b, c = numbers
-    return base + a * step, base + b * step, base + c * step
+    """Addresses of four rows that lie `step` bytes apart."""
+    a, b, c, d = numbers
+    return base + a * step, base + b * step, base + c * step, base + d * step
 
 
 @inline
-def _results(scores, abc, fgh):
+def _results(scores, first, second):
     """Where the scores of a tile go."""
     base = address(scores)
-    return _rows(base, 4 * HEADS, abc), _rows(base + 4 * _SECOND, 4 * HEADS, fgh)
+    return _rows(base, 4 * HEADS, first), _rows(base + 4 * _SECOND, 4 * HEADS, second)
 
 
 @inline
@@ -308,15 +312,17 @@ def add_page_values(rows, rank, seen, scales, weights, weight_scales, panels, va
     depth, padded = (seen + 31) // 32, values.shape[1]
     w, ws = address(weights), address(weight_scales)
     lines = following.row_lines + following.rope_lines
-    asked, rest, tiles, tile = lines // 3, lines - lines // 3, padded // ROWS * (HEADS // 4), 0
+    asked, rest, tiles, tile = lines // 3, lines - lines // 3, padded // ROWS * (HEADS // VALUE_ROWS), 0
     for s in range(depth):
         _take_values(rows + 32 * s * rank, rank, scales.factors[32 * s :], address(panels[s]))
     for j in range(0, padded, ROWS):
         p = address(panels) + BLOCK_BYTES * j
-        for h in range(0, HEADS, 4):
-            x = w + 4 * h, w + 4 * h + 4, w + 4 * h + 8, w + 4 * h + 12
-            sx = ws + 4 * h, ws + 4 * h + 4, ws + 4 * h + 8, ws + 4 * h + 12
-            tile_values(x, 4 * HEADS, sx, depth, p, BLOCK_BYTES * padded, four(values[:, j:], h, h + 1, h + 2, h + 3))
+        for h in range(0, HEADS, VALUE_ROWS):
+            x, sx = _rows(w, 4, (h, h + 1, h + 2, h + 3)), _rows(ws, 4, (h, h + 1, h + 2, h + 3))
+            i = h + VALUE_ROWS - 4
+            at, bt = four(values[:, j:], h, h + 1, h + 2, h + 3), four(values[:, j:], i, i + 1, i + 2, i + 3)
+            y, sy = moved(x, 4 * (i - h)), moved(sx, 4 * (i - h))
+            tile_values(x, y, 4 * HEADS, sx, sy, depth, p, BLOCK_BYTES * padded, at, bt)
             ask(following, asked + rest * tile // tiles, asked + rest * (tile + 1) // tiles)
             tile += 1
 

@@ -15,12 +15,13 @@ from pymla.cpu import threads
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
     PANEL_BYTES,
+    SCORE_ROWS,
+    VALUE_ROWS,
     WEIGHTS,
     four,
     quantise_codes,
     quantise_weights,
     store_keys,
-    three,
     tile_scores,
     tile_values,
 )
@@ -195,6 +196,13 @@ def scaled_row(rows, factors, t, i):
     return round_even(mul(load_f32xL(address(rows[t]) + 4 * i), splat_f32xL(factors[t])))
 
 
+@inline
+def _queries(rows, i, count):
+    """Addresses of four queries' rows from the i-th on; a tile at the edge repeats the last one."""
+    last = count - 1
+    return four(rows, min(i, last), min(i + 1, last), min(i + 2, last), min(i + 3, last))
+
+
 @kernel(F3, PANELS, I1, types.float64, types.int64, A3)
 def _expanded(first, last, q, panels, positions, scale, size, out):
     """Over blocks of `size` queries of each head. Late blocks have more to read: they are dealt out first."""
@@ -229,11 +237,9 @@ def _expanded(first, last, q, panels, positions, scale, size, out):
                 p, p_next = address(panels.keys[h, panel]), address(panels.keys[h, panel + 1])
                 d, d_next = address(panels.key_scales[h, panel]), address(panels.key_scales[h, panel + 1])
                 z, z_next = address(panels.key_starts[h, panel]), address(panels.key_starts[h, panel + 1])
-                for i in range(0, count, 3):
-                    # A tile at the edge repeats the last query.
-                    a, b, c = i, min(i + 1, count - 1), min(i + 2, count - 1)
-                    x, sx = three(codes, a, b, c), three(scales, a, b, c)
-                    at, bt = three(scores[:, s:], a, b, c), three(scores[:, s + LANES :], a, b, c)
+                for i in range(0, count, SCORE_ROWS):
+                    x, sx = _queries(codes, i, count), _queries(scales, i, count)
+                    at, bt = _queries(scores[:, s:], i, count), _queries(scores[:, s + LANES :], i, count)
                     tile_scores(x, x, sx, sx, blocks, KEY_BLOCK, p, p_next, d, d_next, z, z_next, 4 * LANES, at, bt)
             for i in range(count):
                 visible, token_scales = positions[begin + i] + 1 - block, address(panels.value_scales[h, block:])
@@ -246,11 +252,13 @@ def _expanded(first, last, q, panels, positions, scale, size, out):
                 depth = min(WEIGHTS, seen - s + 31) // 32
                 for j in range(0, padded_v, ROWS):
                     p = address(panels.values[h, (block + s) // 32]) + BLOCK_BYTES * j
-                    for i in range(0, count, 4):
-                        a, b, c, d = i, min(i + 1, count - 1), min(i + 2, count - 1), min(i + 3, count - 1)
-                        x = four(weights[:, s // 32 * BLOCK_BYTES :], a, b, c, d)
-                        sx, at = four(weight_scales[:, s // WEIGHTS :], a, b, c, d), four(result[:, j:], a, b, c, d)
-                        tile_values(x, 4, sx, depth, p, BLOCK_BYTES * padded_v, at)
+                    for i in range(0, count, VALUE_ROWS):
+                        words, word_scales = weights[:, s // 32 * BLOCK_BYTES :], weight_scales[:, s // WEIGHTS :]
+                        x, sx = _queries(words, i, count), _queries(word_scales, i, count)
+                        t = i + VALUE_ROWS - 4
+                        y, sy = _queries(words, t, count), _queries(word_scales, t, count)
+                        at, bt = _queries(result[:, j:], i, count), _queries(result[:, j:], t, count)
+                        tile_values(x, y, 4, sx, sy, depth, p, BLOCK_BYTES * padded_v, at, bt)
         for i in range(count):
             for j in range(v):
                 out[begin + i, h, j] = result[i, j] / state[i, 1]

@@ -32,6 +32,9 @@ from pymla.cpu.simd import (
 from pymla.cpu.simd_panels import broadcast_i8xL, finish8, load_columns, panel_rows
 from pymla.cpu.simd_words import WORD, dot_i16_words, dot_words, store_codes, store_words, zero_words
 
+#: Rows that meet each of two panels in `tile_scores`, and in `tile_values`: as many as there are registers for, so that
+#: an instruction that takes five cycles does not wait for itself.
+SCORE_ROWS, VALUE_ROWS = (4, 8) if LANES == 16 else (3, 4)
 #: Softmax weights with a common scale.
 WEIGHTS = 64
 #: Bytes of 32 codes.
@@ -114,22 +117,16 @@ def four(rows, a, b, c, d):
     return address(rows[a]), address(rows[b]), address(rows[c]), address(rows[d])
 
 
-@inline
-def three(rows, a, b, c):
-    """Addresses of three rows of an array."""
-    return address(rows[a]), address(rows[b]), address(rows[c])
-
-
 @unrolled
 def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
-    """Rows of two panels with three others each.
+    """Rows of two panels with `SCORE_ROWS` others each; of four addresses the last one counts if there are four.
 
     Parameters
     ----------
-    x, y : tuples of 3 int
+    x, y : tuples of 4 int
         Addresses of codes, which have the bias, of what meets the first panel, and the second; the same ones where the
         panels are neighbours, which the caller's code must show to LLVM: words are then loaded once.
-    sx, sy : tuples of 3 int
+    sx, sy : tuples of 4 int
         Addresses of their scales.
     blocks, count : int
         Of `count` codes, a multiple of 32.
@@ -138,71 +135,93 @@ def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
     d, e, z, w, step : int
         Addresses of their scales and of their sums to begin with, int32, which take the others' bias off; and bytes
         from block to block.
-    at, bt : tuples of 3 int
+    at, bt : tuples of 4 int
         Addresses of the results, `LANES` float32.
     """
-    xa, xb, xc = x
-    ya, yb, yc = y
-    sa, sb, sc = sx
-    sf, sg, sh = sy
-    fa = splat_f32xL(np.float32(0))
-    ga, fb, gb, fc, gc = fa, fa, fa, fa, fa
+    zero = splat_f32xL(np.float32(0))
+    out = zero, zero, zero, zero, zero, zero, zero, zero
     for _ in range(blocks):
         i, j = load_i32xL(z), load_i32xL(w)
-        sums = i, j, i, j, i, j
+        sums = i, j, i, j, i, j, i, j
         for _ in range(count // 32 * BLOCK_BYTES // 16):
-            sums = _four_scores(sums, p, q, xa, xb, xc, ya, yb, yc)
+            sums = _four_scores(sums, p, q, x, y)
             p, q = p + 16 * LANES, q + 16 * LANES
-            xa, xb, xc, ya, yb, yc = xa + 16, xb + 16, xc + 16, ya + 16, yb + 16, yc + 16
-        ia, ja, ib, jb, ic, jc = sums
-        du, dv = load_f32xL(d), load_f32xL(e)
-        fa, ga = _scaled(ia, du, sa, fa), _scaled(ja, dv, sf, ga)
-        fb, gb = _scaled(ib, du, sb, fb), _scaled(jb, dv, sg, gb)
-        fc, gc = _scaled(ic, du, sc, fc), _scaled(jc, dv, sh, gc)
+            x, y = moved(x, 16), moved(y, 16)
+        out = _scaled(sums, load_f32xL(d), load_f32xL(e), sx, sy, out)
         d, e, z, w = d + step, e + step, z + step, w + step
-        sa, sb, sc, sf, sg, sh = sa + 4, sb + 4, sc + 4, sf + 4, sg + 4, sh + 4
-    _store_scores(at, bt, fa, ga, fb, gb, fc, gc)
+        sx, sy = moved(sx, 4), moved(sy, 4)
+    _store_scores(at, bt, out)
 
 
 @unrolled
-def _store_scores(at, bt, fa, ga, fb, gb, fc, gc):
+def moved(addresses, step):
+    """Four addresses, moved by so many bytes."""
+    a, b, c, d = addresses
+    return a + step, b + step, c + step, d + step
+
+
+@unrolled
+def _scaled(sums, u, v, sx, sy, out):
+    """``out + sums * scales``: those of the panels, and those at addresses."""
+    ia, ja, ib, jb, ic, jc, ie, je = sums
+    fa, ga, fb, gb, fc, gc, fe, ge = out
+    fa, ga = _times(ia, u, sx[0], fa), _times(ja, v, sy[0], ga)
+    fb, gb = _times(ib, u, sx[1], fb), _times(jb, v, sy[1], gb)
+    fc, gc = _times(ic, u, sx[2], fc), _times(jc, v, sy[2], gc)
+    if SCORE_ROWS == 4:
+        fe, ge = _times(ie, u, sx[3], fe), _times(je, v, sy[3], ge)
+    return fa, ga, fb, gb, fc, gc, fe, ge
+
+
+@unrolled
+def _times(products, panel_scale, scale, acc):
+    return fma(finish8(products), mul(panel_scale, broadcast_f32xL(scale)), acc)
+
+
+@unrolled
+def _load_scores(at, bt):
+    fa, ga, fb, gb = load_f32xL(at[0]), load_f32xL(bt[0]), load_f32xL(at[1]), load_f32xL(bt[1])
+    return fa, ga, fb, gb, load_f32xL(at[2]), load_f32xL(bt[2]), load_f32xL(at[3]), load_f32xL(bt[3])
+
+
+@unrolled
+def _store_scores(at, bt, out):
+    fa, ga, fb, gb, fc, gc, fe, ge = out
     store_f32xL(at[0], fa)
     store_f32xL(bt[0], ga)
     store_f32xL(at[1], fb)
     store_f32xL(bt[1], gb)
     store_f32xL(at[2], fc)
     store_f32xL(bt[2], gc)
+    if SCORE_ROWS == 4:
+        store_f32xL(at[3], fe)
+        store_f32xL(bt[3], ge)
 
 
 @unrolled
-def _scaled(products, panel_scale, scale, acc):
-    """``acc + products * panel_scale * scale``, the last one at an address."""
-    return fma(finish8(products), mul(panel_scale, broadcast_f32xL(scale)), acc)
+def _four_scores(sums, p, q, x, y):
+    sums = _one_score(sums, p, q, x, y)
+    sums = _one_score(sums, p + 4 * LANES, q + 4 * LANES, moved(x, 4), moved(y, 4))
+    sums = _one_score(sums, p + 8 * LANES, q + 8 * LANES, moved(x, 8), moved(y, 8))
+    return _one_score(sums, p + 12 * LANES, q + 12 * LANES, moved(x, 12), moved(y, 12))
 
 
 @unrolled
-def _four_scores(sums, p, q, xa, xb, xc, ya, yb, yc):
-    sums = _one_score(sums, p, q, xa, xb, xc, ya, yb, yc)
-    p, q = p + 4 * LANES, q + 4 * LANES
-    sums = _one_score(sums, p, q, xa + 4, xb + 4, xc + 4, ya + 4, yb + 4, yc + 4)
-    p, q = p + 4 * LANES, q + 4 * LANES
-    sums = _one_score(sums, p, q, xa + 8, xb + 8, xc + 8, ya + 8, yb + 8, yc + 8)
-    p, q = p + 4 * LANES, q + 4 * LANES
-    return _one_score(sums, p, q, xa + 12, xb + 12, xc + 12, ya + 12, yb + 12, yc + 12)
-
-
-@unrolled
-def _one_score(sums, p, q, xa, xb, xc, ya, yb, yc):
+def _one_score(sums, p, q, x, y):
     """The products of a word; a panel's codes have no bias."""
-    ia, ja, ib, jb, ic, jc = sums
+    ia, ja, ib, jb, ic, jc, ie, je = sums
     u, v = load_i8xL(p), load_i8xL(q)
     # Side by side, so that LLVM loads a word once where both panels meet the same codes.
-    x, y = broadcast_i8xL(xa), broadcast_i8xL(ya)
-    ia, ja = dot_words(ia, x, u), dot_words(ja, y, v)
-    x, y = broadcast_i8xL(xb), broadcast_i8xL(yb)
-    ib, jb = dot_words(ib, x, u), dot_words(jb, y, v)
-    x, y = broadcast_i8xL(xc), broadcast_i8xL(yc)
-    return ia, ja, ib, jb, dot_words(ic, x, u), dot_words(jc, y, v)
+    m, n = broadcast_i8xL(x[0]), broadcast_i8xL(y[0])
+    ia, ja = dot_words(ia, m, u), dot_words(ja, n, v)
+    m, n = broadcast_i8xL(x[1]), broadcast_i8xL(y[1])
+    ib, jb = dot_words(ib, m, u), dot_words(jb, n, v)
+    m, n = broadcast_i8xL(x[2]), broadcast_i8xL(y[2])
+    ic, jc = dot_words(ic, m, u), dot_words(jc, n, v)
+    if SCORE_ROWS == 4:
+        m, n = broadcast_i8xL(x[3]), broadcast_i8xL(y[3])
+        ie, je = dot_words(ie, m, u), dot_words(je, n, v)
+    return ia, ja, ib, jb, ic, jc, ie, je
 
 
 @unrolled
@@ -211,30 +230,35 @@ def tile_rope(x, y, sx, sy, words, p, q, d, e, at, bt):
 
     All but `words` are as there; `d` and `e` are addresses of one scale for each lane.
     """
-    xa, xb, xc = x
-    ya, yb, yc = y
     zero = zero_words()
-    ia, ja, ib, jb, ic, jc = zero, zero, zero, zero, zero, zero
-    for i in range(0, 4 * words, 4):
-        u, v = load_i8xL(p + LANES * i), load_i8xL(q + LANES * i)
-        ia, ja = dot_i16_words(ia, broadcast_i8xL(xa + i), u), dot_i16_words(ja, broadcast_i8xL(ya + i), v)
-        ib, jb = dot_i16_words(ib, broadcast_i8xL(xb + i), u), dot_i16_words(jb, broadcast_i8xL(yb + i), v)
-        ic, jc = dot_i16_words(ic, broadcast_i8xL(xc + i), u), dot_i16_words(jc, broadcast_i8xL(yc + i), v)
-    u, v = load_f32xL(d), load_f32xL(e)
+    sums = zero, zero, zero, zero, zero, zero, zero, zero
+    for _ in range(words):
+        sums = _one_rope(sums, p, q, x, y)
+        p, q, x, y = p + 4 * LANES, q + 4 * LANES, moved(x, 4), moved(y, 4)
     # All are read before one is written: at the edge some are the same.
-    fa, ga = _scaled(ia, u, sx[0], load_f32xL(at[0])), _scaled(ja, v, sy[0], load_f32xL(bt[0]))
-    fb, gb = _scaled(ib, u, sx[1], load_f32xL(at[1])), _scaled(jb, v, sy[1], load_f32xL(bt[1]))
-    fc, gc = _scaled(ic, u, sx[2], load_f32xL(at[2])), _scaled(jc, v, sy[2], load_f32xL(bt[2]))
-    _store_scores(at, bt, fa, ga, fb, gb, fc, gc)
+    _store_scores(at, bt, _scaled(sums, load_f32xL(d), load_f32xL(e), sx, sy, _load_scores(at, bt)))
 
 
 @unrolled
-def tile_values(x, x_step, scales, blocks, p, panel_step, at):
-    """Add two panels' lanes of the values, weighted, to the results of four queries.
+def _one_rope(sums, p, q, x, y):
+    ia, ja, ib, jb, ic, jc, ie, je = sums
+    u, v = load_i8xL(p), load_i8xL(q)
+    ia, ja = dot_i16_words(ia, broadcast_i8xL(x[0]), u), dot_i16_words(ja, broadcast_i8xL(y[0]), v)
+    ib, jb = dot_i16_words(ib, broadcast_i8xL(x[1]), u), dot_i16_words(jb, broadcast_i8xL(y[1]), v)
+    ic, jc = dot_i16_words(ic, broadcast_i8xL(x[2]), u), dot_i16_words(jc, broadcast_i8xL(y[2]), v)
+    if SCORE_ROWS == 4:
+        ie, je = dot_i16_words(ie, broadcast_i8xL(x[3]), u), dot_i16_words(je, broadcast_i8xL(y[3]), v)
+    return ia, ja, ib, jb, ic, jc, ie, je
+
+
+@unrolled
+def tile_values(x, y, x_step, sx, sy, blocks, p, panel_step, at, bt):
+    """Add two panels' lanes of the values, weighted, to the results of `VALUE_ROWS` queries: four, and four more if
+    there are eight.
 
     Parameters
     ----------
-    x, scales : tuples of 4 int
+    x, y, sx, sy : tuples of 4 int
         Addresses of each query's words of weights, and of their scale.
     x_step : int
         Bytes from word to word.
@@ -242,33 +266,64 @@ def tile_values(x, x_step, scales, blocks, p, panel_step, at):
         Of 32 tokens, `WEIGHTS` // 32 at most.
     p, panel_step : int
         Address of two panels behind each other, and bytes from block to block.
-    at : tuple of 4 int
+    at, bt : tuples of 4 int
         Addresses of each query's results, 2 * `LANES` float32.
     """
-    xa, xb, xc, xd = x
     zero = zero_words()
     sums = zero, zero, zero, zero, zero, zero, zero, zero
+    more = sums
     for _ in range(blocks):
         word = p
         for _ in range(BLOCK_BYTES // 16):
-            sums = _four_values(sums, word, xa, xb, xc, xd, x_step)
+            sums, more = _one_value(sums, more, word, x, y)
+            x, y = moved(x, x_step), moved(y, x_step)
+            sums, more = _one_value(sums, more, word + 4 * LANES, x, y)
+            x, y = moved(x, x_step), moved(y, x_step)
+            sums, more = _one_value(sums, more, word + 8 * LANES, x, y)
+            x, y = moved(x, x_step), moved(y, x_step)
+            sums, more = _one_value(sums, more, word + 12 * LANES, x, y)
+            x, y = moved(x, x_step), moved(y, x_step)
             word += 16 * LANES
-            xa, xb, xc, xd = xa + 4 * x_step, xb + 4 * x_step, xc + 4 * x_step, xd + 4 * x_step
         p += panel_step
-    ia, ja, ib, jb, ic, jc, ie, je = sums
     # All are read before one is written: at the edge some are the same.
+    out = _weighted(sums, sx, at)
+    if VALUE_ROWS == 8:
+        _store_values(bt, _weighted(more, sy, bt))
+    _store_values(at, out)
+
+
+@unrolled
+def _one_value(sums, more, p, x, y):
+    """The products of a word."""
+    u, v = load_i8xL(p), load_i8xL(p + PANEL_BYTES)
+    sums = _four_values(sums, u, v, x)
+    if VALUE_ROWS == 8:
+        more = _four_values(more, u, v, y)
+    return sums, more
+
+
+@unrolled
+def _four_values(sums, u, v, x):
+    """Those of four queries; weights, which have no sign, take the part of the codes with the bias."""
+    ia, ja, ib, jb, ic, jc, ie, je = sums
+    y = broadcast_i8xL(x[0])
+    ia, ja = dot_words(ia, y, u), dot_words(ja, y, v)
+    y = broadcast_i8xL(x[1])
+    ib, jb = dot_words(ib, y, u), dot_words(jb, y, v)
+    y = broadcast_i8xL(x[2])
+    ic, jc = dot_words(ic, y, u), dot_words(jc, y, v)
+    y = broadcast_i8xL(x[3])
+    return ia, ja, ib, jb, ic, jc, dot_words(ie, y, u), dot_words(je, y, v)
+
+
+@unrolled
+def _weighted(sums, scales, at):
+    """What is at four addresses plus products times scales."""
+    ia, ja, ib, jb, ic, jc, ie, je = sums
     fa, ga = _added(ia, scales[0], at[0]), _added(ja, scales[0], at[0] + 4 * LANES)
     fb, gb = _added(ib, scales[1], at[1]), _added(jb, scales[1], at[1] + 4 * LANES)
     fc, gc = _added(ic, scales[2], at[2]), _added(jc, scales[2], at[2] + 4 * LANES)
-    fe, ge = _added(ie, scales[3], at[3]), _added(je, scales[3], at[3] + 4 * LANES)
-    store_f32xL(at[0], fa)
-    store_f32xL(at[0] + 4 * LANES, ga)
-    store_f32xL(at[1], fb)
-    store_f32xL(at[1] + 4 * LANES, gb)
-    store_f32xL(at[2], fc)
-    store_f32xL(at[2] + 4 * LANES, gc)
-    store_f32xL(at[3], fe)
-    store_f32xL(at[3] + 4 * LANES, ge)
+    return fa, ga, fb, gb, fc, gc, _added(ie, scales[3], at[3]), _added(je, scales[3], at[3] + 4 * LANES)
 
 
 @unrolled
@@ -278,25 +333,13 @@ def _added(products, scale, at):
 
 
 @unrolled
-def _four_values(sums, p, xa, xb, xc, xd, step):
-    sums = _one_value(sums, p, xa, xb, xc, xd)
-    xa, xb, xc, xd = xa + step, xb + step, xc + step, xd + step
-    sums = _one_value(sums, p + 4 * LANES, xa, xb, xc, xd)
-    xa, xb, xc, xd = xa + step, xb + step, xc + step, xd + step
-    sums = _one_value(sums, p + 8 * LANES, xa, xb, xc, xd)
-    return _one_value(sums, p + 12 * LANES, xa + step, xb + step, xc + step, xd + step)
-
-
-@unrolled
-def _one_value(sums, p, xa, xb, xc, xd):
-    """The products of a word; weights, which have no sign, take the part of the codes with the bias."""
-    ia, ja, ib, jb, ic, jc, ie, je = sums
-    u, v = load_i8xL(p), load_i8xL(p + PANEL_BYTES)
-    y = broadcast_i8xL(xa)
-    ia, ja = dot_words(ia, y, u), dot_words(ja, y, v)
-    y = broadcast_i8xL(xb)
-    ib, jb = dot_words(ib, y, u), dot_words(jb, y, v)
-    y = broadcast_i8xL(xc)
-    ic, jc = dot_words(ic, y, u), dot_words(jc, y, v)
-    y = broadcast_i8xL(xd)
-    return ia, ja, ib, jb, ic, jc, dot_words(ie, y, u), dot_words(je, y, v)
+def _store_values(at, out):
+    fa, ga, fb, gb, fc, gc, fe, ge = out
+    store_f32xL(at[0], fa)
+    store_f32xL(at[0] + 4 * LANES, ga)
+    store_f32xL(at[1], fb)
+    store_f32xL(at[1] + 4 * LANES, gb)
+    store_f32xL(at[2], fc)
+    store_f32xL(at[2] + 4 * LANES, gc)
+    store_f32xL(at[3], fe)
+    store_f32xL(at[3] + 4 * LANES, ge)

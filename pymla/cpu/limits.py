@@ -18,9 +18,9 @@ from pymla.cpu import threads
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
-from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, add_tiles, tile4
+from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, WIDEST4, add_columns4, add_tiles
 from pymla.cpu.panels_amx import COLUMNS, MARGIN
-from pymla.cpu.quant import F1, F2, INPUT, Activation
+from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
 from pymla.cpu.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
 from pymla.cpu.simd_amx import (
     BLOCK,
@@ -115,7 +115,7 @@ def packed_rate():
     x = Activation(np.ones((_TOKENS, _LENGTH), np.float32)).panels(ggml.Q4_0)
     panels, out = np.zeros(SCRATCH, np.uint8), np.empty((items, ROWS), np.float32)
     macs = items * ROWS * _TOKENS * _LENGTH
-    return macs / _fastest(lambda: _multiply_packed[items, 1](panels, x, out))
+    return macs / _fastest(lambda: _multiply_packed[items, 1](panels, x, counting(_TOKENS), out))
 
 
 def _fastest(run):
@@ -212,8 +212,8 @@ def _multiply_tiles(codes, activations, scratch, out):
     release()
 
 
-@kernel(BYTES, INPUT, F2)
-def _multiply_packed(first, last, panels, x, out):
+@kernel(BYTES, INPUT, I1, F2)
+def _multiply_packed(first, last, panels, x, index, out):
     """`panels.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
     tokens, k = x.x.shape
     result = allocate_f32(tokens + MARGIN, ROWS)
@@ -231,16 +231,10 @@ def _multiply_packed(first, last, panels, x, out):
                     blocks = min(CHUNK, k - start) // 32
                     add_tiles(xa, x.codes.shape[1], sa, k // 8, blocks, address(own), address(result[a]))
                 continue
-            for a in range(0, tokens, 3):
-                # A tile at the edge repeats the last column.
-                b, c = min(a + 1, tokens - 1), min(a + 2, tokens - 1)
-                xa, xb, xc = address(x.codes[a, start:]), address(x.codes[b, start:]), address(x.codes[c, start:])
-                i = start // 32
-                sa, sb, sc = address(x.scale[a, i:]), address(x.scale[b, i:]), address(x.scale[c, i:])
-                za, zb, zc = address(x.starts[a, i:]), address(x.starts[b, i:]), address(x.starts[c, i:])
-                at, bt, ct = address(result[a]), address(result[b]), address(result[c])
-                blocks, scratch = min(CHUNK, k - start) // 32, address(own)
-                tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, 4, blocks, scratch, start > 0, at, bt, ct)
+            columns = address(x.codes), address(x.scale), address(x.starts)
+            for a in range(0, tokens, WIDEST4):
+                blocks = min(CHUNK, k - start) // 32
+                add_columns4(columns, index, a, tokens, -1, k, start, blocks, address(own), address(result))
         if AMX:
             release()
         out[item] = result[tokens - 1]

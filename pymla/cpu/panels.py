@@ -2,7 +2,8 @@
 
 A panel is `LANES` rows, unpacked to ``[K / 4][LANES][4]`` codes, so that four activations, broadcast, meet four weights
 of every row in one instruction. `product` unpacks two panels, a slice of K at a time that stays in the innermost cache,
-and runs a tile of 2 panels × 3 columns over all columns. Unpacking is amortised over the columns.
+and runs a tile of 2 panels × 3 columns over all columns, or × 6 where there are 32 registers. Unpacking is amortised over
+the columns.
 
 Float types go the same way, in float32: panels ``[K][16]`` and a tile of 4 columns × 16 rows (`tile_f32`), which
 attention uses as well.
@@ -43,6 +44,8 @@ ROWS = 2 * LANES
 CHUNK = 256 if AMX else 512
 #: Bytes of scratch of `product`: codes, scales and minima of two panels, and sums of tiles.
 SCRATCH = ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + TILE_SCRATCH
+#: Columns of the widest tile of codes of 4 bits: its sums, and as many results, take up the registers.
+WIDEST4 = 6 if LANES == 16 else 3
 #: Rows of a product of float types, columns of K that are unpacked at a time, and bytes of scratch.
 FLOAT_ROWS = 16
 FLOAT_CHUNK = 256
@@ -101,13 +104,14 @@ def product_for(take):
         last_chunk = (k - 1) // CHUNK * CHUNK
         bits, minimum = panel_bits(qtype), has_minimum(qtype)
         codes, scale, sums = address(x.codes), address(x.scale), address(x.sums)
-        # Where the blocks have a minimum, the codes have no zero point to take off: sums begin with 0.
-        starts, step = (address(x.zeros), 0) if minimum else (address(x.starts), 4)
-        sum16 = address(x.sum16)
+        x4, x8, mask = (codes, scale, address(x.starts)), (codes, scale, address(x.sum16)), -1
+        if minimum:
+            # The codes have no zero point to take off: all sums begin with 0.
+            x4, mask = (codes, scale, address(x.zeros)), 0
         chunk_bytes = CHUNK // 256 * bytes_256(qtype)
         tiles = AMX and bits == 4
-        width = COLUMNS if tiles else 3
-        rows_a_tile = -(-ROWS * width // (end - begin))
+        widest = COLUMNS if tiles else WIDEST4 if bits == 4 else 3
+        rows_a_tile = -(-ROWS * widest // (end - begin))
         if tiles:
             configure()
             nothing = splat_f32xL(np.float32(0))
@@ -124,41 +128,46 @@ def product_for(take):
             # Memory works on the rows that are unpacked next while tiles are computed.
             ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
             asked = 0
-            for i in range(begin, end, width):
-                # A tile at the edge repeats the last column: in `out` as well, the same numbers.
-                second, third = min(i + 1, end - 1), min(i + 2, end - 1)
+            i = begin
+            while i < end:
                 for _ in range(rows_a_tile):
                     if asked < count_a + count_b:
                         row = row_a + asked * stride if asked < count_a else row_b + (asked - count_a) * stride
                         for at in range(0, chunk_bytes, 64):
                             prefetch_l2(row + ahead + at)
                         asked += 1
-                a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
-                at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
-                xa, xb, xc = codes + a * k + start, codes + b * k + start, codes + c * k + start
-                wa, wb, wc = a * (k // 32) + start // 32, b * (k // 32) + start // 32, c * (k // 32) + start // 32
-                sa, sb, sc = scale + 4 * wa, scale + 4 * wb, scale + 4 * wc
+                stop = min(i + widest, end)
+                three, results = _three(index, i, end, k, start, out - _ROW * begin)
                 if tiles:
                     step = x.codes.shape[1]
-                    add_tiles(codes + start // 32 * step + 32 * a, step, sa, k // 8, blocks, scratch, at)
-                    if minimum:
-                        stop = min(i + COLUMNS, end)
-                        for j in range(i, stop, 3):
-                            _add_minima(sums, index, j, stop, begin, k, start, blocks, scratch, out)
+                    xa, sa = codes + start // 32 * step + 32 * np.int64(index[i]), scale + three[0]
+                    add_tiles(xa, step, sa, k // 8, blocks, scratch, results[0])
                 elif bits == 4:
-                    za, zb, zc = starts + step * wa, starts + step * wb, starts + step * wc
-                    tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, start > 0, at, bt, ct)
-                    if minimum:
-                        _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out)
+                    add_columns4(x4, index, i, end, mask, k, start, blocks, scratch, out - _ROW * begin)
                 else:
-                    za, zb, zc = sum16 + 4 * wa, sum16 + 4 * wb, sum16 + 4 * wc
-                    tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, start > 0, at, bt, ct)
+                    tile8(x8, three, blocks, scratch, start > 0, results)
+                if minimum:
+                    for j in range(i, stop, 3):
+                        three, results = _three(index, j, stop, k, start, out - _ROW * begin)
+                        _add_minima(sums, three, blocks, scratch, results)
                 if start == last_chunk:
-                    take(at, i, min(i + width, end), where)
+                    take(out + _ROW * (i - begin), i, stop, where)
+                i = stop
         if tiles:
             release()
 
     return product
+
+
+@inline
+def _three(index, i, end, k, start, out):
+    """What a tile needs of three columns from the i-th on, at the edge the last one again: bytes from the first
+    column's scales to those from `start` of K on, and addresses of their results."""
+    first, second, third = i, min(i + 1, end - 1), min(i + 2, end - 1)
+    a, b, c = np.int64(index[first]), np.int64(index[second]), np.int64(index[third])
+    row, ahead = k // 32 * 4, start // 32 * 4
+    columns = a * row + ahead, b * row + ahead, c * row + ahead
+    return columns, (out + _ROW * first, out + _ROW * second, out + _ROW * third)
 
 
 @inline
@@ -184,128 +193,218 @@ def add_tiles(x, x_bytes, scales, scale_bytes, blocks, scratch, out):
 
 
 @inline
-def tile4(xa, xb, xc, sa, sb, sc, za, zb, zc, step, blocks, scratch, onto, at, bt, ct):
-    """Two panels of 4-bit codes times three columns a, b and c.
+def add_columns4(x, index, i, end, mask, k, start, blocks, scratch, out):
+    """Two panels of 4-bit codes times up to `WIDEST4` columns from the i-th on, but none from the one at `end` on.
 
     Parameters
     ----------
-    xa, xb, xc, sa, sb, sc, za, zb, zc : int
-        Addresses of each column's codes, scales, and words for `simd_panels.start4`; `step` bytes from one such word to
-        the next.
+    x, mask, blocks, scratch
+        As in `tile4`.
+    index, k : as in `product`
+    start : int
+        The first of the panels' columns of K; what is before has been added.
+    out : int
+        Address of the results of column 0.
+    """
+    three, results = _three(index, i, end, k, start, out)
+    if WIDEST4 == 6 and end - i > 3:
+        more, further = _three(index, i + 3, end, k, start, out)
+        tile4_six(x, three, more, mask, blocks, scratch, start > 0, results, further)
+    else:
+        tile4(x, three, mask, blocks, scratch, start > 0, results)
+
+
+@inline
+def tile4(x, columns, mask, blocks, scratch, onto, results):
+    """Two panels of 4-bit codes times three columns.
+
+    Parameters
+    ----------
+    x : tuple of 3 int
+        Addresses of the activations' codes, scales, and words for `simd_panels.start4`.
+    columns : tuple of 3 int
+        Bytes to each column's scales, which are those to its words; those to its codes are eight times as many.
+    mask : int
+        -1, or 0 if there is one word for all.
     blocks : int
         Of 32 codes.
     scratch : int
         The panels, as `product` lays them out.
     onto : bool
         Add to the results.
-    at, bt, ct : int
+    results : tuple of 3 int
         Addresses of each column's `ROWS` results.
     """
+    codes, scales, starts = x
     p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
     d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
-    fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
+    out = _begin(onto, results)
     for _ in range(blocks):
-        ia, ib, ic = start4(za), start4(zb), start4(zc)
-        sums = _sixteen4((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
-        sums = _sixteen4(sums, p + 16 * LANES, q + 16 * LANES, xa + 16, xb + 16, xc + 16)
-        ia, ja, ib, jb, ic, jc = sums
-        du, dv = load_f32xL(d), load_f32xL(e)
-        s = broadcast_f32xL(sa)
-        fa, ga = fma(finish4(ia), mul(du, s), fa), fma(finish4(ja), mul(dv, s), ga)
-        s = broadcast_f32xL(sb)
-        fb, gb = fma(finish4(ib), mul(du, s), fb), fma(finish4(jb), mul(dv, s), gb)
-        s = broadcast_f32xL(sc)
-        fc, gc = fma(finish4(ic), mul(du, s), fc), fma(finish4(jc), mul(dv, s), gc)
+        sums = _start4(starts, columns, mask)
+        sums = _sixteen4(sums, p, q, codes, columns)
+        sums = _sixteen4(sums, p + 16 * LANES, q + 16 * LANES, codes + 16, columns)
+        out = _scaled(_finish4(sums), load_f32xL(d), load_f32xL(e), scales, columns, out)
         p, q = p + 32 * LANES, q + 32 * LANES
         d, e = d + 4 * LANES, e + 4 * LANES
-        xa, xb, xc = xa + 32, xb + 32, xc + 32
-        sa, sb, sc = sa + 4, sb + 4, sc + 4
-        za, zb, zc = za + step, zb + step, zc + step
-    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+        columns = _moved(columns, 4)
+    _end(out, results)
 
 
 @inline
-def tile8(xa, xb, xc, sa, sb, sc, za, zb, zc, blocks, scratch, onto, at, bt, ct):
-    """`tile4` for codes of 8 bits, with a scale and a word for `simd_panels.start8` for 16 weights."""
+def tile4_six(x, first, second, mask, blocks, scratch, onto, first_results, second_results):
+    """`tile4` for six columns, twice three, for 32 registers: twelve sums, so that an instruction that takes five
+    cycles does not wait for itself."""
+    codes, scales, starts = x
     p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
     d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
-    fa, ga, fb, gb, fc, gc = _begin(onto, at, bt, ct)
-    for block in range(2 * blocks):
-        ia, ib, ic = start8(za), start8(zb), start8(zc)
-        ia, ja, ib, jb, ic, jc = _sixteen8((ia, ia, ib, ib, ic, ic), p, q, xa, xb, xc)
-        du, dv = load_f32xL(d), load_f32xL(e)
-        s = broadcast_f32xL(sa + 4 * (block // 2))
-        fa, ga = fma(finish8(ia), mul(du, s), fa), fma(finish8(ja), mul(dv, s), ga)
-        s = broadcast_f32xL(sb + 4 * (block // 2))
-        fb, gb = fma(finish8(ib), mul(du, s), fb), fma(finish8(jb), mul(dv, s), gb)
-        s = broadcast_f32xL(sc + 4 * (block // 2))
-        fc, gc = fma(finish8(ic), mul(du, s), fc), fma(finish8(jc), mul(dv, s), gc)
-        p, q = p + 16 * LANES, q + 16 * LANES
+    out, further = _begin(onto, first_results), _begin(onto, second_results)
+    for _ in range(blocks):
+        sums, more = _start4(starts, first, mask), _start4(starts, second, mask)
+        sums, more = _sixteen4_six(sums, more, p, q, codes, first, second)
+        sums, more = _sixteen4_six(sums, more, p + 16 * LANES, q + 16 * LANES, codes + 16, first, second)
+        u, v = load_f32xL(d), load_f32xL(e)
+        out = _scaled(_finish4(sums), u, v, scales, first, out)
+        further = _scaled(_finish4(more), u, v, scales, second, further)
+        p, q = p + 32 * LANES, q + 32 * LANES
         d, e = d + 4 * LANES, e + 4 * LANES
-        xa, xb, xc = xa + 16, xb + 16, xc + 16
-        za, zb, zc = za + 2, zb + 2, zc + 2
-    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+        first, second = _moved(first, 4), _moved(second, 4)
+    _end(out, first_results)
+    _end(further, second_results)
 
 
 @unrolled
-def _sixteen4(sums, p, q, xa, xb, xc):
+def _moved(three, step):
+    a, b, c = three
+    return a + step, b + step, c + step
+
+
+@unrolled
+def _start4(starts, columns, mask):
+    """Sums to begin with, of both panels with each column."""
+    a, b, c = columns
+    ia, ib, ic = start4(starts + (a & mask)), start4(starts + (b & mask)), start4(starts + (c & mask))
+    return ia, ia, ib, ib, ic, ic
+
+
+@unrolled
+def _sixteen4(sums, p, q, codes, columns):
     """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
     leaves a loop over them."""
-    sums = _four4(sums, p, q, xa, xb, xc)
-    sums = _four4(sums, p + 4 * LANES, q + 4 * LANES, xa + 4, xb + 4, xc + 4)
-    sums = _four4(sums, p + 8 * LANES, q + 8 * LANES, xa + 8, xb + 8, xc + 8)
-    return _four4(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
+    sums = _four4(sums, load_i8xL(p), load_i8xL(q), codes, columns)
+    sums = _four4(sums, load_i8xL(p + 4 * LANES), load_i8xL(q + 4 * LANES), codes + 4, columns)
+    sums = _four4(sums, load_i8xL(p + 8 * LANES), load_i8xL(q + 8 * LANES), codes + 8, columns)
+    return _four4(sums, load_i8xL(p + 12 * LANES), load_i8xL(q + 12 * LANES), codes + 12, columns)
 
 
 @unrolled
-def _four4(sums, p, q, xa, xb, xc):
-    ia, ja, ib, jb, ic, jc = sums
+def _sixteen4_six(sums, more, p, q, codes, first, second):
+    """The same for six."""
+    sums, more = _four4_six(sums, more, p, q, codes, first, second)
+    sums, more = _four4_six(sums, more, p + 4 * LANES, q + 4 * LANES, codes + 4, first, second)
+    sums, more = _four4_six(sums, more, p + 8 * LANES, q + 8 * LANES, codes + 8, first, second)
+    return _four4_six(sums, more, p + 12 * LANES, q + 12 * LANES, codes + 12, first, second)
+
+
+@unrolled
+def _four4_six(sums, more, p, q, codes, first, second):
     u, v = load_i8xL(p), load_i8xL(q)
-    y = broadcast_i8xL(xa)
+    return _four4(sums, u, v, codes, first), _four4(more, u, v, codes, second)
+
+
+@unrolled
+def _four4(sums, u, v, codes, columns):
+    ia, ja, ib, jb, ic, jc = sums
+    a, b, c = columns
+    y = broadcast_i8xL(codes + 8 * a)
     ia, ja = dot4(ia, u, y), dot4(ja, v, y)
-    y = broadcast_i8xL(xb)
+    y = broadcast_i8xL(codes + 8 * b)
     ib, jb = dot4(ib, u, y), dot4(jb, v, y)
-    y = broadcast_i8xL(xc)
+    y = broadcast_i8xL(codes + 8 * c)
     return ia, ja, ib, jb, dot4(ic, u, y), dot4(jc, v, y)
 
 
 @unrolled
-def _sixteen8(sums, p, q, xa, xb, xc):
-    """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
-    leaves a loop over them."""
-    sums = _four8(sums, p, q, xa, xb, xc)
-    sums = _four8(sums, p + 4 * LANES, q + 4 * LANES, xa + 4, xb + 4, xc + 4)
-    sums = _four8(sums, p + 8 * LANES, q + 8 * LANES, xa + 8, xb + 8, xc + 8)
-    return _four8(sums, p + 12 * LANES, q + 12 * LANES, xa + 12, xb + 12, xc + 12)
-
-
-@unrolled
-def _four8(sums, p, q, xa, xb, xc):
+def _finish4(sums):
     ia, ja, ib, jb, ic, jc = sums
-    u, v = load_i8xL(p), load_i8xL(q)
-    y = broadcast_i8xL(xa)
-    ia, ja = dot8(ia, u, y), dot8(ja, v, y)
-    y = broadcast_i8xL(xb)
-    ib, jb = dot8(ib, u, y), dot8(jb, v, y)
-    y = broadcast_i8xL(xc)
-    return ia, ja, ib, jb, dot8(ic, u, y), dot8(jc, v, y)
+    return finish4(ia), finish4(ja), finish4(ib), finish4(jb), finish4(ic), finish4(jc)
 
 
 @inline
-def _begin(onto, at, bt, ct):
+def tile8(x, columns, blocks, scratch, onto, results):
+    """`tile4` for codes of 8 bits, with a scale and a word for `simd_panels.start8` for 16 weights, two in a word's
+    place."""
+    codes, scales, starts = x
+    p, q = scratch + _CODES, scratch + _CODES + LANES * CHUNK
+    d, e = scratch + _SCALES, scratch + _SCALES + LANES * (CHUNK // 4)
+    out = _begin(onto, results)
+    for _ in range(blocks):
+        out = _block8(p, q, d, e, codes, starts, scales, columns, out)
+        p, q, d, e = p + 16 * LANES, q + 16 * LANES, d + 4 * LANES, e + 4 * LANES
+        out = _block8(p, q, d, e, codes + 16, starts + 2, scales, columns, out)
+        p, q, d, e = p + 16 * LANES, q + 16 * LANES, d + 4 * LANES, e + 4 * LANES
+        columns = _moved(columns, 4)
+    _end(out, results)
+
+
+@unrolled
+def _block8(p, q, d, e, codes, starts, scales, columns, out):
+    """Add sixteen columns of K to the results."""
+    a, b, c = columns
+    ia, ib, ic = start8(starts + a), start8(starts + b), start8(starts + c)
+    sums = _four8((ia, ia, ib, ib, ic, ic), p, q, codes, columns)
+    sums = _four8(sums, p + 4 * LANES, q + 4 * LANES, codes + 4, columns)
+    sums = _four8(sums, p + 8 * LANES, q + 8 * LANES, codes + 8, columns)
+    sums = _four8(sums, p + 12 * LANES, q + 12 * LANES, codes + 12, columns)
+    ia, ja, ib, jb, ic, jc = sums
+    products = finish8(ia), finish8(ja), finish8(ib), finish8(jb), finish8(ic), finish8(jc)
+    return _scaled(products, load_f32xL(d), load_f32xL(e), scales, columns, out)
+
+
+@unrolled
+def _four8(sums, p, q, codes, columns):
+    ia, ja, ib, jb, ic, jc = sums
+    a, b, c = columns
+    u, v = load_i8xL(p), load_i8xL(q)
+    y = broadcast_i8xL(codes + 8 * a)
+    ia, ja = dot8(ia, u, y), dot8(ja, v, y)
+    y = broadcast_i8xL(codes + 8 * b)
+    ib, jb = dot8(ib, u, y), dot8(jb, v, y)
+    y = broadcast_i8xL(codes + 8 * c)
+    return ia, ja, ib, jb, dot8(ic, u, y), dot8(jc, v, y)
+
+
+@unrolled
+def _scaled(products, u, v, scales, columns, out):
+    """Results plus products times the panels' scales `u` and `v` and the columns'."""
+    ia, ja, ib, jb, ic, jc = products
+    fa, ga, fb, gb, fc, gc = out
+    a, b, c = columns
+    s = broadcast_f32xL(scales + a)
+    fa, ga = fma(ia, mul(u, s), fa), fma(ja, mul(v, s), ga)
+    s = broadcast_f32xL(scales + b)
+    fb, gb = fma(ib, mul(u, s), fb), fma(jb, mul(v, s), gb)
+    s = broadcast_f32xL(scales + c)
+    return fa, ga, fb, gb, fma(ic, mul(u, s), fc), fma(jc, mul(v, s), gc)
+
+
+@unrolled
+def _begin(onto, results):
     """Results to begin with: what is there, or zero."""
     zero = splat_f32xL(np.float32(0))
     fa, ga, fb, gb, fc, gc = zero, zero, zero, zero, zero, zero
     if onto:
+        at, bt, ct = results
         fa, ga = load_f32xL(at), load_f32xL(at + 4 * LANES)
         fb, gb = load_f32xL(bt), load_f32xL(bt + 4 * LANES)
         fc, gc = load_f32xL(ct), load_f32xL(ct + 4 * LANES)
     return fa, ga, fb, gb, fc, gc
 
 
-@inline
-def _end(fa, ga, fb, gb, fc, gc, at, bt, ct):
+@unrolled
+def _end(out, results):
     """Store the results."""
+    fa, ga, fb, gb, fc, gc = out
+    at, bt, ct = results
     store_f32xL(at, fa)
     store_f32xL(at + 4 * LANES, ga)
     store_f32xL(bt, fb)
@@ -315,25 +414,23 @@ def _end(fa, ga, fb, gb, fc, gc, at, bt, ct):
 
 
 @inline
-def _add_minima(sums, index, i, end, begin, k, start, blocks, scratch, out):
-    """Add minimum times sum of activations, over blocks from column `start` of K on, to the results of the i-th column
-    and two more; where there are fewer, the last one again. The others are as in `product`."""
-    second, third = min(i + 1, end - 1), min(i + 2, end - 1)
-    at, bt, ct = out + _ROW * (i - begin), out + _ROW * (second - begin), out + _ROW * (third - begin)
-    a, b, c = np.int64(index[i]), np.int64(index[second]), np.int64(index[third])
-    first, step = sums + 4 * (start // 32), 4 * (k // 32)
-    sa, sb, sc = first + a * step, first + b * step, first + c * step
+def _add_minima(sums, columns, blocks, scratch, results):
+    """Add minimum times sum of activations to the results of three columns; `sums` is the address of those sums, the
+    others are as in `tile4`."""
     m, n = scratch + _MINIMA, scratch + _MINIMA + LANES * (CHUNK // 8)
-    fa, ga, fb, gb, fc, gc = _begin(True, at, bt, ct)
+    out = _begin(True, results)
     for block in range(blocks):
         u, v = load_f32xL(m + 4 * LANES * block), load_f32xL(n + 4 * LANES * block)
-        s = broadcast_f32xL(sa + 4 * block)
+        fa, ga, fb, gb, fc, gc = out
+        a, b, c = columns
+        s = broadcast_f32xL(sums + a)
         fa, ga = fma(u, s, fa), fma(v, s, ga)
-        s = broadcast_f32xL(sb + 4 * block)
+        s = broadcast_f32xL(sums + b)
         fb, gb = fma(u, s, fb), fma(v, s, gb)
-        s = broadcast_f32xL(sc + 4 * block)
-        fc, gc = fma(u, s, fc), fma(v, s, gc)
-    _end(fa, ga, fb, gb, fc, gc, at, bt, ct)
+        s = broadcast_f32xL(sums + c)
+        out = fa, ga, fb, gb, fma(u, s, fc), fma(v, s, gc)
+        columns = _moved(columns, 4)
+    _end(out, results)
 
 
 @inline
