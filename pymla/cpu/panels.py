@@ -2,8 +2,8 @@
 
 A panel is `LANES` rows, unpacked to ``[K / 4][LANES][4]`` codes, so that four activations, broadcast, meet four weights
 of every row in one instruction. `product` unpacks two panels, a slice of K at a time that stays in the innermost cache,
-and runs a tile of 2 panels × 3 columns over all columns, or × 6 where there are 32 registers. Unpacking is amortised over
-the columns.
+and runs a tile of 2 panels × 3 columns over all columns, or × 6 where there are 32 registers. Unpacking is amortised
+over the columns.
 
 Float types go the same way, in float32: panels ``[K][16]`` and a tile of 4 columns × 16 rows (`tile_f32`), which
 attention uses as well.
