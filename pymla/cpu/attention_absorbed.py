@@ -19,6 +19,7 @@ from pymla.cpu.attention_tiles import (
     SCORE_ROWS,
     VALUE_ROWS,
     four,
+    four_from,
     moved,
     quantise_codes,
     quantise_heads,
@@ -279,16 +280,14 @@ def add_rope_scores(rows, seen, queries, scores, following):
         at, bt = _results(scores, first, second)
         tile_rope(x, y, sx, sy, row_bytes // 4, p, q, d, e, at, bt)
         if AMX:
-            asked, first = following.rope_lines, following.row_lines
-            ask(following, first + asked * s // PAGE, first + asked * min(s + _TAKEN, PAGE) // PAGE)
+            asked, before = following.rope_lines, following.row_lines
+            ask(following, before + asked * s // PAGE, before + asked * min(s + _TAKEN, PAGE) // PAGE)
 
 
 @inline
 def _taken(s, seen):
-    """The rows that a tile takes from `s` on, four addresses for each panel; at the edge, the last one again."""
-    last, t = seen - 1, s + _TAKEN - SCORE_ROWS
-    first = min(s, last), min(s + 1, last), min(s + 2, last), min(s + 3, last)
-    return first, (min(t, last), min(t + 1, last), min(t + 2, last), min(t + 3, last))
+    """The rows that a tile takes from `s` on, four for each panel."""
+    return four_from(s, seen), four_from(s + _TAKEN - SCORE_ROWS, seen)
 
 
 @inline

@@ -19,6 +19,7 @@ from pymla.cpu.attention_tiles import (
     VALUE_ROWS,
     WEIGHTS,
     four,
+    four_from,
     quantise_codes,
     quantise_weights,
     store_keys,
@@ -199,8 +200,8 @@ def scaled_row(rows, factors, t, i):
 @inline
 def _queries(rows, i, count):
     """Addresses of four queries' rows from the i-th on; a tile at the edge repeats the last one."""
-    last = count - 1
-    return four(rows, min(i, last), min(i + 1, last), min(i + 2, last), min(i + 3, last))
+    a, b, c, d = four_from(i, count)
+    return four(rows, a, b, c, d)
 
 
 @kernel(F3, PANELS, I1, types.float64, types.int64, A3)

@@ -112,6 +112,13 @@ def store_keys(rows, row_bytes, out):
 
 
 @inline
+def four_from(i, count):
+    """Four of `count` numbers from `i` on; at the edge, the last one again."""
+    last = count - 1
+    return min(i, last), min(i + 1, last), min(i + 2, last), min(i + 3, last)
+
+
+@inline
 def four(rows, a, b, c, d):
     """Addresses of four rows of an array."""
     return address(rows[a]), address(rows[b]), address(rows[c]), address(rows[d])
@@ -119,7 +126,7 @@ def four(rows, a, b, c, d):
 
 @unrolled
 def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
-    """Rows of two panels with `SCORE_ROWS` others each; of four addresses the last one counts if there are four.
+    """Rows of two panels with `SCORE_ROWS` others each; where those are three, the last of four addresses is not used.
 
     Parameters
     ----------
