@@ -474,6 +474,6 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     assert "PYMLA_CACHE_DIR" in err
     assert err.count("\n") == 1
     # This process has its kernels already. In a new one they are compiled for this process alone.
-    alone = compiling.Compiled("alone", lambda **options: options)
+    alone = compiling.Compiled(compiling.cache_dir, lambda **options: options)
     compiling.COMPILED.remove(alone)
     assert alone.result["cache"] is False
