@@ -5,6 +5,7 @@ from itertools import cycle
 import numpy as np
 from cases import random_qtensor
 
+from pymla.cpu.limits import STREAM_BYTES
 from pymla.weights import QTensor
 
 HIDDEN, HEADS, RANK, NOPE, ROPE, V = 2048, 16, 512, 128, 64, 128
@@ -24,7 +25,7 @@ MATRICES = {
 }
 
 #: Bytes of weights that are gone through before one is used again: they come from memory, as in a whole model.
-COLD = 192 << 20
+COLD = STREAM_BYTES
 
 
 def normal(*shape, seed=0):

@@ -17,7 +17,7 @@ from pymla import ggml
 from pymla.cpu import threads
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
+from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
 from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, WIDEST4, add_columns4, add_tiles
 from pymla.cpu.panels_amx import COLUMNS, MARGIN
 from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
@@ -137,7 +137,8 @@ def _read(first, last, data, sums):
         zero = splat_f32(np.float32(0))
         a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
         for i in range(0, 4 * _BLOCK, 256):
-            fetch_ahead(at + i, 256)
+            # Twice as far as rows of weights, whose streams are short: from there on it gains nothing.
+            fetch_ahead(at + i + AHEAD, 256)
             a, b = add(a, load_f32x8(at + i)), add(b, load_f32x8(at + i + 32))
             c, d = add(c, load_f32x8(at + i + 64)), add(d, load_f32x8(at + i + 96))
             e, f = add(e, load_f32x8(at + i + 128)), add(f, load_f32x8(at + i + 160))

@@ -4,7 +4,7 @@ a vector that reaches over two lines takes twice as long; and what memory is ask
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.isa import AMX
+from pymla.cpu.isa import ASKS_AHEAD
 from pymla.cpu.simd import prefetch_l2
 from pymla.reference.memory import release, take, to_device, to_host, write
 
@@ -51,9 +51,8 @@ def allocate_f32(rows, columns):
 def fetch_ahead(address, nbytes):
     """While so many bytes of a long row are read, ask memory for those that follow `AHEAD` bytes behind them.
 
-    Only where a core does not fetch enough by itself: processors with AMX read a tenth faster with it. On another it
-    cost up to 4 %.
+    Only where a core does not fetch enough by itself (`isa.ASKS_AHEAD`). On another it cost up to 4 %.
     """
-    if AMX:
+    if ASKS_AHEAD:
         for at in range(0, nbytes, LINE):
             prefetch_l2(address + AHEAD + at)
