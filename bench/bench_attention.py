@@ -16,7 +16,7 @@ SCALE = (NOPE + ROPE) ** -0.5
 NEW, SOME_HEADS = 128, 4
 
 ATTENTION = {"rtol_max": 0.02, "reason": "queries, keys and softmax weights may be 8-bit codes"}
-INT8 = {"rtol_max": 0.1, "reason": "keys of 7 bits, values and softmax weights of 8: 1 % of the length of a result"}
+INT8 = {"rtol_max": 0.1, "reason": "keys, values and softmax weights of 8 bits: 1 % of the length of a result"}
 EXPANDED = {"rtol_max": 1e-5, "reason": "the reference reads the same int8 rows, in another order"}
 
 
