@@ -35,10 +35,10 @@ SECTIONS = {
     "device": 60,
     "products": 120,
     "layers": 60,
-    "experts": 120,
-    "attention": 120,
+    "experts": 180,
+    "attention": 180,
     "sampling": 60,
-    "logits": 120,
+    "logits": 240,
     "kernels": 150,
     "sweep": 240,
 }

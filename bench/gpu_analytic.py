@@ -101,7 +101,7 @@ def count_launches(folder):
                     found[tokens, layers] = count[0]
     finally:
         simulator.launch = launch
-    slices, all_layers = {1: 1, PROMPT: PROMPT // costs.SLICE}, SHAPE.num_hidden_layers
+    slices, all_layers = {1: 1, PROMPT: PROMPT // costs.DEVICE_SLICE}, SHAPE.num_hidden_layers
     counts = {
         tokens: found[tokens, 2] + (all_layers - 2) * slices[tokens] * (found[tokens, 3] - found[tokens, 2])
         for tokens in slices

@@ -1,8 +1,8 @@
 """Which backend each part of a model is on, and how arrays get from one to another.
 
 A backend is a module with the submodules ``attention``, ``memory``, ``moe``, ``norm``, ``quant``, ``rope`` and
-``sampling``, and with ``Graph``: `pymla.reference`, `pymla.cpu`, `pymla.cuda.backend`. Its functions take and return
-arrays in its own memory.
+``sampling``, with ``Graph``, and with ``SLICE``, the tokens of a prompt that it takes at a time: `pymla.reference`,
+`pymla.cpu`, `pymla.cuda.backend`. Its functions take and return arrays in its own memory.
 """
 
 from types import ModuleType

@@ -24,8 +24,15 @@ PROCESS_BYTES = 300 << 20
 #: Tokens whose intermediate results exist at a time.
 SLICE = 512
 
+#: The same on a GPU, which fewer tokens do not fill.
+DEVICE_SLICE = 1024
+
 #: Expanded keys and values are computed for as many heads at a time as fit here.
 EXPANDED_BYTES = 256 << 20
+
+#: The same on a GPU, with the float32 products that they come from: with few heads at a time, few of its
+#: multiprocessors have work.
+DEVICE_EXPANDED_BYTES = 1 << 30
 
 
 class Op(NamedTuple):
@@ -207,18 +214,16 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
     return tokens * values * 5 + min(expanded, EXPANDED_BYTES) + logits
 
 
-def device_scratch_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
+def device_scratch_bytes(config: ModelConfig, mla: str, ctx: int) -> int:
     """Bytes of intermediate results on a GPU, for a prompt as long as the context."""
-    heads, tokens = config.num_attention_heads, min(SLICE, ctx)
+    heads, tokens = config.num_attention_heads, min(DEVICE_SLICE, ctx)
     # Through a layer go the whole prompt's residual stream and attention, and its cache rows in float32.
     prompt = (
         ctx * 4 * (config.hidden_size + heads * config.v_head_dim + config.kv_lora_rank + 2 * config.qk_rope_head_dim)
     )
-    # Keys and values of a token and head are float16, and come from products in float32.
-    pair = 4 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * (config.qk_head_dim + config.v_head_dim)
-    at_once = max(ctx, EXPANDED_BYTES // expanded_bytes(config, 1, cache_type != "q8_0"))
-    # With ``--mla 0`` they pass on their way into the cache, and with ``--mla 1`` there are none.
-    pairs = {"0": tokens * heads, "1": 0}.get(mla, min(heads * ctx, at_once))
+    # With ``--mla 0`` keys and values pass on their way into the cache, and with ``--mla 1`` there are none.
+    pair = _device_pair(config)
+    pairs = {"0": tokens * heads, "1": 0}.get(mla, min(heads * ctx, max(ctx, DEVICE_EXPANDED_BYTES // pair)))
     scores = heads * ctx * 4 if mla == "2" else 0
     # An array may take an eighth more than its size, so that its memory suits the next one, too.
     return (scratch_bytes(config, "1", ctx, tokens) + prompt + pairs * pair + scores) * 9 // 8
@@ -229,6 +234,21 @@ def expanded_bytes(config: ModelConfig, tokens: int, exact: bool) -> int:
     numbers for 32."""
     values = tokens * (config.qk_head_dim + config.v_head_dim)
     return values * 4 if exact else values * 9 // 4
+
+
+def heads_at_once(config: ModelConfig, tokens: int, exact: bool) -> int:
+    """Heads of which the expanded keys and values of so many tokens exist at a time."""
+    return max(1, EXPANDED_BYTES // expanded_bytes(config, tokens, exact))
+
+
+def device_heads_at_once(config: ModelConfig, tokens: int, exact: bool = True) -> int:
+    """`heads_at_once` on a GPU, where they are always float16."""
+    return max(1, DEVICE_EXPANDED_BYTES // (tokens * _device_pair(config)))
+
+
+def _device_pair(config: ModelConfig) -> int:
+    """Bytes of a token's keys and values of a head on a GPU: float16, from products in float32."""
+    return 4 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * (config.qk_head_dim + config.v_head_dim)
 
 
 def _absorbed_pair(config: ModelConfig) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pymla.backends import Placement, moved, moved_input
 from pymla.cache import PAGE, PagedCache, Sequence, Step
-from pymla.costs import EXPANDED_BYTES, SLICE, cheaper_form, expanded_bytes
+from pymla.costs import cheaper_form
 from pymla.errors import PymlaError
 
 #: auto: whichever takes fewer multiply-adds, per sequence and step. 0: full K and V cache. 1: absorbed always.
@@ -181,7 +181,7 @@ class Model:
                 own, of_run = tokens.part(run.start, run.stop), slice(run.start, run.stop)
                 self._expanded(layer, cache, x[of_run], own, run, out[of_run])
                 continue
-            for part in slices(run.start, run.stop):
+            for part in slices(run.start, run.stop, be.SLICE):
                 own = tokens.part(part.start, part.stop)
                 h = self._normed(be, x[part], layer.attn_norm)
                 self._store(layer, cache, h, own)
@@ -233,7 +233,7 @@ class Model:
         """Attention of one sequence, whose rows are stored first, over keys and values of as many heads at a time as
         fit the scratch."""
         be, config = tokens.backend, self.config
-        for part in slices(0, len(x)):
+        for part in slices(0, len(x), be.SLICE):
             h = self._normed(be, x[part], layer.attn_norm)
             self._store(layer, cache, h, tokens.part(part.start, part.stop))
         table = tokens.step.block_tables[run.sequence]
@@ -241,12 +241,12 @@ class Model:
         k_pe = be.attention.load(cache.rope, table, self._empty(be, run.length, config.qk_rope_head_dim))
         # Keys and values need no more bits than the cache row that they come from.
         exact = self.cache.exact
-        at_once = max(1, EXPANDED_BYTES // expanded_bytes(config, run.length, exact))
-        for heads in slices(0, config.num_attention_heads, at_once):
+        at_once = be.attention.heads_at_once(config, run.length, exact)
+        for heads in even_slices(config.num_attention_heads, at_once):
             k_b, v_b = layer.attn_k_b.rows(heads.start, heads.stop), layer.attn_v_b.rows(heads.start, heads.stop)
             kv = self._keys_values(tokens, run.length, heads.stop - heads.start, exact)
             be.attention.expand(c_kv, k_pe, k_b, v_b, kv)
-            for part in slices(0, len(x)):
+            for part in slices(0, len(x), be.SLICE):
                 own = tokens.part(part.start, part.stop)
                 q = self._queries(layer, self._normed(be, x[part], layer.attn_norm), own, heads)
                 be.attention.expanded(q, kv, own.step.positions, config.softmax_scale, out[part, heads])
@@ -255,7 +255,7 @@ class Model:
         """``x += W_o attended``, then ``x += FFN(norm(x))``: dense, or the routed experts, which may have a backend of
         their own, and the shared ones."""
         own = None if layer.ffn_gate is None else (layer.ffn_gate, layer.ffn_up, layer.ffn_down)
-        for part in slices(0, len(x)):
+        for part in slices(0, len(x), be.SLICE):
             h = be.quant.Activation(attended[part])
             projected = be.quant.matmul(layer.attn_output, h, self._empty(be, *x[part].shape))
             h = self._normed(be, x[part], layer.ffn_norm, projected)
@@ -325,6 +325,13 @@ class Model:
         return be.memory.empty(shape, self.dtype)
 
 
-def slices(start, stop, size=SLICE):
+def slices(start, stop, size):
     """Slices of at most `size` from `start` to `stop`."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def even_slices(stop, size):
+    """As few slices of at most `size` from 0 to `stop`, of about the same size: a short one would keep few of a GPU's
+    multiprocessors busy for as long as a long one keeps all."""
+    count = -(-stop // size)
+    return [slice(i * stop // count, (i + 1) * stop // count) for i in range(count)]

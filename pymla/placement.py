@@ -15,7 +15,7 @@ from pymla import costs
 from pymla.backends import Placement
 from pymla.cache import PAGE
 from pymla.config import ModelConfig
-from pymla.costs import SLICE, MemoryPlan, cache_bytes, tensor_bytes
+from pymla.costs import DEVICE_SLICE, SLICE, MemoryPlan, cache_bytes, tensor_bytes
 from pymla.errors import NoRoom, PymlaError
 from pymla.modelfile import ModelFile
 
@@ -153,15 +153,16 @@ class Planner:
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
             cache=self._cache(ctx, self.config.num_hidden_layers - first),
-            scratch=costs.device_scratch_bytes(self.config, self.cache_type, self.mla, ctx),
+            scratch=costs.device_scratch_bytes(self.config, self.mla, ctx),
             process=RESERVE,
         )
 
     def host(self, split: Split, ctx: int) -> MemoryPlan:
         """Memory of the CPU; its `allocated` must fit, and `total` should."""
         first = split.first(self.config)
-        computes = first or split.apart(self.config)
-        scratch = costs.scratch_bytes(self.config, self.mla, ctx, min(SLICE, ctx)) if computes else 0
+        # Routed experts get as many tokens at a time as the GPU computes.
+        tokens = DEVICE_SLICE if split.apart(self.config) else SLICE if first else 0
+        scratch = costs.scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) if tokens else 0
         return MemoryPlan(
             weights=self._file_bytes - self._uploaded(split),
             derived=sum(self._derived[:first]),

@@ -13,7 +13,7 @@ import simulated  # noqa: F401
 from compare import assert_close
 from make_model import Shape, make_model
 
-from pymla import cpu, ggml, reference
+from pymla import costs, cpu, ggml, reference
 from pymla import model as model_module
 from pymla.backends import Placement
 from pymla.config import ModelConfig
@@ -138,7 +138,8 @@ def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, toleran
 )
 def test_forms_of_attention_and_cache_types(folder, mla, cache_type, tolerance, monkeypatch):
     # Keys and values of a head at a time.
-    monkeypatch.setattr(model_module, "EXPANDED_BYTES", 1)
+    monkeypatch.setattr(costs, "DEVICE_EXPANDED_BYTES", 1)
+    monkeypatch.setattr(costs, "EXPANDED_BYTES", 1)
     pair = Pair(folder, LITE, ggml.F32, backend, cache_type=cache_type, mla=mla)
     pair.step({"a": (0, 9)}, tolerance, logits="all")
     pair.step({"a": (9, 10)}, tolerance)
@@ -170,7 +171,7 @@ def test_sizes_of_recorded_steps():
 
 def test_slices(folder, monkeypatch):
     slices = model_module.slices
-    monkeypatch.setattr(model_module, "slices", lambda start, stop, size=9: slices(start, stop, size))
+    monkeypatch.setattr(model_module, "slices", lambda start, stop, size: slices(start, stop, min(size, 9)))
     pair = Pair(folder, ALL_EXPERTS, ggml.Q8_0, backend)
     pair.step({"a": (0, 18)}, CODES)
 

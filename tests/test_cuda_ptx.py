@@ -537,7 +537,7 @@ def test_arguments():
     made[1, 1](*good)
     for position, wrong, message in (
         (0, 2**31, "2147483648 is no int32"),
-        (0, 0.5, "integer"),
+        (0, 0.5, "0.5 is no int32"),
         (1, x[:, :2], "strides"),
         (1, x[0], "1 dimensions"),
         (1, np.zeros((4, 6), np.float32), "contiguous"),

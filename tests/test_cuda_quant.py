@@ -56,9 +56,11 @@ def test_matmul(qtype, tokens):
         assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, rows))), **INT8)
 
 
+@pytest.mark.parametrize("enough", [1, 1000])
 @pytest.mark.parametrize("qtype", [ggml.F16, ggml.Q4_1, ggml.Q6_K], ids=ggml.NAME.get)
-def test_matmul_of_several_tiles(qtype):
-    """More rows and tokens than a block of threads takes."""
+def test_matmul_of_several_tiles(qtype, enough, monkeypatch):
+    """More rows and tokens than a block of threads takes, as many tiles and as few."""
+    monkeypatch.setattr(quant, "ENOUGH_TILES", enough)
     k, rows, tokens = 33 if qtype == ggml.F16 else ggml.BLOCK_SIZE[qtype], 67, 66
     w, x = random_qtensor(qtype, rows, k), normal(tokens, k)
     actual = result(quant.matmul, on_device(w), quant.Activation(memory.to_device(x)), shape=(tokens, rows))

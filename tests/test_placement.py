@@ -248,10 +248,10 @@ def test_a_tied_embedding_counts_once():
 
 def test_scratch_on_the_device():
     """It grows with the context, since a prompt may be as long, and holds what a layer's expansion takes."""
-    scratch = [costs.device_scratch_bytes(V2_LITE, "q8_0", "auto", ctx) for ctx in (64, 4096, 65536, 163840)]
+    scratch = [costs.device_scratch_bytes(V2_LITE, "auto", ctx) for ctx in (64, 4096, 65536, 163840)]
     assert scratch == sorted(scratch)
     per_token = 4 * (2048 + 16 * 128 + 512 + 128)
     assert scratch[-1] - scratch[-2] > (163840 - 65536) * per_token
-    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "1", 65536) < scratch[2]
-    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "0", 65536) < scratch[2]
-    assert costs.device_scratch_bytes(V2_LITE, "q8_0", "2", 65536) - scratch[2] == 16 * 65536 * 4 * 9 // 8
+    assert costs.device_scratch_bytes(V2_LITE, "1", 65536) < scratch[2]
+    assert costs.device_scratch_bytes(V2_LITE, "0", 65536) < scratch[2]
+    assert costs.device_scratch_bytes(V2_LITE, "2", 65536) - scratch[2] == 16 * 65536 * 4 * 9 // 8

@@ -1,6 +1,7 @@
 """Numba kernels for the processor: the twins of `pymla.reference`, with the same names and contracts."""
 
 from pymla import sampling
+from pymla.costs import SLICE
 from pymla.cpu import attention, memory, moe, norm, quant, rope
 from pymla.cpu.compiling import cache_dir_warning, compile_all, needs_compiling
 from pymla.cpu.isa import ISA
@@ -11,6 +12,7 @@ NAME = "cpu"
 __all__ = [
     "ISA",
     "NAME",
+    "SLICE",
     "Graph",
     "attention",
     "cache_dir_warning",

@@ -26,6 +26,7 @@ import numpy as np
 from numba import types
 
 from pymla.cache import PAGE
+from pymla.costs import heads_at_once
 from pymla.cpu import attention_absorbed, attention_expanded, threads
 from pymla.cpu.attention_absorbed import HEADS, take_item
 from pymla.cpu.attention_expanded import Panels
@@ -58,6 +59,7 @@ __all__ = [
     "expand",
     "expanded",
     "full",
+    "heads_at_once",
     "keys_values",
     "latent_cache",
     "load",

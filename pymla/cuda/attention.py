@@ -16,14 +16,16 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE, LatentCache, block_rows
+from pymla.costs import device_heads_at_once as heads_at_once
 from pymla.cuda import memory, ptx, quant
 from pymla.cuda.attention_decode import absorbed
 from pymla.cuda.attention_full import full
 from pymla.cuda.attention_materialised import absorbed_materialised
 from pymla.cuda.attention_prompt import expanded
 from pymla.cuda.cache_rows import read_one, write_one
-from pymla.cuda.jit import kernel
+from pymla.cuda.jit import device, kernel
 from pymla.cuda.memory import DeviceArray, empty
+from pymla.errors import PymlaError
 from pymla.weights import QTensor
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "expand",
     "expanded",
     "full",
+    "heads_at_once",
     "keys_values",
     "latent_cache",
     "load",
@@ -111,14 +114,17 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     both of rank columns; `out` from `keys_values`.
     """
     length, heads, v = out.values.shape
-    nope = k_b.data.shape[1]
+    nope, rope = k_b.data.shape[1], k_pe.shape[1]
+    stride, item = k_pe.strides
+    if nope % 4 or rope % 4 or v % 4 or stride % 16 or item != 4:
+        raise PymlaError(f"keys of {nope} and {rope} and values of {v} numbers; the CUDA backend takes them by fours")
     x = quant.Activation(c_kv)
     keys, values = empty((length, heads * nope), np.float32), empty((length, heads * v), np.float32)
     quant.matmul(_one_matrix(k_b), x, keys)
     quant.matmul(_one_matrix(v_b), x, values)
-    addresses = out.keys.address, out.values.address
-    blocks = length, heads, -(-(out.keys.shape[2] + v) // THREADS)
-    _join[blocks, THREADS](keys.reshape(length, heads, nope), k_pe, values.reshape(length, heads, v), addresses)
+    blocks = length, -(-heads // (THREADS // 32))
+    sources, targets = (keys.address, k_pe.address, values.address), (out.keys.address, out.values.address)
+    _join[blocks, THREADS](sources, stride, (heads, nope, rope, v), targets)
     return out
 
 
@@ -172,17 +178,29 @@ def _copy_rope(q, out):
         out[t, h, i] = q[t, h, i]
 
 
-@kernel(F3, F2, F3, types.UniTuple(I64, 2), max_threads=THREADS)
-def _join(nope, k_pe, values, out):
-    """``keys[s, h] = [nope[s, h]; k_pe[s]]``, and the values, to their addresses and in their type.
+@kernel(types.UniTuple(I64, 3), I64, types.UniTuple(I64, 4), types.UniTuple(I64, 2), max_threads=THREADS)
+def _join(sources, stride, sizes, targets):
+    """``keys[s, h] = [nope[s, h]; k_pe[s]]``, and the values, in their type: a head to a warp, by fours.
 
-    Grid: positions, heads, columns of a key and a value.
+    `sources`: nope (S, H, nope), k_pe (S, R), whose rows are `stride` bytes apart, and values (S, H, v), all float32.
+    Grid: positions, heads.
     """
-    s, h, i = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * THREADS + cuda.threadIdx.x
-    size, v, row = nope.shape[2] + k_pe.shape[1], values.shape[2], s * nope.shape[1] + h
-    if i < nope.shape[2]:
-        ptx.store_f16(out[0] + 2 * (row * size + i), nope[s, h, i])
-    elif i < size:
-        ptx.store_f16(out[0] + 2 * (row * size + i), k_pe[s, i - nope.shape[2]])
-    elif i < size + v:
-        ptx.store_f16(out[1] + 2 * (row * v + i - size), values[s, h, i - size])
+    s, thread = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    h, lane = thread >> 5, thread & 31
+    heads, nope, rope, v = sizes
+    size = nope + rope
+    row = s * heads + h
+    for k in range(4 * lane, size + v if h < heads else 0, 128):
+        if k < nope:
+            _four_halves(sources[0] + 4 * (row * nope + k), targets[0] + 2 * (row * size + k))
+        elif k < size:
+            _four_halves(sources[1] + s * stride + 4 * (k - nope), targets[0] + 2 * (row * size + k))
+        else:
+            _four_halves(sources[2] + 4 * (row * v + k - size), targets[1] + 2 * (row * v + k - size))
+
+
+@device
+def _four_halves(source, target):
+    """Four float32 become float16."""
+    x0, x1, x2, x3 = ptx.load_f32x4(source)
+    ptx.store_u32x2(target, ptx.pack_f16x2(x0, x1), ptx.pack_f16x2(x2, x3))

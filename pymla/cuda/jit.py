@@ -10,6 +10,7 @@ In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (
 import functools
 import operator
 import struct
+import threading
 
 import numpy as np
 from numba import cuda, types
@@ -120,6 +121,12 @@ class Kernel:
         self.launch_bounds = (max_threads, min_blocks) if min_blocks else max_threads
         self._writers = [_writer(kind) for kind in signature]
         self.parameter_sizes = [size for kind in signature for size in _sizes(kind)]
+        # A launch takes the addresses of its parameters, of which each has a word here.
+        self._form = struct.Struct("<" + "".join(map(_form, signature)))
+        self._words = np.zeros(len(self.parameter_sizes), np.uint64)
+        addresses = self._words.ctypes.data + 8 * np.arange(len(self._words), dtype=np.uint64)
+        self._parameters, self._parameters_at = addresses, addresses.ctypes.data
+        self._lock = threading.Lock()
         self._function = None
         self._shared_bytes = 0
         KERNELS[self.__name__] = self
@@ -153,41 +160,46 @@ class Kernel:
             self._function = driver.call(driver.api.cuModuleGetFunction, module, code.entry.encode())
 
     def _launch(self, grid, block, shared_bytes, arguments):
-        words = self._pack(arguments)
+        values = self._flat(arguments)
         threads = block[0] * block[1] * block[2]
         if self.max_threads and threads > self.max_threads:
             raise ValueError(f"kernel {self.__name__} takes {self.max_threads} threads at most, not {threads}")
-        if 0 in grid:
-            return
-        try:
-            if SIMULATED:
-                values = tuple(map(_inside, self.signature, arguments))
-                simulator.launch(self.function, grid, block, shared_bytes, values)
+        # The driver has read the words when the call returns.
+        with self._lock:
+            try:
+                self._form.pack_into(self._words, 0, *values)
+            except (struct.error, OverflowError):
+                self._refuse(arguments)
+                raise
+            if 0 in grid:
                 return
-            self.load()
-            if shared_bytes > self._shared_bytes:
-                attribute = driver.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                driver.call(driver.api.cuFuncSetAttribute, self._function, attribute, shared_bytes)
-                self._shared_bytes = shared_bytes
-            # A word for each parameter, little-endian, and the words' addresses.
-            parameters = words.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
-            driver.call(
-                driver.api.cuLaunchKernel,
-                self._function,
-                *grid,
-                *block,
-                shared_bytes,
-                driver.stream(),
-                parameters.ctypes.data,
-                0,
-            )
-        except PymlaError as error:
-            shape = f"{grid} blocks of {block} threads, {shared_bytes} bytes of shared memory"
-            raise PymlaError(f"kernel {self.__name__}, {shape}: {error}") from None
+            try:
+                if SIMULATED:
+                    inside = tuple(map(_inside, self.signature, arguments))
+                    simulator.launch(self.function, grid, block, shared_bytes, inside)
+                    return
+                self.load()
+                if shared_bytes > self._shared_bytes:
+                    attribute = driver.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.call(driver.api.cuFuncSetAttribute, self._function, attribute, shared_bytes)
+                    self._shared_bytes = shared_bytes
+                driver.call(
+                    driver.api.cuLaunchKernel,
+                    self._function,
+                    *grid,
+                    *block,
+                    shared_bytes,
+                    driver.stream(),
+                    self._parameters_at,
+                    0,
+                )
+            except PymlaError as error:
+                shape = f"{grid} blocks of {block} threads, {shared_bytes} bytes of shared memory"
+                raise PymlaError(f"kernel {self.__name__}, {shape}: {error}") from None
         driver.launched(self.__name__)
 
-    def _pack(self, arguments):
-        """The parameters' words: uint64 (n,).
+    def _flat(self, arguments):
+        """The parameters' values, those of arrays and tuples one by one.
 
         Raises
         ------
@@ -196,13 +208,26 @@ class Kernel:
         """
         if len(arguments) != len(self._writers):
             raise TypeError(f"kernel {self.__name__} takes {len(self._writers)} arguments, not {len(arguments)}")
-        words = []
-        for position, (write, value) in enumerate(zip(self._writers, arguments, strict=True)):
+        values = []
+        try:
+            for write, value in zip(self._writers, arguments, strict=True):
+                write(value, values)
+        except (TypeError, ValueError, AttributeError):
+            self._refuse(arguments)
+            raise
+        return values
+
+    def _refuse(self, arguments):
+        """Say which argument is not of its type."""
+        for position, (kind, write, value) in enumerate(zip(self.signature, self._writers, arguments, strict=True)):
+            values = []
             try:
-                write(value, words)
-            except (TypeError, ValueError, AttributeError, struct.error) as error:
+                write(value, values)
+                struct.pack("<" + _form(kind), *values)
+            except (struct.error, OverflowError):
+                raise TypeError(f"argument {position} of kernel {self.__name__}: {value} is no {kind}") from None
+            except (TypeError, ValueError, AttributeError) as error:
                 raise TypeError(f"argument {position} of kernel {self.__name__}: {error}") from None
-        return np.array(words, np.uint64)
 
 
 def needs_compiling():
@@ -253,52 +278,50 @@ def _sizes(kind):
     return [1 if isinstance(kind, types.Boolean) else kind.bitwidth // 8]
 
 
+def _form(kind):
+    """A word for each of these parameters, in the language of `struct`, which also says what does not fit."""
+    if isinstance(kind, types.Array):
+        return "q" * len(_sizes(kind))
+    if isinstance(kind, types.BaseTuple):
+        return "".join(map(_form, kind))
+    if isinstance(kind, types.Float):
+        return "d" if kind.bitwidth == 64 else "f4x"
+    if isinstance(kind, types.Boolean):
+        return "?7x"
+    if isinstance(kind, types.Integer):
+        letter = {8: "b7x", 16: "h6x", 32: "i4x", 64: "q"}[kind.bitwidth]
+        return letter if kind.signed else letter.upper().replace("X", "x")
+    raise TypeError(f"kernels take no argument of type {kind}")
+
+
 def _writer(kind):
-    """A function (value, words) that appends the parameters of a value of a Numba type."""
+    """A function (value, values) that appends what the parameters of a value of a Numba type are."""
     if isinstance(kind, types.Array):
         dtype, dimensions, contiguous = numpy_support.as_dtype(kind.dtype), kind.ndim, kind.layout == "C"
+        # Two words for what Numba knows about an array's memory; then the number of elements and the bytes of one.
+        itemsize = dtype.itemsize
 
-        def write(value, words):
+        def write(value, values):
             if value.dtype != dtype or value.ndim != dimensions or (contiguous and not value.contiguous):
                 found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
                 raise TypeError(f"expected {kind}, got an array of {found}")
-            # Two words for what Numba knows about an array's memory, the number of elements and the bytes of one.
-            words += 0, 0, value.size, dtype.itemsize, value.address
-            words += value.shape
-            words += (stride & _MASK for stride in value.strides)
+            values += 0, 0, value.size, itemsize, value.address, *value.shape, *value.strides
 
     elif isinstance(kind, types.BaseTuple):
         writers = [_writer(each) for each in kind]
 
-        def write(value, words):
+        def write(value, values):
             if len(value) != len(writers):
                 raise TypeError(f"expected {len(writers)} values, got {len(value)}")
             for each, part in zip(writers, value, strict=True):
-                each(part, words)
-
-    elif isinstance(kind, types.Float):
-        form, bits = ("d", "Q") if kind.bitwidth == 64 else ("f", "I")
-
-        def write(value, words):
-            words.append(struct.unpack(bits, struct.pack(form, float(value)))[0])
-
-    elif isinstance(kind, (types.Integer, types.Boolean)):
-        bits = 1 if isinstance(kind, types.Boolean) else kind.bitwidth
-        least = -(1 << bits - 1) if getattr(kind, "signed", False) else 0
-        most = least + (1 << bits) - 1
-
-        def write(value, words):
-            number = operator.index(value)
-            if not least <= number <= most:
-                raise ValueError(f"{number} is no {kind}")
-            words.append(number & _MASK)
+                each(part, values)
 
     else:
-        raise TypeError(f"kernels take no argument of type {kind}")
+
+        def write(value, values):
+            values.append(value)
+
     return write
-
-
-_MASK = (1 << 64) - 1
 
 
 def _inside(kind, value):

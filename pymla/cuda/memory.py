@@ -9,6 +9,7 @@ import bisect
 import ctypes
 import functools
 import itertools
+import math
 import threading
 
 import numpy as np
@@ -25,6 +26,10 @@ if SIMULATED:
 STAGING = 32 << 20
 
 
+#: Types of what indexes a device array.
+_INDICES = slice, int, np.integer, type(None), type(Ellipsis)
+
+
 class DeviceArray:
     """An array in the device's memory, or a view of one.
 
@@ -39,11 +44,11 @@ class DeviceArray:
 
     __slots__ = ("_view", "address")
 
-    def __init__(self, view):
+    def __init__(self, view, address=None):
         # A NumPy array at the device's addresses: NumPy computes shapes, strides and addresses of views, and keeps the
         # memory alive. Its elements are never touched.
         self._view = view
-        self.address = view.__array_interface__["data"][0]
+        self.address = view.__array_interface__["data"][0] if address is None else address
 
     shape = property(lambda self: self._view.shape)
     strides = property(lambda self: self._view.strides)
@@ -63,7 +68,7 @@ class DeviceArray:
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
         for each in index:
-            if not (each is None or each is Ellipsis or isinstance(each, (slice, int, np.integer))):
+            if not isinstance(each, _INDICES):
                 raise TypeError(f"device arrays have no index of type {type(each).__name__}")
         # With an ellipsis NumPy makes a view even of a single element, where it would read the value otherwise.
         return DeviceArray(self._view[index if Ellipsis in index else (*index, Ellipsis)])
@@ -92,16 +97,17 @@ class DeviceArray:
 class _Memory:
     """Bytes of the device, in the form that NumPy makes an array of."""
 
+    __slots__ = ("__array_interface__", "_pool", "_size", "address")
+
     def __init__(self, nbytes, shape, dtype):
         # What a graph uses must not be given to anything else while the graph may be replayed.
         self._pool = recording().pool if recording() else _pool
-        self._address, self._size = self._pool.take(nbytes)
-        kind = np.dtype(dtype).str
-        self.__array_interface__ = {"shape": shape, "typestr": kind, "data": (self._address, False), "version": 3}
+        self.address, self._size = self._pool.take(nbytes)
+        self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (self.address, False), "version": 3}
 
     def __del__(self):
-        if hasattr(self, "_address"):
-            self._pool.give(self._address, self._size)
+        if hasattr(self, "address"):
+            self._pool.give(self.address, self._size)
 
 
 class Pool:
@@ -192,13 +198,14 @@ def empty(shape, dtype):
     """An array whose elements are not set; in the simulator they are NaN or −1."""
     shape = tuple(map(int, shape)) if isinstance(shape, (tuple, list)) else (int(shape),)
     dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if SIMULATED:
         try:
             return DeviceArray(simulator.buffer(nbytes).view(dtype).reshape(shape))
         except MemoryError:
             raise _out_of_memory(nbytes) from None
-    return DeviceArray(np.asarray(_Memory(nbytes, shape, dtype)))
+    memory = _Memory(nbytes, shape, dtype)
+    return DeviceArray(np.asarray(memory), memory.address)
 
 
 def zeros(shape, dtype):

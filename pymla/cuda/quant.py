@@ -155,6 +155,9 @@ def _product(w, activation, heads, out):
     # Neighbouring blocks take the same rows, which are then read from memory once.
     if tokens > FEW and w.qtype in FLOATS:
         launched, grid = _MATMUL_TILES[w.qtype], (-(-tokens // TILE), -(-rows // TILE), count)
+        # A router's matrix, say: a block would go along its columns alone, slice after slice.
+        if grid[0] * grid[1] * count < ENOUGH_TILES:
+            launched, grid = _MATMUL_FLOAT[w.qtype], (-(-tokens // (AT_ONCE * WARPS)), -(-rows // ROWS), count)
     elif tokens > FEW:
         of_rows = -(-rows // TILE_ROWS)
         # Wide tiles read less, and are for matrices that keep all multiprocessors busy with them.
@@ -293,6 +296,13 @@ def four_rows(w, matrix, first):
 
 
 @device
+def times_four(weight, x, sums):
+    """``sums + weight * x`` of four tokens."""
+    s0, s1, s2, s3 = sums
+    return fma(weight, x[0], s0), fma(weight, x[1], s1), fma(weight, x[2], s2), fma(weight, x[3], s3)
+
+
+@device
 def store_few(out, t, column, left, sums):
     """A row's products with four tokens, the lanes' parts of which are `sums`, if the row is there."""
     s0, s1, s2, s3 = sums
@@ -384,6 +394,49 @@ def _matvec_float(qtype):
     return _matvec_float
 
 
+def _matmul_float(qtype):
+    """A product in float32 with many tokens, but with fewer tiles than multiprocessors."""
+    one, four, nbytes = FLOATS[qtype]
+
+    @device
+    def dot(w, x, sum):
+        return fma(w[0], x[0], fma(w[1], x[1], fma(w[2], x[2], fma(w[3], x[3], sum))))
+
+    @device
+    def dots(w, x, sums):
+        s0, s1, s2, s3 = sums
+        return dot(w, x[0], s0), dot(w, x[1], s1), dot(w, x[2], s2), dot(w, x[3], s3)
+
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def _matmul_float(w, x, heads, out):
+        """A warp takes `ROWS` rows (y) of matrix z and `AT_ONCE` tokens; the block's warps have neighbouring tokens."""
+        matrix, t = cuda.blockIdx.z, AT_ONCE * (WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP)
+        first, columns, me = ROWS * cuda.blockIdx.y, x.columns, lane()
+        r0, r1, r2, r3 = four_rows(w, matrix, first)
+        x0 = x.x + 4 * columns * input_row(x, heads, matrix, t)
+        x1 = x.x + 4 * columns * input_row(x, heads, matrix, t + 1)
+        x2 = x.x + 4 * columns * input_row(x, heads, matrix, t + 2)
+        x3 = x.x + 4 * columns * input_row(x, heads, matrix, t + 3)
+        zero = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        s0 = s1 = s2 = s3 = zero
+        whole = columns if columns & 3 == 0 else 0
+        for k in range(4 * me, whole, 4 * WARP):
+            v = load_f32x4(x0 + 4 * k), load_f32x4(x1 + 4 * k), load_f32x4(x2 + 4 * k), load_f32x4(x3 + 4 * k)
+            s0, s1 = dots(four(r0 + nbytes * k), v, s0), dots(four(r1 + nbytes * k), v, s1)
+            s2, s3 = dots(four(r2 + nbytes * k), v, s2), dots(four(r3 + nbytes * k), v, s3)
+        for k in range(whole + me, columns, WARP):
+            y = load_f32(x0 + 4 * k), load_f32(x1 + 4 * k), load_f32(x2 + 4 * k), load_f32(x3 + 4 * k)
+            s0, s1 = times_four(one(r0 + nbytes * k), y, s0), times_four(one(r1 + nbytes * k), y, s1)
+            s2, s3 = times_four(one(r2 + nbytes * k), y, s2), times_four(one(r3 + nbytes * k), y, s3)
+        column, left = matrix * w.rows + first, w.rows - first
+        store_few(out, t, column, left, s0)
+        store_few(out, t, column + 1, left - 1, s1)
+        store_few(out, t, column + 2, left - 2, s2)
+        store_few(out, t, column + 3, left - 3, s3)
+
+    return _matmul_float
+
+
 #: Columns of a slice in shared memory, and float32 between them.
 _SLICE, _APART = 16, TILE + 4
 _FLOATS = _SLICE * _APART
@@ -392,11 +445,6 @@ _FLOATS = _SLICE * _APART
 def _matmul_tiles(qtype):
     """A product in float32 with many tokens."""
     one, _, nbytes = FLOATS[qtype]
-
-    @device
-    def products(weight, x, sums):
-        s0, s1, s2, s3 = sums
-        return fma(weight, x[0], s0), fma(weight, x[1], s1), fma(weight, x[2], s2), fma(weight, x[3], s3)
 
     @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _matmul_tiles(w, x, heads, out):
@@ -423,10 +471,10 @@ def _matmul_tiles(qtype):
                 w0, w1, w2, w3 = load_shared_f32x4(from_weights + 4 * _APART * k)
                 w4, w5, w6, w7 = load_shared_f32x4(from_weights + 4 * _APART * k + 16)
                 values = load_shared_f32x4(from_inputs + 4 * _APART * k)
-                s0, s1 = products(w0, values, s0), products(w1, values, s1)
-                s2, s3 = products(w2, values, s2), products(w3, values, s3)
-                s4, s5 = products(w4, values, s4), products(w5, values, s5)
-                s6, s7 = products(w6, values, s6), products(w7, values, s7)
+                s0, s1 = times_four(w0, values, s0), times_four(w1, values, s1)
+                s2, s3 = times_four(w2, values, s2), times_four(w3, values, s3)
+                s4, s5 = times_four(w4, values, s4), times_four(w5, values, s5)
+                s6, s7 = times_four(w6, values, s6), times_four(w7, values, s7)
             cuda.syncthreads()
         # Rows are neighbours in `out`.
         t += 4 * (thread & 15)
@@ -554,6 +602,7 @@ _MATVEC_FEW = {qtype: _matvec_few(qtype) for qtype in FORMATS}
 #: Types with two scales in a block would spill registers in wide tiles.
 _MATMUL = {(q, n): _matmul(q, n) for q in FORMATS for n in (NARROW, WIDE) if n == NARROW or not FORMATS[q].halves}
 _MATVEC_FLOAT = {qtype: _matvec_float(qtype) for qtype in FLOATS}
+_MATMUL_FLOAT = {qtype: _matmul_float(qtype) for qtype in FLOATS}
 _MATMUL_TILES = {qtype: _matmul_tiles(qtype) for qtype in FLOATS}
 _TRANSPOSED = {q: _transposed(q) for q in FORMATS} | {q: _transposed_float(q) for q in FLOATS}
 _EMBEDDING_ROWS = {q: _embedding_rows(q) for q in FORMATS} | {q: _embedding_rows_float(q) for q in FLOATS}

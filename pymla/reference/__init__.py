@@ -5,9 +5,10 @@ float64.
 """
 
 from pymla import sampling
+from pymla.costs import SLICE
 from pymla.reference import attention, memory, moe, norm, quant, rope
 from pymla.reference.graph import Graph
 
 NAME = "reference"
 
-__all__ = ["NAME", "Graph", "attention", "memory", "moe", "norm", "quant", "rope", "sampling"]
+__all__ = ["NAME", "SLICE", "Graph", "attention", "memory", "moe", "norm", "quant", "rope", "sampling"]

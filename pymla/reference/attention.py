@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pymla import costs
 from pymla.cache import PAGE, LatentCache, block_rows
 from pymla.reference import memory
 from pymla.reference.quant import dequantise, quantise
+
+#: Heads that `expand` takes at a time.
+heads_at_once = costs.heads_at_once
 
 
 def latent_cache(layout, slots):
