@@ -277,11 +277,7 @@ def _matvec_few(qtype):
             input_row(x, heads, matrix, t + 3),
         )
         s0, s1, s2, s3 = products(four_rows(w, matrix, first), numbers, x)
-        column, left = matrix * w.rows + first, w.rows - first
-        store_few(out, t, column, left, s0)
-        store_few(out, t, column + 1, left - 1, s1)
-        store_few(out, t, column + 2, left - 2, s2)
-        store_few(out, t, column + 3, left - 3, s3)
+        store_few_rows(out, t, matrix * w.rows + first, w.rows - first, (s0, s1, s2, s3))
 
     return _matvec_few
 
@@ -293,6 +289,31 @@ def four_rows(w, matrix, first):
     r1 = r0 + (w.row_stride if left > 1 else 0)
     r2 = r1 + (w.row_stride if left > 2 else 0)
     return r0, r1, r2, r2 + (w.row_stride if left > 3 else 0)
+
+
+@device
+def four_inputs(x, heads, matrix, t):
+    """The addresses of the float32 activations of tokens from t on, as `input_row` finds them."""
+    stride = 4 * x.columns
+    return (
+        x.x + stride * input_row(x, heads, matrix, t),
+        x.x + stride * input_row(x, heads, matrix, t + 1),
+        x.x + stride * input_row(x, heads, matrix, t + 2),
+        x.x + stride * input_row(x, heads, matrix, t + 3),
+    )
+
+
+@device
+def dot_four(w, x, sum):
+    """``sum + w · x`` of four numbers each."""
+    return fma(w[0], x[0], fma(w[1], x[1], fma(w[2], x[2], fma(w[3], x[3], sum))))
+
+
+@device
+def dots_four(w, x, sums):
+    """`dot_four` of four tokens."""
+    s0, s1, s2, s3 = sums
+    return dot_four(w, x[0], s0), dot_four(w, x[1], s1), dot_four(w, x[2], s2), dot_four(w, x[3], s3)
 
 
 @device
@@ -310,6 +331,15 @@ def store_few(out, t, column, left, sums):
     me = lane()
     if me < AT_ONCE and left > 0 and t + me < len(out):
         out[t + me, column] = s0 if me == 0 else s1 if me == 1 else s2 if me == 2 else s3
+
+
+@device
+def store_few_rows(out, t, column, left, sums):
+    """`store_few` of four rows, of which `left` are there."""
+    store_few(out, t, column, left, sums[0])
+    store_few(out, t, column + 1, left - 1, sums[1])
+    store_few(out, t, column + 2, left - 2, sums[2])
+    store_few(out, t, column + 3, left - 3, sums[3])
 
 
 def _matmul(qtype, activations):
@@ -355,41 +385,30 @@ def _matvec_float(qtype):
     """A product in float32 with few tokens."""
     one, four, nbytes = FLOATS[qtype]
 
-    @device
-    def dot(at, w, sum):
-        x0, x1, x2, x3 = load_f32x4(at)
-        return fma(w[0], x0, fma(w[1], x1, fma(w[2], x2, fma(w[3], x3, sum))))
-
     @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _matvec_float(w, x, heads, out):
         """A warp takes a row of matrix y and tokens from ``AT_ONCE * z`` on."""
         matrix, row, t = cuda.blockIdx.y, WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP, AT_ONCE * cuda.blockIdx.z
         at, columns, me = row_address(w, matrix, row), x.columns, lane()
-        x0 = x.x + 4 * columns * input_row(x, heads, matrix, t)
-        x1 = x.x + 4 * columns * input_row(x, heads, matrix, t + 1)
-        x2 = x.x + 4 * columns * input_row(x, heads, matrix, t + 2)
-        x3 = x.x + 4 * columns * input_row(x, heads, matrix, t + 3)
+        x0, x1, x2, x3 = four_inputs(x, heads, matrix, t)
         s0 = s1 = s2 = s3 = np.float32(0)
         several = len(out) > 1
         # Rows are aligned for four weights at a time where four divides their length.
         whole = columns if columns & 3 == 0 else 0
         for k in range(4 * me, whole, 4 * WARP):
             weights = four(at + nbytes * k)
-            s0 = dot(x0 + 4 * k, weights, s0)
+            s0 = dot_four(weights, load_f32x4(x0 + 4 * k), s0)
             if several:
-                s1 = dot(x1 + 4 * k, weights, s1)
-                s2 = dot(x2 + 4 * k, weights, s2)
-                s3 = dot(x3 + 4 * k, weights, s3)
+                s1 = dot_four(weights, load_f32x4(x1 + 4 * k), s1)
+                s2 = dot_four(weights, load_f32x4(x2 + 4 * k), s2)
+                s3 = dot_four(weights, load_f32x4(x3 + 4 * k), s3)
         for k in range(whole + me, columns, WARP):
             weight = one(at + nbytes * k)
             s0 = fma(weight, load_f32(x0 + 4 * k), s0)
             s1 = fma(weight, load_f32(x1 + 4 * k), s1)
             s2 = fma(weight, load_f32(x2 + 4 * k), s2)
             s3 = fma(weight, load_f32(x3 + 4 * k), s3)
-        s0, s1, s2, s3 = warp_sum(s0), warp_sum(s1), warp_sum(s2), warp_sum(s3)
-        if me < AT_ONCE and row < w.rows and t + me < len(out):
-            result = s0 if me == 0 else s1 if me == 1 else s2 if me == 2 else s3
-            out[t + me, matrix * w.rows + row] = result
+        store_few(out, t, matrix * w.rows + row, w.rows - row, (s0, s1, s2, s3))
 
     return _matvec_float
 
@@ -398,41 +417,25 @@ def _matmul_float(qtype):
     """A product in float32 with many tokens, but with fewer tiles than multiprocessors."""
     one, four, nbytes = FLOATS[qtype]
 
-    @device
-    def dot(w, x, sum):
-        return fma(w[0], x[0], fma(w[1], x[1], fma(w[2], x[2], fma(w[3], x[3], sum))))
-
-    @device
-    def dots(w, x, sums):
-        s0, s1, s2, s3 = sums
-        return dot(w, x[0], s0), dot(w, x[1], s1), dot(w, x[2], s2), dot(w, x[3], s3)
-
     @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def _matmul_float(w, x, heads, out):
         """A warp takes `ROWS` rows (y) of matrix z and `AT_ONCE` tokens; the block's warps have neighbouring tokens."""
         matrix, t = cuda.blockIdx.z, AT_ONCE * (WARPS * cuda.blockIdx.x + cuda.threadIdx.x // WARP)
         first, columns, me = ROWS * cuda.blockIdx.y, x.columns, lane()
         r0, r1, r2, r3 = four_rows(w, matrix, first)
-        x0 = x.x + 4 * columns * input_row(x, heads, matrix, t)
-        x1 = x.x + 4 * columns * input_row(x, heads, matrix, t + 1)
-        x2 = x.x + 4 * columns * input_row(x, heads, matrix, t + 2)
-        x3 = x.x + 4 * columns * input_row(x, heads, matrix, t + 3)
+        x0, x1, x2, x3 = four_inputs(x, heads, matrix, t)
         zero = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         s0 = s1 = s2 = s3 = zero
         whole = columns if columns & 3 == 0 else 0
         for k in range(4 * me, whole, 4 * WARP):
             v = load_f32x4(x0 + 4 * k), load_f32x4(x1 + 4 * k), load_f32x4(x2 + 4 * k), load_f32x4(x3 + 4 * k)
-            s0, s1 = dots(four(r0 + nbytes * k), v, s0), dots(four(r1 + nbytes * k), v, s1)
-            s2, s3 = dots(four(r2 + nbytes * k), v, s2), dots(four(r3 + nbytes * k), v, s3)
+            s0, s1 = dots_four(four(r0 + nbytes * k), v, s0), dots_four(four(r1 + nbytes * k), v, s1)
+            s2, s3 = dots_four(four(r2 + nbytes * k), v, s2), dots_four(four(r3 + nbytes * k), v, s3)
         for k in range(whole + me, columns, WARP):
             y = load_f32(x0 + 4 * k), load_f32(x1 + 4 * k), load_f32(x2 + 4 * k), load_f32(x3 + 4 * k)
             s0, s1 = times_four(one(r0 + nbytes * k), y, s0), times_four(one(r1 + nbytes * k), y, s1)
             s2, s3 = times_four(one(r2 + nbytes * k), y, s2), times_four(one(r3 + nbytes * k), y, s3)
-        column, left = matrix * w.rows + first, w.rows - first
-        store_few(out, t, column, left, s0)
-        store_few(out, t, column + 1, left - 1, s1)
-        store_few(out, t, column + 2, left - 2, s2)
-        store_few(out, t, column + 3, left - 3, s3)
+        store_few_rows(out, t, matrix * w.rows + first, w.rows - first, (s0, s1, s2, s3))
 
     return _matmul_float
 
