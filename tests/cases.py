@@ -136,5 +136,5 @@ def rows_to_norm(columns: int):
     rng = np.random.default_rng(11)
     x = rng.standard_normal((4, columns)) * np.array([[1], [1e-2], [1e-6], [0]])
     weight, eps = rng.standard_normal(columns).astype(np.float32), 1e-4
-    expected = [[value * w / ((row @ row) / columns + eps) ** 0.5 for value, w in zip(row, weight, strict=True)] for row in x]
+    expected = [row / np.sqrt(row @ row / columns + eps) * weight for row in x]
     return x.astype(np.float32), weight, eps, np.array(expected)
