@@ -1,15 +1,30 @@
-"""The paged cache: what its rows take, and which slots tokens get."""
+"""The paged cache: what its rows take, which slots tokens get, and what happens when pages are not enough."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cache_checks import give_way_and_come_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_model import PRESETS, make_model
 
-from pymla import ggml, reference
-from pymla.cache import PAGE, FullCache, LatentCache, PagedCache, Sequence, Step, block_rows, row_bytes, row_layout
+from pymla import cpu, ggml, reference
+from pymla.cache import (
+    CACHE_TYPES,
+    PAGE,
+    FullCache,
+    LatentCache,
+    PagedCache,
+    Sequence,
+    Step,
+    block_rows,
+    row_bytes,
+    row_layout,
+)
+from pymla.config import ModelConfig
 from pymla.errors import CacheFull, PymlaError
+from pymla.modelfile import ModelFile
 
 # V2-Lite's sizes, with fewer layers.
 CONFIG = SimpleNamespace(
@@ -80,7 +95,14 @@ def test_rows_lie_in_the_memory_of_their_backend():
     assert asked == [((5, 68), np.uint8), ((5, 16), np.uint8)]
 
 
-# Slots ----------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    make_model(path, PRESETS["tiny"], qtype="f32", seed=1)
+    return ModelConfig.from_gguf(ModelFile.open(path))
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
 
 
 def test_slots_of_a_batch():
@@ -100,8 +122,8 @@ def test_slots_of_a_batch():
     assert (a.length, b.length) == (5, 130)
 
 
-def test_a_freed_sequences_pages_are_the_next_ones():
-    """Pages that were never written take no memory; they stay so as long as others are free."""
+def test_pages_that_were_never_used_stay_so():
+    """They take no memory until they are written: freed ones are used again first."""
     paged, a, b = cache(9), Sequence(), Sequence()
     for _ in range(2):
         paged.extend([(a, tokens(150))])
@@ -118,66 +140,86 @@ def test_a_freed_sequences_pages_are_the_next_ones():
         assert (a.length, a.pages, paged.free_pages) == (0, [], 9)
 
 
-def test_a_full_cache_changes_nothing():
-    paged, a, b = cache(3, ctx=150), Sequence(), Sequence()
-    for batch, words in (
-        ([(a, tokens(151))], "151 tokens do not fit the context of 150"),
-        ([(a, tokens(128)), (b, tokens(65))], "the cache has 3 free pages of 64 tokens and needs 4"),
-    ):
-        with pytest.raises(CacheFull, match=words):
-            paged.extend(batch)
-        assert (a.pages, b.pages, paged.free_pages) == ([], [], 3)
-    paged.extend([(a, tokens(150))])  # both limits can be reached
-    assert paged.free_pages == 0
+def test_the_sequences_that_were_used_least_recently_give_way():
+    paged, sequences = cache(4), [Sequence() for _ in range(5)]
+
+    def step(*numbers):
+        batch = [(sequences[i], tokens(1)) for i in numbers]
+        paged.extend(batch)
+        paged.advance(batch)
+        return [i for i, each in enumerate(sequences) if each.pages]
+
+    for i in range(4):
+        step(i)
+    assert step(1, 0) == [0, 1, 2, 3]
+    assert step(4) == [0, 1, 3, 4]  # 2 is the oldest
+    assert step(2) == [0, 1, 2, 4]  # comes back, for 3
+    assert step(3, 2) in ([0, 2, 3, 4], [1, 2, 3, 4])  # 0 and 1 were used in one step
+    assert step(0, 1, 2, 3) == [0, 1, 2, 3]
+    assert [each.length for each in sequences] == [3, 3, 4, 3, 1]
+    paged.free(sequences[4])
+    assert (sequences[4].saved, sequences[4].length) == (None, 0)
 
 
-SEQUENCES, POOL, CTX = 3, 6, 300
-SHARE = st.integers(0, 200)
+@pytest.mark.parametrize("backend", [reference, cpu], ids=lambda backend: backend.NAME)
+@pytest.mark.parametrize("mla", ["auto", "0"])
+@pytest.mark.parametrize("cache_type", list(CACHE_TYPES))
+def test_rows_come_back_as_they_were(config, backend, cache_type, mla):
+    give_way_and_come_back(config, backend, cache_type, mla)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_batch_that_cannot_fit_changes_nothing(config):
+    cache = PagedCache(config, "f32", "auto", 3, 192, [reference] * config.num_hidden_layers)
+    first, second = Sequence(), Sequence()
+    cache.extend([(first, np.zeros(100, np.int32))])
+    cache.advance([(first, np.zeros(100, np.int32))])
+    pages = list(first.pages)
+    with pytest.raises(CacheFull, match=r"193 tokens do not fit the context of 192.*`ctx`"):
+        cache.extend([(first, np.zeros(93, np.int32))])
+    with pytest.raises(CacheFull, match="need 4 pages of 64 tokens, and the cache has 3"):
+        cache.extend([(first, np.zeros(1, np.int32)), (second, np.zeros(65, np.int32))])
+    assert (first.length, first.pages, second.pages, first.saved) == (100, pages, [], None)
+
+
+def test_an_interrupted_step_leaves_no_page_behind(config):
+    cache = PagedCache(config, "f32", "auto", 3, 192, [reference] * config.num_hidden_layers)
+    first, second = Sequence(), Sequence()
+    cache.extend([(first, np.zeros(190, np.int32))])  # and no advance
+    cache.extend([(first, np.zeros(3, np.int32)), (second, np.zeros(128, np.int32))])
+    assert (len(first.pages), len(second.pages), cache.free_pages) == (1, 2, 0)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.one_of(
-            st.lists(st.tuples(st.integers(0, SEQUENCES - 1), SHARE), min_size=1, max_size=3, unique_by=lambda x: x[0]),
-            st.tuples(st.integers(0, SEQUENCES - 1), SHARE),
-        ),
-        max_size=12,
-    )
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["extend", "truncate", "free", "drop"]), st.integers(1, 200)))
 )
-def test_tokens_never_share_a_slot(operations):
-    """Whatever is added, cut off and freed: a slot belongs to one token, which keeps it, and no page is lost."""
-    paged, sequences = cache(POOL, CTX), [Sequence() for _ in range(SEQUENCES)]
-    slots_of = [[] for _ in range(SEQUENCES)]
-    for operation in operations:
-        if isinstance(operation, tuple):
-            i, length = operation
-            length = min(length, len(slots_of[i]))
-            paged.truncate(sequences[i], length)
-            del slots_of[i][length:]
-        else:
-            batch = [(sequences[i], tokens(count)) for i, count in operation]
-            lengths = [len(slots) for slots in slots_of]
-            for i, count in operation:
-                lengths[i] += count
-            fits = max(lengths) <= CTX and sum(-(-length // PAGE) for length in lengths) <= POOL
-            if not fits:
+def test_no_page_is_lost_or_held_twice(config, calls):
+    """Whatever is done, slots of a step lie in the sequence's own pages, and position p in page p // 64 of them."""
+    cache = PagedCache(config, "q8_0", "auto", 4, 256, [reference] * config.num_hidden_layers)
+    sequences = [Sequence() for _ in range(4)]
+    for which, call, count in calls:
+        sequence = sequences[which]
+        if call == "extend":
+            tokens = np.zeros(count, np.int32)
+            if sequence.length + count > 256:
                 with pytest.raises(CacheFull):
-                    paged.extend(batch)
-            elif sum(count for _, count in operation):
-                step = paged.extend(batch)
-                paged.advance(batch)
-                for row, (i, _) in enumerate(operation):
-                    old, new = slots_of[i], step.slots[step.seq_of == row].tolist()
-                    assert step.positions[step.seq_of == row].tolist() == [*range(len(old), len(old) + len(new))]
-                    old += new
-                    table = step.block_tables[row]
-                    assert old == [table[p // PAGE] * PAGE + p % PAGE for p in range(len(old))]
-        taken = [slot for slots in slots_of for slot in slots]
-        assert len(set(taken)) == len(taken)
-        assert all(0 <= slot < POOL * PAGE for slot in taken)
-        assert [sequence.length for sequence in sequences] == [len(slots) for slots in slots_of]
-        assert paged.free_pages == POOL - sum(-(-len(slots) // PAGE) for slots in slots_of)
+                    cache.extend([(sequence, tokens)])
+                continue
+            step = cache.extend([(sequence, tokens)])
+            positions = np.arange(sequence.length, sequence.length + count)
+            np.testing.assert_array_equal(step.positions, positions)
+            expected = np.array(sequence.pages)[positions // PAGE] * PAGE + positions % PAGE
+            np.testing.assert_array_equal(step.slots, expected)
+            cache.advance([(sequence, tokens)])
+        elif call == "truncate":
+            cache.truncate(sequence, min(count, sequence.length))
+        elif call == "free":
+            cache.free(sequence)
+        else:
+            sequences[which] = sequence = Sequence()
+        held = [page for each in sequences for page in each.pages]
+        assert len(held) == len(set(held))
+        assert cache.free_pages == 4 - len(held)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""NumPy's reference against the definitions, in float64 and a number at a time."""
+"""NumPy's reference against the definitions, a number at a time.
 
-import cmath
-import math
+In NumPy's widest floats, where there are wider ones than float64: the reference computes in the type that it is given,
+so that a step in a narrower one shows.
+"""
 
 import numpy as np
 import pytest
@@ -14,40 +15,43 @@ from pymla.weights import QTensor
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+WIDE = np.longdouble
+CLOSE = {"rtol": 64 * np.finfo(WIDE).eps, "atol": 64 * np.finfo(WIDE).eps}
 
 
 def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
+    """Normally distributed numbers that use all bits of their type."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(WIDE) / 3
 
 
 def poisoned(*shape):
-    return np.full(shape, np.nan)
+    return np.full(shape, np.nan, WIDE)
 
 
 def dense(w):
-    return quant.dequantise(w.data, w.qtype).astype(np.float64)
+    return quant.dequantise(w.data, w.qtype).astype(WIDE)
 
 
 # Norm and rope --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, WIDE])
 def test_norm(dtype):
-    x, weight, eps, expected = rows_to_norm(70)
-    x = x.astype(dtype)
-    tolerance = {"rtol": 3e-6} if dtype == np.float32 else {"rtol": 1e-6}  # the rows themselves are float32
-    for other in (None, x[::-1].copy()):
-        before = x.copy() if other is None else x - other
+    x, weight, eps, _ = rows_to_norm(70)
+    x = x.astype(dtype) / 3
+    expected = np.array([row / np.sqrt(row @ row / 70 + eps) * weight for row in x.astype(WIDE)])
+    tolerance = {"rtol": 16 * np.finfo(dtype).eps, "atol": 1e-30}
+    for y in (None, x[::-1].copy()):
+        total = x.copy() if y is None else x - y
         out = np.full_like(x, np.nan)
-        activation = norm.normed(before, weight, eps, out, other)
+        activation = norm.normed(total, weight, eps, out, y)
         assert activation.x is out
-        np.testing.assert_allclose(before, x, rtol=1e-6, atol=1e-9)
-        if other is None:
+        np.testing.assert_allclose(total, x, rtol=tolerance["rtol"], atol=np.finfo(dtype).eps)
+        np.testing.assert_allclose(out, norm.rms_norm(total, weight, eps, np.empty_like(x)), rtol=0)
+        if y is None:
             np.testing.assert_allclose(out, expected, **tolerance)
-    row = x.copy()
-    assert norm.rms_norm(row, weight, eps, row) is row  # in place
-    np.testing.assert_allclose(row, expected, **tolerance)
+    assert norm.rms_norm(x, weight, eps, x) is x  # in place
+    np.testing.assert_allclose(x, expected, **tolerance)
 
 
 def test_rope_turns_pairs_as_complex_numbers():
@@ -59,8 +63,8 @@ def test_rope_turns_pairs_as_complex_numbers():
     for t, position in enumerate(positions):
         for h in range(2):
             for i, frequency in enumerate(inv_freq):
-                before, after = (complex(*each[t, h, 4 + 2 * i : 6 + 2 * i]) for each in (x, rotated))
-                assert after == pytest.approx(before * magnitude * cmath.exp(1j * position * frequency), rel=1e-9)
+                before, after = (np.array(each[t, h, 4 + 2 * i : 6 + 2 * i]) @ [1, 1j] for each in (x, rotated))
+                assert after == pytest.approx(before * magnitude * np.exp(1j * position * frequency), rel=1e-9)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ HEADS, RANK, NOPE, ROPE, V = 3, 64, 32, 32, 32
 
 def attend(q, keys, values, scale):
     """A query over the keys and values that it sees."""
-    weights = [math.exp(scale * float(q @ key)) for key in keys]
+    weights = [np.exp(scale * (q @ key)) for key in keys]
     return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
@@ -97,8 +101,9 @@ def test_absorbed_and_expanded_attention_are_one(cache_type):
         rotated = rows_of(k_pe, step, b, length)
         k = np.array([[[*(matrix @ c[s]), *rotated[s]] for matrix in dense(k_b)] for s in range(length)])
         v = np.array([[matrix @ c[s] for matrix in dense(v_b)] for s in range(length)])
-        memory = attention.keys_values(length, HEADS, NOPE + ROPE, V, True, np.float64)
-        assert memory.keys.dtype == memory.values.dtype == np.float64
+        memory = attention.keys_values(length, HEADS, NOPE + ROPE, V, True, WIDE)
+        assert memory.keys.dtype == memory.values.dtype == WIDE
+        assert attention.keys_values(1, 1, 1, 1, True).keys.dtype == np.float32
         keys, values = attention.expand(c, rotated, k_b, v_b, memory)
         np.testing.assert_allclose(keys, k, **CLOSE)
         np.testing.assert_allclose(values, v, **CLOSE)
@@ -129,11 +134,11 @@ def test_full_attention():
 def test_scores_of_any_height():
     """Only differences of scores matter, where their exponentials would overflow as well."""
     values = normal(3, 1, 4)
-    for height in (0, 1000, -1000):
-        keys = np.array([[[height]], [[height + 1]], [[height]]], np.float64)
+    for height in (0, 20_000, -20_000):
+        keys = np.array([[[height]], [[height + 1]], [[height]]], WIDE)
         memory = attention.KeysValues(keys, values)
-        out = attention.expanded(np.ones((1, 1, 1)), memory, np.array([2]), 1.0, poisoned(1, 1, 4))
-        e = math.e
+        out = attention.expanded(np.ones((1, 1, 1), WIDE), memory, np.array([2]), 1.0, poisoned(1, 1, 4))
+        e = np.exp(WIDE(1))
         np.testing.assert_allclose(out[0, 0], (values[0] + e * values[1] + values[2])[0] / (2 + e), **CLOSE)
 
 
@@ -157,7 +162,7 @@ def test_stored_rows_are_loaded_again(cache_type):
 def test_router_takes_the_lower_of_equals(name):
     logits, config, expected = TIES[name]
     ids, weights = np.empty((1, len(expected)), np.int32), poisoned(1, len(expected))
-    moe.router(np.array([logits], np.float64), None, routing(**config), ids, weights)
+    moe.router(np.array([logits], WIDE), None, routing(**config), ids, weights)
     assert ids[0].tolist() == expected
 
 
@@ -165,7 +170,7 @@ def test_router_takes_the_lower_of_equals(name):
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2), (4, 3)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
-@pytest.mark.parametrize("height", [0, 800])
+@pytest.mark.parametrize("height", [0, 20_000])
 def test_router(scoring_func, groups, biased, norm_topk_prob, height):
     """Expert by expert; `height` overflows an exponential of the logits themselves."""
     best = 2 if scoring_func == "sigmoid" else 1
@@ -184,18 +189,18 @@ def test_router(scoring_func, groups, biased, norm_topk_prob, height):
     np.testing.assert_array_equal(logits, before)
     for row, chosen, given in zip(logits, ids, weights, strict=True):
         if scoring_func == "sigmoid":
-            scores = [1 / (1 + math.exp(-x)) for x in row]
+            scores = [1 / (1 + np.exp(-x)) for x in row]
         else:
-            total = sum(math.exp(x - height) for x in row)
-            scores = [math.exp(x - height) / total for x in row]
-        choice = [score + (float(bias[e]) if biased else 0) for e, score in enumerate(scores)]
+            total = sum(np.exp(x - height) for x in row)
+            scores = [np.exp(x - height) / total for x in row]
+        choice = [score + (WIDE(bias[e]) if biased else 0) for e, score in enumerate(scores)]
         size = 16 // groups[0]
         worth = [sum(sorted(choice[g * size : (g + 1) * size])[-best:]) for g in range(groups[0])]
         kept = sorted(range(groups[0]), key=lambda g: -worth[g])[: groups[1]]
         expected = sorted((e for e in range(16) if e // size in kept), key=lambda e: -choice[e])[:3]
         assert chosen.tolist() == expected
         total = sum(scores[e] for e in expected) if norm_topk_prob else 1
-        np.testing.assert_allclose(given, [2.5 * scores[e] / total for e in expected], rtol=1e-12)
+        np.testing.assert_allclose(given, [WIDE(2.5) * scores[e] / total for e in expected], **CLOSE)
 
 
 def test_weights_of_experts_without_a_score():
@@ -203,14 +208,14 @@ def test_weights_of_experts_without_a_score():
     ids, weights = np.empty((1, 2), np.int32), poisoned(1, 2)
     config = routing(scoring_func="sigmoid", norm_topk_prob=True)
     with np.errstate(over="ignore"):
-        moe.router(np.full((1, 4), -1000.0), None, config, ids, weights)
+        moe.router(np.full((1, 4), -20_000, WIDE), None, config, ids, weights)
     assert weights.tolist() == [[0, 0]]
 
 
 def one_expert(x, gate, up, down):
     """A token through a gated network, number by number."""
     g, u = gate @ x, up @ x
-    return down @ np.array([a / (1 + math.exp(-a)) * b for a, b in zip(g, u, strict=True)])
+    return down @ np.array([a / (1 + np.exp(-a)) * b for a, b in zip(g, u, strict=True)])
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -227,7 +232,7 @@ def test_experts(shared, add):
     assert moe.experts(activation, ids, weights, *matrices, out, own if shared else None, add) is out
     np.testing.assert_array_equal(activation.x, x)
     for t in range(tokens):
-        expected = before[t].copy() if add else np.zeros(hidden)
+        expected = before[t].copy() if add else np.zeros(hidden, WIDE)
         if shared:
             expected += one_expert(x[t], *map(dense, own))
         for e, weight in zip(ids[t], weights[t], strict=True):
@@ -244,7 +249,9 @@ def test_ffn(add):
         expected = one_expert(x[t], *map(dense, (gate, up, down))) + (before[t] if add else 0)
         np.testing.assert_allclose(out[t], expected, **CLOSE)
     # The output is overwritten unless told otherwise.
-    np.testing.assert_allclose(moe.ffn(quant.Activation(x), gate, up, down, poisoned(3, 32)), out - add * before)
+    np.testing.assert_allclose(
+        moe.ffn(quant.Activation(x), gate, up, down, poisoned(3, 32)), out - add * before, **CLOSE
+    )
 
 
 # Products -------------------------------------------------------------------------------------------------------------

@@ -92,12 +92,12 @@ def test_logprobs_are_the_models_own():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match=r"top_p is 1.5"):
+    with pytest.raises(PymlaError, match=r"`top_p` is 1.5"):
         SamplingParams(top_p=1.5)
-    with pytest.raises(PymlaError, match="temperature is nan"):
+    with pytest.raises(PymlaError, match="`temperature` is nan"):
         SamplingParams(temperature=float("nan"))
     for bias in (float("nan"), float("inf"), 1e300):
-        with pytest.raises(PymlaError, match="logit bias of token 3 is"):
+        with pytest.raises(PymlaError, match=r"`logit_bias\[3\]` is"):
             SamplingParams(logit_bias={3: bias})
     with pytest.raises(PymlaError, match="token 1 is nan"):
         Sampler(SamplingParams()).sample(np.array([0, np.nan], np.float32))
@@ -197,7 +197,64 @@ def test_log_probabilities_of_logits_of_any_height(shift):
     np.testing.assert_allclose([logprob for _, logprob in sampled.alternatives], LOGITS, atol=1e-5)
 
 
+# Options --------------------------------------------------------------------------------------------------------------
+
+
 def test_bias_of_a_token_next_to_the_vocabulary():
-    for token in (-1, len(LOGITS)):
-        with pytest.raises(PymlaError, match=rf"token {token}: the vocabulary has 5"):
-            Sampler(SamplingParams(logit_bias={token: 1.0})).sample(LOGITS)
+    with pytest.raises(PymlaError, match="token 5: the vocabulary has 5"):
+        Sampler(SamplingParams(logit_bias={5: 1.0})).sample(LOGITS)
+    assert Sampler(SamplingParams(logit_bias={0: -20, 4: 20})).sample(LOGITS).token == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("temperature", 0, 100),
+        ("top_k", 0, 2**31),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("repetition_penalty", 0.01, 100),
+        ("frequency_penalty", -100, 100),
+        ("presence_penalty", -100, 100),
+        ("penalty_window", 0, 2**31),
+        ("logprobs", 0, 1000),
+    ],
+)
+def test_limits(name, low, high):
+    whole = name in ("top_k", "penalty_window", "logprobs")
+    for value in (low, high):
+        assert getattr(SamplingParams(**{name: value}), name) == value
+    for value in (low - 1, high + 1, *(() if whole else (math.nextafter(low, -1e9), math.nextafter(high, 1e9)))):
+        with pytest.raises(PymlaError, match=rf"^`{name}` is .* from {low:g} to {high if whole else f'{high:g}'} is"):
+            SamplingParams(**{name: value})
+
+
+def test_limits_of_bias_and_seed():
+    for bias in (-1e9, 1e9, -math.inf, np.float32(-math.inf)):
+        assert SamplingParams(logit_bias={np.int64(0): bias}).logit_bias == {0: bias}
+    for bias in (-1.1e9, 1.1e9, math.inf, math.nan, "1"):
+        with pytest.raises(PymlaError, match=r"`logit_bias\[0\]` is .*; a number from -1e\+09 to 1e\+09 is expected"):
+            SamplingParams(logit_bias={0: bias})
+    for token in (-1, 0.5, "0"):
+        with pytest.raises(PymlaError, match="`logit_bias` is .*; a whole number from 0 on is expected"):
+            SamplingParams(logit_bias={token: 1.0})
+    with pytest.raises(PymlaError, match=r"`logit_bias` is \[\]; a dict of token ids and numbers is expected"):
+        SamplingParams(logit_bias=[])
+    assert SamplingParams(seed=0).seed == 0
+    with pytest.raises(PymlaError, match="`seed` is -1; a whole number from 0 on is expected"):
+        SamplingParams(seed=-1)
+
+
+def test_options_by_name():
+    assert SamplingParams.of({"top_k": None, "temperature": 0.5}) == SamplingParams(temperature=0.5)
+    with pytest.raises(PymlaError, match=r"^there is no option `temprature`; did you mean `temperature`\?$"):
+        SamplingParams.of({"temprature": 0})
+    with pytest.raises(PymlaError, match="^there is no option `q`; there are temperature, top_k, .*, logprobs$"):
+        SamplingParams.of({"q": None})
+
+
+def test_no_token_may_be_chosen():
+    banned = dict.fromkeys(range(5), -math.inf)
+    for options in ({}, {"temperature": 0}, {"presence_penalty": 1}):
+        with pytest.raises(PymlaError, match="bans every token"):
+            Sampler(SamplingParams(logit_bias=banned, **options)).sample(LOGITS)
