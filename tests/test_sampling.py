@@ -236,7 +236,7 @@ def test_limits_of_bias_and_seed():
         with pytest.raises(PymlaError, match=r"`logit_bias\[0\]` is .*; a number from -1e\+09 to 1e\+09 is expected"):
             SamplingParams(logit_bias={0: bias})
     for token in (-1, 0.5, "0"):
-        with pytest.raises(PymlaError, match="`logit_bias` is .*; a whole number from 0 on is expected"):
+        with pytest.raises(PymlaError, match=r"`logit_bias` is .*; a whole number from 0 on is expected"):
             SamplingParams(logit_bias={token: 1.0})
     with pytest.raises(PymlaError, match=r"`logit_bias` is \[\]; a dict of token ids and numbers is expected"):
         SamplingParams(logit_bias=[])
@@ -249,7 +249,7 @@ def test_options_by_name():
     assert SamplingParams.of({"top_k": None, "temperature": 0.5}) == SamplingParams(temperature=0.5)
     with pytest.raises(PymlaError, match=r"^there is no option `temprature`; did you mean `temperature`\?$"):
         SamplingParams.of({"temprature": 0})
-    with pytest.raises(PymlaError, match="^there is no option `q`; there are temperature, top_k, .*, logprobs$"):
+    with pytest.raises(PymlaError, match=r"^there is no option `q`; there are temperature, top_k, .*, logprobs$"):
         SamplingParams.of({"q": None})
 
 
