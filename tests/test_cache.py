@@ -133,6 +133,8 @@ def test_pages_that_were_never_used_stay_so():
         assert (a.length, a.pages, paged.free_pages) == (65, [0, 1], 7)
         paged.extend([(b, tokens(70))])
         assert b.pages == [2, 3]
+        paged.truncate(b, 6)
+        assert (b.length, b.pages, paged.free_pages) == (6, [2], 6)
         paged.free(b)
         paged.truncate(a, 64)
         assert (a.length, a.pages, paged.free_pages) == (64, [0], 8)
@@ -187,6 +189,10 @@ def test_an_interrupted_step_leaves_no_page_behind(config):
     cache.extend([(first, np.zeros(190, np.int32))])  # and no advance
     cache.extend([(first, np.zeros(3, np.int32)), (second, np.zeros(128, np.int32))])
     assert (len(first.pages), len(second.pages), cache.free_pages) == (1, 2, 0)
+    cache.extend([(Sequence(), np.zeros(190, np.int32))])  # for which those two give way, though they have no rows
+    assert (first.pages, second.pages, cache.free_pages) == ([], [], 3)
+    cache.extend([(first, np.zeros(3, np.int32))])
+    assert (len(first.pages), first.saved) == (1, None)
 
 
 @settings(max_examples=60, deadline=None)

@@ -39,6 +39,7 @@ class Script:
 
     def step(self, batch, progress=None):
         ((sequence, new),) = batch
+        assert new.dtype == np.int32
         if sequence.length + len(new) > self.ctx:
             raise CacheFull("full")
         sequence.length += len(new)
@@ -189,6 +190,27 @@ def test_figures(said):
     assert stats.prompt_seconds > 0
     assert stats.prompt_rate == pytest.approx(3 / stats.prompt_seconds)
     assert stats.generation_rate == pytest.approx(4 / stats.generation_seconds)
+
+
+def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):
+    """Two for the prompt and a quarter for each token; what a reader does in between takes no time."""
+    clock = [1000.0]
+    monkeypatch.setattr("pymla.generate.time.perf_counter", lambda: clock[0])
+    model = Script(word(*["lo"] * 5))
+
+    def step(batch, progress=None):
+        clock[0] += 0.25 if model.steps else 2.0
+        return Script.step(model, batch, progress)
+
+    monkeypatch.setattr(model, "step", step)
+    generation = Generation(model, tokenizer, [1, 2, 3], SamplingParams(temperature=0), max_tokens=5)
+    stats = generation.stats
+    assert (stats.prompt_rate, stats.generation_rate) == (0, 0)
+    for count, _ in enumerate(generation, 1):
+        clock[0] += 60
+        assert (stats.prompt_tokens, stats.prompt_seconds) == (3, 2.0)
+        assert (stats.generated_tokens, stats.generation_seconds) == (count, 0.25 * (count - 1))
+    assert (stats.prompt_rate, stats.generation_rate) == (1.5, 4.0)
 
 
 def test_progress_is_that_of_the_prompt(said):
