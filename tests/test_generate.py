@@ -114,6 +114,12 @@ def test_full_context(said):
     assert generation.stats.cache_tokens == 8
 
 
+def test_a_prompt_may_fill_the_context(said):
+    """The token that follows it need not be read."""
+    generation, pieces = said(word("lo", "lo"), ctx=3, max_tokens=None)
+    assert (pieces, generation.finish_reason) == (["lo"], "context")
+
+
 def test_full_context_flushes_what_was_held_back(said):
     _, pieces = said(word(*["abab"] * 9), ctx=4, max_tokens=None, stop=("ababc",))
     assert "".join(pieces) == "abab" * 2
@@ -132,6 +138,8 @@ def test_full_context_flushes_what_was_held_back(said):
         (["abab", "c"], ("ababd", "abc"), "ab"),
         (["abab", "aba", "c"], ("ababac",), "ab"),
         (["Hel", "lo"], ("Hel",), ""),
+        (["abab", "c"], ("ab",), ""),
+        (["Hel", "lo", "Ġwor", "ld"], "lo", "Hel"),
     ],
 )
 def test_stop_strings(said, words, stop, text):
@@ -140,6 +148,12 @@ def test_stop_strings(said, words, stop, text):
     assert "".join(pieces) == text
     assert generation.finish_reason == "stop"
     assert all(pieces)
+
+
+def test_nothing_is_computed_after_a_stop_string(said):
+    generation, _ = said(word("Hel", "lo", "ld", "ld"), stop=("lo",))
+    assert generation.finish_reason == "stop"
+    assert generation.model.steps == [[1, 2, 3], word("Hel")]
 
 
 def test_a_stop_string_of_several_in_one_token_is_the_earliest(said):
@@ -176,6 +190,11 @@ def test_refusals(tokenizer):
         Generation(Script([], ctx=8), tokenizer, [1] * 9, params)
     with pytest.raises(PymlaError, match="`stop` has an empty text"):
         Generation(Script([]), tokenizer, [1], params, stop=("a", ""))
+    with pytest.raises(PymlaError, match="`stop` is b'lo'; a text"):
+        Generation(Script([]), tokenizer, [1], params, stop=b"lo")
+    with pytest.raises(PymlaError, match="`progress` is 3; a function"):
+        Generation(Script([]), tokenizer, [1], params, progress=3)
+    Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={0: 1.0, EOS: 1.0}))
     with pytest.raises(PymlaError, match=f"`logit_bias` for token {EOS + 1}"):
         Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
 
@@ -262,6 +281,22 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
     assert next(pieces) == "lo"
     with pytest.raises(PymlaError, match="ended by KeyboardInterrupt; start another"):
         next(pieces)
+
+
+def test_what_ended_a_generation_is_told_to_later_readers(tokenizer, monkeypatch):
+    model = Script([])
+    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+
+    def broken(*_, **__):
+        raise ValueError("no device")
+
+    monkeypatch.setattr(model, "step", broken)
+    with pytest.raises(ValueError, match="no device"):
+        list(generation)
+    for _ in range(2):
+        with pytest.raises(PymlaError, match="this generation was ended by ValueError: no device; start another one"):
+            list(generation)
+    assert len(model.freed) == 1
 
 
 # The demo model -------------------------------------------------------------------------------------------------------
