@@ -22,7 +22,8 @@ _SCALE = "_scale_inv"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors", re.ASCII)
 _MAX_JSON = 1 << 30
 _MAX_HEADER = 100 << 20  # the safetensors package's own limit
-_MAX_NAME = 1000
+_MAX_NAME = 200
+_MAX_DIMS = 8
 _DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -207,6 +208,8 @@ def _read_index(path: Path, present: set[str]) -> dict[str, str]:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise PymlaError(f"{path}: no weight_map of tensors to files; download it again")
+    for name in places:
+        _check_tensor_name(path, name)
     files = sorted(set(places.values()))
     for file in files:
         # Nothing outside the folder is read, whatever a downloaded index says.
@@ -282,20 +285,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _check_tensor_name(path: Path, name: str) -> None:
+    if not _is_fit_to_print(name):
+        raise PymlaError(f"{path}: a tensor's name, {ascii(name)[:100]}, is not printable; download it again")
+
+
 def _is_fit_to_print(name: str) -> bool:
     """Whether a name from a file can go into a message."""
     return name.isprintable() and len(name) <= _MAX_NAME
 
 
 def _entry(path: Path, name: str, fields: Any, data_start: int) -> _Entry:
-    if not _is_fit_to_print(name):
-        raise PymlaError(f"{path}: a tensor's name, {ascii(name)[:100]}, is not printable; download it again")
+    _check_tensor_name(path, name)
     try:
         dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again") from error
-    numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
-    if not (numbers_fit and start <= stop and isinstance(dtype, str)):
+    # So that what is wrong with them later fits a message.
+    numbers_fit = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop))
+    names_fit = isinstance(dtype, str) and _is_fit_to_print(dtype)
+    if not (numbers_fit and names_fit and start <= stop and len(shape) <= _MAX_DIMS):
         raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again")
     return _Entry(path, dtype, shape, data_start + start, data_start + stop)
 

@@ -112,7 +112,8 @@ def detect_pre(path: Path) -> str:
         pieces = own.pre_tokenize_str(_PROBE) if own else None
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     except Exception as error:  # the tokenizers package raises nothing more precise
-        raise PymlaError(f"{path}: cannot be read by the tokenizers package ({error})") from error
+        reason = ascii(str(error))[1:-1]
+        raise PymlaError(f"{path}: cannot be read by the tokenizers package ({reason:.200})") from error
     tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
     same_ids = []
     for name, pre_tokenizer in PRE_TOKENIZERS.items():

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import shutil
 
 import gguf
@@ -617,6 +618,32 @@ def test_a_full_disk_is_found_out_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(PymlaError, match=r"disk has 0\.0 GiB free"):
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+
+
+@pytest.mark.parametrize("limit", [10, 3000, 50_000, -1])
+def test_a_disk_that_becomes_full(tmp_path, limit):
+    """A limit on the size of files: the system refuses to write on, in the header, the vocabulary, the tensors, or when
+    the last bytes leave the buffer."""
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    out = tmp_path / "m.gguf"
+    limit %= convert(folder, out, pre="deepseek-coder").nbytes
+    out.write_bytes(b"an older file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(PymlaError, match=r"m\.gguf: cannot be written \(File too large\)"):
+            convert(folder, out, pre="deepseek-coder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_bytes() == b"an older file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Tiny", "m.gguf"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("qtype", ["q8_0"]), ("pre", "kimi"), ("pre", 1), ("name", 1)])
+def test_arguments_that_are_refused(tmp_path, option, value):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    with pytest.raises(PymlaError, match=f"`{option}`"):
+        convert(folder, tmp_path / "m.gguf", **{option: value})
 
 
 @pytest.mark.parametrize(("option", "value"), [("qtype", "q6_k"), ("layout", "k_b")])
