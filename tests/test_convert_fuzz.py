@@ -60,7 +60,7 @@ def mutate(value, draw):
         return
     kind = draw(st.sampled_from(("replace", "replace", "remove", "copy")))
     if kind == "replace":
-        value[key] = draw(VALUES)
+        value[key] = copy.deepcopy(draw(VALUES))
     elif kind == "remove":
         del value[key]
     else:
