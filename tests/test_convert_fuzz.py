@@ -92,7 +92,7 @@ def mutate_file(path, draw):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 def test_any_folder(sound, data):
     draw = data.draw
     with tempfile.TemporaryDirectory() as place:
