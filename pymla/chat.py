@@ -1,22 +1,27 @@
-"""Conversations as text, by the chat template in the model's file."""
+"""Conversations as text and as token ids, by the chat template in the model's file."""
 
-import datetime
-import json
+import re
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from pymla import templates
 from pymla.errors import PymlaError
+from pymla.printable import shown
 
 #: DeepSeek-V2's own format, for files without a template.
 DEEPSEEK = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}"
+    "{% else %}{% for part in content %}{{ part.text }}{% endfor %}{% endif %}{% endmacro %}"
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'user' %}User: {{ message.content }}\n\n"
-    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}"
-    "{% else %}{{ message.content }}\n\n{% endif %}"
+    "{% if message.role == 'user' %}User: {{ text(message.content) }}\n\n"
+    "{% elif message.role == 'assistant' %}Assistant: {{ text(message.content) }}{{ eos_token }}"
+    "{% else %}{{ text(message.content) }}\n\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+
+#: Where a message's reasoning may be. Templates read the first; the others are older names for it.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# Stands around the BOS token where a message spells it. Unicode keeps this code point for a program's own use.
+_MARK = "\ufdd0"
 
 
 def render(template, messages, add_generation_prompt=True, bos="", eos="", **variables):
@@ -27,50 +32,160 @@ def render(template, messages, add_generation_prompt=True, bos="", eos="", **var
     template : str or None
         A Jinja template, as in ``tokenizer.chat_template``; None takes DeepSeek's.
     messages : list of dict
-        With "role" and "content".
+        With "role", "content" and what else the template reads, as "tool_calls". None counts as absent, as it does in
+        transformers, but for a content that the template tests for it.
     add_generation_prompt : bool
         End with the beginning of the model's answer.
     bos, eos : str
         What the template's ``bos_token`` and ``eos_token`` stand for.
+    **variables
+        What else it sees: ``tools`` and ``documents`` (None unless given), ``enable_thinking`` …
 
     Raises
     ------
     PymlaError
-        The template is damaged, or refuses the messages.
+        The template is damaged, goes on without an end, or refuses the messages.
 
     Notes
     -----
-    The template comes with the model, so it runs in Jinja's sandbox. Control tokens spelt out in a message are tokens
-    to the model, as in llama.cpp: take care with text that is not yours.
+    The template comes with the model, so it runs in a sandbox (`pymla.templates`). It sees what transformers would show
+    it.
     """
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    variables |= {
-        "messages": messages,
-        "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos,
-        "eos_token": eos,
-    }
-    try:
-        return environment.from_string(template or DEEPSEEK).render(**variables)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise PymlaError(f"the model's chat template cannot be used with these messages: {error}") from error
+    variables = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt} | variables
+    return _render(template, _plain(messages), variables, "the model's chat template")
 
 
-def encode(tokenizer, messages):
-    """Token ids of a conversation up to the model's answer, with one BOS."""
+def encode(
+    tokenizer,
+    messages,
+    *,
+    chat_template=None,
+    tools=None,
+    documents=None,
+    variables=None,
+    where="the model's chat template",
+):
+    """Token ids of a conversation up to the model's answer.
 
-    def name(token):
-        return tokenizer.token_bytes(token).decode(errors="replace") if token is not None else ""
+    BOS is where the template writes it, as in transformers. Where the template writes none, one BOS is put in front if
+    the file says that the model expects it (``add_bos_token``), as llama.cpp does.
 
-    bos = name(tokenizer.bos_id)
-    text = render(tokenizer.chat_template, messages, bos=bos, eos=name(min(tokenizer.eos_ids, default=None)))
-    if bos and text.startswith(bos):
-        text = text[len(bos) :]
-    return tokenizer.encode(text, add_bos=True, parse_special=True)
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    messages : list of dict
+        As for `render`.
+    chat_template : str, optional
+        A Jinja template instead of the file's own (`choose_template`).
+    tools, documents : list of dict, optional
+    variables : dict, optional
+        What else the template sees. They go before the special tokens of the same name.
+    where : str
+        What the template is called in errors.
+
+    Raises
+    ------
+    PymlaError
+        As for `render`.
+
+    Notes
+    -----
+    Control tokens that a message spells out are tokens to the model, as in llama.cpp: take care with text that is not
+    yours. BOS alone is not: a message that spells it has its text.
+    """
+    if chat_template is None:
+        chat_template = choose_template(tokenizer, tools)
+    messages = _plain(messages)
+    variables = templates.plain({"tools": tools, "documents": documents} | (variables or {}))
+    bos = tokenizer.special_tokens.get("bos_token", "")
+    if bos:
+        messages, variables = _marked(messages, bos), _marked(variables, bos)
+    variables = {"bos_token": "", "eos_token": "", "add_generation_prompt": True} | tokenizer.special_tokens | variables
+    text = _render(chat_template, messages, variables, where)
+    ids = []
+    for number, piece in enumerate(_split_at_marks(text, bos)):
+        # Every other piece is BOS as a message spells it: text.
+        ids += tokenizer.encode(piece, add_bos=False, parse_special=number % 2 == 0)
+    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id not in ids else ids
+
+
+def choose_template(tokenizer, tools=None):
+    """One of the templates in the model's file, or None if it has none.
+
+    Files may hold several by name. With tools that is the one called "tool_use", where there is one; otherwise the
+    default, or the only one.
+
+    Raises
+    ------
+    PymlaError
+        There are several, and none is the default.
+    """
+    named = tokenizer.chat_templates
+    if tools and "tool_use" in named:
+        return named["tool_use"]
+    if tokenizer.chat_template is not None or not named:
+        return tokenizer.chat_template
+    if len(named) > 1:
+        raise PymlaError(
+            f"the model's file has the chat templates {', '.join(sorted(named))} and none of them is the default; "
+            "give one as `chat_template`"
+        )
+    return next(iter(named.values()))
+
+
+def _plain(messages):
+    """Messages as dictionaries of plain values.
+
+    Raises
+    ------
+    PymlaError
+        They are something else.
+    """
+    plain = templates.plain(messages)
+    if not isinstance(plain, list | tuple):
+        raise PymlaError("`messages` must be a list of dictionaries with role and content")
+    for message in plain:
+        if not isinstance(message, dict):
+            raise PymlaError(f"`messages` must be dictionaries with role and content; one is {shown(message)}")
+    return plain
+
+
+def _render(template, messages, variables, where):
+    source = DEEPSEEK if template is None else template
+    messages = _normalised(messages, source)
+    return templates.render(source, {"tools": None, "documents": None} | variables | {"messages": messages}, where)
+
+
+def _normalised(messages, source):
+    """Messages as transformers hands them to a template."""
+    no_content = any(message.get("content", "") is None for message in messages)
+    kept = ("content",) if no_content and templates.asks_for_none(source) else ()
+    return [
+        _with_reasoning({key: value for key, value in message.items() if value is not None or key in kept})
+        for message in messages
+    ]
+
+
+def _with_reasoning(message):
+    """The message with its reasoning under the name that templates read, and under that of gpt-oss."""
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _marked(value, bos):
+    """The value with marks around BOS wherever a text in it spells BOS. Keys of dictionaries stay as they are."""
+    if isinstance(value, str):
+        return value.replace(_MARK, "").replace(bos, f"{_MARK}{bos}{_MARK}") if bos in value else value
+    if isinstance(value, dict):
+        return {key: _marked(each, bos) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(each, bos) for each in value]
+    return value
+
+
+def _split_at_marks(text, bos):
+    """Pieces of a text without marks: every other one is BOS that stood between them. A template may have torn marks
+    apart; what is left of them goes."""
+    if _MARK not in text:
+        return [text]
+    return [piece.replace(_MARK, "") for piece in re.split(f"{_MARK}({re.escape(bos)}){_MARK}", text)]

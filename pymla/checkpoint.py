@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymla.errors import PymlaError
+from pymla.textfile import decode
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +37,7 @@ class _Entry(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object that a JSON file holds. A byte order mark, as some editors write it, is ignored.
 
     Raises
     ------
@@ -44,11 +45,13 @@ def read_json(path: Path) -> dict[str, Any]:
         The file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(decode(path.read_bytes(), path))
     except OSError as error:
         raise PymlaError(f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
     except ValueError as error:
         raise PymlaError(f"{path}: not valid JSON ({error}); download it again") from error
+    except RecursionError as error:
+        raise PymlaError(f"{path}: its JSON is nested too deeply; download it again") from error
     if not isinstance(value, dict):
         raise PymlaError(f"{path}: holds a JSON {type(value).__name__}, an object is expected")
     return value

@@ -22,6 +22,7 @@ from pymla import ggml
 from pymla.checkpoint import Checkpoint, read_json
 from pymla.errors import PymlaError
 from pymla.reference.quant import quantise
+from pymla.textfile import decode, unmarked
 from pymla.tokenizer import PRE_TOKENIZERS
 
 LAYOUTS = ("kv_b", "split", "all")
@@ -37,6 +38,9 @@ QTYPES = {
 
 #: Value of scoring_func where config.json has none, by the class that reads it.
 ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
+
+# What gguf.SpecialVocab reads of a checkpoint's folder.
+_TOKENIZER_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
 
 # Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
 # accents, symbols, contractions, punctuation beside letters. The accent written apart shows a normaliser.
@@ -499,7 +503,8 @@ def _add_tokenizer(w: gguf.GGUFWriter, folder: Path, vocab_size: int, pre: str |
     w.add_token_list(tokens)
     w.add_token_types(types)
     try:
-        gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(w, quiet=True)
+        with unmarked(folder, _TOKENIZER_FILES) as readable:
+            gguf.SpecialVocab(readable, load_merges=True, n_vocab=vocab_size).add_to_gguf(w, quiet=True)
     except (ValueError, TypeError, AttributeError) as error:
         raise PymlaError(f"{folder}: special tokens cannot be read from the tokenizer's files ({error})") from error
 
@@ -516,7 +521,7 @@ def _detect_pre(path: Path) -> str:
     deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
         own = tokenizer.pre_tokenizer
         pieces = own.pre_tokenize_str(_PROBE) if own else None
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
