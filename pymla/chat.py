@@ -1,7 +1,5 @@
 """Conversations as text and as token ids, by the chat template in the model's file."""
 
-import re
-
 from pymla import templates
 from pymla.errors import PymlaError
 from pymla.printable import shown
@@ -19,9 +17,6 @@ DEEPSEEK = (
 
 #: Where a message's reasoning may be. Templates read the first; the others are older names for it.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-# Stands around the BOS token where a message spells it. Unicode keeps this code point for a program's own use.
-_MARK = "\ufdd0"
 
 
 def render(template, messages, add_generation_prompt=True, bos="", eos="", **variables):
@@ -96,15 +91,17 @@ def encode(
     if chat_template is None:
         chat_template = choose_template(tokenizer, tools)
     messages = _plain(messages)
-    variables = templates.plain({"tools": tools, "documents": documents} | (variables or {}))
-    bos = tokenizer.special_tokens.get("bos_token", "")
-    if bos:
-        messages, variables = _marked(messages, bos), _marked(variables, bos)
-    variables = {"bos_token": "", "eos_token": "", "add_generation_prompt": True} | tokenizer.special_tokens | variables
-    text = _render(chat_template, messages, variables, where)
+    special = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
+    given = {"tools": tools, "documents": documents, "add_generation_prompt": True} | templates.plain(variables or {})
+
+    def rendered(messages, given):
+        return _render(chat_template, messages, special | given, where)
+
+    text, bos = rendered(messages, given), special["bos_token"]
+    # The same conversation with no BOS in what was given: what BOS is left is the template's.
+    without = rendered(_without(messages, bos), _without(given, bos)) if bos and bos in text else text
     ids = []
-    for number, piece in enumerate(_split_at_marks(text, bos)):
-        # Every other piece is BOS as a message spells it: text.
+    for number, piece in enumerate(_split_at_spelt(text, without, bos)):
         ids += tokenizer.encode(piece, add_bos=False, parse_special=number % 2 == 0)
     return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id not in ids else ids
 
@@ -172,20 +169,24 @@ def _with_reasoning(message):
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _marked(value, bos):
-    """The value with marks around BOS wherever a text in it spells BOS. Keys of dictionaries stay as they are."""
+def _without(value, bos):
+    """The value with BOS backwards wherever a text in it spells BOS: nothing else about the text changes, be it its
+    length or how it is quoted. Keys of dictionaries stay as they are."""
     if isinstance(value, str):
-        return value.replace(_MARK, "").replace(bos, f"{_MARK}{bos}{_MARK}") if bos in value else value
+        return value.replace(bos, bos[::-1] if bos != bos[::-1] else "\N{REPLACEMENT CHARACTER}" * len(bos))
     if isinstance(value, dict):
-        return {key: _marked(each, bos) for key, each in value.items()}
+        return {key: _without(each, bos) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_marked(each, bos) for each in value]
+        return type(value)(_without(each, bos) for each in value)
     return value
 
 
-def _split_at_marks(text, bos):
-    """Pieces of a text without marks: every other one is BOS that stood between them. A template may have torn marks
-    apart; what is left of them goes."""
-    if _MARK not in text:
-        return [text]
-    return [piece.replace(_MARK, "") for piece in re.split(f"{_MARK}({re.escape(bos)}){_MARK}", text)]
+def _split_at_spelt(text, without, bos):
+    """Pieces of a text: every other one is BOS that a message spells, so that `without` has something else there."""
+    pieces, start, found = [], 0, text.find(bos) if bos else -1
+    while found >= 0:
+        if not without.startswith(bos, found):
+            pieces += [text[start:found], bos]
+            start = found + len(bos)
+        found = text.find(bos, found + len(bos))
+    return [*pieces, text[start:]]

@@ -267,12 +267,8 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
     def _ends(self, ids):
-        """Tokens that end a text: those given, and those of a known name. A token of such a name counts as special
-        whatever type the file gives it, as in llama.cpp, unless ordinary text leads to it."""
-        ends = set(ids)
-        for token in (self._ids[name] for name in _END_NAMES if name in self._ids):
-            if self._kinds[token] == CONTROL or not self._is_ordinary(token):
-                ends.add(token)
+        """Tokens that end a text: those given, and those of a known name, whatever their type, as in llama.cpp."""
+        ends = {*ids, *(self._ids[name] for name in _END_NAMES if name in self._ids)}
         names = {self._tokens[token]: token for token in ends}
         # gpt-oss and Solar end a text otherwise, and put <|end|> between a text's parts; Gemma 4 has </s> as text.
         if names.keys() & {"<|call|>", "<|calls|>"} and names.keys() & {"<|return|>", "<|flush|>"}:
