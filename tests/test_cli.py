@@ -120,7 +120,7 @@ def test_prompt_from_a_file_and_standard_input(run, model, tmp_path):
     assert piped.stdout == given.stdout
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_byte_order_mark_of_a_prompt(run, model, tmp_path, encoding):
     """As Windows' Notepad and PowerShell write it."""
     (tmp_path / "prompt").write_bytes("é🦙".encode(encoding))
@@ -164,7 +164,7 @@ def test_chat_templates(run, refused, model, tmp_path):
     assert code == 0
     with pymla.load(model) as loaded:
         prompt = "system=S;user=Hi;FalseTrue,3True,x=y z,NaNTrue,7"
-        assert json.loads(out)["tokens"] == loaded.tokenize(loaded.generate(prompt, max_tokens=4, temperature=0), False)
+        assert json.loads(out)["text"] == loaded.generate(prompt, max_tokens=4, temperature=0)
     path.write_text("a\n{{ raise_exception('not\x1b so') }}", encoding="utf-8")
     refused("generate", *options, "Hi", "--chat-template", path, parts=["template.jinja: ", r"line 2: not\x1b so"])
     path.write_bytes(b"caf\xe9")
@@ -177,11 +177,13 @@ def test_chat_templates(run, refused, model, tmp_path):
 def test_thinking_on_and_off(run, model, tmp_path):
     template = "{% if enable_thinking is defined and not enable_thinking %}no{% endif %}thinking"
     path = rewritten(model, tmp_path / "thinking.gguf", metadata={"tokenizer.chat_template": template})
-    prompts = {}
-    for variables in ([], ["--template-var", "enable_thinking=true"], ["--template-var", "enable_thinking=false"]):
-        code, out, _ = run("generate", "-m", path, "x", "-n", 1, "--chat", "--json", *variables)
-        prompts[tuple(variables[1:])] = json.loads(out)["stats"]["prompt_tokens"]
-    assert list(prompts.values()) == [9, 9, 11]
+    prompts = [
+        json.loads(run("generate", "-m", path, "x", "-n", 1, "--chat", "--json", *variables)[1])["stats"][
+            "prompt_tokens"
+        ]
+        for variables in ([], ["--template-var", "enable_thinking=true"], ["--template-var", "enable_thinking=false"])
+    ]
+    assert prompts[0] == prompts[1] < prompts[2]
 
 
 def test_a_prompt_that_spells_bos(run, model):
@@ -340,21 +342,17 @@ def test_encoding_that_lacks_characters(model):
     assert (result.returncode, result.stdout[:10]) == (0, b"\\U0001f999")
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"PYTHONIOENCODING": "latin-1:strict"},
-        {"PYTHONIOENCODING": "utf-16"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"},
-    ],
-)
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "latin-1:strict"}, {"PYTHONIOENCODING": "utf-16"}, ASCII])
 def test_json_in_every_encoding(model, tmp_path, environment):
-    options = ["-m", model, "-n", 2, "--seed", 1, "--json", "--echo"]
-    report = json.loads(from_standard_input(["generate", *options], "é🦙".encode(), **environment))
-    assert report["prompt"] == "é🦙"
     path = rewritten(model, tmp_path / "named.gguf", metadata={"general.name": "é🦙\x1b\n\u2028"})
     found = json.loads(from_standard_input(["inspect", path, "--json"], b"", **environment))
     assert found["name"] == "é🦙\x1b\n\u2028"
+    if environment is ASCII:
+        options = ["generate", "-m", model, "-n", 1, "--json", "--echo"]
+        assert json.loads(from_standard_input(options, "é🦙".encode(), **environment))["prompt"] == "é🦙"
 
 
 def test_an_argument_in_a_locale_without_utf8(model):

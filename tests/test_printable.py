@@ -1,16 +1,14 @@
-"""Text for a terminal, and text out of files."""
+"""Text for a terminal."""
 
 import re
 import unicodedata
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
 from pymla.printable import LONGEST, for_terminal, one_line, printable, shortened, shown
-from pymla.textfile import decode, unmarked
 
 #: Every code point, lone surrogates too, and often those that a terminal obeys or does not show.
 TRICKY = st.sampled_from(
@@ -72,35 +70,3 @@ def test_what_is_cut():
     assert shown(10**5000) == "an integer of thousands of digits"
     assert shown(-1) == "-1"
     assert shown("é\n") == r"'é\n'"
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(codec="utf-8"), max_size=30))
-def test_byte_order_marks_are_no_part_of_a_text(text):
-    text = text.lstrip("\ufeff")
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
-        assert decode(text.encode(encoding), "file") == text
-    assert decode(b"\xfe\xff" + text.encode("utf-16-be"), "file") == text
-    assert decode(b"\x00\x00\xfe\xff" + text.encode("utf-32-be"), "file") == text
-
-
-def test_bytes_that_are_no_text():
-    with pytest.raises(PymlaError, match=r"prompt.txt: byte 3 is not valid UTF-8 .*; save it as UTF-8"):
-        decode(b"caf\xe9", "prompt.txt")
-    with pytest.raises(PymlaError, match=r"prompt.txt: byte \d is not valid UTF-16 .*; save it as UTF-8"):
-        decode(b"\xff\xfea", "prompt.txt")
-
-
-def test_a_folder_without_byte_order_marks(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"{}")
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "b.jinja").write_bytes(b"b")
-    patterns = ("*.json", "more/*.jinja")
-    with unmarked(tmp_path, patterns) as folder:
-        assert folder == tmp_path
-    (tmp_path / "more" / "b.jinja").write_bytes("\ufeffé".encode())
-    with unmarked(tmp_path, patterns) as folder:
-        assert folder != tmp_path
-        assert (folder / "a.json").read_bytes() == b"{}"
-        assert (folder / "more" / "b.jinja").read_bytes() == "é".encode()
-    assert not folder.exists()

@@ -138,6 +138,7 @@ def generate(
         ids = language_model.tokenize(text)
         _warn_of_bos(language_model.tokenizer, text, terminal)
     terminal.begin("prompt, layers", enabled=not as_json)
+    stop = tuple(map(_argument, stop))
     generation = language_model.generation(ids, max_tokens=max_tokens, stop=stop, progress=terminal.prompt, **options)
     if echo is None:
         echo = not (chat or as_json or quiet)
