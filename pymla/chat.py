@@ -1,5 +1,7 @@
 """Conversations as text and as token ids, by the chat template in the model's file."""
 
+import contextlib
+
 from pymla import templates
 from pymla.errors import PymlaError
 from pymla.printable import shown
@@ -92,7 +94,8 @@ def encode(
         chat_template = choose_template(tokenizer, tools)
     messages = _plain(messages)
     special = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
-    given = {"tools": tools, "documents": documents, "add_generation_prompt": True} | templates.plain(variables or {})
+    given = {"tools": tools, "documents": documents, "add_generation_prompt": True} | (variables or {})
+    given = templates.plain(given)
 
     def rendered(messages, given):
         return _render(chat_template, messages, special | given, where)
@@ -149,16 +152,21 @@ def _plain(messages):
 
 def _render(template, messages, variables, where):
     source = DEEPSEEK if template is None else template
-    messages = _normalised(messages, source)
-    return templates.render(source, {"tools": None, "documents": None} | variables | {"messages": messages}, where)
-
-
-def _normalised(messages, source):
-    """Messages as transformers hands them to a template."""
+    variables = {"tools": None, "documents": None} | variables
     no_content = any(message.get("content", "") is None for message in messages)
-    kept = ("content",) if no_content and templates.asks_for_none(source) else ()
+    if no_content and templates.asks_for_none(source):
+        # DeepSeek-V3's template finds tool calls by a content of none, which transformers never shows it. Others ask
+        # for none and cannot do with it; they get what transformers gives them.
+        with contextlib.suppress(PymlaError):
+            with_none = _without_nones(messages, but=("content",))
+            return templates.render(source, variables | {"messages": with_none}, where)
+    return templates.render(source, variables | {"messages": _without_nones(messages)}, where)
+
+
+def _without_nones(messages, but=()):
+    """Messages as transformers hands them to a template: a value of none counts as absent."""
     return [
-        _with_reasoning({key: value for key, value in message.items() if value is not None or key in kept})
+        _with_reasoning({key: value for key, value in message.items() if value is not None or key in but})
         for message in messages
     ]
 

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pymla.errors import PymlaError
@@ -42,18 +43,16 @@ def decode(data: bytes, where: object) -> str:
 
 
 @contextlib.contextmanager
-def unmarked(folder, patterns):
+def unmarked(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """A folder whose text files are UTF-8 without byte order marks, for a library that takes no other.
 
     Parameters
     ----------
-    folder : Path
-    patterns : sequence of str
-        Globs of the files that the library reads.
+    folder
+    patterns : globs of the files that the library reads
 
     Yields
     ------
-    Path
         `folder` itself where no file has a mark, or else a temporary folder with copies of the files.
 
     Raises
@@ -74,6 +73,6 @@ def unmarked(folder, patterns):
         yield Path(name)
 
 
-def _is_marked(path):
+def _is_marked(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4).startswith(tuple(mark for mark, _ in _MARKS))

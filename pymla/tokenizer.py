@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Bpe
 
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile
+from pymla.printable import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -342,24 +343,25 @@ def special_ids(file, count):
     -------
     ids : dict of str to int
         By the key without "_token_id", as "bos". An id outside the vocabulary is left out: converters write -1, or
-        4294967295, for a token that is not there.
+        4294967295, for a token that is not there. So is one that is no integer, where `Tokenizer` can do without.
     warnings : list of str
         One for each id that is left out.
 
     Raises
     ------
     PymlaError
-        An id is no integer.
+        BOS, or a token that ends a text, is no integer.
     """
     ids, warnings = {}, []
-    for key in file.metadata:
+    for key, value in file.metadata.items():
         name = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
-        if key == f"tokenizer.ggml.{name}_token_id":
-            token = file.get(key, int)
-            if 0 <= token < count:
-                ids[name] = token
-            else:
-                warnings.append(_outside(file, key, token, count))
+        if key != f"tokenizer.ggml.{name}_token_id":
+            continue
+        token = file.get(key, int) if name in ("bos", "eos", "eot", "eom") else value
+        if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < count:
+            ids[name] = token
+        else:
+            warnings.append(_outside(file, key, token, count))
     return ids, warnings
 
 
@@ -375,7 +377,9 @@ def _eos_token_ids(file, count):
 
 
 def _outside(file, key, token, count):
-    return f"{file.path}: metadata {key} is {token}, and the vocabulary has {count} tokens; it is taken as absent"
+    return (
+        f"{file.path}: metadata {key} is {shown(token)}, and the vocabulary has {count} tokens; it is taken as absent"
+    )
 
 
 def _fim_ends(tokens, ids):

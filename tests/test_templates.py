@@ -114,6 +114,8 @@ def test_a_content_that_is_none():
         for test, text in (("is none", "calls"), ("is not none", "")):
             template = f"{{% for m in messages %}}{{% if {content} {test} %}}calls{{% endif %}}{{% endfor %}}"
             assert render(template, messages) == text
+    template = "{% for m in messages %}{% if m.content is none %}{% endif %}{{ m.content | length }}{% endfor %}"
+    assert render(template, messages) == "0"
 
 
 def test_reasoning_by_any_of_its_names():

@@ -274,6 +274,13 @@ def test_an_id_outside_the_vocabulary_is_absent(vocabulary, key, value):
     assert without.warnings == []
 
 
+@pytest.mark.parametrize("value", ["<pad>", 1.0, True, [1, 2]])
+def test_an_id_that_is_no_integer_is_absent_where_it_is_not_needed(vocabulary, value):
+    tokenizer = vocabulary(padding_token_id=value)
+    assert "pad_token" not in tokenizer.special_tokens
+    assert len(tokenizer.warnings) == 1
+
+
 def test_ids_outside_the_vocabulary_in_an_array(vocabulary):
     tokenizer = vocabulary(eos_token_ids=[3, -1, 261])
     assert tokenizer.eos_ids == {3, 259}
@@ -339,13 +346,13 @@ def test_missing_keys(vocabulary, key):
         ({"merges": ["t zz"]}, "tokenizer.ggml.merges cannot be used"),
         ({"merges": ["t "]}, "tokenizer.ggml.merges cannot be used"),
         ({"merges": ["e t"]}, "tokenizer.ggml.merges cannot be used"),
-        ({"padding_token_id": True}, "tokenizer.ggml.padding_token_id is True"),
         ({"bos_token_id": "<|bos|>"}, "tokenizer.ggml.bos_token_id is '<|bos|>'"),
         ({"eos_token_ids": 3}, "tokenizer.ggml.eos_token_ids is 3"),
         ({"eos_token_ids": [1.5]}, "tokenizer.ggml.eos_token_ids is no array of integers"),
         ({"eos_token_ids": ["a"]}, "tokenizer.ggml.eos_token_ids is no array of integers"),
         ({"eos_token_id": 1.0}, "tokenizer.ggml.eos_token_id is 1.0"),
         ({"eot_token_id": False}, "tokenizer.ggml.eot_token_id is False"),
+        ({"eom_token_id": [1]}, "tokenizer.ggml.eom_token_id is an array of 1"),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes'"),
         ({"chat_template": 3}, "tokenizer.chat_template is 3"),
     ],
