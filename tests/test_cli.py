@@ -399,7 +399,7 @@ def test_what_a_file_says_does_not_steer_the_terminal(run, refused, model, tmp_p
     )
     for metadata in changes:
         path = rewritten(model, tmp_path / "steering.gguf", metadata=metadata)
-        line = refused("generate", "-m", path, "x", "--chat", parts=["steering.gguf" if len(metadata) > 1 else ""])
+        line = refused("generate", "-m", path, "x", "--chat", parts=["steering.gguf: "])
         assert line.isprintable()
         assert len(line) <= 1000
     names = {"general.name": STEERING * 100, "tokenizer.ggml.pre": STEERING, f"deepseek2.{'k' * 60_000}": 1}

@@ -133,7 +133,8 @@ def generate(
     with terminal:
         language_model = load(path, report=terminal, **rest)
     if chat:
-        ids = _conversation(language_model.tokenizer, text, system, template, variables, chat_template)
+        name = f"{chat_template}: this" if chat_template else f"{language_model.file.path}: the model's"
+        ids = _conversation(language_model.tokenizer, text, system, template, variables, f"{name} chat template")
     else:
         ids = language_model.tokenize(text)
         _warn_of_bos(language_model.tokenizer, text, terminal)
@@ -306,14 +307,13 @@ def _argument(text):
         return text
 
 
-def _conversation(tokenizer, text, system, template, variables, template_path):
-    """Token ids of a conversation with one message."""
+def _conversation(tokenizer, text, system, template, variables, where):
+    """Token ids of a conversation with one message of the user."""
     from pymla.chat import encode
 
     messages = [{"role": "system", "content": _argument(system)}] if system else []
     messages.append({"role": "user", "content": text})
-    named = {} if template is None else {"where": f"{template_path}: this chat template"}
-    return encode(tokenizer, messages, chat_template=template, variables=variables, **named)
+    return encode(tokenizer, messages, chat_template=template, variables=variables, where=where)
 
 
 def _warn_of_bos(tokenizer, text, terminal):
