@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pymla.cli.device import device_options
+from pymla.cli.options import as_options
 from pymla.cli.output import write_json, write_text
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
@@ -196,6 +197,7 @@ class Terminal(Report):
         self._bar = None
 
     def warn(self, message):
+        message = as_options(message, click.get_current_context().command)
         click.echo(f"pymla: warning: {one_line(message)}", err=True)
 
     def running(self, where):
