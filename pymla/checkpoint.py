@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymla.errors import PymlaError
+from pymla.textfile import decode
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,7 +43,7 @@ class _Entry(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object that a JSON file holds. A byte order mark, as some editors write it, is ignored.
 
     Raises
     ------
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise PymlaError(f"{path}: larger than any JSON file of a model; download it again")
-        value = json.loads(path.read_bytes())
+        value = json.loads(decode(path.read_bytes(), path))
     except OSError as error:
         raise PymlaError(f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
     except ValueError as error:

@@ -5,7 +5,6 @@ ids in config.json, chat_template.jinja before the template in tokenizer_config.
 not used: it takes one id for the end of a text, and trusts the shape of everything in the files.
 """
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, normalizers
 
 from pymla.errors import PymlaError
 from pymla.hub_config import HubConfig, Values, shown
+from pymla.textfile import decode
 from pymla.tokenizer import PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
@@ -107,7 +107,7 @@ def detect_pre(path: Path) -> str:
     deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
     """
     try:
-        tokenizer = Tokenizer.from_buffer(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
         own = tokenizer.pre_tokenizer
         pieces = own.pre_tokenize_str(_PROBE) if own else None
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
@@ -299,8 +299,6 @@ def _chat_template(settings: Values, notes: list[str]) -> str | list[dict[str, s
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
+        return decode(path.read_bytes(), path)
     except OSError as error:
         raise PymlaError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise PymlaError(f"{path}: not valid UTF-8 ({error}); download it again") from error
