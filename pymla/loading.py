@@ -18,6 +18,7 @@ from pymla.memory import available_memory
 from pymla.model import MLA_MODES, Model
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split, Wish, choose, gib
+from pymla.printable import one_line
 from pymla.sampling import SamplingParams
 from pymla.tokenizer import Tokenizer
 from pymla.weights import Weights
@@ -91,6 +92,8 @@ def load(
     config = ModelConfig.from_gguf(file)
     row_layout(config, cache_type, mla)
     tokenizer = Tokenizer.from_gguf(file)
+    for warning in tokenizer.warnings:
+        report.warn(warning)
     if tokenizer.vocab_size > config.vocab_size:
         raise PymlaError(
             f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
@@ -130,7 +133,7 @@ class Report:
 
     def warn(self, message):
         """Something the user should know."""
-        print(f"pymla: warning: {message}", file=sys.stderr)
+        print(f"pymla: warning: {one_line(message)}", file=sys.stderr)
 
     def running(self, where):
         """Where the model runs, where that was for pymla to choose, and why there."""

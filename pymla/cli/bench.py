@@ -1,12 +1,13 @@
 """``pymla bench``: prompt and generation speed as the context grows."""
 
+import io
 import json
-import os
 from pathlib import Path
 
 import click
 
 from pymla import bench as measuring
+from pymla import outputs
 from pymla import plot as plotting
 from pymla.cache import CACHE_TYPES
 from pymla.cli.device import device_options
@@ -72,14 +73,14 @@ there are no shares."""
 def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path, json_path, plot_path, **options):
     """Measure prompt and generation speed as the context grows.
 
-    The table goes to standard output, row by row; progress goes to standard error. An interrupt ends the measurement
-    and writes the files with the rows so far.
+    The table goes to standard output, row by row; progress goes to standard error. An interrupt or an error ends the
+    measurement and writes the files with the rows so far.
     """
     modes = _modes(mla)
     runs = [_Run(path, options) for path in paths or (demo_path(),)]
-    for path in filter(None, (csv_path, json_path, plot_path)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PymlaError(f"{path}: cannot be written; choose a file in a folder that exists")
+    files = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
+    files = {option: path for option, path in files.items() if path}
+    outputs.check(files, [part for run in runs for part in run.parts], devices=True)
     if plot_path:
         plotting.check(plot_path)
     device, why_cpu = find_device(device)
@@ -90,7 +91,7 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
     click.echo(measuring.describe(about))
     loading = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
-    rows, code = [], 0
+    rows, code, failure = [], 0, None
     try:
         for run in runs:
             for mode in modes:
@@ -98,14 +99,35 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
                     rows.append(row)
     except KeyboardInterrupt:
         code = 130
-    if csv_path:
-        with csv_path.open("w", newline="", encoding="utf-8") as stream:
-            measuring.write_csv(stream, rows, limits)
-    if json_path:
-        json_path.write_text(json.dumps(measuring.report(rows, limits, about), indent=1) + "\n", encoding="utf-8")
-    if plot_path and rows:
-        plotting.sweep(_series(rows), plot_path, _title(rows, about))
+    except PymlaError as error:
+        # Rows before this one may have taken hours.
+        failure = error
+    if rows:
+        _write(files, rows, limits, about)
+    if failure:
+        raise failure
     return code
+
+
+def _write(files, rows, limits, about):
+    """Write all files that can be written, and then raise PymlaError for the others."""
+    failures = []
+    for option, path in files.items():
+        try:
+            if option == "--csv":
+                stream = io.StringIO(newline="")
+                measuring.write_csv(stream, rows, limits)
+                # A model's file may have a name that is not Unicode.
+                outputs.write(path, stream.getvalue().encode(errors="backslashreplace"))
+            elif option == "--json":
+                report = json.dumps(measuring.report(rows, limits, about), indent=1) + "\n"
+                outputs.write(path, report.encode())
+            else:
+                plotting.sweep(_series(rows), path, _title(rows, about))
+        except PymlaError as error:
+            failures.append(str(error))
+    if failures:
+        raise PymlaError("; ".join(failures))
 
 
 class _Run:
@@ -113,7 +135,9 @@ class _Run:
 
     def __init__(self, path, options):
         self._path = path
-        self._limit = ModelConfig.from_gguf(ModelFile.open(path)).context_length
+        file = ModelFile.open(path)
+        self.parts = file.parts
+        self._limit = ModelConfig.from_gguf(file).context_length
         self._ctx, self._settings = self._plan(**options)
 
     def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):

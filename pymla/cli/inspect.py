@@ -1,7 +1,6 @@
 """``pymla inspect``: what a model file holds, and what it takes to run it."""
 
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,11 +11,14 @@ import numpy as np
 
 from pymla import costs, ggml
 from pymla.cache import CACHE_TYPES, row_bytes
+from pymla.cli.output import write_json
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.memory import available_memory, size_text
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split
+from pymla.printable import one_line
+from pymla.tokenizer import Tokenizer
 
 #: Tokens in the cache at which costs are shown.
 CONTEXTS = (0, 4096, 16384)
@@ -78,12 +80,12 @@ def report(file: ModelFile) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """A metadata value that JSON can hold: long arrays are told by their length, NaN and infinity by name."""
-    if isinstance(value, list | np.ndarray):
-        if len(value) > _LONGEST_ARRAY:
-            return {"length": len(value)}
-        return [_json(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """A metadata value that JSON can hold: long arrays are told by their length."""
+    if not isinstance(value, list | np.ndarray):
+        return value
+    if len(value) > _LONGEST_ARRAY:
+        return {"length": len(value)}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _unsupported_types(file: ModelFile) -> list[str]:
@@ -125,20 +127,36 @@ def _tokenizer(file: ModelFile) -> dict[str, Any] | None:
     if not found:
         return None
     tokens = found.get("tokens")
+    vocabulary = tokens if isinstance(tokens, list) else []
     special = {}
     for key, value in found.items():
         if key.endswith("_token_id"):
-            known = isinstance(tokens, list) and isinstance(value, int) and 0 <= value < len(tokens)
-            special[key.removesuffix("_token_id")] = {"id": _json(value), "token": tokens[value] if known else None}
+            known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(vocabulary)
+            token = vocabulary[value] if known else None
+            special[key.removesuffix("_token_id")] = {"id": _json(value), "token": token}
+    try:
+        tokenizer = Tokenizer.from_gguf(file)
+    except PymlaError:
+        ends = warnings = None
+    else:
+        ends = [{"id": token, "token": vocabulary[token]} for token in sorted(tokenizer.eos_ids)]
+        warnings = tokenizer.warnings
     return {
         "model": _json(found.get("model")),
         "pre": _json(found.get("pre")),
         "tokens": _length(tokens),
         "merges": _length(found.get("merges")),
         "special": special,
+        "ends_of_text": ends,
+        "warnings": warnings,
         "add_bos": _json(found.get("add_bos_token")),
         "add_eos": _json(found.get("add_eos_token")),
         "chat_template": "tokenizer.chat_template" in file.metadata,
+        "chat_templates": [
+            key.removeprefix("tokenizer.chat_template.")
+            for key in file.metadata
+            if key.startswith("tokenizer.chat_template.")
+        ],
     }
 
 
@@ -262,7 +280,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
         _show_costs(page, found["costs"])
     if tensors and found["tensors"]:
         rows = [
-            (tensor["name"], tensor["type"], " × ".join(map(str, tensor["shape"])), size_text(tensor["bytes"]))
+            (_plain(tensor["name"]), tensor["type"], " × ".join(map(str, tensor["shape"])), size_text(tensor["bytes"]))
             for tensor in found["tensors"]
         ]
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
@@ -271,7 +289,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
 def _file_rows(found: dict[str, Any]) -> list[tuple]:
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
     return [
-        ("path", found["path"]),
+        ("path", _plain(found["path"], 1000)),
         ("size", size_text(found["bytes"]) + parts),
         ("format", f"GGUF {found['version']}, {len(found['metadata'])} keys, {len(found['tensors'])} tensors"),
     ]
@@ -289,7 +307,7 @@ def _model_rows(found: dict[str, Any]) -> list[tuple]:
     if config is None:
         prefix = f"{found['architecture']}."
         return rows + [
-            (key.removeprefix(prefix), _plain(value))
+            (_plain(key.removeprefix(prefix)), _plain(value))
             for key, value in found["metadata"].items()
             if key.startswith(prefix)
         ]
@@ -341,12 +359,16 @@ def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple]:
         ("tokens", f"{_count_or_none(tokenizer['tokens'])}, merges {_count_or_none(tokenizer['merges'])}"),
     ]
     for name, special in tokenizer["special"].items():
-        token = "" if special["token"] is None else f" {_plain(special['token'])}"
-        rows.append((name, f"{_plain(special['id'])}{token}"))
+        token = "(not in the vocabulary)" if special["token"] is None else _plain(special["token"])
+        rows.append((_plain(name), f"{_plain(special['id'])} {token}"))
+    if tokenizer["ends_of_text"] is not None:
+        ends = [f"{end['id']} {_plain(end['token'])}" for end in tokenizer["ends_of_text"]]
+        rows.append(("ends a text", ", ".join(ends) or "nothing"))
     added = [name for name in ("bos", "eos") if tokenizer[f"add_{name}"] is True]
+    yes = "yes" if tokenizer["chat_template"] else "no"
     rows += [
         ("adds", " and ".join(added) or "nothing"),
-        ("chat template", "yes" if tokenizer["chat_template"] else "no"),
+        ("chat template", ", ".join([yes, *map(_plain, tokenizer["chat_templates"])])),
     ]
     return rows
 
@@ -418,8 +440,7 @@ def _plain(value: Any, longest: int = 60) -> str:
     if isinstance(value, dict):
         return f"array of {value['length']}"
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return one_line(text, longest)
 
 
 EXAMPLES = """\b
@@ -441,6 +462,6 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     """
     found = report(ModelFile.open(file))
     if as_json:
-        click.echo(json.dumps(found, indent=2, allow_nan=False))
+        write_json(found, indent=2)
     else:
         _show(found, tensors)
