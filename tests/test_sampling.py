@@ -245,6 +245,23 @@ def test_limits_of_bias_and_seed():
         SamplingParams(seed=-1)
 
 
+def test_defaults_are_those_of_llama_cpp():
+    """Those of its command line, which looks back on 64 tokens and has its penalties off."""
+    assert SamplingParams() == SamplingParams(
+        temperature=0.8,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.05,
+        repetition_penalty=1,
+        frequency_penalty=0,
+        presence_penalty=0,
+        penalty_window=64,
+        logit_bias={},
+        seed=None,
+        logprobs=0,
+    )
+
+
 def test_options_by_name():
     assert SamplingParams.of({"top_k": None, "temperature": 0.5}) == SamplingParams(temperature=0.5)
     with pytest.raises(PymlaError, match=r"^there is no option `temprature`; did you mean `temperature`\?$"):
