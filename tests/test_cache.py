@@ -181,6 +181,8 @@ def test_a_batch_that_cannot_fit_changes_nothing(config):
     with pytest.raises(CacheFull, match="need 4 pages of 64 tokens, and the cache has 3"):
         cache.extend([(first, np.zeros(1, np.int32)), (second, np.zeros(65, np.int32))])
     assert (first.length, first.pages, second.pages, first.saved) == (100, pages, [], None)
+    cache.extend([(first, np.zeros(92, np.int32))])  # both limits can be reached
+    assert (len(first.pages), cache.free_pages) == (3, 0)
 
 
 def test_an_interrupted_step_leaves_no_page_behind(config):

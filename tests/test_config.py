@@ -541,6 +541,7 @@ def test_groups_must_give_the_experts_that_are_used(load):
     assert load(V2 | groups | {"expert_used_count": 8}).topk_group == 2
     with pytest.raises(PymlaError, match="expert_group_used_count is 2; groups of 4 experts cannot give 9"):
         load(V2 | groups | {"expert_used_count": 9})
+    assert load(V2 | groups | {"expert_group_count": 2, "expert_group_used_count": 1}).n_group == 2
     for count in (0, 1):
         one = load(V2 | groups | {"expert_used_count": 9, "expert_group_count": count})
         assert (one.n_group, one.topk_group) == (1, 1)

@@ -167,12 +167,12 @@ def test_router_takes_the_lower_of_equals(name):
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (4, 3)])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 1), (4, 2), (4, 3)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize("height", [0, 20_000])
 def test_router(scoring_func, groups, biased, norm_topk_prob, height):
-    """Expert by expert; `height` overflows an exponential of the logits themselves."""
+    """Expert by expert; a token's logits lie higher than the last one's by `height`, which overflows exponentials."""
     best = 2 if scoring_func == "sigmoid" else 1
     config = routing(
         scoring_func=scoring_func,
@@ -182,7 +182,9 @@ def test_router(scoring_func, groups, biased, norm_topk_prob, height):
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=2.5,
     )
-    logits = normal(6, 16) + (height if scoring_func == "softmax" else 0)
+    logits = normal(6, 16)
+    if scoring_func == "softmax":
+        logits += height * np.arange(6)[:, None]
     before, bias = logits.copy(), normal(16, seed=1).astype(np.float32) if biased else None
     ids, weights = np.full((6, 3), -1, np.int32), poisoned(6, 3)
     moe.router(logits, bias, config, ids, weights)
@@ -191,8 +193,8 @@ def test_router(scoring_func, groups, biased, norm_topk_prob, height):
         if scoring_func == "sigmoid":
             scores = [1 / (1 + np.exp(-x)) for x in row]
         else:
-            total = sum(np.exp(x - height) for x in row)
-            scores = [np.exp(x - height) / total for x in row]
+            total = sum(np.exp(x - row[0]) for x in row)
+            scores = [np.exp(x - row[0]) / total for x in row]
         choice = [score + (WIDE(bias[e]) if biased else 0) for e, score in enumerate(scores)]
         size = 16 // groups[0]
         worth = [sum(sorted(choice[g * size : (g + 1) * size])[-best:]) for g in range(groups[0])]
@@ -210,6 +212,7 @@ def test_weights_of_experts_without_a_score():
     with np.errstate(over="ignore"):
         moe.router(np.full((1, 4), -20_000, WIDE), None, config, ids, weights)
     assert weights.tolist() == [[0, 0]]
+    assert not np.signbit(weights).any()
 
 
 def one_expert(x, gate, up, down):

@@ -231,15 +231,17 @@ def test_limits(name, low, high):
 
 def test_limits_of_bias_and_seed():
     for bias in (-1e9, 1e9, -math.inf, np.float32(-math.inf)):
-        assert SamplingParams(logit_bias={np.int64(0): bias}).logit_bias == {0: bias}
-    for bias in (-1.1e9, 1.1e9, math.inf, math.nan, "1"):
+        kept = SamplingParams(logit_bias={np.int64(0): bias}).logit_bias
+        assert kept == {0: bias}
+        assert {type(each) for item in kept.items() for each in item} == {int, float}
+    for bias in (math.nextafter(-1e9, -2e9), math.nextafter(1e9, 2e9), math.inf, math.nan, "1"):
         with pytest.raises(PymlaError, match=r"`logit_bias\[0\]` is .*; a number from -1e\+09 to 1e\+09 is expected"):
             SamplingParams(logit_bias={0: bias})
     for token in (-1, 0.5, "0"):
         with pytest.raises(PymlaError, match=r"`logit_bias` is .*; a whole number from 0 on is expected"):
             SamplingParams(logit_bias={token: 1.0})
-    with pytest.raises(PymlaError, match=r"`logit_bias` is \[\]; a dict of token ids and numbers is expected"):
-        SamplingParams(logit_bias=[])
+    with pytest.raises(PymlaError, match="`logit_bias` is 3; a dict of token ids and numbers is expected"):
+        SamplingParams(logit_bias=3)
     assert SamplingParams(seed=0).seed == 0
     with pytest.raises(PymlaError, match="`seed` is -1; a whole number from 0 on is expected"):
         SamplingParams(seed=-1)

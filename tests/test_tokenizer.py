@@ -13,7 +13,15 @@ from tokenizers import models, trainers
 
 from pymla.errors import PymlaError
 from pymla.loading import demo_path
-from pymla.tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, Tokenizer, _byte_alphabet
+from pymla.tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    USER_DEFINED,
+    Tokenizer,
+    _byte_alphabet,
+    _pre_tokenizer,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ZOO = "Hello, world!\n\n  def f(x):\n\treturn x ** 2  # 🦙 ÄÖÜ 你好 привет 1234567\r\n'tis   \u200b e\u0301 \U0010ffff"
@@ -50,6 +58,26 @@ def test_round_trip(pre):
         assert tokenizer.decode(ids) == text
         stream = tokenizer.stream()
         assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_patterns_split_one_after_the_other():
+    """Each splits what the ones before it left; what none finds stays in one piece, and all of it becomes bytes."""
+    split = _pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
+    assert [piece for piece, _ in split.pre_tokenize_str("abba12é c'd!")] == ["a", "bb", "a", "1", "2", "Ã©Ġc'd!"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("deepseek-llm", "Don|'|t|\n| pay| |123456|€| |你好| !!"),
+        ("deepseek-coder", "Don|'|t|\n| pay| |1|2|3|4|5|6|€| |你好| !!"),
+        ("deepseek-v3", "Don|'t|\n| pay| |123|456|€| |你好| !!"),
+    ],
+)
+def test_pieces_of_a_text(pre, pieces):
+    alphabet = _byte_alphabet()
+    found = PRE_TOKENIZERS[pre].pre_tokenize_str(pieces.replace("|", ""))
+    assert [bytes(map(alphabet.get, piece)).decode() for piece, _ in found] == pieces.split("|")
 
 
 def test_streams_never_print_half_a_character():
