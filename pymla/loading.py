@@ -9,8 +9,7 @@ import numpy as np
 
 from pymla import costs, cuda
 from pymla.backends import Placement
-from pymla.cache import row_layout
-from pymla.config import ModelConfig
+from pymla.checks import examine
 from pymla.errors import NoRoom, PymlaError
 from pymla.generate import Generation
 from pymla.memory import available_memory
@@ -18,7 +17,6 @@ from pymla.model import MLA_MODES, Model
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split, Wish, choose, gib
 from pymla.sampling import SamplingParams
-from pymla.tokenizer import Tokenizer
 from pymla.weights import Weights
 
 #: What a model can run on; "auto" is the GPU where there is one that can be used.
@@ -43,6 +41,7 @@ def load(
     mla="auto",
     threads=None,
     ctx=None,
+    check_tensors=False,
     report=None,
 ):
     """Load a model.
@@ -67,6 +66,8 @@ def load(
         All usable cores by default.
     ctx : int, optional
         Tokens of the longest sequence. By default the model's context length, cut to what the memory holds.
+    check_tensors : bool
+        Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.checks`).
     report : Report, optional
         Told of progress and warnings.
 
@@ -86,14 +87,8 @@ def load(
         raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
     wish = Wish(ctx, _layer_count(gpu_layers), cpu_moe)
     file = ModelFile.open(demo_path() if path is None else path)
-    config = ModelConfig.from_gguf(file)
-    row_layout(config, cache_type, str(mla))
-    tokenizer = Tokenizer.from_gguf(file)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise PymlaError(
-            f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
-            f"rows for {config.vocab_size}; convert the model again"
-        )
+    found = examine(file, cache_type, str(mla), check_tensors=check_tensors, progress=report.checking)
+    config, tokenizer = found.check()
     if ctx is not None and not 1 <= ctx <= config.context_length:
         raise PymlaError(f"--ctx {ctx}: this model's context goes from 1 to {config.context_length} tokens")
     planner = Planner(config, file, cache_type, str(mla))
@@ -135,6 +130,9 @@ class Report:
 
     def reading(self, done, total):
         """Bytes of the file that are present."""
+
+    def checking(self, done, total):
+        """Bytes of tensors whose values were looked at."""
 
     def arranging(self, done, total):
         """Layers whose tensors are found."""
@@ -344,6 +342,7 @@ def _weights(file, config, placement, planner, split, report):
     on_device, on_host = planner.device(split, 1), planner.host(split, 1)
     if on_host.weights <= available_memory():
         file.prefault(report.reading, [name for name in file.tensors if name not in uploaded] if uploaded else None)
+    file.check_unchanged()
     total = on_device.weights + on_device.derived
     # Two bars at a time would take turns.
     arranging = None if total else report.arranging

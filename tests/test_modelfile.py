@@ -536,8 +536,8 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     page = modelfile.mmap.PAGESIZE
     contents = {name: (np.zeros(4 * page // 4, np.float32), ggml.F32) for name in "abcd"}
     file = ModelFile.open(write(tmp_path / "four.gguf", contents=contents))
-    spans = file._spans(file.path, file._maps[0], ["d", "b"])
-    begin = np.frombuffer(file._maps[0], np.uint8).ctypes.data
+    spans = file._spans(file._sources[0], ["d", "b"])
+    begin = file._sources[0].begin
     for name, (start, stop) in zip("bd", spans, strict=True):
         tensor = file.tensors[name].data
         assert start <= tensor.ctypes.data - begin < start + page
@@ -547,7 +547,7 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     total = sum(stop - start for start, stop in spans)
     assert calls[-1] == (total, total)
     # Neighbours make one span, and no names none.
-    assert len(file._spans(file.path, file._maps[0], ["c", "b", "a"])) == 1
+    assert len(file._spans(file._sources[0], ["c", "b", "a"])) == 1
     file.prefault(lambda *_: pytest.fail("nothing was asked for"), [])
 
 

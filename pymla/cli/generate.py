@@ -160,6 +160,9 @@ class Terminal(Report):
     def reading(self, done, total):
         self._show("reading the model, MiB", done >> 20, total >> 20)
 
+    def checking(self, done, total):
+        self._show("checking tensors, MiB", done >> 20, total >> 20)
+
     def arranging(self, done, total):
         self._show("arranging weights, layers", done, total)
 
