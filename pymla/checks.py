@@ -178,7 +178,7 @@ def _value_problems(
             if scan.not_finite:
                 yield PymlaError(_not_finite(info, scan))
             # A bias may well be zero: that of experts is where they are balanced without one.
-            elif spec.field != "exp_probs_b" and (scan.is_zero or scan.hole(values.row_blocks(info))):
+            elif spec.field != "exp_probs_b" and scan.hole(info):
                 yield PymlaError(_hole(info, scan))
         done += info.data.nbytes
 
@@ -208,7 +208,7 @@ def _not_finite(info: TensorInfo, scan: values.Scan) -> str:
 def _hole(info: TensorInfo, scan: values.Scan) -> str:
     where = "throughout"
     if not scan.is_zero:
-        first, stop = scan.hole(values.row_blocks(info))
+        first, stop = scan.hole(info)
         where = f"from {_index(info, first)} to {_index(info, stop, -1)}"
     return (
         f"{info.path}: tensor {info.name} is zero {where}, as an unfinished download leaves it; "

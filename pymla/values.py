@@ -4,9 +4,9 @@ What is looked at are the numbers that all weights of a block hang on: the weigh
 of quantised ones. A weight is NaN or infinite if its block's scale is, and zero if its scale is.
 
 Zeros are harder to judge, because sound files have some: rows of tokens that only pad the vocabulary, experts that were
-never used or were cut out. Such zeros are whole rows. The end of a hole in a file is at a multiple of 4,096 bytes, or
-wherever a download stopped, so it is inside a row, but for a few in a hundred. So a tensor has a hole if it is zero
-throughout, or if a run of at least `HOLE_BYTES` zero bytes begins or ends inside a row.
+never used or were cut out. Such zeros are whole rows. A hole in a file begins and ends at a multiple of 4,096 bytes, or
+wherever a download stopped, which is the end of a row in few cases of a hundred. So a tensor has a hole if it is zero
+throughout, or if a run of zeros of at least `HOLE_BYTES` begins or ends inside a row or inside a block.
 """
 
 from collections.abc import Callable
@@ -63,14 +63,13 @@ class Scan(NamedTuple):
         """Whether all of it is zero."""
         return self.zeros == [(0, self.blocks)]
 
-    def hole(self, row_blocks: int) -> tuple[int, int] | None:
-        """The first run of zeros that begins or ends inside a row of `row_blocks` blocks."""
-        return next((run for run in self.zeros if run[0] % row_blocks or run[1] % row_blocks), None)
-
-
-def row_blocks(info: TensorInfo) -> int:
-    """Blocks of a row."""
-    return info.shape[-1] // ggml.BLOCK_SIZE[info.qtype]
+    def hole(self, info: TensorInfo) -> tuple[int, int] | None:
+        """The first run of zeros that is a hole in the tensor that was looked at."""
+        row = info.shape[-1] // ggml.BLOCK_SIZE[info.qtype]
+        for first, stop in self.zeros:
+            if self.is_zero or first % row or stop % row or _is_torn(info, first, stop):
+                return first, stop
+        return None
 
 
 def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Scan:
@@ -120,6 +119,19 @@ def may_have_hole(info: TensorInfo) -> bool:
     data = info.data.reshape(-1, size)[starts[:, None] + np.arange(length)].reshape(-1, size)
     zero = _zero_blocks(data, _magnitudes(data, info.qtype), info.qtype)
     return bool(zero.reshape(SAMPLES, length).all(axis=1).any())
+
+
+def _is_torn(info: TensorInfo, first: int, stop: int) -> bool:
+    """Whether zero bytes begin or end inside a block at an end of a run of zero blocks. A block whose weights are zero
+    may have other bytes than zeros; then all blocks of the run have them."""
+    size = ggml.BLOCK_BYTES[info.qtype]
+    start, end = first * size, stop * size
+    blocks = info.data[start:end].reshape(-1, size)
+    if blocks[1:-1].any():
+        return False
+    # Eight zero bytes of codes in a row hardly occur beside a scale that is not zero.
+    outside = info.data[max(0, start - 8) : start], info.data[end : end + 8]
+    return bool(blocks[0].any() or blocks[-1].any() or any(len(each) == 8 and not each.any() for each in outside))
 
 
 def _magnitudes(data: np.ndarray, qtype: int) -> np.ndarray:

@@ -8,10 +8,10 @@ import click
 
 from pymla import bench as measuring
 from pymla import plot as plotting
-from pymla.cache import CACHE_TYPES
-from pymla.cli.device import device_options
+from pymla.cache import CACHE_TYPES, row_layout
+from pymla.checks import examine
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
-from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.loading import demo_path, find_device, load
 from pymla.model import MLA_MODES
@@ -62,6 +62,7 @@ there are no shares."""
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -69,14 +70,27 @@ there are no shares."""
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table to a file as CSV.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
-def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path, json_path, plot_path, **options):
+def bench(
+    paths,
+    mla,
+    cache_type,
+    threads,
+    device,
+    gpu_layers,
+    cpu_moe,
+    check_tensors,
+    csv_path,
+    json_path,
+    plot_path,
+    **options,
+):
     """Measure prompt and generation speed as the context grows.
 
     The table goes to standard output, row by row; progress goes to standard error. An interrupt ends the measurement
     and writes the files with the rows so far.
     """
     modes = _modes(mla)
-    runs = [_Run(path, options) for path in paths or (demo_path(),)]
+    runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
     for path in filter(None, (csv_path, json_path, plot_path)):
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise PymlaError(f"{path}: cannot be written; choose a file in a folder that exists")
@@ -111,9 +125,16 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
 class _Run:
     """A file and what is measured on it."""
 
-    def __init__(self, path, options):
+    def __init__(self, path, modes, cache_type, check_tensors, options):
         self._path = path
-        self._limit = ModelConfig.from_gguf(ModelFile.open(path)).context_length
+        file = ModelFile.open(path)
+        with Terminal() as terminal:
+            # Before the limits are measured, which compiles kernels and takes seconds.
+            found = examine(file, cache_type, check_tensors=check_tensors, progress=terminal.checking)
+        config, _ = found.check()
+        for mode in modes:
+            row_layout(config, cache_type, mode)
+        self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
 
     def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):

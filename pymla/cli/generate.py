@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pymla.cli.device import device_options
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
 from pymla.model import MLA_MODES
@@ -71,6 +71,7 @@ def _sampling(name, kind, help_):
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
 )
