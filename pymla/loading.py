@@ -9,8 +9,8 @@ import numpy as np
 
 from pymla import costs, cuda
 from pymla.backends import Placement
-from pymla.checks import examine
 from pymla.errors import NoRoom, PymlaError
+from pymla.filecheck import examine
 from pymla.generate import Generation
 from pymla.memory import available_memory
 from pymla.model import MLA_MODES, Model
@@ -67,7 +67,7 @@ def load(
     ctx : int, optional
         Tokens of the longest sequence. By default the model's context length, cut to what the memory holds.
     check_tensors : bool
-        Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.checks`).
+        Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.filecheck`).
     report : Report, optional
         Told of progress and warnings.
 
@@ -342,7 +342,6 @@ def _weights(file, config, placement, planner, split, report):
     on_device, on_host = planner.device(split, 1), planner.host(split, 1)
     if on_host.weights <= available_memory():
         file.prefault(report.reading, [name for name in file.tensors if name not in uploaded] if uploaded else None)
-    file.check_unchanged()
     total = on_device.weights + on_device.derived
     # Two bars at a time would take turns.
     arranging = None if total else report.arranging

@@ -1,6 +1,6 @@
 """The tensors that a model consists of: their GGUF names, their shapes, and what each is for.
 
-This is the one table that files are checked by (`pymla.checks`), weights are loaded by (`pymla.weights`), and costs and
+This is the one table that files are checked by (`pymla.filecheck`), weights are loaded by (`pymla.weights`), and costs and
 memory are computed by (`pymla.costs`, `pymla.placement`). Names are those of llama.cpp's converter.
 """
 

@@ -149,9 +149,14 @@ class _Taker:
         """An array in the backend's memory."""
         return self._backend.memory.to_device(array, self._progress)
 
+    def find(self, spec):
+        """A tensor in the file, which is to be read."""
+        self.file.check_unchanged()
+        return find(self.file, spec)
+
     def mapped(self, spec):
         """A matrix in the file."""
-        info = find(self.file, spec)
+        info = self.find(spec)
         return QTensor(info.qtype, info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1])))
 
     def matrix(self, spec):
@@ -159,7 +164,7 @@ class _Taker:
         return QTensor(w.qtype, self.put(w.data))
 
     def vector(self, spec):
-        return self.put(find(self.file, spec).data.view(np.float32))
+        return self.put(self.find(spec).data.view(np.float32))
 
 
 def _layer(take, take_experts, config, index):

@@ -66,7 +66,7 @@ class Mutator:
         self._contents = path.read_bytes()
         file = ModelFile.open(path)
         self._metadata, self._tensors = file.metadata, list(file.tensors.values())
-        self._header = min(each.data.ctypes.data for each in self._tensors) - file._sources[0].begin
+        self._header = len(self._contents) - sum(_padded(each.data.nbytes) for each in self._tensors)
 
     def write(self, path: Path, seed: int) -> str:
         """Write the copy; returns what was done to it."""

@@ -9,10 +9,10 @@ import click
 from pymla import bench as measuring
 from pymla import plot as plotting
 from pymla.cache import CACHE_TYPES, row_layout
-from pymla.checks import examine
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
 from pymla.errors import PymlaError
+from pymla.filecheck import examine
 from pymla.loading import demo_path, find_device, load
 from pymla.model import MLA_MODES
 from pymla.modelfile import ModelFile

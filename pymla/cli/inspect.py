@@ -13,11 +13,11 @@ import numpy as np
 
 from pymla import costs, ggml
 from pymla.cache import CACHE_TYPES, row_bytes
-from pymla.checks import Examined, examine
 from pymla.cli.device import check_tensors_option
 from pymla.cli.generate import Terminal
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
+from pymla.filecheck import Examined, examine
 from pymla.memory import available_memory, size_text
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split
@@ -40,7 +40,7 @@ _MOST_PROBLEMS = 10  # that are shown to a person
 def report(
     file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """All that the command shows, as values that JSON can hold; arguments as for `pymla.checks.examine`.
+    """All that the command shows, as values that JSON can hold; arguments as for `pymla.filecheck.examine`.
 
     Never fails for what the engine cannot run: ``runs`` says whether `pymla.load` takes the file, ``problems`` why not.
     ``config``, ``memory`` and ``costs`` are None where they cannot be known.

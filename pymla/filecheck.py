@@ -172,6 +172,8 @@ def _value_problems(
             progress(done + of_tensor, total)
 
     for spec, info in tensors:
+        if everything:
+            file.prefault(names=[info.name])  # in larger steps than page faults read
         file.check_unchanged()
         if everything or _is_small(spec) or values.may_have_hole(info):
             scan = values.scan(info, report)

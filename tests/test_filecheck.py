@@ -1,4 +1,4 @@
-"""`pymla.checks`: what is refused, by name, before anything is compiled; `inspect` and `load` always agree."""
+"""`pymla.filecheck`: what is refused, by name, before anything is compiled; `inspect` and `load` always agree."""
 
 import dataclasses
 import os
@@ -10,10 +10,10 @@ from make_model import PRESETS, make_model
 from mutations import Mutator, write
 
 import pymla
-from pymla import checks, cpu, ggml
-from pymla.checks import examine
+from pymla import cpu, filecheck, ggml
 from pymla.cli.inspect import report
 from pymla.errors import PymlaError
+from pymla.filecheck import examine
 from pymla.modelfile import ModelFile
 from pymla.reference.quant import quantise
 
@@ -346,7 +346,7 @@ def test_a_file_that_is_cut_while_it_is_looked_at(sound, tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     path.write_bytes(sound.path.read_bytes())
     file = ModelFile.open(path)
-    monkeypatch.setattr(checks, "_layer_problems", lambda *_: os.truncate(path, 50_000) or ())
+    monkeypatch.setattr(filecheck, "_layer_problems", lambda *_: os.truncate(path, 50_000) or ())
     with pytest.raises(PymlaError, match=rf"has 50000 bytes and had {file.nbytes} when it was opened"):
         examine(file)
 
