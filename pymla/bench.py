@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pymla import __version__, costs, cuda
+from pymla import __version__, checks, costs, cuda
 from pymla.errors import PymlaError
 
 #: Columns of ``llama-sweep-bench``, and what comes behind them.
@@ -49,12 +49,14 @@ class Settings:
 
     def __post_init__(self):
         if self.pp < 0 or self.tg < 0 or self.pp + self.tg == 0:
-            raise PymlaError(f"--pp {self.pp} --tg {self.tg}: one of them must be above 0, and none below")
+            raise PymlaError(f"`pp` is {self.pp} and `tg` {self.tg}: one of them must be above 0, and none below")
         if self.repeat < 1:
-            raise PymlaError(f"--repeat {self.repeat}: at least 1")
+            raise PymlaError(f"`repeat` is {self.repeat}; 1 at least is expected")
         if not self.depths or min(self.depths) < 0 or list(self.depths) != sorted(set(self.depths)):
             given = ",".join(map(str, self.depths))
-            raise PymlaError(f"--depths {given!r}: numbers of tokens from 0 on, in ascending order, each once")
+            raise PymlaError(
+                f"`depths` is {given}; numbers of tokens from 0 on are expected, in ascending order, each once"
+            )
 
     @property
     def tokens(self):
@@ -142,7 +144,7 @@ def sweep(language_model, settings, progress=None):
     """
     ctx = language_model.model.ctx
     if settings.tokens > ctx:
-        raise PymlaError(f"the measurement needs a context of {settings.tokens} tokens and has {ctx}; raise --ctx")
+        raise PymlaError(f"the measurement needs a context of {settings.tokens} tokens and has {ctx}; raise `ctx`")
     engine = _Engine(language_model, settings, progress)
     try:
         engine.warm_up()
@@ -283,7 +285,7 @@ def measure_limits(device="cpu", threads=None):
 
     cores = cpu.usable_cores()
     if threads is not None and not 1 <= threads <= cores:
-        raise PymlaError(f"--threads {threads}: this process may use 1 to {cores} cores")
+        checks.refuse("threads", threads, f"this process may use 1 to {cores} cores")
     cpu.set_threads(threads or cores)
     limits = importlib.import_module(f"pymla.{'cuda' if device == 'cuda' else 'cpu'}.limits")
     return limits.measure()

@@ -7,8 +7,14 @@ stored as ggml blocks, or as the backend's attention likes them best.
 
 Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
 written; a GPU's is taken at once.
+
+Which pages are free follows from the pages that sequences hold, and is written down nowhere else: a sequence that is
+dropped, freed by another thread or left behind by an interrupt cannot lose a page or give one back twice. When a step
+needs more pages than are free, the sequences that were used least recently are copied out of the cache, and back into
+it when they go on: a sequence never ends early because of another one.
 """
 
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +90,8 @@ class Sequence:
     def __init__(self):
         self.length = 0  # tokens in the cache
         self.pages = []
+        self.saved = None  # its rows in the host's memory, while other sequences have its pages
+        self.last_step = 0  # number of the step that used it last
 
 
 def row_layout(config, cache_type, mla):
@@ -146,8 +154,10 @@ class PagedCache:
     """
 
     def __init__(self, config, cache_type, mla, pages, ctx, backends):
-        self.ctx, self.cache_type = ctx, cache_type
-        self._free = list(range(pages - 1, -1, -1))
+        self.ctx, self.cache_type, self.pages = ctx, cache_type, pages
+        self._memories = [backend.memory for backend in backends]
+        self._holders = weakref.WeakSet()  # sequences that have pages, or had some
+        self._steps = 0
         layout, slots = row_layout(config, cache_type, mla), pages * PAGE
         if mla == "0":
             self.layers = [FullCache(*block_rows(backend.memory, layout, slots)) for backend in backends]
@@ -159,7 +169,8 @@ class PagedCache:
 
     @property
     def free_pages(self):
-        return len(self._free)
+        """Pages that no sequence holds."""
+        return self.pages - sum(len(sequence.pages) for sequence in self._holders)
 
     def extend(self, batch):
         """Find slots for new tokens. Lengths stay as they are until `advance`.
@@ -175,22 +186,28 @@ class PagedCache:
         Raises
         ------
         CacheFull
-            A sequence would outgrow the context, or the pages are used up. Nothing has changed then.
+            A sequence would outgrow the context, or the sequences of the batch need more pages than there are. Nothing
+            has changed then.
         """
-        missing = []
+        wanted = []
         for sequence, tokens in batch:
             length = sequence.length + len(tokens)
             if length > self.ctx:
                 raise CacheFull(
-                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise --ctx"
+                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise `ctx`"
                 )
-            missing.append(max(0, -(-length // PAGE) - len(sequence.pages)))
-        if sum(missing) > len(self._free):
+            wanted.append(-(-length // PAGE))
+        if sum(wanted) > self.pages:
             raise CacheFull(
-                f"the cache has {len(self._free)} free pages of {PAGE} tokens and needs {sum(missing)}; raise --ctx"
+                f"the sequences of a step need {sum(wanted)} pages of {PAGE} tokens, and the cache has {self.pages}; "
+                "raise `ctx`"
             )
-        for (sequence, _), count in zip(batch, missing, strict=True):
-            sequence.pages += [self._free.pop() for _ in range(count)]
+        self._steps += 1
+        for (sequence, _), count in zip(batch, wanted, strict=True):
+            sequence.last_step = self._steps  # its pages are not taken for this step
+            sequence.pages = sequence.pages[:count]  # an interrupted step may have left more
+        for (sequence, _), count in zip(batch, wanted, strict=True):
+            self._hold(sequence, count)
         tables = np.zeros((len(batch), max(len(s.pages) for s, _ in batch)), np.int32)
         for b, (sequence, _) in enumerate(batch):
             tables[b, : len(sequence.pages)] = sequence.pages
@@ -208,11 +225,52 @@ class PagedCache:
 
     def truncate(self, sequence, length):
         """Forget a sequence's tokens from position `length` on, and give back the pages that only they used."""
-        keep = -(-length // PAGE)
-        self._free += reversed(sequence.pages[keep:])
-        del sequence.pages[keep:]
         sequence.length = length
+        sequence.pages = sequence.pages[: -(-length // PAGE)]
 
-    def free(self, sequence):
-        """Give a sequence's pages back and empty it."""
-        self.truncate(sequence, 0)
+    @staticmethod
+    def free(sequence):
+        """Give a sequence's pages back and empty it. Any thread may do it at any time, a garbage collector's, too."""
+        sequence.length, sequence.pages, sequence.saved = 0, [], None
+
+    def _hold(self, sequence, count):
+        """Let a sequence hold `count` pages, with its rows in them."""
+        if sequence.saved is not None:
+            sequence.pages = []  # what an interrupted copy left
+        missing = count - len(sequence.pages)
+        if missing > 0:
+            sequence.pages = sequence.pages + self._take(missing)
+            self._holders.add(sequence)
+        if sequence.saved is not None:
+            self._copy_in(sequence)
+
+    def _take(self, count):
+        """The numbers of `count` free pages, once so many are free."""
+        while self.free_pages < count:
+            others = [each for each in self._holders if each.pages and each.last_step < self._steps]
+            self._copy_out(min(others, key=lambda each: each.last_step))
+        held = {page for sequence in self._holders for page in sequence.pages}
+        return [page for page in range(self.pages) if page not in held][:count]
+
+    def _copy_out(self, sequence):
+        """Keep a sequence's rows in the host's memory, and give its pages back."""
+        pages = sequence.pages[: -(-sequence.length // PAGE)]
+        sequence.saved = [
+            np.stack([memory.to_host(rows.data[page * PAGE : (page + 1) * PAGE]) for page in pages]) if pages else None
+            for memory, rows in self._rows()
+        ]
+        sequence.pages = []
+
+    def _copy_in(self, sequence):
+        """Write the rows that `_copy_out` kept into the pages that the sequence has now."""
+        kept = -(-sequence.length // PAGE)
+        for (memory, rows), saved in zip(self._rows(), sequence.saved, strict=True):
+            for page, data in zip(sequence.pages[:kept], () if saved is None else saved, strict=False):
+                memory.write(rows.data[page * PAGE : (page + 1) * PAGE], data)
+        sequence.saved = None
+
+    def _rows(self):
+        """The rows of every layer, with the memory that they lie in."""
+        for memory, layer in zip(self._memories, self.layers, strict=True):
+            for rows in layer:
+                yield memory, rows

@@ -1,10 +1,12 @@
 """The prompt and the generation loop of one sequence: tokens in, pieces of text out."""
 
+import threading
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pymla import checks
 from pymla.errors import CacheFull, PymlaError
 
 
@@ -33,6 +35,10 @@ class Stats:
 class Generation:
     """A text being generated. Iterate over it for pieces of text; the rest tells what happened.
 
+    Nothing is computed before a piece is asked for. What was read is kept: iterating again gives the same pieces, and
+    goes on where the first reading left off. Several threads may read one generation, and several generations take
+    turns on one model, step by step.
+
     Parameters
     ----------
     model : Model
@@ -42,7 +48,7 @@ class Generation:
     params : SamplingParams
     max_tokens : int or None
         None: until the model ends the text or the context is full.
-    stop : tuple of str
+    stop : str, or sequence of str
         Texts that end the generation. They are not part of what comes out.
     progress : callable(done, total), optional
         Layers of the prompt's pass.
@@ -54,6 +60,11 @@ class Generation:
         "interrupted" as long as none of these has happened.
     sampled : list of Sampled
     stats : Stats
+
+    Raises
+    ------
+    PymlaError
+        An argument is of no use, or the prompt does not fit the context.
     """
 
     model: object
@@ -63,9 +74,9 @@ class Generation:
     max_tokens: int | None = None
     stop: tuple = ()
     progress: object = None
-    finish_reason: str = "interrupted"
-    sampled: list = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
+    finish_reason: str = field(default="interrupted", init=False)
+    sampled: list = field(default_factory=list, init=False)
+    stats: Stats = field(default_factory=Stats, init=False)
 
     def __post_init__(self):
         if not self.prompt:
@@ -73,18 +84,25 @@ class Generation:
         if len(self.prompt) > self.model.ctx:
             raise PymlaError(
                 f"the prompt has {len(self.prompt)} tokens and the context holds {self.model.ctx}; "
-                "shorten it or raise --ctx (the model's own limit is "
+                "shorten it or raise `ctx` (the model's own limit is "
                 f"{self.model.config.context_length})"
             )
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise PymlaError(f"max_tokens is {self.max_tokens}; it must not be negative")
+        if self.max_tokens is not None:
+            self.max_tokens = checks.integer("max_tokens", self.max_tokens, 0)
         for token in self.params.logit_bias:
             if not 0 <= token < self.model.config.vocab_size:
                 raise PymlaError(
-                    f"logit bias for token {token}: the vocabulary has {self.model.config.vocab_size} tokens"
+                    f"`logit_bias` for token {token}: the vocabulary has {self.model.config.vocab_size} tokens"
                 )
-        if any(not text for text in self.stop):
-            raise PymlaError("a stop string is empty; leave it out")
+        self.stop = _stop_strings(self.stop)
+        if self.progress is not None and not callable(self.progress):
+            checks.refuse("progress", self.progress, "a function of two numbers is expected")
+        self._reading = threading.RLock()
+        self._pieces, self._failure, self._ended = [], None, False
+        # The cache counts the sequence's pages as free once nobody refers to it: a generation that is dropped, or that
+        # a traceback drops, needs no end.
+        self._sequence, self._sampler = self.model.new_sequence(), None
+        self._stream, self._held, self._seconds = self.tokenizer.stream(), _Stop(self.stop), 0.0
 
     @property
     def tokens(self):
@@ -92,50 +110,85 @@ class Generation:
         return [each.token for each in self.sampled]
 
     def __iter__(self):
-        sequence = self.model.new_sequence()
-        try:
-            yield from self._pieces(sequence)
-        finally:
-            self.stats.cache_tokens = sequence.length
-            self.model.free(sequence)
-
-    def _pieces(self, sequence):
-        if self.max_tokens == 0:
-            self.finish_reason = "length"
-            return
-        sampler = self.model.sampler(self.params, self.prompt)
-        stream, held = self.tokenizer.stream(), _Stop(self.stop)
-        began = time.perf_counter()
-        logits = self.model.step([(sequence, np.array(self.prompt, np.int32))], progress=self.progress)
-        chosen = sampler.sample(logits[0])  # which waits for a GPU
-        self.stats.prompt_tokens = len(self.prompt)
-        self.stats.prompt_seconds = time.perf_counter() - began
-        began = time.perf_counter()
+        at = 0
         while True:
-            if chosen.token in self.tokenizer.eos_ids:
-                self.finish_reason = "stop"
-                break
-            self.sampled.append(chosen)
-            self.stats.generated_tokens += 1
-            self.stats.generation_seconds = time.perf_counter() - began
-            piece = held.push(stream.push(chosen.token))
-            if piece:
-                yield piece
-            if held.found:
-                self.finish_reason = "stop"
-                return
-            if len(self.sampled) == self.max_tokens:
-                self.finish_reason = "length"
-                break
-            try:
-                logits = self.model.step([(sequence, np.array([chosen.token], np.int32))])
-            except CacheFull:
-                self.finish_reason = "context"
-                break
-            chosen = sampler.sample(logits[0])
-        rest = held.push(stream.flush()) + held.flush()
-        if rest:
-            yield rest
+            with self._reading:
+                if at == len(self._pieces) and not self._read():
+                    return
+                piece = self._pieces[at]
+            yield piece
+            at += 1
+
+    def _read(self):
+        """Generate another piece; False at the end of the text."""
+        if self._failure is not None:
+            raise PymlaError(f"this generation was ended by {self._failure}; start another one")
+        try:
+            while not self._ended:
+                piece = self._advance()
+                if piece:
+                    self._pieces.append(piece)
+                    return True
+        except BaseException as error:
+            # The step that it came from is half done. What ended it is told once, with its traceback.
+            self._failure = type(error).__name__ + (f": {error}" if str(error) else "")
+            self.model.free(self._sequence)
+            raise
+        return False
+
+    def _advance(self):
+        """Generate a token. Returns the text that is certain with it: none, where it may begin a stop string."""
+        if len(self.sampled) == self.max_tokens:
+            return self._end("length")
+        try:
+            chosen = self._next()
+        except CacheFull:
+            return self._end("context")
+        if chosen.token in self.tokenizer.eos_ids:
+            return self._end("stop")
+        self.sampled.append(chosen)
+        self.stats.generated_tokens += 1
+        self.stats.generation_seconds = self._seconds
+        text = self._held.push(self._stream.push(chosen.token))
+        return text + self._end("stop") if self._held.found else text
+
+    def _next(self):
+        """The token that follows the last one, or the prompt. Another caller's step may come before or after it, but
+        not between the logits and their reading."""
+        new = [self.sampled[-1].token] if self.sampled else self.prompt
+        with self.model.turn:
+            began = time.perf_counter()
+            if self._sampler is None:
+                self._sampler = self.model.sampler(self.params, self.prompt)
+            progress = None if self.sampled else self.progress
+            logits = self.model.step([(self._sequence, np.array(new, np.int32))], progress=progress)
+            chosen = self._sampler.sample(logits[0])  # which waits for a GPU
+            seconds = time.perf_counter() - began
+        self.stats.cache_tokens = self._sequence.length
+        if self.sampled:
+            self._seconds += seconds
+        else:
+            self.stats.prompt_tokens, self.stats.prompt_seconds = len(new), seconds
+        return chosen
+
+    def _end(self, reason):
+        """End the text. Returns what was held back of it."""
+        self.finish_reason, self._ended = reason, True
+        self.model.free(self._sequence)
+        return self._held.push(self._stream.flush()) + self._held.flush()
+
+
+def _stop_strings(stop):
+    """Stop strings, given as one or as several, as a tuple."""
+    if stop is None:
+        return ()
+    stop = (stop,) if isinstance(stop, (str, bytes)) or not hasattr(stop, "__iter__") else tuple(stop)
+    for text in stop:
+        if not isinstance(text, str):
+            checks.refuse("stop", text, "a text, or a list of texts, is expected")
+        if not text:
+            raise PymlaError("`stop` has an empty text; leave it out")
+    return stop
 
 
 class _Stop:

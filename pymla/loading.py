@@ -2,13 +2,15 @@
 
 import gc
 import importlib.resources
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from pymla import costs, cuda
+from pymla import checks, costs, cuda
 from pymla.backends import Placement
+from pymla.cache import CACHE_TYPES
 from pymla.errors import NoRoom, PymlaError
 from pymla.filecheck import examine
 from pymla.generate import Generation
@@ -80,22 +82,24 @@ def load(
     PymlaError
         The file cannot be run, the memory does not suffice, or there is no such device.
     """
-    report = report or Report()
-    if device not in DEVICES:
-        raise PymlaError(f"unknown device {device!r}; choose {', '.join(DEVICES)}")
-    if str(mla) not in MLA_MODES:
-        raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
-    wish = Wish(ctx, _layer_count(gpu_layers), cpu_moe)
-    file = ModelFile.open(demo_path() if path is None else path)
-    found = examine(file, cache_type, str(mla), check_tensors=check_tensors, progress=report.checking)
+    report = _report(report)
+    checks.choice("device", device, DEVICES)
+    checks.choice("cache_type", cache_type, CACHE_TYPES)
+    mla = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
+    threads = None if threads is None else checks.integer("threads", threads, 1)
+    ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
+    check_tensors = checks.flag("check_tensors", check_tensors)
+    wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
+    file = ModelFile.open(demo_path() if path is None else _path(path))
+    found = examine(file, cache_type, mla, check_tensors=check_tensors, progress=report.checking)
     config, tokenizer = found.check()
-    if ctx is not None and not 1 <= ctx <= config.context_length:
-        raise PymlaError(f"--ctx {ctx}: this model's context goes from 1 to {config.context_length} tokens")
-    planner = Planner(config, file, cache_type, str(mla))
+    if ctx is not None and ctx > config.context_length:
+        checks.refuse("ctx", ctx, f"this model's context goes from 1 to {config.context_length} tokens")
+    planner = Planner(config, file, cache_type, mla)
     split, ctx = _plan(device, wish, planner, file, report)
     placement = _backends(device, split, config, threads, report)
     weights = _weights(file, config, placement, planner, split, report)
-    model = Model(config, weights, placement, cache_type=cache_type, mla=str(mla), ctx=ctx)
+    model = Model(config, weights, placement, cache_type=cache_type, mla=mla, ctx=ctx)
     return LanguageModel(file, config, tokenizer, model)
 
 
@@ -114,7 +118,7 @@ def find_device(device):
         try:
             cuda.check()
         except PymlaError as error:
-            raise PymlaError(f"--device cuda: {error}") from None
+            raise PymlaError(f"`device` cuda: {error}") from None
     return device, ""
 
 
@@ -147,6 +151,9 @@ class Report:
 class LanguageModel:
     """A model with its tokenizer. Use as a context manager, or `close` it, to unmap the file.
 
+    Several threads may use one model. Calls of `generate` and `logits` wait for each other; the steps of streams take
+    turns.
+
     Attributes
     ----------
     config : ModelConfig
@@ -165,33 +172,75 @@ class LanguageModel:
 
     @property
     def model(self):
-        if self._model is None:
+        model = self._model
+        if model is None:
             raise PymlaError(f"{self.file.path}: this model was closed; load it again")
-        return self._model
+        return model
 
     def tokenize(self, text, add_bos=True, parse_special=False):
         """Token ids of a text (`Tokenizer.encode`)."""
+        if not isinstance(text, str):
+            checks.refuse("text", text, "a text is expected")
         return self.tokenizer.encode(text, add_bos, parse_special)
 
     def detokenize(self, ids):
         """The text of token ids (`Tokenizer.decode`)."""
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(self._checked("ids", ids, empty=True).tolist())
 
     def logits(self, ids):
-        """Logits after every token of a sequence, from an empty cache: float32 (T, vocabulary)."""
-        ids = self._checked(ids)
-        sequence = self.model.new_sequence()
+        """Logits after every token of a sequence, from an empty cache: float32 (T, vocabulary).
+
+        Raises
+        ------
+        PymlaError
+            The ids are none, too many for the context, or a logit is not finite.
+        """
+        ids = self._checked("ids", ids)
+        model = self.model
+        pass  # check
+        sequence = model.new_sequence()
         try:
-            return self.model.forward([(sequence, ids)], logits="all")
+            logits = model.forward([(sequence, ids)], logits="all")
         finally:
-            self.model.free(sequence)
+            model.free(sequence)
+        if not np.isfinite(logits).all():
+            position, token = np.argwhere(~np.isfinite(logits))[0].tolist()
+            raise PymlaError(
+                f"{self.file.path}: the logit of token {token} after position {position} is {logits[position, token]}: "
+                "the model's weights are damaged, or overflow"
+            )
+        return logits
 
     def generation(self, prompt, *, max_tokens=None, stop=(), progress=None, **sampling):
-        """A `Generation` to iterate over; `prompt` is a text or token ids, `sampling` the fields of
-        `SamplingParams`."""
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt).tolist()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        return Generation(self.model, self.tokenizer, ids, SamplingParams(**sampling), max_tokens, stop, progress)
+        """A text to be generated.
+
+        Parameters
+        ----------
+        prompt : str, or sequence of int
+            A text or token ids.
+        max_tokens : int, optional
+            By default until the model ends the text or the context is full.
+        stop : str, or sequence of str
+            Texts that end the generation.
+        progress : callable(done, total), optional
+            Layers of the prompt's pass.
+        **sampling
+            The fields of `SamplingParams`; None stands for a field's default.
+
+        Returns
+        -------
+        Generation
+            To iterate over.
+
+        Raises
+        ------
+        PymlaError
+        """
+        params = SamplingParams.of(sampling)
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
+        model = self.model
+        pass  # check
+        return Generation(model, self.tokenizer, ids, params, max_tokens, stop, progress)
 
     def stream(self, prompt, **options):
         """Pieces of text as they are generated; options as for `generation`."""
@@ -199,15 +248,23 @@ class LanguageModel:
 
     def generate(self, prompt, **options):
         """The whole generated text; options as for `generation`."""
-        return "".join(self.stream(prompt, **options))
+        generation = self.generation(prompt, **options)
+        with generation.model.turn:
+            return "".join(generation)
 
     def close(self):
-        """Let go of the weights and of the cache."""
-        if self._model is None:
+        """Let go of the weights and of the cache. A step that another thread runs is waited for; generations that are
+        not at their end fail when they are read on."""
+        model, self._model = self._model, None
+        if model is None:
             return
-        backends, self._model = self._model.placement.backends, None
+        try:
+            model.close()
+        except PymlaError:
+            self._model = model
+            raise
         gc.collect()  # a recorded step knows its model, and the model knows it
-        for backend in backends:
+        for backend in model.placement.backends:
             backend.memory.release()
 
     def __enter__(self):
@@ -216,24 +273,51 @@ class LanguageModel:
     def __exit__(self, *exception):
         self.close()
 
-    def _checked(self, ids):
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise PymlaError("token ids must be a list of at least one integer")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+    def _checked(self, name, ids, empty=False):
+        """Token ids as int32 (T,)."""
+        try:
+            array = np.asarray(ids)
+        except Exception:  # rows of different length, and whatever a caller's own class does
+            array = np.array(None)
+        if empty and array.shape == (0,):
+            return array.astype(np.int32)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            texts = "a text, or " if name == "prompt" else ""
+            checks.refuse(name, ids, f"{texts}token ids, a list of at least one integer, are expected")
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
             raise PymlaError(
-                f"token ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.config.vocab_size}"
+                f"token ids go from {array.min()} to {array.max()}; the vocabulary has {self.config.vocab_size}"
             )
-        return ids.astype(np.int32)
+        return array.astype(np.int32)
+
+
+def _report(report):
+    if report is None:
+        return Report()
+    missing = [name for name in vars(Report) if not name.startswith("_") and not callable(getattr(report, name, None))]
+    if missing:
+        checks.refuse("report", report, f"it has no {', '.join(missing)}; derive its class from pymla.loading.Report")
+    return report
+
+
+def _path(path):
+    """A path that the system takes."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        checks.refuse("path", path, "the path of a GGUF file is expected")
+    if "\0" in os.fspath(path) or not os.fspath(path):
+        checks.refuse("path", path, "no file can have this name")
+    return path
 
 
 def _layer_count(gpu_layers):
-    """``--gpu-layers`` as a number; "all" is more than any model has."""
-    if gpu_layers is None or isinstance(gpu_layers, int):
-        return gpu_layers
-    if gpu_layers == "all":
-        return sys.maxsize
-    raise PymlaError(f"--gpu-layers {gpu_layers!r}: give a number from 1 on, or all")
+    """`gpu_layers` as a number; "all" is more than any model has."""
+    if gpu_layers is None:
+        return None
+    if isinstance(gpu_layers, str):
+        if gpu_layers == "all":
+            return sys.maxsize
+        checks.refuse("gpu_layers", gpu_layers, "a whole number from 1 on, or all, is expected")
+    return checks.integer("gpu_layers", gpu_layers, 1)
 
 
 def _plan(device, wish, planner, file, report):
@@ -247,8 +331,8 @@ def _plan(device, wish, planner, file, report):
     found, reason = find_device(device)
     asked = wish.gpu_layers is not None or wish.cpu_moe
     if found != "cuda" and asked:
-        why = f"there is none here: {reason}" if device == "auto" else f"--device is {device}"
-        raise PymlaError(f"--gpu-layers and --cpu-moe are for a GPU, and {why}; leave them out")
+        why = f"there is none here: {reason}" if device == "auto" else f"`device` is {device}"
+        raise PymlaError(f"`gpu_layers` and `cpu_moe` are for a GPU, and {why}; leave them out")
     if found == "cuda":
         try:
             return _plan_gpu(wish, planner, file, asked, report)
@@ -297,7 +381,7 @@ def _plan_cpu(planner, file, ctx, report):
             f"not enough memory for {wanted} tokens of context: cache {gib(needed.cache)}, "
             f"scratch {gib(needed.scratch)}, derived weights {gib(needed.derived)}, process {gib(needed.process)}; "
             f"{gib(available)} is available. "
-            "Lower --ctx or choose a smaller --cache-type"
+            "Lower `ctx` or choose a smaller `cache_type`"
         )
     _warn_of_disk(file, needed, available, report)
     return wanted
@@ -323,8 +407,13 @@ def _backends(device, split, config, threads, report):
 
     cores = cpu.usable_cores()
     if threads is not None and not 1 <= threads <= cores:
-        raise PymlaError(f"--threads {threads}: this process may use 1 to {cores} cores")
+        checks.refuse("threads", threads, f"this process may use 1 to {cores} cores")
     cpu.set_threads(threads or cores)
+    if cpu.thread_count() < (threads or cores):
+        report.warn(
+            f"the system lets this process start {cpu.thread_count()} of {threads or cores} threads, and kernels run "
+            "slower; raise its limit on processes (ulimit -u), or give `threads`"
+        )
     if cpu.cache_dir_warning():
         report.warn(cpu.cache_dir_warning())
     gpu = cpu

@@ -6,6 +6,9 @@ other over all tokens, with intermediate results in slices, so that scratch stay
 values are expanded once.
 """
 
+import os
+import threading
+import weakref
 from types import ModuleType
 from typing import NamedTuple
 
@@ -70,6 +73,9 @@ class Model:
     placement : Placement
     backend : module
         The output's.
+    turn : RLock
+        Held during a step. Whoever reads what `step` returned, or wants several steps without another caller's between
+        them, holds it as well.
     """
 
     def __init__(
@@ -89,6 +95,15 @@ class Model:
         # ``--mla 2``: the scores of the longest context would be kept for every layer.
         self._recorded = len(self.placement.backends) == 1 and mla != "2"
         self._graphs = {}
+        self.turn = threading.RLock()
+        self._stepping = False
+        _models.add(self)
+
+    def close(self):
+        """Let go of the weights and of the cache, once the step that runs is done."""
+        with self.turn:
+            self._refuse_if_stepping()
+            self.weights, self._graphs, self.cache.layers = None, {}, []
 
     def new_sequence(self):
         """An empty sequence."""
@@ -121,11 +136,31 @@ class Model:
         ------
         CacheFull
             Before anything is computed.
+        PymlaError
+            The model was closed, or `progress` of a step asks for another step.
         """
-        return self.backend.memory.to_host(self.step(batch, logits, progress)).astype(np.float32)
+        with self.turn:
+            return self.backend.memory.to_host(self.step(batch, logits, progress)).astype(np.float32)
 
     def step(self, batch, logits="last", progress=None):
-        """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them."""
+        """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them: hold
+        `turn` until they are read."""
+        with self.turn:
+            self._refuse_if_stepping()
+            if self.weights is None:
+                raise PymlaError("this model was closed; load it again")
+            self._stepping = True
+            try:
+                return self._step(batch, logits, progress)
+            finally:
+                self._stepping = False
+
+    def _refuse_if_stepping(self):
+        # Only the thread that holds the turn gets here, so this is a step's own call of `progress`.
+        if self._stepping:
+            raise PymlaError("a model cannot be used by the progress callback of its own step; use it afterwards")
+
+    def _step(self, batch, logits, progress):
         step = self.cache.extend(batch)
         runs = self._runs(batch)
         size = self.backend.Graph.size(len(batch)) if self._recorded and len(batch) == len(step.tokens) else None
@@ -323,6 +358,20 @@ class Model:
 
     def _empty(self, be, *shape):
         return be.memory.empty(shape, self.dtype)
+
+
+_models = weakref.WeakSet()
+
+
+def _forget_turns():
+    """In a forked child no other thread goes on, so none gives back the turn that it had. The step that it was in is
+    not finished there, as after an interrupt."""
+    for model in _models:
+        model.turn, model._stepping = threading.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_turns)
 
 
 def slices(start, stop, size):

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from pymla import costs
 from pymla.backends import Placement
 from pymla.cache import PAGE
+from pymla.checks import refuse
 from pymla.config import ModelConfig
 from pymla.costs import DEVICE_SLICE, SLICE, MemoryPlan, cache_bytes, tensor_bytes
-from pymla.errors import NoRoom, PymlaError
+from pymla.errors import NoRoom
 from pymla.modelfile import ModelFile
 from pymla.tensors import model_tensors
 
@@ -77,9 +78,9 @@ class Split(NamedTuple):
         return text + (", routed experts on the CPU" if self.apart(config) else "")
 
     def options(self, config: ModelConfig) -> str:
-        """As options of the command line."""
-        layers = "" if self.output(config) else f"--gpu-layers {self.gpu_layers}"
-        return f"{layers} {'--cpu-moe' if self.cpu_moe else ''}".strip()
+        """As arguments of `pymla.load`, for messages."""
+        layers = "" if self.output(config) else f"`gpu_layers` {self.gpu_layers}"
+        return f"{layers} {'`cpu_moe`' if self.cpu_moe else ''}".strip()
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Wish:
 
     def __post_init__(self):
         if self.gpu_layers is not None and self.gpu_layers < 1:
-            raise PymlaError(f"--gpu-layers {self.gpu_layers}: give a number from 1 on, or all; or choose --device cpu")
+            refuse("gpu_layers", self.gpu_layers, "give a number from 1 on, or all; or choose `device` cpu")
 
 
 class Choice(NamedTuple):
@@ -260,8 +261,8 @@ def _refusal(planner, wish, ctx, device, host, fits):
         if layers:
             found.append(Split(layers, moe).options(config))
     if fits(split, PAGE):
-        found.append(f"--ctx {_longest(lambda tokens: fits(split, tokens), PAGE, ctx)}")
-    return f"{text}. {'It fits with ' + ', or '.join(found) if found else 'Choose --device cpu'}"
+        found.append(f"`ctx` {_longest(lambda tokens: fits(split, tokens), PAGE, ctx)}")
+    return f"{text}. {'It fits with ' + ', or '.join(found) if found else 'Choose `device` cpu'}"
 
 
 def gib(nbytes: int) -> str:

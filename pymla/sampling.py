@@ -3,12 +3,29 @@
 In the order of llama.cpp's default chain: logit bias, penalties, top-k, top-p, min-p, temperature, then a draw.
 """
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 
+from pymla import checks
 from pymla.errors import PymlaError
+
+#: Least and largest value of each number.
+_LIMITS = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "frequency_penalty": (-100, 100),
+    "presence_penalty": (-100, 100),
+    "penalty_window": (0, 1 << 31),
+    "logprobs": (0, 1000),
+}
+_WHOLE = ("top_k", "penalty_window", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class SamplingParams:
     Raises
     ------
     PymlaError
-        A value is out of range.
+        A value is out of range, or not of the kind that is expected.
     """
 
     temperature: float = 0.8  # 0: always the likeliest token
@@ -33,27 +50,44 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int = 0  # alternatives to report for each token
 
+    @classmethod
+    def of(cls, options):
+        """The parameters that a caller gave by name; None stands for the default.
+
+        Raises
+        ------
+        PymlaError
+            A name is not known, or a value is refused.
+        """
+        names = [each.name for each in fields(cls)]
+        for name in options:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(names)}"
+                raise PymlaError(f"there is no option `{name}`; {hint}")
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
     def __post_init__(self):
-        limits = {
-            "temperature": (0, 100),
-            "top_k": (0, 1 << 31),
-            "top_p": (0, 1),
-            "min_p": (0, 1),
-            "repetition_penalty": (0.01, 100),
-            "frequency_penalty": (-100, 100),
-            "presence_penalty": (-100, 100),
-            "penalty_window": (0, 1 << 31),
-            "logprobs": (0, 1000),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise PymlaError(f"{name} is {value}; it must lie between {low} and {high}")
-        for token, bias in self.logit_bias.items():
-            if not (bias == -np.inf or abs(bias) <= 1e9):
-                raise PymlaError(f"logit bias of token {token} is {bias}; it must lie between -1e9 and 1e9, or be -inf")
-        if self.seed is not None and self.seed < 0:
-            raise PymlaError(f"seed is {self.seed}; it must not be negative")
+        for name, (low, high) in _LIMITS.items():
+            check = checks.integer if name in _WHOLE else checks.number
+            self._set(name, check(name, getattr(self, name), low, high))
+        if self.seed is not None:
+            self._set("seed", checks.integer("seed", self.seed, 0))
+        if not isinstance(self.logit_bias, Mapping):
+            checks.refuse("logit_bias", self.logit_bias, "a dict of token ids and numbers is expected")
+        self._set("logit_bias", dict(map(_bias, self.logit_bias.items())))
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+
+def _bias(item):
+    """A token id and what is added to its logit."""
+    token, bias = item
+    token = checks.integer("logit_bias", token, 0)
+    if isinstance(bias, float | np.floating) and bias == -np.inf:
+        return token, -np.inf
+    return token, checks.number(f"logit_bias[{token}]", bias, -1e9, 1e9)
 
 
 class Sampled(NamedTuple):
@@ -85,7 +119,7 @@ class Sampler:
         Raises
         ------
         PymlaError
-            A logit is not a number, or a biased token is outside the vocabulary.
+            A logit is not a number, a biased token is outside the vocabulary, or all tokens are banned.
         """
         p = self.params
         logits = logits.astype(np.float64)
@@ -94,6 +128,8 @@ class Sampler:
             raise PymlaError(f"the model's logit of token {bad} is {logits[bad]}: its weights are damaged, or overflow")
         raw = logits
         logits = self._penalised(self._biased(logits))
+        if logits.max() == -np.inf:
+            raise PymlaError("`logit_bias` bans every token of the vocabulary; leave one")
         token = int(logits.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(logits)
         self.history.append(token)
         highest = raw.max()
@@ -107,7 +143,7 @@ class Sampler:
             logits = logits.copy()
             for token, bias in self.params.logit_bias.items():
                 if not 0 <= token < len(logits):
-                    raise PymlaError(f"logit bias for token {token}: the vocabulary has {len(logits)} tokens")
+                    raise PymlaError(f"`logit_bias` for token {token}: the vocabulary has {len(logits)} tokens")
                 logits[token] += bias
         return logits
 

@@ -1,7 +1,7 @@
 """The tensors that a model consists of: their GGUF names, their shapes, and what each is for.
 
-This is the one table that files are checked by (`pymla.filecheck`), weights are loaded by (`pymla.weights`), and costs and
-memory are computed by (`pymla.costs`, `pymla.placement`). Names are those of llama.cpp's converter.
+This is the one table that files are checked by (`pymla.filecheck`), weights are loaded by (`pymla.weights`), and costs
+and memory are computed by (`pymla.costs`, `pymla.placement`). Names are those of llama.cpp's converter.
 """
 
 import math

@@ -125,9 +125,9 @@ def test_limits_are_rates():
 
 def test_settings_refuse_nonsense():
     for settings in ({"pp": 0, "tg": 0}, {"pp": -1}, {"depths": (64, 0)}, {"depths": ()}, {"depths": (0, 0)}):
-        with pytest.raises(PymlaError, match=r"--pp|--depths"):
+        with pytest.raises(PymlaError, match=r"`pp`|`depths`"):
             bench.Settings(**settings)
-    with pytest.raises(PymlaError, match="--repeat 0"):
+    with pytest.raises(PymlaError, match="`repeat` is 0"):
         bench.Settings(repeat=0)
     assert bench.sweep_depths(1024, 256, 128) == (0, 256, 512, 768)
     assert bench.sweep_depths(1023, 256, 128) == (0, 256, 512)
@@ -260,15 +260,15 @@ def test_interrupt_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
     ("options", "parts"),
     [
         (["--depths", "0,x"], ["--depths '0,x'"]),
-        (["--depths", "64,0"], ["--depths '64,0'", "ascending"]),
+        (["--depths", "64,0"], ["--depths is 64,0;", "ascending"]),
         (["--depths", "0,900"], ["1412 tokens of context", "1024"]),
         (["--depths", "0,100", "--ctx", "300"], ["612 tokens", "300", "--ctx"]),
         (["--ctx", "100"], ["--ctx 100", "--pp 512"]),
         (["--mla", "1,9"], ["'9'", "auto, 0, 1, 2, 3"]),
-        (["--pp", "0", "--tg", "0"], ["--pp 0 --tg 0"]),
-        (["--repeat", "0"], ["--repeat 0"]),
+        (["--pp", "0", "--tg", "0"], ["--pp is 0 and --tg 0"]),
+        (["--repeat", "0"], ["--repeat is 0"]),
         (["--prompt", "8", "--tg", "1"], ["--prompt", "--tg"]),
-        (["--threads", "10000"], ["--threads 10000"]),
+        (["--threads", "10000"], ["--threads is 10000"]),
         (["--plot", "a.pdf"], ["a.pdf", ".png or .svg"]),
         (["--csv", "missing/folder/a.csv"], ["a.csv", "cannot be written"]),
         (["-m", "missing.gguf"], ["missing.gguf"]),

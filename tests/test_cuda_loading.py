@@ -120,7 +120,7 @@ def test_no_memory_ends_the_request_only(path, expected, monkeypatch):
         stream = language_model.stream("x", max_tokens=2, temperature=0)
         with monkeypatch.context() as patch:
             patch.setattr(simulator, "buffer", full)
-            with pytest.raises(PymlaError, match=r"the device has no .* for another array.*--ctx"):
+            with pytest.raises(PymlaError, match=r"the device has no .* for another array.*`ctx`"):
                 next(stream)
         assert language_model.model.cache.free_pages == 1
         assert expected.startswith(language_model.generate("x", max_tokens=1, temperature=0))
@@ -204,11 +204,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(path, monkeypatc
     planner = planner_of(path)
     free(monkeypatch, planner.device(Split(1), 64).total)
     monkeypatch.setattr(Weights, "from_gguf", lambda *_, **__: pytest.fail("something was loaded"))
-    with pytest.raises(PymlaError, match=r"GPU's memory does not hold all 2 layers with 64 tokens.*--gpu-layers 1"):
+    with pytest.raises(PymlaError, match=r"GPU's memory does not hold all 2 layers with 64 tokens.*`gpu_layers` 1"):
         pymla.load(path, device="cuda", gpu_layers="all", ctx=64)
     free(monkeypatch, 1 << 20)
     for options in ({"device": "cuda"}, {"gpu_layers": 1}, {"cpu_moe": True}):
-        with pytest.raises(PymlaError, match=r"does not hold the last of 2 layers.*Choose --device cpu"):
+        with pytest.raises(PymlaError, match=r"does not hold the last of 2 layers.*Choose `device` cpu"):
             pymla.load(path, ctx=64, **options)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_a_full_device_gives_freed_memory_back_first(device):
     assert memory.free_memory() == device.room - 500_224  # 512 divides what is allocated
     memory.empty((520_000,), np.uint8)
     with pytest.raises(
-        PymlaError, match=r"no 585\.94 KiB for another array; [\d.]+ KiB of [\d.]+ .iB are free; lower --ctx"
+        PymlaError, match=r"no 585\.94 KiB for another array; [\d.]+ KiB of [\d.]+ .iB are free; lower `ctx`"
     ):
         memory.empty((600_000,), np.uint8)
     del kept
@@ -238,3 +239,23 @@ def test_kernels_that_fail_are_named_where_the_host_waits(device, kernel, monkey
     monkeypatch.setattr(driver, "SYNC", True)
     with pytest.raises(PymlaError, match=r"^kernel quantise_activations failed"):
         kernel[1, 128](0, 0, 0, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_is_refused(monkeypatch):
+    made = Driver(room=1 << 20)
+    monkeypatch.setattr(driver, "api", made)
+    monkeypatch.setattr(driver, "_started", {})
+    monkeypatch.setattr(driver, "_current", threading.local())
+    driver.device()
+    assert made.count("cuInit") == 1
+    child = os.fork()
+    if child == 0:
+        try:
+            driver.stream()
+        except PymlaError as error:
+            os._exit(0 if "spawn" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    driver.stream()
+    assert made.count("cuInit") == 1

@@ -10,6 +10,7 @@ import functools
 import numpy as np
 import pytest
 import simulated  # noqa: F401
+from cache_checks import give_way_and_come_back
 from compare import assert_close
 from make_model import Shape, make_model
 
@@ -167,6 +168,11 @@ def test_sizes_of_recorded_steps():
     assert sizes[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 16, 16]
     assert sizes[-3:] == [64, 64, None]
     assert len(set(sizes)) == 8 + 7 + 1
+
+
+@pytest.mark.parametrize(("cache_type", "mla"), [("q8_0", "auto"), ("f16", "0")])
+def test_rows_that_left_the_cache_come_back_as_they_were(folder, cache_type, mla):
+    give_way_and_come_back(made(folder, LITE, ggml.F32, backend).config, backend, cache_type, mla)
 
 
 def test_slices(folder, monkeypatch):

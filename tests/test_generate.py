@@ -1,5 +1,6 @@
 """The generation loop: with a model that says what it is told, and with the demo model."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ class Script:
         self.tokens, self.ctx = tokens, ctx
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=2000)
         self.steps, self.freed = [], []
+        self.turn = threading.RLock()
 
     def new_sequence(self):
         return Sequence()
@@ -91,7 +93,7 @@ def test_max_tokens(said):
 def test_no_tokens_at_all(said):
     generation, pieces = said(word("Hel"), max_tokens=0)
     assert (pieces, generation.finish_reason, generation.model.steps) == ([], "length", [])
-    with pytest.raises(PymlaError, match="max_tokens is -1"):
+    with pytest.raises(PymlaError, match="`max_tokens` is -1"):
         said(word("Hel"), max_tokens=-1)
 
 
@@ -169,11 +171,11 @@ def test_refusals(tokenizer):
     params = SamplingParams()
     with pytest.raises(PymlaError, match="prompt is empty"):
         Generation(Script([]), tokenizer, [], params)
-    with pytest.raises(PymlaError, match=r"prompt has 9 tokens and the context holds 8.*--ctx.*2000"):
+    with pytest.raises(PymlaError, match=r"prompt has 9 tokens and the context holds 8.*`ctx`.*2000"):
         Generation(Script([], ctx=8), tokenizer, [1] * 9, params)
-    with pytest.raises(PymlaError, match="stop string is empty"):
+    with pytest.raises(PymlaError, match="`stop` has an empty text"):
         Generation(Script([]), tokenizer, [1], params, stop=("a", ""))
-    with pytest.raises(PymlaError, match=f"bias for token {EOS + 1}"):
+    with pytest.raises(PymlaError, match=f"`logit_bias` for token {EOS + 1}"):
         Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
 
 
@@ -195,17 +197,28 @@ def test_progress_is_that_of_the_prompt(said):
     assert calls == [(1, 1)]
 
 
-def test_an_abandoned_generation_gives_the_cache_back(tokenizer):
-    model = Script(word(*["lo"] * 9))
-    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+def test_a_generation_is_read_again_and_read_on(tokenizer):
+    model = Script(word(*["lo"] * 4, "ld"))
+    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0), max_tokens=5)
     pieces = iter(generation)
     next(pieces), next(pieces)
-    assert model.freed == []
     pieces.close()
-    assert len(model.freed) == 1
     assert generation.finish_reason == "interrupted"
     assert generation.stats.cache_tokens == 3
     assert generation.tokens == word("lo", "lo")
+    assert model.freed == []
+    assert list(generation) == list(generation) == ["lo"] * 4 + ["ld"]
+    assert len(model.steps) == 5
+    assert generation.finish_reason == "length"
+    assert len(model.freed) == 1
+
+
+def test_two_readers_of_a_generation_get_the_same_pieces(tokenizer):
+    model = Script(word(*["lo"] * 3))
+    generation = Generation(model, tokenizer, [1], SamplingParams(temperature=0), max_tokens=3)
+    first, second = iter(generation), iter(generation)
+    assert [next(first), next(second), next(second), next(first), next(first), next(second)] == ["lo"] * 6
+    assert (list(first), list(second), len(model.steps)) == ([], [], 3)
 
 
 def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch):
@@ -223,6 +236,10 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
     assert len(model.freed) == 1
     assert generation.finish_reason == "interrupted"
     assert generation.stats.generated_tokens == 1
+    pieces = iter(generation)
+    assert next(pieces) == "lo"
+    with pytest.raises(PymlaError, match="ended by KeyboardInterrupt; start another"):
+        next(pieces)
 
 
 # The demo model -------------------------------------------------------------------------------------------------------

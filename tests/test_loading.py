@@ -191,22 +191,22 @@ def test_a_file_that_is_cut_while_kernels_are_compiled(path, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "tpu"}, ["device 'tpu'", "reference"]),
-        ({"device": "cuda"}, ["--device cuda: "]),
-        ({"gpu_layers": 3}, ["--gpu-layers and --cpu-moe are for a GPU", "there is none here"]),
-        ({"cpu_moe": True, "device": "cpu"}, ["--cpu-moe are for a GPU", "--device is cpu"]),
-        ({"gpu_layers": 1, "device": "reference"}, ["--gpu-layers", "--device is reference"]),
-        ({"gpu_layers": 0}, ["--gpu-layers 0", "--device cpu"]),
-        ({"gpu_layers": "most"}, ["--gpu-layers 'most'", "or all"]),
-        ({"mla": "4"}, ["MLA mode '4'", "auto"]),
-        ({"mla": None}, ["MLA mode None"]),
-        ({"cache_type": "q4_0"}, ["cache type 'q4_0'", "q8_0"]),
-        ({"threads": 0}, ["--threads 0"]),
-        ({"threads": -1}, ["--threads -1"]),
-        ({"threads": 100_000}, ["--threads 100000", f"1 to {cpu.usable_cores()} cores"]),
-        ({"ctx": 0}, ["--ctx 0"]),
-        ({"ctx": -5}, ["--ctx -5"]),
-        ({"ctx": 10**9}, ["--ctx 1000000000", "context goes from 1 to"]),
+        ({"device": "tpu"}, ["`device` is 'tpu'", "reference"]),
+        ({"device": "cuda"}, ["`device` cuda: "]),
+        ({"gpu_layers": 3}, ["`gpu_layers` and `cpu_moe` are for a GPU", "there is none here"]),
+        ({"cpu_moe": True, "device": "cpu"}, ["`cpu_moe` are for a GPU", "`device` is cpu"]),
+        ({"gpu_layers": 1, "device": "reference"}, ["`gpu_layers`", "`device` is reference"]),
+        ({"gpu_layers": 0}, ["`gpu_layers` is 0", "from 1 on"]),
+        ({"gpu_layers": "most"}, ["`gpu_layers` is 'most'", "or all"]),
+        ({"mla": "4"}, ["`mla` is '4'", "auto"]),
+        ({"mla": None}, ["`mla` is None"]),
+        ({"cache_type": "q4_0"}, ["`cache_type` is 'q4_0'", "q8_0"]),
+        ({"threads": 0}, ["`threads` is 0"]),
+        ({"threads": -1}, ["`threads` is -1"]),
+        ({"threads": 100_000}, ["`threads` is 100000", f"1 to {cpu.usable_cores()} cores"]),
+        ({"ctx": 0}, ["`ctx` is 0"]),
+        ({"ctx": -5}, ["`ctx` is -5"]),
+        ({"ctx": 10**9}, ["`ctx` is 1000000000", "context goes from 1 to"]),
     ],
 )
 def test_options_that_are_refused(path, options, words):
@@ -284,7 +284,7 @@ def test_context_is_cut_to_the_memory(tmp_path, memory, capfd):
     assert found % 64 == 0
     assert told.of("warn") == [(f"the memory holds a context of {found} tokens, of the model's {limit}",)]
     # Asked for, it is refused, with the plan; what was found fits.
-    with pytest.raises(PymlaError, match=rf"not enough memory for {limit} tokens of context: cache .*scratch .*--ctx"):
+    with pytest.raises(PymlaError, match=rf"not enough memory for {limit} tokens of context: cache .*scratch .*`ctx`"):
         pymla.load(path, ctx=limit)
     assert pymla.load(path, ctx=found).model.ctx == found
     capfd.readouterr()

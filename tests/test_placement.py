@@ -76,7 +76,7 @@ def test_then_the_routed_experts_stay():
     found = chosen(v2_lite(), 8 * GIB)
     assert found.split == Split(ALL, True)
     assert found.split.describe(V2_LITE) == "all 27 layers, routed experts on the CPU"
-    assert found.split.options(V2_LITE) == "--cpu-moe"
+    assert found.split.options(V2_LITE) == "`cpu_moe`"
     assert found.device.weights < GIB
     assert not found.split.whole(V2_LITE)
 
@@ -174,17 +174,17 @@ def test_refused_with_the_plan_and_what_fits():
     ):
         assert part in message
     assert "6.00 GiB are free" in message
-    layers = int(message.split("--gpu-layers ")[1].split(",")[0])
+    layers = int(message.split("`gpu_layers` ")[1].split(",")[0])
     assert chosen(planner, 6 * GIB, gpu_layers=layers, ctx=8192)
     assert planner.device(Split(layers + 1), 8192).total > 6 * GIB
-    assert "or --cpu-moe" in message
+    assert "or `cpu_moe`" in message
     assert chosen(planner, 6 * GIB, cpu_moe=True, ctx=8192).split == Split(ALL, True)
-    assert "--ctx" not in message
+    assert "`ctx`" not in message
 
 
 def test_a_context_that_fits_is_named():
     message = refused(v2_lite(), 12 * GIB, gpu_layers=28, ctx=163840)
-    ctx = int(message.rsplit("--ctx ", 1)[1])
+    ctx = int(message.rsplit("`ctx` ", 1)[1])
     assert chosen(v2_lite(), 12 * GIB, gpu_layers=28, ctx=ctx)
     refused(v2_lite(), 12 * GIB, gpu_layers=28, ctx=ctx + 64)
 
@@ -192,12 +192,12 @@ def test_a_context_that_fits_is_named():
 def test_a_card_that_holds_nothing():
     message = refused(v2_lite(), GIB // 4)
     assert "does not hold the last of 27 layers, routed experts on the CPU" in message
-    assert message.endswith("Choose --device cpu")
+    assert message.endswith("Choose `device` cpu")
 
 
 @pytest.mark.parametrize("layers", [0, -1])
 def test_layers_below_one(layers):
-    with pytest.raises(PymlaError, match=f"--gpu-layers {layers}: .*--device cpu"):
+    with pytest.raises(PymlaError, match=f"`gpu_layers` is {layers}; .*`device` cpu"):
         Wish(gpu_layers=layers)
 
 

@@ -85,12 +85,12 @@ def test_logprobs_are_the_models_own():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match=r"top_p is 1.5"):
+    with pytest.raises(PymlaError, match=r"`top_p` is 1.5"):
         SamplingParams(top_p=1.5)
-    with pytest.raises(PymlaError, match="temperature is nan"):
+    with pytest.raises(PymlaError, match="`temperature` is nan"):
         SamplingParams(temperature=float("nan"))
     for bias in (float("nan"), float("inf"), 1e300):
-        with pytest.raises(PymlaError, match="logit bias of token 3 is"):
+        with pytest.raises(PymlaError, match=r"`logit_bias\[3\]` is"):
             SamplingParams(logit_bias={3: bias})
     with pytest.raises(PymlaError, match="token 1 is nan"):
         Sampler(SamplingParams()).sample(np.array([0, np.nan], np.float32))

@@ -7,6 +7,7 @@ import sys
 import click
 
 from pymla import __version__
+from pymla.cli.options import as_options
 from pymla.errors import PymlaError
 
 COMMANDS = {
@@ -25,6 +26,13 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         return getattr(importlib.import_module(f"pymla.cli.{name}"), name)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except PymlaError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand) or self
+            raise type(error)(as_options(error, command)) from error
 
     def format_commands(self, ctx, formatter):
         # From the table, so that no command is imported for it.

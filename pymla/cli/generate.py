@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pymla.cli.device import check_tensors_option, device_options
+from pymla.cli.options import as_options
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
 from pymla.model import MLA_MODES
@@ -152,7 +153,7 @@ class Terminal(Report):
         self._bar = None
 
     def warn(self, message):
-        click.echo(f"pymla: warning: {message}", err=True)
+        click.echo(f"pymla: warning: {as_options(message, click.get_current_context().command)}", err=True)
 
     def running(self, where):
         if not self._quiet:

@@ -50,12 +50,14 @@ def usable_cores():
 
 
 def set_threads(count):
-    """Run kernels on `count` threads."""
+    """Run kernels on `count` threads, or on as many of them as the system lets this process start: see
+    `thread_count`."""
     global _pool
     with _lock:
         if count != _pool.threads:
             _pool.stop()
             _pool = _Pool(count)
+        _pool.start()
 
 
 def thread_count():
@@ -162,8 +164,9 @@ class _Pool:
         self._state = _zeros((_AWAKE // 8) + 8 * threads)
         self._state[_THREADS // 8] = threads
         self._wake = [threading.Semaphore(0) for _ in range(threads)]
-        self._started = 1  # threads, with the caller's
+        self._taken = [threading.Lock() for _ in range(threads)]  # held by the thread that has this number
         self._single = _zeros(_OPERATION)
+        self._started = False
 
     def run_one(self, address, words, items, grain):
         """Run one operation; on the caller's thread alone where there is one range only."""
@@ -178,10 +181,11 @@ class _Pool:
 
     def _run(self, operations, count, parallel):
         address = operations.ctypes.data
+        if parallel and self.threads > 1 and not self._started:
+            self.start()
         if not parallel or self.threads == 1:
             _run_alone(address, count)
             return
-        self._start()
         # An interrupt may come between these calls, and must leave nobody waiting: while `_BUSY` is set no thread
         # goes to sleep, and work is posted and done in one call.
         state = self._state.ctypes.data
@@ -200,17 +204,31 @@ class _Pool:
         for semaphore in self._wake:
             semaphore.release()
 
-    def _start(self):
-        """Start the threads that do not run yet: an interrupt may have come in between."""
-        while self._started < self.threads:
-            thread = self._started
-            worker = threading.Thread(target=self._work, args=(thread,), daemon=True, name=f"pymla-{thread}")
-            self._started += 1
-            worker.start()
+    def start(self):
+        """Start the threads that do not run yet. Where the system refuses one, the pool stays as large as it is then.
 
-    def _work(self, thread):
+        An interrupt may come at any point. So a number counts as started when a thread has taken it, not when one was
+        told to, and a second thread for a number ends by itself.
+        """
+        for thread in range(1, self.threads):
+            while not self._taken[thread].locked():
+                began = threading.Event()
+                worker = threading.Thread(target=self._work, args=(thread, began), daemon=True, name=f"pymla-{thread}")
+                try:
+                    worker.start()
+                except (RuntimeError, MemoryError):  # a limit on processes, or on memory
+                    self.threads = self._state[_THREADS // 8] = thread
+                    break
+                began.wait()
+            if self.threads == thread:
+                break
+        self._started = True
+
+    def _work(self, thread, began):
         state, ticket = self._state, 0
-        while not state[_STOP // 8]:
+        first = self._taken[thread].acquire(blocking=False)
+        began.set()
+        while first and not state[_STOP // 8]:
             self._wake[thread].acquire()
             ticket = _serve(state.ctypes.data, thread, ticket)
 
@@ -396,16 +414,20 @@ def _serve(state, thread, ticket):
     return ticket
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _pool = _Pool(usable_cores())
 
 
 def _forget_threads():
     """A forked child has only the thread that forked."""
-    global _pool, _lock
-    _lock = threading.Lock()
+    global _pool
     _pool = _Pool(_pool.threads)
+    _lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+    # A fork waits for the operation or the recorded step that runs: the child's copy of one that was under way would
+    # have items that are taken, and computed by nobody.
+    os.register_at_fork(
+        before=lambda: _lock.acquire(), after_in_parent=lambda: _lock.release(), after_in_child=_forget_threads
+    )

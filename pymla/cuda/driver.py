@@ -55,13 +55,30 @@ def device():
         with _lock:
             if not _started:
                 call(api.cuInit, 0)
-                _started["device"] = call(api.cuDeviceGet, 0)
-                _started["context"] = call(api.cuDevicePrimaryCtxRetain, _started["device"])
-                call(api.cuCtxSetCurrent, _started["context"])
-                _started["stream"] = call(api.cuStreamCreate, api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+                number = call(api.cuDeviceGet, 0)
+                context = call(api.cuDevicePrimaryCtxRetain, number)
+                call(api.cuCtxSetCurrent, context)
+                stream = call(api.cuStreamCreate, api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+                _started.update(device=number, context=context, stream=stream, process=os.getpid())
+        if _started["process"] != os.getpid():
+            raise PymlaError(
+                "a forked process cannot use the GPU that its parent uses; start it with multiprocessing's spawn, and "
+                "load the model there"
+            )
         call(api.cuCtxSetCurrent, _started["context"])
         _current.device = _started["device"]
     return _current.device
+
+
+def _forget_device():
+    """A forked child has none of its parent's connection to the device."""
+    global _lock
+    _lock = threading.Lock()
+    vars(_current).clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_device)
 
 
 def stream():

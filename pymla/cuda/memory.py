@@ -364,5 +364,5 @@ def _need_contiguous(array):
 def _out_of_memory(nbytes):
     free = "" if SIMULATED else f"; {size_text(free_memory())} of {size_text(total_memory())} are free"
     return PymlaError(
-        f"the device has no {size_text(nbytes)} for another array{free}; lower --ctx or choose a smaller --cache-type"
+        f"the device has no {size_text(nbytes)} for another array{free}; lower `ctx` or choose a smaller `cache_type`"
     )
