@@ -42,7 +42,8 @@ def told_by_load(path, device):
         try:
             language_model.logits([0])
         except PymlaError as error:
-            assert "the model's weights are damaged, or overflow" in str(error)
+            if "the model's weights are damaged, or overflow" not in str(error):
+                raise
     return None
 
 
@@ -145,7 +146,7 @@ def floats(sound, name):
 def test_nan_and_infinity_where_all_is_looked_at(sound, changed, refused, name, value):
     data = floats(sound, name)
     data[5] = value
-    refused(changed(tensors={name: data}), f"tensor {name} has 1 values that are NaN or infinite, the first at [", "5]")
+    refused(changed(tensors={name: data}), f"tensor {name} holds NaN or infinity in 1 of {len(data)} values", "5]; ")
 
 
 @pytest.mark.parametrize("qtype", [ggml.F16, ggml.BF16, ggml.Q8_0, ggml.Q4_1], ids=ggml.NAME.get)
@@ -166,7 +167,9 @@ def test_nan_elsewhere(sound, changed, refused, name):
     data.reshape(-1, 34)[70, :2] = [0, 0x7C]
     path = changed(tensors={name: data})
     assert examine(ModelFile.open(path)).problems == []
-    (problem,) = refused(path, f"tensor {name} has 1 blocks whose scale is NaN or infinite", check_tensors=True)
+    (problem,) = refused(
+        path, f"tensor {name} holds NaN or infinity in 1 of {data.size // 34} blocks", check_tensors=True
+    )
     shape = sound.tensors[name].shape
     assert str([int(i) for i in np.unravel_index(70 * 32, shape)]) in problem
 

@@ -182,7 +182,7 @@ def test_check_tensors(tiny, tmp_path):
     path.write_bytes(contents)
     assert "Not run" not in output(path)
     text = " ".join(output(path, "--check-tensors").split())
-    assert "Not run: tensor output.weight has 1 blocks whose scale is NaN or infinite, the first at [500, 0]" in text
+    assert "Not run: tensor output.weight holds NaN or infinity in 1 of 512 blocks, the first at [500, 0]" in text
     assert json.loads(output(path, "--check-tensors", "--json"))["runs"] is False
 
 
