@@ -202,8 +202,8 @@ def _fetch_ahead(file: ModelFile, tensors: list[Found]) -> None:
 def _not_finite(info: TensorInfo, scan: values.Scan) -> str:
     what = "blocks" if info.qtype in ggml.QUANTISED else "values"
     return (
-        f"{info.path}: tensor {info.name} holds NaN or infinity in {scan.not_finite} of {scan.blocks} {what}, the first "
-        f"at {_index(info, scan.first_not_finite)}; the file is damaged, download or convert it again"
+        f"{info.path}: tensor {info.name} holds NaN or infinity in {scan.not_finite} of {scan.blocks} {what}, the "
+        f"first at {_index(info, scan.first_not_finite)}; the file is damaged, download or convert it again"
     )
 
 

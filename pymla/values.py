@@ -3,10 +3,12 @@
 What is looked at are the numbers that all weights of a block hang on: the weights themselves of float types, the scales
 of quantised ones. A weight is NaN or infinite if its block's scale is, and zero if its scale is.
 
-Zeros are harder to judge, because sound files have some: rows of tokens that only pad the vocabulary, experts that were
-never used or were cut out. Such zeros are whole rows. A hole in a file begins and ends at a multiple of 4,096 bytes, or
-wherever a download stopped, which is the end of a row in few cases of a hundred. So a tensor has a hole if it is zero
-throughout, or if a run of zeros of at least `HOLE_BYTES` begins or ends inside a row or inside a block.
+Zeros are harder to judge, because sound files have some. Rows of tokens that only pad the vocabulary, and experts
+without use, are zero, but as whole rows. Weights too small for float16 become zero one by one, but keep their signs, or
+the codes beside a scale that is zero. A hole in a file has zero bytes only, and begins and ends at a multiple of 4,096
+bytes or wherever a download stopped, which is the end of a row in few cases of a hundred. So a tensor has a hole if its
+weights are zero throughout, or if a run of zero bytes, `HOLE_BYTES` in whole blocks, begins or ends inside a row or
+inside a block.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import numpy as np
 from pymla import ggml
 from pymla.modelfile import TensorInfo
 
-#: The shortest run of zeros that counts as a hole.
+#: The shortest run of zero bytes that counts as a hole, in as many blocks as fit.
 HOLE_BYTES = 512
 
 #: Places of a tensor that `may_have_hole` looks at.
@@ -31,7 +33,7 @@ class _Scales(NamedTuple):
     """Where a block has its float numbers, as unsigned integers of their size."""
 
     first: int  # byte of the first one
-    count: int
+    numbers: int
     dtype: str
     magnitude: int  # mask without the sign
     infinity: int  # what is not below is infinite or NaN
@@ -56,18 +58,21 @@ class Scan(NamedTuple):
     blocks: int
     not_finite: int  # blocks that hold NaN or infinity
     first_not_finite: int | None
-    zeros: list[tuple[int, int]]  # runs of zero blocks of `HOLE_BYTES` or more: first, behind the last
+    zero: int  # blocks whose scales are zero
+    empty: list[tuple[int, int]]  # runs of `HOLE_BYTES` or more of blocks without a bit: first, behind the last
 
     @property
     def is_zero(self) -> bool:
-        """Whether all of it is zero."""
-        return self.zeros == [(0, self.blocks)]
+        """Whether all weights are zero."""
+        return self.zero == self.blocks
 
     def hole(self, info: TensorInfo) -> tuple[int, int] | None:
-        """The first run of zeros that is a hole in the tensor that was looked at."""
+        """The blocks of the first hole in the tensor that was looked at."""
+        if self.is_zero:
+            return 0, self.blocks
         row = info.shape[-1] // ggml.BLOCK_SIZE[info.qtype]
-        for first, stop in self.zeros:
-            if self.is_zero or first % row or stop % row or _is_torn(info, first, stop):
+        for first, stop in self.empty:
+            if first % row or stop % row or _is_torn(info, first, stop):
                 return first, stop
         return None
 
@@ -83,8 +88,8 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
     """
     size = ggml.BLOCK_BYTES[info.qtype]
     blocks, step = info.data.size // size, CHUNK_BYTES // size
-    zeros = _Runs(min(-(-HOLE_BYTES // size), blocks))
-    not_finite, first = 0, None
+    empty = _Runs(min(HOLE_BYTES // size, blocks))
+    not_finite, first, zero = 0, None, 0
     report = progress or (lambda done: None)
     report(0)
     for start in range(0, blocks, step):
@@ -94,27 +99,31 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
             found = np.flatnonzero((magnitudes >= _SCALES[info.qtype].infinity).any(axis=1))
             not_finite += len(found)
             first = start + int(found[0]) if first is None else first
-        zeros.add(start, _zero_blocks(data, magnitudes, info.qtype))
+        without = _zero_blocks(data, magnitudes, info.qtype)
+        if without.any():
+            zero += int(without.sum())
+            without[without] = ~data[without].any(axis=1)
+            empty.add(start, without)
         report(min(start + step, blocks) * size)
-    return Scan(blocks, not_finite, first, zeros.found())
+    return Scan(blocks, not_finite, first, zero, empty.found())
 
 
 def samples(info: TensorInfo) -> tuple[np.ndarray, int]:
     """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. Of a small tensor it
     is the whole."""
     size = ggml.BLOCK_BYTES[info.qtype]
-    blocks, length = info.data.size // size, -(-HOLE_BYTES // size)
+    blocks, length = info.data.size // size, HOLE_BYTES // size
     if blocks <= SAMPLES * length:
         return np.zeros(1, np.int64), blocks
     return (blocks - length) * np.arange(SAMPLES) // (SAMPLES - 1), length
 
 
 def may_have_hole(info: TensorInfo) -> bool:
-    """Whether one of `SAMPLES` pieces of `HOLE_BYTES`, spread evenly over the tensor from its first to its last bytes,
-    is zero, or a small tensor has a run of zeros anywhere."""
+    """Whether the weights are zero in one of `SAMPLES` pieces of `HOLE_BYTES`, spread evenly over the tensor from its
+    first to its last bytes. A small tensor is looked at as a whole."""
     starts, length = samples(info)
     if len(starts) == 1:
-        return bool(scan(info).zeros)
+        return scan(info).hole(info) is not None
     size = ggml.BLOCK_BYTES[info.qtype]
     data = info.data.reshape(-1, size)[starts[:, None] + np.arange(length)].reshape(-1, size)
     zero = _zero_blocks(data, _magnitudes(data, info.qtype), info.qtype)
@@ -122,22 +131,17 @@ def may_have_hole(info: TensorInfo) -> bool:
 
 
 def _is_torn(info: TensorInfo, first: int, stop: int) -> bool:
-    """Whether zero bytes begin or end inside a block at an end of a run of zero blocks. A block whose weights are zero
-    may have other bytes than zeros; then all blocks of the run have them."""
-    size = ggml.BLOCK_BYTES[info.qtype]
-    start, end = first * size, stop * size
-    blocks = info.data[start:end].reshape(-1, size)
-    if blocks[1:-1].any():
-        return False
-    # Eight zero bytes of codes in a row hardly occur beside a scale that is not zero.
+    """Whether zero bytes go on beyond a run of blocks, into a part of the next one. Eight of them, within a block that
+    has other bytes, are hardly ever codes."""
+    start, end = first * ggml.BLOCK_BYTES[info.qtype], stop * ggml.BLOCK_BYTES[info.qtype]
     outside = info.data[max(0, start - 8) : start], info.data[end : end + 8]
-    return bool(blocks[0].any() or blocks[-1].any() or any(len(each) == 8 and not each.any() for each in outside))
+    return any(len(each) == 8 and not each.any() for each in outside)
 
 
 def _magnitudes(data: np.ndarray, qtype: int) -> np.ndarray:
     """The scales of blocks (n, block_bytes) without their signs: (n, scales), unsigned."""
     scales = _SCALES[qtype]
-    width = scales.count * np.dtype(scales.dtype).itemsize
+    width = scales.numbers * np.dtype(scales.dtype).itemsize
     return data[:, scales.first : scales.first + width].view(scales.dtype) & scales.magnitude
 
 
