@@ -23,12 +23,12 @@ from pymla import ggml, outputs
 from pymla.checkpoint import Checkpoint
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
+from pymla.filecheck import examine
 from pymla.hub_config import HubConfig
 from pymla.hub_tokenizer import END_KEYS, HubTokenizer, read_tokenizer
 from pymla.modelfile import ModelFile
 from pymla.reference.quant import dequantise, quantise
 from pymla.tokenizer import Tokenizer
-from pymla.weights import Weights
 
 LAYOUTS = ("kv_b", "split", "all")
 
@@ -446,14 +446,13 @@ def _check_loads(part: Path, folder: Path) -> Tokenizer:
     """
     try:
         file = ModelFile.open(part)
-        config = ModelConfig.from_gguf(file)
-        tokenizer = Tokenizer.from_gguf(file)
         if file.tensors:
-            Weights.from_gguf(file, config)
+            return examine(file, cache_type="f32").check()[1]  # of all types, f32 holds the rows of every model
+        ModelConfig.from_gguf(file)
+        return Tokenizer.from_gguf(file)
     except PymlaError as error:
         reason = str(error).removeprefix(f"{part}: ")
         raise PymlaError(f"{folder}: cannot be converted, the file would not load: {reason}") from error
-    return tokenizer
 
 
 def _check_space(path: Path, needed: int) -> None:

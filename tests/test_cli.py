@@ -558,6 +558,21 @@ def test_bad_metadata(refused, quick, model, tmp_path, metadata, parts, command)
     refused(*with_file(command, path), parts=["bad.gguf", *parts])
 
 
+@pytest.mark.parametrize("command", READERS)
+def test_check_tensors(run, quick, model, tmp_path, command, monkeypatch):
+    """What is refused with it, and before the machine is measured."""
+    data, tensor = bytearray(model.read_bytes()), ModelFile.open(model).tensors["blk.3.ffn_up_exps.weight"]
+    at = data.index(tensor.data.tobytes()) + 34 * 99
+    data[at : at + 2] = [0, 0x7E]
+    (tmp_path / "nan.gguf").write_bytes(data)
+    if command == "bench":
+        monkeypatch.setattr("pymla.bench.measure_limits", lambda *_: pytest.fail("measured"))
+    code, out, err = run(*with_file(command, tmp_path / "nan.gguf"), "--check-tensors")
+    told = " ".join((out if command == "inspect" else err).split())
+    assert code == (0 if command == "inspect" else 2)
+    assert "tensor blk.3.ffn_up_exps.weight holds NaN or infinity in 1 of" in told
+
+
 def test_bad_tensors(refused, model, tmp_path):
     f32, q5_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q5_0
     name = "output_norm.weight"

@@ -9,11 +9,11 @@ import click
 from pymla import bench as measuring
 from pymla import outputs
 from pymla import plot as plotting
-from pymla.cache import CACHE_TYPES
-from pymla.cli.device import device_options
+from pymla.cache import CACHE_TYPES, row_layout
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
-from pymla.config import ModelConfig
 from pymla.errors import PymlaError
+from pymla.filecheck import examine
 from pymla.loading import demo_path, find_device, load
 from pymla.model import MLA_MODES
 from pymla.modelfile import ModelFile
@@ -63,6 +63,7 @@ there are no shares."""
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -70,14 +71,27 @@ there are no shares."""
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table to a file as CSV.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
-def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path, json_path, plot_path, **options):
+def bench(
+    paths,
+    mla,
+    cache_type,
+    threads,
+    device,
+    gpu_layers,
+    cpu_moe,
+    check_tensors,
+    csv_path,
+    json_path,
+    plot_path,
+    **options,
+):
     """Measure prompt and generation speed as the context grows.
 
     The table goes to standard output, row by row; progress goes to standard error. An interrupt or an error ends the
     measurement and writes the files with the rows so far.
     """
     modes = _modes(mla)
-    runs = [_Run(path, options) for path in paths or (demo_path(),)]
+    runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
     files = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
     files = {option: path for option, path in files.items() if path}
     outputs.check(files, [part for run in runs for part in run.parts], devices=True)
@@ -133,11 +147,17 @@ def _write(files, rows, limits, about):
 class _Run:
     """A file and what is measured on it."""
 
-    def __init__(self, path, options):
+    def __init__(self, path, modes, cache_type, check_tensors, options):
         self._path = path
         file = ModelFile.open(path)
         self.parts = file.parts
-        self._limit = ModelConfig.from_gguf(file).context_length
+        with Terminal() as terminal:
+            # Before the limits are measured, which compiles kernels and takes seconds.
+            found = examine(file, cache_type, check_tensors=check_tensors, progress=terminal.checking)
+        config, _ = found.check()
+        for mode in modes:
+            row_layout(config, cache_type, mode)
+        self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
 
     def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):

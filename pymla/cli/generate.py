@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pymla.cli.device import device_options
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.options import as_options
 from pymla.cli.output import write_json, write_text
 from pymla.errors import PymlaError
@@ -91,6 +91,7 @@ def _sampling(name, kind, help_):
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
 )
@@ -206,6 +207,9 @@ class Terminal(Report):
 
     def reading(self, done, total):
         self._show("reading the model, MiB", done >> 20, total >> 20)
+
+    def checking(self, done, total):
+        self._show("checking tensors, MiB", done >> 20, total >> 20)
 
     def arranging(self, done, total):
         self._show("arranging weights, layers", done, total)
