@@ -63,7 +63,7 @@ def test_rows(cache_type, mla, layout, nbytes):
     assert row_layout(CONFIG, cache_type, mla) == layout
     assert row_bytes(CONFIG, cache_type, mla) == 3 * nbytes
     paged = cache(2, cache_type=cache_type, mla=mla, layers=3)
-    assert paged.row_bytes == 3 * nbytes
+    assert (paged.row_bytes, type(paged.row_bytes)) == (3 * nbytes, int)
     assert paged.cache_type == cache_type
     assert paged.exact == (cache_type != "q8_0")
     assert len(paged.layers) == 3
@@ -110,7 +110,7 @@ def test_slots_of_a_batch():
     paged.extend([(a, tokens(3))])
     paged.advance([(a, tokens(3))])
     assert (a.length, a.pages) == (3, [0])
-    step = paged.extend([(b, tokens(130, 500)), (a, tokens(2, 700))])
+    step = paged.extend([(b, tokens(130, 500).astype(np.int64)), (a, [700, 701])])
     assert (a.length, b.length) == (3, 0)  # counted when the step is done
     assert step.tokens.tolist() == [*range(500, 630), 700, 701]
     assert step.positions.tolist() == [*range(130), 3, 4]
@@ -140,6 +140,19 @@ def test_pages_that_were_never_used_stay_so():
         assert (a.length, a.pages, paged.free_pages) == (64, [0], 8)
         paged.free(a)
         assert (a.length, a.pages, paged.free_pages) == (0, [], 9)
+
+
+def test_a_sequence_keeps_its_pages():
+    """Its rows lie in them, whichever others become free."""
+    paged, a, b = cache(5), Sequence(), Sequence()
+    for sequence in (a, b):
+        paged.extend([(sequence, tokens(70))])
+        paged.advance([(sequence, tokens(70))])
+    paged.free(a)
+    paged.extend([(b, tokens(1))])
+    assert b.pages == [2, 3]
+    paged.extend([(b, tokens(60))])
+    assert b.pages == [2, 3, 0]
 
 
 def test_the_sequences_that_were_used_least_recently_give_way():

@@ -417,6 +417,13 @@ def test_missing_mla(load, key):
         load(without(V3, key))
 
 
+def test_two_heads_with_one_of_the_cache(load):
+    two = {"attention.head_count": 2}
+    assert load(V3 | two).num_attention_heads == 2
+    with pytest.raises(PymlaError, match=r"deepseek2\.attention\.key_length_mla is missing"):
+        load(without(V3, "attention.key_length_mla") | two)
+
+
 def test_missing_groups_used(load):
     with pytest.raises(PymlaError, match="expert_group_used_count is missing"):
         load(without(V3, "expert_group_used_count"))
@@ -488,6 +495,42 @@ def test_not_implemented(load, key, value):
     assert f"metadata deepseek2.{blamed}" in message
     assert "model.gguf: " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "neutral", "others"),
+    [
+        (
+            (
+                "attention.temperature_scale",
+                "attention.scale",
+                "attention.clamp_kqv",
+                "attention.max_alibi_bias",
+                "attention.sliding_window",
+                "attn_logit_softcapping",
+                "router_logit_softcapping",
+                "final_logit_softcapping",
+            ),
+            (0.0,),
+            (1.0, 0.5),
+        ),
+        (("logit_scale", "embedding_scale", "residual_scale", "rope.scale_linear"), (0.0, 1.0), (2.0, 0.5)),
+        (
+            ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"),
+            (1.0,),
+            (0.0, 2.0),
+        ),
+    ],
+    ids=["off", "off or one", "one"],
+)
+def test_keys_that_would_change_what_is_computed(load, keys, neutral, others):
+    plain = load(V2)
+    for key in keys:
+        for value in neutral:
+            assert load(V2 | {key: value}) == plain
+        for value in others:
+            with pytest.raises(PymlaError, match=rf"metadata deepseek2\.{key} is {value}; .* than {neutral[-1]:g}$"):
+                load(V2 | {key: value})
 
 
 LARGEST = 1 << 24

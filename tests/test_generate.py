@@ -9,7 +9,7 @@ import pytest
 import pymla
 from pymla.cache import Sequence
 from pymla.errors import CacheFull, PymlaError
-from pymla.generate import Generation
+from pymla.generate import Generation, Stats
 from pymla.sampling import Sampler, SamplingParams
 from pymla.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
 
@@ -209,6 +209,16 @@ def test_figures(said):
     assert stats.prompt_seconds > 0
     assert stats.prompt_rate == pytest.approx(3 / stats.prompt_seconds)
     assert stats.generation_rate == pytest.approx(4 / stats.generation_seconds)
+
+
+def test_nothing_is_told_before_the_first_piece(tokenizer):
+    generation = Generation(Script([]), tokenizer, [1], SamplingParams())
+    assert (generation.finish_reason, generation.tokens) == ("interrupted", [])
+    assert generation.stats == Stats(0, 0.0, 0, 0.0, 0)
+    assert (generation.max_tokens, generation.stop, generation.progress) == (None, (), None)
+    for told in ("finish_reason", "sampled", "stats"):
+        with pytest.raises(TypeError, match=told):
+            Generation(Script([]), tokenizer, [1], SamplingParams(), **{told: None})
 
 
 def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):

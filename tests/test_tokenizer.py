@@ -315,6 +315,25 @@ def test_ids_outside_the_vocabulary_in_an_array(vocabulary):
     assert len(tokenizer.warnings) == 2
 
 
+def test_the_first_and_the_last_token_may_be_special(vocabulary):
+    last = len(VOCABULARY["tokens"]) - 1
+    tokenizer = vocabulary(bos_token_id=0, eos_token_ids=[0, last, last + 1, -1])
+    assert tokenizer.bos_id == 0
+    assert tokenizer.eos_ids >= {0, last}
+    assert tokenizer.eos_ids <= {*range(last + 1)}
+    assert len(tokenizer.warnings) == 2
+    for token, warning in zip((last + 1, -1), tokenizer.warnings, strict=True):
+        assert f"metadata tokenizer.ggml.eos_token_ids is {token}, and the vocabulary has {last + 1} tokens" in warning
+
+
+def test_a_byte_may_be_a_special_token(vocabulary):
+    """Part of a character is ordinary text, whatever the metadata calls it."""
+    byte = ALPHABET.index("ä")  # 0xE4, which begins characters
+    tokenizer = vocabulary(unknown_token_id=byte, eos_token_id=byte)
+    assert tokenizer.special_tokens["unk_token"] == "\N{REPLACEMENT CHARACTER}"
+    assert not tokenizer.is_special(byte)
+
+
 def test_special_tokens_by_the_names_that_templates_have(vocabulary):
     tokenizer = vocabulary(eos_token_id=259, padding_token_id=257, unknown_token_id=260, seperator_token_id=256)
     assert tokenizer.special_tokens == {
