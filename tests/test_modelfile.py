@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -630,6 +631,26 @@ def test_fetch_ahead(large, split):
             file.fetch_ahead(tensor, [(0, 1), (tensor.data.size - 1, tensor.data.size), (0, tensor.data.size)])
 
 
+def test_what_fetch_ahead_asks_for(large, monkeypatch):
+    """Whole pages from the one in which a piece begins, to its end; a system that has no such advice is left alone."""
+    file, asked = ModelFile.open(large), []
+    source, tensor = file._sources[0], list(file.tensors.values())[-1]
+    monkeypatch.setattr(source, "map", SimpleNamespace(madvise=lambda *advice: asked.append(advice)))
+    offset, page = tensor.data.ctypes.data - source.begin, modelfile.mmap.PAGESIZE
+    pieces = [(0, tensor.data.size), (tensor.data.size // 2, tensor.data.size // 2 + 1)]
+    file.fetch_ahead(tensor, pieces)
+    for (first, stop), (advice, start, length) in zip(pieces, asked, strict=True):
+        assert advice == modelfile.mmap.MADV_WILLNEED
+        assert start == (offset + first) // page * page
+        assert start + length == offset + stop
+
+    def refused(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(source, "map", SimpleNamespace(madvise=refused))
+    file.fetch_ahead(tensor, pieces)
+
+
 # Prefault -------------------------------------------------------------------------------------------------------------
 
 
@@ -672,7 +693,8 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     total = sum(stop - start for start, stop in spans)
     assert calls[-1] == (total, total)
     # Neighbours make one span, and no names none.
-    assert len(file._spans(file._sources[0], ["c", "b", "a"])) == 1
+    (first,), (last,) = (file._spans(file._sources[0], [name]) for name in "ac")
+    assert file._spans(file._sources[0], ["c", "b", "a"]) == [(first[0], last[1])]
     file.prefault(lambda *_: pytest.fail("nothing was asked for"), [])
 
 
@@ -688,6 +710,7 @@ def test_prefault_on_an_old_kernel(small, monkeypatch):
 
 def test_prefault_elsewhere(small, monkeypatch):
     monkeypatch.setattr(modelfile.sys, "platform", "darwin")
+    monkeypatch.setattr(modelfile, "_populate", lambda *_: pytest.fail("the advice is Linux's"))
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 
