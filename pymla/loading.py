@@ -327,14 +327,12 @@ def _backends(device, split, config, threads, report):
     if threads is not None and not 1 <= threads <= cores:
         raise PymlaError(f"--threads {threads}: this process may use 1 to {cores} cores")
     cpu.set_threads(threads or cores)
-    if cpu.cache_dir_warning():
-        report.warn(cpu.cache_dir_warning())
     gpu = cpu
     if split.gpu_layers:
         from pymla.cuda import backend as gpu
     placement = split.placement(config, cpu, gpu)
     for backend in placement.backends:
-        backend.compile_all(report.compiling if backend.needs_compiling() else None)
+        backend.compile_all(report.compiling, report.warn)
     return placement
 
 
