@@ -1,5 +1,6 @@
 """``pymla bench``: prompt and generation speed as the context grows."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import click
 from pymla import bench as measuring
 from pymla import plot as plotting
 from pymla.cache import CACHE_TYPES
+from pymla.cli import interrupt
 from pymla.cli.device import device_options
 from pymla.cli.generate import Terminal
 from pymla.config import ModelConfig
@@ -92,12 +94,16 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
     rows, code = [], 0
     try:
-        for run in runs:
-            for mode in modes:
-                for row in run.rows(limits, mla=mode, **loading):
-                    rows.append(row)
+        with contextlib.ExitStack() as rest:
+            for run in runs:
+                for mode in modes:
+                    for row in run.rows(limits, mla=mode, **loading):
+                        if not rows:
+                            # There is something to write from now on, also while the next model is loaded.
+                            rest.enter_context(interrupt.graceful())
+                        rows.append(row)
     except KeyboardInterrupt:
-        code = 130
+        code = interrupt.CODE
     if csv_path:
         with csv_path.open("w", newline="", encoding="utf-8") as stream:
             measuring.write_csv(stream, rows, limits)
@@ -149,11 +155,12 @@ class _Run:
                 name += f", {language_model.device}"
             click.echo(f"\n{name}\n\n{measuring.header()}")
             terminal.begin("")
-            for row in measuring.sweep(language_model, self._settings, terminal.measuring):
-                # A bar and the table would otherwise write on the same line of the terminal.
-                terminal.close()
-                click.echo(measuring.line(row, limits))
-                yield row
+            with interrupt.graceful():
+                for row in measuring.sweep(language_model, self._settings, terminal.measuring):
+                    # A bar and the table would otherwise write on the same line of the terminal.
+                    terminal.close()
+                    click.echo(measuring.line(row, limits))
+                    yield row
 
 
 class _Terminal(Terminal):

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pymla.cli import interrupt
 from pymla.cli.device import device_options
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
@@ -101,12 +102,13 @@ def generate(
         click.echo(text, nl=False)
     pieces = []
     try:
-        for piece in generation:
-            terminal.close()
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+        with interrupt.graceful():
+            for piece in generation:
+                terminal.close()
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         pass
     finally:
@@ -119,7 +121,7 @@ def generate(
         terminal.warn(f"the context of {language_model.model.ctx} tokens is full; raise --ctx for more")
     if not quiet:
         click.echo(_figures(language_model, generation), err=True)
-    return 130 if generation.finish_reason == "interrupted" else 0
+    return interrupt.CODE if generation.finish_reason == "interrupted" else 0
 
 
 class Terminal(Report):
@@ -149,6 +151,7 @@ class Terminal(Report):
         if self._bar:
             self._bar.stop()
         self._bar = None
+        interrupt.terminal_reset = b""
 
     def warn(self, message):
         click.echo(f"pymla: warning: {message}", err=True)
@@ -185,6 +188,7 @@ class Terminal(Report):
         if self._bar is None:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
             self._bar = Progress(*columns, console=self._console, transient=True)
+            interrupt.terminal_reset = interrupt.WITHOUT_BAR
             self._bar.start()
             self._task = self._bar.add_task(title, total=total)
         self._bar.update(self._task, completed=done, total=total)
@@ -272,11 +276,12 @@ def _figures(language_model, generation):
 
 def _share(language_model, generation):
     """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
-    was generated, or a GPU computed."""
+    was generated, a GPU computed, or an interrupt leaves no time to measure."""
     from pymla.costs import token_bytes
     from pymla.memory import streaming_read
 
-    if generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
+    interrupted = generation.finish_reason == "interrupted"
+    if interrupted or generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
         return 0.0
     model = language_model.model
     each = token_bytes(
