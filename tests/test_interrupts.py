@@ -116,6 +116,14 @@ def test_twice():
     assert seconds < SOON
 
 
+def test_without_a_thread():
+    """Where the system gives the process no other thread, as with a limit, the handler answers alone."""
+    refuse = "import threading\ndef refuse(self): raise RuntimeError\nthreading.Thread.start = refuse\n"
+    code, out, err, seconds = interrupted(program(refuse + "def run():\n    ready()\n    time.sleep(60)"))
+    assert (code, out, err) == (130, "", "")
+    assert seconds < SOON
+
+
 def test_while_python_ends():
     body = "import atexit\ndef run(): atexit.register(lambda: (ready(), time.sleep(60)))"
     code, out, err, seconds = interrupted(program(body))

@@ -101,14 +101,18 @@ class _Unraisable:
 
 
 def _watch():
-    """Start the thread that waits. Returns the end of a pipe to which Python writes the number of each signal."""
+    """Start the thread that waits. Returns the end of a pipe to which Python writes the number of each signal; -1: the
+    system gives this process no thread, and only the handler answers."""
     import threading
 
     reading, writing = os.pipe()
+    thread = threading.Thread(target=_watching, args=(reading,), daemon=True, name="pymla-interrupt")
+    try:
+        thread.start()
+    except RuntimeError:
+        return -1
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watching, args=(reading,), daemon=True, name="pymla-interrupt")
-    thread.start()
     return writing
 
 
