@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pymla.cores import usable_cores
 from pymla.cpu.compiling import function, inline
 from pymla.cpu.memory import empty
 
@@ -40,13 +41,6 @@ _OPERATION = 8
 _TICKET, _OPERATIONS, _COUNT, _THREADS, _ARRIVED, _PHASE, _BUSY, _STOP, _AWAKE = (64 * i for i in range(9))
 
 _WORD = ir.IntType(64)
-
-
-def usable_cores():
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def set_threads(count):
