@@ -148,7 +148,7 @@ def test_a_fault_shows_in_its_token(fault):
 
 
 def test_activations_are_contiguous():
-    with pytest.raises(ValueError, match="not contiguous"):
+    with pytest.raises(PymlaError, match="Activation: x is an array with strides .*; a contiguous one"):
         quant.Activation(memory.to_device(normal(3, 64))[:, :32])
 
 
