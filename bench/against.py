@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 
-from pymla import bench, plot
+from pymla import bench, outputs, plot
 from pymla.errors import PymlaError
 
 EXAMPLES = """\b
@@ -315,6 +315,8 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
     engines = [Pymla(mla), *peers]
     if len({engine.label for engine in engines}) < len(engines):
         raise PymlaError("two peers have the same name and arguments; give each once")
+    files = {option: path for option, path in (("--json", json_path), ("--plot", plot_path)) if path}
+    outputs.check(files, [what["model"]], devices=True)
     if plot_path:
         plot.check(plot_path)
     from pymla.cpu import usable_cores
@@ -343,7 +345,7 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
     if json_path:
         record = [{label: {n: each._asdict() for n, each in rates.items()} for label, rates in r.items()} for r in done]
         settings = {"model": job.model.name, "pp": job.pp, "tg": job.tg, "prompt": job.prompt, **about}
-        json_path.write_text(json.dumps(settings | {"rounds": record}, indent=1) + "\n", encoding="utf-8")
+        outputs.write(json_path, (json.dumps(settings | {"rounds": record}, indent=1) + "\n").encode())
     if failure:
         raise failure
     return code

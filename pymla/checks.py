@@ -10,6 +10,7 @@ import operator
 import numpy as np
 
 from pymla.errors import PymlaError
+from pymla.printable import shown
 
 
 def integer(name, value, low, high=None):
@@ -75,18 +76,6 @@ def choice(name, value, choices):
 def refuse(name, value, reason):
     """Raise the PymlaError for a value."""
     raise PymlaError(f"`{name}` is {shown(value)}; {reason}")
-
-
-def shown(value):
-    """A value as a message has it: on one line, and short."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    try:
-        text = repr(value)
-    except Exception as error:  # whatever a caller's own class does
-        text = f"<{type(value).__name__} whose repr() raises {type(error).__name__}>"
-    text = " ".join("".join(each if each.isprintable() else " " for each in text).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _scalar(value):

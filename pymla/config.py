@@ -94,6 +94,7 @@ class ModelConfig:
     group_score: str  # "max": a group counts as its best expert (V2); "top2": as the sum of its two best (V3)
     rope_theta: float
     yarn: Yarn | None
+    num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens; they are not run
 
     @classmethod
     def from_gguf(cls, file: ModelFile) -> "ModelConfig":
@@ -139,6 +140,7 @@ class ModelConfig:
             **_feed_forward(read, layers, nextn, vocab_size),
             rope_theta=read.number("rope.freq_base", 10000.0, minimum=1.0),
             yarn=_yarn(read, context_length),
+            num_nextn_predict_layers=nextn,
         )
 
     @property

@@ -5,10 +5,12 @@ class DeepseekV2Model) for the layout "split", those of ik_llama.cpp's for "all"
 April 2025 for "kv_b". The file is written piece by piece: memory holds some rows of one tensor, or one layer's kv_b.
 """
 
-import json
+import copy
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +18,17 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 from gguf import LlamaFileType
-from tokenizers import Tokenizer, normalizers
 
-from pymla import ggml
-from pymla.checkpoint import Checkpoint, read_json
+from pymla import ggml, outputs
+from pymla.checkpoint import Checkpoint
+from pymla.config import ModelConfig
 from pymla.errors import PymlaError
-from pymla.reference.quant import quantise
-from pymla.tokenizer import PRE_TOKENIZERS
+from pymla.filecheck import examine
+from pymla.hub_config import HubConfig
+from pymla.hub_tokenizer import END_KEYS, HubTokenizer, read_tokenizer
+from pymla.modelfile import ModelFile
+from pymla.reference.quant import dequantise, quantise
+from pymla.tokenizer import Tokenizer
 
 LAYOUTS = ("kv_b", "split", "all")
 
@@ -35,19 +41,9 @@ QTYPES = {
     "q4_0": (ggml.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
-#: Value of scoring_func where config.json has none, by the class that reads it.
-ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
-
-# Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
-# accents, symbols, contractions, punctuation beside letters. The accent written apart shows a normaliser.
-_PROBE = (
-    "def f(x_1):\n    return  x*3333 + 12.5e-10\r\n\n\n \t\n  I'm sure, we'LL see: 'it's'!!  \n"
-    "在apple工作1314151天～ 「東京」はひらがなカタカナ、한국어도 됩니다。 нещо на Български Ça été e\u0301 ΑΒΓ\n"
-    '$100 ^_^ <tag/>#!/bin/sh (a)[b]{c} 3.3 3..3 ½ ² Ⅷ ٣٤ 🚀 👩\u200d🚀 \u00a0x\u3000y\u2003z ----==== `"""` end   '
-)
-_USER_DEFINED = gguf.TokenType.USER_DEFINED
 _PIECE_WEIGHTS = 1 << 22
-_F16_MAX = 65504.0
+# Files of a Hugging Face folder that hold a model.
+_SOURCES = (".safetensors", ".json", ".jinja")
 
 
 class Conversion(NamedTuple):
@@ -103,140 +99,81 @@ def convert(
     Raises
     ------
     PymlaError
-        An unknown type or layout; a folder that is not such a checkpoint, is incomplete or damaged, or says something
-        that GGUF cannot; not enough free disk.
+        An unknown type or layout; a folder that is not such a checkpoint, is incomplete or damaged, says something
+        that GGUF cannot, or makes a file that would not load; a weight that the type cannot hold; an output that cannot
+        be written or is read, or not enough free disk.
     """
-    if layout not in LAYOUTS:
-        raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
-    if qtype not in QTYPES:
-        raise PymlaError(f"unknown type {qtype!r}; choose {', '.join(QTYPES)}")
+    _check_arguments(qtype, layout, pre, name)
     folder, path = Path(folder), Path(path)
-    config = _Config(folder / "config.json")
+    config = HubConfig(folder / "config.json")
     plan = _Plan(config, Checkpoint(folder, config.fp8_block()), layout, QTYPES[qtype][0])
+    outputs.check({"the output": path}, (each for each in folder.iterdir() if each.suffix in _SOURCES))
     tensors = list(plan.tensors())
     plan.check_leftovers()
     total = sum(tensor.nbytes for tensor in tensors)
     _check_space(path, total)
-    partial_path = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(partial_path, "deepseek2")
-    writer.add_type("model")
-    writer.add_name(name or folder.resolve().name)
-    _add_metadata(writer, config, layout)
-    writer.add_file_type(QTYPES[qtype][1])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, folder, config.size("vocab_size"), pre)
-    try:
-        _write(writer, tensors, total, progress)
-        partial_path.replace(path)
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        writer.close()
-        partial_path.unlink(missing_ok=True)
+    tokenizer = read_tokenizer(config, pre)
+    metadata = _metadata(config, tokenizer, layout, QTYPES[qtype][1], name or folder.resolve().name)
+    with outputs.replacing(path) as part:
+        # What is wrong with the metadata shows now, and not hours later.
+        with _opened(part, metadata, ()):
+            pass
+        _check_loads(part, folder)
+        with _opened(part, metadata, tensors) as writer:
+            _write(writer, tensors, folder, total, progress)
+        loaded = _check_loads(part, folder)
+    plan.notes += tokenizer.notes
+    plan.notes += [
+        f"token {i}, {tokenizer.tokens[i]!r:.60}, ends a text, too, and GGUF has no key for it; give it as `stop`"
+        for i in tokenizer.ends[len(END_KEYS) :]
+        if i not in loaded.eos_ids
+    ]
     return Conversion(path, path.stat().st_size, tuple(plan.notes))
 
 
-class _Config:
-    """config.json with the type of every value checked."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._values = read_json(path)
-        architectures = self._values.get("architectures")
-        architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
-        if architecture not in ARCHITECTURES:
-            self.refuse("architectures", architectures, f"{' and '.join(ARCHITECTURES)} are converted")
-        self.scoring_func = self.get("scoring_func", str, ARCHITECTURES[architecture])
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            self.refuse("scoring_func", self.scoring_func, "softmax or sigmoid is expected")
-        for key, kind, only in (
-            ("hidden_act", str, "silu"),
-            ("attention_bias", bool, False),
-            ("mlp_bias", bool, False),
-            ("moe_layer_freq", int, 1),
-            ("rope_interleave", bool, True),
-        ):
-            if self.get(key, kind, only) != only:
-                self.refuse(key, self._values[key], f"only {json.dumps(only)} is converted")
-        self.rope = self._rope()
-
-    def refuse(self, key: str, value: Any, reason: str):
-        raise PymlaError(f"{self.path}: {key} is {json.dumps(value)}; {reason}")
-
-    def get(self, key: str, kind: type, default: Any = None, among: dict | None = None) -> Any:
-        """A value, or the default where the key is absent or null. An integer will do for a float."""
-        value = (self._values if among is None else among).get(key)
-        if value is None:
-            return default
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            self.refuse(key, value, f"a value of type {kind.__name__} is expected")
-        return value
-
-    def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer. Without a default the key must be there."""
-        value = self.get(key, int, default)
-        if value is None:
-            raise PymlaError(f"{self.path}: {key} is missing")
-        if value < minimum:
-            self.refuse(key, value, f"at least {minimum} is expected")
-        return value
-
-    def fp8_block(self) -> tuple[int, int]:
-        """Rows and columns of a float8 tensor that share a scale."""
-        quantisation = self.get("quantization_config", dict)
-        if quantisation is None:
-            return 128, 128
-        if quantisation.get("quant_method") != "fp8":
-            self.refuse("quantization_config", quantisation, "only quant_method fp8 is converted")
-        block = quantisation.get("weight_block_size", [128, 128])
-        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-            self.refuse("quantization_config.weight_block_size", block, "two sizes are expected")
-        return block[0], block[1]
-
-    @property
-    def dense_layers(self) -> int:
-        """Leading layers without experts."""
-        layers = self.size("num_hidden_layers")
-        if not self.experts:
-            return layers
-        return min(self.size("first_k_dense_replace", 0, 0), layers)
-
-    @property
-    def experts(self) -> int:
-        return self.size("n_routed_experts", 0, 0)
-
-    def _rope(self) -> dict[str, Any]:
-        """Rope's parameters as transformers 5 names them, from older files, too."""
-        rope = self.get("rope_parameters", dict) or self.get("rope_scaling", dict) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = self.get("rope_theta", float, self.get("rope_theta", float, 10000.0), among=rope)
-        if kind == "default":
-            return {"rope_theta": theta}
-        if kind != "yarn":
-            self.refuse("rope_type", kind, "yarn and default are converted")
-        yarn = {"rope_theta": theta, "factor": self.get("factor", float, among=rope)}
-        yarn["original"] = self.get("original_max_position_embeddings", int, among=rope)
-        for key, value in yarn.items():
-            if value is None:
-                raise PymlaError(f"{self.path}: {key} of the rope parameters is missing, which yarn needs")
-        for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            yarn[key] = self.get(key, float, among=rope)
-        if yarn["mscale"] != yarn["mscale_all_dim"] or not yarn["mscale"]:
-            self.refuse("mscale", yarn["mscale"], f"it must equal mscale_all_dim {yarn['mscale_all_dim']}, not be 0")
-        if rope.get("attention_factor") is not None:
-            self.refuse("attention_factor", rope["attention_factor"], "GGUF cannot hold it for this architecture")
-        return yarn
+def _check_arguments(qtype, layout, pre, name) -> None:
+    if layout not in LAYOUTS:
+        raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
+    if not isinstance(qtype, str) or qtype not in QTYPES:
+        raise PymlaError(f"unknown type {qtype!r} as `qtype`; choose {', '.join(QTYPES)}")
+    for argument, value in (("pre", pre), ("name", name)):
+        if not isinstance(value, str | None):
+            raise PymlaError(f"`{argument}` is {value!r}; a string is expected")
 
 
-def _add_metadata(w: gguf.GGUFWriter, config: _Config, layout: str) -> None:
+def _metadata(config: HubConfig, tokenizer: HubTokenizer, layout: str, file_type: int, name: str) -> gguf.GGUFWriter:
+    """A writer with all metadata, and without a file."""
+    writer = gguf.GGUFWriter(None, "deepseek2")
+    writer.add_type("model")
+    # A folder's name may hold bytes that are not Unicode.
+    writer.add_name(name.encode(errors="replace").decode())
+    _add_metadata(writer, config, layout)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    tokenizer.add_to(writer)
+    for key, value in writer.kv_data[0].items():
+        _check_text(config.path.parent, key, value.value)
+    return writer
+
+
+def _check_text(folder: Path, key: str, value: Any) -> None:
+    """Raise PymlaError for text that JSON can hold and UTF-8 cannot: halves of characters."""
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise PymlaError(f"{folder}: {key} has {text!r:.60}, which is not valid Unicode") from error
+
+
+def _add_metadata(w: gguf.GGUFWriter, config: HubConfig, layout: str) -> None:
     size = config.size
     w.add_block_count(size("num_hidden_layers"))
-    w.add_context_length(size("max_position_embeddings"))
+    w.add_context_length(config.context_length)
     w.add_embedding_length(size("hidden_size"))
     w.add_feed_forward_length(size("intermediate_size"))
     w.add_head_count(size("num_attention_heads"))
-    w.add_layer_norm_rms_eps(config.get("rms_norm_eps", float, 1e-6))
+    w.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6))
     w.add_leading_dense_block_count(config.dense_layers)
     w.add_vocab_size(size("vocab_size"))
     if q_lora_rank := size("q_lora_rank", 0, 0):
@@ -262,13 +199,14 @@ def _add_metadata(w: gguf.GGUFWriter, config: _Config, layout: str) -> None:
         w.add_rope_scaling_factor(config.rope["factor"])
         w.add_rope_scaling_orig_ctx_len(config.rope["original"])
         w.add_rope_scaling_yarn_log_mul(0.1 * config.rope["mscale_all_dim"])
-        if config.rope["beta_fast"] is not None:
+        # transformers takes 0 for its default, which is GGUF's, too.
+        if config.rope["beta_fast"]:
             w.add_rope_scaling_yarn_beta_fast(config.rope["beta_fast"])
-        if config.rope["beta_slow"] is not None:
+        if config.rope["beta_slow"]:
             w.add_rope_scaling_yarn_beta_slow(config.rope["beta_slow"])
 
 
-def _add_experts(w: gguf.GGUFWriter, config: _Config) -> None:
+def _add_experts(w: gguf.GGUFWriter, config: HubConfig) -> None:
     # llama.cpp wants both keys of a dense model, too.
     w.add_expert_shared_count(config.size("n_shared_experts", 0, 0))
     w.add_expert_feed_forward_length(config.size("moe_intermediate_size", config.size("intermediate_size")))
@@ -276,11 +214,11 @@ def _add_experts(w: gguf.GGUFWriter, config: _Config) -> None:
         return
     w.add_expert_count(config.experts)
     w.add_expert_used_count(config.size("num_experts_per_tok"))
-    w.add_expert_weights_scale(config.get("routed_scaling_factor", float, 1.0))
+    w.add_expert_weights_scale(config.number("routed_scaling_factor", 1.0))
     w.add_expert_weights_norm(config.get("norm_topk_prob", bool, False))
     w.add_expert_gating_func(gguf.ExpertGatingFuncType[config.scoring_func.upper()])
     # V2's "greedy" chooses among all experts, whatever the groups.
-    if config.size("n_group", 1) > 1 and config.get("topk_method", str) != "greedy":
+    if config.size("n_group", 1) > 1 and config.topk_method != "greedy":
         w.add_expert_group_count(config.size("n_group"))
         w.add_expert_group_used_count(config.size("topk_group"))
 
@@ -288,7 +226,7 @@ def _add_experts(w: gguf.GGUFWriter, config: _Config) -> None:
 class _Plan:
     """Which tensors the file gets, and where their rows come from. Every tensor of the checkpoint is accounted for."""
 
-    def __init__(self, config: _Config, checkpoint: Checkpoint, layout: str, qtype: int):
+    def __init__(self, config: HubConfig, checkpoint: Checkpoint, layout: str, qtype: int):
         self.config, self.checkpoint, self.layout, self.qtype = config, checkpoint, layout, qtype
         self.notes: list[str] = []
         self._used: set[str] = set()
@@ -442,20 +380,28 @@ class _Plan:
         return ggml.F16
 
 
-def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor], total: int, progress) -> None:
+@contextmanager
+def _opened(path: Path, metadata: gguf.GGUFWriter, tensors: Sequence[_Tensor]) -> Iterator[gguf.GGUFWriter]:
+    """A file with metadata and the tensors' entries, open for their values."""
+    writer = copy.copy(metadata)
+    writer.tensors = [{}]
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    with closing(writer):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        yield writer
+
+
+def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor], folder: Path, total: int, progress) -> None:
+    """Write the values of all tensors."""
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     done = 0
     for tensor in tensors:
         for piece in tensor.pieces():
-            if tensor.qtype == ggml.F16 and np.abs(piece).max() > _F16_MAX:
-                raise PymlaError(f"{tensor.name} holds {np.abs(piece).max():g}, too large for F16; take bf16 or f32")
-            blocks = quantise(piece, tensor.qtype)
+            blocks = _blocks(tensor, piece, folder)
             file.write(blocks.data)
             done += blocks.nbytes
             if progress is not None:
@@ -463,73 +409,56 @@ def _write(writer: gguf.GGUFWriter, tensors: list[_Tensor], total: int, progress
         writer.write_padding(file, tensor.nbytes)
 
 
+def _blocks(tensor: _Tensor, piece: np.ndarray, folder: Path) -> np.ndarray:
+    """Rows of a tensor in its type. llama.cpp writes infinite scales where a value is too large; here that is an
+    error, because nothing sensible can be computed with them."""
+    largest = max(piece.max(), -piece.min())
+    if not _holds(tensor.qtype, largest):
+        wider = [name for name, (qtype, _) in reversed(QTYPES.items()) if _holds(qtype, largest)]
+        raise PymlaError(
+            f"{folder}: {tensor.name} holds {largest:g}, too large for {ggml.NAME[tensor.qtype]}; "
+            f"take {' or '.join(wider)} as `qtype`"
+        )
+    # Scales so small that float16 has 0 for them give weights of 0.
+    with np.errstate(all="ignore"):
+        return quantise(piece, tensor.qtype)
+
+
+def _holds(qtype: int, value: float) -> bool:
+    """Whether a value stays finite in a type."""
+    with np.errstate(all="ignore"):
+        block = quantise(np.full((1, ggml.BLOCK_SIZE[qtype]), value, np.float32), qtype)
+        return bool(np.isfinite(dequantise(block, qtype)).all())
+
+
+def _check_loads(part: Path, folder: Path) -> Tokenizer:
+    """What `pymla.load` checks before it computes anything, of a whole file or of one with nothing but metadata.
+
+    Returns
+    -------
+    Tokenizer
+        The tokenizer that it would have.
+
+    Raises
+    ------
+    PymlaError
+        It would refuse the file.
+    """
+    try:
+        file = ModelFile.open(part)
+        if file.tensors:
+            return examine(file, cache_type="f32").check()[1]  # of all types, f32 holds the rows of every model
+        ModelConfig.from_gguf(file)
+        return Tokenizer.from_gguf(file)
+    except PymlaError as error:
+        reason = str(error).removeprefix(f"{part}: ")
+        raise PymlaError(f"{folder}: cannot be converted, the file would not load: {reason}") from error
+
+
 def _check_space(path: Path, needed: int) -> None:
     try:
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
     except OSError as error:
         raise PymlaError(f"{path}: cannot be written ({error.strerror})") from error
     if needed > free:
         raise PymlaError(f"{path}: needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free")
-
-
-def _add_tokenizer(w: gguf.GGUFWriter, folder: Path, vocab_size: int, pre: str | None) -> None:
-    """Tokens, merges, special tokens and chat template, as llama.cpp's converter writes a byte-level BPE."""
-    path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) and model.get("type") == "BPE" else None
-    added = tokenizer.get("added_tokens", [])
-    if not isinstance(vocab, dict) or not isinstance(added, list):
-        raise PymlaError(f"{path}: no byte-pair encoding; other tokenizers are not converted")
-    try:
-        entries = {token_id: (token, gguf.TokenType.NORMAL) for token, token_id in vocab.items()}
-        for token in added:
-            content, special = token["content"], token["special"] or _looks_special(token["content"])
-            # llama.cpp compares a user-defined token with the text as it stands.
-            entry = (content, gguf.TokenType.CONTROL) if special else (content.replace("▁", " "), _USER_DEFINED)
-            entries[token["id"]] = entry
-        lowest, highest = min(entries), max(entries)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PymlaError(f"{path}: damaged vocabulary ({error!r}); download it again") from error
-    if lowest < 0 or highest >= vocab_size:
-        raise PymlaError(f"{path}: has token ids {lowest} to {highest}; config.json's vocab_size is {vocab_size}")
-    tokens, types = zip(*(entries.get(i, (f"[PAD{i}]", gguf.TokenType.UNUSED)) for i in range(vocab_size)), strict=True)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre(pre or _detect_pre(path))
-    w.add_token_list(tokens)
-    w.add_token_types(types)
-    try:
-        gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(w, quiet=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise PymlaError(f"{folder}: special tokens cannot be read from the tokenizer's files ({error})") from error
-
-
-def _looks_special(token: str) -> bool:
-    """Whether it is a control token by its looks: DeepSeek's files do not flag all of theirs."""
-    return token.startswith(("<|", "<｜")) and token.endswith(("|>", "｜>"))
-
-
-def _detect_pre(path: Path) -> str:
-    """Name of the pre-tokenizer that cuts a telling text as the file's own does, or that leads to the same tokens.
-
-    The second is for files that say the same differently: DeepSeek's take numbers apart digit by digit, llama.cpp's
-    deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        own = tokenizer.pre_tokenizer
-        pieces = own.pre_tokenize_str(_PROBE) if own else None
-        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        raise PymlaError(f"{path}: cannot be read by the tokenizers package ({error})") from error
-    tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
-    same_ids = []
-    for name, pre_tokenizer in PRE_TOKENIZERS.items():
-        tokenizer.pre_tokenizer = pre_tokenizer
-        if tokenizer.encode(_PROBE, add_special_tokens=False).ids == ids:
-            if pre_tokenizer.pre_tokenize_str(_PROBE) == pieces:
-                return name
-            same_ids.append(name)
-    if not same_ids:
-        raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name one with --pre")
-    return same_ids[0]

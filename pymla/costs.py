@@ -8,7 +8,7 @@ together they are below 1 % of the multiply-adds and read next to nothing.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from pymla.cache import PAGE, row_bytes
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.modelfile import TensorInfo
+from pymla.tensors import layer_tensors
 
 #: Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
@@ -43,12 +44,26 @@ class Op(NamedTuple):
     nbytes: int  # read from weights and cache
 
 
-class _Matrix(NamedTuple):
-    op: str
-    name: str  # the tensor's, without ".weight"
-    weights: int  # of one expert, for those of experts
-    experts: int = 1
-    used: int = 1  # experts per token
+#: The operation that a tensor of a layer belongs to, by `TensorSpec.stem`. Those of ``W_k_b`` and ``W_v_b`` belong to
+#: "attention up"; norms and biases to none.
+_OPS = {
+    "attn_q": "query",
+    "attn_q_a": "query",
+    "attn_q_b": "query",
+    "attn_kv_a_mqa": "latent",
+    "attn_output": "attention output",
+    "ffn_gate": "dense",
+    "ffn_up": "dense",
+    "ffn_down": "dense",
+    "ffn_gate_inp": "router",
+    "ffn_gate_up_exps": "experts",
+    "ffn_gate_exps": "experts",
+    "ffn_up_exps": "experts",
+    "ffn_down_exps": "experts",
+    "ffn_gate_shexp": "shared experts",
+    "ffn_up_shexp": "shared experts",
+    "ffn_down_shexp": "shared experts",
+}
 
 
 @dataclass(frozen=True)
@@ -121,31 +136,34 @@ def step_ops(
     PymlaError
         A tensor is missing.
     """
-    totals: dict[str, list[int]] = {}
+    names = () if tensors is None else tensors
+    totals: dict[str, list[float]] = {}
 
     def add(op: str, macs: float, nbytes: float) -> None:
         total = totals.setdefault(op, [0, 0])
-        total[0] += round(macs)
-        total[1] += round(nbytes)
+        total[0] += macs
+        total[1] += nbytes
 
-    embedding = 0 if tensors is None else _tensor_bytes(tensors, "token_embd") / config.vocab_size
+    embedding = 0 if tensors is None else _tensor_bytes(tensors, "token_embd.weight") / config.vocab_size
     add("embedding", 0, tokens * embedding)
     up = config.num_attention_heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
     form = _form(config, tokens, cached, mla)
     pair = config.num_attention_heads * (_absorbed_pair(config) if form == "absorbed" else _expanded_pair(config))
     cache_bytes = row_bytes(config, cache_type, mla) / config.num_hidden_layers * cached
     for layer in range(config.num_hidden_layers):
-        for matrix in _attention_matrices(config, layer):
-            add(matrix.op, tokens * matrix.weights, _read(tensors, matrix, tokens))
-        up_bytes = 0 if tensors is None else _up_bytes(config, tensors, layer)
-        add("attention up", (cached if form == "expanded" else tokens) * up, up_bytes)
-        add("attention", _pairs(tokens, cached) * pair, cache_bytes)
-        for matrix in _output_matrices(config, layer):
-            add(matrix.op, tokens * matrix.weights * matrix.used, _read(tensors, matrix, tokens))
-    name = "output" if tensors is None or "output.weight" in tensors else "token_embd"
-    output = _Matrix("output", name, config.vocab_size * config.hidden_size)
-    add(output.op, logits * output.weights, _read(tensors, output, logits) if logits else 0)
-    return [Op(name, *total) for name, total in totals.items()]
+        for spec in layer_tensors(config, layer, names):
+            if spec.stem in ("attn_kv_b", "attn_v_b"):
+                up_bytes = 0 if tensors is None else _up_bytes(config, tensors, layer)
+                add("attention up", (cached if form == "expanded" else tokens) * up, up_bytes)
+                add("attention", _pairs(tokens, cached) * pair, cache_bytes)
+            elif spec.stem in _OPS:
+                used, of = (config.num_experts_per_tok, config.n_routed_experts) if spec.part == "experts" else (1, 1)
+                read = 0 if tensors is None else _tensor_bytes(tensors, spec.name) * (1 - (1 - used / of) ** tokens)
+                add(_OPS[spec.stem], tokens * spec.weights * used // of, read)
+    name = "output.weight" if "output.weight" in names else "token_embd.weight"
+    output_bytes = _tensor_bytes(tensors, name) if tensors is not None and logits else 0
+    add("output", logits * config.vocab_size * config.hidden_size, output_bytes)
+    return [Op(name, round(macs), round(nbytes)) for name, (macs, nbytes) in totals.items()]
 
 
 def least_seconds(ops: Iterable[Op], read: float, int8: float) -> float:
@@ -274,49 +292,14 @@ def _form(config: ModelConfig, tokens: int, cached: int, mla: str) -> str:
     return "absorbed" if mla == "1" or tokens == 1 else "expanded"
 
 
-def _attention_matrices(config: ModelConfig, layer: int) -> Iterator[_Matrix]:
-    hidden, blk = config.hidden_size, f"blk.{layer}."
-    queries = config.num_attention_heads * config.qk_head_dim
-    if config.q_lora_rank:
-        yield _Matrix("query", blk + "attn_q_a", hidden * config.q_lora_rank)
-        yield _Matrix("query", blk + "attn_q_b", config.q_lora_rank * queries)
-    else:
-        yield _Matrix("query", blk + "attn_q", hidden * queries)
-    yield _Matrix("latent", blk + "attn_kv_a_mqa", hidden * (config.kv_lora_rank + config.qk_rope_head_dim))
-
-
-def _output_matrices(config: ModelConfig, layer: int) -> Iterator[_Matrix]:
-    """The matrices of a layer behind its attention."""
-    hidden, blk = config.hidden_size, f"blk.{layer}."
-    yield _Matrix("attention output", blk + "attn_output", config.num_attention_heads * config.v_head_dim * hidden)
-    if layer < config.first_k_dense_replace:
-        for name in ("gate", "up", "down"):
-            yield _Matrix("dense", f"{blk}ffn_{name}", hidden * config.intermediate_size)
-        return
-    experts = config.n_routed_experts
-    yield _Matrix("router", blk + "ffn_gate_inp", hidden * experts)
-    weights = hidden * config.moe_intermediate_size
-    for name in ("gate", "up", "down"):
-        yield _Matrix("experts", f"{blk}ffn_{name}_exps", weights, experts, config.num_experts_per_tok)
-    if config.n_shared_experts:
-        for name in ("gate", "up", "down"):
-            yield _Matrix("shared experts", f"{blk}ffn_{name}_shexp", weights * config.n_shared_experts)
-
-
-def _read(tensors: Mapping[str, TensorInfo] | None, matrix: _Matrix, tokens: int) -> float:
-    if tensors is None:
-        return 0
-    return _tensor_bytes(tensors, matrix.name) * (1 - (1 - matrix.used / matrix.experts) ** tokens)
-
-
 def _up_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: int) -> float:
     """k_b and v_b, from the file or derived."""
     blk = f"blk.{layer}.attn_"
     if f"{blk}kv_b.weight" in tensors:
-        return _tensor_bytes(tensors, blk + "kv_b")
+        return _tensor_bytes(tensors, blk + "kv_b.weight")
     k_b = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     qtype = tensors[f"{blk}k_b.weight"].qtype if f"{blk}k_b.weight" in tensors else ggml.F32
-    return k_b * _derived_size(qtype) + _tensor_bytes(tensors, blk + "v_b")
+    return k_b * _derived_size(qtype) + _tensor_bytes(tensors, blk + "v_b.weight")
 
 
 def _derived_size(qtype: int) -> int:
@@ -324,13 +307,10 @@ def _derived_size(qtype: int) -> int:
     return 4 if qtype == ggml.F32 else 2
 
 
-def _tensor_bytes(tensors: Mapping[str, TensorInfo], name: str) -> float:
-    if f"{name}.weight" in tensors:
-        return tensor_bytes(tensors[f"{name}.weight"])
-    blk, _, last = name.rpartition(".")
-    if last in ("ffn_gate_exps", "ffn_up_exps") and f"{blk}.ffn_gate_up_exps.weight" in tensors:
-        return tensor_bytes(tensors[f"{blk}.ffn_gate_up_exps.weight"]) / 2
-    raise PymlaError(f"tensor {name}.weight is missing; convert the model again or take another file")
+def _tensor_bytes(tensors: Mapping[str, TensorInfo], name: str) -> int:
+    if name not in tensors:
+        raise PymlaError(f"tensor {name} is missing; convert the model again or take another file")
+    return tensor_bytes(tensors[name])
 
 
 def tensor_bytes(tensor: TensorInfo) -> int:

@@ -10,16 +10,16 @@ import numpy as np
 
 from pymla import checks, costs, cuda
 from pymla.backends import Placement
-from pymla.cache import CACHE_TYPES, row_layout
-from pymla.config import ModelConfig
+from pymla.cache import CACHE_TYPES
 from pymla.errors import NoRoom, PymlaError
+from pymla.filecheck import examine
 from pymla.generate import Generation
 from pymla.memory import available_memory
 from pymla.model import MLA_MODES, Model
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split, Wish, choose, gib
+from pymla.printable import one_line
 from pymla.sampling import SamplingParams
-from pymla.tokenizer import Tokenizer
 from pymla.weights import Weights
 
 #: What a model can run on; "auto" is the GPU where there is one that can be used.
@@ -44,6 +44,7 @@ def load(
     mla="auto",
     threads=None,
     ctx=None,
+    check_tensors=False,
     report=None,
 ):
     """Load a model.
@@ -68,6 +69,8 @@ def load(
         All usable cores by default.
     ctx : int, optional
         Tokens of the longest sequence. By default the model's context length, cut to what the memory holds.
+    check_tensors : bool
+        Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.filecheck`).
     report : Report, optional
         Told of progress and warnings.
 
@@ -86,16 +89,13 @@ def load(
     mla = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
     threads = None if threads is None else checks.integer("threads", threads, 1)
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
+    check_tensors = checks.flag("check_tensors", check_tensors)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
     file = ModelFile.open(demo_path() if path is None else _path(path))
-    config = ModelConfig.from_gguf(file)
-    row_layout(config, cache_type, mla)
-    tokenizer = Tokenizer.from_gguf(file)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise PymlaError(
-            f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
-            f"rows for {config.vocab_size}; convert the model again"
-        )
+    found = examine(file, cache_type, mla, check_tensors=check_tensors, progress=report.checking)
+    config, tokenizer = found.check()
+    for warning in tokenizer.warnings:
+        report.warn(warning)
     if ctx is not None and ctx > config.context_length:
         checks.refuse("ctx", ctx, f"this model's context goes from 1 to {config.context_length} tokens")
     planner = Planner(config, file, cache_type, mla)
@@ -130,13 +130,16 @@ class Report:
 
     def warn(self, message):
         """Something the user should know."""
-        print(f"pymla: warning: {message}", file=sys.stderr)
+        print(f"pymla: warning: {one_line(message)}", file=sys.stderr)
 
     def running(self, where):
         """Where the model runs, where that was for pymla to choose, and why there."""
 
     def reading(self, done, total):
         """Bytes of the file that are present."""
+
+    def checking(self, done, total):
+        """Bytes of tensors whose values were looked at."""
 
     def arranging(self, done, total):
         """Layers whose tensors are found."""
@@ -197,7 +200,7 @@ class LanguageModel:
         """
         ids = self._checked("ids", ids)
         model = self.model
-        pass  # check
+        self.file.check_unchanged()
         sequence = model.new_sequence()
         try:
             logits = model.forward([(sequence, ids)], logits="all")
@@ -239,7 +242,7 @@ class LanguageModel:
         params = SamplingParams.of(sampling)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
         model = self.model
-        pass  # check
+        self.file.check_unchanged()
         return Generation(model, self.tokenizer, ids, params, max_tokens, stop, progress)
 
     def stream(self, prompt, **options):

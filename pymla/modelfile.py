@@ -5,13 +5,18 @@ own reader is not used: it takes the vocabulary apart element by element (10 s f
 size a file claims. Here each size is compared with what is left of the file before anything is read or allocated.
 """
 
+import contextlib
 import errno
+import hashlib
+import itertools
 import math
 import mmap
+import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +25,7 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGUFValueType
 
 from pymla import ggml
 from pymla.errors import PymlaError
+from pymla.printable import shown
 
 #: Default of `ModelFile.get` that makes a key mandatory.
 REQUIRED = object()
@@ -31,6 +37,10 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 _MADV_POPULATE_READ = 22  # <linux/mman.h> since 5.14; the mmap module has no name for it
 _PREFAULT_SLICE = 256 << 20
+
+# What a file is recognised by where only its modification time is another one: so many pieces, spread over its length.
+_PIECES = 16
+_PIECE_BYTES = 4096
 
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -98,7 +108,7 @@ class ModelFile:
         self.nbytes = sum(part.nbytes for part in parts)
         self.metadata = parts[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
-        self._maps = [part.map for part in parts]
+        self._sources = [part.source for part in parts]
         for part in parts:
             for tensor in part.tensors:
                 if tensor.name in self.tensors:
@@ -167,6 +177,34 @@ class ModelFile:
         """
         return _typed(self.path, self.metadata, key, kind, default)
 
+    def check_unchanged(self) -> None:
+        """Raise PymlaError if something wrote to the file since it was opened.
+
+        A mapped file that becomes shorter kills the process at the next access, and one that is overwritten changes
+        the weights of a model that runs. So this is called before the weights are used: it takes a microsecond for
+        each part. A file that was replaced or deleted is fine, for its contents stay mapped; so is one whose
+        modification time alone changed.
+
+        Raises
+        ------
+        PymlaError
+            A part has another size, or other contents (16 pieces of it are compared if its modification time changed).
+        """
+        for source in self._sources:
+            source.check_unchanged()
+
+    def fetch_ahead(self, tensor: TensorInfo, pieces: Iterable[tuple[int, int]]) -> None:
+        """Have pieces of a tensor read from disk, without waiting: from byte, to byte.
+
+        Pages that are read one by one, each when it is needed, take a disk a hundred times as long.
+        """
+        source = next(source for source in self._sources if source.path == tensor.path)
+        begin = tensor.data.ctypes.data - source.begin
+        for first, stop in pieces:
+            start = (begin + first) // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # it is only advice
+                source.map.madvise(mmap.MADV_WILLNEED, start, begin + stop - start)
+
     def prefault(
         self, progress: Callable[[int, int], None] | None = None, names: Collection[str] | None = None
     ) -> None:
@@ -183,37 +221,37 @@ class ModelFile:
         Raises
         ------
         PymlaError
-            The file cannot be read.
+            The file cannot be read, or was changed meanwhile.
         """
-        parts = list(zip(self.parts, self._maps, strict=True))
-        spans = [(path, mapped, *span) for path, mapped in parts for span in self._spans(path, mapped, names)]
-        done, total = 0, sum(stop - start for *_, start, stop in spans)
+        spans = [(source, *span) for source in self._sources for span in self._spans(source, names)]
+        done, total = 0, sum(stop - start for _, start, stop in spans)
         populate = _populate if sys.platform == "linux" else _touch
-        for path, mapped, first, last in spans:
+        for source, first, last in spans:
             for start in range(first, last, _PREFAULT_SLICE):
                 length = min(_PREFAULT_SLICE, last - start)
+                source.check_unchanged()
                 try:
-                    populate(mapped, start, length)
+                    populate(source.map, start, length)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
-                        raise PymlaError(f"{path}: cannot be read: {error.strerror}") from error
+                        source.check_unchanged()  # the pages are missing because the file was cut
+                        raise PymlaError(f"{source.path}: cannot be read: {error.strerror}") from error
                     populate = _touch  # the kernel is older than the advice
-                    populate(mapped, start, length)
+                    populate(source.map, start, length)
                 done += length
                 if progress is not None:
                     progress(done, total)
 
-    def _spans(self, path: Path, mapped: mmap.mmap, names: Collection[str] | None) -> list[tuple[int, int]]:
+    def _spans(self, source: "_Source", names: Collection[str] | None) -> list[tuple[int, int]]:
         """Bytes of a part, in whole pages, that hold tensors: from, to."""
         if names is None:
-            return [(0, len(mapped))]
-        begin = np.frombuffer(mapped, np.uint8).ctypes.data
+            return [(0, source.nbytes)]
         spans: list[tuple[int, int]] = []
-        tensors = (self.tensors[name] for name in names)
-        places = sorted((each.data.ctypes.data - begin, each.data.nbytes) for each in tensors if each.path == path)
+        tensors = (self.tensors[name].data for name in names if self.tensors[name].path == source.path)
+        places = sorted((data.ctypes.data - source.begin, data.nbytes) for data in tensors)
         for offset, nbytes in places:
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            stop = min(-(-(offset + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE, len(mapped))
+            stop = min(-(-(offset + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE, source.nbytes)
             if spans and start <= spans[-1][1]:
                 start, stop = spans[-1][0], max(stop, spans.pop()[1])
             spans.append((start, stop))
@@ -228,12 +266,58 @@ def _touch(mapped: mmap.mmap, start: int, length: int) -> None:
     np.frombuffer(mapped, np.uint8, length, start)[:: mmap.PAGESIZE].max()
 
 
+class _Source:
+    """An open file: its map, and what shows that the file is still what was mapped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._descriptor)
+            self.nbytes = len(self.map)
+            self.begin = np.frombuffer(self.map, np.uint8).ctypes.data  # its address
+            self._modified = os.fstat(self._descriptor).st_mtime_ns
+            self._digest = self._read_digest()
+        except OSError as error:
+            raise PymlaError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        except ValueError as error:  # mmap's answer to an empty file
+            raise PymlaError(f"{path}: not a GGUF file: it is empty") from error
+
+    def check_unchanged(self) -> None:
+        """See `ModelFile.check_unchanged`."""
+        try:
+            found = os.fstat(self._descriptor)
+            if found.st_size != self.nbytes:
+                self._refuse(f"the file has {found.st_size} bytes and had {self.nbytes} when it was opened")
+            if found.st_mtime_ns != self._modified:
+                if self._read_digest() != self._digest:
+                    self._refuse(f"the contents of the file, {self.nbytes} bytes then and now, are no longer the same")
+                self._modified = found.st_mtime_ns
+        except OSError as error:
+            self._refuse(f"the file cannot be read any more ({error.strerror})")
+
+    def _refuse(self, what: str):
+        raise PymlaError(f"{self.path}: {what}: it was changed in place. Load the model again once it is complete")
+
+    def _read_digest(self) -> bytes:
+        """Of pieces spread over the file, the first and the last of its bytes among them. They are not read through
+        the map, so that a file that was cut gives other pieces instead of a signal."""
+        digest = hashlib.blake2b()
+        for number in range(_PIECES):
+            start = max(0, self.nbytes - _PIECE_BYTES) * number // (_PIECES - 1)
+            digest.update(os.pread(self._descriptor, _PIECE_BYTES, start))
+        return digest.digest()
+
+
 class _Part:
     """One file: its map, and what its header says."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.map = _map(path)
+        self.source = _Source(path)
+        self.map = self.source.map
         self.nbytes = len(self.map)
         self._at = 0
         self._reading = "the header"
@@ -291,13 +375,13 @@ class _Part:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self._fail(f"{self._reading}: {_shown(raw)} is not valid UTF-8")
+            self._fail(f"{self._reading}: {shown(raw)} is not valid UTF-8")
 
     def _name(self) -> str:
         """A key or a tensor's name. They go into messages, so they must be fit to print."""
         name = self._string()
         if not name.isprintable() or len(name) > 0xFFFF:
-            self._fail(f"{self._reading}: its name {_shown(name)} is not printable; the file is damaged")
+            self._fail(f"{self._reading}: its name {shown(name)} is not printable; the file is damaged")
         return name
 
     def _read_magic(self) -> None:
@@ -391,7 +475,7 @@ class _Part:
         data_start = -(-self._at // alignment) * alignment
         contents = np.frombuffer(self.map, np.uint8)
         seen = set()
-        tensors = []
+        tensors, places = [], []
         for name, shape, qtype, offset in infos:
             if name in seen:
                 self._fail(f"tensor {name} occurs twice; the file is damaged")
@@ -409,17 +493,15 @@ class _Part:
                     "it is truncated or damaged, download or convert it again"
                 )
             tensors.append(TensorInfo(name, qtype, shape, contents[start : start + nbytes], self.path))
+            places.append((start, start + nbytes, name))
+        places.sort()
+        for (first, end, name), (start, stop, other) in itertools.pairwise(places):
+            if start < end:
+                self._fail(
+                    f"tensor {other} lies in the bytes from {start} to {stop}, of which tensor {name} takes those from "
+                    f"{first} to {end}; the file is damaged, download or convert it again"
+                )
         return tensors
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot be opened: {error.strerror or error}") from error
-    except ValueError as error:  # mmap's answer to an empty file
-        raise PymlaError(f"{path}: not a GGUF file: it is empty") from error
 
 
 def _typed(path: Path, metadata: dict[str, Any], key: str, kind: type, default: Any) -> Any:
@@ -430,13 +512,5 @@ def _typed(path: Path, metadata: dict[str, Any], key: str, kind: type, default: 
     value = metadata[key]
     expected, types = _KINDS[kind]
     if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
-        raise PymlaError(f"{path}: metadata {key} is {_shown(value)}, but {expected} is expected")
+        raise PymlaError(f"{path}: metadata {key} is {shown(value)}, but {expected} is expected")
     return float(value) if kind is float else value
-
-
-def _shown(value: Any) -> str:
-    """A value for a message: short, and on one line."""
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,8 +5,7 @@ the CPU. Routed experts are most of a model's bytes, of which a token reads few:
 themselves (``--cpu-moe``).
 """
 
-import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from pymla.config import ModelConfig
 from pymla.costs import DEVICE_SLICE, SLICE, MemoryPlan, cache_bytes, tensor_bytes
 from pymla.errors import NoRoom
 from pymla.modelfile import ModelFile
+from pymla.tensors import model_tensors
 
 #: Bytes of the GPU that stay free: for the kernels' code, recorded steps and the gaps between arrays.
 RESERVE = 384 << 20
@@ -127,10 +127,10 @@ class Planner:
         self._file_bytes = file.nbytes
         self._parts = {}  # of each tensor that a backend takes as it is: what of the model it belongs to, its layer
         self._sizes = {name: tensor_bytes(tensor) for name, tensor in file.tensors.items()}
-        for name in file.tensors:
-            part, layer = _part(name, file.tensors)
-            if part and layer < config.num_hidden_layers:
-                self._parts[name] = part, layer
+        for spec in model_tensors(config, file.tensors):
+            # A k_b without kv_b is transposed before it goes anywhere.
+            if spec.name in file.tensors and spec.stem != "attn_k_b":
+                self._parts[spec.name] = spec.part, spec.layer
         self._derived = [costs.derived_bytes(config, file.tensors, [i]) for i in range(config.num_hidden_layers)]
 
     def uploaded(self, split: Split) -> list[str]:
@@ -177,21 +177,6 @@ class Planner:
 
     def _cache(self, ctx: int, layers: int) -> int:
         return cache_bytes(self.config, self.cache_type, self.mla, ctx) * layers // self.config.num_hidden_layers
-
-
-def _part(name: str, tensors: Container[str]) -> tuple[str | None, int]:
-    """What of a model a tensor belongs to, "embedding", "output", "layer" or "experts", and its layer; None where no
-    backend takes the tensor as it is."""
-    ends = {"token_embd.weight": "embedding", "output.weight": "output", "output_norm.weight": "output"}
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if not match:
-        return ends.get(name), 0
-    layer, rest = int(match[1]), match[2]
-    if rest.endswith("_exps.weight"):
-        return "experts", layer
-    # Of the layouts of W_k_b and W_v_b one is used; a k_b without kv_b is transposed before it goes anywhere.
-    unused = rest == "attn_k_b.weight" or (rest == "attn_v_b.weight" and f"blk.{layer}.attn_kv_b.weight" in tensors)
-    return None if unused else "layer", layer
 
 
 def choose(planner: Planner, wish: Wish, device: int, host: int) -> Choice:

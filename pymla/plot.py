@@ -1,8 +1,10 @@
 """Pictures of measurements, by matplotlib, which only these need."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
+from pymla import outputs
 from pymla.errors import PymlaError
 
 #: File types that `sweep` writes.
@@ -46,6 +48,11 @@ def sweep(series, path, title):
         Ending in .png or .svg.
     title : str
         Machine and settings; it may have several lines.
+
+    Raises
+    ------
+    PymlaError
+        matplotlib is missing, or the file cannot be written.
     """
     check(path)
     matplotlib = _matplotlib()
@@ -68,7 +75,9 @@ def sweep(series, path, title):
             handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
         figure.suptitle(title, fontsize=11)
-        figure.savefig(path, dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150, format=Path(path).suffix[1:].lower())
+    outputs.write(Path(path), picture.getvalue())
 
 
 def _draw(axes, series, kind, color, marker):

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Bpe
 
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile
+from pymla.printable import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -47,19 +48,57 @@ PRE_TOKENIZERS = {
     "deepseek-v3": _pre_tokenizer(_DEEPSEEK_V3),
 }
 
-#: Tokens that end a text whatever the metadata says, by name.
+#: Names of tokens that end a text whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp). The last two are
+#: those of DeepSeek-Coder and GLM.
 _END_NAMES = frozenset(
     (
         "<｜end▁of▁sentence｜>",
-        "<|EOT|>",
         "<|end_of_text|>",
         "<|endoftext|>",
         "<|im_end|>",
         "<|eot_id|>",
-        "<|user|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<|tool_response>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<turn|>",
+        "<eos>",
         "</s>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "[e~[",
+        "<|EOT|>",
+        "<|user|>",
     )
 )
+
+#: Tokens of fill-in-the-middle that end a text, by the key of their id, with the names they have where there is no key.
+_FIM_NAMES = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+
+#: Special tokens that end a text, by the key of their id.
+_END_KEYS = ("eos", "eot", "eom", *_FIM_NAMES)
+
+#: Names that chat templates have for special tokens, by the key of their id; GGUF spells "seperator" so.
+_TEMPLATE_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "seperator": "sep_token",
+    "padding": "pad_token",
+    "cls": "cls_token",
+    "mask": "mask_token",
+}
 
 
 class Tokenizer:
@@ -74,7 +113,13 @@ class Tokenizer:
         Tokens that end a text.
     add_bos : bool
         Whether the model expects BOS in front of a text.
+    special_tokens : dict of str to str
+        Special tokens by the names that chat templates have for them: "bos_token", "eos_token", "unk_token" …
     chat_template : str or None
+    chat_templates : dict of str to str
+        Templates that the file has by name, as "tool_use".
+    warnings : list of str
+        What is odd in the file, and what was made of it.
     """
 
     def __init__(self, tokens, kinds, merges, pre, *, where="tokenizer", bos_id=None, eos_ids=(), add_bos=False):
@@ -83,7 +128,7 @@ class Tokenizer:
                 f"{where}: metadata tokenizer.ggml.pre is {pre!r}, which pymla does not know; it knows "
                 f"{', '.join(PRE_TOKENIZERS)}"
             )
-        self._tokens, self._kinds = tokens, kinds
+        self._tokens, self._kinds = tokens, list(kinds)
         vocabulary = {token: i for i, token in enumerate(tokens)}
         missing = sum(character not in vocabulary for character in _byte_alphabet())
         if missing:
@@ -93,14 +138,20 @@ class Tokenizer:
         except Exception as error:  # the tokenizers package raises nothing more precise
             raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
-        self._whole = _splitter(tokens, kinds, (USER_DEFINED,))
-        self._special = _splitter(tokens, kinds, (USER_DEFINED, CONTROL, UNKNOWN))
         self._ids = vocabulary
         self.vocab_size = len(tokens)
         self.bos_id = bos_id
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = self._ends(eos_ids)
+        for token in self.eos_ids | {bos_id} - {None}:
+            if self._kinds[token] in (NORMAL, USER_DEFINED) and not self._is_ordinary(token):
+                self._kinds[token] = CONTROL  # the file says so elsewhere
+        self._whole = _splitter(tokens, self._kinds, (USER_DEFINED,))
+        self._special = _splitter(tokens, self._kinds, (USER_DEFINED, CONTROL, UNKNOWN))
         self.add_bos = add_bos
+        self.special_tokens = {}
         self.chat_template = None
+        self.chat_templates = {}
+        self.warnings = []
 
     @classmethod
     def from_gguf(cls, file):
@@ -140,10 +191,9 @@ class Tokenizer:
                 raise PymlaError(
                     f"{file.path}: metadata tokenizer.ggml.merges has {merge!r}; two tokens and a space expected"
                 )
-        ends = {i for i, token in enumerate(tokens) if kinds[i] == CONTROL and token in _END_NAMES}
-        for key in ("eos_token_id", "eot_token_id"):
-            ends.add(_special_id(file, key, len(tokens)))
-        bos_id = _special_id(file, "bos_token_id", len(tokens))
+        ids, warnings = special_ids(file, len(tokens))
+        more_ends, more_warnings = _eos_token_ids(file, len(tokens))
+        bos_id = ids.get("bos")
         tokenizer = cls(
             tokens,
             kinds,
@@ -151,10 +201,18 @@ class Tokenizer:
             file.get("tokenizer.ggml.pre", str),
             where=file.path,
             bos_id=bos_id,
-            eos_ids=ends - {None},
+            eos_ids=more_ends | {ids[key] for key in _END_KEYS if key in ids} | _fim_ends(tokens, ids),
             add_bos=file.get("tokenizer.ggml.add_bos_token", bool, bos_id is not None) and bos_id is not None,
         )
-        tokenizer.chat_template = file.get("tokenizer.chat_template", str, None)
+        tokenizer.warnings = warnings + more_warnings
+        if tokenizer.eos_ids:
+            ids.setdefault("eos", min(tokenizer.eos_ids))
+        tokenizer.special_tokens = {
+            name: tokenizer.token_bytes(ids[key]).decode(errors="replace")
+            for key, name in _TEMPLATE_NAMES.items()
+            if key in ids
+        }
+        tokenizer.chat_template, tokenizer.chat_templates = _chat_templates(file)
         return tokenizer
 
     def encode(self, text, add_bos=True, parse_special=False):
@@ -164,7 +222,8 @@ class Tokenizer:
         ----------
         text : str
         add_bos : bool
-            Put BOS in front, if the file says that the model expects it.
+            Put BOS in front, if the file says that the model expects it. One that the text spells there already, with
+            `parse_special`, is it.
         parse_special : bool
             Take control tokens that are spelt out in the text for what they say. User-defined tokens always are.
 
@@ -179,14 +238,14 @@ class Tokenizer:
             raise PymlaError(
                 f"the text has an invalid character at position {error.start}; it must be valid UTF-8"
             ) from None
-        ids = [self.bos_id] if add_bos and self.add_bos else []
+        ids = []
         splitter = self._special if parse_special else self._whole
         for i, piece in enumerate(splitter.split(text) if splitter else [text]):
             if i % 2:
                 ids.append(self._ids[piece])
             elif piece:
                 ids += self._bpe.encode(piece, add_special_tokens=False).ids
-        return ids
+        return [self.bos_id, *ids] if add_bos and self.add_bos and ids[:1] != [self.bos_id] else ids
 
     def token_bytes(self, token):
         """The bytes that a token stands for; a control token's are its name."""
@@ -207,6 +266,25 @@ class Tokenizer:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         kept = (i for i in ids if not (skip_special and 0 <= i < self.vocab_size and self.is_special(i)))
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def _ends(self, ids):
+        """Tokens that end a text: those given, and those of a known name, whatever their type, as in llama.cpp."""
+        ends = {*ids, *(self._ids[name] for name in _END_NAMES if name in self._ids)}
+        names = {self._tokens[token]: token for token in ends}
+        # gpt-oss and Solar end a text otherwise, and put <|end|> between a text's parts; Gemma 4 has </s> as text.
+        if names.keys() & {"<|call|>", "<|calls|>"} and names.keys() & {"<|return|>", "<|flush|>"}:
+            ends.discard(names.get("<|end|>"))
+        if "<|tool_response>" in names:
+            ends.discard(names.get("</s>"))
+        return frozenset(ends)
+
+    def _is_ordinary(self, token):
+        """Whether merges make a token from its text, so that it is no special token."""
+        try:
+            text = self.token_bytes(token).decode()
+        except UnicodeDecodeError:  # part of a character
+            return True
+        return self._bpe.encode(text, add_special_tokens=False).ids == [token]
 
     def stream(self):
         """A `TextStream` that decodes tokens one by one."""
@@ -252,8 +330,71 @@ def _strings(file, key):
     return values
 
 
-def _special_id(file, key, count):
-    token = file.get(f"tokenizer.ggml.{key}", int, None)
-    if token is not None and not 0 <= token < count:
-        raise PymlaError(f"{file.path}: metadata tokenizer.ggml.{key} is {token}; the vocabulary has {count} tokens")
-    return token
+def special_ids(file, count):
+    """Special tokens that a file names, by its keys ``tokenizer.ggml.*_token_id``.
+
+    Parameters
+    ----------
+    file : ModelFile
+    count : int
+        Tokens in the vocabulary.
+
+    Returns
+    -------
+    ids : dict of str to int
+        By the key without "_token_id", as "bos". An id outside the vocabulary is left out: converters write -1, or
+        4294967295, for a token that is not there. So is one that is no integer, where `Tokenizer` can do without.
+    warnings : list of str
+        One for each id that is left out.
+
+    Raises
+    ------
+    PymlaError
+        BOS, or a token that ends a text, is no integer.
+    """
+    ids, warnings = {}, []
+    for key, value in file.metadata.items():
+        name = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
+        if key != f"tokenizer.ggml.{name}_token_id":
+            continue
+        token = file.get(key, int) if name in ("bos", "eos", "eot", "eom") else value
+        if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < count:
+            ids[name] = token
+        else:
+            warnings.append(_outside(file, key, token, count))
+    return ids, warnings
+
+
+def _eos_token_ids(file, count):
+    """Tokens of the array ``tokenizer.ggml.eos_token_ids``, which Ollama writes, and warnings as of `special_ids`."""
+    key = "tokenizer.ggml.eos_token_ids"
+    values = file.get(key, list, [])
+    if len(values) and (isinstance(values, list) or not np.issubdtype(values.dtype, np.integer)):
+        raise PymlaError(f"{file.path}: metadata {key} is no array of integers")
+    tokens = [int(value) for value in values]
+    outside = [_outside(file, key, token, count) for token in tokens if not 0 <= token < count]
+    return {token for token in tokens if 0 <= token < count}, outside
+
+
+def _outside(file, key, token, count):
+    return (
+        f"{file.path}: metadata {key} is {shown(token)}, and the vocabulary has {count} tokens; it is taken as absent"
+    )
+
+
+def _fim_ends(tokens, ids):
+    """Tokens of fill-in-the-middle that end a text, found by name where the metadata has no id for them."""
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    found = (
+        [vocabulary[name] for name in names if name in vocabulary]
+        for key, names in _FIM_NAMES.items()
+        if key not in ids
+    )
+    return {each[0] for each in found if each}
+
+
+def _chat_templates(file):
+    """The default chat template of a file, or None, and those it has by name."""
+    prefix = "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): file.get(key, str) for key in file.metadata if key.startswith(prefix)}
+    return file.get("tokenizer.chat_template", str, named.get("default")), named

@@ -14,7 +14,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.backends import Placement
-from pymla.errors import PymlaError
+from pymla.tensors import find, layer_tensors, outer_tensors
 
 
 class QTensor(NamedTuple):
@@ -97,21 +97,21 @@ class Weights:
 
         placement = placement or Placement.on(reference, config.num_hidden_layers)
         take = _Taker(file, placement.embedding, _Total(uploading))
-        embedding = (config.vocab_size, config.hidden_size)
-        token_embd = take.matrix("token_embd.weight", embedding)
+        specs = {spec.field: spec for spec in outer_tensors(config, file.tensors)}
+        token_embd = take.matrix(specs["token_embd"])
         layers = []
         for i, (backend, experts) in enumerate(zip(placement.layers, placement.experts, strict=True)):
             layers.append(_layer(take.to(backend), take.to(experts), config, i))
             if progress:
                 progress(i + 1, config.num_hidden_layers)
         take = take.to(placement.output)
-        if take.has("output.weight"):
-            output = take.matrix("output.weight", embedding)
+        if "output" in specs:
+            output = take.matrix(specs["output"])
         elif placement.output is placement.embedding:
             output = token_embd
         else:
-            output = take.matrix("token_embd.weight", embedding)
-        return cls(token_embd, take.vector("output_norm.weight", config.hidden_size), output, layers)
+            output = take.matrix(specs["token_embd"])
+        return cls(token_embd, take.vector(specs["output_norm"]), output, layers)
 
 
 class _Total:
@@ -149,119 +149,51 @@ class _Taker:
         """An array in the backend's memory."""
         return self._backend.memory.to_device(array, self._progress)
 
-    def has(self, name):
-        return name in self.file.tensors
+    def find(self, spec):
+        """A tensor in the file, which is to be read."""
+        self.file.check_unchanged()
+        return find(self.file, spec)
 
-    def tensor(self, name, *shapes):
-        """A tensor that has one of `shapes`."""
-        info = self.file.tensors.get(name)
-        if info is None:
-            raise PymlaError(
-                f"{self.file.path}: tensor {name} is missing; convert the model again or take another file"
-            )
-        if info.qtype not in ggml.SUPPORTED:
-            names = ", ".join(ggml.NAME[t] for t in ggml.SUPPORTED)
-            raise PymlaError(
-                f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, which pymla does not run; "
-                f"it runs {names}"
-            )
-        if info.shape not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise PymlaError(f"{info.path}: tensor {name} has shape {list(info.shape)}, expected {expected}")
-        return info
-
-    def mapped(self, name, *shapes):
+    def mapped(self, spec):
         """A matrix in the file."""
-        info = self.tensor(name, *shapes)
+        info = self.find(spec)
         return QTensor(info.qtype, info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1])))
 
-    def matrix(self, name, *shapes):
-        w = self.mapped(name, *shapes)
+    def matrix(self, spec):
+        w = self.mapped(spec)
         return QTensor(w.qtype, self.put(w.data))
 
-    def vector(self, name, size):
-        info = self.tensor(name, (size,))
-        if info.qtype != ggml.F32:
-            raise PymlaError(f"{info.path}: tensor {name} has type {ggml.NAME[info.qtype]}, expected F32")
-        return self.put(info.data.view(np.float32))
+    def vector(self, spec):
+        return self.put(self.find(spec).data.view(np.float32))
 
 
 def _layer(take, take_experts, config, index):
-    blk = f"blk.{index}."
-    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    queries = heads * config.qk_head_dim
+    """A layer; `take_experts` for its routed experts."""
+    specs = {spec.field: spec for spec in layer_tensors(config, index, take.file.tensors)}
     tensors = dict.fromkeys(Layer.__dataclass_fields__)
-    tensors |= {
-        "attn_norm": take.vector(blk + "attn_norm.weight", hidden),
-        "attn_kv_a_mqa": take.matrix(blk + "attn_kv_a_mqa.weight", (rank + config.qk_rope_head_dim, hidden)),
-        "attn_kv_a_norm": take.vector(blk + "attn_kv_a_norm.weight", rank),
-        "attn_output": take.matrix(blk + "attn_output.weight", (hidden, heads * config.v_head_dim)),
-        "ffn_norm": take.vector(blk + "ffn_norm.weight", hidden),
-    }
-    if config.q_lora_rank:
-        tensors["attn_q_a"] = take.matrix(blk + "attn_q_a.weight", (config.q_lora_rank, hidden))
-        tensors["attn_q_a_norm"] = take.vector(blk + "attn_q_a_norm.weight", config.q_lora_rank)
-        tensors["attn_q_b"] = take.matrix(blk + "attn_q_b.weight", (queries, config.q_lora_rank))
-    else:
-        tensors["attn_q"] = take.matrix(blk + "attn_q.weight", (queries, hidden))
-    tensors["attn_k_b"], tensors["attn_v_b"] = _kv_b(take, config, blk)
-    if index < config.first_k_dense_replace:
-        tensors |= _ffn(take, blk, "", config.intermediate_size, hidden)
-    else:
-        tensors |= _experts(take, take_experts, config, blk)
+    tensors["attn_k_b"], tensors["attn_v_b"] = _kv_b(take, config, specs)
+    for field in specs.keys() - {"attn_kv_b", "attn_k_b", "attn_v_b", "ffn_gate_up_exps"}:
+        spec = specs[field]
+        taker = take_experts if spec.part == "experts" else take
+        tensors[field] = taker.vector(spec) if spec.is_vector else taker.matrix(spec)
+    if "ffn_gate_up_exps" in specs:
+        both, inner = take_experts.matrix(specs["ffn_gate_up_exps"]), config.moe_intermediate_size
+        tensors["ffn_gate_exps"] = QTensor(both.qtype, both.data[:, :inner])
+        tensors["ffn_up_exps"] = QTensor(both.qtype, both.data[:, inner:])
     return Layer(**tensors)
 
 
-def _ffn(take, blk, suffix, inner, hidden):
-    return {
-        "ffn_gate": take.matrix(f"{blk}ffn_gate{suffix}.weight", (inner, hidden)),
-        "ffn_up": take.matrix(f"{blk}ffn_up{suffix}.weight", (inner, hidden)),
-        "ffn_down": take.matrix(f"{blk}ffn_down{suffix}.weight", (hidden, inner)),
-    }
-
-
-def _experts(take, routed, config, blk):
-    experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    tensors = {
-        "ffn_gate_inp": take.matrix(blk + "ffn_gate_inp.weight", (experts, hidden)),
-        "ffn_down_exps": routed.matrix(blk + "ffn_down_exps.weight", (experts, hidden, inner)),
-    }
-    if take.has(blk + "exp_probs_b.bias"):
-        tensors["exp_probs_b"] = take.vector(blk + "exp_probs_b.bias", experts)
-    if take.has(blk + "ffn_gate_up_exps.weight"):
-        both = routed.matrix(blk + "ffn_gate_up_exps.weight", (experts, 2 * inner, hidden))
-        tensors["ffn_gate_exps"] = QTensor(both.qtype, both.data[:, :inner])
-        tensors["ffn_up_exps"] = QTensor(both.qtype, both.data[:, inner:])
-    else:
-        tensors["ffn_gate_exps"] = routed.matrix(blk + "ffn_gate_exps.weight", (experts, inner, hidden))
-        tensors["ffn_up_exps"] = routed.matrix(blk + "ffn_up_exps.weight", (experts, inner, hidden))
-    if config.n_shared_experts:
-        tensors |= _ffn(take, blk, "_shexp", config.n_shared_experts * inner, hidden)
-    elif take.has(blk + "ffn_gate_shexp.weight"):
-        raise PymlaError(
-            f"{take.file.path}: tensor {blk}ffn_gate_shexp.weight is there, but metadata expert_shared_count says that "
-            "no expert is shared; convert the model again"
-        )
-    return tensors
-
-
-def _kv_b(take, config, blk):
+def _kv_b(take, config, specs):
     """``W_k_b`` and ``W_v_b``, each H matrices of rank columns, from any of the three layouts."""
-    heads, rank, nope, v = (
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.qk_nope_head_dim,
-        config.v_head_dim,
-    )
-    if take.has(blk + "attn_k_b.weight") and not take.has(blk + "attn_kv_b.weight"):
-        k_b = take.mapped(blk + "attn_k_b.weight", (heads, rank, nope), (heads * rank, nope))
-        v_b = take.mapped(blk + "attn_v_b.weight", (heads, v, rank), (heads * v, rank))
+    heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+    if "attn_kv_b" in specs:
+        kv_b = take.mapped(specs["attn_kv_b"])
+        by_head = kv_b.data.reshape(heads, nope + config.v_head_dim, -1)
+        k_b, v_b = QTensor(kv_b.qtype, by_head[:, :nope]), QTensor(kv_b.qtype, by_head[:, nope:])
+    else:
+        k_b, v_b = (take.mapped(specs[field]) for field in ("attn_k_b", "attn_v_b"))
         k_b, v_b = (QTensor(w.qtype, w.data.reshape(heads, -1, w.data.shape[-1])) for w in (k_b, v_b))
         k_b = _transpose(k_b)
-    else:
-        kv_b = take.mapped(blk + "attn_kv_b.weight", (heads * (nope + v), rank))
-        by_head = kv_b.data.reshape(heads, nope + v, -1)
-        k_b, v_b = QTensor(kv_b.qtype, by_head[:, :nope]), QTensor(kv_b.qtype, by_head[:, nope:])
     return QTensor(k_b.qtype, take.put(k_b.data)), QTensor(v_b.qtype, take.put(v_b.data))
 
 

@@ -256,6 +256,69 @@ def test_interrupt_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
 
 
+def failing(*_):
+    """A sweep whose second point fails."""
+    yield row()
+    raise PymlaError("no memory is left")
+
+
+def test_an_error_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "sweep", failing)
+    code, _, err = run("bench", "--json", tmp_path / "a.json")
+    assert (code, err.splitlines()[-1]) == (2, "pymla: error: no memory is left")
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
+
+
+def test_an_interrupt_without_rows_keeps_the_older_files(run, quick, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "sweep", interrupted)
+    (tmp_path / "a.csv").write_text("older")
+    assert run("bench", "--csv", tmp_path / "a.csv")[0] == 130
+    assert (tmp_path / "a.csv").read_text() == "older"
+
+
+def test_a_file_that_cannot_be_written_does_not_cost_the_others(run, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "sweep", lambda *_: iter([row()]))
+    code, _, err = run("bench", "--csv", "/dev/full", "--json", tmp_path / "a.json")
+    assert code == 2
+    assert "/dev/full: cannot be written (No space left on device)" in err
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
+
+
+def test_outputs_go_to_devices_and_through_links(run, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "sweep", lambda *_: iter([row(model="m\udcff")]))
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    assert run("bench", "--csv", tmp_path / "link.csv", "--json", "/dev/null")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text().count("\n") == 2
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link.csv", "real.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--csv", "x", "--json", "x"], ["x: --csv and --json are one file"]),
+        (["--csv", "x.svg", "--plot", "./x.svg"], ["--csv and --plot are one file"]),
+        (["--json", "y.svg", "--plot", "x.svg"], ["--json and --plot are one file"]),
+        (["-m", "m.gguf", "--csv", "m.gguf"], ["m.gguf: cannot be written, because m.gguf is read"]),
+        (["-m", "m.gguf", "--json", "hard.gguf"], ["hard.gguf: cannot be written, because m.gguf is read"]),
+        (["--csv", "."], [".: cannot be written, it is a folder"]),
+        (["--csv", ""], ["cannot be written, it is a folder"]),
+    ],
+)
+def test_outputs_that_are_needed_elsewhere(run, options, parts, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "m.gguf"
+    model.write_bytes(pymla.loading.demo_path().read_bytes())
+    (tmp_path / "hard.gguf").hardlink_to(model)
+    (tmp_path / "y.svg").symlink_to("x.svg")
+    test_bad_options(run, options, parts, monkeypatch, tmp_path)
+    assert model.read_bytes() == pymla.loading.demo_path().read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

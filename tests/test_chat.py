@@ -1,9 +1,12 @@
-"""Chat templates."""
+"""Conversations as text and as token ids."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pymla.chat import render
+from pymla.chat import choose_template, encode, render
 from pymla.errors import PymlaError
+from pymla.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, _byte_alphabet
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -35,3 +38,156 @@ def test_template_of_the_file():
 def test_bad_templates_are_refused(template):
     with pytest.raises(PymlaError, match="chat template"):
         render(template, MESSAGES)
+
+
+# Token ids, and where BOS is ------------------------------------------------------------------------------------------
+
+BOS, END, TOOL = 256, 257, 258
+ALPHABET = sorted(_byte_alphabet())
+
+
+def tokenizer(bos_id=BOS, add_bos=True, template=None, named=(), kinds=(CONTROL, CONTROL, USER_DEFINED)):
+    """A token for each byte, BOS, a token that ends a text, and a user-defined one."""
+    tokens = [*ALPHABET, "<|bos|>", "<|im_end|>", "<tool>"]
+    made = Tokenizer(
+        tokens, [NORMAL] * 256 + list(kinds), [], "deepseek-llm", bos_id=bos_id, eos_ids=[END], add_bos=add_bos
+    )
+    made.special_tokens = {"eos_token": "<|im_end|>"} | ({} if bos_id is None else {"bos_token": "<|bos|>"})
+    made.chat_template, made.chat_templates = template, dict(named)
+    return made
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+#: What stands in front of the messages, and how many BOS that is in a file that has one.
+HEADS = {
+    "": 0,
+    "{{ bos_token }}": 1,
+    "\n{{ bos_token }}": 1,
+    "  {{- bos_token -}}  ": 1,
+    "<|bos|>": 1,
+    "{{ '<|' ~ 'bos|>' }}": 1,
+    "You are brief.\n": 0,
+    "You are brief.\n{{ bos_token }}": 1,
+    "{% if messages %}{{ bos_token }}{% endif %}": 1,
+    "{{ bos_token }}{{ bos_token }}": 2,
+}
+CONTENTS = ["x", "", "<|bos|>", "<|bos|>x", "x<|bos|>", "<|bos|><|bos|>", " <|bos|>\n", "<|bo", "\ufeffx", "<|im_end|>"]
+
+
+TOKENIZERS = {
+    (add_bos, kind): tokenizer(add_bos=add_bos, kinds=(kind, CONTROL, USER_DEFINED))
+    for add_bos in (True, False)
+    for kind in (CONTROL, USER_DEFINED, NORMAL)
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    head=st.sampled_from(list(HEADS)),
+    contents=st.lists(st.one_of(st.sampled_from(CONTENTS), st.text(max_size=6)), max_size=3),
+    tail=st.sampled_from(["", "{{ bos_token }}", "\nAssistant:"]),
+    each=st.sampled_from(["{{ m.content }}", "{{ m.content | trim }}", "{{ m.content | tojson }}", "{{ m }}"]),
+    add_bos=st.booleans(),
+    kind=st.sampled_from([CONTROL, USER_DEFINED, NORMAL]),
+)
+def test_bos_is_as_the_template_says(head, contents, tail, each, add_bos, kind):
+    """Where the template writes it, and nowhere else; in front if it writes none and the file asks for one. A message
+    that spells it has no part in that."""
+    contents = [content.encode(errors="ignore").decode() for content in contents]
+    messages = [message for content in contents for message in user(content)]
+    template = f"{head}{{% for m in messages %}}<{each}>{{% endfor %}}{tail}"
+    made = TOKENIZERS[add_bos, kind]
+    ids = encode(made, messages, chat_template=template)
+    written = HEADS[head] if messages or "if messages" not in head else 0
+    written += tail == "{{ bos_token }}"
+    assert ids.count(BOS) == (written or add_bos)
+    front = [BOS] if add_bos and not written else []
+    assert ids[: len(front)] == front
+    text = render(template, messages, bos="<|bos|>", eos="<|im_end|>")
+    assert made.decode(ids[len(front) :], skip_special=False) == text
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_file_without_bos_has_none(head, add_bos):
+    made = tokenizer(bos_id=None, add_bos=False, template=head + "{{ messages[0].content }}")
+    assert encode(made, user("x")).count(BOS) == ("<|bos|>" in head or "~" in head)  # spelt out, it is a token
+
+
+def test_built_in_template_has_one_bos():
+    for add_bos in (True, False):
+        ids = encode(tokenizer(add_bos=add_bos), user("<|bos|>Hi"))
+        assert (ids[0], ids.count(BOS)) == (BOS, 1)
+        assert tokenizer().decode(ids) == "User: <|bos|>Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize("each", ["[:5]", ".split('|')[1]", "[::-1]", ".upper()", " | tojson(ensure_ascii=true)"])
+def test_bos_that_a_template_tears_apart_is_text(each):
+    template = f"{{{{ messages[0].content{each} }}}}"
+    made = tokenizer(add_bos=False, template=template)
+    ids = encode(made, user("a<|bos|>é"))
+    assert made.decode(ids) == render(template, user("a<|bos|>é"))
+    assert BOS not in ids
+
+
+def test_bos_that_reads_the_same_backwards():
+    made = Tokenizer([*ALPHABET, "|b|"], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm", bos_id=BOS, add_bos=True)
+    made.special_tokens = {"bos_token": "|b|"}
+    assert encode(made, user("|b|"), chat_template="\n{{ bos_token }}{{ messages[0].content }}").count(BOS) == 1
+
+
+def test_other_control_tokens_of_a_message_are_tokens():
+    ids = encode(tokenizer(template="{{ messages[0].content }}"), user("<|im_end|><tool>"))
+    assert ids == [BOS, END, TOOL]
+
+
+def test_variables_and_tools_of_a_conversation():
+    template = "{{ bos_token }}{{ tools | tojson }}{{ documents }}{{ enable_thinking }}{{ add_generation_prompt }}"
+    made = tokenizer(template=template)
+    tools = [{"name": "<|bos|>"}]
+    ids = encode(made, user("x"), tools=tools, variables={"enable_thinking": False, "add_generation_prompt": 0})
+    assert made.decode(ids) == '[{"name": "<|bos|>"}]NoneFalse0'
+    assert ids.count(BOS) == 1
+    assert made.decode(encode(made, user("x"), chat_template="{{ messages[0].content }}{{ eos_token }}")) == "x"
+    assert encode(made, user("x"), chat_template="{{ eos_token }}", variables={"eos_token": "y"})[-1] != END
+
+
+def test_templates_by_name():
+    named = {"tool_use": "tools", "rag": "rag"}
+    assert choose_template(tokenizer(template="a", named=named)) == "a"
+    assert choose_template(tokenizer(template="a", named=named), tools=[]) == "a"
+    assert choose_template(tokenizer(template="a", named=named), tools=[{}]) == "tools"
+    assert choose_template(tokenizer(template="a", named={"rag": "rag"}), tools=[{}]) == "a"
+    assert choose_template(tokenizer(named={"rag": "rag"})) == "rag"
+    assert choose_template(tokenizer()) is None
+    with pytest.raises(PymlaError, match=r"the chat templates rag, tool_use .* `chat_template`"):
+        choose_template(tokenizer(named=named))
+    assert tokenizer().decode(encode(tokenizer(template="a", named=named), user("x"), tools=[{}])) == "tools"
+
+
+def test_content_in_parts():
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    assert render(None, user(parts)) == "User: Hi there\n\nAssistant:"
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"])
+def test_ids_are_those_of_transformers(template):
+    """Which writes no BOS but the template's."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer as Bpe
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate([*ALPHABET, "<|bos|>", "<|im_end|>", "<tool>"])}
+    bpe = Bpe(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|bos|>", "<|im_end|>", "<tool>"])
+    oracle = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|bos|>", eos_token="<|im_end|>", chat_template=template
+    )
+    for content in ("Hi é", "a<|im_end|>b<tool>", "\n x "):
+        expected = oracle.apply_chat_template(user(content), return_dict=False)
+        assert encode(tokenizer(add_bos=False, template=template), user(content)) == expected

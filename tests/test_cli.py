@@ -1,6 +1,8 @@
 """The command line as a user meets it: what it prints, and what it says to bad input."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +17,7 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla.cli import main
+from pymla.cli.output import write_json
 from pymla.cpu import compiling
 from pymla.cpu.limits import Limits
 from pymla.model import Model
@@ -117,12 +120,93 @@ def test_prompt_from_a_file_and_standard_input(run, model, tmp_path):
     assert piped.stdout == given.stdout
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_mark_of_a_prompt(run, model, tmp_path, encoding):
+    """As Windows' Notepad and PowerShell write it."""
+    (tmp_path / "prompt").write_bytes("é🦙".encode(encoding))
+    options = ["generate", "-m", model, "-n", 8, "--temperature", 0, "--json", "--echo"]
+    expected = run(*options, "é🦙")
+    for report in (run(*options, "-f", tmp_path / "prompt")[1], from_standard_input(options, "é🦙".encode(encoding))):
+        report = json.loads(report)
+        assert report["prompt"] == "é🦙"
+        assert report["tokens"] == json.loads(expected[1])["tokens"]
+
+
+def from_standard_input(args, data, **environment):
+    """Standard output of the command in a process of its own."""
+    command = [sys.executable, "-m", "pymla", *map(str, args)]
+    result = subprocess.run(command, input=data, env=os.environ | environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_full_context_is_said(run, model):
     code, _, err = run(
         "generate", "-m", model, "abc", "--ctx", 64, "-n", 500, "--temperature", 0, "--logit-bias", "7=100"
     )
     assert code == 0
     assert "context of 64 tokens is full" in err
+
+
+def test_chat_templates(run, refused, model, tmp_path):
+    """A file instead of the model's template stands for --chat; variables are JSON, or else text."""
+    path = tmp_path / "template.jinja"
+    path.write_text(
+        "\ufeff{{ bos_token }}{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+        "{{ a }}{{ a is boolean }},{{ b }}{{ b is number }},{{ c }},{{ d }}{{ d is string }},{{ e[0] }}\r\n",
+        encoding="utf-8",
+    )
+    options = ["-m", model, "-n", 4, "--temperature", 0, "--json"]
+    values = ["a=false", "b=3", "c=x=y z", "d=NaN", "e=[7]"]
+    code, out, _ = run(
+        "generate", *options, "Hi", "--chat-template", path, "--system", "S", *(f"--template-var={v}" for v in values)
+    )
+    assert code == 0
+    with pymla.load(model) as loaded:
+        prompt = "system=S;user=Hi;FalseTrue,3True,x=y z,NaNTrue,7"
+        assert json.loads(out)["text"] == loaded.generate(prompt, max_tokens=4, temperature=0)
+    path.write_text("a\n{{ raise_exception('not\x1b so') }}", encoding="utf-8")
+    refused("generate", *options, "Hi", "--chat-template", path, parts=["template.jinja: ", r"line 2: not\x1b so"])
+    path.write_bytes(b"caf\xe9")
+    refused("generate", *options, "Hi", "--chat-template", path, parts=["template.jinja", "byte 3"])
+    refused("generate", *options, "Hi", "--chat-template", tmp_path / "none", parts=["none", "No such file"])
+    for pair in ("a", "=1", "a b=1", "1=2", "messages=[]"):
+        refused("generate", *options, "Hi", "--chat", "--template-var", pair, parts=["--template-var"])
+
+
+def test_thinking_on_and_off(run, model, tmp_path):
+    template = "{% if enable_thinking is defined and not enable_thinking %}no{% endif %}thinking"
+    path = rewritten(model, tmp_path / "thinking.gguf", metadata={"tokenizer.chat_template": template})
+    prompts = [
+        json.loads(run("generate", "-m", path, "x", "-n", 1, "--chat", "--json", *variables)[1])["stats"][
+            "prompt_tokens"
+        ]
+        for variables in ([], ["--template-var", "enable_thinking=true"], ["--template-var", "enable_thinking=false"])
+    ]
+    assert prompts[0] == prompts[1] < prompts[2]
+
+
+def test_a_prompt_that_spells_bos(run, model):
+    options = ["generate", "-m", model, "-n", 1, "--quiet", "<｜begin▁of▁sentence｜>x"]
+    code, _, err = run(*options)
+    assert code == 0
+    assert re.fullmatch("pymla: warning: the prompt begins with <｜begin▁of▁sentence｜>, .* leave it out\n", err)
+    assert run(*options, "--chat")[2] == ""
+
+
+def test_special_ids_outside_the_vocabulary(run, model, tmp_path):
+    """Which converters write for none: a warning, and the token counts as absent."""
+    ids = {f"tokenizer.ggml.{key}_token_id": 0xFFFFFFFF for key in ("bos", "eos", "padding")}
+    path = rewritten(model, tmp_path / "none.gguf", metadata=ids)
+    code, _, err = run("generate", "-m", path, "x", "-n", 1, "--quiet")
+    assert code == 0
+    assert [line[:17] for line in err.splitlines()] == ["pymla: warning: " + str(path)[:1]] * 3
+    assert all(f"{key} is 4294967295" in err for key in ids)
+    found = json.loads(run("inspect", path, "--json")[1])
+    assert found["tokenizer"]["special"]["bos"] == {"id": 0xFFFFFFFF, "token": None}
+    assert [end["token"] for end in found["tokenizer"]["ends_of_text"]] == ["<｜end▁of▁sentence｜>"]
+    assert len(found["tokenizer"]["warnings"]) == 3
+    assert "4294967295 (not in the vocabulary)" in run("inspect", path)[1]
 
 
 def test_stop_strings(model):
@@ -139,7 +223,9 @@ def long_model(tmp_path_factory):
     """A model that nothing but an interrupt ends: its context is long and it has no token that ends a text."""
     path = tmp_path_factory.mktemp("long") / "long.gguf"
     make_model(path, replace(PRESETS["tiny"], context_length=1 << 20), qtype="q8_0", seed=1)
-    without = {"tokenizer.ggml.token_type": None, "tokenizer.ggml.eos_token_id": None}
+    tokens = ModelFile.open(path).metadata["tokenizer.ggml.tokens"]
+    tokens = ["<end>" if token == "<｜end▁of▁sentence｜>" else token for token in tokens]  # no name that ends a text
+    without = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": None}
     return rewritten(path, path.with_name("endless.gguf"), metadata=without)
 
 
@@ -254,6 +340,106 @@ def test_encoding_that_lacks_characters(model):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
     result = subprocess.run(command, input="🦙".encode(), env=environment, capture_output=True, check=False)
     assert (result.returncode, result.stdout[:10]) == (0, b"\\U0001f999")
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii:strict"}
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "latin-1:strict"}, {"PYTHONIOENCODING": "utf-16"}, ASCII])
+def test_json_in_every_encoding(model, tmp_path, environment):
+    path = rewritten(model, tmp_path / "named.gguf", metadata={"general.name": "é🦙\x1b\n\u2028"})
+    found = json.loads(from_standard_input(["inspect", path, "--json"], b"", **environment))
+    assert found["name"] == "é🦙\x1b\n\u2028"
+    if environment is ASCII:
+        options = ["generate", "-m", model, "-n", 1, "--json", "--echo"]
+        assert json.loads(from_standard_input(options, "é🦙".encode(), **environment))["prompt"] == "é🦙"
+
+
+def test_an_argument_in_a_locale_without_utf8(model):
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = ["generate", "-m", model, "-n", 1, "--json", "--echo"]
+    assert json.loads(from_standard_input([*options, "é🦙"], b"", **environment))["prompt"] == "é🦙"
+
+
+def test_json_has_no_numbers_of_its_own(capfd):
+    """Infinity and NaN are strings; what cannot be encoded is escaped."""
+    write_json({"a": [math.inf, -math.inf, math.nan, 1.5, (1, {"b": math.inf})], "c": "\ud800é\x9b", "d": 2**64 - 1})
+    out = capfd.readouterr().out
+    assert out.isascii()
+    assert json.loads(out, parse_constant=pytest.fail) == {
+        "a": ["inf", "-inf", "nan", 1.5, [1, {"b": "inf"}]],
+        "c": "\ud800é\x9b",
+        "d": 2**64 - 1,
+    }
+
+
+def test_json_and_the_prompt(run, model):
+    """One JSON object with or without the prompt, which is there where it is asked for."""
+    for options, prompt in (([], None), (["--echo"], "abc"), (["--no-echo"], None), (["--echo", "--quiet"], "abc")):
+        report = json.loads(run("generate", "-m", model, "abc", "-n", 2, "--json", *options)[1])
+        assert report.get("prompt") == prompt
+
+
+STEERING = "\x1b[31m\x07\x9b\u202e\u200b\u2028\r\n"
+
+
+def harmless(text):
+    """Whether a text has nothing but characters that a terminal shows, and line ends."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(run, refused, model, tmp_path):
+    changes = (
+        {"general.architecture": STEERING * 5000},
+        {"tokenizer.ggml.pre": STEERING * 5000},
+        {"tokenizer.ggml.model": STEERING},
+        {"tokenizer.ggml.merges": [STEERING]},
+        {"tokenizer.chat_template": "{{ raise_exception('" + "\x1b[31m\u202e" * 500 + "') }}"},
+        {"deepseek2.block_count": STEERING},
+    )
+    for metadata in changes:
+        path = rewritten(model, tmp_path / "steering.gguf", metadata=metadata)
+        line = refused("generate", "-m", path, "x", "--chat", parts=["steering.gguf: "])
+        assert line.isprintable()
+        assert len(line) <= 1000
+    names = {"general.name": STEERING * 100, "tokenizer.ggml.pre": STEERING, f"deepseek2.{'k' * 60_000}": 1}
+    for more in ({}, {"general.architecture": "llama", f"llama.{'k' * 60_000}": STEERING * 100}):
+        path = rewritten(model, tmp_path / "names.gguf", metadata=names | more)
+        code, out, err = run("inspect", path, "--tensors")
+        assert (code, err) == (0, "")
+        assert harmless(out)
+        assert len(out) < 20_000
+        assert json.loads(run("inspect", path, "--json")[1])["name"] == STEERING * 100
+
+
+def test_messages_are_no_longer_than_a_screen(refused, model):
+    for args in (["-m", "x" * 100_000], ["--system", "x", "--mla", "\x1b" * 100_000], ["--" + "x" * 100_000]):
+        line = refused("generate", "y", *args)
+        assert line.isprintable()
+        assert len(line) <= 1000
+    line = refused("generate", "-m", model, "x", "--chat", "--template-var", "\x1b" * 100_000, parts=["NAME=VALUE"])
+    assert line.isprintable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+def test_generated_control_characters(model):
+    """They reach a file or a pipe as they are, and no terminal."""
+    import pty
+
+    (escape,) = pymla.tokenizer.Tokenizer.from_gguf(model).encode("\x1b", add_bos=False)
+    options = ["-n", 2, "--temperature", 0, "--logit-bias", f"{escape}=1e6", "--device", "cpu"]
+    command = ["generate", "-m", model, "\x1b[31mred", *options]
+    assert from_standard_input(command, b"") == b"\x1b[31mred\x1b\x1b\n"
+    ours, theirs = pty.openpty()
+    process = started(*command, stdout=theirs)
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal:
+        text = b""
+        with contextlib.suppress(OSError):  # Linux' end of a terminal
+            while piece := terminal.read(1000):
+                text += piece
+    process.communicate(timeout=60)
+    assert text.replace(b"\r\n", b"\n") == rb"\x1b[31mred\x1b\x1b" + b"\n"
 
 
 def test_help(run):
@@ -372,6 +558,21 @@ def test_bad_metadata(refused, quick, model, tmp_path, metadata, parts, command)
     refused(*with_file(command, path), parts=["bad.gguf", *parts])
 
 
+@pytest.mark.parametrize("command", READERS)
+def test_check_tensors(run, quick, model, tmp_path, command, monkeypatch):
+    """What is refused with it, and before the machine is measured."""
+    data, tensor = bytearray(model.read_bytes()), ModelFile.open(model).tensors["blk.3.ffn_up_exps.weight"]
+    at = data.index(tensor.data.tobytes()) + 34 * 99
+    data[at : at + 2] = [0, 0x7E]
+    (tmp_path / "nan.gguf").write_bytes(data)
+    if command == "bench":
+        monkeypatch.setattr("pymla.bench.measure_limits", lambda *_: pytest.fail("measured"))
+    code, out, err = run(*with_file(command, tmp_path / "nan.gguf"), "--check-tensors")
+    told = " ".join((out if command == "inspect" else err).split())
+    assert code == (0 if command == "inspect" else 2)
+    assert "tensor blk.3.ffn_up_exps.weight holds NaN or infinity in 1 of" in told
+
+
 def test_bad_tensors(refused, model, tmp_path):
     f32, q5_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q5_0
     name = "output_norm.weight"
@@ -435,6 +636,7 @@ def test_bad_prompts(refused, model, tmp_path):
         (["--cache-type", "q4"], ["--cache-type", "'q4'", "q8_0"]),
         (["--mla", 7], ["--mla", "'7'", "auto"]),
         (["--system", "Be brief."], ["--system", "--chat"]),
+        (["--template-var", "a=1"], ["--template-var", "--chat"]),
         (["--logprobs", 2], ["--logprobs", "--json"]),
         (["--no-such-option"], ["--no-such-option"]),
     ],

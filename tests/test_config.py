@@ -223,7 +223,7 @@ def test_kimi_k2(load):
 def test_glm_4_7_flash(load):
     config = load(GLM_4_7_FLASH)
     assert config.scoring_func == "sigmoid"
-    assert config.num_hidden_layers == 47
+    assert (config.num_hidden_layers, config.num_nextn_predict_layers) == (47, 1)
     assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (192, 64, 256)
     assert config.yarn is None
     assert config.softmax_scale == pytest.approx(256**-0.5)

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import shutil
 
 import gguf
@@ -26,9 +27,10 @@ from pymla.cli.convert import convert as command
 from pymla.config import ModelConfig, Yarn
 from pymla.convert import LAYOUTS, QTYPES, convert
 from pymla.errors import PymlaError
+from pymla.hub_tokenizer import detect_pre
 from pymla.modelfile import ModelFile
 from pymla.reference.quant import dequantise, quantise
-from pymla.tokenizer import PRE_TOKENIZERS
+from pymla.tokenizer import PRE_TOKENIZERS, Tokenizer
 
 
 def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):
@@ -109,7 +111,9 @@ def test_config_reads_back(tmp_path, layout):
 
 def test_metadata_of_the_layouts(tmp_path):
     whole = converted(tmp_path, V2, layout="kv_b").metadata
-    split_up = ModelFile.open(convert(tmp_path / "Tiny", tmp_path / "s.gguf", layout="split", pre="x").path).metadata
+    split_up = ModelFile.open(
+        convert(tmp_path / "Tiny", tmp_path / "s.gguf", layout="split", pre="deepseek-llm").path
+    ).metadata
     keys = ["head_count_kv", "key_length", "value_length", "key_length_mla", "value_length_mla"]
     assert [whole.get(f"deepseek2.attention.{key}") for key in keys] == [2, 48, 96, None, None]
     assert [split_up.get(f"deepseek2.attention.{key}") for key in keys] == [1, 80, 64, 48, 96]
@@ -406,6 +410,197 @@ def test_a_weight_too_large_for_f16(tmp_path):
     assert not list(tmp_path.glob("m.gguf*"))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("qtype", "largest", "too_large", "wider"),
+    [
+        ("q8_0", 127 * 65504, 127 * 65520, "bf16 or f32"),
+        ("q4_0", 8 * 65504, 8 * 65520, "q8_0 or bf16 or f32"),
+        ("f16", 65504, 65520, "q4_0 or q8_0 or bf16 or f32"),
+        ("bf16", 3.38e38, 3.4e38, "f32"),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_at_the_end_of_a_types_range(tmp_path, qtype, largest, too_large, wider, sign):
+    weights = random_weights(V2)
+    matrix = weights["model.layers.0.mlp.up_proj.weight"]
+    matrix[5, 7] = sign * largest
+    info = converted(tmp_path, V2, weights, qtype=qtype).tensors["blk.0.ffn_up.weight"]
+    values = dequantise(info.data.reshape(96, -1), info.qtype)
+    assert np.isfinite(values).all()
+    assert values[5, 7] == pytest.approx(sign * largest, rel=0.01)
+    matrix[5, 7] = sign * too_large
+    shutil.rmtree(tmp_path / "Tiny")
+    older = (tmp_path / "m.gguf").read_bytes()
+    with pytest.raises(PymlaError, match=rf"Tiny: blk\.0\.ffn_up\.weight holds .* take {wider} as `qtype`$"):
+        converted(tmp_path, V2, weights, qtype=qtype)
+    assert (tmp_path / "m.gguf").read_bytes() == older
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_values_too_small_for_a_scale_are_0(tmp_path, qtype):
+    weights = random_weights(V2)
+    weights["model.layers.0.mlp.up_proj.weight"][5] = 1e-42
+    info = converted(tmp_path, V2, weights, qtype=qtype).tensors["blk.0.ffn_up.weight"]
+    values = dequantise(info.data.reshape(96, -1), info.qtype)
+    np.testing.assert_allclose(values[5], 0, atol=1e-41)
+    assert values[4].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": YARN | {"beta_fast": 1, "beta_slow": 2}}, "yarn_beta_fast is 1.0; it is below"),
+        ({"rope_parameters": YARN | {"beta_fast": -1}}, "yarn_beta_fast is -1"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor is 0.5"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, "freq_base is 0.5"),
+        ({"rms_norm_eps": 2.0}, "layer_norm_rms_epsilon is 2.0"),
+        ({"rms_norm_eps": 0}, "layer_norm_rms_epsilon is 0"),
+        ({"rms_norm_eps": 1e-50}, "layer_norm_rms_epsilon is 0"),
+        ({"n_group": 3}, "expert_group_count is 3"),
+        ({"topk_group": 5}, "expert_group_used_count is 5"),
+        ({"num_experts_per_tok": 5}, "expert_used_count is 5"),
+        ({"routed_scaling_factor": -1}, "expert_weights_scale is -1"),
+    ],
+)
+def test_what_load_would_refuse_is_not_written(tmp_path, monkeypatch, change, message):
+    folder = hub_folder(tmp_path / "bad", V2, random_weights(V2))
+    write_json(folder / "config.json", V2 | change)
+    monkeypatch.setattr(module, "_write", lambda *_: pytest.fail("hours of writing"))
+    with pytest.raises(PymlaError, match=f"bad: cannot be converted, the file would not load: .*{message}") as error:
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+    assert ".part" not in str(error.value)
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_tensors_that_load_would_refuse(tmp_path, monkeypatch):
+    """The whole file is looked at before it gets its name."""
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+
+    def missing(plan):
+        yield from list(module._Plan.every_tensor(plan))[:-1]
+
+    monkeypatch.setattr(module._Plan, "every_tensor", module._Plan.tensors, raising=False)
+    monkeypatch.setattr(module._Plan, "tensors", missing)
+    with pytest.raises(PymlaError, match=r"would not load: tensor blk\.1\.ffn_down_shexp\.weight is missing"):
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_yarn_betas_of_0_are_the_default(tmp_path):
+    """As in transformers' ``_compute_yarn_parameters``."""
+    rope = YARN | {"beta_fast": 0, "beta_slow": 0}
+    yarn = ModelConfig.from_gguf(converted(tmp_path, V2 | {"rope_parameters": rope})).yarn
+    assert (yarn.beta_fast, yarn.beta_slow) == (32, 1)
+
+
+def test_outputs_that_are_inputs(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    (tmp_path / "hard.gguf").hardlink_to(folder / "model.safetensors")
+    (tmp_path / "link.gguf").symlink_to(folder / "config.json")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for out in (*folder.iterdir(), tmp_path / "hard.gguf", tmp_path / "link.gguf"):
+        with pytest.raises(PymlaError, match=r"is read; choose another file for the output"):
+            convert(folder, out, pre="deepseek-coder")
+    with pytest.raises(PymlaError, match="it is a device"):
+        convert(folder, "/dev/null", pre="deepseek-coder")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    # A folder may well take its own model.
+    assert convert(folder, folder / "m.gguf", pre="deepseek-coder").nbytes
+
+
+def test_a_name_that_is_not_unicode(tmp_path):
+    assert converted(tmp_path, name="a\udcffb").metadata["general.name"] == "a?b"
+
+
+def generation_config(folder, **values):
+    write_json(folder / "generation_config.json", values)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends", "notes"),
+    [
+        ([257, 280], 257, (257, 280, None), []),
+        (257, [280, 257], (257, 280, None), []),
+        ([280], [282, 283], (257, 282, 283), ["token 280, '<｜fim▁hole｜>', ends a text, too"]),
+        ([257, -1], None, (257, None, None), []),
+        ([257, 5000], None, (257, None, None), ["eos_token_id of config.json: 5000 is outside the vocabulary of 300"]),
+        (
+            [257, 65],
+            [66],
+            (257, None, None),
+            [
+                "eos_token_id of generation_config.json: token 66, 'B', is ordinary text",
+                "eos_token_id of config.json: token 65, 'A', is ordinary text",
+            ],
+        ),
+    ],
+)
+def test_several_tokens_that_end_a_text(tmp_path, config, generation, ends, notes):
+    config = V2 | {"eos_token_id": config, "pad_token_id": -1}
+    folder = generation_config(hub_folder(tmp_path / "Tiny", config, random_weights(V2)), eos_token_id=generation)
+    tokenizer = tokenizer_json(CODER)
+    tokenizer["added_tokens"] += [{"id": i, "content": f"<stop {i}>", "special": True} for i in (282, 283)]
+    write_json(folder / "tokenizer.json", tokenizer)
+    done = convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+    file = ModelFile.open(done.path)
+    assert tuple(file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")) == ends
+    assert len(done.notes) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(done.notes, notes, strict=True)), done.notes
+    assert {ends[0], ends[1]} - {None} <= Tokenizer.from_gguf(file).eos_ids
+
+
+def test_the_first_end_without_a_name_in_the_tokenizer(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2 | {"eos_token_id": [280, 257]}, random_weights(V2))
+    (folder / "tokenizer_config.json").unlink()
+    metadata = ModelFile.open(convert(folder, tmp_path / "m.gguf").path).metadata
+    assert [metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "eot")] == [256, 280, 257]
+    assert "tokenizer.chat_template" not in metadata
+
+
+@pytest.mark.parametrize("ids", ["257", [257, "280"], 257.0, [[257]], {"a": 1}, True])
+def test_ends_that_are_no_ids(tmp_path, ids):
+    folder = generation_config(hub_folder(tmp_path / "Tiny", V2, random_weights(V2)), eos_token_id=ids)
+    with pytest.raises(PymlaError, match=r"generation_config\.json: eos_token_id is .* expected"):
+        convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False, "add_eos_token": None}])
+@pytest.mark.parametrize("single", ["<｜begin▁of▁sentence｜> A", "A <｜end▁of▁sentence｜>", "A"])
+def test_the_gguf_package_finds_the_same_special_tokens(tmp_path, single, flags):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    pieces = [{"Sequence" if name == "A" else "SpecialToken": {"id": name}} for name in single.split()]
+    post_processor = {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}}
+    write_json(folder / "tokenizer.json", tokenizer_json(CODER) | {"post_processor": post_processor})
+    names = {"bos_token": "<｜begin▁of▁sentence｜>", "add_bos_token": None}
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | names | flags)
+    metadata = ModelFile.open(convert(folder, tmp_path / "m.gguf", pre="deepseek-coder").path).metadata
+    theirs = gguf.SpecialVocab(folder, load_merges=True, n_vocab=300)
+    assert metadata["tokenizer.ggml.merges"] == theirs.merges
+    assert metadata["tokenizer.chat_template"] == theirs.chat_template
+    for name in ("bos", "eos"):
+        assert metadata[f"tokenizer.ggml.{name}_token_id"] == theirs.special_token_ids[name]
+        assert metadata.get(f"tokenizer.ggml.add_{name}_token") == theirs.add_special_token.get(name)
+
+
+def test_several_chat_templates(tmp_path):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"chat_template": named})
+    metadata = ModelFile.open(convert(folder, tmp_path / "m.gguf").path).metadata
+    assert (metadata["tokenizer.chat_template"], metadata["tokenizer.chat_template.tool_use"]) == ("D", "T")
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"chat_template": named[1:]})
+    done = convert(folder, tmp_path / "m.gguf")
+    assert "none of the templates is named default" in done.notes[0]
+    # The file beside it is what transformers reads.
+    (folder / "chat_template.jinja").write_text("\ufeffJ", encoding="utf-8")
+    done = convert(folder, tmp_path / "m.gguf")
+    assert ModelFile.open(done.path).metadata["tokenizer.chat_template"] == "J"
+    assert not done.notes
+
+
 def test_output_that_cannot_be_written(tmp_path):
     folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
     with pytest.raises(PymlaError, match="cannot be written"):
@@ -423,6 +618,32 @@ def test_a_full_disk_is_found_out_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(PymlaError, match=r"disk has 0\.0 GiB free"):
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
+
+
+@pytest.mark.parametrize("limit", [10, 3000, 50_000, -1])
+def test_a_disk_that_becomes_full(tmp_path, limit):
+    """A limit on the size of files: the system refuses to write on, in the header, the vocabulary, the tensors, or when
+    the last bytes leave the buffer."""
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    out = tmp_path / "m.gguf"
+    limit %= convert(folder, out, pre="deepseek-coder").nbytes
+    out.write_bytes(b"an older file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(PymlaError, match=r"m\.gguf: cannot be written \(File too large\)"):
+            convert(folder, out, pre="deepseek-coder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_bytes() == b"an older file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Tiny", "m.gguf"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("qtype", ["q8_0"]), ("pre", "kimi"), ("pre", 1), ("name", 1)])
+def test_arguments_that_are_refused(tmp_path, option, value):
+    folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
+    with pytest.raises(PymlaError, match=f"`{option}`"):
+        convert(folder, tmp_path / "m.gguf", **{option: value})
 
 
 @pytest.mark.parametrize(("option", "value"), [("qtype", "q6_k"), ("layout", "k_b")])
@@ -468,7 +689,7 @@ def write_tokenizer(folder, pre_tokenizers, **changes):
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_pre_tokenizer_is_found_out_by_where_it_cuts(tmp_path, name):
-    assert module._detect_pre(write_tokenizer(tmp_path, llama_pre(name))) == name
+    assert detect_pre(write_tokenizer(tmp_path, llama_pre(name))) == name
 
 
 def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
@@ -478,7 +699,7 @@ def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
         tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if not m[0].isdigit()]
         write_json(path, tokenizer)
-        assert module._detect_pre(path) == name
+        assert detect_pre(path) == name
 
 
 @pytest.mark.parametrize(
@@ -492,11 +713,11 @@ def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
 )
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path, changes):
     path = write_tokenizer(tmp_path, llama_pre("deepseek-v3"), **changes)
-    with pytest.raises(PymlaError, match=r"none of deepseek-llm, .*--pre"):
-        module._detect_pre(path)
+    with pytest.raises(PymlaError, match=r"none of deepseek-llm, .*`pre`"):
+        detect_pre(path)
 
 
 def test_a_tokenizer_that_cannot_be_read(tmp_path):
     path = write_tokenizer(tmp_path, [], pre_tokenizer={"type": "Unheard"})
     with pytest.raises(PymlaError, match="cannot be read by the tokenizers package"):
-        module._detect_pre(path)
+        detect_pre(path)

@@ -144,10 +144,12 @@ def test_type_that_is_not_run(tiny, tmp_path):
         contents[at] = GGMLQuantizationType.IQ4_NL
     path.write_bytes(contents)
     text = output(path)
-    assert "tensor blk.0.attn_output.weight and 1 more: type IQ4_NL is not run yet" in " ".join(text.split())
+    assert "tensor blk.0.attn_output.weight has type IQ4_NL, which pymla does not run" in " ".join(text.split())
     assert "IQ4_NL (not run)" in text
     found = json.loads(output(path, "--json"))
     assert found["runs"] is False
+    assert len(found["problems"]) == 1
+    assert {entry["type"]: entry["tensors"] for entry in found["types"]}["IQ4_NL"] == 2
     assert found["costs"] is not None
     assert found["memory"] is not None
 
@@ -159,7 +161,29 @@ def test_missing_tensor(tiny, tmp_path):
     )
     text = output(path)
     assert "tensor blk.2.attn_q_b.weight is missing" in text
+    assert "tensor blk.2.ffn_norm.weight is missing" in text
     assert "Cost" not in text
+
+
+def test_many_problems(tiny, tmp_path):
+    path = tmp_path / "half.gguf"
+    path.write_bytes(tiny.read_bytes().replace(b".ffn_", b".ffx_").replace(b".attn_", b".attx_"))
+    text = output(path)
+    assert text.count("Not run") == 10
+    problems = json.loads(output(path, "--json"))["problems"]
+    assert f"And {len(problems) - 10} more such problems; --json lists all of them." in text
+
+
+def test_check_tensors(tiny, tmp_path):
+    path, contents = tmp_path / "nan.gguf", bytearray(tiny.read_bytes())
+    tensor = ModelFile.open(tiny).tensors["output.weight"]
+    at = contents.index(tensor.data.tobytes()) + 500 * 210 + 208
+    contents[at : at + 2] = [0, 0xFE]
+    path.write_bytes(contents)
+    assert "Not run" not in output(path)
+    text = " ".join(output(path, "--check-tensors").split())
+    assert "Not run: tensor output.weight holds NaN or infinity in 1 of 512 blocks, the first at [500, 0]" in text
+    assert json.loads(output(path, "--check-tensors", "--json"))["runs"] is False
 
 
 def test_vocabulary_only(tmp_path):
@@ -174,7 +198,7 @@ def test_vocabulary_only(tmp_path):
         "tokenizer.chat_template": (GGUFValueType.STRING, "{{ messages }}"),
     }
     text = output(write(tmp_path / "vocabulary.gguf", "llama", metadata))
-    for words in ("3, merges none", "1 [bold]b", "2 c?", "adds           eos", "chat template  yes"):
+    for words in ("3, merges none", "1 [bold]b", r"2 c\x07", "adds           eos", "chat template  yes"):
         assert words in text, words
 
 
@@ -191,7 +215,7 @@ def test_odd_metadata(tmp_path):
     }
     path = write(tmp_path / "odd.gguf", "llama", metadata)
     text = output(path, "--tensors")
-    for words in ("two?lines ?[31m[red]", "nan", "[1, 2]", "array of 100", "pre-tokenizer 5", "<s>"):
+    for words in (r"two lines \x1b[31m[red]", "nan", "[1, 2]", "array of 100", "pre-tokenizer 5", "<s>"):
         assert words in text, words
     assert "\x1b" not in text
     found = json.loads(output(path, "--json"))

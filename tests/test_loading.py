@@ -1,5 +1,6 @@
 """`pymla.load` and the model it gives: the Python interface."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from pymla import costs, cpu
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
 from pymla.loading import Report, demo_path
+from pymla.modelfile import ModelFile
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,9 @@ class Told(Report):
 
     def reading(self, done, total):
         self.calls.append(("reading", done, total))
+
+    def checking(self, done, total):
+        self.calls.append(("checking", done, total))
 
     def arranging(self, done, total):
         self.calls.append(("arranging", done, total))
@@ -128,6 +133,58 @@ def test_demo_by_default():
     assert pymla.LanguageModel is type(language_model)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pymla.nothing
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_looked_at_first(path, tmp_path, monkeypatch):
+    """A damaged file is refused before a plan is made, kernels are compiled, or a device is looked for."""
+    contents = bytearray(path.read_bytes())
+    tensor = ModelFile.open(path).tensors["blk.2.ffn_up_shexp.weight"].data
+    at = contents.index(tensor.tobytes())
+    (tmp_path / "bad.gguf").write_bytes(contents[:at] + bytes(tensor.size) + contents[at + tensor.size :])
+    for name in ("find_device", "Planner", "_backends"):
+        monkeypatch.setattr(f"pymla.loading.{name}", lambda *_: pytest.fail("too late"))
+    with pytest.raises(PymlaError, match=r"bad.gguf: tensor blk.2.ffn_up_shexp.weight is zero throughout"):
+        pymla.load(tmp_path / "bad.gguf", device="cpu")
+
+
+def test_check_tensors(path, tmp_path):
+    contents = bytearray(path.read_bytes())
+    tensor = ModelFile.open(path).tensors["blk.2.ffn_up_exps.weight"]
+    at = contents.index(tensor.data.tobytes()) + 34 * 333
+    contents[at : at + 2] = [0xFF, 0xFF]
+    (tmp_path / "nan.gguf").write_bytes(contents)
+    assert pymla.load(tmp_path / "nan.gguf", ctx=64).model
+    told = Told()
+    with pytest.raises(
+        PymlaError, match=r"nan.gguf: tensor blk.2.ffn_up_exps.weight holds NaN or infinity in 1 of 8192 blocks"
+    ):
+        pymla.load(tmp_path / "nan.gguf", ctx=64, check_tensors=True, report=told)
+    (done, total), size = told.of("checking")[-1], sum(t.data.nbytes for t in ModelFile.open(path).tensors.values())
+    assert done == total == size
+    told = Told()
+    pymla.load(path, ctx=64, check_tensors=True, report=told)
+    assert told.of("checking")[-1] == (size, size)
+    pymla.load(path, ctx=64, report=told)
+    assert told.of("checking")[-1] == (size, size)
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_file_that_is_cut_while_kernels_are_compiled(path, tmp_path, monkeypatch, device):
+    """Its weights are not read any more: that would end the process by a signal."""
+    copy = tmp_path / "cut.gguf"
+    copy.write_bytes(path.read_bytes())
+    size, backends = copy.stat().st_size, pymla.loading._backends
+
+    def cut(*args):
+        os.truncate(copy, 100_000)
+        return backends(*args)
+
+    monkeypatch.setattr("pymla.loading._backends", cut)
+    with pytest.raises(PymlaError, match=rf"cut.gguf: the file has 100000 bytes and had {size} when it was opened"):
+        pymla.load(copy, device=device, ctx=64)
 
 
 # Options --------------------------------------------------------------------------------------------------------------

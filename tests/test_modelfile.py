@@ -1,6 +1,8 @@
 """GGUF files as gguf-py writes them, and every way they can be broken."""
 
 import errno
+import gc
+import os
 import struct
 import sys
 from pathlib import Path
@@ -344,6 +346,19 @@ def test_alignment_of_wrong_type(tmp_path):
     refused(path, "general.alignment", "'32'")
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_overlapping_tensors(tmp_path, number):
+    """A tensor begins inside the one before it, or lies where another does; neighbours may touch."""
+    path = write(tmp_path / "m.gguf", contents={name: (np.ones(64, np.float32), ggml.F32) for name in "abcd"})
+    assert len(ModelFile.open(path).tensors) == 4
+    name = "abcd"[number]
+    at = path.read_bytes().index(name.encode() + b"\x01\0\0\0") + 1 + 4 + 8 + 4
+    patch(path, at, "<Q", 256 * number - 32)
+    refused(path, f"tensor {name} lies in the bytes from", f"of which tensor {'abcd'[number - 1]} takes", "damaged")
+    patch(path, at, "<Q", 0)
+    refused(path, "tensor a", f"tensor {name}" if number > 1 else "tensor b", "damaged")
+
+
 # Typed access ---------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +520,116 @@ def test_split_count_of_wrong_type(tmp_path):
     refused(path, "split.count", "'2'")
 
 
+# Changed after it was opened ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A file that is longer than the pieces that it is recognised by, whose data begins with its first page."""
+    rng = np.random.default_rng(0)
+    contents = {name: (rng.standard_normal(100_000, dtype=np.float32), ggml.F32) for name in "ab"}
+    return write(tmp_path / "large.gguf", contents=contents)
+
+
+def changed(file, *words):
+    with pytest.raises(PymlaError) as caught:
+        file.check_unchanged()
+    for word in (*words, "Load the model again"):
+        assert word in str(caught.value)
+
+
+def later(path):
+    """As if it was written a second later than it was."""
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize("size", [0, 100_000, -1, 1])
+def test_another_size(large, size):
+    file = ModelFile.open(large)
+    file.check_unchanged()
+    size = size if size > 1 or size == 0 else file.nbytes + size
+    os.truncate(large, size)
+    changed(file, str(large), f"has {size} bytes and had {file.nbytes}")
+
+
+def test_parts_are_looked_at(split):
+    file = ModelFile.open(split[0])
+    file.check_unchanged()
+    os.truncate(split[1], 10)
+    changed(file, str(split[1]), "has 10 bytes")
+
+
+@pytest.mark.parametrize("kept", [0, 400_000, -10])
+def test_rewritten_in_place(large, kept):
+    """All of it, the second half, the last bytes."""
+    file, contents = ModelFile.open(large), large.read_bytes()
+    with large.open("r+b") as stream:
+        stream.write(contents[:kept] + bytes(len(contents[kept:])))
+    later(large)
+    changed(file, str(large), f"contents of the file, {len(contents)} bytes then and now")
+    # What it was when it was opened counts, however often it is asked for.
+    changed(file, str(large), "contents")
+
+
+@pytest.mark.parametrize("how", ["touched", "the same again", "deleted", "replaced"])
+def test_changes_that_do_no_harm(large, tmp_path, how):
+    file, contents = ModelFile.open(large), large.read_bytes()
+    data = file.tensors["b"].data.copy()
+    if how == "the same again":
+        large.write_bytes(contents)
+    if how in ("touched", "the same again"):
+        later(large)
+    else:
+        large.unlink()
+    if how == "replaced":
+        other = tmp_path / "other"
+        other.write_bytes(bytes(10))
+        other.rename(large)
+    for _ in range(2):
+        file.check_unchanged()
+    np.testing.assert_array_equal(file.tensors["b"].data, data)
+
+
+def test_a_second_look_at_a_touched_file_is_as_cheap_as_the_first(large, monkeypatch):
+    file = ModelFile.open(large)
+    later(large)
+    file.check_unchanged()
+    monkeypatch.setattr(modelfile.os, "pread", lambda *_: pytest.fail("it was read again"))
+    file.check_unchanged()
+
+
+def test_a_file_that_cannot_be_read_any_more(large, monkeypatch):
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    file = ModelFile.open(large)
+    with monkeypatch.context() as patch:
+        patch.setattr(modelfile.os, "fstat", stale)
+        with pytest.raises(PymlaError) as caught:
+            file.check_unchanged()
+    assert f"{large}: the file cannot be read any more (Stale file handle)" in str(caught.value)
+
+
+def test_files_are_closed(large):
+    def opened():
+        return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(large) for fd in os.listdir("/proc/self/fd"))
+
+    file = ModelFile.open(large)
+    assert opened() > 0
+    del file
+    gc.collect()
+    assert opened() == 0
+
+
+def test_fetch_ahead(large, split):
+    """It is advice, and changes nothing: any bytes of any part."""
+    for path in (large, split[1]):
+        file = ModelFile.open(path)
+        for tensor in file.tensors.values():
+            file.fetch_ahead(tensor, [(0, 1), (tensor.data.size - 1, tensor.data.size), (0, tensor.data.size)])
+
+
 # Prefault -------------------------------------------------------------------------------------------------------------
 
 
@@ -536,8 +661,8 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     page = modelfile.mmap.PAGESIZE
     contents = {name: (np.zeros(4 * page // 4, np.float32), ggml.F32) for name in "abcd"}
     file = ModelFile.open(write(tmp_path / "four.gguf", contents=contents))
-    spans = file._spans(file.path, file._maps[0], ["d", "b"])
-    begin = np.frombuffer(file._maps[0], np.uint8).ctypes.data
+    spans = file._spans(file._sources[0], ["d", "b"])
+    begin = file._sources[0].begin
     for name, (start, stop) in zip("bd", spans, strict=True):
         tensor = file.tensors[name].data
         assert start <= tensor.ctypes.data - begin < start + page
@@ -547,7 +672,7 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     total = sum(stop - start for start, stop in spans)
     assert calls[-1] == (total, total)
     # Neighbours make one span, and no names none.
-    assert len(file._spans(file.path, file._maps[0], ["c", "b", "a"])) == 1
+    assert len(file._spans(file._sources[0], ["c", "b", "a"])) == 1
     file.prefault(lambda *_: pytest.fail("nothing was asked for"), [])
 
 
@@ -575,3 +700,21 @@ def test_prefault_of_a_failing_disk(small, monkeypatch):
     monkeypatch.setattr(modelfile, "_populate", populate)
     with pytest.raises(PymlaError, match="Bad address"):
         ModelFile.open(small).prefault()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_prefault_of_a_file_that_is_cut(large, slices, monkeypatch, when):
+    file, populate = ModelFile.open(large), modelfile._populate
+
+    def cut(*args):
+        os.truncate(large, 10_000)
+        populate(*args)
+
+    if when == "before":
+        os.truncate(large, 10_000)
+    else:
+        monkeypatch.setattr(modelfile, "_PREFAULT_SLICE", file.nbytes)
+        monkeypatch.setattr(modelfile, "_populate", cut)
+    with pytest.raises(PymlaError, match=rf"large.gguf: the file has 10000 bytes and had {file.nbytes}"):
+        file.prefault()

@@ -1,14 +1,18 @@
 """Tokens from text and back."""
 
+import json
 import random
 from pathlib import Path
 
 import gguf
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Bpe
 from tokenizers import models, trainers
 
 from pymla.errors import PymlaError
+from pymla.loading import demo_path
 from pymla.tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, Tokenizer, _byte_alphabet
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -23,8 +27,6 @@ def small(pre="deepseek-llm", **kwargs):
     bpe.train_from_iterator([ZOO, Path(__file__).read_text(encoding="utf-8")], trainer)
     vocabulary = bpe.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
-    import json
-
     merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     kinds = [NORMAL] * len(tokens) + [CONTROL, USER_DEFINED]
     bos = len(tokens)
@@ -68,6 +70,64 @@ def test_special_tokens():
     assert user in tokenizer.encode("a<tool>b", add_bos=False)
     assert tokenizer.decode([control, user]) == "<tool>"
     assert tokenizer.decode([control], skip_special=False) == "<|bos|>"
+
+
+@pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
+def test_the_longest_special_token_is_matched(kind):
+    """Wherever the shorter ones stand in the vocabulary."""
+    alphabet = sorted(_byte_alphabet())
+    specials = ["<a", "<a>", "<a>b", "<a>b<a", "b<a>"]
+    for order in (specials, specials[::-1]):
+        tokens, kinds = [*alphabet, *order], [NORMAL] * 256 + [kind] * len(order)
+        tokenizer = Tokenizer(tokens, kinds, [], "deepseek-llm")
+        for text, pieces in (
+            ("<a>b", ["<a>b"]),
+            ("x<a>", ["x", "<a>"]),
+            ("<a>b<a>", ["<a>b<a", ">"]),
+            ("<a<a>", ["<a", "<a>"]),
+        ):
+            assert [tokens[i] for i in tokenizer.encode(text, parse_special=True)] == pieces
+
+
+DEMO = Tokenizer.from_gguf(demo_path())
+SPELT = st.sampled_from(
+    [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜begin▁of▁sentence",
+        "｜>",
+        "\ufeff",
+        "\x00",
+        "\r\n",
+        "e\u0301",
+        "🦙",
+        " ",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(SPELT, st.text(st.characters(codec="utf-8"), max_size=12)), max_size=8).map("".join))
+def test_any_text_comes_back(text):
+    """What looks like a special token is text, where it is not asked to be parsed."""
+    ids = DEMO.encode(text, add_bos=False)
+    assert DEMO.decode(ids) == DEMO.decode(ids, skip_special=False) == text
+    assert not any(map(DEMO.is_special, ids))
+    assert DEMO.encode(text) == [DEMO.bos_id, *ids]
+    stream = DEMO.stream()
+    assert "".join(map(stream.push, ids)) + stream.flush() == text
+    parsed = DEMO.encode(text, add_bos=False, parse_special=True)
+    assert DEMO.decode(parsed, skip_special=False) == text
+
+
+def test_a_spelt_bos_is_the_one_in_front():
+    tokenizer = small()
+    bos = tokenizer.bos_id
+    assert tokenizer.encode("<|bos|>a", parse_special=True) == tokenizer.encode("a")
+    assert tokenizer.encode("<|bos|><|bos|>a", parse_special=True) == [bos, *tokenizer.encode("a")]
+    assert tokenizer.encode("a<|bos|>", parse_special=True).count(bos) == 2
+    assert tokenizer.encode("<|bos|>a").count(bos) == 1
+    assert tokenizer.encode("<|bos|>a", add_bos=False).count(bos) == 0
 
 
 def test_refusals():
@@ -118,8 +178,10 @@ def vocabulary(tmp_path):
         writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "deepseek2")
         kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
         for key, value in (VOCABULARY | changes).items():
-            name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
-            if isinstance(value, list):
+            name = f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
+            if isinstance(value, tuple):
+                writer.add_key_value(name, *value)
+            elif isinstance(value, list):
                 writer.add_array(name, value)
             elif value is not None:
                 writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.INT32))
@@ -141,10 +203,111 @@ def test_vocabulary_file(vocabulary):
 
 
 def test_tokens_that_end_a_text(vocabulary):
-    """What the metadata says, and control tokens of a known name."""
+    """What the metadata says, and tokens of a known name."""
     assert vocabulary().eos_ids == {259}
-    assert vocabulary(eos_token_id=3, eot_token_id=4).eos_ids == {3, 4, 259}
-    assert vocabulary(token_type=None).eos_ids == set()
+    assert vocabulary(eos_token_id=3, eot_token_id=4, eom_token_id=5).eos_ids == {3, 4, 5, 259}
+    assert vocabulary(eos_token_ids=[6, 7, -1]).eos_ids == {6, 7, 259}
+    assert vocabulary(fim_pad_token_id=3, fim_rep_token_id=4, fim_sep_token_id=5).eos_ids == {3, 4, 5, 259}
+    assert vocabulary(fim_pre_token_id=3, padding_token_id=4, unknown_token_id=5).eos_ids == {259}
+
+
+def with_specials(vocabulary, *names, kind=CONTROL, **changes):
+    """The names of the tokens that end a text, in a vocabulary with some more special tokens."""
+    tokens = [*ALPHABET, "th", "the", *names]
+    kinds = [NORMAL] * 258 + [kind] * len(names)
+    tokenizer = vocabulary(tokens=tokens, token_type=kinds, bos_token_id=None, **changes)
+    return {tokens[i] for i in tokenizer.eos_ids}
+
+
+# The list of llama.cpp (src/llama-vocab.cpp), and tokens of DeepSeek-Coder and GLM.
+ENDS = (
+    "<|eot_id|> <|im_end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> _<EOT> "
+    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ <|EOT|> "
+    "<|user|> <|end|> </s> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> "
+    "<reponame> <|file_sep|>"
+)
+
+
+@pytest.mark.parametrize("kind", [CONTROL, NORMAL, USER_DEFINED])
+@pytest.mark.parametrize("name", ENDS.split())
+def test_names_that_end_a_text(vocabulary, name, kind):
+    """Converters forget the type now and then; then they are control tokens all the same."""
+    others = "<|im_start|>", "<｜User｜>", "<pad>", "<|eot|>"
+    assert with_specials(vocabulary, *others, name, kind=kind) == {name}
+
+
+def test_types_of_tokens_that_end_a_text(vocabulary):
+    tokenizer = vocabulary(token_type=None)
+    assert tokenizer.eos_ids == {259}
+    assert tokenizer.encode("<|bos|>the<|im_end|>", parse_special=True) == [258, 257, 259]
+    assert tokenizer.decode([258, 257, 259]) == "the"
+    assert vocabulary(token_type=None, eos_token_id=257).decode([257]) == "the"  # ordinary text stays what it is
+
+
+def test_end_tokens_that_others_stand_in_for(vocabulary):
+    """As in llama.cpp: gpt-oss and Solar have <|end|> between parts of a text, Gemma 4 has </s> as text."""
+    assert with_specials(vocabulary, "<|end|>", "<|return|>", "<|call|>") == {"<|return|>", "<|call|>"}
+    assert with_specials(vocabulary, "<|end|>", "<|flush|>", "<|calls|>") == {"<|flush|>", "<|calls|>"}
+    assert with_specials(vocabulary, "<|end|>", "<|return|>") == {"<|end|>", "<|return|>"}
+    assert with_specials(vocabulary, "<|end|>", "<|call|>") == {"<|end|>", "<|call|>"}
+    assert with_specials(vocabulary, "</s>", "<|tool_response>") == {"<|tool_response>"}
+    assert with_specials(vocabulary, "<|fim_pad|>", "[PAD]") == {"<|fim_pad|>"}
+    assert with_specials(vocabulary, "x", "[PAD]", fim_pad_token_id=258) == {"x"}
+    assert with_specials(vocabulary, "x", "[PAD]", fim_pad_token_id=-1) == {"[PAD]"}
+
+
+KEYS = "bos eos eot eom unknown seperator padding mask cls fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep prefix"
+UINT32, UINT64, INT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64, gguf.GGUFValueType.INT64
+
+
+@pytest.mark.parametrize("key", KEYS.split())
+@pytest.mark.parametrize("value", [-1, (0xFFFFFFFF, UINT32), 261, ((1 << 64) - 1, UINT64), (-(1 << 63), INT64)])
+def test_an_id_outside_the_vocabulary_is_absent(vocabulary, key, value):
+    """Converters write -1, or 4294967295, for none."""
+    tokenizer, without = (vocabulary(**{f"{key}_token_id": each}) for each in (value, None))
+    for name in ("bos_id", "eos_ids", "add_bos", "special_tokens"):
+        assert getattr(tokenizer, name) == getattr(without, name)
+    (warning,) = tokenizer.warnings
+    number = value[0] if isinstance(value, tuple) else value
+    assert f"vocabulary.gguf: metadata tokenizer.ggml.{key}_token_id is {number}, " in warning
+    assert "261 tokens" in warning
+    assert without.warnings == []
+
+
+@pytest.mark.parametrize("value", ["<pad>", 1.0, True, [1, 2]])
+def test_an_id_that_is_no_integer_is_absent_where_it_is_not_needed(vocabulary, value):
+    tokenizer = vocabulary(padding_token_id=value)
+    assert "pad_token" not in tokenizer.special_tokens
+    assert len(tokenizer.warnings) == 1
+
+
+def test_ids_outside_the_vocabulary_in_an_array(vocabulary):
+    tokenizer = vocabulary(eos_token_ids=[3, -1, 261])
+    assert tokenizer.eos_ids == {3, 259}
+    assert len(tokenizer.warnings) == 2
+
+
+def test_special_tokens_by_the_names_that_templates_have(vocabulary):
+    tokenizer = vocabulary(eos_token_id=259, padding_token_id=257, unknown_token_id=260, seperator_token_id=256)
+    assert tokenizer.special_tokens == {
+        "bos_token": "<|bos|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "the",
+        "unk_token": "<tool>",
+        "sep_token": "th",
+    }
+    assert vocabulary().special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
+
+
+def test_chat_templates_by_name(vocabulary):
+    tokenizer = vocabulary(**{"chat_template": "a", "chat_template.tool_use": "b", "chat_templates": ["tool_use"]})
+    assert (tokenizer.chat_template, tokenizer.chat_templates) == ("a", {"tool_use": "b"})
+    tokenizer = vocabulary(**{"chat_template.default": "c", "chat_template.rag": "d"})
+    assert (tokenizer.chat_template, tokenizer.chat_templates) == ("c", {"default": "c", "rag": "d"})
+    assert vocabulary().chat_template is None
+    assert vocabulary().chat_templates == {}
+    with pytest.raises(PymlaError, match=r"tokenizer.chat_template.rag is 3"):
+        vocabulary(**{"chat_template.rag": 3})
 
 
 def test_bos_is_added_where_the_file_says_so(vocabulary):
@@ -183,12 +346,13 @@ def test_missing_keys(vocabulary, key):
         ({"merges": ["t zz"]}, "tokenizer.ggml.merges cannot be used"),
         ({"merges": ["t "]}, "tokenizer.ggml.merges cannot be used"),
         ({"merges": ["e t"]}, "tokenizer.ggml.merges cannot be used"),
-        ({"bos_token_id": 261}, "tokenizer.ggml.bos_token_id is 261; the vocabulary has 261"),
-        ({"bos_token_id": -1}, "tokenizer.ggml.bos_token_id is -1"),
         ({"bos_token_id": "<|bos|>"}, "tokenizer.ggml.bos_token_id is '<|bos|>'"),
-        ({"eos_token_id": 1000}, "tokenizer.ggml.eos_token_id is 1000"),
+        ({"eos_token_ids": 3}, "tokenizer.ggml.eos_token_ids is 3"),
+        ({"eos_token_ids": [1.5]}, "tokenizer.ggml.eos_token_ids is no array of integers"),
+        ({"eos_token_ids": ["a"]}, "tokenizer.ggml.eos_token_ids is no array of integers"),
         ({"eos_token_id": 1.0}, "tokenizer.ggml.eos_token_id is 1.0"),
-        ({"eot_token_id": 1000}, "tokenizer.ggml.eot_token_id is 1000"),
+        ({"eot_token_id": False}, "tokenizer.ggml.eot_token_id is False"),
+        ({"eom_token_id": [1]}, "tokenizer.ggml.eom_token_id is an array of 1"),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes'"),
         ({"chat_template": 3}, "tokenizer.chat_template is 3"),
     ],

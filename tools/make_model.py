@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType, LlamaFileType
 
-from pymla import ggml
+from pymla import ggml, outputs
 from pymla.errors import PymlaError
 from pymla.modelfile import ModelFile
 from pymla.reference.quant import dequantise, quantise
@@ -281,12 +281,8 @@ def make_model(
     path = Path(path)
     total = sum(t.nbytes for t in tensors)
     _check_space(path, total)
-    partial = path.with_name(path.name + ".part")
-    try:
-        _write(partial, shape, layout, qtype, tokenizer, tensors, total, progress)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with outputs.replacing(path) as part:
+        _write(part, shape, layout, qtype, tokenizer, tensors, total, progress)
     return path
 
 
@@ -344,8 +340,6 @@ def _write(path, shape, layout, qtype, tokenizer, tensors, total, progress):
                 if progress:
                     progress(done, total)
             writer.write_padding(file, tensor.nbytes)
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot write ({error.strerror})") from error
     finally:
         writer.close()
 

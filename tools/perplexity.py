@@ -124,7 +124,7 @@ def main(model, text, window, limit, device, cache_types, mla, hf, llama_python,
 
     try:
         tokenizer = Tokenizer.from_gguf(model)
-        ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_bos=False)
+        ids = tokenizer.encode(text.read_text(encoding="utf-8-sig"), add_bos=False)
         windows = cut(ids, tokenizer.bos_id, window, limit)
         for cache_type in cache_types or ("f32", "q8_0"):
             add(f"pymla, cache {cache_type}", pymla_losses, model, windows, device, cache_type, mla, threads)

@@ -9,6 +9,7 @@ import click
 from pymla import __version__
 from pymla.cli.options import as_options
 from pymla.errors import PymlaError
+from pymla.printable import one_line
 
 COMMANDS = {
     "bench": "Measure prompt and generation speed as the context grows.",
@@ -102,5 +103,5 @@ def _fail_to_write(error):
 
 
 def _fail(message):
-    click.echo(f"pymla: error: {' '.join(str(message).split())}", err=True)
+    click.echo(f"pymla: error: {one_line(str(message))}", err=True)
     return 2

@@ -1,18 +1,19 @@
 """``pymla bench``: prompt and generation speed as the context grows."""
 
+import io
 import json
-import os
 from pathlib import Path
 
 import click
 
 from pymla import bench as measuring
+from pymla import outputs
 from pymla import plot as plotting
-from pymla.cache import CACHE_TYPES
-from pymla.cli.device import device_options
+from pymla.cache import CACHE_TYPES, row_layout
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
-from pymla.config import ModelConfig
 from pymla.errors import PymlaError
+from pymla.filecheck import examine
 from pymla.loading import demo_path, find_device, load
 from pymla.model import MLA_MODES
 from pymla.modelfile import ModelFile
@@ -62,6 +63,7 @@ there are no shares."""
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -69,17 +71,30 @@ there are no shares."""
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table to a file as CSV.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
-def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path, json_path, plot_path, **options):
+def bench(
+    paths,
+    mla,
+    cache_type,
+    threads,
+    device,
+    gpu_layers,
+    cpu_moe,
+    check_tensors,
+    csv_path,
+    json_path,
+    plot_path,
+    **options,
+):
     """Measure prompt and generation speed as the context grows.
 
-    The table goes to standard output, row by row; progress goes to standard error. An interrupt ends the measurement
-    and writes the files with the rows so far.
+    The table goes to standard output, row by row; progress goes to standard error. An interrupt or an error ends the
+    measurement and writes the files with the rows so far.
     """
     modes = _modes(mla)
-    runs = [_Run(path, options) for path in paths or (demo_path(),)]
-    for path in filter(None, (csv_path, json_path, plot_path)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PymlaError(f"{path}: cannot be written; choose a file in a folder that exists")
+    runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
+    files = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
+    files = {option: path for option, path in files.items() if path}
+    outputs.check(files, [part for run in runs for part in run.parts], devices=True)
     if plot_path:
         plotting.check(plot_path)
     device, why_cpu = find_device(device)
@@ -90,7 +105,7 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
     click.echo(measuring.describe(about))
     loading = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
-    rows, code = [], 0
+    rows, code, failure = [], 0, None
     try:
         for run in runs:
             for mode in modes:
@@ -98,22 +113,51 @@ def bench(paths, mla, cache_type, threads, device, gpu_layers, cpu_moe, csv_path
                     rows.append(row)
     except KeyboardInterrupt:
         code = 130
-    if csv_path:
-        with csv_path.open("w", newline="", encoding="utf-8") as stream:
-            measuring.write_csv(stream, rows, limits)
-    if json_path:
-        json_path.write_text(json.dumps(measuring.report(rows, limits, about), indent=1) + "\n", encoding="utf-8")
-    if plot_path and rows:
-        plotting.sweep(_series(rows), plot_path, _title(rows, about))
+    except PymlaError as error:
+        # Rows before this one may have taken hours.
+        failure = error
+    if rows:
+        _write(files, rows, limits, about)
+    if failure:
+        raise failure
     return code
+
+
+def _write(files, rows, limits, about):
+    """Write all files that can be written, and then raise PymlaError for the others."""
+    failures = []
+    for option, path in files.items():
+        try:
+            if option == "--csv":
+                stream = io.StringIO(newline="")
+                measuring.write_csv(stream, rows, limits)
+                # A model's file may have a name that is not Unicode.
+                outputs.write(path, stream.getvalue().encode(errors="backslashreplace"))
+            elif option == "--json":
+                report = json.dumps(measuring.report(rows, limits, about), indent=1) + "\n"
+                outputs.write(path, report.encode())
+            else:
+                plotting.sweep(_series(rows), path, _title(rows, about))
+        except PymlaError as error:
+            failures.append(str(error))
+    if failures:
+        raise PymlaError("; ".join(failures))
 
 
 class _Run:
     """A file and what is measured on it."""
 
-    def __init__(self, path, options):
+    def __init__(self, path, modes, cache_type, check_tensors, options):
         self._path = path
-        self._limit = ModelConfig.from_gguf(ModelFile.open(path)).context_length
+        file = ModelFile.open(path)
+        self.parts = file.parts
+        with Terminal() as terminal:
+            # Before the limits are measured, which compiles kernels and takes seconds.
+            found = examine(file, cache_type, check_tensors=check_tensors, progress=terminal.checking)
+        config, _ = found.check()
+        for mode in modes:
+            row_layout(config, cache_type, mode)
+        self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
 
     def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):

@@ -1,4 +1,4 @@
-"""The options that say where a model runs, for every command that runs one."""
+"""Options that several commands have: where a model runs, for every command that runs one, and what is checked."""
 
 import click
 
@@ -14,6 +14,13 @@ class _Layers(click.ParamType):
         if value == "all":
             return value
         return click.IntRange(min=1).convert(value, param, ctx)
+
+
+check_tensors_option = click.option(
+    "--check-tensors",
+    is_flag=True,
+    help="Read the whole file first, and refuse it for NaN, infinity or holes anywhere.",
+)
 
 
 def device_options(command):

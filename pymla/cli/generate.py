@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pymla.cli.device import device_options
+from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.options import as_options
+from pymla.cli.output import write_json, write_text
 from pymla.errors import PymlaError
 from pymla.loading import Report, load
 from pymla.model import MLA_MODES
+from pymla.printable import one_line, shown
 from pymla.sampling import SamplingParams
+from pymla.textfile import decode
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -23,6 +27,8 @@ EXAMPLES = """\b
 Examples:
   pymla generate "def "
   pymla generate -m model.gguf --chat "Why is the sky blue?"
+  pymla generate -m model.gguf --chat --template-var enable_thinking=false "Hi"
+  pymla generate -m model.gguf --chat-template chatml.jinja --system "Be brief." "Hi"
   pymla generate -m model.gguf -f prompt.txt -n 100 --temperature 0 --quiet
   echo "Once upon a time" | pymla generate -m model.gguf --seed 7
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
@@ -44,6 +50,19 @@ def _sampling(name, kind, help_):
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="System message, with --chat.")
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Jinja template instead of the model's own; as --chat.",
+)
+@click.option(
+    "--template-var",
+    "template_vars",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Variable of the chat template, with --chat; repeatable. VALUE is JSON (true, 3, [1, 2]), or else a text.",
+)
 @_sampling("temperature", float, "0: always the likeliest token.")
 @_sampling("top_k", int, "Of the k likeliest tokens; 0: all.")
 @_sampling("top_p", float, "Of the fewest tokens with this probability together.")
@@ -72,13 +91,29 @@ def _sampling(name, kind, help_):
 )
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
+@check_tensors_option
 @click.option(
     "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and figures.")
 @click.option("--quiet", is_flag=True, help="Nothing but the generated text; no figures.")
 def generate(
-    path, prompt, prompt_file, max_tokens, chat, system, logit_bias, seed, stop, logprobs, echo, as_json, quiet, **rest
+    path,
+    prompt,
+    prompt_file,
+    max_tokens,
+    chat,
+    system,
+    chat_template,
+    template_vars,
+    logit_bias,
+    seed,
+    stop,
+    logprobs,
+    echo,
+    as_json,
+    quiet,
+    **rest,
 ):
     """Generate text that continues PROMPT, given as an argument, in a file (-f) or on standard input.
 
@@ -87,33 +122,44 @@ def generate(
     options = {name: rest.pop(name) for name in list(rest) if name in DEFAULTS}
     options |= {"logit_bias": _biases(logit_bias), "seed": seed, "logprobs": logprobs}
     SamplingParams(**options)
-    if system is not None and not chat:
-        raise PymlaError("--system is for conversations: give --chat, too")
+    chat = chat or chat_template is not None
+    for option, given in (("--system", system is not None), ("--template-var", template_vars)):
+        if given and not chat:
+            raise PymlaError(f"{option} is for conversations: give --chat, too")
     if logprobs and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
+    template = None if chat_template is None else _read(chat_template)
+    variables = _variables(template_vars)
     text = _prompt(prompt, prompt_file)
     terminal = Terminal(quiet)
     with terminal:
         language_model = load(path, report=terminal, **rest)
-    ids = _ids(language_model.tokenizer, text, chat, system)
+    if chat:
+        name = f"{chat_template}: this" if chat_template else f"{language_model.file.path}: the model's"
+        ids = _conversation(language_model.tokenizer, text, system, template, variables, f"{name} chat template")
+    else:
+        ids = language_model.tokenize(text)
+        _warn_of_bos(language_model.tokenizer, text, terminal)
     terminal.begin("prompt, layers", enabled=not as_json)
+    stop = tuple(map(_argument, stop))
     generation = language_model.generation(ids, max_tokens=max_tokens, stop=stop, progress=terminal.prompt, **options)
-    if echo if echo is not None else not (chat or as_json or quiet):
-        click.echo(text, nl=False)
+    if echo is None:
+        echo = not (chat or as_json or quiet)
+    if echo and not as_json:
+        write_text(text)
     pieces = []
     try:
         for piece in generation:
             terminal.close()
             pieces.append(piece)
             if not as_json:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+                write_text(piece)
     except KeyboardInterrupt:
         pass
     finally:
         terminal.close()
     if as_json:
-        click.echo(json.dumps(_report(language_model, generation, "".join(pieces)), ensure_ascii=False))
+        write_json(({"prompt": text} if echo else {}) | _report(language_model, generation, "".join(pieces)))
     elif not quiet:
         click.echo()
     if generation.finish_reason == "context":
@@ -152,14 +198,18 @@ class Terminal(Report):
         self._bar = None
 
     def warn(self, message):
-        click.echo(f"pymla: warning: {as_options(message, click.get_current_context().command)}", err=True)
+        message = as_options(message, click.get_current_context().command)
+        click.echo(f"pymla: warning: {one_line(message)}", err=True)
 
     def running(self, where):
         if not self._quiet:
-            click.echo(f"pymla: running on {where}", err=True)
+            click.echo(f"pymla: running on {one_line(where)}", err=True)
 
     def reading(self, done, total):
         self._show("reading the model, MiB", done >> 20, total >> 20)
+
+    def checking(self, done, total):
+        self._show("checking tensors, MiB", done >> 20, total >> 20)
 
     def arranging(self, done, total):
         self._show("arranging weights, layers", done, total)
@@ -209,31 +259,77 @@ def _biases(pairs):
     return biases
 
 
+def _variables(pairs):
+    """Variables of a chat template, from NAME=VALUE."""
+    variables = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not (separator and name.isidentifier()):
+            raise PymlaError(f"--template-var {shown(pair)}: write NAME=VALUE, as in enable_thinking=false")
+        if name == "messages":
+            raise PymlaError("--template-var messages: the messages are the prompt and --system")
+        variables[name] = _json_or_text(value)
+    return variables
+
+
+def _json_or_text(value):
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(value, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return _argument(value)
+
+
 def _prompt(prompt, prompt_file):
     if prompt is not None and prompt_file is not None:
         raise PymlaError("give the prompt as an argument or with -f, not both")
     if prompt is not None:
-        return prompt
+        return _argument(prompt)
+    if prompt_file is not None:
+        return _read(prompt_file)
+    if sys.stdin.isatty():
+        click.echo("pymla: reading the prompt from the terminal; an end of file (Ctrl-D) ends it", err=True)
     try:
-        if prompt_file is None and sys.stdin.isatty():
-            click.echo("pymla: reading the prompt from the terminal; an end of file (Ctrl-D) ends it", err=True)
-        data = prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()
+        return decode(sys.stdin.buffer.read(), "standard input")
     except OSError as error:
-        raise PymlaError(f"{prompt_file}: {error.strerror}") from None
-    name = prompt_file or "standard input"
+        raise PymlaError(f"standard input: {error.strerror}") from None
+
+
+def _read(path):
+    """The text of a file."""
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise PymlaError(f"{name}: byte {error.start} is not valid UTF-8 ({error.reason}); save it as UTF-8") from None
+        return decode(path.read_bytes(), path)
+    except OSError as error:
+        raise PymlaError(f"{path}: {error.strerror}") from None
 
 
-def _ids(tokenizer, text, chat, system):
-    if not chat:
-        return tokenizer.encode(text)
+def _argument(text):
+    """An argument as it was typed: in a locale without UTF-8, Python has kept its bytes in surrogates."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
+def _conversation(tokenizer, text, system, template, variables, where):
+    """Token ids of a conversation with one message of the user."""
     from pymla.chat import encode
 
-    messages = [{"role": "system", "content": system}] if system else []
-    return encode(tokenizer, [*messages, {"role": "user", "content": text}])
+    messages = [{"role": "system", "content": _argument(system)}] if system else []
+    messages.append({"role": "user", "content": text})
+    return encode(tokenizer, messages, chat_template=template, variables=variables, where=where)
+
+
+def _warn_of_bos(tokenizer, text, terminal):
+    """Say so if a prompt begins with BOS, as one pasted from another program may."""
+    bos = tokenizer.special_tokens.get("bos_token")
+    if bos and text.startswith(bos):
+        instead = (
+            "the model's BOS stands in front of it already" if tokenizer.add_bos else "use --chat for control tokens"
+        )
+        terminal.warn(f"the prompt begins with {bos}, which is read as text: {instead}; leave it out")
 
 
 def _report(language_model, generation, text):

@@ -1,9 +1,9 @@
 """``pymla inspect``: what a model file holds, and what it takes to run it."""
 
 import dataclasses
-import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,17 @@ import numpy as np
 
 from pymla import costs, ggml
 from pymla.cache import CACHE_TYPES, row_bytes
+from pymla.cli.device import check_tensors_option
+from pymla.cli.generate import Terminal
+from pymla.cli.output import write_json
 from pymla.config import ModelConfig
 from pymla.errors import PymlaError
+from pymla.filecheck import Examined, examine
 from pymla.memory import available_memory, size_text
 from pymla.modelfile import ModelFile
 from pymla.placement import LEAST_CTX, Planner, Split
+from pymla.printable import one_line
+from pymla.tokenizer import Tokenizer
 
 #: Tokens in the cache at which costs are shown.
 CONTEXTS = (0, 4096, 16384)
@@ -30,23 +36,20 @@ _LAYOUTS = {
     (True, True): "all: kv_b, k_b and v_b",
 }
 _LONGEST_ARRAY = 16  # elements of metadata arrays that are shown one by one
+_MOST_PROBLEMS = 10  # that are shown to a person
 
 
-def report(file: ModelFile) -> dict[str, Any]:
-    """All that the command shows, as values that JSON can hold.
+def report(
+    file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """All that the command shows, as values that JSON can hold; arguments as for `pymla.filecheck.examine`.
 
-    Never fails for what the engine cannot run: ``runs`` says whether it can, ``problems`` why not. ``config``,
-    ``memory`` and ``costs`` are None where they cannot be known.
+    Never fails for what the engine cannot run: ``runs`` says whether `pymla.load` takes the file, ``problems`` why not.
+    ``config``, ``memory`` and ``costs`` are None where they cannot be known.
     """
-    problems = []
-    config = memory = step_costs = None
-    try:
-        config = ModelConfig.from_gguf(file)
-        problems += _unsupported_types(file)
-        step_costs = _costs(config, file)
-        memory = _memory(config, file)
-    except PymlaError as error:
-        problems.append(str(error).removeprefix(f"{file.path}: "))
+    found = examine(file, check_tensors=check_tensors, progress=progress)
+    config, problems = found.config, [str(error).removeprefix(f"{file.path}: ") for error in found.problems]
+    memory, step_costs = _estimates(file, found)
     return {
         "path": str(file.path),
         "parts": [str(part) for part in file.parts],
@@ -60,7 +63,7 @@ def report(file: ModelFile) -> dict[str, Any]:
         "problems": problems,
         "config": None if config is None else dataclasses.asdict(config) | {"softmax_scale": config.softmax_scale},
         "types": _types(file),
-        "tokenizer": _tokenizer(file),
+        "tokenizer": _tokenizer(file, found.tokenizer),
         "memory": memory,
         "costs": step_costs,
         "metadata": {key: _json(value) for key, value in file.metadata.items()},
@@ -78,26 +81,24 @@ def report(file: ModelFile) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """A metadata value that JSON can hold: long arrays are told by their length, NaN and infinity by name."""
-    if isinstance(value, list | np.ndarray):
-        if len(value) > _LONGEST_ARRAY:
-            return {"length": len(value)}
-        return [_json(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """A metadata value that JSON can hold: long arrays are told by their length."""
+    if not isinstance(value, list | np.ndarray):
+        return value
+    if len(value) > _LONGEST_ARRAY:
+        return {"length": len(value)}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _unsupported_types(file: ModelFile) -> list[str]:
-    """One problem for each type that is not run."""
-    first, count = {}, {}
-    for tensor in file.tensors.values():
-        first.setdefault(tensor.qtype, tensor.name)
-        count[tensor.qtype] = count.get(tensor.qtype, 0) + 1
-    problems = []
-    for qtype, name in first.items():
-        if qtype not in ggml.SUPPORTED:
-            others = f" and {count[qtype] - 1} more" if count[qtype] > 1 else ""
-            problems.append(f"tensor {name}{others}: type {ggml.NAME[qtype]} is not run yet")
-    return problems
+def _estimates(file: ModelFile, found: Examined) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+    """Memory and costs; None where the file has other tensors than its metadata says."""
+    if found.config is None:
+        return None, None
+    try:
+        return _memory(found.config, file), _costs(found.config, file)
+    except PymlaError:
+        if not found.problems:
+            raise
+        return None, None
 
 
 def _layout(file: ModelFile) -> str | None:
@@ -119,26 +120,39 @@ def _types(file: ModelFile) -> list[dict[str, Any]]:
     return sorted(types.values(), key=lambda entry: -entry["bytes"])
 
 
-def _tokenizer(file: ModelFile) -> dict[str, Any] | None:
+def _tokenizer(file: ModelFile, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     prefix = "tokenizer.ggml."
     found = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     if not found:
         return None
     tokens = found.get("tokens")
+    vocabulary = tokens if isinstance(tokens, list) else []
     special = {}
     for key, value in found.items():
         if key.endswith("_token_id"):
-            known = isinstance(tokens, list) and isinstance(value, int) and 0 <= value < len(tokens)
-            special[key.removesuffix("_token_id")] = {"id": _json(value), "token": tokens[value] if known else None}
+            known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(vocabulary)
+            token = vocabulary[value] if known else None
+            special[key.removesuffix("_token_id")] = {"id": _json(value), "token": token}
+    ends = warnings = None
+    if tokenizer:
+        ends = [{"id": token, "token": vocabulary[token]} for token in sorted(tokenizer.eos_ids)]
+        warnings = tokenizer.warnings
     return {
         "model": _json(found.get("model")),
         "pre": _json(found.get("pre")),
         "tokens": _length(tokens),
         "merges": _length(found.get("merges")),
         "special": special,
+        "ends_of_text": ends,
+        "warnings": warnings,
         "add_bos": _json(found.get("add_bos_token")),
         "add_eos": _json(found.get("add_eos_token")),
         "chat_template": "tokenizer.chat_template" in file.metadata,
+        "chat_templates": [
+            key.removeprefix("tokenizer.chat_template.")
+            for key in file.metadata
+            if key.startswith("tokenizer.chat_template.")
+        ],
     }
 
 
@@ -239,8 +253,11 @@ class _Page:
 
 def _show(found: dict[str, Any], tensors: bool) -> None:
     page = _Page()
-    for problem in found["problems"]:
+    for problem in found["problems"][:_MOST_PROBLEMS]:
         page.warn(f"Not run: {_plain(problem, 1000)}")
+    more = len(found["problems"]) - _MOST_PROBLEMS
+    if more > 0:
+        page.warn(f"And {more} more such problem{'s' * (more > 1)}; --json lists all of them.")
     page.table("File", rows=_file_rows(found))
     page.table("Model", rows=_model_rows(found))
     if found["types"]:
@@ -262,7 +279,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
         _show_costs(page, found["costs"])
     if tensors and found["tensors"]:
         rows = [
-            (tensor["name"], tensor["type"], " × ".join(map(str, tensor["shape"])), size_text(tensor["bytes"]))
+            (_plain(tensor["name"]), tensor["type"], " × ".join(map(str, tensor["shape"])), size_text(tensor["bytes"]))
             for tensor in found["tensors"]
         ]
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
@@ -271,7 +288,7 @@ def _show(found: dict[str, Any], tensors: bool) -> None:
 def _file_rows(found: dict[str, Any]) -> list[tuple]:
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
     return [
-        ("path", found["path"]),
+        ("path", _plain(found["path"], 1000)),
         ("size", size_text(found["bytes"]) + parts),
         ("format", f"GGUF {found['version']}, {len(found['metadata'])} keys, {len(found['tensors'])} tensors"),
     ]
@@ -289,7 +306,7 @@ def _model_rows(found: dict[str, Any]) -> list[tuple]:
     if config is None:
         prefix = f"{found['architecture']}."
         return rows + [
-            (key.removeprefix(prefix), _plain(value))
+            (_plain(key.removeprefix(prefix)), _plain(value))
             for key, value in found["metadata"].items()
             if key.startswith(prefix)
         ]
@@ -341,12 +358,16 @@ def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple]:
         ("tokens", f"{_count_or_none(tokenizer['tokens'])}, merges {_count_or_none(tokenizer['merges'])}"),
     ]
     for name, special in tokenizer["special"].items():
-        token = "" if special["token"] is None else f" {_plain(special['token'])}"
-        rows.append((name, f"{_plain(special['id'])}{token}"))
+        token = "(not in the vocabulary)" if special["token"] is None else _plain(special["token"])
+        rows.append((_plain(name), f"{_plain(special['id'])} {token}"))
+    if tokenizer["ends_of_text"] is not None:
+        ends = [f"{end['id']} {_plain(end['token'])}" for end in tokenizer["ends_of_text"]]
+        rows.append(("ends a text", ", ".join(ends) or "nothing"))
     added = [name for name in ("bos", "eos") if tokenizer[f"add_{name}"] is True]
+    yes = "yes" if tokenizer["chat_template"] else "no"
     rows += [
         ("adds", " and ".join(added) or "nothing"),
-        ("chat template", "yes" if tokenizer["chat_template"] else "no"),
+        ("chat template", ", ".join([yes, *map(_plain, tokenizer["chat_templates"])])),
     ]
     return rows
 
@@ -418,8 +439,7 @@ def _plain(value: Any, longest: int = 60) -> str:
     if isinstance(value, dict):
         return f"array of {value['length']}"
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return one_line(text, longest)
 
 
 EXAMPLES = """\b
@@ -427,20 +447,23 @@ Examples:
   pymla inspect model.gguf
   pymla inspect model-00001-of-00004.gguf --tensors
   pymla inspect model.gguf --json | jq .memory
+  pymla inspect model.gguf --check-tensors
 """
 
 
 @click.command(epilog=EXAMPLES)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@check_tensors_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything, tensors and metadata included, as JSON.")
-def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+def inspect(file: Path, tensors: bool, check_tensors: bool, as_json: bool) -> None:
     """Show what the GGUF file FILE holds, and what it takes to run it.
 
     Any part of a split file stands for all of them. Works for files that pymla cannot run, too, and says why.
     """
-    found = report(ModelFile.open(file))
+    with Terminal() as terminal:
+        found = report(ModelFile.open(file), check_tensors, terminal.checking)
     if as_json:
-        click.echo(json.dumps(found, indent=2, allow_nan=False))
+        write_json(found, indent=2)
     else:
         _show(found, tensors)
