@@ -209,7 +209,7 @@ class Contract:
         call.step(step, len(q), slots)
 
     def sizes(self, operation, keys_values):
-        """Tokens, heads, and numbers of a key and of a value, of expanded keys (S, H, nope + R) and values (S, H, v)."""
+        """Tokens, heads, and numbers of a key and of a value, of expanded keys (S, H, D) and values (S, H, v)."""
         call = _Call(self, operation)
         keys, values = getattr(keys_values, "keys", None), getattr(keys_values, "values", None)
         call.array("keys", keys, self.expanded_floats, (None, None, None), contiguous=True)

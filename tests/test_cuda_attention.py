@@ -245,7 +245,7 @@ def test_store_and_load(cache_type, dtype):
 
 def test_rows_are_contiguous():
     cache = on_device(QTensor(ggml.F16, np.zeros((PAGE, 64), np.uint8)))
-    with pytest.raises(PymlaError, match="store: rows is .* one with contiguous rows"):
+    with pytest.raises(PymlaError, match=r"store: rows is .* one with contiguous rows"):
         attention.store(poisoned(2, 64)[:, ::2], memory.zeros(2, np.int32), cache)
 
 
@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(PymlaError, match="16 divides"):
             call()
     for call in attend_all(poisoned(1, 2, 64)[..., :48], poisoned(1, 2, 32)):
-        with pytest.raises(PymlaError, match="q is an array with strides .*; a contiguous one"):
+        with pytest.raises(PymlaError, match=r"q is an array with strides .*; a contiguous one"):
             call()
     absorbed, _, full, expanded = attend_all(poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32])
     for call in (absorbed, full, expanded):

@@ -16,6 +16,7 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE, LatentCache, block_rows
+from pymla.contract import FLOAT16, FLOAT32
 from pymla.costs import device_heads_at_once as heads_at_once
 from pymla.cuda import memory, ptx, quant
 from pymla.cuda.attention_decode import absorbed
@@ -55,10 +56,6 @@ F3 = types.Array(types.float32, 3, "A")
 THREADS = 128
 
 
-#: Types of the rows that `store` takes.
-_STORED = np.dtype(np.float32), np.dtype(np.float16)
-
-
 def latent_cache(layout, slots):
     """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.cache.row_layout`."""
     return LatentCache(*block_rows(memory, layout, slots))
@@ -69,7 +66,7 @@ def store(rows, slots, cache):
 
     `rows` may be columns of a wider array.
     """
-    check.store(rows, slots, cache, _STORED)
+    check.store(rows, slots, cache, (*FLOAT32, *FLOAT16))
     tokens, width = rows.shape
     stride = rows.strides[0]
     blocks = tokens, -(-width // THREADS)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pymla import costs
 from pymla.cache import PAGE, LatentCache, block_rows
+from pymla.contract import FLOAT16, FLOATS
 from pymla.reference import memory
 from pymla.reference.check import check
 from pymla.reference.quant import dequantise, matmul_heads_transposed, quantise
@@ -34,7 +35,7 @@ def store(rows, slots, cache):
     slots : int32 array (T,)
     cache : QTensor of (number of slots) rows and W columns
     """
-    check.store(rows, slots, cache)
+    check.store(rows, slots, cache, (*FLOATS, *FLOAT16))
     cache.data[slots] = quantise(rows.astype(np.float32), cache.qtype)
 
 
