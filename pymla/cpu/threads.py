@@ -59,6 +59,11 @@ def thread_count():
     return _pool.threads
 
 
+def recording():
+    """Whether the calling thread records a `Graph`."""
+    return _recording.graph is not None
+
+
 def launch(address, items, grain, words, keep):
     """Run a kernel over `items`, or record it while a `Graph` is being made.
 
