@@ -417,14 +417,12 @@ def _backends(device, split, config, threads, report):
             f"the system lets this process start {cpu.thread_count()} of {threads or cores} threads, and kernels run "
             "slower; raise its limit on processes (ulimit -u), or give `threads`"
         )
-    if cpu.cache_dir_warning():
-        report.warn(cpu.cache_dir_warning())
     gpu = cpu
     if split.gpu_layers:
         from pymla.cuda import backend as gpu
     placement = split.placement(config, cpu, gpu)
     for backend in placement.backends:
-        backend.compile_all(report.compiling if backend.needs_compiling() else None)
+        backend.compile_all(report.compiling, report.warn)
     return placement
 
 

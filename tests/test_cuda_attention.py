@@ -245,26 +245,38 @@ def test_store_and_load(cache_type, dtype):
 
 def test_rows_are_contiguous():
     cache = on_device(QTensor(ggml.F16, np.zeros((PAGE, 64), np.uint8)))
-    with pytest.raises(ValueError, match="contiguous rows"):
+    with pytest.raises(PymlaError, match=r"store: rows is .* one with contiguous rows"):
         attention.store(poisoned(2, 64)[:, ::2], memory.zeros(2, np.int32), cache)
 
 
 def test_what_does_not_fit_is_refused():
-    q, out, step = poisoned(1, 1, 24), poisoned(1, 1, 8), step_of((1,), (1,))
-    cache = QTensor(ggml.F16, memory.zeros((PAGE, 16), np.uint8))
-    for attend in (attention.absorbed, attention.absorbed_materialised, attention.full):
+    step, positions = step_of((1,), (1,)), memory.zeros(1, np.int32)
+
+    def rows(width):
+        return QTensor(ggml.F16, memory.zeros((PAGE, 2 * width), np.uint8))
+
+    def attend_all(q, out):
+        rotated = q.shape[2] - out.shape[2]
+        yield lambda: attention.absorbed(q, rows(out.shape[2]), rows(rotated), step, 1.0, out)
+        yield lambda: attention.absorbed_materialised(q, rows(out.shape[2]), rows(rotated), step, 1.0, out)
+        yield lambda: attention.full(
+            q, rows(q.shape[1] * q.shape[2]), rows(out.shape[1] * out.shape[2]), step, 1.0, out
+        )
+        keys_values = attention.keys_values(1, q.shape[1], q.shape[2], out.shape[2], False)
+        yield lambda: attention.expanded(q, keys_values, positions, 1.0, out)
+
+    for call in attend_all(poisoned(1, 1, 24), poisoned(1, 1, 8)):
         with pytest.raises(PymlaError, match="16 divides"):
-            attend(q, cache, cache, step, 1.0, out)
-    with pytest.raises(PymlaError, match="16 divides"):
-        attention.expanded(q, None, None, 1.0, out)
-    q, out = poisoned(1, 2, 64)[..., :48], poisoned(1, 2, 32)
-    for attend in (attention.absorbed, attention.absorbed_materialised, attention.full):
-        with pytest.raises(ValueError, match="expected contiguous float32"):
-            attend(q, cache, cache, step, 1.0, out)
-    q, out = poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32]
-    for attend in (attention.absorbed, attention.full):
+            call()
+    for call in attend_all(poisoned(1, 2, 64)[..., :48], poisoned(1, 2, 32)):
+        with pytest.raises(PymlaError, match=r"q is an array with strides .*; a contiguous one"):
+            call()
+    absorbed, _, full, expanded = attend_all(poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32])
+    for call in (absorbed, full, expanded):
         with pytest.raises(ValueError, match="multiples of 8 bytes"):
-            attend(q, cache, cache, step, 1.0, out)
+            call()
+    with pytest.raises(PymlaError, match="expanded: keys is a NoneType; an array"):
+        attention.expanded(poisoned(1, 1, 32), None, positions, 1.0, poisoned(1, 1, 16))
 
 
 def test_blocks_fit_shared_memory():

@@ -167,8 +167,10 @@ def test_launches_of_a_token(monkeypatch):
 
 def test_experts_of_two_types_are_refused():
     gate, up = (on_device(random_qtensor(qtype, 2, 32, 32)) for qtype in (ggml.Q4_0, ggml.Q8_0))
+    x, ids = quant.Activation(memory.zeros((1, 32), np.float32)), memory.zeros((1, 1), np.int32)
+    weights, out = memory.zeros((1, 1), np.float32), memory.zeros((1, 32), np.float32)
     with pytest.raises(PymlaError, match="Q4_0 and Q8_0"):
-        moe.experts(None, None, None, gate, up, gate, None)
+        moe.experts(x, ids, weights, gate, up, gate, out)
 
 
 @pytest.mark.parametrize("add", [False, True])

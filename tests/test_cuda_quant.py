@@ -9,6 +9,7 @@ from compare import assert_close
 from pymla import ggml, reference
 from pymla.cuda import memory, norm, quant, rope
 from pymla.cuda.tiles import ROWS, WIDE
+from pymla.errors import PymlaError
 from pymla.weights import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
@@ -148,7 +149,7 @@ def test_a_fault_shows_in_its_token(fault):
 
 
 def test_activations_are_contiguous():
-    with pytest.raises(ValueError, match="not contiguous"):
+    with pytest.raises(PymlaError, match=r"Activation: x is an array with strides .*; a contiguous one"):
         quant.Activation(memory.to_device(normal(3, 64))[:, :32])
 
 

@@ -31,11 +31,13 @@ from pymla.cpu import attention_absorbed, attention_expanded, threads
 from pymla.cpu.attention_absorbed import HEADS, take_item
 from pymla.cpu.attention_expanded import Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
+from pymla.cpu.check import check
 from pymla.cpu.formats import dequantise_row
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import empty
 from pymla.cpu.panels import ROWS, tile_f32, transpose_panel
 from pymla.cpu.quant import (
+    A2,
     A3,
     CACHE,
     F2,
@@ -66,19 +68,19 @@ __all__ = [
     "store",
 ]
 
-A2 = types.Array(types.float32, 2, "A")
-
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64
 
 
 def store(rows, slots, cache):
     """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type; a row is contiguous."""
+    check.store(rows, slots, cache)
     _store[len(rows)](rows, slots, cache)
 
 
 def load(cache, block_table, out):
     """The first ``len(out)`` rows of a sequence as float32 (S, W)."""
+    check.load(cache, block_table, out)
     _load[len(out)](cache, block_table, out)
     return out
 
@@ -88,6 +90,7 @@ def absorb(q, k_b, out):
 
     `q` float32 (T, H, nope + R), `k_b` of H matrices of nope rows and rank columns, `out` float32 (T, H, rank + R).
     """
+    check.absorb(q, k_b, out)
     nope = k_b.data.shape[1]
     matmul_heads_transposed(k_b, q[..., :nope], out[..., : out.shape[2] - (q.shape[2] - nope)])
     _copy_rope[len(q)](q, out, q.shape[2] - nope)
@@ -96,6 +99,7 @@ def absorb(q, k_b, out):
 
 def absorbed(q, latent, rope, step, scale, out):
     """Attention in the latent space: `q` float32 (T, H, rank + R), `out` float32 (T, H, rank)."""
+    check.absorbed(q, latent, rope, step, scale, out)
     tokens, heads, rank = out.shape
     # Few tokens leave threads idle, so the pages of a token are split over several.
     groups = -(-heads // HEADS)
@@ -110,6 +114,7 @@ def absorbed(q, latent, rope, step, scale, out):
 
 def absorbed_materialised(q, latent, rope, step, scale, out):
     """`absorbed` with all scores of a token in memory before the first value is read (``--mla 2``)."""
+    check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
     tokens, heads, rank = out.shape
     pages = step.block_tables.shape[1]
     for t in range(tokens):
@@ -146,6 +151,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     if isinstance(out, Panels):
         attention_expanded.expand(c_kv, k_pe, k_b, v_b, out)
         return out
+    check.expand(c_kv, k_pe, k_b, v_b, check.sizes("expand", out))
     length, heads, v = out.values.shape
     x = Activation(c_kv)
     nope = np.empty((length, heads * k_b.data.shape[1]), np.float32)
@@ -160,6 +166,7 @@ def expanded(q, keys_values, positions, scale, out):
     which may be part of a larger array."""
     if isinstance(keys_values, Panels):
         return attention_expanded.expanded(q, keys_values, positions, scale, out)
+    check.expanded(q, check.sizes("expanded", keys_values), positions, out)
     tokens, heads, _ = q.shape
     _expanded[heads * -(-tokens // BLOCK), 1](q, *keys_values, positions, scale * LOG2E, out)
     return out
@@ -167,6 +174,7 @@ def expanded(q, keys_values, positions, scale, out):
 
 def full(q, keys, values, step, scale, out):
     """Attention over a cache of whole keys and values (``--mla 0``); `q` float32 (T, H, nope + R), `out` (T, H, v)."""
+    check.full(q, keys, values, step, scale, out)
     tokens, heads, _ = q.shape
     _full[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale * LOG2E, out)
     return out
@@ -254,7 +262,7 @@ def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, 
             sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
 
 
-@kernel(F3, F3, types.int64, F3)
+@kernel(F3, F3, types.int64, A3)
 def _merge(first, last, partial, sums, splits, out):
     """Bring the shares of each token and head together: values weighted by 2 ** (their maximum - the largest)."""
     _, heads, rank = out.shape
@@ -291,7 +299,7 @@ def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
                 scores[h, p] = score * np.float32(scale)
 
 
-@kernel(F2, CACHE, STEP, types.int64, F3)
+@kernel(F2, CACHE, STEP, types.int64, A3)
 def _values(first, last, scores, latent, step, t, out):
     """The softmax of one token's scores, then the values, over heads."""
     rank = out.shape[2]
@@ -378,7 +386,7 @@ def _expanded(first, last, q, keys, values, positions, scale, out):
         finish_block(scratch, out, begin, count, h)
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, F3)
+@kernel(F3, CACHE, CACHE, STEP, types.float64, A3)
 def _full(first, last, q, keys, values, step, scale, out):
     """Over blocks of queries of each head; a block may reach over sequences, and each of them is a run of its own."""
     tokens, heads, v = out.shape

@@ -26,13 +26,14 @@ from pymla.cpu.attention_tiles import (
     tile_scores,
     tile_values,
 )
+from pymla.cpu.check import check
 from pymla.cpu.formats import is_float
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
 from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float, two_groups
 from pymla.cpu.panels_amx import MARGIN
-from pymla.cpu.quant import A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, product_rows
+from pymla.cpu.quant import A2, A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, product_rows
 from pymla.cpu.simd import absolute, address, farther, farthest, load_f32xL, mul, round_even, splat_f32xL, store_i32
 from pymla.cpu.simd_words import BIAS, WORD, store_words
 from pymla.cpu.softmax import LOG2E, token_softmax
@@ -58,10 +59,14 @@ class Panels(NamedTuple):
     key_starts: np.ndarray  # int32, likewise: minus `BIAS` times the sums of the codes of a block
     values: np.ndarray  # uint8 (H, tokens // 32, v * BLOCK_BYTES): v is a multiple of ROWS
     value_scales: np.ndarray  # float32 (H, tokens)
+    tokens: int  # without the padding
+    size: int  # numbers of a key
+    v: int  # numbers of a value
 
     @classmethod
     def empty(cls, tokens, heads, size, v):
         """For so many tokens and heads, keys of `size` and values of `v` numbers."""
+        given = tokens, size, v
         tokens, v, blocks = -(-tokens // TOKENS) * TOKENS, -(-v // ROWS) * ROWS, -(-size // KEY_BLOCK)
         return cls(
             empty((heads, tokens // LANES, blocks * KEY_BLOCK // 32 * PANEL_BYTES), np.uint8),
@@ -69,16 +74,23 @@ class Panels(NamedTuple):
             empty((heads, tokens // LANES, blocks * LANES), np.int32),
             empty((heads, tokens // 32, v * BLOCK_BYTES), np.uint8),
             empty((heads, tokens), np.float32),
+            *given,
         )
+
+    @property
+    def sizes(self):
+        """Tokens, heads, and numbers of a key and of a value."""
+        return self.tokens, len(self.keys), self.size, self.v
 
 
 BYTES3 = types.Array(types.uint8, 3, "C")
 I3 = types.Array(types.int32, 3, "C")
-PANELS = types.NamedTuple((BYTES3, F3, I3, BYTES3, F2), Panels)
+PANELS = types.NamedTuple((BYTES3, F3, I3, BYTES3, F2, types.int64, types.int64, types.int64), Panels)
 
 
 def expand(c_kv, k_pe, k_b, v_b, out):
     """Keys and values of some heads from latent rows, as `Panels`; otherwise as `attention.expand`."""
+    check.expand(c_kv, k_pe, k_b, v_b, out.sizes)
     x, tokens, heads = Activation(c_kv), len(c_kv), len(k_b.data)
     # Two items for each thread, where there are so many.
     share = tokens * heads // (2 * threads.thread_count())
@@ -91,6 +103,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
 
 def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence over `Panels`; `q` float32 (T, H, D), `out` (T, H, v) with any strides."""
+    check.expanded(q, keys_values.sizes, positions, out)
     tokens, heads, _ = q.shape
     size = QUERIES
     # Four items for each thread, where there are so many.
@@ -100,7 +113,7 @@ def expanded(q, keys_values, positions, scale, out):
     return out
 
 
-@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, F2, types.int64, PANELS)
+@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, A2, types.int64, PANELS)
 def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
     """Over blocks of `size` tokens of each head."""
     tokens = len(k_pe)

@@ -37,12 +37,18 @@ Q8_PAGES, I16_PAGES = 1000 + ggml.Q8_0, 1016
 #: The largest int16 code, which has more bits than an IEEE half.
 LARGEST_CODE = 4095
 
+#: Bytes of a row of these types, by its numbers.
+ROW_BYTES = {
+    Q8_PAGES: lambda width: ggml.row_bytes(ggml.Q8_0, width),
+    I16_PAGES: lambda width: 2 * (width + width % 2) + 4,
+}
+
 
 def latent_cache(layout, slots):
     """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.cache.row_layout`."""
     (qtype, rank), (rope_type, rope) = layout
     if qtype == ggml.Q8_0:
-        rows = (Q8_PAGES, ggml.row_bytes(qtype, rank)), (I16_PAGES, 2 * even(rope) + 4)
+        rows = (Q8_PAGES, ROW_BYTES[Q8_PAGES](rank)), (I16_PAGES, ROW_BYTES[I16_PAGES](rope))
     else:
         rows = (qtype, ggml.row_bytes(qtype, rank)), (rope_type, ggml.row_bytes(rope_type, rope))
     return LatentCache(*(QTensor(each, empty((slots, nbytes), np.uint8)) for each, nbytes in rows))

@@ -6,12 +6,12 @@ take ranges from each other until none is left (`pymla.cpu.threads`).
 
 from types import FunctionType
 
-import numba
 from numba import types
+from numba.core.caching import NullCache
 
 from pymla.cpu import threads
 from pymla.cpu.arguments import Packer, unpacker
-from pymla.cpu.compiling import Compiled, inline
+from pymla.cpu.compiling import Compiled, c_function, inline
 
 __all__ = ["Kernel", "inline", "kernel"]
 
@@ -46,15 +46,15 @@ class Kernel:
     @property
     def assembly(self):
         """The machine code as text, of a new compilation: what comes from the cache has none."""
-        return self._build(error_model="numpy")._library.get_asm_str()
+        return self._build(NullCache())._library.get_asm_str()
 
-    def _build(self, **options):
-        # A closure's contents would be part of the cache's key, and a dispatcher has no stable one: the function and
-        # the reader of its arguments are globals of a copy of `_enter` instead.
+    def _build(self, cache):
+        # Machine code is named after its function: each kernel has a copy of `_enter`, whose globals are the function
+        # and the reader of its arguments.
         scope = {"inner": inline(self._function), "unpack": unpacker(self._signature), "__name__": __name__}
         entry = FunctionType(_enter.__code__, scope, self.__name__)
         entry.__qualname__ = f"{self._function.__module__}.{self.__name__}"
-        return numba.cfunc(_ENTRY, **options)(entry)
+        return c_function(entry, _ENTRY, cache)
 
 
 def _enter(arguments, first, last):

@@ -23,6 +23,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu import norm
+from pymla.cpu.check import check
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32, empty
@@ -64,6 +65,7 @@ NEIGHBOURS = 8
 
 def router(logits, bias, config, ids, weights):
     """Choose `num_experts_per_tok` experts for every token (`pymla.reference.moe.router`)."""
+    check.router(logits, bias, config, ids, weights)
     _router[len(logits), 16](
         logits,
         _NO_BIAS if bias is None else bias,
@@ -88,6 +90,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     are a pass of their own (`ffn`) where their types are others, and where few tokens read rows: there a row of their
     down matrix is read as a whole, which is faster than an expert's columns after the other's.
     """
+    check.experts(activation, ids, weights, gate, up, down, out, shared)
     count, inner = gate.data.shape[:2]
     many = ids.size > FEW_PAIRS * count
     gate_up_by_panels = many and gate.qtype == up.qtype and gate.qtype in QUANTISED
@@ -128,6 +131,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
 def ffn(activation, gate, up, down, out, add=False):
     """``out = down @ (silu(gate @ x) * (up @ x))``: the dense network, also the shared experts; with `add` added to
     `out`."""
+    check.ffn(activation, gate, up, down, out)
     hidden = empty((len(out), len(gate.data)), np.float32)
     if len(out) <= FEW:
         # An expert that every token chose: two launches, where there would be five.

@@ -10,6 +10,7 @@
 import numpy as np
 from numba import types
 
+from pymla.cpu.check import check
 from pymla.cpu.jit import kernel
 from pymla.cpu.quant import Activation
 from pymla.cpu.simd import add as plus
@@ -25,6 +26,7 @@ def rms_norm(x, weight, eps, out):
 
     `x` may be columns of a wider array.
     """
+    check.rms_norm(x, weight, eps, out)
     _rms_norm[len(x)](x, weight, eps, out)
     return out
 
@@ -32,6 +34,7 @@ def rms_norm(x, weight, eps, out):
 def normed(x, weight, eps, out, y=None):
     """``x += y``, then ``out = rms_norm(x)`` as an `Activation`, which is quantised where it is read: for rows or for
     panels. All float32 (T, K), `weight` float32 (K,)."""
+    check.normed(x, weight, eps, out, y)
     if y is not None:
         add(x, y)
     return Activation(rms_norm(x, weight, eps, out))
@@ -39,6 +42,7 @@ def normed(x, weight, eps, out, y=None):
 
 def add(x, y):
     """``x += y``, both float32 (T, K)."""
+    check.add(x, y)
     _add[len(x)](x, y)
     return x
 

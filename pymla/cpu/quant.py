@@ -23,6 +23,7 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
+from pymla.cpu.check import check
 from pymla.cpu.compiling import unrolled
 from pymla.cpu.formats import (
     FOUR_BITS,
@@ -120,6 +121,7 @@ class Activation:
     """
 
     def __init__(self, x):
+        check.activation(x)
         self.x = x
         self._inputs = {}
 
@@ -182,6 +184,7 @@ def matmul(w, activation, out):
 
     Where `w` has several matrices, `out` has (T, matrices * N): the same input for all of them.
     """
+    check.matmul(w, activation, out)
     matrices = Matrices.of(w)
     if len(out) <= FEW:
         _matmul_rows[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
@@ -194,6 +197,7 @@ def matmul(w, activation, out):
 
 def matmul_heads(w, x, out):
     """A matrix for each head: ``out[t, h] = W[h] @ x[t, h]``, `x` float32 (T, H, K), `out` float32 (T, H, N)."""
+    check.matmul_heads(w, x, out)
     tokens, heads, columns = x.shape
     activation = Activation(x.reshape(tokens * heads, columns))
     matrices = Matrices.of(w)
@@ -206,6 +210,7 @@ def matmul_heads_transposed(w, x, out):
 
     `x` float32 (T, H, N) and `out` (T, H, K) may be part of a wider last axis.
     """
+    check.matmul_heads_transposed(w, x, out)
     shares = min(_SHARES, len(x))
     _matmul_heads_transposed[len(w.data) * shares](Matrices.of(w), x, shares, out)
     return out
@@ -213,6 +218,7 @@ def matmul_heads_transposed(w, x, out):
 
 def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
+    check.embedding_rows(w, tokens, out)
     _embedding_rows[len(tokens)](w.qtype, w.data, tokens, out)
     return out
 
@@ -372,6 +378,7 @@ def _matmul_heads(first, last, w, x, out):
 
 #: Most items of `_matmul_heads_transposed` per head, each with a share of the tokens.
 _SHARES = 4
+A2 = types.Array(types.float32, 2, "A")
 A3 = types.Array(types.float32, 3, "A")
 
 

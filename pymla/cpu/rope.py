@@ -10,6 +10,7 @@
 import numpy as np
 from numba import types
 
+from pymla.cpu.check import check
 from pymla.cpu.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")
@@ -23,12 +24,14 @@ def angles(positions, inv_freq, magnitude, out):
 
     `positions` int32 (T,), `inv_freq` float64 (n,), `out` float32 (T, n, 2).
     """
+    check.angles(positions, inv_freq, magnitude, out)
     _angles[len(positions), 16](positions, inv_freq, magnitude, out)
     return out
 
 
 def rope_interleaved(x, cos_sin):
     """Rotate the last ``2 * cos_sin.shape[1]`` values of every head of x, float32 (T, H, D), in place."""
+    check.rope_interleaved(x, cos_sin)
     _rope_interleaved[len(x)](x, cos_sin)
     return x
 

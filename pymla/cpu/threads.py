@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pymla.cores import usable_cores
 from pymla.cpu.compiling import function, inline
 from pymla.cpu.memory import empty
 
@@ -42,13 +43,6 @@ _TICKET, _OPERATIONS, _COUNT, _THREADS, _ARRIVED, _PHASE, _BUSY, _STOP, _AWAKE =
 _WORD = ir.IntType(64)
 
 
-def usable_cores():
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def set_threads(count):
     """Run kernels on `count` threads, or on as many of them as the system lets this process start: see
     `thread_count`."""
@@ -63,6 +57,11 @@ def set_threads(count):
 def thread_count():
     """Threads that run kernels."""
     return _pool.threads
+
+
+def recording():
+    """Whether the calling thread records a `Graph`."""
+    return _recording.graph is not None
 
 
 def launch(address, items, grain, words, keep):

@@ -16,6 +16,7 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cache import CACHE_TYPES, PAGE, LatentCache, block_rows
+from pymla.contract import FLOAT16, FLOAT32
 from pymla.costs import device_heads_at_once as heads_at_once
 from pymla.cuda import memory, ptx, quant
 from pymla.cuda.attention_decode import absorbed
@@ -23,6 +24,7 @@ from pymla.cuda.attention_full import full
 from pymla.cuda.attention_materialised import absorbed_materialised
 from pymla.cuda.attention_prompt import expanded
 from pymla.cuda.cache_rows import read_one, write_one
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.memory import DeviceArray, empty
 from pymla.errors import PymlaError
@@ -64,10 +66,9 @@ def store(rows, slots, cache):
 
     `rows` may be columns of a wider array.
     """
+    check.store(rows, slots, cache, (*FLOAT32, *FLOAT16))
     tokens, width = rows.shape
-    stride, item = rows.strides
-    if item != rows.dtype.itemsize:
-        raise ValueError(f"expected contiguous rows, not strides {rows.strides}")
+    stride = rows.strides[0]
     blocks = tokens, -(-width // THREADS)
     source, target = (rows.address, stride), (cache.data.address, cache.data.shape[1])
     _STORE[cache.qtype, rows.dtype.name][blocks, THREADS](source, width, slots, target)
@@ -75,6 +76,7 @@ def store(rows, slots, cache):
 
 def load(cache, block_table, out):
     """The first ``len(out)`` rows of a sequence as float32 (S, W)."""
+    check.load(cache, block_table, out)
     length, width = out.shape
     blocks = length, -(-width // THREADS)
     _LOAD[cache.qtype][blocks, THREADS](cache.data.address, cache.data.shape[1], block_table, out)
@@ -86,6 +88,7 @@ def absorb(q, k_b, out):
 
     `q` float32 (T, H, nope + R), `k_b` of H matrices of nope rows and rank columns, `out` float32 (T, H, rank + R).
     """
+    check.absorb(q, k_b, out)
     tokens, heads, size = q.shape
     nope = k_b.data.shape[1]
     rank = out.shape[2] - (size - nope)
@@ -113,6 +116,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     `c_kv` float32 (S, rank), `k_pe` float32 (S, R), `k_b` of H matrices of nope rows and `v_b` of H matrices of v rows,
     both of rank columns; `out` from `keys_values`.
     """
+    check.expand(c_kv, k_pe, k_b, v_b, check.sizes("expand", out))
     length, heads, v = out.values.shape
     nope, rope = k_b.data.shape[1], k_pe.shape[1]
     stride, item = k_pe.strides

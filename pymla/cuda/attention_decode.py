@@ -47,6 +47,7 @@ from pymla.cuda.attention_tiles import (
     value_row,
     values_of,
 )
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["absorbed"]
@@ -226,6 +227,7 @@ def absorbed(q, latent, rope, step, scale, out, splits=None):
     splits : int, optional
         Blocks that share the positions of a token at most. By default as many as fill the device twice.
     """
+    check.absorbed(q, latent, rope, step, scale, out)
     tokens, heads, rank = out.shape
     size = q.shape[2]
     need_multiples_of_16(rank, size - rank)

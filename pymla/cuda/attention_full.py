@@ -30,6 +30,7 @@ from pymla.cuda.attention_tiles import (
     place,
 )
 from pymla.cuda.cache_rows import read_four
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["full"]
@@ -47,6 +48,7 @@ def full(q, keys, values, step, scale, out, splits=None):
     splits : int, optional
         Blocks that share the positions of a single token at most. By default as many as fill the device twice.
     """
+    check.full(q, keys, values, step, scale, out)
     tokens, heads, v = out.shape
     size = q.shape[2]
     need_multiples_of_16(size, v)

@@ -25,6 +25,7 @@ from pymla.cuda.attention_tiles import (
     place,
 )
 from pymla.cuda.cache_rows import read_four
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, kernel, unrolled
 from pymla.cuda.memory import empty
 
@@ -43,6 +44,7 @@ SCORES_BYTES = 256 << 20
 def absorbed_materialised(q, latent, rope, step, scale, out, splits=None):
     """`pymla.cuda.attention_decode.absorbed`, with scores in memory for as many tokens at a time as fit `SCORES_BYTES`;
     `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`."""
+    check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
     tokens, heads, rank = out.shape
     size, longest = q.shape[2], step.block_tables.shape[1] * PAGE
     need_multiples_of_16(rank, size - rank)

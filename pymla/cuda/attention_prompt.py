@@ -36,6 +36,7 @@ from pymla.cuda.attention_tiles import (
     value_row,
     values_of,
 )
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["QUERIES", "expanded", "flash", "tile_bytes"]
@@ -139,6 +140,7 @@ def expanded_kernel(size, v):
 def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence: `q` float32 (T, H, nope + R), contiguous, `out` float32 (T, H, v), any `place`;
     positions grow by one."""
+    check.expanded(q, check.sizes("expanded", keys_values), positions, out)
     tokens, heads, v = out.shape
     size = q.shape[2]
     need_multiples_of_16(size, v)

@@ -3,7 +3,7 @@
 from pymla.costs import DEVICE_SLICE as SLICE
 from pymla.cuda import NAME, attention, memory, moe, norm, quant, rope, sampling
 from pymla.cuda.graph import Graph
-from pymla.cuda.jit import compile_all, needs_compiling
+from pymla.cuda.jit import compile_all
 
 __all__ = [
     "NAME",
@@ -13,7 +13,6 @@ __all__ = [
     "compile_all",
     "memory",
     "moe",
-    "needs_compiling",
     "norm",
     "quant",
     "rope",

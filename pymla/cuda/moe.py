@@ -16,6 +16,7 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cuda import norm
+from pymla.cuda.check import check
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.jit import device, kernel, unrolled
 from pymla.cuda.memory import empty
@@ -62,6 +63,7 @@ _LOG2E = np.float32(math.log2(math.e))
 
 def router(logits, bias, config, ids, weights):
     """Choose `num_experts_per_tok` experts for every token (`pymla.reference.moe.router`)."""
+    check.router(logits, bias, config, ids, weights)
     tokens, count = logits.shape
     groups = config.n_group
     grouping = groups, count // groups, config.topk_group, 1 if config.group_score == "max" else 2
@@ -86,6 +88,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     are launches of their own (`ffn`) where their types are others, or where more tokens than `FEW` read rows one by
     one: as products the shared experts are read once for all of these.
     """
+    check.experts(activation, ids, weights, gate, up, down, out, shared)
     _need_one_type(gate, up)
     (tokens, used), (count, inner) = ids.shape, gate.data.shape[:2]
     in_tiles = tokens * used > FEW_PAIRS * count and gate.qtype in FORMATS and down.qtype in FORMATS
@@ -141,6 +144,7 @@ def _experts_in_tiles(activation, ids, weights, routed, shared, inner, out, add)
 def ffn(activation, gate, up, down, out, add=False):
     """The dense network, also the shared experts (`pymla.reference.moe.ffn`): `activation` of (T, K), `out` float32
     (T, K), overwritten or with `add` added to."""
+    check.ffn(activation, gate, up, down, out)
     tokens, inner = len(out), len(gate.data)
     if tokens == 1 and gate.qtype == up.qtype:
         whole = [QTensor(w.qtype, w.data[None]) for w in (gate, up, down)]

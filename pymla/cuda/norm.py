@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda, types
 
+from pymla.cuda.check import check
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.ptx import (
     WARP,
@@ -39,6 +40,7 @@ def rms_norm(x, weight, eps, out):
 
     `x` may be columns of a wider array.
     """
+    check.rms_norm(x, weight, eps, out)
     _rms_norm[len(x), THREADS](x, weight, eps, out)
     return out
 
@@ -46,8 +48,7 @@ def rms_norm(x, weight, eps, out):
 def normed(x, weight, eps, out, y=None):
     """``x += y``, then ``out = rms_norm(x)`` as an `Activation`, quantised where its length permits: all float32
     (T, K), contiguous, `weight` float32 (K,)."""
-    if not (x.contiguous and (y is None or y.contiguous)):
-        raise ValueError("rows that are added or normalised as activations must be contiguous")
+    check.normed(x, weight, eps, out, y)
     tokens, columns = x.shape
     if columns % 32:
         if y is not None:
@@ -62,6 +63,7 @@ def normed(x, weight, eps, out, y=None):
 
 def add(x, y):
     """``x += y``, both float32 (T, K), contiguous."""
+    check.add(x, y)
     _add[-(-x.size // THREADS), THREADS](x.reshape(-1), y.reshape(-1))
     return x
 

@@ -13,6 +13,7 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cuda import memory
+from pymla.cuda.check import check
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.ptx import (
@@ -107,8 +108,7 @@ class Activation:
     """
 
     def __init__(self, x):
-        if not x.contiguous:
-            raise ValueError(f"activations of strides {x.strides} are not contiguous")
+        check.activation(x)
         self.x, self.codes, self.scales = x, None, None
 
     def quantised(self):
@@ -136,12 +136,14 @@ def matmul(w, activation, out):
 
     Where `w` has several matrices, `out` has (T, matrices * N): the same input for all of them.
     """
+    check.matmul(w, activation, out)
     _product(w, activation, 1, out)
     return out
 
 
 def matmul_heads(w, x, out):
     """A matrix for each head: ``out[t, h] = W[h] @ x[t, h]``, `x` float32 (T, H, K), `out` float32 (T, H, N)."""
+    check.matmul_heads(w, x, out)
     tokens, heads, columns = x.shape
     _product(w, Activation(x.reshape(tokens * heads, columns)), heads, out.reshape(tokens, -1))
     return out
@@ -179,6 +181,7 @@ def matmul_heads_transposed(w, x, out):
 
     `x` float32 (T, H, N) and `out` (T, H, K) may be part of a wider last axis.
     """
+    check.matmul_heads_transposed(w, x, out)
     tokens, heads, columns = out.shape
     grid = -(-columns // 32), heads, tokens
     _TRANSPOSED[w.qtype][grid, THREADS](Matrices.of(w), x, out)
@@ -187,6 +190,7 @@ def matmul_heads_transposed(w, x, out):
 
 def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
+    check.embedding_rows(w, tokens, out)
     _EMBEDDING_ROWS[w.qtype][len(tokens), THREADS](Matrices.of(w), tokens, out)
     return out
 

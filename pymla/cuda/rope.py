@@ -4,6 +4,7 @@ import math
 
 from numba import cuda, types
 
+from pymla.cuda.check import check
 from pymla.cuda.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")
@@ -20,6 +21,7 @@ def angles(positions, inv_freq, magnitude, out):
 
     `positions` int32 (T,), `inv_freq` float64 (n,), `out` float32 (T, n, 2). Once per step, in float64.
     """
+    check.angles(positions, inv_freq, magnitude, out)
     _angles[len(positions), _PAIRS](positions, inv_freq, magnitude, out)
     return out
 
@@ -29,6 +31,7 @@ def rope_interleaved(x, cos_sin):
 
     `x` may be part of a wider array.
     """
+    check.rope_interleaved(x, cos_sin)
     tokens, heads, _ = x.shape
     _rope_interleaved[(tokens, -(-heads // _HEADS)), (_PAIRS, _HEADS)](x, cos_sin)
     return x

@@ -12,8 +12,10 @@ import numpy as np
 
 from pymla import costs
 from pymla.cache import PAGE, LatentCache, block_rows
+from pymla.contract import FLOAT16, FLOATS
 from pymla.reference import memory
-from pymla.reference.quant import dequantise, quantise
+from pymla.reference.check import check
+from pymla.reference.quant import dequantise, matmul_heads_transposed, quantise
 
 #: Heads that `expand` takes at a time.
 heads_at_once = costs.heads_at_once
@@ -33,6 +35,7 @@ def store(rows, slots, cache):
     slots : int32 array (T,)
     cache : QTensor of (number of slots) rows and W columns
     """
+    check.store(rows, slots, cache, (*FLOATS, *FLOAT16))
     cache.data[slots] = quantise(rows.astype(np.float32), cache.qtype)
 
 
@@ -45,6 +48,7 @@ def load(cache, block_table, out):
     block_table : int32 array (pages,)
     out : float array (S, W)
     """
+    check.load(cache, block_table, out)
     positions = np.arange(len(out))
     out[...] = dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype)
     return out
@@ -59,9 +63,10 @@ def absorb(q, k_b, out):
     k_b : QTensor of H matrices of nope rows and rank columns
     out : float array (T, H, rank + R)
     """
+    check.absorb(q, k_b, out)
     nope = k_b.data.shape[1]
     rank = out.shape[2] - (q.shape[2] - nope)
-    out[..., :rank] = np.einsum("thn,hnr->thr", q[..., :nope], dequantise(k_b.data, k_b.qtype).astype(q.dtype))
+    matmul_heads_transposed(k_b, q[..., :nope], out[..., :rank])
     out[..., rank:] = q[..., nope:]
     return out
 
@@ -84,6 +89,7 @@ def absorbed(q, latent, rope, step, scale, out):
     scale : float
     out : float array (T, H, rank)
     """
+    check.absorbed(q, latent, rope, step, scale, out)
     for b in np.unique(step.seq_of):
         tokens = np.flatnonzero(step.seq_of == b)
         length = int(step.positions[tokens].max()) + 1
@@ -124,6 +130,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     v_b : QTensor of H matrices of v rows and rank columns
     out : KeysValues
     """
+    check.expand(c_kv, k_pe, k_b, v_b, check.sizes("expand", out))
     keys, values = out
     nope = keys.shape[2] - k_pe.shape[1]
     keys[..., :nope] = np.einsum("sr,hnr->shn", c_kv, dequantise(k_b.data, k_b.qtype).astype(keys.dtype))
@@ -145,6 +152,7 @@ def expanded(q, keys_values, positions, scale, out):
     out : float array (T, H, v)
         May be some heads of a larger array.
     """
+    check.expanded(q, check.sizes("expanded", keys_values), positions, out)
     keys, values = keys_values
     for t, position in enumerate(positions):
         seen = int(position) + 1
@@ -165,6 +173,7 @@ def full(q, keys, values, step, scale, out):
     scale : float
     out : float array (T, H, v)
     """
+    check.full(q, keys, values, step, scale, out)
     heads = q.shape[1]
     for b in np.unique(step.seq_of):
         tokens = np.flatnonzero(step.seq_of == b)

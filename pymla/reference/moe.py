@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pymla.reference.check import check
 from pymla.reference.quant import dequantise
 
 
@@ -28,6 +29,7 @@ def router(logits, bias, config, ids, weights):
     best expert); DeepSeek-V3 (2024), section 2.1.2 (a group counts as the sum of its two best). Experts outside the
     chosen groups are never chosen.
     """
+    check.router(logits, bias, config, ids, weights)
     if config.scoring_func == "sigmoid":
         scores = 1 / (1 + np.exp(-logits))
     else:
@@ -66,6 +68,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     add : bool
         Whether `out` is added to, or overwritten.
     """
+    check.experts(activation, ids, weights, gate, up, down, out, shared)
     x = activation.x
     if not add:
         out[...] = 0
@@ -92,6 +95,7 @@ def ffn(activation, gate, up, down, out, add=False):
     add : bool
         Whether `out` is added to, or overwritten.
     """
+    check.ffn(activation, gate, up, down, out)
     x = activation.x
     result = _swiglu(x, *(dequantise(w.data, w.qtype).astype(x.dtype) for w in (gate, up, down)))
     out[...] = out + result if add else result

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pymla.reference.check import check
 from pymla.reference.quant import Activation
 
 
@@ -20,6 +21,7 @@ def rms_norm(x, weight, eps, out):
     -----
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
     """
+    check.rms_norm(x, weight, eps, out)
     scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps))
     out[...] = x * scale * weight.astype(x.dtype)
     return out
@@ -40,6 +42,7 @@ def normed(x, weight, eps, out, y=None):
     -------
     Activation of `out`
     """
+    check.normed(x, weight, eps, out, y)
     if y is not None:
         add(x, y)
     return Activation(rms_norm(x, weight, eps, out))
@@ -47,5 +50,6 @@ def normed(x, weight, eps, out, y=None):
 
 def add(x, y):
     """``x += y``, both float arrays (T, K): the residual connection."""
+    check.add(x, y)
     x += y
     return x

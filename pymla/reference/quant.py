@@ -8,6 +8,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.errors import PymlaError
+from pymla.reference.check import check
 
 
 class Activation:
@@ -19,6 +20,7 @@ class Activation:
     """
 
     def __init__(self, x):
+        check.activation(x)
         self.x = x
 
 
@@ -50,12 +52,14 @@ def matmul(w, activation, out):
 
     Parameters
     ----------
-    w : QTensor of N rows and K columns
+    w : QTensor of N rows and K columns, or of several such matrices
     activation : Activation of float array (T, K)
-    out : float array (T, N)
+    out : float array (T, N), or (T, matrices * N)
     """
+    check.matmul(w, activation, out)
     x = activation.x
-    out[...] = x @ dequantise(w.data, w.qtype).astype(x.dtype).T
+    rows = w.data.reshape(-1, w.data.shape[-1])
+    out[...] = x @ dequantise(rows, w.qtype).astype(x.dtype).T
     return out
 
 
@@ -68,8 +72,24 @@ def matmul_heads(w, x, out):
     x : float array (T, H, K)
     out : float array (T, H, N)
     """
+    check.matmul_heads(w, x, out)
     matrices = dequantise(w.data, w.qtype).astype(x.dtype)
     out[...] = np.einsum("thk,hnk->thn", x, matrices)
+    return out
+
+
+def matmul_heads_transposed(w, x, out):
+    """``out[t, h] = W[h].T @ x[t, h]``.
+
+    Parameters
+    ----------
+    w : QTensor of H matrices of N rows and K columns
+    x : float array (T, H, N)
+        May be part of a wider last axis, as `out` may.
+    out : float array (T, H, K)
+    """
+    check.matmul_heads_transposed(w, x, out)
+    out[...] = np.einsum("thn,hnk->thk", x, dequantise(w.data, w.qtype).astype(x.dtype))
     return out
 
 
@@ -82,6 +102,7 @@ def embedding_rows(w, tokens, out):
     tokens : int32 array (T,)
     out : float array (T, K)
     """
+    check.embedding_rows(w, tokens, out)
     out[...] = dequantise(np.ascontiguousarray(w.data[tokens]), w.qtype)
     return out
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from pymla.reference.check import check
+
 
 def angles(positions, inv_freq, magnitude, out):
     """Cosine and sine of every position and frequency, times `magnitude`.
@@ -17,6 +19,7 @@ def angles(positions, inv_freq, magnitude, out):
         The last axis holds cosine and sine. Angles are taken in float64: in float32 a position of 100,000 has an error
         of 0.004 radians.
     """
+    check.angles(positions, inv_freq, magnitude, out)
     theta = positions[:, None].astype(np.float64) * inv_freq
     out[..., 0] = np.cos(theta) * magnitude
     out[..., 1] = np.sin(theta) * magnitude
@@ -37,6 +40,7 @@ def rope_interleaved(x, cos_sin):
     -----
     Su et al., "RoFormer" (2021), equation 34; the interleaved layout of llama.cpp's ``LLAMA_ROPE_TYPE_NORM``.
     """
+    check.rope_interleaved(x, cos_sin)
     size = 2 * cos_sin.shape[1]
     pairs = x[..., x.shape[-1] - size :].reshape(*x.shape[:-1], size // 2, 2)
     cos, sin = cos_sin[:, None, :, 0], cos_sin[:, None, :, 1]

@@ -1,0 +1,234 @@
+"""Calls of every public operation of a backend, with arguments that fit, for tests of what does not."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from pymla import ggml
+from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.reference.quant import quantise
+from pymla.weights import QTensor
+
+#: Types of matrices that can be made here.
+MATRIX_TYPES = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q4_0, ggml.Q4_1, ggml.Q8_0)
+
+
+def tensor(rng, qtype, *shape):
+    return QTensor(qtype, quantise(rng.standard_normal(shape, dtype=np.float32), qtype))
+
+
+def floats(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def unset(*shape):
+    return np.full(shape, np.nan, np.float32)
+
+
+def sizes(rng, *most):
+    return [int(rng.integers(1, size + 1)) for size in most]
+
+
+def step_of(rng, tokens, pages, slots):
+    """Tokens of one or two sequences, at any position in their pages."""
+    sequences = min(tokens, int(rng.integers(1, 3)))
+    seq_of = np.sort(rng.integers(0, sequences, tokens)).astype(np.int32)
+    positions = rng.integers(0, pages * PAGE, tokens).astype(np.int32)
+    tables = rng.integers(0, slots // PAGE, (sequences, pages)).astype(np.int32)
+    return Step(positions, positions, seq_of, positions, tables)
+
+
+def latent(rng, backend, rank, rope, slots):
+    """A latent cache of a type, with rows in it."""
+    name = list(CACHE_TYPES)[rng.integers(len(CACHE_TYPES))]
+    qtype = CACHE_TYPES[name]
+    layout = [(qtype, rank), (ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)]
+    cache = backend.attention.latent_cache(layout, slots)
+    every = backend.memory.to_device(np.arange(slots, dtype=np.int32))
+    for rows, width in zip(cache, (rank, rope), strict=True):
+        backend.attention.store(backend.memory.to_device(floats(rng, slots, width)), every, rows)
+    return cache
+
+
+def calls(rng, backend):
+    """(operation, arguments by name, names of what the backend made) for every operation, of random sizes that fit."""
+    quant, norm, rope, moe, attention = backend.quant, backend.norm, backend.rope, backend.moe, backend.attention
+    tokens, heads, experts = sizes(rng, 7, 3, 5)
+    rows, columns, nope, v = (16 * size for size in sizes(rng, 3, 3, 3, 3))
+    columns *= 2
+    qtype, other = (MATRIX_TYPES[i] for i in rng.integers(len(MATRIX_TYPES), size=2))
+    yield (
+        quant.matmul,
+        {
+            "w": tensor(rng, qtype, rows, columns),
+            "activation": floats(rng, tokens, columns),
+            "out": unset(tokens, rows),
+        },
+    )
+    yield (
+        quant.matmul_heads,
+        {
+            "w": tensor(rng, qtype, heads, rows, columns),
+            "x": floats(rng, tokens, heads, columns),
+            "out": unset(tokens, heads, rows),
+        },
+    )
+    yield (
+        quant.matmul_heads_transposed,
+        {
+            "w": tensor(rng, qtype, heads, rows, columns),
+            "x": floats(rng, tokens, heads, rows),
+            "out": unset(tokens, heads, columns),
+        },
+    )
+    yield (
+        quant.embedding_rows,
+        {
+            "w": tensor(rng, qtype, rows, columns),
+            "tokens": rng.integers(0, rows, tokens).astype(np.int32),
+            "out": unset(tokens, columns),
+        },
+    )
+    for operation in (norm.rms_norm, norm.normed):
+        yield (
+            operation,
+            {
+                "x": floats(rng, tokens, columns),
+                "weight": floats(rng, columns),
+                "eps": 1e-5,
+                "out": unset(tokens, columns),
+            },
+        )
+    yield norm.add, {"x": floats(rng, tokens, columns), "y": floats(rng, tokens, columns)}
+    yield (
+        rope.angles,
+        {
+            "positions": np.arange(tokens, dtype=np.int32),
+            "inv_freq": rng.random(8),
+            "magnitude": 1.0,
+            "out": unset(tokens, 8, 2),
+        },
+    )
+    yield rope.rope_interleaved, {"x": floats(rng, tokens, heads, 32), "cos_sin": floats(rng, tokens, 8, 2)}
+    used = int(rng.integers(1, experts + 1))
+    routing = {"scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "group_score": "max"}
+    routing |= {"norm_topk_prob": True, "routed_scaling_factor": 1.5}
+    yield (
+        moe.router,
+        {
+            "logits": floats(rng, tokens, experts),
+            "bias": floats(rng, experts),
+            "config": SimpleNamespace(**routing),
+            "ids": np.zeros((tokens, used), np.int32),
+            "weights": unset(tokens, used),
+        },
+    )
+    inner = 32 * int(rng.integers(1, 3))
+    yield (
+        moe.experts,
+        {
+            "activation": floats(rng, tokens, columns),
+            "ids": rng.integers(0, experts, (tokens, used)).astype(np.int32),
+            "weights": floats(rng, tokens, used),
+            "gate": tensor(rng, qtype, experts, inner, columns),
+            "up": tensor(rng, qtype, experts, inner, columns),
+            "down": tensor(rng, other, experts, columns, inner),
+            "out": unset(tokens, columns),
+        },
+    )
+    yield (
+        moe.ffn,
+        {
+            "activation": floats(rng, tokens, columns),
+            "gate": tensor(rng, qtype, inner, columns),
+            "up": tensor(rng, other, inner, columns),
+            "down": tensor(rng, qtype, columns, inner),
+            "out": unset(tokens, columns),
+        },
+    )
+    pages, rank, rotated = int(rng.integers(1, 4)), 32 * int(rng.integers(1, 3)), 16
+    slots = PAGE * 5
+    cache = latent(rng, backend, rank, rotated, slots)
+    step = step_of(rng, tokens, pages, slots)
+    for operation in (attention.absorbed, attention.absorbed_materialised):
+        yield (
+            operation,
+            {
+                "q": floats(rng, tokens, heads, rank + rotated),
+                "latent": cache.latent,
+                "rope": cache.rope,
+                "step": step,
+                "scale": 0.1,
+                "out": unset(tokens, heads, rank),
+            },
+        )
+    yield (
+        attention.store,
+        {
+            "rows": floats(rng, tokens, rank),
+            "slots": rng.permutation(slots)[:tokens].astype(np.int32),
+            "cache": cache.latent,
+        },
+    )
+    length = int(rng.integers(1, pages * PAGE + 1))
+    yield (
+        attention.load,
+        {
+            "cache": cache.latent,
+            "block_table": rng.integers(0, 5, pages).astype(np.int32),
+            "out": unset(length, rank),
+        },
+    )
+    k_b, v_b = tensor(rng, qtype, heads, nope, rank), tensor(rng, other, heads, v, rank)
+    yield (
+        attention.absorb,
+        {
+            "q": floats(rng, tokens, heads, nope + rotated),
+            "k_b": k_b,
+            "out": unset(tokens, heads, rank + rotated),
+        },
+    )
+    for exact in (True, False):
+        made = attention.keys_values(length, heads, nope + rotated, v, exact)
+        filling = {"c_kv": floats(rng, length, rank), "k_pe": floats(rng, length, rotated), "k_b": k_b, "v_b": v_b}
+        yield attention.expand, {**filling, "out": made}
+        attention.expand(*(on(backend, each) for each in filling.values()), made)
+        yield (
+            attention.expanded,
+            {
+                "q": floats(rng, tokens, heads, nope + rotated),
+                "keys_values": made,
+                "positions": rng.integers(0, length, tokens).astype(np.int32),
+                "scale": 0.1,
+                "out": unset(tokens, heads, v),
+            },
+        )
+    kind = ggml.F16 if rng.integers(2) else ggml.F32
+    yield (
+        attention.full,
+        {
+            "q": floats(rng, tokens, heads, nope + rotated),
+            "keys": on(backend, tensor(rng, kind, slots, heads * (nope + rotated))),
+            "values": on(backend, tensor(rng, kind, slots, heads * v)),
+            "step": step,
+            "scale": 0.1,
+            "out": unset(tokens, heads, v),
+        },
+    )
+
+
+def on(backend, value):
+    """An argument in the memory of a backend; what the backend made is there already."""
+    if isinstance(value, QTensor):
+        return value._replace(data=on(backend, value.data))
+    if isinstance(value, Step):
+        return Step(*(on(backend, each) for each in value))
+    return backend.memory.to_device(value) if isinstance(value, np.ndarray) else value
+
+
+def run(backend, operation, arguments):
+    """Call an operation with arguments in the host's memory; an `activation` is made of its array."""
+    there = {name: on(backend, value) for name, value in arguments.items()}
+    if "activation" in there:
+        there["activation"] = backend.quant.Activation(there["activation"])
+    return operation(**there)

@@ -1,0 +1,200 @@
+"""Operations that are called with what does not fit: an error that names the argument, and never a crash, memory that
+is not the caller's, or a silent result."""
+
+import contextlib
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operations import calls, floats, run, tensor, unset
+
+from pymla import cpu, ggml, reference
+from pymla.cache import Step
+from pymla.cpu import threads
+from pymla.errors import PymlaError
+from pymla.weights import QTensor
+
+BACKENDS = [reference, cpu]
+INDICES = {"tokens", "ids", "slots", "positions", "block_table", "step"}
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.NAME)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def refused(operation, *words, **arguments):
+    with pytest.raises(PymlaError) as caught:
+        operation(**arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# Calls that once crashed, wrote elsewhere or gave garbage -------------------------------------------------------------
+
+
+def test_an_out_of_the_wrong_shape(backend, rng):
+    w, x = tensor(rng, ggml.Q4_0, 64, 96), backend.quant.Activation(floats(rng, 5, 96))
+    for shape in ((5, 63), (5, 65), (4, 64), (6, 64), (5, 64, 1), (320,)):
+        refused(backend.quant.matmul, "matmul: out is float32", "(5, 64)", w=w, activation=x, out=unset(*shape))
+    refused(backend.quant.matmul, "out is float16", w=w, activation=x, out=np.empty((5, 64), np.float16))
+    refused(backend.quant.matmul, "out is a list", w=w, activation=x, out=[])
+
+
+@pytest.mark.parametrize("token", [64, -1, 2**31 - 1, -(2**31)])
+def test_a_token_past_the_table(backend, rng, token):
+    w = tensor(rng, ggml.Q8_0, 64, 32)
+    words = f"embedding_rows: tokens has {token}", "rows of w go from 0 to 63"
+    refused(backend.quant.embedding_rows, *words, w=w, tokens=np.array([1, token], np.int32), out=unset(2, 32))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_position_past_the_keys(backend, rng, exact):
+    made = backend.attention.keys_values(10, 2, 48, 32, exact)
+    arguments = {"q": floats(rng, 1, 2, 48), "keys_values": made, "scale": 1.0, "out": unset(1, 2, 32)}
+    for position in (10, 127, 10**6, -1):
+        words = f"expanded: positions has {position}", "from 0 to 9"
+        refused(backend.attention.expanded, *words, positions=np.array([position], np.int32), **arguments)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_an_expert_past_the_last(backend, rng, tokens):
+    gate, up, down = (tensor(rng, ggml.Q4_0, 3, 32, 32) for _ in range(3))
+    x = backend.quant.Activation(floats(rng, tokens, 32))
+    for expert in (3, -1, 10**6):
+        ids = np.full((tokens, 2), expert, np.int32)
+        arguments = {"weights": floats(rng, tokens, 2), "gate": gate, "up": up, "down": down, "out": unset(tokens, 32)}
+        words = f"experts: ids has {expert}", "from 0 to 2"
+        refused(backend.moe.experts, *words, activation=x, ids=ids, **arguments)
+
+
+def test_columns_that_do_not_agree(backend, rng):
+    x, out = backend.quant.Activation(floats(rng, 2, 64)), unset(2, 32)
+    refused(
+        backend.quant.matmul,
+        "w is Q4_0 with rows of 96 columns",
+        w=tensor(rng, ggml.Q4_0, 32, 96),
+        activation=x,
+        out=out,
+    )
+    odd = backend.quant.Activation(floats(rng, 2, 40))
+    words = "w is Q8_0, in blocks of 32", "divide 40 columns"
+    refused(backend.quant.matmul, *words, w=tensor(rng, ggml.Q8_0, 32, 64), activation=odd, out=out)
+
+
+def test_keys_and_queries_of_different_width(backend, rng):
+    for exact in (True, False):
+        made = backend.attention.keys_values(10, 2, 48, 32, exact)
+        positions = np.zeros(1, np.int32)
+        arguments = {"keys_values": made, "positions": positions, "scale": 1.0, "out": unset(1, 2, 32)}
+        refused(
+            backend.attention.expanded, "q is float32 (1, 2, 64)", "(n, 2, 48)", q=floats(rng, 1, 2, 64), **arguments
+        )
+
+
+def test_a_norm_weight_of_the_wrong_length(backend, rng):
+    for operation in (backend.norm.rms_norm, backend.norm.normed):
+        for count in (63, 65, 32):
+            words = f"weight is float32 ({count},)", "(64,)"
+            refused(operation, *words, x=floats(rng, 2, 64), weight=floats(rng, count), eps=0.0, out=unset(2, 64))
+
+
+@pytest.mark.parametrize("qtype", [ggml.ID["Q4_K"], ggml.ID["IQ4_XS"], 7, 99, 12345])
+def test_a_type_that_is_not_run(backend, rng, qtype):
+    w = QTensor(qtype, np.zeros((32, 144), np.uint8))
+    x = backend.quant.Activation(floats(rng, 2, 256))
+    refused(backend.quant.matmul, "matmul: w is of type", "Q4_0", w=w, activation=x, out=unset(2, 32))
+
+
+# All operations, with anything ----------------------------------------------------------------------------------------
+
+
+def spoiled(rng, value):
+    """An argument changed in one way, or None where there is nothing to change."""
+    if isinstance(value, QTensor):
+        if rng.integers(3) == 0:
+            return QTensor(int(rng.choice([0, 1, 2, 3, 8, 12, 14, 30, 77, 1016])), value.data)
+        changed = spoiled(rng, value.data)
+        return None if changed is None else QTensor(value.qtype, changed)
+    if isinstance(value, Step):
+        name = ("seq_of", "positions", "block_tables")[rng.integers(3)]
+        changed = spoiled(rng, getattr(value, name))
+        return None if changed is None else value._replace(**{name: changed})
+    if isinstance(value, tuple) and hasattr(value, "_replace"):  # expanded keys and values
+        name = value._fields[rng.integers(2)]
+        changed = spoiled(rng, getattr(value, name))
+        return None if changed is None or hasattr(value, "sizes") else value._replace(**{name: changed})
+    if not isinstance(value, np.ndarray) or not value.size:
+        return None
+    axis, kind = rng.integers(value.ndim), rng.integers(7)
+    if kind == 0:  # shorter
+        return np.ascontiguousarray(value.take(range(value.shape[axis] - 1), axis))
+    if kind == 1:  # longer
+        return np.concatenate([value, value], axis)
+    if kind == 2:
+        with np.errstate(invalid="ignore"):
+            return value.astype([np.float64, np.float16, np.int64, np.uint8, np.int8][rng.integers(5)])
+    if kind == 3:  # every other element of an array that is twice as long
+        wide = np.repeat(value, 2, axis)
+        return wide[(slice(None),) * axis + (slice(None, None, 2),)]
+    if kind == 4:
+        return value[None] if rng.integers(2) else value.reshape(-1)
+    if kind == 5:
+        return np.asfortranarray(value) if rng.integers(2) else value[..., ::-1]
+    if np.issubdtype(value.dtype, np.integer) and value.dtype == np.int32:
+        changed = value.copy()
+        changed.flat[rng.integers(value.size)] = rng.choice([-1, 5, 64, 320, 10**6, -(2**31), 2**31 - 1])
+        return changed
+    return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_nothing_crashes(seed):
+    """Every operation once as it should be, and once with a spoiled argument: refused by name, or still valid."""
+    for backend in BACKENDS:
+        rng = np.random.default_rng(seed)
+        for operation, arguments in calls(rng, backend):
+            run(backend, operation, {name: copied(value) for name, value in arguments.items()})
+            name = list(arguments)[rng.integers(len(arguments))]
+            changed = spoiled(rng, arguments[name])
+            if changed is None:
+                continue
+            with np.errstate(invalid="ignore"), contextlib.suppress(PymlaError):
+                run(backend, operation, arguments | {name: changed})
+
+
+def copied(value):
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def test_every_operation_is_checked():
+    names = {operation.__name__ for operation, _ in calls(np.random.default_rng(0), cpu)}
+    for backend in BACKENDS:
+        for module in (backend.quant, backend.norm, backend.rope, backend.moe):
+            for name in set(getattr(module, "__all__", vars(module))) & {"matmul", "router", "experts", "ffn"}:
+                assert name in names
+    assert {"absorb", "absorbed", "expand", "expanded", "full", "load", "store", "matmul", "normed", "router"} <= names
+
+
+def test_operations_have_the_same_arguments():
+    for ours, theirs in zip(
+        calls(np.random.default_rng(0), reference), calls(np.random.default_rng(0), cpu), strict=True
+    ):
+        assert inspect.signature(ours[0]) == inspect.signature(theirs[0]), ours[0]
+
+
+def test_indices_of_a_recorded_step_are_not_looked_at(rng):
+    """They are written before each replay: what lies there while it is recorded means nothing."""
+    w, tokens = tensor(rng, ggml.F32, 8, 32), np.array([10**6], np.int32)
+    out = unset(1, 32)
+    graph = threads.Graph(lambda: cpu.quant.embedding_rows(w, tokens, out))
+    tokens[0] = 3
+    graph.replay()
+    np.testing.assert_array_equal(out[0], w.data.view(np.float32)[3])
