@@ -159,7 +159,7 @@ def test_a_spelt_bos_is_the_one_in_front():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match="llama-bpe"):
+    with pytest.raises(PymlaError, match=r"^tokenizer: metadata tokenizer\.ggml\.pre is 'llama-bpe'"):
         small("llama-bpe")
     tokenizer = small()
     with pytest.raises(PymlaError, match="token id 999999"):
@@ -324,6 +324,12 @@ def test_the_first_and_the_last_token_may_be_special(vocabulary):
     assert len(tokenizer.warnings) == 2
     for token, warning in zip((last + 1, -1), tokenizer.warnings, strict=True):
         assert f"metadata tokenizer.ggml.eos_token_ids is {token}, and the vocabulary has {last + 1} tokens" in warning
+
+
+def test_tokens_outside_the_vocabulary_are_left_out(vocabulary):
+    """A model's matrices may have rows for more."""
+    tokenizer = vocabulary()
+    assert [tokenizer.is_special(token) for token in (-1, 0, 260, 261, 262)] == [True, False, False, True, True]
 
 
 def test_a_byte_may_be_a_special_token(vocabulary):
