@@ -16,7 +16,8 @@ from pymla.modelfile import ModelFile
 from pymla.reference.quant import dequantise, quantise
 from pymla.weights import QTensor, Weights
 
-LAYOUTS = ("kv_b", "split", "all")
+#: Of `make_model`, and "flat": two-dimensional ``attn_k_b`` and ``attn_v_b`` without ``attn_kv_b``.
+LAYOUTS = ("kv_b", "split", "all", "flat")
 
 
 @pytest.fixture
@@ -89,16 +90,19 @@ def test_each_tensor_has_its_place(written, name, changes, dense, sparse, qtype)
 @pytest.mark.parametrize("qtype", [ggml.F32, ggml.F16, ggml.Q8_0], ids=ggml.NAME.get)
 def test_keys_and_values_of_all_layouts(written, layout, qtype):
     """`W_k_b` and `W_v_b` head by head, with the rows of ``attn_kv_b`` whatever the file has."""
-    file, config = written("v3", qtype, layout)
+    file, config = written("v3", qtype)
     heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    there = raw(written("v3", qtype)[0])  # the same weights as attn_kv_b
-    file = ModelFile.open(file.path) if layout == "kv_b" else written("v3", qtype, layout)[0]
+    there = raw(file)
+    file, config = written("v3", qtype, "all" if layout == "flat" else layout)  # the same weights
+    if layout == "flat":
+        for i in range(config.num_hidden_layers):
+            del file.tensors[f"blk.{i}.attn_kv_b.weight"]
     for i, layer in enumerate(Weights.from_gguf(file, config).layers):
         by_head = there[f"blk.{i}.attn_kv_b.weight"]
         by_head = np.ascontiguousarray(by_head).view(np.uint8).reshape(heads, nope + v, -1)
         assert layer.attn_v_b.qtype == qtype
         assert same(layer.attn_v_b, by_head[:, nope:])
-        if layout == "split" and qtype == ggml.Q8_0:
+        if layout in ("split", "flat") and qtype == ggml.Q8_0:
             # The transpose has other blocks: its values are quantised anew, and then kept as 16-bit numbers.
             stored = raw(file)[f"blk.{i}.attn_k_b.weight"].reshape(heads, config.kv_lora_rank, -1)
             expected = quantise(dequantise(stored, qtype).swapaxes(1, 2), ggml.F16)
