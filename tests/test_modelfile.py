@@ -342,6 +342,35 @@ def test_alignment(tmp_path, alignment):
     refused(path, "general.alignment", str(alignment))
 
 
+def test_least_alignment(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "test")
+    writer.add_custom_alignment(1)
+    for name in "ab":
+        writer.add_tensor(name, np.arange(3, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = ModelFile.open(tmp_path / "aligned.gguf")
+    # Without padding the data need not lie where float32 may.
+    assert [np.frombuffer(each.data.tobytes(), np.float32).tolist() for each in file.tensors.values()] == [
+        [0, 1, 2]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "place"),
+    [(70, "the entry of tensor 1"), (110, f"tensor {'a' * 100}"), (200, "the entry of tensor 2"), (242, "tensor bbb")],
+)
+def test_an_entry_that_is_cut(tmp_path, kept, place):
+    """A tensor's entry: length of the name (8), name (100), dimensions (4), sizes (8 each), type (4), offset (8)."""
+    contents = {100 * name: (np.zeros(1, np.float32), ggml.F32) for name in "ab"}
+    path = write(tmp_path / "cut.gguf", {}, contents)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"aaa") - 8 + kept])
+    refused(path, f"truncated in {place}")
+
+
 def test_alignment_of_wrong_type(tmp_path):
     path = write(tmp_path / "aligned.gguf", {"general.alignment": (GGUFValueType.STRING, "32")}, {})
     refused(path, "general.alignment", "'32'")

@@ -332,6 +332,15 @@ def test_tokens_outside_the_vocabulary_are_left_out(vocabulary):
     assert [tokenizer.is_special(token) for token in (-1, 0, 260, 261, 262)] == [True, False, False, True, True]
 
 
+def test_a_special_token_in_front_of_all_others():
+    tokenizer = Tokenizer(["<x>", *ALPHABET], [CONTROL] + [NORMAL] * 256, [], "deepseek-llm")
+    assert tokenizer.encode("a<x>a", parse_special=True) == [1 + ALPHABET.index("a"), 0, 1 + ALPHABET.index("a")]
+    assert tokenizer.decode([0]) == ""
+    assert tokenizer.decode([0], skip_special=False) == "<x>"
+    with pytest.raises(PymlaError, match="token id 257"):
+        tokenizer.decode([257])
+
+
 def test_a_byte_may_be_a_special_token(vocabulary):
     """Part of a character is ordinary text, whatever the metadata calls it."""
     byte = ALPHABET.index("ä")  # 0xE4, which begins characters
