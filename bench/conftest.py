@@ -28,7 +28,6 @@ _state = {"rows": []}
 
 @pytest.fixture(scope="session")
 def limits():
-    cpu.compile_all()
     _state["limits"], _state["packed"] = machine.measure(), machine.packed_rate()
     return _state["limits"]
 

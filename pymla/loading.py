@@ -103,6 +103,8 @@ def load(
     placement = _backends(device, split, config, threads, report)
     weights = _weights(file, config, placement, planner, split, report)
     model = Model(config, weights, placement, cache_type=cache_type, mla=mla, ctx=ctx)
+    for backend in placement.backends:
+        backend.compile_for(model, report.compiling, report.warn)
     return LanguageModel(file, config, tokenizer, model)
 
 
@@ -401,7 +403,7 @@ def _warn_of_disk(file, needed, available, report):
 
 
 def _backends(device, split, config, threads, report):
-    """Where each part of the model is, with kernels that are ready."""
+    """Where each part of the model is."""
     if device == "reference":
         from pymla import reference
 
@@ -417,15 +419,10 @@ def _backends(device, split, config, threads, report):
             f"the system lets this process start {cpu.thread_count()} of {threads or cores} threads, and kernels run "
             "slower; raise its limit on processes (ulimit -u), or give `threads`"
         )
-    if cpu.cache_dir_warning():
-        report.warn(cpu.cache_dir_warning())
     gpu = cpu
     if split.gpu_layers:
         from pymla.cuda import backend as gpu
-    placement = split.placement(config, cpu, gpu)
-    for backend in placement.backends:
-        backend.compile_all(report.compiling if backend.needs_compiling() else None)
-    return placement
+    return split.placement(config, cpu, gpu)
 
 
 def _weights(file, config, placement, planner, split, report):

@@ -5,10 +5,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pymla.cgroups import groups, lines
+from pymla.cores import usable_cores
+
 # Names of: the limit, the usage, the part of memory.stat that is page cache. Version 1 of cgroups counts it per group
 # and, as total_*, with its children, to which the limit applies.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 _V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+# Bytes of addresses of a thread: its stack and, of glibc's allocator, its arena.
+_THREAD = 72 << 20
 
 
 def size_text(nbytes: float) -> str:
@@ -26,9 +32,9 @@ def size_text(nbytes: float) -> str:
 def available_memory(root: str | Path = "/") -> int:
     """Bytes that can be allocated without pushing anything else out of memory.
 
-    On Linux ``MemAvailable``, and no more than any control group of this process has left. The page cache counts as
-    free: that of a mapped model is dropped when memory runs short. Elsewhere the machine's free or, where that is
-    unknown, whole memory; ``sys.maxsize`` where neither is known.
+    On Linux ``MemAvailable``, and no more than any control group of this process, or its address space (``ulimit -v``),
+    has left. The page cache counts as free: that of a mapped model is dropped when memory runs short. Elsewhere the
+    machine's free or, where that is unknown, whole memory; ``sys.maxsize`` where neither is known.
 
     Parameters
     ----------
@@ -38,45 +44,43 @@ def available_memory(root: str | Path = "/") -> int:
     meminfo = _numbers(root / "proc/meminfo")
     if "MemAvailable:" not in meminfo:
         return _sysconf()
-    return max(0, min([meminfo["MemAvailable:"] * 1024, *_left_in_groups(root)]))
+    return max(0, min([meminfo["MemAvailable:"] * 1024, *_left_in_groups(root), *_left_in_address_space(root)]))
+
+
+def address_space() -> int:
+    """Bytes of addresses that this process may have (``ulimit -v``); ``sys.maxsize`` where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _left_in_address_space(root: Path) -> Iterator[int]:
+    """Addresses for memory, besides those that threads of kernels take."""
+    limit, status = address_space(), _numbers(root / "proc/self/status")
+    if limit < sys.maxsize and "VmSize:" in status:
+        yield limit - status["VmSize:"] * 1024 - usable_cores() * _THREAD
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     """What each limited control group that this process is in has left."""
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", _V2
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", _V1
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        # In a container the path may be the host's, which is not visible; the mount is then the container's group.
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(mount):
-                yield from _left(folder, *names)
+    for version, group in groups("memory", root):
+        yield from _left(group, *(_V1 if version == 1 else _V2))
 
 
 def _left(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> Iterator[int]:
-    limits, usages = _lines(group / limit), _lines(group / usage)
+    limits, usages = lines(group / limit), lines(group / usage)
     if limits and usages and limits[0] != "max":
         stat = _numbers(group / "memory.stat")
         yield int(limits[0]) - int(usages[0]) + sum(stat.get(name, 0) for name in cache)
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a file of the kernel's; none where it does not exist or is not for us."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _numbers(path: Path) -> dict[str, int]:
     """First and second word of each line."""
-    words = (line.split() for line in _lines(path))
-    return {line[0]: int(line[1]) for line in words if len(line) > 1}
+    words = (line.split() for line in lines(path))
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
 
 
 def _sysconf() -> int:
@@ -88,7 +92,7 @@ def _sysconf() -> int:
 
 
 def streaming_read() -> float:
-    """Bytes per second that this machine reads from memory, all cores together: what bounds generation.
+    """Bytes per second that this machine reads from memory, all usable cores together: what bounds generation.
 
     Two passes over 256 MiB, which no cache holds, in about 30 ms; the better counts.
     """
@@ -97,7 +101,7 @@ def streaming_read() -> float:
 
     import numpy as np
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     parts = np.array_split(np.ones(32 << 20, np.int64), cores)
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:

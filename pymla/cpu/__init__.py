@@ -1,11 +1,15 @@
 """Numba kernels for the processor: the twins of `pymla.reference`, with the same names and contracts."""
 
+from pymla import numba_check  # noqa: F401 - before Numba
+
+# isort: split
 from pymla import sampling
+from pymla.cores import usable_cores
 from pymla.costs import SLICE
 from pymla.cpu import attention, memory, moe, norm, quant, rope
-from pymla.cpu.compiling import cache_dir_warning, compile_all, needs_compiling
 from pymla.cpu.isa import ISA
-from pymla.cpu.threads import Graph, set_threads, thread_count, usable_cores
+from pymla.cpu.needed import compile_for
+from pymla.cpu.threads import Graph, set_threads, thread_count
 
 NAME = "cpu"
 
@@ -15,11 +19,9 @@ __all__ = [
     "SLICE",
     "Graph",
     "attention",
-    "cache_dir_warning",
-    "compile_all",
+    "compile_for",
     "memory",
     "moe",
-    "needs_compiling",
     "norm",
     "quant",
     "rope",

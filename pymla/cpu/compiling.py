@@ -1,25 +1,41 @@
-"""Compiled functions with one explicit signature each, in an on-disk cache that follows the sources.
+"""Compiled functions with one explicit signature each, kept on disk as long as their sources stay the same.
 
-Numba keys its cache by the file of the cached function alone, so editing `simd.py` would leave stale kernels of
-`quant.py` behind. Here the cache folder's name is a digest of all that kernels are made of and of the tools' versions.
+Numba keys its own cache by the file of the cached function alone, so editing `simd.py` would leave stale kernels of
+`quant.py` behind, and it loads damaged files. `pymla.kernel_cache` has neither fault: its key is a digest of all that
+kernels are made of, of the tools' versions and of the processor that they are compiled for.
 """
 
+import contextlib
 import functools
+import importlib
+import itertools
+import json
 import os
+import pickle
+import queue
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import llvmlite
-import llvmlite.binding as llvm
 import numba
+from numba.core import bytecode, config
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
+from numba.core.serialize import dumps
+from numba.core.sigutils import normalize_signature
 
+from pymla.cores import usable_cores
 from pymla.cpu.isa import ISA
+from pymla.kernel_cache import KernelCache, take_warnings
 from pymla.source_key import is_part_of, source_key
 
 #: Everything that `compile_all` compiles.
 COMPILED = []
 _SOURCES = Path(__file__).resolve().parent
-_warning = None
 
 #: A function that kernels call. Sums are taken in the order that is written, so that a result does not depend on the
 #: kernel around it: vector registers (`simd.py`) take the place of fast-math.
@@ -28,108 +44,252 @@ inline = numba.njit(error_model="numpy", nogil=True)
 #: A step of a loop that is written out: a real call would pass its registers through memory.
 unrolled = numba.njit(error_model="numpy", nogil=True, forceinline=True)
 
+#: What of Numba's configuration changes machine code, besides the processor's name and features.
+_CONFIGURATION = (
+    "BOUNDSCHECK",
+    "DEBUGINFO_DEFAULT",
+    "DEBUG_NRT",
+    "DISABLE_INTEL_SVML",
+    "LLVM_REFPRUNE_FLAGS",
+    "LLVM_REFPRUNE_PASS",
+    "LOOP_VECTORIZE",
+    "NRT_STATS",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+
+# Helper functions are weak symbols of every kernel that calls them, named by their place in the source, their
+# arguments' types and a number that Numba counts. The linker takes the first of a name, so that two functions of one
+# factory (`panels.product_for`) may not share one, even where kernels of one process were compiled by several.
+bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
+
 
 class Compiled:
-    """A function that is compiled by `compile_all` or when first used; `build` says how, given keyword options."""
+    """A function that is compiled by `compile_all` or when first used.
+
+    Parameters
+    ----------
+    python_function : function
+    build : callable(cache) -> object
+        Compiles it with Numba, which takes machine code from `cache` or gives it there.
+    Attributes
+    ----------
+    is_kept : bool
+        Whether its machine code goes to the cache.
+    origin : (str, str, tuple or None)
+        Module, function and arguments that make it in another process; None: the function is it.
+    """
 
     def __init__(self, python_function, build):
-        self.__name__ = python_function.__name__
-        self._keep = is_part_of(_SOURCES, python_function)
+        self.__name__, self._module = python_function.__name__, python_function.__module__
+        self.origin = python_function.__module__, python_function.__name__, None
+        self.is_kept = is_part_of(_SOURCES, python_function)
         self._build = build
         self._result = None
         COMPILED.append(self)
 
     @property
+    def name(self):
+        """What its machine code is called in the cache."""
+        return f"{self._module}.{self.__name__}"
+
+    @property
     def result(self):
-        """What `build` gave, with the compiled code in the cache's folder."""
+        """What `build` gave."""
         if self._result is None:
-            folder = cache_dir() if self._keep else None
-            previous = numba.config.CACHE_DIR
-            # The folder is fixed when a function is decorated. Other users of Numba in the process keep their own.
-            numba.config.CACHE_DIR = folder or previous
-            try:
-                self._result = self._build(cache=folder is not None, error_model="numpy")
-            finally:
-                numba.config.CACHE_DIR = previous
+            self._result = self._build(_Kept(self.name) if self.is_kept else NullCache())
         return self._result
+
+    @property
+    def is_ready(self):
+        """Whether `result` takes no long time: it is there, or in a file."""
+        return self._result is not None or (self.is_kept and self.name in CACHE)
+
+
+class _Kept(NullCache):
+    """A function's machine code on disk, as Numba asks for it."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def load_overload(self, sig, target_context):
+        data = CACHE.read(self._name)
+        if data is None:
+            return None
+        target_context.refresh()
+        return CompileResult._rebuild(target_context, *pickle.loads(data))
+
+    def save_overload(self, sig, data):
+        # Addresses of this process, as of ctypes functions, mean nothing to another one.
+        if not data.library.has_dynamic_globals:
+            CACHE.write(self._name, dumps(data._reduce()))
 
 
 def function(signature):
     """Mark a function that Python calls, with a Numba signature; it runs without the interpreter's lock."""
 
     def decorate(python_function):
-        def build(**options):
-            return numba.njit(signature, nogil=True, **options)(python_function)
+        def build(cache):
+            dispatcher = numba.njit(nogil=True, error_model="numpy")(python_function)
+            dispatcher._cache = cache
+            dispatcher.compile(signature)
+            dispatcher.disable_compile()
+            return dispatcher
 
         compiled = Compiled(python_function, build)
-        return lambda *arguments: compiled.result(*arguments)
+
+        @functools.wraps(python_function)
+        def call(*arguments):
+            return compiled.result(*arguments)
+
+        call.compiled = compiled
+        return call
 
     return decorate
 
 
-def cache_dir():
-    """The folder that holds compiled kernels, or None where it cannot be written.
-
-    ``PYMLA_CACHE_DIR``, or ``pymla`` in ``XDG_CACHE_HOME`` or ``~/.cache``; below it a folder for each state of the
-    sources, of Numba, of LLVM and of the processor.
-    """
-    global _warning
-    root = os.environ.get("PYMLA_CACHE_DIR")
-    if root is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pymla"
-    folder = Path(root) / _key()
-    if cache_dir.known == folder:
-        return str(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _warning = (
-            f"compiled kernels cannot be cached in {folder} ({error.strerror}): they are compiled again in every run. "
-            "Set PYMLA_CACHE_DIR to a folder that can be written."
-        )
-        return None
-    cache_dir.known = folder
-    return str(folder)
+def c_function(python_function, signature, cache):
+    """Compile a function that machine code calls, with a Numba signature (`numba.core.ccallback.CFunc`)."""
+    compiled = CFunc(python_function, normalize_signature(signature), {}, {"error_model": "numpy"})
+    compiled._cache = cache
+    compiled.compile()
+    return compiled
 
 
-cache_dir.known = None
-
-
-def cache_dir_warning():
-    """What is wrong with the cache folder, or None."""
-    cache_dir()
-    return _warning
-
-
-def needs_compiling():
-    """Whether `compile_all` will take long: nobody has compiled this state of the sources here before."""
-    folder = cache_dir()
-    return folder is None or not (Path(folder) / "complete").exists()
-
-
-def compile_all(progress=None):
-    """Compile everything, or load it from the cache.
+def compile_all(wanted=None, progress=None, warn=None):
+    """Compile functions, in several processes where there are several cores, or load them from the cache.
 
     Parameters
     ----------
+    wanted : list of Compiled, optional
+        By default everything that modules have made so far.
     progress : callable(done, total, name), optional
+        Told of each function that has to be compiled.
+    warn : callable(message), optional
+        Told once what is wrong with the cache.
     """
-    for done, each in enumerate(COMPILED):
-        if progress:
-            progress(done, len(COMPILED), each.__name__)
+    wanted = COMPILED if wanted is None else wanted
+    missing = [each for each in wanted if not each.is_ready]
+    count = min(usable_cores(), len(missing) // _WORTH_A_PROCESS)
+    if count > 1 and CACHE.folder:
+        elsewhere = [each for each in missing if each.is_kept]
+        _compile_in_processes(elsewhere, count, lambda done, name: progress and progress(done, len(missing), name))
+    for done, each in enumerate(missing):
+        if not each.is_ready:
+            if progress:
+                progress(done, len(missing), each.__name__)
+            _ = each.result
+    if progress and missing:
+        progress(len(missing), len(missing), "")
+    for each in wanted:
         _ = each.result
-    if progress:
-        progress(len(COMPILED), len(COMPILED), "")
-    folder = cache_dir()
-    if folder:
-        (Path(folder) / "complete").touch()
+    if warn:
+        for message in take_warnings():
+            warn(message)
+
+
+#: Fewer functions are compiled faster than another process starts.
+_WORTH_A_PROCESS = 4
+
+
+def _compile_in_processes(wanted, count, tell):
+    """Have functions compiled by other processes, which leave them in the cache. ``tell(done, name)`` hears of each.
+
+    What goes wrong there, as where the system refuses a process, is left to be compiled by the caller.
+    """
+    tasks, done = queue.SimpleQueue(), queue.SimpleQueue()
+    for each in wanted:
+        tasks.put(each)
+    workers = [worker for worker in (_Worker.started(tasks, done) for _ in range(count)) if worker]
+    finished = 0
+    try:
+        tell(0, "")
+        while any(worker.is_alive() for worker in workers) or not done.empty():
+            with contextlib.suppress(queue.Empty):
+                name = done.get(timeout=0.1)
+                finished += 1
+                tell(finished, name)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker(threading.Thread):
+    """Gives functions to a process, one after the other."""
+
+    @classmethod
+    def started(cls, tasks, done):
+        """A worker that runs, or None where there can be no process or thread."""
+        command = [sys.executable, "-c", "from pymla.cpu import compiling; compiling.serve()"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the process that the user sees
+                text=True,
+            )
+        except (OSError, TypeError):
+            return None
+        worker = cls(process, tasks, done)
+        try:
+            worker.start()
+        except RuntimeError:
+            worker.end()
+            return None
+        return worker
+
+    def __init__(self, process, tasks, done):
+        super().__init__(daemon=True)
+        self._process, self._tasks, self._done = process, tasks, done
+
+    def run(self):
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                try:
+                    each = self._tasks.get_nowait()
+                except queue.Empty:
+                    return
+                print(json.dumps(each.origin), file=self._process.stdin, flush=True)
+                if not self._process.stdout.readline():
+                    return
+                self._done.put(each.__name__)
+
+    def end(self):
+        """End the process: it has nothing more to do, or nobody waits for it."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def serve():
+    """Compile the functions that standard input names, and leave them in the cache. Ends with its input, also in the
+    middle of a function: then the process that wants it is gone."""
+    tasks = queue.SimpleQueue()
+
+    def read():
+        for line in sys.stdin:
+            tasks.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        module, name, types = json.loads(tasks.get())
+        made = getattr(importlib.import_module(module), name)
+        _ = (made if types is None else made(*types)).compiled.result
+        print(name, flush=True)
 
 
 @functools.cache
 def _key():
-    features = llvm.get_host_cpu_features().flatten()
-    tools = sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, ISA
-    return source_key(_SOURCES, tools)
+    target = cpu_target.target_context.codegen().magic_tuple()
+    options = [(name, getattr(config, name, None)) for name in _CONFIGURATION]
+    return source_key(_SOURCES, (sys.version, numba.__version__, llvmlite.__version__, target, options, ISA))
+
+
+#: Machine code for this processor.
+CACHE = KernelCache(_key)

@@ -1,8 +1,8 @@
 """What this processor's vector instructions are: the level that kernels are compiled for.
 
-Five levels, the best that the processor has, or the one that ``PYMLA_ISA`` names: ``amx`` (and all of the next one),
-``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector code that LLVM lowers on any processor. All give the same
-integers.
+Five levels, the best that this processor has and Numba compiles for (`pymla.cpu.target`), or the one that ``PYMLA_ISA``
+names: ``amx`` (and all of the next one), ``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector code that LLVM
+lowers on any processor. All give the same integers.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import sys
 
 import llvmlite.binding as llvm
 
+from pymla.cpu import target
 from pymla.errors import PymlaError
 
 # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), <asm/prctl.h>; programs ask before they use tiles.
@@ -20,16 +21,16 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 @functools.cache
 def levels():
-    """The levels that this processor runs, best first."""
-    features = llvm.get_host_cpu_features()
+    """The levels that this processor runs and Numba compiles for, best first."""
+    features = target.features()
     found = ["portable"]
-    if features.get("avx2") and features.get("fma"):
+    if features >= {"avx2", "fma"}:
         found.insert(0, "avx2")
-        if features.get("avxvnni"):
+        if "avxvnni" in features:
             found.insert(0, "avxvnni")
-        if features.get("avx512vnni") and features.get("avx512vl") and features.get("avx512bw"):
+        if features >= {"avx512vnni", "avx512vl", "avx512bw"}:
             found.insert(0, "avx512vnni")
-            if features.get("amx-tile") and features.get("amx-int8") and _may_use_tiles():
+            if features >= {"amx-tile", "amx-int8"} and _may_use_tiles():
                 found.insert(0, "amx")
     return found
 
@@ -42,9 +43,10 @@ def _may_use_tiles():
 
 
 def _isa():
+    target.check_jit()
     wanted = os.environ.get("PYMLA_ISA", "")
     if wanted and wanted not in levels():
-        raise PymlaError(f"PYMLA_ISA={wanted}: this processor runs {', '.join(levels())}")
+        raise PymlaError(f"PYMLA_ISA={wanted}: kernels can be compiled for {', '.join(levels())} here")
     return wanted or levels()[0]
 
 

@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pymla.cores import usable_cores
 from pymla.cpu.compiling import function, inline
 from pymla.cpu.memory import empty
 
@@ -40,13 +41,6 @@ _OPERATION = 8
 _TICKET, _OPERATIONS, _COUNT, _THREADS, _ARRIVED, _PHASE, _BUSY, _STOP, _AWAKE = (64 * i for i in range(9))
 
 _WORD = ir.IntType(64)
-
-
-def usable_cores():
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def set_threads(count):
@@ -418,6 +412,9 @@ def _serve(state, thread, ticket):
             spins = SPINS
     return ticket
 
+
+#: What Python calls here, for `needed`.
+FUNCTIONS = [_run_alone, _keep_awake, _post_and_run, _serve]
 
 _lock = threading.RLock()
 _pool = _Pool(usable_cores())

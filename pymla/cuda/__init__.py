@@ -35,6 +35,8 @@ def check():
     """
     if importlib.util.find_spec("numba_cuda") is None:
         raise PymlaError('the package numba-cuda is not installed; pip install "pymla[cuda]"')
+    from pymla import numba_check  # noqa: F401 - before Numba
+
     if _simulated():
         return
     from cuda.bindings import driver as api

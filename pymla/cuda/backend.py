@@ -3,19 +3,23 @@
 from pymla.costs import DEVICE_SLICE as SLICE
 from pymla.cuda import NAME, attention, memory, moe, norm, quant, rope, sampling
 from pymla.cuda.graph import Graph
-from pymla.cuda.jit import compile_all, needs_compiling
+from pymla.cuda.jit import compile_all
 
 __all__ = [
     "NAME",
     "SLICE",
     "Graph",
     "attention",
-    "compile_all",
+    "compile_for",
     "memory",
     "moe",
-    "needs_compiling",
     "norm",
     "quant",
     "rope",
     "sampling",
 ]
+
+
+def compile_for(model, progress=None, warn=None):
+    """Compile all kernels for the device, or load them from the cache: most models need most of them."""
+    compile_all(progress, warn)

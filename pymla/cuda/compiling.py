@@ -1,15 +1,13 @@
 """From a kernel to machine code, without a device: PTX by NVVM, machine code by nvJitLink, and a cache on disk.
 
 Machine code runs on every driver of the toolkit's major version, where PTX needs one as new as the toolkit. The cache
-is keyed by all sources of this package (`pymla.source_key`) and by kernel names, so that a kernel's name must tell what
-its factory built it for.
+(`pymla.kernel_cache`) is keyed by all sources of this package and by kernel names, so that a kernel's name must tell
+what its factory built it for.
 """
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import re
 import sys
 import threading
@@ -21,8 +19,8 @@ import llvmlite
 import numba
 from numba import cuda, types
 
-from pymla.cpu import compiling as cpu_compiling
 from pymla.errors import PymlaError
+from pymla.kernel_cache import KernelCache
 from pymla.source_key import is_part_of, source_key
 
 _SOURCES = Path(__file__).resolve().parent
@@ -60,23 +58,31 @@ def compile_kernel(kernel, capability):
     -------
     Code
     """
-    folder = cache_dir() if is_part_of(_SOURCES, kernel.function) else None
-    stem = re.sub(r"[^\w.-]", "_", f"{kernel.__name__}.sm_{capability[0]}{capability[1]}")
-    known = folder and folder / f"{stem}.json"
-    if known and known.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(known.read_text())
-            cubin = (folder / f"{stem}.cubin").read_bytes()
-            if hashlib.sha256(cubin).hexdigest() == found["sha256"]:
-                return Code(cubin, found["entry"], Figures(**found["figures"]))
-    code = link(to_ptx(kernel, capability), capability, kernel)
-    if folder:
-        with contextlib.suppress(OSError):
-            _write(folder / f"{stem}.cubin", code.cubin)
-            digest = hashlib.sha256(code.cubin).hexdigest()
-            about = {"entry": code.entry, "sha256": digest, "figures": code.figures._asdict()}
-            _write(known, json.dumps(about).encode())
-    return code
+    kept, name = is_part_of(_SOURCES, kernel.function), entry_name(kernel, capability)
+    data = CACHE.read(name) if kept else None
+    if data is None:
+        code = link(to_ptx(kernel, capability), capability, kernel)
+        if kept:
+            CACHE.write(name, _packed(code))
+        return code
+    return _unpacked(data)
+
+
+def entry_name(kernel, capability):
+    """A kernel's name in the cache."""
+    return f"{kernel.__name__}.sm_{capability[0]}{capability[1]}"
+
+
+def _packed(code):
+    """A line of JSON, then the machine code."""
+    about = {"entry": code.entry, "figures": code.figures._asdict()}
+    return json.dumps(about).encode() + b"\n" + code.cubin
+
+
+def _unpacked(data):
+    about, _, cubin = data.partition(b"\n")
+    found = json.loads(about)
+    return Code(cubin, found["entry"], Figures(**found["figures"]))
 
 
 def to_ptx(kernel, capability):
@@ -164,19 +170,6 @@ def _figures(ptx, log):
     )
 
 
-def cache_dir():
-    """The folder of this state of the sources and the tools, or None where it cannot be written."""
-    beside = cpu_compiling.cache_dir()
-    if beside is None:
-        return None
-    folder = Path(beside).parent / f"cuda-{_key()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder
-
-
 @functools.cache
 def _key():
     from cuda.bindings import nvjitlink
@@ -185,8 +178,5 @@ def _key():
     return source_key(_SOURCES, tools)
 
 
-def _write(path, data):
-    """Write a file that others may read at the same time."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+#: Machine code for all GPUs.
+CACHE = KernelCache(lambda: f"cuda-{_key()}")

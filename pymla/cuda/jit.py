@@ -19,11 +19,12 @@ from numba.np import numpy_support
 from pymla.cuda import driver
 from pymla.cuda.driver import SIMULATED
 from pymla.errors import PymlaError
+from pymla.kernel_cache import take_warnings
 
 if SIMULATED:
     from pymla.cuda import simulator
 
-__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "needs_compiling", "unrolled"]
+__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
 
 #: Every kernel, by name.
 KERNELS = {}
@@ -151,6 +152,13 @@ class Kernel:
 
         return compile_kernel(self, capability or driver.compute_capability())
 
+    @property
+    def is_ready(self):
+        """Whether `load` takes no long time: the kernel is loaded, or in a file."""
+        from pymla.cuda.compiling import CACHE, entry_name
+
+        return SIMULATED or self._function is not None or entry_name(self, driver.compute_capability()) in CACHE
+
     def load(self):
         """Make it ready to be launched."""
         if self._function is None and not SIMULATED:
@@ -230,37 +238,19 @@ class Kernel:
                 raise TypeError(f"argument {position} of kernel {self.__name__}: {error}") from None
 
 
-def needs_compiling():
-    """Whether `compile_all` will take long."""
-    from pymla.cuda.compiling import cache_dir
-
-    if SIMULATED:
-        return False
-    folder = cache_dir()
-    return folder is None or not (folder / _complete()).exists()
-
-
-def compile_all(progress=None):
-    """Compile every kernel for the device, or load it from the cache.
-
-    Parameters
-    ----------
-    progress : callable(done, total, name), optional
-    """
-    from pymla.cuda.compiling import cache_dir
-
+def compile_all(progress=None, warn=None):
+    """Compile every kernel for the device, or load it from the cache; see `pymla.cpu.compile_all`."""
+    compiling = False
     for done, (name, each) in enumerate(KERNELS.items()):
-        if progress:
+        compiling = compiling or not each.is_ready
+        if progress and compiling:
             progress(done, len(KERNELS), name)
         each.load()
-    if progress:
+        if warn:
+            for message in take_warnings():
+                warn(message)
+    if progress and compiling:
         progress(len(KERNELS), len(KERNELS), "")
-    if not SIMULATED and cache_dir():
-        (cache_dir() / _complete()).touch()
-
-
-def _complete():
-    return "complete-sm_{}{}".format(*driver.compute_capability())
 
 
 def _three(shape):
