@@ -13,12 +13,13 @@ from dataclasses import replace
 import gguf
 import numpy as np
 import pytest
+import test_interrupts
 from make_model import PRESETS, make_model
 
 import pymla
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import compiling
+from pymla.cpu import compiling, quant
 from pymla.cpu.limits import Limits
 from pymla.model import Model
 from pymla.modelfile import ModelFile
@@ -230,9 +231,7 @@ def long_model(tmp_path_factory):
 
 
 def started(*args, **options):
-    command = [sys.executable, "-m", "pymla", *map(str, args)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **{"stdout": pipe, "stderr": pipe} | options)
+    return test_interrupts.started("-m", "pymla", *map(str, args), text=False, **options)
 
 
 @pytest.mark.parametrize("options", [[], ["--quiet"]])
@@ -254,17 +253,6 @@ def test_ctrl_c_while_generating(long_model, options):
     )
     assert 0 < int(figures[1]) < 1_000_000
     assert int(figures[2]) - int(figures[1]) in (2, 3)
-
-
-def test_ctrl_c_while_compiling(model, tmp_path):
-    process = started(
-        "generate", "-m", model, "abc", "--device", "cpu", env=os.environ | {"PYMLA_CACHE_DIR": str(tmp_path)}
-    )
-    assert process.stderr.readline().startswith(b"pymla: compiling kernels")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err.strip()) == (130, b"", b"")
-    assert not list(tmp_path.glob("*/complete"))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
@@ -310,7 +298,7 @@ def test_full_disk(model):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_that_shows_at_the_end():
     """What a command left in the buffer is written last."""
-    program = "from pymla import cli; cli.group = lambda **_: print('text', end=''); cli.main()"
+    program = "from pymla.cli import app, main; app.group = lambda **_: print('text', end=''); main()"
     with open("/dev/full", "wb") as full:
         result = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, check=False)
     assert (result.returncode, result.stderr) == (2, b"pymla: error: standard output: No space left on device\n")
@@ -666,16 +654,58 @@ def test_not_enough_memory(refused, quick, model, monkeypatch, command):
 
 
 def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeypatch):
+    options = "generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--quiet"
+    expected = run(*options)[1]
     (tmp_path / "file").touch()
-    expected = run("generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--quiet")[1]
     monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(compiling, "_warning", None)
-    code, out, err = run("generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--quiet")
+    # A kernel that this process has not compiled yet, of those that are kept.
+    monkeypatch.setattr(compiling, "COMPILED", [])
+    compiling.Compiled(quant._quantise_activations._function, quant._quantise_activations._build)
+    code, out, err = run(*options)
     assert (code, out) == (0, expected)
-    assert err.startswith("pymla: warning: compiled kernels cannot be cached in")
-    assert "PYMLA_CACHE_DIR" in err
-    assert err.count("\n") == 1
-    # This process has its kernels already. In a new one they are compiled for this process alone.
-    alone = compiling.Compiled(compiling.cache_dir, lambda **options: options)
-    compiling.COMPILED.remove(alone)
-    assert alone.result["cache"] is False
+    (line,) = err.splitlines()
+    assert line.startswith(f"pymla: warning: compiled kernels cannot be cached in {tmp_path / 'file'}")
+    assert "Not a directory" in line
+    assert "PYMLA_CACHE_DIR" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the address space")
+@pytest.mark.parametrize("megabytes", [100, 300, 520, 600])
+def test_little_address_space(model, megabytes):
+    """Libraries and kernels would end the process where they get no memory: it is refused before."""
+    import resource
+
+    limits = megabytes << 20, megabytes << 20
+    process = started(
+        *("generate", "-m", model, "abc", "-n", 2, "--device", "cpu", "--quiet"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits),
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 2), err
+    if process.returncode == 2:
+        assert re.fullmatch(rb"pymla: error: .*(address space|not enough memory).*\n", err), err
+    assert megabytes > 512 or process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("NUMBA_CPU_NAME", "no-such-processor"),
+        ("NUMBA_CPU_FEATURES", "+no-such-feature"),
+        ("NUMBA_CPU_FEATURES", "avx2"),
+        ("NUMBA_DISABLE_JIT", "1"),
+        ("NUMBA_NUM_THREADS", "0"),
+        ("NUMBA_NUM_THREADS", "many"),
+        ("NUMBA_OPT", "nine"),
+    ],
+)
+def test_variables_of_numba_that_cannot_be_used(model, variable, value):
+    process = started(
+        *("generate", "-m", model, "abc", "-n", 2, "--device", "cpu", "--quiet"), env=os.environ | {variable: value}
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, b"")
+    (line,) = err.decode().splitlines()
+    assert line.startswith("pymla: error: ")
+    assert variable in line
+    assert value in line

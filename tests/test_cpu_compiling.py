@@ -1,11 +1,14 @@
-"""The cache of compiled kernels."""
+"""Compiled kernels: kept as long as their sources stay the same, and compiled again where what was kept is damaged."""
 
 import importlib.util
-from pathlib import Path
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from pymla import kernel_cache
 from pymla.cpu import compiling, quant
 
 SOURCE = """
@@ -24,8 +27,9 @@ def fill(first, last, out):
 def cache(tmp_path, monkeypatch):
     """An empty cache, for kernels that are made in the test."""
     monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiling.cache_dir, "known", None)
     monkeypatch.setattr(compiling, "COMPILED", [])
+    monkeypatch.setattr(kernel_cache, "_known", set())
+    monkeypatch.setattr(kernel_cache, "_waiting", [])
     return tmp_path / "cache"
 
 
@@ -41,14 +45,102 @@ def filled(path, value):
     return out.tolist()
 
 
+def fresh():
+    """A kernel of the package as a new process has it: neither compiled nor loaded."""
+    kernel = quant._quantise_activations
+    return compiling.Compiled(kernel._function, kernel._build)
+
+
 def test_a_kernel_that_was_edited_is_compiled_again(cache, tmp_path):
     assert filled(tmp_path / "users_kernels.py", 1) == [1, 1, 1]
     assert filled(tmp_path / "users_kernels.py", 2) == [2, 2, 2]
     assert not list(cache.rglob("*users_kernels*"))
 
 
+def test_every_function_has_a_file_of_its_own():
+    names = [each.name for each in compiling.COMPILED]
+    assert len({kernel_cache._file_name(name) for name in names}) == len(names)
+
+
 def test_kernels_of_the_package_are_kept(cache):
-    kernel = compiling.Compiled(quant._quantise_activations._function, quant._quantise_activations._build)
+    kernel = fresh()
+    assert not kernel.is_ready
     assert kernel.result.address
-    assert [path for path in cache.rglob("*_quantise_activations*") if path.suffix == ".nbc"]
-    assert Path(quant.__file__).parent == compiling._SOURCES
+    assert kernel.result.cache_hits == 0
+    (path,) = cache.glob("*/*")
+    assert path.name == "pymla.cpu.quant._quantise_activations.kernel"
+    again = fresh()
+    assert again.is_ready
+    assert again.result.cache_hits == 1
+
+
+def test_damaged_files_are_compiled_again(cache):
+    assert fresh().result.cache_hits == 0
+    (path,) = cache.glob("*/*")
+    content = path.read_bytes()
+    for damage in (
+        b"",
+        content[: len(content) // 2],
+        content[:-1],
+        content[:40] + bytes([content[40] ^ 1]) + content[41:],
+    ):
+        path.write_bytes(damage)
+        assert fresh().result.cache_hits == 0
+        # What was damaged is replaced.
+        assert fresh().result.cache_hits == 1
+
+
+def test_progress_from_the_first_kernel_that_is_missing(cache):
+    """A file that is damaged is missing, too."""
+    told = []
+
+    def compile_again():
+        told.clear()
+        compiling.COMPILED.clear()
+        fresh()
+        compiling.compile_all(lambda done, total, name: told.append((done, total)))
+        return told
+
+    assert compile_again() == [(0, 1), (1, 1)]
+    assert compile_again() == []
+    (path,) = cache.glob("*/*")
+    os.truncate(path, 100)
+    assert compile_again() == [(0, 1), (1, 1)]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(cache, tmp_path):
+    (tmp_path / "cache").touch()
+    warnings = []
+    for _ in range(2):
+        fresh()
+        compiling.compile_all(warn=warnings.append)
+    (message,) = warnings
+    assert str(tmp_path / "cache") in message
+
+
+PROGRAM = """
+from numba.core.caching import NullCache
+from pymla.cpu import quant
+kernel = quant._quantise_activations
+print(*kernel._build(NullCache())._library._codegen._engine._defined_symbols, sep="\\n")
+"""
+
+
+def test_processes_give_their_functions_different_names():
+    """A kernel that is compiled beside kernels of another process must not be linked with their functions."""
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    theirs = {name for name in result.stdout.split() if "pymla" in name}
+    assert theirs
+    scope = {}
+    exec(PROGRAM.replace("print(*", "names = set(").replace(', sep="\\n")', ")"), scope)
+    assert not theirs & scope["names"]
+
+
+def test_the_key_knows_what_changes_machine_code(cache):
+    program = "from pymla.cpu.compiling import CACHE; print(CACHE.folder)"
+    folders = set()
+    for variables in ({}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_OPT": "1"}, {"NUMBA_BOUNDSCHECK": "1"}):
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+        folders.add(result.stdout)
+    assert len(folders) == 4

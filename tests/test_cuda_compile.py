@@ -18,7 +18,7 @@ import numpy as np
 from cuda_report import CAPABILITIES, TABLE, kernels, report
 from numba import cuda, types
 
-from pymla.cuda import compiling, ptx
+from pymla.cuda import compiling, norm, ptx
 from pymla.cuda.jit import KERNELS, device, kernel
 
 F1 = types.Array(types.float32, 1, "C")
@@ -189,3 +189,21 @@ def test_parameters_of_every_kind():
     pair = types.UniTuple(types.float32, 2)
     text, _ = compiled(body, types.int64, types.boolean, F2, pair, types.int8, types.float64)
     assert text.count(".param .") >= 1 + 1 + 9 + 2 + 1 + 1
+
+
+def test_damaged_machine_code_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path))
+    made = norm._add  # only kernels of the package are kept
+    first = compiling.compile_kernel(made, (8, 0))
+    (path,) = tmp_path.glob("*/*")
+    content = path.read_bytes()
+    monkeypatch.setattr(compiling, "to_ptx", None)  # it is not compiled
+    assert compiling.compile_kernel(made, (8, 0)) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path))
+    for damage in (b"", content[:50], content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        path.write_bytes(damage)
+        # The name of the machine code is another one in every compilation.
+        again = compiling.compile_kernel(made, (8, 0))
+        assert again.figures == first.figures
+        assert compiling._unpacked(compiling.CACHE.read(compiling.entry_name(made, (8, 0)))) == again

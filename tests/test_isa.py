@@ -68,3 +68,28 @@ def test_dot_instructions_without_spills(kernel):
         # A vector register that goes to the stack or comes from it. (%rbp is a register as any other here.)
         spills = [line for line in lines if re.search(r"\svmov\w+\s.*\(%rsp\)", line)]
         assert not spills, "\n".join(lines)
+
+
+LEVEL = "import numpy as np; from pymla.cpu import isa, norm; print(isa.ISA, norm.add(*np.ones((2, 1, 8), np.float32)))"
+
+
+@pytest.mark.parametrize(
+    ("variables", "level"),
+    [
+        ({"NUMBA_CPU_NAME": "generic"}, "portable"),
+        ({"NUMBA_CPU_FEATURES": ""}, "portable"),
+        ({"NUMBA_CPU_FEATURES": "+avx2,+fma"}, "avx2" if "avx2" in isa.levels() else None),
+        ({"NUMBA_CPU_FEATURES": "+avx2,+fma,-fma"}, "portable" if "avx2" in isa.levels() else None),
+        ({"NUMBA_ENABLE_AVX": "0"}, "portable"),
+        ({"NUMBA_CPU_NAME": "x86-64-v3"}, isa.levels()[0]),
+    ],
+)
+def test_level_that_numba_compiles_for(variables, level, tmp_path):
+    """Kernels with instructions that LLVM was not allowed would end the process."""
+    if level is None:
+        pytest.skip("this processor has no AVX2")
+    environment = {name: value for name, value in os.environ.items() if name != "PYMLA_ISA"}
+    environment |= variables | {"PYMLA_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", LEVEL], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split()[0] == level

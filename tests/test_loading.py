@@ -249,7 +249,8 @@ def test_vocabulary_larger_than_the_embedding(path, tmp_path):
 
 def test_report_hears_of_progress(path, monkeypatch):
     told = Told()
-    monkeypatch.setattr(cpu, "needs_compiling", lambda: True)
+    # As if no kernel had been compiled or kept.
+    monkeypatch.setattr("pymla.cpu.compiling.Compiled.is_ready", False)
     with pymla.load(path, ctx=64, report=told) as language_model:
         layers = language_model.config.num_hidden_layers
         size = language_model.file.nbytes
@@ -261,9 +262,9 @@ def test_report_hears_of_progress(path, monkeypatch):
     assert told.of("warn") == []
 
 
-def test_no_progress_of_compiling_where_all_is_compiled(path, monkeypatch):
+def test_no_progress_of_compiling_where_all_is_compiled(path):
+    cpu.compile_all()
     told = Told()
-    monkeypatch.setattr(cpu, "needs_compiling", lambda: False)
     pymla.load(path, ctx=64, report=told)
     assert told.of("compiling") == []
 

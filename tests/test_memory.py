@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from pymla import memory
+from pymla.cores import usable_cores
 from pymla.memory import available_memory
 
 GIB = 1 << 30
@@ -92,3 +94,13 @@ def test_elsewhere(tmp_path, monkeypatch):
     assert available_memory(tmp_path) == 5 * 4096
     monkeypatch.delattr(os, "sysconf_names")
     assert available_memory(tmp_path) == sys.maxsize
+
+
+def test_limited_address_space(root, monkeypatch):
+    """``ulimit -v``: less than the memory, what is taken already, and what threads need of it."""
+    resource = pytest.importorskip("resource")
+    put(root, "proc/self/status", f"Name:\tpython\nVmSize:\t{GIB // 1024} kB\n")
+    for limit, left in ((resource.RLIM_INFINITY, 8 * GIB), (1 << 50, 8 * GIB), (4 * GIB, 3 * GIB), (GIB, 0)):
+        monkeypatch.setattr(resource, "getrlimit", lambda what, limit=limit: (limit, limit))
+        threads = 0 if left in (0, 8 * GIB) else usable_cores() * memory._THREAD
+        assert available_memory(root) == left - threads

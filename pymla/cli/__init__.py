@@ -1,89 +1,64 @@
-"""The command line. A module for each command, imported when it is called."""
+"""The command line. This module imports little, so that it answers an interrupt before it imports the rest."""
 
-import importlib
 import os
 import sys
 
-import click
-
-from pymla import __version__
-from pymla.cli.options import as_options
+from pymla.cli import interrupt
 from pymla.errors import PymlaError
 from pymla.printable import one_line
 
-COMMANDS = {
-    "bench": "Measure prompt and generation speed as the context grows.",
-    "convert": "Convert a Hugging Face checkpoint to GGUF.",
-    "generate": "Generate text from a prompt.",
-    "inspect": "Show what is in a GGUF file, and what it costs to run.",
-}
-
-
-class _Commands(click.Group):
-    def list_commands(self, ctx):
-        return sorted(COMMANDS)
-
-    def get_command(self, ctx, name):
-        if name not in COMMANDS:
-            return None
-        return getattr(importlib.import_module(f"pymla.cli.{name}"), name)
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except PymlaError as error:
-            command = self.get_command(ctx, ctx.invoked_subcommand) or self
-            raise type(error)(as_options(error, command)) from error
-
-    def format_commands(self, ctx, formatter):
-        # From the table, so that no command is imported for it.
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(COMMANDS.items()))
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
-@click.version_option(__version__, prog_name="pymla")
-@click.pass_context
-def group(ctx):
-    """Run DeepSeek-family models from GGUF files.
-
-    \b
-    Examples:
-      pymla generate "def "
-      pymla generate -m DeepSeek-V2-Lite-Chat.Q4_0.gguf --chat "Why is the sky blue?"
-      pymla inspect DeepSeek-V2-Lite-Chat.Q4_0.gguf
-    """
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+#: Bytes of addresses that the imported libraries need: with less, some of them end the process instead of raising.
+ADDRESSES = 512 << 20
 
 
 def main():
-    """The console script: errors that the user can mend are one line and exit code 2."""
+    """The console script: errors that the user can mend are one line and exit code 2; an interrupt is 130."""
+    interrupt.take_over()
     _prepare_streams()
-    try:
-        code = group(standalone_mode=False) or 0
-    except click.exceptions.Abort:
-        code = 130
-    except click.UsageError as error:
-        help_ = f"; see {error.ctx.command_path} --help" if error.ctx else ""
-        code = _fail(error.format_message().rstrip(".") + help_)
-    except click.ClickException as error:
-        code = _fail(error.format_message())
-    except PymlaError as error:
-        code = _fail(error)
-    except MemoryError:
-        code = _fail("not enough memory; lower --ctx or choose a smaller --cache-type")
-    except KeyboardInterrupt:
-        code = 130
-    except OSError as error:
-        code = _fail_to_write(error)
+    # Of NumPy's BLAS only the reference has a use. It would take 40 MiB of addresses for every core, and where it
+    # cannot start a thread it sends this process a SIGINT.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code = _run()
     try:
         sys.stdout.flush()
     except OSError as error:
         code = code or _fail_to_write(error)
         # Python would try once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == interrupt.CODE and interrupt.is_ours():
+        interrupt.exit_now()
     sys.exit(code)
+
+
+def _run():
+    """Run the command that was given. Returns the exit code."""
+    # Imported here, so that an interrupt finds its handler while they are imported.
+    from pymla.memory import address_space, size_text
+
+    if address_space() < ADDRESSES:
+        limit = size_text(address_space())
+        return _fail(f"the address space is limited to {limit}, and {size_text(ADDRESSES)} are needed; raise ulimit -v")
+    import click
+
+    from pymla.cli.app import group
+
+    try:
+        return group(standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return interrupt.CODE
+    except click.UsageError as error:
+        help_ = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        return _fail(error.format_message().rstrip(".") + help_)
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except PymlaError as error:
+        return _fail(error)
+    except MemoryError:
+        return _fail("not enough memory; lower --ctx or choose a smaller --cache-type")
+    except KeyboardInterrupt:
+        return interrupt.CODE
+    except OSError as error:
+        return _fail_to_write(error)
 
 
 def _prepare_streams():
@@ -103,5 +78,8 @@ def _fail_to_write(error):
 
 
 def _fail(message):
-    click.echo(f"pymla: error: {one_line(str(message))}", err=True)
+    import contextlib
+
+    with contextlib.suppress(OSError):  # standard error may be full, too
+        print(f"pymla: error: {one_line(str(message))}", file=sys.stderr, flush=True)
     return 2

@@ -1,5 +1,6 @@
 """``pymla bench``: prompt and generation speed as the context grows."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from pymla import bench as measuring
 from pymla import outputs
 from pymla import plot as plotting
 from pymla.cache import CACHE_TYPES, row_layout
+from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
 from pymla.errors import PymlaError
@@ -107,12 +109,16 @@ def bench(
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
     rows, code, failure = [], 0, None
     try:
-        for run in runs:
-            for mode in modes:
-                for row in run.rows(limits, mla=mode, **loading):
-                    rows.append(row)
+        with contextlib.ExitStack() as rest:
+            for run in runs:
+                for mode in modes:
+                    for row in run.rows(limits, mla=mode, **loading):
+                        if not rows:
+                            # There is something to write from now on, also while the next model is loaded.
+                            rest.enter_context(interrupt.graceful())
+                        rows.append(row)
     except KeyboardInterrupt:
-        code = 130
+        code = interrupt.CODE
     except PymlaError as error:
         # Rows before this one may have taken hours.
         failure = error
@@ -193,11 +199,12 @@ class _Run:
                 name += f", {language_model.device}"
             click.echo(f"\n{name}\n\n{measuring.header()}")
             terminal.begin("")
-            for row in measuring.sweep(language_model, self._settings, terminal.measuring):
-                # A bar and the table would otherwise write on the same line of the terminal.
-                terminal.close()
-                click.echo(measuring.line(row, limits))
-                yield row
+            with interrupt.graceful():
+                for row in measuring.sweep(language_model, self._settings, terminal.measuring):
+                    # A bar and the table would otherwise write on the same line of the terminal.
+                    terminal.close()
+                    click.echo(measuring.line(row, limits))
+                    yield row
 
 
 class _Terminal(Terminal):

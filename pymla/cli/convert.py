@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from pymla.cli import interrupt
 from pymla.convert import LAYOUTS, QTYPES
 from pymla.convert import convert as write_gguf
 
@@ -47,7 +48,9 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
     logging.getLogger("gguf").setLevel(logging.ERROR)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    interrupt.terminal_reset = interrupt.WITHOUT_BAR
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with interrupt.graceful(), shown as bar:
         task = bar.add_task("", visible=False)
         done = write_gguf(
             folder,
@@ -58,6 +61,7 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
             name=name,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
+    interrupt.terminal_reset = b""
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
     click.echo(f"{done.path}: {done.nbytes / 2**20:.1f} MiB", err=True)

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.options import as_options
 from pymla.cli.output import write_json, write_text
@@ -149,11 +150,12 @@ def generate(
         write_text(text)
     pieces = []
     try:
-        for piece in generation:
-            terminal.close()
-            pieces.append(piece)
-            if not as_json:
-                write_text(piece)
+        with interrupt.graceful():
+            for piece in generation:
+                terminal.close()
+                pieces.append(piece)
+                if not as_json:
+                    write_text(piece)
     except KeyboardInterrupt:
         pass
     finally:
@@ -166,7 +168,7 @@ def generate(
         terminal.warn(f"the context of {language_model.model.ctx} tokens is full; raise --ctx for more")
     if not quiet:
         click.echo(_figures(language_model, generation), err=True)
-    return 130 if generation.finish_reason == "interrupted" else 0
+    return interrupt.CODE if generation.finish_reason == "interrupted" else 0
 
 
 class Terminal(Report):
@@ -196,6 +198,7 @@ class Terminal(Report):
         if self._bar:
             self._bar.stop()
         self._bar = None
+        interrupt.terminal_reset = b""
 
     def warn(self, message):
         message = as_options(message, click.get_current_context().command)
@@ -236,6 +239,7 @@ class Terminal(Report):
         if self._bar is None:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
             self._bar = Progress(*columns, console=self._console, transient=True)
+            interrupt.terminal_reset = interrupt.WITHOUT_BAR
             self._bar.start()
             self._task = self._bar.add_task(title, total=total)
         self._bar.update(self._task, completed=done, total=total)
@@ -369,11 +373,12 @@ def _figures(language_model, generation):
 
 def _share(language_model, generation):
     """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
-    was generated, or a GPU computed."""
+    was generated, a GPU computed, or an interrupt leaves no time to measure."""
     from pymla.costs import token_bytes
     from pymla.memory import streaming_read
 
-    if generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
+    interrupted = generation.finish_reason == "interrupted"
+    if interrupted or generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
         return 0.0
     model = language_model.model
     each = token_bytes(

@@ -72,6 +72,7 @@ class Compiled:
     python_function : function
     build : callable(cache) -> object
         Compiles it with Numba, which takes machine code from `cache` or gives it there.
+
     Attributes
     ----------
     is_kept : bool

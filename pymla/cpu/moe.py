@@ -323,9 +323,9 @@ def _gate_up_rows(gate_type, up_type):
 
     @kernel(MATRICES, MATRICES, I1, I1, INPUT, INPUT, F2)
     def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
-        """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of the
-        first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x` and `y`
-        are the same activations, for each matrix in the order of its type."""
+        """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of
+        the first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x`
+        and `y` are the same activations, for each matrix in the order of its type."""
         columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
         g, u = address(results[0]), address(results[1])
         begin, e = 0, next_expert(starts, -1)
@@ -360,8 +360,8 @@ def _gate_up_panels(qtype):
 
     @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
     def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts, x, hidden):
-        """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has the
-        columns of `x` of each pair."""
+        """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has
+        the columns of `x` of each pair."""
         columns = x.x.shape[1]
         groups = (gate.rows + LANES - 1) // LANES
         scratch = allocate(SCRATCH)
@@ -402,7 +402,7 @@ def _down_rows(qtype):
 
     @kernel(MATRICES, I1, I1, F2, INPUT, types.int64, F2)
     def _down_rows(first, last, down, pairs, starts, weights, x, add, out):
-        """``out[t] += Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
+        """``out[t] += Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them and waits for no other."""
         columns, result = x.x.shape[1], np.empty(last - first, np.float32)
         choices = weights.shape[1]
         if not add:

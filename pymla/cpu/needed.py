@@ -1,8 +1,8 @@
 """The kernels that a model launches on the processor: those of its matrices' types, of its cache and of its forms of
 attention. A program compiles these and no others.
 
-A kernel that is missing here would be compiled when it is first launched, in the middle of a text: a test generates with
-models of all kinds and finds none.
+A kernel that is missing here would be compiled when it is first launched, in the middle of a text: a test generates
+with models of all kinds and finds none.
 """
 
 from pymla.cpu import attention, compiling, moe, norm, quant, rope, threads

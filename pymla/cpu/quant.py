@@ -450,8 +450,8 @@ def _matmul_heads_transposed(qtype):
 
     @kernel(MATRICES, A3, types.int64, A3)
     def _matmul_heads_transposed(first, last, w, x, shares, out):
-        """An item is one of the shares of a head's tokens. Four rows, a quarter of the matrix apart, are added at a time,
-        each a stream that the processor fetches in advance."""
+        """An item is one of the shares of a head's tokens. Four rows, a quarter of the matrix apart, are added at a
+        time, each a stream that the processor fetches in advance."""
         tokens, columns, stride = len(x), out.shape[2], w.row_stride
         blocks, apart = columns // 32, w.rows // 4
         for item in range(first, last):
