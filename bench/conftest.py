@@ -16,7 +16,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools"
 
 from compare import assert_close  # noqa: E402
 
-from pymla import cpu  # noqa: E402
 from pymla.bench import describe, facts  # noqa: E402
 from pymla.cpu import limits as machine  # noqa: E402
 

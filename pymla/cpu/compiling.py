@@ -204,7 +204,7 @@ def _compile_in_processes(wanted, count, tell):
     workers = [worker for worker in (_Worker.started(tasks, done) for _ in range(count)) if worker]
     finished = 0
     try:
-        tell(0, "")
+        tell(0, wanted[0].__name__)
         while any(worker.is_alive() for worker in workers) or not done.empty():
             with contextlib.suppress(queue.Empty):
                 name = done.get(timeout=0.1)
@@ -263,8 +263,9 @@ class _Worker(threading.Thread):
         """End the process: it has nothing more to do, or nobody waits for it."""
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was not read yet has no reader any more
+                stream.close()
 
 
 def serve():
