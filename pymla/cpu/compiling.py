@@ -23,10 +23,12 @@ import numba
 from numba.core import bytecode, config
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
-from numba.core.compiler import CompileResult
+from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
+from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
+from numba.core.typed_passes import NativeLowering
 
 from pymla.cores import usable_cores
 from pymla.cpu.isa import ISA
@@ -37,12 +39,66 @@ from pymla.source_key import is_part_of, source_key
 COMPILED = []
 _SOURCES = Path(__file__).resolve().parent
 
-#: A function that kernels call. Sums are taken in the order that is written, so that a result does not depend on the
-#: kernel around it: vector registers (`simd.py`) take the place of fast-math.
-inline = numba.njit(error_model="numpy", nogil=True)
 
-#: A step of a loop that is written out: a real call would pass its registers through memory.
-unrolled = numba.njit(error_model="numpy", nogil=True, forceinline=True)
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _WithoutMachineCode(NativeLowering):
+    """Lowers a function that only other compiled functions call, whose code goes into theirs: Numba's own pass makes
+    machine code of it alone, too, which takes a third of the time that a kernel takes to compile."""
+
+    _name = "lowering_without_machine_code"
+
+    def run_pass(self, state):
+        state.flags.no_compile = True
+        super().run_pass(state)
+        # Numba finds a compiled function by the object that Python would call.
+        lowered, found_by = state["cr"], _OnlyCompiled(state.func_id.func_name)
+        state["cr"] = lowered._replace(cfunc=found_by)
+        state.targetctx.insert_user_function(found_by, lowered.fndesc, [state.library])
+        state.reload_init.extend(state.library._reload_init)
+        return True
+
+
+class _OnlyCompiled:
+    """Stands for a function that Python cannot call."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __call__(self, *arguments):
+        raise TypeError(f"{self._name} is a part of kernels; Python cannot call it")
+
+
+class _HelperCompiler(CompilerBase):
+    def define_pipelines(self):
+        usual = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        pipeline = PassManager("helper")
+        for each, description in usual.passes:
+            pipeline.add_pass(_WithoutMachineCode if each is NativeLowering else each, description)
+        pipeline.finalize()
+        return [pipeline]
+
+
+_OPTIONS = {
+    "error_model": "numpy",
+    "nogil": True,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _HelperCompiler,
+}
+
+
+def inline(python_function, **options):
+    """Mark a function that kernels call; Python cannot. Sums are taken in the order that is written, so that a result
+    does not depend on the kernel around it: vector registers (`simd.py`) take the place of fast-math."""
+    dispatcher = numba.njit(**_OPTIONS, **options)(python_function)
+    dispatcher.add_overload = lambda compiled: dispatcher.overloads.update({compiled.signature.args: compiled})
+    return dispatcher
+
+
+def unrolled(python_function):
+    """Mark a step of a loop that is written out: a real call would pass its registers through memory."""
+    return inline(python_function, forceinline=True)
+
 
 #: What of Numba's configuration changes machine code, besides the processor's name and features.
 _CONFIGURATION = (
