@@ -16,7 +16,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools"
 
 from compare import assert_close  # noqa: E402
 
-from pymla import cpu  # noqa: E402
 from pymla.bench import describe, facts  # noqa: E402
 from pymla.cpu import limits as machine  # noqa: E402
 
@@ -28,7 +27,6 @@ _state = {"rows": []}
 
 @pytest.fixture(scope="session")
 def limits():
-    cpu.compile_all()
     _state["limits"], _state["packed"] = machine.measure(), machine.packed_rate()
     return _state["limits"]
 

@@ -132,8 +132,8 @@ def v2_lite(folder):
     weights = Weights.from_gguf(file, small, placement=Placement.on(backend, small.num_hidden_layers))
     last = weights.layers[-1]
     weights = dataclasses.replace(weights, layers=[*weights.layers, *(copied(last) for _ in range(layers - 2))])
-    backend.compile_all()
     model = Model(config, weights, backend, cache_type="f16", ctx=CTX)
+    backend.compile_for(model)
     file = SimpleNamespace(path=path, tensors=repeated(file, layers))
     return SimpleNamespace(config=config, model=model, file=file, device="cuda")
 

@@ -103,6 +103,8 @@ def load(
     placement = _backends(device, split, config, threads, report)
     weights = _weights(file, config, placement, planner, split, report)
     model = Model(config, weights, placement, cache_type=cache_type, mla=mla, ctx=ctx)
+    for backend in placement.backends:
+        backend.compile_for(model, report.compiling, report.warn)
     return LanguageModel(file, config, tokenizer, model)
 
 
@@ -401,7 +403,7 @@ def _warn_of_disk(file, needed, available, report):
 
 
 def _backends(device, split, config, threads, report):
-    """Where each part of the model is, with kernels that are ready."""
+    """Where each part of the model is."""
     if device == "reference":
         from pymla import reference
 
@@ -420,10 +422,7 @@ def _backends(device, split, config, threads, report):
     gpu = cpu
     if split.gpu_layers:
         from pymla.cuda import backend as gpu
-    placement = split.placement(config, cpu, gpu)
-    for backend in placement.backends:
-        backend.compile_all(report.compiling, report.warn)
-    return placement
+    return split.placement(config, cpu, gpu)
 
 
 def _weights(file, config, placement, planner, split, report):

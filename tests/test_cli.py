@@ -19,7 +19,7 @@ from make_model import PRESETS, make_model
 import pymla
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import compiling, quant
+from pymla.cpu import quant
 from pymla.cpu.limits import Limits
 from pymla.model import Model
 from pymla.modelfile import ModelFile
@@ -659,8 +659,7 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     # A kernel that this process has not compiled yet, of those that are kept.
-    monkeypatch.setattr(compiling, "COMPILED", [])
-    compiling.Compiled(quant._quantise_activations._function, quant._quantise_activations._build)
+    monkeypatch.setattr(quant._quantise_activations.compiled, "_result", None)
     code, out, err = run(*options)
     assert (code, out) == (0, expected)
     (line,) = err.splitlines()

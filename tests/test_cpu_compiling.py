@@ -2,14 +2,15 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from pymla import kernel_cache
-from pymla.cpu import compiling, quant
+from pymla import ggml, kernel_cache
+from pymla.cpu import compiling, norm, quant, rope
 
 SOURCE = """
 from pymla.cpu.jit import kernel
@@ -96,9 +97,7 @@ def test_progress_from_the_first_kernel_that_is_missing(cache):
 
     def compile_again():
         told.clear()
-        compiling.COMPILED.clear()
-        fresh()
-        compiling.compile_all(lambda done, total, name: told.append((done, total)))
+        compiling.compile_all([fresh()], progress=lambda done, total, name: told.append((done, total)))
         return told
 
     assert compile_again() == [(0, 1), (1, 1)]
@@ -112,10 +111,42 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache, tmp_path):
     (tmp_path / "cache").touch()
     warnings = []
     for _ in range(2):
-        fresh()
-        compiling.compile_all(warn=warnings.append)
+        compiling.compile_all([fresh()], warn=warnings.append)
     (message,) = warnings
     assert str(tmp_path / "cache") in message
+
+
+def small_kernels():
+    """Kernels as if nothing had been compiled: (kernel, Compiled)."""
+    kernels = [*norm.kernels(), *rope.kernels(), quant._quantise_activations, *quant.embedding_rows_kernels(ggml.Q4_0)]
+    for kernel in kernels:
+        made = compiling.Compiled(kernel._function, kernel._build)
+        made.__name__, made.origin = kernel.compiled.__name__, kernel.compiled.origin
+        yield made
+
+
+@pytest.mark.parametrize("python", ["this", "none", "one that ends at once"])
+def test_several_processes_compile(cache, monkeypatch, python):
+    """Whatever becomes of the processes, everything is compiled."""
+    monkeypatch.setattr(compiling, "usable_cores", lambda: 2)
+    monkeypatch.setattr(compiling, "_WORTH_A_PROCESS", 2)
+    if python != "this":
+        monkeypatch.setattr(sys, "executable", "/nowhere/python" if python == "none" else shutil.which("true"))
+    wanted, told = list(small_kernels()), []
+    compiling.compile_all(wanted, progress=lambda *each: told.append(each))
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert told[0][:2] == (0, len(wanted))
+    assert told[-1][:2] == (len(wanted), len(wanted))
+    assert len(list(cache.glob("*/*.kernel"))) == len(wanted)
+    for each in wanted:
+        assert each.result.address
+        # What another process compiled comes from its file.
+        assert each.result.cache_hits == (python == "this"), each.name
+
+
+def test_another_process_ends_with_its_input():
+    command = [sys.executable, "-c", "from pymla.cpu import compiling; compiling.serve()"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
 
 
 PROGRAM = """

@@ -7,8 +7,8 @@ from pymla import sampling
 from pymla.cores import usable_cores
 from pymla.costs import SLICE
 from pymla.cpu import attention, memory, moe, norm, quant, rope
-from pymla.cpu.compiling import compile_all
 from pymla.cpu.isa import ISA
+from pymla.cpu.needed import compile_for
 from pymla.cpu.threads import Graph, set_threads, thread_count
 
 NAME = "cpu"
@@ -19,7 +19,7 @@ __all__ = [
     "SLICE",
     "Graph",
     "attention",
-    "compile_all",
+    "compile_for",
     "memory",
     "moe",
     "norm",

@@ -30,10 +30,10 @@ from pymla.costs import heads_at_once
 from pymla.cpu import attention_absorbed, attention_expanded, threads
 from pymla.cpu.attention_absorbed import HEADS, take_item
 from pymla.cpu.attention_expanded import Panels
-from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row, write_cache_row
+from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row_for, write_cache_row_for
 from pymla.cpu.check import check
-from pymla.cpu.formats import dequantise_row
-from pymla.cpu.jit import inline, kernel
+from pymla.cpu.formats import dequantise_row_for
+from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import empty
 from pymla.cpu.panels import ROWS, tile_f32, transpose_panel
 from pymla.cpu.quant import (
@@ -47,9 +47,12 @@ from pymla.cpu.quant import (
     Activation,
     add_scaled,
     matmul,
+    matmul_heads_kernels,
     matmul_heads_transposed,
+    matmul_heads_transposed_kernels,
+    matmul_kernels,
 )
-from pymla.cpu.rows import dot_float
+from pymla.cpu.rows import dot_float_for
 from pymla.cpu.simd import address, load_f32, load_f32x8, store_f32, store_f32x8
 from pymla.cpu.softmax import LOG2E, heads_softmax, query_softmax, shrink
 from pymla.ggml import F32
@@ -68,6 +71,8 @@ __all__ = [
     "store",
 ]
 
+_dot_f32 = dot_float_for(F32)
+
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64
 
@@ -75,13 +80,13 @@ BLOCK = 64
 def store(rows, slots, cache):
     """Write rows, float32 (T, W), into the slots, int32 (T,), of the cache in its type; a row is contiguous."""
     check.store(rows, slots, cache)
-    _store[len(rows)](rows, slots, cache)
+    _store(cache.qtype)[len(rows)](rows, slots, cache)
 
 
 def load(cache, block_table, out):
     """The first ``len(out)`` rows of a sequence as float32 (S, W)."""
     check.load(cache, block_table, out)
-    _load[len(out)](cache, block_table, out)
+    _load(cache.qtype)[len(out)](cache, block_table, out)
     return out
 
 
@@ -106,7 +111,8 @@ def absorbed(q, latent, rope, step, scale, out):
     splits = max(1, 2 * threads.thread_count() // (tokens * groups))
     partial = empty((tokens * splits, groups * HEADS, -(-rank // ROWS) * ROWS), np.float32)
     sums = np.empty((tokens * splits, heads, 2), np.float32)
-    kernel = attention_absorbed.absorbed_pages if latent.qtype == Q8_PAGES else _absorbed
+    on_integers = latent.qtype == Q8_PAGES
+    kernel = attention_absorbed.absorbed_pages if on_integers else _absorbed(latent.qtype, rope.qtype)
     kernel[tokens * splits * groups, 1](q, latent, rope, step, scale * LOG2E, rank, splits, partial, sums)
     _merge[tokens * heads](partial, sums, splits, out)
     return out
@@ -119,8 +125,8 @@ def absorbed_materialised(q, latent, rope, step, scale, out):
     pages = step.block_tables.shape[1]
     for t in range(tokens):
         scores = np.empty((heads, pages * PAGE), np.float32)
-        _scores[pages](q, latent, rope, step, rank, scale, t, scores)
-        _values[heads, 1](scores, latent, step, t, out)
+        _scores(latent.qtype, rope.qtype)[pages](q, latent, rope, step, rank, scale, t, scores)
+        _values(latent.qtype)[heads, 1](scores, latent, step, t, out)
     return out
 
 
@@ -176,20 +182,58 @@ def full(q, keys, values, step, scale, out):
     """Attention over a cache of whole keys and values (``--mla 0``); `q` float32 (T, H, nope + R), `out` (T, H, v)."""
     check.full(q, keys, values, step, scale, out)
     tokens, heads, _ = q.shape
-    _full[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale * LOG2E, out)
+    _full(keys.qtype, values.qtype)[heads * -(-tokens // BLOCK), 1](q, keys, values, step, scale * LOG2E, out)
     return out
 
 
-@kernel(A2, I1, CACHE)
-def _store(first, last, rows, slots, cache):
-    for t in range(first, last):
-        write_cache_row(cache, slots[t], address(rows[t]), rows.shape[1])
+def full_kernels(keys, values, k_b, v_b):
+    """What ``--mla 0`` launches over a cache of these types, with ``W_k_b`` and ``W_v_b`` of these."""
+    stores = [_store(keys), _store(values), _full(keys, values), _join_keys]
+    return [*stores, *matmul_kernels(k_b), *matmul_kernels(v_b)]
 
 
-@kernel(CACHE, I1, F2)
-def _load(first, last, cache, block_table, out):
-    for p in range(first, last):
-        read_cache_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
+def absorbed_kernels(latent, rope, k_b, v_b, materialised=False):
+    """What the absorbed form launches, with its cache and queries."""
+    kernels = [_store(latent), _store(rope), _copy_rope]
+    kernels += matmul_heads_transposed_kernels(k_b) + matmul_heads_kernels(v_b)
+    if materialised:
+        return [*kernels, _scores(latent, rope), _values(latent)]
+    on_integers = latent == Q8_PAGES
+    return [*kernels, attention_absorbed.absorbed_pages if on_integers else _absorbed(latent, rope), _merge]
+
+
+def expanded_kernels(latent, rope, k_b, v_b, exact):
+    """What the expanded form launches, with its cache."""
+    kernels = [_store(latent), _store(rope), _load(latent), _load(rope)]
+    if not exact:
+        return kernels + attention_expanded.kernels(k_b, v_b)
+    return [*kernels, *matmul_kernels(k_b), *matmul_kernels(v_b), _join_keys, _expanded]
+
+
+@variants
+def _store(qtype):
+    """`store` into a cache of a type."""
+    write_cache_row = write_cache_row_for(qtype)
+
+    @kernel(A2, I1, CACHE)
+    def _store(first, last, rows, slots, cache):
+        for t in range(first, last):
+            write_cache_row(cache, slots[t], address(rows[t]), rows.shape[1])
+
+    return _store
+
+
+@variants
+def _load(qtype):
+    """`load` from a cache of a type."""
+    read_cache_row = read_cache_row_for(qtype)
+
+    @kernel(CACHE, I1, F2)
+    def _load(first, last, cache, block_table, out):
+        for p in range(first, last):
+            read_cache_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
+
+    return _load
 
 
 @kernel(F3, F3, types.int64)
@@ -212,54 +256,71 @@ def _join_keys(first, last, nope, k_pe, keys):
                 keys[s, h, size + i] = k_pe[s, i]
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, types.int64, types.int64, F3, F3)
-def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, sums):
-    """Unnormalised values (T * splits, H, rank), both padded, and maximum and sum (T * splits, H, 2), of each share of
-    the pages.
+@variants
+def _absorbed(latent_type, rope_type):
+    """`absorbed` over a cache of float types."""
+    read_latent, read_rope = read_cache_row_for(latent_type), read_cache_row_for(rope_type)
 
-    An item is a token, a group of heads and a share.
-    """
-    heads, size, padded = q.shape[1], q.shape[2], partial.shape[2]
-    queries = np.empty((HEADS, size), np.float32)
-    panel = np.empty((size, HEADS), np.float32)
-    rows = np.zeros((PAGE, size + 16), np.float32)
-    scores = np.empty((PAGE, HEADS), np.float32)
-    state = np.empty((2, HEADS), np.float32)
-    stride = 4 * (size + 16)
-    for item in range(first, last):
-        task, t, begin, count, length, from_page, to_page = take_item(item, heads, splits, step, sums)
-        if from_page == to_page:
-            continue
-        for h in range(count):
-            for i in range(size):
-                queries[h, i] = q[t, begin + h, i] * np.float32(scale)
-        transpose_panel(address(queries), 4 * size, count, size, address(panel))
-        values = partial[task, begin:]
-        values[:HEADS] = 0
-        state[0], state[1] = -np.inf, 0
-        table = step.block_tables[step.seq_of[t]]
-        for page in range(from_page, to_page):
-            seen = min(PAGE, length - page * PAGE)
-            for s in range(seen):
-                slot = table[page] * PAGE + s
-                row = address(rows[s])
-                read_cache_row(latent, slot, row, rank)
-                read_cache_row(rope, slot, row + 4 * rank, size - rank)
-            for s in range(0, seen, 4):
-                a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
-                tile_f32(
-                    address(rows[s]), a * stride, b * stride, c * stride, 4,
-                    address(panel), 64, size, address(scores[s]), 64, False,
-                )  # fmt: skip
-            heads_softmax(address(scores), seen, address(state), address(values), padded)
-            for h in range(0, HEADS, 4):
-                for i in range(0, rank, 16):
+    @kernel(
+        F3,
+        CACHE,
+        CACHE,
+        STEP,
+        types.float64,
+        types.int64,
+        types.int64,
+        F3,
+        F3,
+    )
+    def _absorbed(first, last, q, latent, rope, step, scale, rank, splits, partial, sums):
+        """Unnormalised values (T * splits, H, rank), both padded, and maximum and sum (T * splits, H, 2), of each share
+        of the pages.
+
+        An item is a token, a group of heads and a share.
+        """
+        heads, size, padded = q.shape[1], q.shape[2], partial.shape[2]
+        queries = np.empty((HEADS, size), np.float32)
+        panel = np.empty((size, HEADS), np.float32)
+        rows = np.zeros((PAGE, size + 16), np.float32)
+        scores = np.empty((PAGE, HEADS), np.float32)
+        state = np.empty((2, HEADS), np.float32)
+        stride = 4 * (size + 16)
+        for item in range(first, last):
+            task, t, begin, count, length, from_page, to_page = take_item(item, heads, splits, step, sums)
+            if from_page == to_page:
+                continue
+            for h in range(count):
+                for i in range(size):
+                    queries[h, i] = q[t, begin + h, i] * np.float32(scale)
+            transpose_panel(address(queries), 4 * size, count, size, address(panel))
+            values = partial[task, begin:]
+            values[:HEADS] = 0
+            state[0], state[1] = -np.inf, 0
+            table = step.block_tables[step.seq_of[t]]
+            for page in range(from_page, to_page):
+                seen = min(PAGE, length - page * PAGE)
+                for s in range(seen):
+                    slot = table[page] * PAGE + s
+                    row = address(rows[s])
+                    read_latent(latent, slot, row, rank)
+                    read_rope(rope, slot, row + 4 * rank, size - rank)
+                for s in range(0, seen, 4):
+                    a, b, c = min(1, seen - 1 - s), min(2, seen - 1 - s), min(3, seen - 1 - s)
                     tile_f32(
-                        address(scores) + 4 * h, 4, 8, 12, 64,
-                        address(rows) + 4 * i, stride, seen, address(values[h, i:]), 4 * padded, True,
+                        address(rows[s]), a * stride, b * stride, c * stride, 4,
+                        address(panel), 64, size, address(scores[s]), 64, False,
                     )  # fmt: skip
-        for h in range(count):
-            sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
+                heads_softmax(address(scores), seen, address(state), address(values), padded)
+                for h in range(0, HEADS, 4):
+                    for i in range(0, rank, 16):
+                        tile_f32(
+                            address(scores) + 4 * h, 4, 8, 12, 64,
+                            address(rows) + 4 * i, stride, seen, address(values[h, i:]), 4 * padded, True,
+                        )  # fmt: skip
+            for h in range(count):
+                sums[task, begin + h, 0], sums[task, begin + h, 1] = state[0, h], state[1, h]
+
+    return _absorbed
 
 
 @kernel(F3, F3, types.int64, A3)
@@ -283,42 +344,65 @@ def _merge(first, last, partial, sums, splits, out):
         shrink(np.float32(1) / total, address(out[t, h]), rank)
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.int64, types.float64, types.int64, F2)
-def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
-    """One token's scores (H, S), over pages; those behind its position have none."""
-    heads, size = q.shape[1], q.shape[2]
-    table = step.block_tables[step.seq_of[t]]
-    row = np.empty(size, np.float32)
-    for page in range(first, last):
-        for p in range(page * PAGE, min(page * PAGE + PAGE, step.positions[t] + 1)):
-            slot = table[page] * PAGE + p % PAGE
-            read_cache_row(latent, slot, address(row), rank)
-            read_cache_row(rope, slot, address(row[rank:]), size - rank)
-            for h in range(heads):
-                score = dot_float(F32, address(row), address(q[t, h]), size)
-                scores[h, p] = score * np.float32(scale)
+@variants
+def _scores(latent_type, rope_type):
+    """Scores of `absorbed_materialised`."""
+    read_latent, read_rope = read_cache_row_for(latent_type), read_cache_row_for(rope_type)
+
+    @kernel(
+        F3,
+        CACHE,
+        CACHE,
+        STEP,
+        types.int64,
+        types.float64,
+        types.int64,
+        F2,
+    )
+    def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
+        """One token's scores (H, S), over pages; those behind its position have none."""
+        heads, size = q.shape[1], q.shape[2]
+        table = step.block_tables[step.seq_of[t]]
+        row = np.empty(size, np.float32)
+        for page in range(first, last):
+            for p in range(page * PAGE, min(page * PAGE + PAGE, step.positions[t] + 1)):
+                slot = table[page] * PAGE + p % PAGE
+                read_latent(latent, slot, address(row), rank)
+                read_rope(rope, slot, address(row[rank:]), size - rank)
+                for h in range(heads):
+                    score = _dot_f32(address(row), address(q[t, h]), size)
+                    scores[h, p] = score * np.float32(scale)
+
+    return _scores
 
 
-@kernel(F2, CACHE, STEP, types.int64, A3)
-def _values(first, last, scores, latent, step, t, out):
-    """The softmax of one token's scores, then the values, over heads."""
-    rank = out.shape[2]
-    length = step.positions[t] + 1
-    table = step.block_tables[step.seq_of[t]]
-    row = np.empty(rank, np.float32)
-    for h in range(first, last):
-        largest = scores[h, 0]
-        for p in range(length):
-            largest = max(largest, scores[h, p])
-        total = np.float32(0)
-        for p in range(length):
-            scores[h, p] = np.exp(scores[h, p] - largest)
-            total += scores[h, p]
-        out[t, h, :] = 0
-        for p in range(length):
-            slot = table[p // PAGE] * PAGE + p % PAGE
-            read_cache_row(latent, slot, address(row), rank)
-            add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
+@variants
+def _values(latent_type):
+    """Values of `absorbed_materialised`."""
+    read_latent = read_cache_row_for(latent_type)
+
+    @kernel(F2, CACHE, STEP, types.int64, A3)
+    def _values(first, last, scores, latent, step, t, out):
+        """The softmax of one token's scores, then the values, over heads."""
+        rank = out.shape[2]
+        length = step.positions[t] + 1
+        table = step.block_tables[step.seq_of[t]]
+        row = np.empty(rank, np.float32)
+        for h in range(first, last):
+            largest = scores[h, 0]
+            for p in range(length):
+                largest = max(largest, scores[h, p])
+            total = np.float32(0)
+            for p in range(length):
+                scores[h, p] = np.exp(scores[h, p] - largest)
+                total += scores[h, p]
+            out[t, h, :] = 0
+            for p in range(length):
+                slot = table[p // PAGE] * PAGE + p % PAGE
+                read_latent(latent, slot, address(row), rank)
+                add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
+
+    return _values
 
 
 @inline
@@ -386,38 +470,45 @@ def _expanded(first, last, q, keys, values, positions, scale, out):
         finish_block(scratch, out, begin, count, h)
 
 
-@kernel(F3, CACHE, CACHE, STEP, types.float64, A3)
-def _full(first, last, q, keys, values, step, scale, out):
-    """Over blocks of queries of each head; a block may reach over sequences, and each of them is a run of its own."""
-    tokens, heads, v = out.shape
-    size = q.shape[2]
-    key_bytes, value_bytes = keys.data.shape[1] // heads, values.data.shape[1] // heads
-    blocks = (tokens + BLOCK - 1) // BLOCK
-    queries, scratch = block_scratch(size, v)
-    k = np.empty((PAGE, size), np.float32)
-    value = np.empty((PAGE, v), np.float32)
-    for item in range(first, last):
-        begin, h = (blocks - 1 - item // heads) * BLOCK, item % heads
-        end = min(begin + BLOCK, tokens)
-        while begin < end:
-            stop = begin + 1
-            while stop < end and step.seq_of[stop] == step.seq_of[begin]:
-                stop += 1
-            start_block(q, begin, stop - begin, h, scale, queries, scratch)
-            table = step.block_tables[step.seq_of[begin]]
-            length = step.positions[stop - 1] + 1
-            for page in range(0, length, PAGE):
-                seen = min(PAGE, length - page)
-                for s in range(seen):
-                    slot = table[page // PAGE] * PAGE + s
-                    dequantise_row(keys.qtype, address(keys.data[slot]) + h * key_bytes, address(k[s]), size)
-                    dequantise_row(values.qtype, address(values.data[slot]) + h * value_bytes, address(value[s]), v)
-                attend_page(
-                    queries, stop - begin, step.positions[begin:stop],
-                    address(k), address(value), 4 * size, 4 * v, page, seen, size, v, scratch,
-                )  # fmt: skip
-            finish_block(scratch, out, begin, stop - begin, h)
-            begin = stop
+@variants
+def _full(key_type, value_type):
+    """`full` over a cache of two types."""
+    read_key, read_value = dequantise_row_for(key_type), dequantise_row_for(value_type)
+
+    @kernel(F3, CACHE, CACHE, STEP, types.float64, A3)
+    def _full(first, last, q, keys, values, step, scale, out):
+        """Over blocks of queries of each head. A block may reach over sequences: each of them is a run of its own."""
+        tokens, heads, v = out.shape
+        size = q.shape[2]
+        key_bytes, value_bytes = keys.data.shape[1] // heads, values.data.shape[1] // heads
+        blocks = (tokens + BLOCK - 1) // BLOCK
+        queries, scratch = block_scratch(size, v)
+        k = np.empty((PAGE, size), np.float32)
+        value = np.empty((PAGE, v), np.float32)
+        for item in range(first, last):
+            begin, h = (blocks - 1 - item // heads) * BLOCK, item % heads
+            end = min(begin + BLOCK, tokens)
+            while begin < end:
+                stop = begin + 1
+                while stop < end and step.seq_of[stop] == step.seq_of[begin]:
+                    stop += 1
+                start_block(q, begin, stop - begin, h, scale, queries, scratch)
+                table = step.block_tables[step.seq_of[begin]]
+                length = step.positions[stop - 1] + 1
+                for page in range(0, length, PAGE):
+                    seen = min(PAGE, length - page)
+                    for s in range(seen):
+                        slot = table[page // PAGE] * PAGE + s
+                        read_key(address(keys.data[slot]) + h * key_bytes, address(k[s]), size)
+                        read_value(address(values.data[slot]) + h * value_bytes, address(value[s]), v)
+                    attend_page(
+                        queries, stop - begin, step.positions[begin:stop],
+                        address(k), address(value), 4 * size, 4 * v, page, seen, size, v, scratch,
+                    )  # fmt: skip
+                finish_block(scratch, out, begin, stop - begin, h)
+                begin = stop
+
+    return _full
 
 
 @inline

@@ -29,7 +29,6 @@ from pymla.cpu.attention_tiles import (
     tile_values,
 )
 from pymla.cpu.cache_rows import even, quantise_i16
-from pymla.cpu.formats import F16, F32, load_f8
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel
 from pymla.cpu.memory import allocate, allocate_f32
@@ -40,6 +39,7 @@ from pymla.cpu.simd import (
     larger,
     largest,
     load_f16,
+    load_f16x8,
     load_f32,
     load_f32x8,
     mul,
@@ -209,7 +209,7 @@ def take_queries(q, scale, rank, out):
             at = address(codes[h]) + BLOCK_BYTES * i
             total = quantise_codes(address(query) + 128 * i, 32, at, address(out.scales[i, h:]), 0)
             out.starts[i, h] = np.int32(-BIAS * total)
-        out.rope_scales[0, h] = quantise_i16(F32, address(query[rank:]), rotated, address(rope_codes[h]))
+        out.rope_scales[0, h] = quantise_i16(address(query[rank:]), rotated, address(rope_codes[h]))
     for h in range(0, HEADS, LANES):
         store_keys(address(codes[h]), row_bytes, address(out.codes[h]))
         for lane in range(LANES):
@@ -232,7 +232,7 @@ def _take_row(at, blocks, scales, factors):
     """The same for a row; returns the largest. All but `blocks` are addresses."""
     whole = blocks // 8 * 8
     for i in range(0, whole, 8):
-        store_f32x8(scales + 4 * i, load_f8(F16, at + 2 * i))
+        store_f32x8(scales + 4 * i, load_f16x8(at + 2 * i))
     for i in range(whole, blocks):
         store_f32(scales + 4 * i, load_f16(at + 2 * i))
     most = load_f32x8(scales)

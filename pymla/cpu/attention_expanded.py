@@ -6,11 +6,13 @@ K. Keys have a scale for `KEY_BLOCK` dimensions, values a scale for each token, 
 Those are quantised per 64 tokens. So no number depends on a token that its query does not see.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 from numba import types
 
+from pymla import ggml
 from pymla.cpu import threads
 from pymla.cpu.attention_tiles import (
     BLOCK_BYTES,
@@ -27,13 +29,12 @@ from pymla.cpu.attention_tiles import (
     tile_values,
 )
 from pymla.cpu.check import check
-from pymla.cpu.formats import is_float
 from pymla.cpu.isa import LANES
-from pymla.cpu.jit import inline, kernel
+from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float, two_groups
+from pymla.cpu.panels import FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
 from pymla.cpu.panels_amx import MARGIN
-from pymla.cpu.quant import A2, A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, product_rows
+from pymla.cpu.quant import A2, A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, take_rows
 from pymla.cpu.simd import absolute, address, farther, farthest, load_f32xL, mul, round_even, splat_f32xL, store_i32
 from pymla.cpu.simd_words import BIAS, WORD, store_words
 from pymla.cpu.softmax import LOG2E, token_softmax
@@ -98,7 +99,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     # The two matrices may have different types: k_b is derived where the file has it transposed.
     inputs = x.panels(k_b.qtype), x.panels(v_b.qtype)
     matrices = Matrices.of(k_b), Matrices.of(v_b)
-    _expand[heads * -(-tokens // size), 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
+    _expand(k_b.qtype, v_b.qtype)[heads * -(-tokens // size), 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
 
 
 def expanded(q, keys_values, positions, scale, out):
@@ -113,72 +114,102 @@ def expanded(q, keys_values, positions, scale, out):
     return out
 
 
-@kernel(MATRICES, MATRICES, INPUT, INPUT, I1, A2, types.int64, PANELS)
-def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
-    """Over blocks of `size` tokens of each head."""
-    tokens = len(k_pe)
-    groups = (tokens + size - 1) // size
-    blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
-    scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
-    result = allocate_f32(size + MARGIN, ROWS)
-    keys = np.zeros((size, KEY_BLOCK * blocks), np.float32)
-    values = np.zeros((size, v), np.float32)
-    codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)
-    for item in range(first, last):
-        h, begin = item // groups, item % groups * size
-        count = min(size, tokens - begin)
-        padded = (count + TOKENS - 1) // TOKENS * TOKENS
-        multiply_head(k_b, h, x, index, begin, count, scratch, result, keys)
-        multiply_head(v_b, h, y, index, begin, count, scratch, result, values)
-        for t in range(count):
-            for i in range(k_pe.shape[1]):
-                keys[t, k_b.rows + i] = k_pe[begin + t, i]
-        # Tokens that are missing are zeros.
-        keys[count:padded], values[count:padded] = 0, 0
-        for t in range(padded):
-            scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
-            starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
-            for i in range(blocks):
-                x_at, at = address(keys[t]) + 4 * KEY_BLOCK * i, address(codes[t]) + _KEY_BYTES * i
-                sums = quantise_codes(x_at, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
-                store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
-        for t in range(0, padded, LANES):
-            store_keys(address(codes[t]), codes.shape[1], address(out.keys[h, (begin + t) // LANES]))
-        for t in range(0, padded, 32):
-            store_values(values[t:], out.values[h, (begin + t) // 32], out.value_scales[h, begin + t :])
+def kernels(k_b, v_b):
+    """What this form launches for ``W_k_b`` and ``W_v_b`` of these types."""
+    return [_expand(k_b, v_b), _expanded]
 
 
-@inline
-def multiply_head(w, h, x, index, begin, count, scratch, result, out):
-    """``out[t, :rows] = W[h] @ x[begin + t]`` for `count` tokens."""
-    columns = x.x.shape[1]
-    matrix = w.address + h * w.matrix_stride
-    for r in range(0, w.rows, ROWS):
-        row, rows = matrix + r * w.row_stride, min(ROWS, w.rows - r)
-        if is_float(w.qtype):
-            for s in range(0, rows, 16):
-                part = min(16, rows - s)
-                source = row + s * w.row_stride
-                tokens = x.x[begin : begin + count]
-                product_float(w.qtype, source, part, w.row_stride, columns, tokens, out[:, r + s :], address(scratch))
-            continue
-        second, half, rest = two_groups(row, w.row_stride, rows)
-        product_rows(
-            w.qtype,
-            row,
-            second,
-            half,
-            rest,
-            w.row_stride,
-            columns,
-            ROWS * w.row_stride,
-            x,
-            index,
-            (begin, begin + count),
-            address(scratch),
-            address(result),
-            (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
-        )
+@variants
+def _expand(key_type, value_type):
+    """Keys and values of matrices of two types."""
+    multiply_keys, multiply_values = multiply_head_for(key_type), multiply_head_for(value_type)
+
+    @kernel(
+        MATRICES,
+        MATRICES,
+        INPUT,
+        INPUT,
+        I1,
+        A2,
+        types.int64,
+        PANELS,
+    )
+    def _expand(first, last, k_b, v_b, x, y, index, k_pe, size, out):
+        """Over blocks of `size` tokens of each head."""
+        tokens = len(k_pe)
+        groups = (tokens + size - 1) // size
+        blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
+        scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
+        result = allocate_f32(size + MARGIN, ROWS)
+        keys = np.zeros((size, KEY_BLOCK * blocks), np.float32)
+        values = np.zeros((size, v), np.float32)
+        codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)
+        for item in range(first, last):
+            h, begin = item // groups, item % groups * size
+            count = min(size, tokens - begin)
+            padded = (count + TOKENS - 1) // TOKENS * TOKENS
+            multiply_keys(k_b, h, x, index, begin, count, scratch, result, keys)
+            multiply_values(v_b, h, y, index, begin, count, scratch, result, values)
+            for t in range(count):
+                for i in range(k_pe.shape[1]):
+                    keys[t, k_b.rows + i] = k_pe[begin + t, i]
+            # Tokens that are missing are zeros.
+            keys[count:padded], values[count:padded] = 0, 0
+            for t in range(padded):
+                scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
+                starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
+                for i in range(blocks):
+                    x_at, at = address(keys[t]) + 4 * KEY_BLOCK * i, address(codes[t]) + _KEY_BYTES * i
+                    sums = quantise_codes(x_at, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
+                    store_i32(starts + 4 * LANES * i, np.int32(-BIAS * sums))
+            for t in range(0, padded, LANES):
+                store_keys(address(codes[t]), codes.shape[1], address(out.keys[h, (begin + t) // LANES]))
+            for t in range(0, padded, 32):
+                store_values(values[t:], out.values[h, (begin + t) // 32], out.value_scales[h, begin + t :])
+
+    return _expand
+
+
+@functools.cache
+def multiply_head_for(qtype):
+    """A function ``(w, h, x, index, begin, count, scratch, result, out)``: ``out[t, :rows] = W[h] @ x[begin + t]`` for
+    `count` tokens."""
+    if qtype not in ggml.QUANTISED:
+        product_float = product_float_for(qtype)
+
+        @inline
+        def multiply_head(w, h, x, index, begin, count, scratch, result, out):
+            matrix, tokens = w.address + h * w.matrix_stride, x.x[begin : begin + count]
+            for r in range(0, w.rows, 16):
+                row, rows = matrix + r * w.row_stride, min(16, w.rows - r)
+                product_float(row, rows, w.row_stride, x.x.shape[1], tokens, out[:, r:], address(scratch))
+
+        return multiply_head
+    product = product_for(take_rows, qtype)
+
+    @inline
+    def multiply_head(w, h, x, index, begin, count, scratch, result, out):
+        matrix = w.address + h * w.matrix_stride
+        for r in range(0, w.rows, ROWS):
+            row, rows = matrix + r * w.row_stride, min(ROWS, w.rows - r)
+            second, half, rest = two_groups(row, w.row_stride, rows)
+            product(
+                row,
+                second,
+                half,
+                rest,
+                w.row_stride,
+                x.x.shape[1],
+                ROWS * w.row_stride,
+                x,
+                index,
+                (begin, begin + count),
+                address(scratch),
+                address(result),
+                (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
+            )
+
+    return multiply_head
 
 
 @inline

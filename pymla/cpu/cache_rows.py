@@ -5,11 +5,13 @@ that `pymla.cpu.attention_absorbed` multiplies the codes where they lie: a page 
 and their scales follow. It takes the bytes that ggml's types take, but for the scale of the rotated dimensions.
 """
 
+import functools
+
 import numpy as np
 
 from pymla import ggml
 from pymla.cache import PAGE, LatentCache
-from pymla.cpu.formats import F32, dequantise_row, float_bytes, load_f8, load_float, write_q8, write_row
+from pymla.cpu.formats import dequantise_row_for, write_q8, write_row_for
 from pymla.cpu.jit import inline
 from pymla.cpu.memory import empty
 from pymla.cpu.simd import (
@@ -19,6 +21,7 @@ from pymla.cpu.simd import (
     farthest,
     load_f16,
     load_f32,
+    load_f32x8,
     load_i16,
     load_u8x8,
     mul,
@@ -60,39 +63,66 @@ def even(count):
     return count + count % 2
 
 
-@inline
-def write_cache_row(cache, slot, x, columns):
-    """Float32 values at the address `x` as the row of a slot."""
-    qtype, page, row = cache.qtype, address(cache.data[slot // PAGE * PAGE]), slot % PAGE
+@functools.cache
+def write_cache_row_for(qtype):
+    """A function ``(cache, slot, x, columns)``: float32 values at the address `x` become the row of a slot."""
     if qtype == Q8_PAGES:
-        codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
-        for block in range(columns // 32):
-            write_q8(x + 128 * block, scales + 2 * block, codes + 32 * block, 128)
+
+        @inline
+        def write_cache_row(cache, slot, x, columns):
+            page, row = address(cache.data[slot // PAGE * PAGE]), slot % PAGE
+            codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
+            for block in range(columns // 32):
+                write_q8(x + 128 * block, scales + 2 * block, codes + 32 * block, 128)
+
     elif qtype == I16_PAGES:
-        wide = 2 * even(columns)
-        scale = quantise_i16(F32, x, columns, page + row * wide)
-        store_f32(page + PAGE * wide + 4 * row, scale)
+
+        @inline
+        def write_cache_row(cache, slot, x, columns):
+            page, row, wide = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, 2 * even(columns)
+            scale = quantise_i16(x, columns, page + row * wide)
+            store_f32(page + PAGE * wide + 4 * row, scale)
+
     else:
-        write_row(qtype, x, address(cache.data[slot]), columns)
+        write_row = write_row_for(qtype)
+
+        @inline
+        def write_cache_row(cache, slot, x, columns):
+            write_row(x, address(cache.data[slot]), columns)
+
+    return write_cache_row
 
 
-@inline
-def read_cache_row(cache, slot, out, columns):
-    """The row of a slot as float32 at the address `out`."""
-    qtype, page, row = cache.qtype, address(cache.data[slot // PAGE * PAGE]), slot % PAGE
+@functools.cache
+def read_cache_row_for(qtype):
+    """A function ``(cache, slot, out, columns)``: the row of a slot as float32 at the address `out`."""
     if qtype == Q8_PAGES:
-        codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
-        zero = splat_f32(np.float32(128))
-        for i in range(0, columns, 8):
-            scale = splat_f32(load_f16(scales + i // 32 * 2))
-            store_f32x8(out + 4 * i, mul(scale, sub(load_u8x8(codes + i), zero)))
+
+        @inline
+        def read_cache_row(cache, slot, out, columns):
+            page, row, zero = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, splat_f32(np.float32(128))
+            codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
+            for i in range(0, columns, 8):
+                scale = splat_f32(load_f16(scales + i // 32 * 2))
+                store_f32x8(out + 4 * i, mul(scale, sub(load_u8x8(codes + i), zero)))
+
     elif qtype == I16_PAGES:
-        wide = 2 * even(columns)
-        scale = load_f32(page + PAGE * wide + 4 * row)
-        for i in range(columns):
-            store_f32(out + 4 * i, scale * np.float32(load_i16(page + row * wide + 2 * i)))
+
+        @inline
+        def read_cache_row(cache, slot, out, columns):
+            page, row, wide = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, 2 * even(columns)
+            scale = load_f32(page + PAGE * wide + 4 * row)
+            for i in range(columns):
+                store_f32(out + 4 * i, scale * np.float32(load_i16(page + row * wide + 2 * i)))
+
     else:
-        dequantise_row(qtype, address(cache.data[slot]), out, columns)
+        dequantise_row = dequantise_row_for(qtype)
+
+        @inline
+        def read_cache_row(cache, slot, out, columns):
+            dequantise_row(address(cache.data[slot]), out, columns)
+
+    return read_cache_row
 
 
 @inline
@@ -102,24 +132,24 @@ def largest_code(count):
 
 
 @inline
-def quantise_i16(qtype, row, count, codes):
-    """`count` numbers of a float type as int16; returns their scale. `row` and `codes` are addresses; there is room for
+def quantise_i16(row, count, codes):
+    """`count` float32 as int16; returns their scale. `row` and `codes` are addresses; there is room for
     an even number of codes. A number that is infinite or NaN shows in the scale."""
-    size, whole, largest = float_bytes(qtype), count // 8 * 8, np.float32(largest_code(count))
+    whole, largest = count // 8 * 8, np.float32(largest_code(count))
     eight = splat_f32(np.float32(0))
     for i in range(0, whole, 8):
-        eight = farther(absolute(load_f8(qtype, row + size * i)), eight)
+        eight = farther(absolute(load_f32x8(row + 4 * i)), eight)
     for i in range(whole, count):
-        eight = farther(absolute(splat_f32(load_float(qtype, row + size * i))), eight)
+        eight = farther(absolute(splat_f32(load_f32(row + 4 * i))), eight)
     most = farthest(eight)
     inverse = np.float32(0)
     if most > 0:
         inverse = largest / most
     factor = splat_f32(inverse)
     for i in range(0, whole, 8):
-        store_as_i16(codes + 2 * i, round_even(mul(load_f8(qtype, row + size * i), factor)))
+        store_as_i16(codes + 2 * i, round_even(mul(load_f32x8(row + 4 * i), factor)))
     for i in range(whole, count):
-        store_i16(codes + 2 * i, np.int16(np.rint(load_float(qtype, row + size * i) * inverse)))
+        store_i16(codes + 2 * i, np.int16(np.rint(load_f32(row + 4 * i) * inverse)))
     if count % 2:
         store_i16(codes + 2 * count, np.int16(0))
     return most / largest

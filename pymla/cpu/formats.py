@@ -1,13 +1,16 @@
 """What a ggml type is to a kernel: how to unpack rows for a panel, how to read and write numbers.
 
-Adding a type means a branch in `unpack_rows`, `add_block` and `rows.dot_rows`, and its sizes in `panel_bits`:
-nothing anywhere else. A branch is taken once per row or for 8 blocks.
+A type is a few functions and a row of `FORMATS`; its product of rows is in `rows`. Kernels are made for a type by a
+factory that takes its functions from there, so that a program compiles those of the types that its file has.
 
 Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activations are ``x = scale * a``. So
 ``w · x = Σ_blocks scale * (d * Σ code * a + m * Σ a)``.
 
 All addresses are int64; the functions run inside kernels.
 """
+
+import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,24 +60,8 @@ from pymla.cpu.simd import (
 from pymla.cpu.simd_bytes import store_sum16, sum_i8x32
 from pymla.cpu.simd_panels import gather_f16, gather_i8, gather_second_f16, load_columns, panel_codes8, store_start4
 
-# Kernels see module globals as constants.
 F32, F16, BF16 = ggml.F32, ggml.F16, ggml.BF16
 Q4_0, Q4_1, Q8_0, Q6_K = ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
-
-#: Types whose codes have 4 bits.
-FOUR_BITS = (Q4_0, Q4_1)
-
-
-@inline
-def is_float(qtype):
-    """Whether products with this type are taken in float32."""
-    return qtype in (F32, F16, BF16)
-
-
-@inline
-def float_bytes(qtype):
-    """Bytes of a number of a float type."""
-    return 4 if qtype == F32 else 2
 
 
 @unrolled
@@ -97,56 +84,11 @@ def _q6_k_scales(block, group):
 
 
 @inline
-def load_f8(qtype, address):
-    """Eight numbers of a float type as float32."""
-    if qtype == F32:
-        return load_f32x8(address)
-    if qtype == F16:
-        return load_f16x8(address)
-    return load_bf16x8(address)
-
-
-@inline
-def load_float(qtype, address):
-    """A number of a float type as float32."""
-    if qtype == F32:
-        return load_f32(address)
-    if qtype == F16:
-        return load_f16(address)
-    return load_bf16(address)
-
-
-@inline
-def panel_bits(qtype):
-    """Bits of the codes of a type in a panel: 4 or 8; 0 for float types."""
-    if is_float(qtype):
-        return 0
-    return 4 if qtype in FOUR_BITS else 8
-
-
-@inline
-def bytes_256(qtype):
-    """Bytes of 256 weights of a quantised type."""
-    if qtype == Q4_0:
-        return 144
-    if qtype == Q8_0:
-        return 272
-    return 210 if qtype == Q6_K else 160
-
-
-@inline
-def has_minimum(qtype):
-    """Whether blocks have a minimum beside their scale."""
-    return qtype == Q4_1
-
-
-@inline
-def unpack_rows(qtype, rows, first, count, codes, scales, minima):
-    """Blocks of 32 weights of the rows of a panel of a quantised type, unpacked.
+def _unpack_q4_0(rows, first, count, codes, scales, minima):
+    """Blocks of 32 weights of the rows of a panel, unpacked, as for each quantised type.
 
     Parameters
     ----------
-    qtype : int
     rows : tuple of int
         Their addresses, from `simd_panels.panel_rows`.
     first, count : int
@@ -160,23 +102,31 @@ def unpack_rows(qtype, rows, first, count, codes, scales, minima):
     minima : int
         Address for a minimum for each block, likewise, written where the type has them.
     """
-    if qtype == Q4_0:
-        _unpack_4_bits(18, rows, first, count, codes, scales, minima)
-    elif qtype == Q8_0:
-        for block in range(first, first + count):
-            at = 34 * block
-            _store_codes8(codes, load_columns(rows, at + 2))
-            _store_codes8(codes + 16 * LANES, load_columns(rows, at + 18))
-            d = gather_f16(rows, at)
-            store_f32xL(scales, d)
-            store_f32xL(scales + 4 * LANES, d)
-            codes, scales = codes + 32 * LANES, scales + 8 * LANES
-    elif qtype == Q6_K:
-        for block in range(first // 8, (first + count) // 8):
-            _unpack_q6_k(rows, 210 * block, codes, scales)
-            codes, scales = codes + 256 * LANES, scales + 64 * LANES
-    else:
-        _unpack_4_bits(20, rows, first, count, codes, scales, minima)
+    _unpack_4_bits(18, rows, first, count, codes, scales, minima)
+
+
+@inline
+def _unpack_q4_1(rows, first, count, codes, scales, minima):
+    _unpack_4_bits(20, rows, first, count, codes, scales, minima)
+
+
+@inline
+def _unpack_q8_0(rows, first, count, codes, scales, minima):
+    for block in range(first, first + count):
+        at = 34 * block
+        _store_codes8(codes, load_columns(rows, at + 2))
+        _store_codes8(codes + 16 * LANES, load_columns(rows, at + 18))
+        d = gather_f16(rows, at)
+        store_f32xL(scales, d)
+        store_f32xL(scales + 4 * LANES, d)
+        codes, scales = codes + 32 * LANES, scales + 8 * LANES
+
+
+@inline
+def _unpack_q6_k(rows, first, count, codes, scales, minima):
+    for block in range(first // 8, (first + count) // 8):
+        _unpack_q6_k_block(rows, 210 * block, codes, scales)
+        codes, scales = codes + 256 * LANES, scales + 64 * LANES
 
 
 @inline
@@ -193,7 +143,7 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
 
 
 @inline
-def _unpack_q6_k(rows, at, codes, scales):
+def _unpack_q6_k_block(rows, at, codes, scales):
     d = gather_second_f16(rows, at + 206)
     for i in range(16):
         store_f32xL(scales + 4 * LANES * i, mul(d, gather_i8(rows, at + 192 + i)))
@@ -254,67 +204,124 @@ def store_columns(out, columns):
     store_i8xL(out + 12 * LANES, d)
 
 
-@inline
-def dequantise_row(qtype, row, out, columns):
-    """A row of any type, of weights or of the cache, as float32 at `out`; all three are addresses or sizes."""
-    if is_float(qtype):
-        size = float_bytes(qtype)
-        whole = columns // 8 * 8
-        for i in range(0, whole, 8):
-            store_f32x8(out + 4 * i, load_f8(qtype, row + size * i))
-        for i in range(whole, columns):
-            store_f32(out + 4 * i, load_float(qtype, row + size * i))
-        return
-    for block in range(columns // 32):
-        store_f32x32(out + 128 * block, add_block(qtype, row, block, np.float32(1), splat_f32x32(np.float32(0))))
+@unrolled
+def _add_f32(row, block, weight, acc):
+    """`acc` plus ``weight`` times thirty-two weights of a row, from ``32 * block`` on, as for each type."""
+    return fma(load_f32x32(row + 128 * block), splat_f32x32(weight), acc)
 
 
 @unrolled
-def add_block(qtype, row, block, weight, acc):
-    """`acc` plus ``weight`` times thirty-two weights of a row of any type, from ``32 * block`` on."""
-    if is_float(qtype):
-        return fma(_load_f32(qtype, row + 32 * float_bytes(qtype) * block), splat_f32x32(weight), acc)
-    if qtype == Q8_0:
-        at = row + 34 * block
-        return fma(bytes_to_f32(load_i8x32(at + 2)), splat_f32x32(weight * load_f16(at)), acc)
-    if qtype == Q6_K:
-        at, group = row + block // 8 * 210, block % 8
-        low, high = _q6_k_scales(at, group)
-        return fma(bytes_to_f32(_q6_k_codes(at, group)), splat_sixteens(weight * low, weight * high), acc)
-    if qtype == Q4_0:
-        at = row + 18 * block
-        return fma(load_nibbles_f32(at + 2, 8), splat_f32x32(weight * load_f16(at)), acc)
+def _add_f16(row, block, weight, acc):
+    return fma(load_f16x32(row + 64 * block), splat_f32x32(weight), acc)
+
+
+@unrolled
+def _add_bf16(row, block, weight, acc):
+    return fma(load_bf16x32(row + 64 * block), splat_f32x32(weight), acc)
+
+
+@unrolled
+def _add_q4_0(row, block, weight, acc):
+    at = row + 18 * block
+    return fma(load_nibbles_f32(at + 2, 8), splat_f32x32(weight * load_f16(at)), acc)
+
+
+@unrolled
+def _add_q4_1(row, block, weight, acc):
     at = row + 20 * block
     acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
     return fma(load_nibbles_f32(at + 4, 0), splat_f32x32(weight * load_f16(at)), acc)
 
 
-@inline
-def _load_f32(qtype, address):
-    """Thirty-two numbers of a float type as float32."""
-    if qtype == F32:
-        return load_f32x32(address)
-    if qtype == F16:
-        return load_f16x32(address)
-    return load_bf16x32(address)
+@unrolled
+def _add_q8_0(row, block, weight, acc):
+    at = row + 34 * block
+    return fma(bytes_to_f32(load_i8x32(at + 2)), splat_f32x32(weight * load_f16(at)), acc)
 
 
-@inline
-def write_row(qtype, x, row, columns):
-    """Float32 values at `x` as a row of a cache type: F32, F16, BF16 or Q8_0. The bytes of
-    ``reference.quant.quantise``."""
-    if qtype == Q8_0:
-        for block in range(columns // 32):
-            write_q8(x + 128 * block, row + 34 * block, row + 34 * block + 2, 0)
-    elif qtype == F32:
-        for i in range(columns):
-            store_f32(row + 4 * i, load_f32(x + 4 * i))
-    elif qtype == F16:
-        for i in range(columns):
-            store_f16(row + 2 * i, load_f32(x + 4 * i))
+@unrolled
+def _add_q6_k(row, block, weight, acc):
+    at, group = row + block // 8 * 210, block % 8
+    low, high = _q6_k_scales(at, group)
+    return fma(bytes_to_f32(_q6_k_codes(at, group)), splat_sixteens(weight * low, weight * high), acc)
+
+
+class Format(NamedTuple):
+    """What a type is to kernels. None stands for what it does not have."""
+
+    bits: int  # of codes in a panel: 4 or 8; 0 for float types, whose products are taken in float32
+    add_block: object  # (row, block, weight, acc)
+    bytes_256: int  # bytes of 256 weights
+    unpack: object = None  # (rows, first, count, codes, scales, minima)
+    minimum: bool = False  # whether blocks have a minimum beside their scale
+    load_one: object = None  # of float types: a number at an address
+    load_eight: object = None
+    store_one: object = None
+
+    @property
+    def size(self):
+        """Bytes of a number of a float type."""
+        return self.bytes_256 // 256
+
+
+FORMATS = {
+    F32: Format(0, _add_f32, 1024, load_one=load_f32, load_eight=load_f32x8, store_one=store_f32),
+    F16: Format(0, _add_f16, 512, load_one=load_f16, load_eight=load_f16x8, store_one=store_f16),
+    BF16: Format(0, _add_bf16, 512, load_one=load_bf16, load_eight=load_bf16x8, store_one=store_bf16),
+    Q4_0: Format(4, _add_q4_0, 144, _unpack_q4_0),
+    Q4_1: Format(4, _add_q4_1, 160, _unpack_q4_1, minimum=True),
+    Q8_0: Format(8, _add_q8_0, 272, _unpack_q8_0),
+    Q6_K: Format(8, _add_q6_k, 210, _unpack_q6_k),
+}
+
+
+@functools.cache
+def dequantise_row_for(qtype):
+    """A function ``(row, out, columns)``: a row of weights or of the cache as float32; addresses, and a number."""
+    add_block, load_one, load_eight, size = (getattr(FORMATS[qtype], name) for name in _READING)
+    if load_one is None:
+
+        @inline
+        def dequantise_row(row, out, columns):
+            for block in range(columns // 32):
+                store_f32x32(out + 128 * block, add_block(row, block, np.float32(1), splat_f32x32(np.float32(0))))
+
     else:
-        for i in range(columns):
-            store_bf16(row + 2 * i, load_f32(x + 4 * i))
+
+        @inline
+        def dequantise_row(row, out, columns):
+            whole = columns // 8 * 8
+            for i in range(0, whole, 8):
+                store_f32x8(out + 4 * i, load_eight(row + size * i))
+            for i in range(whole, columns):
+                store_f32(out + 4 * i, load_one(row + size * i))
+
+    return dequantise_row
+
+
+_READING = "add_block", "load_one", "load_eight", "size"
+
+
+@functools.cache
+def write_row_for(qtype):
+    """A function ``(x, row, columns)``: float32 values at the address `x` as a row of a cache type, F32, F16, BF16 or
+    Q8_0. The bytes of ``reference.quant.quantise``."""
+    store_one, size = FORMATS[qtype].store_one, FORMATS[qtype].size
+    if store_one is None:
+
+        @inline
+        def write_row(x, row, columns):
+            for block in range(columns // 32):
+                write_q8(x + 128 * block, row + 34 * block, row + 34 * block + 2, 0)
+
+    else:
+
+        @inline
+        def write_row(x, row, columns):
+            for i in range(columns):
+                store_one(row + size * i, load_f32(x + 4 * i))
+
+    return write_row
 
 
 @inline

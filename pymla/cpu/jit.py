@@ -4,16 +4,18 @@ A kernel is compiled for one signature and launched over `items` of that axis, a
 take ranges from each other until none is left (`pymla.cpu.threads`).
 """
 
+import functools
 from types import FunctionType
 
 from numba import types
 from numba.core.caching import NullCache
 
+from pymla import ggml
 from pymla.cpu import threads
 from pymla.cpu.arguments import Packer, unpacker
 from pymla.cpu.compiling import Compiled, c_function, inline
 
-__all__ = ["Kernel", "inline", "kernel"]
+__all__ = ["Kernel", "inline", "kernel", "variants"]
 
 _ENTRY = types.void(types.int64, types.int64, types.int64)
 
@@ -21,6 +23,21 @@ _ENTRY = types.void(types.int64, types.int64, types.int64)
 def kernel(*signature):
     """Mark a function over a range of items as a kernel, whose further arguments have the Numba types `signature`."""
     return lambda python_function: Kernel(python_function, signature)
+
+
+def variants(factory):
+    """Mark a function that makes a kernel for some types of rows. It is called once for each of their combinations, and
+    the kernel is named after them."""
+
+    @functools.cache
+    @functools.wraps(factory)
+    def make(*types):
+        made = factory(*types)
+        made.name(f"{factory.__name__}[{','.join(ggml.NAME.get(each, str(each)) for each in types)}]")
+        made.compiled.origin = factory.__module__, factory.__name__, types
+        return made
+
+    return make
 
 
 class Kernel:
@@ -32,14 +49,18 @@ class Kernel:
         self._function = python_function
         self._signature = signature
         self._pack = Packer(signature, self.__name__)
-        self._compiled = Compiled(python_function, self._build)
+        self.compiled = Compiled(python_function, self._build)
+
+    def name(self, name):
+        """Give it a name of its own among those that were made by one function."""
+        self.__name__ = self.compiled.__name__ = name
 
     def __getitem__(self, items):
         """The kernel over `items`, dealt out in ranges of a suitable size, or of a given one: ``[items, grain]``."""
         items, grain = items if isinstance(items, tuple) else (items, None)
 
         def launch(*arguments):
-            threads.launch(self._compiled.result.address, items, grain, self._pack(arguments), arguments)
+            threads.launch(self.compiled.result.address, items, grain, self._pack(arguments), arguments)
 
         return launch
 

@@ -25,7 +25,7 @@ from numba import types
 from pymla.cpu import norm
 from pymla.cpu.check import check
 from pymla.cpu.isa import LANES
-from pymla.cpu.jit import inline, kernel
+from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import allocate, allocate_f32, empty
 from pymla.cpu.panels import ROWS, SCRATCH, product_for, two_groups
 from pymla.cpu.panels_amx import MARGIN
@@ -43,11 +43,12 @@ from pymla.cpu.quant import (
     copy,
     counting,
     matmul,
+    matmul_kernels,
     parts,
     rows_at_once,
     take_rows,
 )
-from pymla.cpu.rows import dot_rows
+from pymla.cpu.rows import dot_rows_for
 from pymla.cpu.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
 from pymla.ggml import QUANTISED
 
@@ -115,16 +116,18 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     if gate_up_by_panels:
         x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
         items = all_experts * -(-inner // LANES)
-        _gate_up_panels[items, NEIGHBOURS](gates, ups, *others[:2], index, starts, x, hidden)
+        _gate_up_panels(gate.qtype)[items, NEIGHBOURS](gates, ups, *others[:2], index, starts, x, hidden)
     else:
         inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
-        _gate_up_rows[min(count, ids.size) * inner](gates, ups, tokens, starts, *inputs, hidden)
+        _gate_up_rows(gate.qtype, up.qtype)[min(count, ids.size) * inner](gates, ups, tokens, starts, *inputs, hidden)
     y = Activation(hidden)
     if down_by_panels:
         index, x = counting(len(pairs)), y.panels(down.qtype)
-        _down_panels[-(-len(down.data[0]) // ROWS)](downs, others[2], pairs, index, starts, weights, x, add, out)
+        _down_panels(down.qtype)[-(-len(down.data[0]) // ROWS)](
+            downs, others[2], pairs, index, starts, weights, x, add, out
+        )
     else:
-        _down_rows[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), add, out)
+        _down_rows(down.qtype)[len(down.data[0])](downs, pairs, starts, weights, y.rows(down.qtype), add, out)
     return out
 
 
@@ -137,9 +140,11 @@ def ffn(activation, gate, up, down, out, add=False):
         # An expert that every token chose: two launches, where there would be five.
         tokens, starts, ones = counting(len(out)), np.array([0, len(out)], np.int32), np.ones((len(out), 1), np.float32)
         inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
-        _gate_up_rows[len(gate.data)](Matrices.of(gate), Matrices.of(up), tokens, starts, *inputs, hidden)
+        _gate_up_rows(gate.qtype, up.qtype)[len(gate.data)](
+            Matrices.of(gate), Matrices.of(up), tokens, starts, *inputs, hidden
+        )
         y = Activation(hidden).rows(down.qtype)
-        _down_rows[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
+        _down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
         return out
     other = np.empty_like(hidden)
     matmul(gate, activation, hidden)
@@ -148,6 +153,23 @@ def ffn(activation, gate, up, down, out, add=False):
     if not add:
         return matmul(down, Activation(hidden), out)
     return norm.add(out, matmul(down, Activation(hidden), np.empty_like(out)))
+
+
+def experts_kernels(gate, up, down):
+    """What `router` and `experts` launch for matrices of these types."""
+    many = [_gate_up_panels(gate)] if gate == up and gate in QUANTISED else []
+    many += [_down_panels(down)] if down in QUANTISED else []
+    return [_router, _sort_pairs, _gate_up_rows(gate, up), _down_rows(down), *many]
+
+
+def ffn_kernels(gate, up, down):
+    """What `ffn` launches for matrices of these types."""
+    return [
+        _gate_up_rows(gate, up),
+        _down_rows(down),
+        _silu_mul,
+        *(k for t in (gate, up, down) for k in matmul_kernels(t)),
+    ]
 
 
 @inline
@@ -294,26 +316,33 @@ def next_expert(starts, e):
     return e
 
 
-@kernel(MATRICES, MATRICES, I1, I1, INPUT, INPUT, F2)
-def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
-    """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of the
-    first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x` and `y`
-    are the same activations, for each matrix in the order of its type."""
-    columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
-    g, u = address(results[0]), address(results[1])
-    begin, e = 0, next_expert(starts, -1)
-    while begin < last and e < gate.count:
-        until = min(last - begin, gate.rows)
-        size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, gate.rows)
-        for r in range(max(first - begin, 0), until, size):
-            count = min(size, until - r)
-            for i in range(starts[e], starts[e + 1]):
-                t = tokens[i]
-                dot_rows(gate.qtype, row_at(gate, e, r), gate.row_stride, count, parts(x, t), columns, g)
-                dot_rows(up.qtype, row_at(up, e, r), up.row_stride, count, parts(y, t), columns, u)
-                silu_mul(g, u, g, count)
-                copy(g, address(hidden[i, r:]), count)
-        begin, e = begin + gate.rows, next_expert(starts, e)
+@variants
+def _gate_up_rows(gate_type, up_type):
+    """Gate and up rows of few tokens."""
+    dot_gate, dot_up = dot_rows_for(gate_type), dot_rows_for(up_type)
+
+    @kernel(MATRICES, MATRICES, I1, I1, INPUT, INPUT, F2)
+    def _gate_up_rows(first, last, gate, up, tokens, starts, x, y, hidden):
+        """``hidden[i] = silu(gate[e] @ x[t]) * (up[e] @ x[t])`` for the i-th pair, over rows of the matrices: all of
+        the first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x`
+        and `y` are the same activations, for each matrix in the order of its type."""
+        columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
+        g, u = address(results[0]), address(results[1])
+        begin, e = 0, next_expert(starts, -1)
+        while begin < last and e < gate.count:
+            until = min(last - begin, gate.rows)
+            size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, gate.rows)
+            for r in range(max(first - begin, 0), until, size):
+                count = min(size, until - r)
+                for i in range(starts[e], starts[e + 1]):
+                    t = tokens[i]
+                    dot_gate(row_at(gate, e, r), gate.row_stride, count, parts(x, t), columns, g)
+                    dot_up(row_at(up, e, r), up.row_stride, count, parts(y, t), columns, u)
+                    silu_mul(g, u, g, count)
+                    copy(g, address(hidden[i, r:]), count)
+            begin, e = begin + gate.rows, next_expert(starts, e)
+
+    return _gate_up_rows
 
 
 @inline
@@ -324,65 +353,75 @@ def _take_gate_up(results, first, last, where):
     take_rows(results, first, last, where)
 
 
-_product_gate_up = product_for(_take_gate_up)
+@variants
+def _gate_up_panels(qtype):
+    """Gate and up of many tokens, both of one quantised type."""
+    product = product_for(_take_gate_up, qtype)
+
+    @kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
+    def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts, x, hidden):
+        """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has
+        the columns of `x` of each pair."""
+        columns = x.x.shape[1]
+        groups = (gate.rows + LANES - 1) // LANES
+        scratch = allocate(SCRATCH)
+        most = 0
+        for e in range(first // groups, (last - 1) // groups + 1):
+            most = max(most, starts[e + 1] - starts[e])
+        result = allocate_f32(most + MARGIN + 1, ROWS)
+        for item in range(first, last):
+            e, row = item // groups, item % groups * LANES
+            begin, end = starts[e], starts[e + 1]
+            if begin == end:
+                continue
+            count = min(LANES, gate.rows - row)
+            gate_row, stride = any_row_at(gate, shared_gate, e, row)
+            product(
+                gate_row,
+                any_row_at(up, shared_up, e, row)[0],
+                count,
+                count,
+                stride,
+                columns,
+                LANES * stride,
+                x,
+                index,
+                (begin, end),
+                address(scratch),
+                address(result),
+                (address(hidden[0, row:]), 4 * hidden.shape[1], count),
+            )
+
+    return _gate_up_panels
 
 
-@kernel(MATRICES, MATRICES, MATRICES, MATRICES, I1, I1, INPUT, F2)
-def _gate_up_panels(first, last, gate, up, shared_gate, shared_up, index, starts, x, hidden):
-    """The same over groups of `LANES` rows of each expert: a panel of gate rows beside one of up rows. `index` has the
-    columns of `x` of each pair."""
-    columns = x.x.shape[1]
-    groups = (gate.rows + LANES - 1) // LANES
-    scratch = allocate(SCRATCH)
-    most = 0
-    for e in range(first // groups, (last - 1) // groups + 1):
-        most = max(most, starts[e + 1] - starts[e])
-    result = allocate_f32(most + MARGIN + 1, ROWS)
-    for item in range(first, last):
-        e, row = item // groups, item % groups * LANES
-        begin, end = starts[e], starts[e + 1]
-        if begin == end:
-            continue
-        count = min(LANES, gate.rows - row)
-        gate_row, stride = any_row_at(gate, shared_gate, e, row)
-        _product_gate_up(
-            gate.qtype,
-            gate_row,
-            any_row_at(up, shared_up, e, row)[0],
-            count,
-            count,
-            stride,
-            columns,
-            LANES * stride,
-            x,
-            index,
-            (begin, end),
-            address(scratch),
-            address(result),
-            (address(hidden[0, row:]), 4 * hidden.shape[1], count),
-        )
+@variants
+def _down_rows(qtype):
+    """Down rows of few tokens."""
+    dot_rows = dot_rows_for(qtype)
 
+    @kernel(MATRICES, I1, I1, F2, INPUT, types.int64, F2)
+    def _down_rows(first, last, down, pairs, starts, weights, x, add, out):
+        """``out[t] += Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them and waits for no other."""
+        columns, result = x.x.shape[1], np.empty(last - first, np.float32)
+        choices = weights.shape[1]
+        if not add:
+            for t in range(len(out)):
+                for r in range(first, last):
+                    out[t, r] = 0
+        e = next_expert(starts, -1)
+        while e < down.count:
+            size = rows_at_once(starts[e + 1] - starts[e], down.row_stride, last - first)
+            for r in range(first, last, size):
+                count = min(size, last - r)
+                row = row_at(down, e, r)
+                for i in range(starts[e], starts[e + 1]):
+                    t, j = pairs[i] // choices, pairs[i] % choices
+                    dot_rows(row, down.row_stride, count, parts(x, i), columns, address(result))
+                    add_scaled(weights[t, j], address(result), address(out[t, r:]), count)
+            e = next_expert(starts, e)
 
-@kernel(MATRICES, I1, I1, F2, INPUT, types.int64, F2)
-def _down_rows(first, last, down, pairs, starts, weights, x, add, out):
-    """``out[t] += Σ weights[t, j] * (down[e] @ hidden)`` over rows: a thread owns them, so none waits for another."""
-    columns, result = x.x.shape[1], np.empty(last - first, np.float32)
-    choices = weights.shape[1]
-    if not add:
-        for t in range(len(out)):
-            for r in range(first, last):
-                out[t, r] = 0
-    e = next_expert(starts, -1)
-    while e < down.count:
-        size = rows_at_once(starts[e + 1] - starts[e], down.row_stride, last - first)
-        for r in range(first, last, size):
-            count = min(size, last - r)
-            row = row_at(down, e, r)
-            for i in range(starts[e], starts[e + 1]):
-                t, j = pairs[i] // choices, pairs[i] % choices
-                dot_rows(down.qtype, row, down.row_stride, count, parts(x, i), columns, address(result))
-                add_scaled(weights[t, j], address(result), address(out[t, r:]), count)
-        e = next_expert(starts, e)
+    return _down_rows
 
 
 @inline
@@ -401,44 +440,47 @@ def _take_down(results, first, last, where):
         add_scaled(weight_of(weights, t, j), results + 4 * ROWS * (i - first), address(out[t, begin:]), count)
 
 
-_product_down = product_for(_take_down)
+@variants
+def _down_panels(qtype):
+    """Down of many tokens and a quantised type."""
+    product = product_for(_take_down, qtype)
 
+    @kernel(MATRICES, MATRICES, I1, I1, I1, F2, INPUT, types.int64, F2)
+    def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, add, out):
+        """The same over groups of `ROWS` rows; all groups of an item meet an expert's activations while a cache has
+        them."""
+        columns = x.x.shape[1]
+        scratch = allocate(SCRATCH)
+        most = 0
+        for e in range(len(starts) - 1):
+            most = max(most, starts[e + 1] - starts[e])
+        result = allocate_f32(most + MARGIN, ROWS)
+        if not add:
+            for t in range(len(out)):
+                for r in range(first * ROWS, min(last * ROWS, down.rows)):
+                    out[t, r] = 0
+        for e in range(len(starts) - 1):
+            if starts[e] == starts[e + 1]:
+                continue
+            for group in range(first, last):
+                begin = group * ROWS
+                count = min(ROWS, down.rows - begin)
+                row, stride = any_row_at(down, shared, e, begin)
+                second, half, rest = two_groups(row, stride, count)
+                product(
+                    row,
+                    second,
+                    half,
+                    rest,
+                    stride,
+                    columns,
+                    ROWS * stride,
+                    x,
+                    index,
+                    (starts[e], starts[e + 1]),
+                    address(scratch),
+                    address(result),
+                    (pairs, weights, out, begin, count),
+                )
 
-@kernel(MATRICES, MATRICES, I1, I1, I1, F2, INPUT, types.int64, F2)
-def _down_panels(first, last, down, shared, pairs, index, starts, weights, x, add, out):
-    """The same over groups of `ROWS` rows; all groups of an item meet an expert's activations while a cache has
-    them."""
-    columns = x.x.shape[1]
-    scratch = allocate(SCRATCH)
-    most = 0
-    for e in range(len(starts) - 1):
-        most = max(most, starts[e + 1] - starts[e])
-    result = allocate_f32(most + MARGIN, ROWS)
-    if not add:
-        for t in range(len(out)):
-            for r in range(first * ROWS, min(last * ROWS, down.rows)):
-                out[t, r] = 0
-    for e in range(len(starts) - 1):
-        if starts[e] == starts[e + 1]:
-            continue
-        for group in range(first, last):
-            begin = group * ROWS
-            count = min(ROWS, down.rows - begin)
-            row, stride = any_row_at(down, shared, e, begin)
-            second, half, rest = two_groups(row, stride, count)
-            _product_down(
-                down.qtype,
-                row,
-                second,
-                half,
-                rest,
-                stride,
-                columns,
-                ROWS * stride,
-                x,
-                index,
-                (starts[e], starts[e + 1]),
-                address(scratch),
-                address(result),
-                (pairs, weights, out, begin, count),
-            )
+    return _down_panels

@@ -47,6 +47,11 @@ def add(x, y):
     return x
 
 
+def kernels():
+    """What this module launches."""
+    return [_rms_norm, _add]
+
+
 @kernel(ROWS, VECTOR, types.float64, MATRIX)
 def _rms_norm(first, last, x, weight, eps, out):
     columns = x.shape[1]

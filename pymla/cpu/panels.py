@@ -9,10 +9,12 @@ Float types go the same way, in float32: panels ``[K][16]`` and a tile of 4 colu
 attention uses as well.
 """
 
+import functools
+
 import numpy as np
 
 from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.formats import bytes_256, dequantise_row, float_bytes, has_minimum, panel_bits, unpack_rows
+from pymla.cpu.formats import FORMATS, dequantise_row_for
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.panels_amx import COLUMNS, add_columns
 from pymla.cpu.simd import (
@@ -65,18 +67,21 @@ def two_groups(row, stride, count):
     return row + (count - 1) * stride, count, 1
 
 
-def product_for(take):
-    """Make `product` for a function that takes the results: ``take(results, first, last, where)`` has the address of
-    those of columns `first` to `last`, `ROWS` float32 each, as soon as they are complete, while a cache has them."""
+@functools.cache
+def product_for(take, qtype):
+    """Make `product` for a quantised type and a function that takes the results: ``take(results, first, last, where)``
+    has the address of those of columns `first` to `last`, `ROWS` float32 each, as soon as they are complete, while a
+    cache has them."""
+    bits, _, bytes_256, unpack, minimum, *_ = FORMATS[qtype]
+    tiles, chunk_bytes = AMX and bits == 4, CHUNK // 256 * bytes_256
+    widest = COLUMNS if tiles else WIDEST4 if bits == 4 else 3
 
     @inline
-    def product(qtype, row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out, where):
+    def product(row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out, where):
         """Two groups of up to `LANES` rows of weights times columns of activations.
 
         Parameters
         ----------
-        qtype : int
-            A quantised type.
         row_a, row_b : int
             Addresses of the first row of each group.
         count_a, count_b : int
@@ -102,15 +107,11 @@ def product_for(take):
         """
         begin, end = columns
         last_chunk = (k - 1) // CHUNK * CHUNK
-        bits, minimum = panel_bits(qtype), has_minimum(qtype)
         codes, scale, sums = address(x.codes), address(x.scale), address(x.sums)
         x4, x8, mask = (codes, scale, address(x.starts)), (codes, scale, address(x.sum16)), -1
         if minimum:
             # The codes have no zero point to take off: all sums begin with 0.
             x4, mask = (codes, scale, address(x.zeros)), 0
-        chunk_bytes = CHUNK // 256 * bytes_256(qtype)
-        tiles = AMX and bits == 4
-        widest = COLUMNS if tiles else WIDEST4 if bits == 4 else 3
         rows_a_tile = -(-ROWS * widest // (end - begin))
         if tiles:
             configure()
@@ -124,7 +125,7 @@ def product_for(take):
                 panel = scratch + _CODES + half * LANES * CHUNK
                 scales = scratch + _SCALES + half * LANES * (CHUNK // 4)
                 minima = scratch + _MINIMA + half * LANES * (CHUNK // 8)
-                unpack_rows(qtype, panel_rows(row, stride, count), start // 32, blocks, panel, scales, minima)
+                unpack(panel_rows(row, stride, count), start // 32, blocks, panel, scales, minima)
             # Memory works on the rows that are unpacked next while tiles are computed.
             ahead = start // CHUNK * chunk_bytes + chunk_bytes if start + CHUNK < k else following
             asked = 0
@@ -433,47 +434,54 @@ def _add_minima(sums, columns, blocks, scratch, results):
     _end(out, results)
 
 
-@inline
-def product_float(qtype, row, count, stride, k, x, out, scratch):
-    """Up to 16 rows of a float type times all activations.
+@functools.cache
+def product_float_for(qtype):
+    """Make `product_float` for a float type."""
+    dequantise_row, size = dequantise_row_for(qtype), FORMATS[qtype].size
 
-    Parameters
-    ----------
-    qtype, row, count, stride, k : as in `product`
-    x : float32 array (T, K)
-    out : float32 array (T, n)
-        The first `count` columns are written.
-    scratch : int
-        Address of `FLOAT_SCRATCH` bytes.
-    """
-    tokens = len(x)
-    rows, panel, result = scratch, scratch + 64 * FLOAT_CHUNK, scratch + 128 * FLOAT_CHUNK
-    for start in range(0, k, FLOAT_CHUNK):
-        depth = min(FLOAT_CHUNK, k - start)
-        for i in range(16):
-            source = row + min(i, count - 1) * stride + start * float_bytes(qtype)
-            dequantise_row(qtype, source, rows + 4 * FLOAT_CHUNK * i, depth)
-        transpose_panel(rows, 4 * FLOAT_CHUNK, 16, depth, panel)
-        for t in range(0, tokens, 4):
-            last = tokens - 1 - t
-            at = address(x[t:]) + 4 * start
-            tile_f32(
-                at,
-                4 * k * min(1, last),
-                4 * k * min(2, last),
-                4 * k * min(3, last),
-                4,
-                panel,
-                64,
-                depth,
-                result,
-                64,
-                False,
-            )
-            for i in range(min(4, tokens - t)):
-                for j in range(count):
-                    value = load_f32(result + 64 * i + 4 * j)
-                    out[t + i, j] = value if start == 0 else out[t + i, j] + value
+    @inline
+    def product_float(row, count, stride, k, x, out, scratch):
+        """Up to 16 rows of a float type times all activations.
+
+        Parameters
+        ----------
+        row, count, stride, k : as in `product`
+        x : float32 array (T, K)
+        out : float32 array (T, n)
+            The first `count` columns are written.
+        scratch : int
+            Address of `FLOAT_SCRATCH` bytes.
+        """
+        tokens = len(x)
+        rows, panel, result = scratch, scratch + 64 * FLOAT_CHUNK, scratch + 128 * FLOAT_CHUNK
+        for start in range(0, k, FLOAT_CHUNK):
+            depth = min(FLOAT_CHUNK, k - start)
+            for i in range(16):
+                source = row + min(i, count - 1) * stride + start * size
+                dequantise_row(source, rows + 4 * FLOAT_CHUNK * i, depth)
+            transpose_panel(rows, 4 * FLOAT_CHUNK, 16, depth, panel)
+            for t in range(0, tokens, 4):
+                last = tokens - 1 - t
+                at = address(x[t:]) + 4 * start
+                tile_f32(
+                    at,
+                    4 * k * min(1, last),
+                    4 * k * min(2, last),
+                    4 * k * min(3, last),
+                    4,
+                    panel,
+                    64,
+                    depth,
+                    result,
+                    64,
+                    False,
+                )
+                for i in range(min(4, tokens - t)):
+                    for j in range(count):
+                        value = load_f32(result + 64 * i + 4 * j)
+                        out[t + i, j] = value if start == 0 else out[t + i, j] + value
+
+    return product_float
 
 
 @inline

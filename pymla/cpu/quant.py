@@ -25,21 +25,13 @@ from pymla import ggml
 from pymla.cache import Step
 from pymla.cpu.check import check
 from pymla.cpu.compiling import unrolled
-from pymla.cpu.formats import (
-    FOUR_BITS,
-    add_block,
-    dequantise_row,
-    float_bytes,
-    is_float,
-    load_float,
-    quantise_block,
-)
+from pymla.cpu.formats import FORMATS, dequantise_row_for, quantise_block
 from pymla.cpu.isa import AMX, LANES
-from pymla.cpu.jit import inline, kernel
+from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float, product_for, two_groups
+from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
 from pymla.cpu.panels_amx import MARGIN, empty_columns
-from pymla.cpu.rows import COLUMNS, TILES, dot_rows, order, place
+from pymla.cpu.rows import COLUMNS, TILES, dot_rows_for, order, place
 from pymla.cpu.simd import (
     address,
     fma,
@@ -75,7 +67,6 @@ FEW = 4
 class Matrices(NamedTuple):
     """One or several matrices of a QTensor for a kernel: rows of a matrix are contiguous, matrices may lie apart."""
 
-    qtype: int
     address: int
     matrix_stride: int  # bytes
     row_stride: int
@@ -86,10 +77,10 @@ class Matrices(NamedTuple):
     def of(cls, w):
         """The view of a QTensor with two- or three-dimensional data."""
         data = w.data if w.data.ndim == 3 else w.data[None]
-        return cls(w.qtype, data.__array_interface__["data"][0], *data.strides[:2], *data.shape[:2])
+        return cls(data.__array_interface__["data"][0], *data.strides[:2], *data.shape[:2])
 
 
-MATRICES = types.NamedUniTuple(types.int64, 6, Matrices)
+MATRICES = types.NamedUniTuple(types.int64, 5, Matrices)
 
 
 class Input(NamedTuple):
@@ -133,7 +124,7 @@ class Activation:
         """The `Input` for products with panels of a type."""
         if qtype not in ggml.QUANTISED:
             return self._input()
-        return self._input(TILES if AMX and qtype in FOUR_BITS else COLUMNS)
+        return self._input(TILES if takes_tiles(qtype) else COLUMNS)
 
     def _input(self, order=None):
         """Codes in an order, or nothing but `x`."""
@@ -154,6 +145,11 @@ class Activation:
         return self._inputs[order]
 
 
+def takes_tiles(qtype):
+    """Whether panels of a type are multiplied by tiles of AMX."""
+    return AMX and FORMATS[qtype].bits == 4
+
+
 def _empty_scale(tokens, blocks):
     """Memory for scales (T, blocks). The columns behind the last one, which tiles read, have zeros: what happens to be
     there may be subnormal, and take a hundred times as long."""
@@ -167,7 +163,7 @@ def consecutive(qtype, x, index):
 
     Tiles of AMX want columns that follow each other, so they are copied; elsewhere products find them by `index`.
     """
-    if not AMX or qtype not in FOUR_BITS:
+    if not takes_tiles(qtype):
         return x, index
     columns, blocks = len(index), x.scale.shape[1]
     made = x._replace(
@@ -187,11 +183,13 @@ def matmul(w, activation, out):
     check.matmul(w, activation, out)
     matrices = Matrices.of(w)
     if len(out) <= FEW:
-        _matmul_rows[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
+        _matmul_rows(w.qtype)[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
+    elif w.qtype in ggml.QUANTISED:
+        items, x = matrices.count * -(-matrices.rows // ROWS), activation.panels(w.qtype)
+        _matmul_panels(w.qtype)[items](matrices, x, counting(len(out)), out)
     else:
-        rows = FLOAT_ROWS if w.qtype not in ggml.QUANTISED else ROWS
-        items, x = matrices.count * -(-matrices.rows // rows), activation.panels(w.qtype)
-        _matmul_panels[items](matrices, x, counting(len(out)), out)
+        items, x = matrices.count * -(-matrices.rows // FLOAT_ROWS), activation.panels(w.qtype)
+        _matmul_float(w.qtype)[items](matrices, x, out)
     return out
 
 
@@ -201,7 +199,7 @@ def matmul_heads(w, x, out):
     tokens, heads, columns = x.shape
     activation = Activation(x.reshape(tokens * heads, columns))
     matrices = Matrices.of(w)
-    _matmul_heads[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
+    _matmul_heads(w.qtype)[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
     return out
 
 
@@ -212,15 +210,43 @@ def matmul_heads_transposed(w, x, out):
     """
     check.matmul_heads_transposed(w, x, out)
     shares = min(_SHARES, len(x))
-    _matmul_heads_transposed[len(w.data) * shares](Matrices.of(w), x, shares, out)
+    _matmul_heads_transposed(w.qtype)[len(w.data) * shares](Matrices.of(w), x, shares, out)
     return out
 
 
 def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
     check.embedding_rows(w, tokens, out)
-    _embedding_rows[len(tokens)](w.qtype, w.data, tokens, out)
+    _embedding_rows(w.qtype)[len(tokens)](w.data, tokens, out)
     return out
+
+
+def matmul_kernels(qtype):
+    """What `matmul` launches for matrices of a type."""
+    many = _matmul_panels if qtype in ggml.QUANTISED else _matmul_float
+    return [_matmul_rows(qtype), many(qtype)]
+
+
+def matmul_heads_kernels(qtype):
+    """What `matmul_heads` launches."""
+    return [_matmul_heads(qtype)]
+
+
+def matmul_heads_transposed_kernels(qtype):
+    """What `matmul_heads_transposed` launches."""
+    return [_matmul_heads_transposed(qtype)]
+
+
+def embedding_rows_kernels(qtype):
+    """What `embedding_rows` launches."""
+    return [_embedding_rows(qtype)]
+
+
+def activation_kernels(qtypes):
+    """What an `Activation` launches for matrices of some types."""
+    if not any(qtype in ggml.QUANTISED for qtype in qtypes):
+        return []
+    return [_quantise_activations, *([_copy_columns] if any(map(takes_tiles, qtypes)) else [])]
 
 
 _longest_index = np.arange(512, dtype=np.int32)
@@ -288,18 +314,25 @@ def parts(x, t):
     return address(x.x) + 4 * at, codes, scale + at_blocks, sums + at_blocks, starts + at_blocks, sum16 + at_blocks
 
 
-@kernel(MATRICES, INPUT, F2)
-def _matmul_rows(first, last, w, x, out):
-    """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
-    columns, size = x.x.shape[1], rows_at_once(len(out), w.row_stride, last - first)
-    r = first
-    while r < last:
-        matrix, i = r // w.rows, r % w.rows
-        count = min(size, last - r, w.rows - i)
-        row = w.address + matrix * w.matrix_stride + i * w.row_stride
-        for t in range(len(out)):
-            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
-        r += count
+@variants
+def _matmul_rows(qtype):
+    """`matmul` for few tokens: blocks are read straight from the file."""
+    dot_rows = dot_rows_for(qtype)
+
+    @kernel(MATRICES, INPUT, F2)
+    def _matmul_rows(first, last, w, x, out):
+        """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
+        columns, size = x.x.shape[1], rows_at_once(len(out), w.row_stride, last - first)
+        r = first
+        while r < last:
+            matrix, i = r // w.rows, r % w.rows
+            count = min(size, last - r, w.rows - i)
+            row = w.address + matrix * w.matrix_stride + i * w.row_stride
+            for t in range(len(out)):
+                dot_rows(row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
+            r += count
+
+    return _matmul_rows
 
 
 @inline
@@ -321,30 +354,23 @@ def take_rows(results, first, last, where):
         copy(results + 4 * ROWS * (t - first), at + stride * t, count)
 
 
-#: Products whose results are rows.
-product_rows = product_for(take_rows)
+@variants
+def _matmul_panels(qtype):
+    """`matmul` for many tokens and a quantised type."""
+    product = product_for(take_rows, qtype)
 
-
-@kernel(MATRICES, INPUT, I1, F2)
-def _matmul_panels(first, last, w, x, index, out):
-    """`matmul` for many tokens, over groups of `ROWS` (float types: `FLOAT_ROWS`) rows of each matrix."""
-    tokens, columns = x.x.shape
-    floats = is_float(w.qtype)
-    size = FLOAT_ROWS if floats else ROWS
-    groups = (w.rows + size - 1) // size
-    scratch = allocate(FLOAT_SCRATCH if floats else SCRATCH)
-    result = allocate_f32(1 if floats else tokens + MARGIN, ROWS)
-    for item in range(first, last):
-        matrix, begin = item // groups, item % groups * size
-        row = w.address + matrix * w.matrix_stride + begin * w.row_stride
-        count = min(size, w.rows - begin)
-        target = matrix * w.rows + begin
-        if floats:
-            product_float(w.qtype, row, count, w.row_stride, columns, x.x, out[:, target:], address(scratch))
-        else:
+    @kernel(MATRICES, INPUT, I1, F2)
+    def _matmul_panels(first, last, w, x, index, out):
+        """Over groups of `ROWS` rows of each matrix."""
+        tokens, columns = x.x.shape
+        groups = (w.rows + ROWS - 1) // ROWS
+        scratch, result = allocate(SCRATCH), allocate_f32(tokens + MARGIN, ROWS)
+        for item in range(first, last):
+            matrix, begin = item // groups, item % groups * ROWS
+            row = w.address + matrix * w.matrix_stride + begin * w.row_stride
+            count = min(ROWS, w.rows - begin)
             second, half, rest = two_groups(row, w.row_stride, count)
-            product_rows(
-                w.qtype,
+            product(
                 row,
                 second,
                 half,
@@ -357,23 +383,50 @@ def _matmul_panels(first, last, w, x, index, out):
                 (0, tokens),
                 address(scratch),
                 address(result),
-                (address(out[0, target:]), 4 * out.shape[1], count),
+                (address(out[0, matrix * w.rows + begin :]), 4 * out.shape[1], count),
             )
 
+    return _matmul_panels
 
-@kernel(MATRICES, INPUT, F3)
-def _matmul_heads(first, last, w, x, out):
-    """`matmul_heads` over the rows of all heads."""
-    tokens, heads, _ = out.shape
-    columns, size = x.x.shape[1], rows_at_once(tokens, w.row_stride, last - first)
-    r = first
-    while r < last:
-        h, i = r // w.rows, r % w.rows
-        count = min(size, last - r, w.rows - i)
-        row = w.address + h * w.matrix_stride + i * w.row_stride
-        for t in range(tokens):
-            dot_rows(w.qtype, row, w.row_stride, count, parts(x, t * heads + h), columns, address(out[t, h, i:]))
-        r += count
+
+@variants
+def _matmul_float(qtype):
+    """`matmul` for many tokens and a float type."""
+    product = product_float_for(qtype)
+
+    @kernel(MATRICES, INPUT, F2)
+    def _matmul_float(first, last, w, x, out):
+        """Over groups of `FLOAT_ROWS` rows of each matrix."""
+        groups, scratch = (w.rows + FLOAT_ROWS - 1) // FLOAT_ROWS, allocate(FLOAT_SCRATCH)
+        for item in range(first, last):
+            matrix, begin = item // groups, item % groups * FLOAT_ROWS
+            row = w.address + matrix * w.matrix_stride + begin * w.row_stride
+            count, target = min(FLOAT_ROWS, w.rows - begin), matrix * w.rows + begin
+            product(row, count, w.row_stride, x.x.shape[1], x.x, out[:, target:], address(scratch))
+
+    return _matmul_float
+
+
+@variants
+def _matmul_heads(qtype):
+    """`matmul_heads`."""
+    dot_rows = dot_rows_for(qtype)
+
+    @kernel(MATRICES, INPUT, F3)
+    def _matmul_heads(first, last, w, x, out):
+        """`matmul_heads` over the rows of all heads."""
+        tokens, heads, _ = out.shape
+        columns, size = x.x.shape[1], rows_at_once(tokens, w.row_stride, last - first)
+        r = first
+        while r < last:
+            h, i = r // w.rows, r % w.rows
+            count = min(size, last - r, w.rows - i)
+            row = w.address + h * w.matrix_stride + i * w.row_stride
+            for t in range(tokens):
+                dot_rows(row, w.row_stride, count, parts(x, t * heads + h), columns, address(out[t, h, i:]))
+            r += count
+
+    return _matmul_heads
 
 
 #: Most items of `_matmul_heads_transposed` per head, each with a share of the tokens.
@@ -382,57 +435,50 @@ A2 = types.Array(types.float32, 2, "A")
 A3 = types.Array(types.float32, 3, "A")
 
 
-@kernel(MATRICES, A3, types.int64, A3)
-def _matmul_heads_transposed(first, last, w, x, shares, out):
-    """Sums of scaled rows; an item is one of the shares of a head's tokens. Four rows, a quarter of the matrix apart,
-    are added at a time, each a stream that the processor fetches in advance."""
-    tokens, columns, stride = len(x), out.shape[2], w.row_stride
-    blocks, apart = columns // 32, w.rows // 4
-    for item in range(first, last):
-        h, share = item // shares, item % shares
-        matrix = w.address + h * w.matrix_stride
-        for t in range(tokens * share // shares, tokens * (share + 1) // shares):
-            sums = address(out[t, h])
-            out[t, h, :] = 0
-            for i in range(apart):
-                a, b, c, d = i, i + apart, i + 2 * apart, i + 3 * apart
-                rows = matrix + a * stride, matrix + b * stride, matrix + c * stride, matrix + d * stride
-                for each in rows:
-                    fetch_ahead(each, stride)
-                _add_rows(w.qtype, rows, (x[t, h, a], x[t, h, b], x[t, h, c], x[t, h, d]), blocks, sums)
-            for i in range(4 * apart, w.rows):
-                _add_row(w.qtype, matrix + i * stride, x[t, h, i], blocks, sums)
-            for c in range(32 * blocks, columns):
-                for i in range(w.rows):
-                    out[t, h, c] += x[t, h, i] * load_float(w.qtype, matrix + i * stride + c * float_bytes(w.qtype))
+@variants
+def _matmul_heads_transposed(qtype):
+    """`matmul_heads_transposed`: sums of scaled rows."""
+    add_block, load_one, size = FORMATS[qtype].add_block, FORMATS[qtype].load_one, FORMATS[qtype].size
 
+    @unrolled
+    def add_four(rows, weights, block, sums):
+        """Add a block of four rows times their weights to float32 at `sums`."""
+        acc = add_block(rows[0], block, weights[0], load_f32x32(sums))
+        acc = add_block(rows[1], block, weights[1], acc)
+        acc = add_block(rows[2], block, weights[2], acc)
+        store_f32x32(sums, add_block(rows[3], block, weights[3], acc))
 
-@inline
-def _add_rows(qtype, rows, weights, blocks, sums):
-    """Add the whole blocks of four rows times their weights to float32 at `sums`."""
-    # A loop of its own for the most common type: its constants stay in registers.
-    if qtype == ggml.Q4_0:
-        for block in range(blocks):
-            _add_blocks(ggml.Q4_0, rows, weights, block, sums + 128 * block)
-    else:
-        for block in range(blocks):
-            _add_blocks(qtype, rows, weights, block, sums + 128 * block)
+    @kernel(MATRICES, A3, types.int64, A3)
+    def _matmul_heads_transposed(first, last, w, x, shares, out):
+        """An item is one of the shares of a head's tokens. Four rows, a quarter of the matrix apart, are added at a
+        time, each a stream that the processor fetches in advance."""
+        tokens, columns, stride = len(x), out.shape[2], w.row_stride
+        blocks, apart = columns // 32, w.rows // 4
+        for item in range(first, last):
+            h, share = item // shares, item % shares
+            matrix = w.address + h * w.matrix_stride
+            for t in range(tokens * share // shares, tokens * (share + 1) // shares):
+                sums = address(out[t, h])
+                out[t, h, :] = 0
+                for i in range(apart):
+                    a, b, c, d = i, i + apart, i + 2 * apart, i + 3 * apart
+                    rows = matrix + a * stride, matrix + b * stride, matrix + c * stride, matrix + d * stride
+                    weights = x[t, h, a], x[t, h, b], x[t, h, c], x[t, h, d]
+                    for each in rows:
+                        fetch_ahead(each, stride)
+                    for block in range(blocks):
+                        add_four(rows, weights, block, sums + 128 * block)
+                for i in range(4 * apart, w.rows):
+                    row, weight = matrix + i * stride, x[t, h, i]
+                    for block in range(blocks):
+                        at = sums + 128 * block
+                        store_f32x32(at, add_block(row, block, weight, load_f32x32(at)))
+                if load_one is not None:  # types with blocks have no columns behind the last block
+                    for c in range(32 * blocks, columns):
+                        for i in range(w.rows):
+                            out[t, h, c] += x[t, h, i] * load_one(matrix + i * stride + c * size)
 
-
-@unrolled
-def _add_blocks(qtype, rows, weights, block, sums):
-    """The same for one block."""
-    acc = add_block(qtype, rows[0], block, weights[0], load_f32x32(sums))
-    acc = add_block(qtype, rows[1], block, weights[1], acc)
-    acc = add_block(qtype, rows[2], block, weights[2], acc)
-    store_f32x32(sums, add_block(qtype, rows[3], block, weights[3], acc))
-
-
-@inline
-def _add_row(qtype, row, weight, blocks, sums):
-    """The same for one row."""
-    for at in range(blocks):
-        store_f32x32(sums + 128 * at, add_block(qtype, row, at, weight, load_f32x32(sums + 128 * at)))
+    return _matmul_heads_transposed
 
 
 @inline
@@ -446,7 +492,14 @@ def add_scaled(weight, x, out, columns):
         store_f32(out + i, load_f32(out + i) + weight * load_f32(x + i))
 
 
-@kernel(types.int64, BYTES, I1, F2)
-def _embedding_rows(first, last, qtype, data, tokens, out):
-    for t in range(first, last):
-        dequantise_row(qtype, address(data[tokens[t]]), address(out[t]), out.shape[1])
+@variants
+def _embedding_rows(qtype):
+    """`embedding_rows`."""
+    dequantise_row = dequantise_row_for(qtype)
+
+    @kernel(BYTES, I1, F2)
+    def _embedding_rows(first, last, data, tokens, out):
+        for t in range(first, last):
+            dequantise_row(address(data[tokens[t]]), address(out[t]), out.shape[1])
+
+    return _embedding_rows

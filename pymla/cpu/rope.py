@@ -36,6 +36,11 @@ def rope_interleaved(x, cos_sin):
     return x
 
 
+def kernels():
+    """What this module launches."""
+    return [_angles, _rope_interleaved]
+
+
 @kernel(I1, D1, types.float64, F3)
 def _angles(first, last, positions, inv_freq, magnitude, out):
     for t in range(first, last):

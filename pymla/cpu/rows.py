@@ -6,11 +6,13 @@ processor has, takes whole fours of blocks of 32 weights, of which the codes of 
 meet the weights as the file has them (`place`); the rest, in the order of the columns, is taken here.
 """
 
+import functools
+
 import numpy as np
 
 from pymla.cpu import rows_256, rows_512
 from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.formats import Q4_0, Q4_1, Q6_K, Q8_0, float_bytes, load_f8, load_float
+from pymla.cpu.formats import FORMATS, Q4_0, Q4_1, Q6_K, Q8_0
 from pymla.cpu.isa import LANES
 from pymla.cpu.memory import fetch_ahead
 from pymla.cpu.simd import fma, load_f16, load_f32, load_f32x8, load_i8x32, load_nibbles, splat_f32, store_f32, total
@@ -20,7 +22,7 @@ from pymla.cpu.simd_bytes import dot_i8, dot_u7, to_f32, zero_i32x8
 _fours = rows_512 if LANES == 16 else rows_256
 _place_in_fours, _dot_4_bits_of_fours = _fours.place, _fours.dot_4_bits
 _place_in_eights = rows_512.place_eights
-_dot_q8_0_of_fours, _dot_q6_k = _fours.dot_q8_0, _fours.dot_q6_k
+_dot_q8_0_of_fours, _dot_q6_k_of_fours = _fours.dot_q8_0, _fours.dot_q6_k
 
 
 #: Orders of activations: that of the columns, for panels; that of tiles (`panels_amx.empty_columns`), for panels too;
@@ -45,46 +47,35 @@ def place(order, block, blocks):
     return low, 8, apart
 
 
-@inline
-def dot_rows(qtype, row, stride, count, activations, columns, out):
-    """Rows of weights times one activation vector.
+@functools.cache
+def dot_rows_for(qtype):
+    """A function ``(row, stride, count, activations, columns, out)``: rows of weights times one activation vector.
 
-    Parameters
-    ----------
-    qtype : int
-    row : int
-        Address of the first row.
-    stride, count : int
-        Bytes from row to row, and their number.
-    activations : tuple of 6 int
-        Addresses of x, codes, scale, sums, starts and sum16 of a `quant.Input` in the type's `order`. Float types read
-        the first, quantised types the others.
-    columns : int
-    out : int
-        Address for float32 (count,).
+    - row, stride, count : the address of the first row, the bytes from row to row, and their number.
+    - activations : addresses of x, codes, scale, sums, starts and sum16 of a `quant.Input` in the type's `order`. Float
+      types read the first, quantised types the others.
+    - columns : their number.
+    - out : address for float32 (count,).
     """
-    x, codes, scale, sums, starts, sum16 = activations
-    apart = (count + 3) // 4
-    # A loop for each type, so that its constants stay in registers.
-    if qtype == Q4_0:
+    if not FORMATS[qtype].bits:
+        dot_row = dot_float_for(qtype)
+
+        @inline
+        def dot_rows(row, stride, count, activations, columns, out):
+            for i in range(count):
+                store_f32(out + 4 * i, dot_row(row + i * stride, activations[0], columns))
+
+        return dot_rows
+    dot_four = _DOT_FOUR[qtype]
+
+    @inline
+    def dot_rows(row, stride, count, activations, columns, out):
+        apart = (count + 3) // 4
         for i in range(apart):
             rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_4_bits(18, 2, rows, codes, scale, sums, starts, columns))
-    elif qtype == Q8_0:
-        for i in range(apart):
-            rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_q8_0(rows, codes, scale, columns))
-    elif qtype == Q6_K:
-        for i in range(apart):
-            rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_q6_k(rows, codes, scale, sum16, columns))
-    elif qtype == Q4_1:
-        for i in range(apart):
-            rows = _four(row, stride, i, apart, count)
-            _store(out, i, apart, count, _dot_4_bits(20, 4, rows, codes, scale, sums, starts, columns))
-    else:
-        for i in range(count):
-            store_f32(out + 4 * i, dot_float(qtype, row + i * stride, x, columns))
+            _store(out, i, apart, count, dot_four(rows, activations, columns))
+
+    return dot_rows
 
 
 @inline
@@ -104,6 +95,25 @@ def _store(out, i, apart, count, results):
     store_f32(out + 4 * min(i + apart, last), second)
     store_f32(out + 4 * min(i + 2 * apart, last), third)
     store_f32(out + 4 * min(i + 3 * apart, last), fourth)
+
+
+@unrolled
+def _dot_q4_0(rows, activations, columns):
+    """Four rows times one activation vector, as for each quantised type."""
+    _, codes, scale, sums, starts, _ = activations
+    return _dot_4_bits(18, 2, rows, codes, scale, sums, starts, columns)
+
+
+@unrolled
+def _dot_q4_1(rows, activations, columns):
+    _, codes, scale, sums, starts, _ = activations
+    return _dot_4_bits(20, 4, rows, codes, scale, sums, starts, columns)
+
+
+@unrolled
+def _dot_q6_k(rows, activations, columns):
+    _, codes, scale, _, _, sum16 = activations
+    return _dot_q6_k_of_fours(rows, codes, scale, sum16, columns)
 
 
 @unrolled
@@ -133,7 +143,8 @@ def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
 
 
 @unrolled
-def _dot_q8_0(rows, codes, scale, columns):
+def _dot_q8_0(rows, activations, columns):
+    _, codes, scale, _, _, _ = activations
     a, b, c, d = _dot_q8_0_of_fours(rows, codes, scale, columns)
     if columns % 128:
         done = columns // 128 * 4
@@ -155,20 +166,28 @@ def _rest_q8_0(row, codes, scale, blocks):
     return result
 
 
-@inline
-def dot_float(qtype, row, x, columns):
-    """A row of a float type, F32, F16 or BF16, times activations."""
-    a = splat_f32(np.float32(0))
-    b = splat_f32(np.float32(0))
-    size = float_bytes(qtype)
-    for _ in range(columns // 16):
-        fetch_ahead(row, 16 * size)
-        a = fma(load_f8(qtype, row), load_f32x8(x), a)
-        b = fma(load_f8(qtype, row + 8 * size), load_f32x8(x + 32), b)
-        row, x = row + 16 * size, x + 64
-    rest = np.float32(0)
-    for _ in range(columns % 16):
-        rest += load_float(qtype, row) * load_f32(x)
-        row += size
-        x += 4
-    return total(a) + total(b) + rest
+_DOT_FOUR = {Q4_0: _dot_q4_0, Q4_1: _dot_q4_1, Q8_0: _dot_q8_0, Q6_K: _dot_q6_k}
+
+
+@functools.cache
+def dot_float_for(qtype):
+    """A function ``(row, x, columns)``: a row of a float type, F32, F16 or BF16, times activations; addresses."""
+    load_one, load_eight, size = FORMATS[qtype].load_one, FORMATS[qtype].load_eight, FORMATS[qtype].size
+
+    @inline
+    def dot_float(row, x, columns):
+        a = splat_f32(np.float32(0))
+        b = splat_f32(np.float32(0))
+        for _ in range(columns // 16):
+            fetch_ahead(row, 16 * size)
+            a = fma(load_eight(row), load_f32x8(x), a)
+            b = fma(load_eight(row + 8 * size), load_f32x8(x + 32), b)
+            row, x = row + 16 * size, x + 64
+        rest = np.float32(0)
+        for _ in range(columns % 16):
+            rest += load_one(row) * load_f32(x)
+            row += size
+            x += 4
+        return total(a) + total(b) + rest
+
+    return dot_float

@@ -413,6 +413,9 @@ def _serve(state, thread, ticket):
     return ticket
 
 
+#: What Python calls here, for `needed`.
+FUNCTIONS = [_run_alone, _keep_awake, _post_and_run, _serve]
+
 _lock = threading.RLock()
 _pool = _Pool(usable_cores())
 

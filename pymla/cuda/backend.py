@@ -10,7 +10,7 @@ __all__ = [
     "SLICE",
     "Graph",
     "attention",
-    "compile_all",
+    "compile_for",
     "memory",
     "moe",
     "norm",
@@ -18,3 +18,8 @@ __all__ = [
     "rope",
     "sampling",
 ]
+
+
+def compile_for(model, progress=None, warn=None):
+    """Compile all kernels for the device, or load them from the cache: most models need most of them."""
+    compile_all(progress, warn)

@@ -1,0 +1,76 @@
+"""The kernels that a model launches on the processor: those of its matrices' types, of its cache and of its forms of
+attention. A program compiles these and no others.
+
+A kernel that is missing here would be compiled when it is first launched, in the middle of a text: a test generates
+with models of all kinds and finds none.
+"""
+
+from pymla.cpu import attention, compiling, moe, norm, quant, rope, threads
+
+
+def compile_for(model, progress=None, warn=None):
+    """Compile what a `pymla.model.Model` launches on the processor, or load it from the cache.
+
+    Parameters
+    ----------
+    progress : callable(done, total, name), optional
+        Told of each kernel that has to be compiled.
+    warn : callable(message), optional
+        Told once what is wrong with the cache.
+    """
+    compiling.compile_all([each.compiled for each in kernels(model)], progress, warn)
+
+
+def kernels(model):
+    """The kernels of a model on the processor, each once, those that take longest first."""
+    from pymla import cpu
+
+    place, weights = model.placement, model.weights
+    found, inputs = [*threads.FUNCTIONS], set()
+    layers = list(zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True))
+    if cpu in place.layers:
+        found += norm.kernels() + rope.kernels()
+    for backend, experts, layer, cache in layers:
+        if experts is cpu and layer.ffn_gate_exps is not None:
+            types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+            found += moe.experts_kernels(*types)
+            inputs |= set(types)
+        if backend is cpu:
+            types = _types(layer, *_MATRICES)
+            for qtype in types:
+                found += quant.matmul_kernels(qtype)
+            if layer.ffn_gate is not None:
+                found += moe.ffn_kernels(*_types(layer, "ffn_gate", "ffn_up", "ffn_down"))
+            found += _attention(model, layer, cache)
+            inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
+    if place.embedding is cpu:
+        found += quant.embedding_rows_kernels(weights.token_embd.qtype)
+    if place.output is cpu:
+        found += [*norm.kernels(), *quant.matmul_kernels(weights.output.qtype)]
+        inputs.add(weights.output.qtype)
+    found += quant.activation_kernels(inputs)
+    return sorted(dict.fromkeys(found), key=_is_short)
+
+
+def _types(layer, *names):
+    return [tensor.qtype for tensor in (getattr(layer, name) for name in names) if tensor is not None]
+
+
+#: Matrices of a layer that `quant.matmul` multiplies.
+_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+
+
+def _attention(model, layer, cache):
+    """Of a layer's attention in the model's mode."""
+    types = *(rows.qtype for rows in cache), layer.attn_k_b.qtype, layer.attn_v_b.qtype
+    if model.mla == "0":
+        return attention.full_kernels(*types)
+    found = attention.absorbed_kernels(*types, materialised=model.mla == "2")
+    if model.mla != "1":
+        found += attention.expanded_kernels(*types, exact=model.cache.exact)
+    return found
+
+
+def _is_short(kernel):
+    """Whether a kernel is compiled quickly: products by panels and attention take several times as long as others."""
+    return not any(word in kernel.__name__ for word in ("panels", "pages", "_expand", "_absorbed", "_full"))
