@@ -126,7 +126,7 @@ TIES = {
         {"scoring_func": "sigmoid", "n_group": 4, "topk_group": 2, "group_score": "top2"},
         [3, 8, 4, 6],
     ),
-    "forty groups": ([0] * 80, {"n_group": 40, "topk_group": 3}, [0, 1, 2, 3, 4]),
+    "forty groups": ([0, 0, 1, 1] * 20, {"n_group": 40, "topk_group": 3}, [2, 3, 6, 7, 10]),
     "all groups": ([0] * 24, {"n_group": 8, "topk_group": 3, "group_score": "top2"}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
 }
 
