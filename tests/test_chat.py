@@ -160,7 +160,7 @@ def test_errors_name_the_template():
     for options, name in ({}, "the model's chat template"), ({"where": "x.jinja"}, "x.jinja"):
         with pytest.raises(PymlaError, match=f"^{name}.*roles"):
             encode(tokenizer(), user("x"), chat_template="{{ raise_exception('roles') }}", **options)
-    with pytest.raises(PymlaError, match="^the model's chat template.*roles"):
+    with pytest.raises(PymlaError, match=r"^the model's chat template.*roles"):
         render("{{ raise_exception('roles') }}", user("x"))
     assert render("{{ bos_token }}|{{ eos_token }}", user("x")) == "|"
 
