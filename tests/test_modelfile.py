@@ -371,6 +371,35 @@ def test_an_entry_that_is_cut(tmp_path, kept, place):
     refused(path, f"truncated in {place}")
 
 
+@pytest.mark.parametrize(("version", "advice"), [(1, "convert the model again"), (4, "update pymla")])
+def test_what_to_do_about_another_version(small, version, advice):
+    contents = small.read_bytes()
+    small.write_bytes(contents[:4] + version.to_bytes(4, "little") + contents[8:])
+    refused(small, f"GGUF version {version}, but versions 2 and 3 can be read; {advice}")
+    with pytest.raises(PymlaError, match=f"; {advice}$"):
+        ModelFile.open(small)
+
+
+def test_metadata_that_is_cut(tmp_path):
+    path = write(tmp_path / "cut.gguf", {"second.key": (GGUFValueType.UINT32, 7)}, {})
+    whole = path.read_bytes()
+    assert ModelFile.open(path).metadata["second.key"] == 7
+    end = whole.index(b"second.key") + len("second.key") + 4 + 4
+    path.write_bytes(whole[:end])  # all that is needed
+    assert ModelFile.open(path).metadata["second.key"] == 7
+    path.write_bytes(whole[: end - 10])
+    refused(path, "truncated in metadata entry 2: ")
+
+
+def test_the_longest_name(tmp_path):
+    for length in (0xFFFF, 0x10000):
+        path = write(tmp_path / "names.gguf", {"k" * length: (GGUFValueType.UINT32, 7)}, {})
+        if length == 0xFFFF:
+            assert ModelFile.open(path).metadata["k" * length] == 7
+        else:
+            refused(path, "metadata entry 2: its name")
+
+
 def test_alignment_of_wrong_type(tmp_path):
     path = write(tmp_path / "aligned.gguf", {"general.alignment": (GGUFValueType.STRING, "32")}, {})
     refused(path, "general.alignment", "'32'")

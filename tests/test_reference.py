@@ -126,14 +126,12 @@ def test_full_attention():
 
 
 def test_scores_of_any_height():
-    """Only differences of scores matter, where their exponentials would overflow as well."""
-    values = normal(3, 1, 4)
-    for height in (0, 20_000, -20_000):
-        keys = np.array([[[height]], [[height + 1]], [[height]]], float)
-        memory = attention.KeysValues(keys, values)
-        out = attention.expanded(np.ones((1, 1, 1)), memory, np.array([2], np.int32), 1.0, poisoned(1, 1, 4))
-        e = np.e
-        np.testing.assert_allclose(out[0, 0], (values[0] + e * values[1] + values[2])[0] / (2 + e), **CLOSE)
+    """Only a head's differences of scores matter, where their exponentials would overflow, too."""
+    heights, values = np.array([0.0, 20_000, -20_000]), normal(3, 3, 4)
+    keys = heights[None, :, None] + np.array([0, 1, 0])[:, None, None]
+    memory = attention.KeysValues(keys, values)
+    out = attention.expanded(np.ones((1, 3, 1)), memory, np.array([2], np.int32), 1.0, poisoned(1, 3, 4))
+    np.testing.assert_allclose(out[0], (values[0] + np.e * values[1] + values[2]) / (2 + np.e), **CLOSE)
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)

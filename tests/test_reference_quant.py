@@ -42,7 +42,8 @@ def test_quantise_is_byte_exact(name):
     x[7] = np.repeat([1.0, -1.0], 48)
     qtype = ggml.ID[name]
     expected = gguf.quants.quantize(x, gguf.GGMLQuantizationType(qtype)).view(np.uint8).reshape(257, -1)
-    np.testing.assert_array_equal(quant.quantise(x, qtype), expected)
+    for given in (x, x.astype(np.float64)):
+        np.testing.assert_array_equal(quant.quantise(given, qtype), expected)
 
 
 @pytest.mark.parametrize(

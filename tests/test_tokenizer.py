@@ -347,6 +347,7 @@ def test_a_byte_may_be_a_special_token(vocabulary):
     tokenizer = vocabulary(unknown_token_id=byte, eos_token_id=byte)
     assert tokenizer.special_tokens["unk_token"] == "\N{REPLACEMENT CHARACTER}"
     assert not tokenizer.is_special(byte)
+    assert tokenizer.decode([byte]) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_special_tokens_by_the_names_that_templates_have(vocabulary):
