@@ -149,6 +149,16 @@ def test_bos_behind_a_message_that_spells_it(bos, quoted):
     assert (ids[-1], ids.count(BOS)) == (BOS, 1)
 
 
+def test_bos_spelt_more_than_once():
+    """With a BOS of the template between the ones that messages spell."""
+    template = "{{ messages[0].content }}{{ bos_token }}{{ messages[1].content }}"
+    made = tokenizer(add_bos=False, template=template)
+    ids = encode(made, [*user("a<|bos|>b<|bos|>c"), *user("<|bos|><|bos|>d")])
+    assert made.decode(ids, skip_special=False) == "a<|bos|>b<|bos|>c<|bos|><|bos|><|bos|>d"
+    assert ids.count(BOS) == 1
+    assert made.decode(ids[: ids.index(BOS)]) == "a<|bos|>b<|bos|>c"
+
+
 def test_a_tokenizer_without_special_tokens():
     made = Tokenizer([*ALPHABET, "<x>"], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm")
     assert (made.special_tokens, made.chat_template, made.chat_templates, made.warnings) == ({}, None, {}, [])
