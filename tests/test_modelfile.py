@@ -380,6 +380,17 @@ def test_what_to_do_about_another_version(small, version, advice):
         ModelFile.open(small)
 
 
+def test_a_head_that_is_cut(small):
+    """Magic (4), version (4), tensors (8), entries of metadata (8)."""
+    contents = small.read_bytes()
+    for kept in (6, 12):
+        small.write_bytes(contents[:kept])
+        refused(small, "truncated in the header: ")
+    for at, what in ((8, "tensors"), (16, "metadata entries")):
+        small.write_bytes(contents[:at] + (1 << 60).to_bytes(8, "little") + contents[at + 8 :])
+        refused(small, f": {1 << 60} {what} do not fit a file of {len(contents)} bytes")
+
+
 def test_metadata_that_is_cut(tmp_path):
     path = write(tmp_path / "cut.gguf", {"second.key": (GGUFValueType.UINT32, 7)}, {})
     whole = path.read_bytes()
