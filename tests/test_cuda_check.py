@@ -71,7 +71,7 @@ def test_reasons(trouble):
     reason, advice = trouble
     with pytest.raises(PymlaError) as caught:
         find_device("cuda")
-    assert str(caught.value).startswith(f"--device cuda: {reason}")
+    assert str(caught.value).startswith(f"`device` cuda: {reason}")
     assert advice in str(caught.value)
     assert find_device("auto") == ("cpu", reason)
     assert [find_device(each) for each in ("cpu", "reference")] == [("cpu", ""), ("reference", "")]
