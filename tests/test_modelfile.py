@@ -495,6 +495,13 @@ def split(tmp_path):
     return [write_part(tmp_path, number, 3, names) for number, names in enumerate(parts, 1)]
 
 
+def test_parts_that_do_not_say_how_many_tensors_there_are(tmp_path):
+    for number, name in ((1, "vector"), (2, "matrix")):
+        entries = {"split.no": (GGUFValueType.UINT16, number - 1), "split.count": (GGUFValueType.UINT16, 2)}
+        write(part_path(tmp_path, number, 2, "model"), entries, {name: tensors()[name]})
+    assert list(ModelFile.open(part_path(tmp_path, 1, 2, "model")).tensors) == ["vector", "matrix"]
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_any_part_opens_all(split, number):
     file = ModelFile.open(split[number])
