@@ -178,15 +178,20 @@ def _with_reasoning(message):
 
 
 def _without(value, bos):
-    """The value with BOS backwards wherever a text in it spells BOS: nothing else about the text changes, be it its
+    """The value with other characters wherever a text in it spells BOS: nothing else about the text changes, be it its
     length or how it is quoted. Keys of dictionaries stay as they are."""
     if isinstance(value, str):
-        return value.replace(bos, bos[::-1] if bos != bos[::-1] else "\N{REPLACEMENT CHARACTER}" * len(bos))
+        return value.replace(bos, _unlike(bos))
     if isinstance(value, dict):
         return {key: _without(each, bos) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_without(each, bos) for each in value)
     return value
+
+
+def _unlike(bos):
+    """A text that is not BOS, of its characters, where they are not all the same: as long, and quoted as BOS is."""
+    return next(text for text in (bos[::-1], bos[1:] + bos[:1], "_" * len(bos), "-" * len(bos)) if text != bos)
 
 
 def _split_at_spelt(text, without, bos):

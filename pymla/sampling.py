@@ -142,7 +142,7 @@ class Sampler:
         if self.params.logit_bias:
             logits = logits.copy()
             for token, bias in self.params.logit_bias.items():
-                if not 0 <= token < len(logits):
+                if token >= len(logits):
                     raise PymlaError(f"`logit_bias` for token {token}: the vocabulary has {len(logits)} tokens")
                 logits[token] += bias
         return logits
@@ -151,9 +151,7 @@ class Sampler:
         p = self.params
         if p.repetition_penalty == 1 and p.frequency_penalty == 0 and p.presence_penalty == 0:
             return logits
-        tokens, counts = np.unique(
-            self.history[-p.penalty_window :] if p.penalty_window else self.history, return_counts=True
-        )
+        tokens, counts = np.unique(self.history[-p.penalty_window :], return_counts=True)  # from -0 on lies all of it
         tokens = tokens.astype(int)
         logits = logits.copy()
         seen = logits[tokens]

@@ -1,5 +1,7 @@
 """Inputs shared by tests and benchmarks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
@@ -97,3 +99,43 @@ def on_cpu(layout, cache: list[QTensor]) -> LatentCache:
         slots = np.flatnonzero(np.isfinite(rows).all(1)).astype(np.int32)
         cpu.attention.store(rows[slots], slots, target)
     return result
+
+
+def routing(**changes) -> SimpleNamespace:
+    """What a router reads of a `ModelConfig`: plain softmax, unless told otherwise."""
+    plain = {
+        "scoring_func": "softmax",
+        "n_group": 1,
+        "topk_group": 1,
+        "group_score": "max",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    }
+    return SimpleNamespace(**plain | changes)
+
+
+#: Logits of a router with equal ones among them, its `routing`, and the experts that are chosen: of equal experts, and
+#: of equal groups, the lower ones.
+TIES = {
+    "experts": ([0, 1, 1, 0, 1, 1], {}, [1, 2, 4]),
+    "all of 48": ([0] * 48, {}, [0, 1, 2, 3, 4, 5, 6]),
+    "the last of 300": ([0] * 298 + [5, 5], {}, [298, 299, 0]),
+    "groups by their best": ([1, 3, 2, 3, 3, 0, 0, 3], {"n_group": 4, "topk_group": 2}, [1, 3, 2, 0]),
+    "groups by two": (
+        [0, 0, 0, 2, 1, 0, 1, 0, 2, 0, 2, 1],
+        {"scoring_func": "sigmoid", "n_group": 4, "topk_group": 2, "group_score": "top2"},
+        [3, 8, 4, 6],
+    ),
+    "forty groups": ([0, 0, 1, 1] * 20, {"n_group": 40, "topk_group": 3}, [2, 3, 6, 7, 10]),
+    "all groups": ([0] * 24, {"n_group": 8, "topk_group": 3, "group_score": "top2"}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+}
+
+
+def rows_to_norm(columns: int):
+    """Rows of ordinary, small, tiny and no values, a weight, an eps that is far above the squares of the tiny ones, and
+    the rows' RMS norms in float64."""
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((4, columns)) * np.array([[1], [1e-2], [1e-6], [0]])
+    weight, eps = rng.standard_normal(columns).astype(np.float32), 1e-4
+    expected = [row / np.sqrt(row @ row / columns + eps) * weight for row in x]
+    return x.astype(np.float32), weight, eps, np.array(expected)

@@ -139,6 +139,48 @@ def test_bos_that_reads_the_same_backwards():
     assert encode(made, user("|b|"), chat_template="\n{{ bos_token }}{{ messages[0].content }}").count(BOS) == 1
 
 
+@pytest.mark.parametrize("bos", ["<|bos|>", "|b|", "｜ß｜", "||"])
+@pytest.mark.parametrize("quoted", ["", " | tojson(ensure_ascii=true)"])
+def test_bos_behind_a_message_that_spells_it(bos, quoted):
+    """However the template quotes the message: it is the last token, and the only BOS."""
+    made = Tokenizer([*ALPHABET, bos], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm", bos_id=BOS, add_bos=True)
+    made.special_tokens = {"bos_token": bos}
+    ids = encode(made, user(f"é{bos}é"), chat_template=f"{{{{ messages[0].content{quoted} }}}}{{{{ bos_token }}}}")
+    assert (ids[-1], ids.count(BOS)) == (BOS, 1)
+
+
+def test_bos_spelt_more_than_once():
+    """With a BOS of the template between the ones that messages spell."""
+    template = "{{ messages[0].content }}{{ bos_token }}{{ messages[1].content }}"
+    made = tokenizer(add_bos=False, template=template)
+    ids = encode(made, [*user("a<|bos|>b<|bos|>c"), *user("<|bos|><|bos|>d")])
+    assert made.decode(ids, skip_special=False) == "a<|bos|>b<|bos|>c<|bos|><|bos|><|bos|>d"
+    assert ids.count(BOS) == 1
+    assert made.decode(ids[: ids.index(BOS)]) == "a<|bos|>b<|bos|>c"
+
+
+def test_a_tokenizer_without_special_tokens():
+    made = Tokenizer([*ALPHABET, "<x>"], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm")
+    assert (made.special_tokens, made.chat_template, made.chat_templates, made.warnings) == ({}, None, {}, [])
+    ids = encode(made, user("x"), chat_template="[{{ bos_token }}{{ eos_token }}]{{ eos_token is defined }}")
+    assert made.decode(ids) == "[]True"
+
+
+def test_errors_name_the_template():
+    for options, name in ({}, "the model's chat template"), ({"where": "x.jinja"}, "x.jinja"):
+        with pytest.raises(PymlaError, match=f"^{name}.*roles"):
+            encode(tokenizer(), user("x"), chat_template="{{ raise_exception('roles') }}", **options)
+    with pytest.raises(PymlaError, match=r"^the model's chat template.*roles"):
+        render("{{ raise_exception('roles') }}", user("x"))
+    assert render("{{ bos_token }}|{{ eos_token }}", user("x")) == "|"
+
+
+def test_documents_of_a_conversation():
+    template = "{% for document in documents %}{{ document.title }};{% endfor %}"
+    ids = encode(tokenizer(), user("x"), chat_template=template, documents=[{"title": "a"}, {"title": "b"}])
+    assert tokenizer().decode(ids) == "a;b;"
+
+
 def test_other_control_tokens_of_a_message_are_tokens():
     ids = encode(tokenizer(template="{{ messages[0].content }}"), user("<|im_end|><tool>"))
     assert ids == [BOS, END, TOOL]

@@ -322,6 +322,7 @@ YARNS = [
     (128, 1e6, Yarn(8.0, 32768, 0.0)),
     (16, 100.0, Yarn(2.5, 64, 0.05, 8.0, 2.0)),
     (2, 10000.0, Yarn(40.0, 4096, 0.1)),
+    (16, 10.0, Yarn(4.0, 1 << 20, 0.1, 1e5)),  # the ramp would end behind the last pair
 ]
 
 
@@ -416,6 +417,13 @@ def test_missing_mla(load, key):
         load(without(V3, key))
 
 
+def test_two_heads_with_one_of_the_cache(load):
+    two = {"attention.head_count": 2}
+    assert load(V3 | two).num_attention_heads == 2
+    with pytest.raises(PymlaError, match=r"deepseek2\.attention\.key_length_mla is missing"):
+        load(without(V3, "attention.key_length_mla") | two)
+
+
 def test_missing_groups_used(load):
     with pytest.raises(PymlaError, match="expert_group_used_count is missing"):
         load(without(V3, "expert_group_used_count"))
@@ -487,6 +495,119 @@ def test_not_implemented(load, key, value):
     assert f"metadata deepseek2.{blamed}" in message
     assert "model.gguf: " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "neutral", "others"),
+    [
+        (
+            (
+                "attention.temperature_scale",
+                "attention.scale",
+                "attention.clamp_kqv",
+                "attention.max_alibi_bias",
+                "attention.sliding_window",
+                "attn_logit_softcapping",
+                "router_logit_softcapping",
+                "final_logit_softcapping",
+            ),
+            (0.0,),
+            (1.0, 0.5),
+        ),
+        (("logit_scale", "embedding_scale", "residual_scale", "rope.scale_linear"), (0.0, 1.0), (2.0, 0.5)),
+        (
+            ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor"),
+            (1.0,),
+            (0.0, 2.0),
+        ),
+    ],
+    ids=["off", "off or one", "one"],
+)
+def test_keys_that_would_change_what_is_computed(load, keys, neutral, others):
+    plain = load(V2)
+    for key in keys:
+        for value in neutral:
+            assert load(V2 | {key: value}) == plain
+        for value in others:
+            with pytest.raises(PymlaError, match=rf"metadata deepseek2\.{key} is {value}; .* than {neutral[-1]:g}$"):
+                load(V2 | {key: value})
+
+
+LARGEST = 1 << 24
+PLAIN_EXPERTS = without(V2, "expert_group_count", "expert_group_used_count")
+
+
+@pytest.mark.parametrize(
+    ("key", "accepted", "refused"),
+    [
+        ("attention.head_count", [1, 128, LARGEST], [0, LARGEST + 1]),
+        ("attention.kv_lora_rank", [1, LARGEST], [0, LARGEST + 1]),
+        ("attention.layer_norm_rms_epsilon", [1e-12, 0.99], [0.0, 1.0]),
+        ("attention.value_length", [1, LARGEST], [0, LARGEST + 1]),
+        ("attention.q_lora_rank", [0, 1, LARGEST], [-1, LARGEST + 1]),
+        ("block_count", [1, 2, 4096], [0, 4097]),
+        ("context_length", [1, 1 << 31], [0, (1 << 31) + 1]),
+        ("embedding_length", [1, LARGEST], [0, LARGEST + 1]),
+        ("expert_count", [0, 6, 1 << 16], [5, (1 << 16) + 1]),
+        ("expert_feed_forward_length", [1, LARGEST], [0, LARGEST + 1]),
+        ("expert_gating_func", [0, 1, 2], [-1, 3]),
+        ("expert_shared_count", [0, 1, 1 << 16], [-1, (1 << 16) + 1]),
+        ("expert_used_count", [1, 160], [0, 161]),
+        ("expert_weights_scale", [0.0, 1e-6, 1e6], [-1e-6]),
+        ("feed_forward_length", [1, LARGEST], [0, LARGEST + 1]),
+        ("leading_dense_block_count", [0, 1, 60], [-1, 61]),
+        ("logit_scale", [0.0, 1.0], [0.5, 2.0]),
+        ("nextn_predict_layers", [0, 59], [-1, 60, 4097]),
+        ("rope.dimension_count", [2, 190], [0, 191, 192]),
+        ("rope.freq_base", [1.5, 9e8], [1.0, 1e9]),
+        ("rope.scaling.factor", [0.0, 1.0, 999_999.0], [0.99, 1e6]),
+        ("rope.scaling.original_context_length", [1, 1 << 31], [0, (1 << 31) + 1]),
+        ("rope.scaling.yarn_beta_fast", [1.0, 9e8], [0.99, 1e9]),
+        ("rope.scaling.yarn_beta_slow", [0.5, 32.0], [0.0, 33.0]),
+        ("rope.scaling.yarn_log_multiplier", [0.0, 9.5], [-0.1, 10.0]),
+        ("vocab_size", [1, LARGEST], [0, LARGEST + 1]),
+    ],
+)
+def test_limits(load, key, accepted, refused):
+    # Without the keys whose limits follow from the one in question.
+    others = {"attention.head_count": ("attention.head_count_kv",), "block_count": ("leading_dense_block_count",)}
+    base = without(PLAIN_EXPERTS, *others.get(key, ()))
+    for value in accepted:
+        assert load(base | {key: value})
+    for value in refused:
+        with pytest.raises(PymlaError, match=r"model\.gguf: metadata deepseek2\..* is "):
+            load(base | {key: value})
+
+
+def test_groups_must_give_the_experts_that_are_used(load):
+    groups = {"expert_count": 16, "expert_group_count": 4, "expert_group_used_count": 2}
+    assert load(V2 | groups | {"expert_used_count": 8}).topk_group == 2
+    with pytest.raises(PymlaError, match="expert_group_used_count is 2; groups of 4 experts cannot give 9"):
+        load(V2 | groups | {"expert_used_count": 9})
+    assert load(V2 | groups | {"expert_group_count": 2, "expert_group_used_count": 1}).n_group == 2
+    for count in (0, 1):
+        one = load(V2 | groups | {"expert_used_count": 9, "expert_group_count": count})
+        assert (one.n_group, one.topk_group) == (1, 1)
+    assert load(V3 | groups | {"expert_group_count": 8, "expert_used_count": 4}).n_group == 8  # groups of two
+
+
+def test_what_yarn_reads(load):
+    config = load(V2 | {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0})
+    assert (config.yarn.beta_fast, config.yarn.beta_slow) == (16.0, 2.0)
+
+
+def test_layers_in_front_of_the_experts(load):
+    some = load(V2 | {"leading_dense_block_count": 58, "nextn_predict_layers": 1})
+    assert (some.num_hidden_layers, some.first_k_dense_replace, some.n_routed_experts) == (59, 58, 160)
+    for dense in (59, 60):  # the layer that predicts further tokens does not count
+        none = load(V2 | {"leading_dense_block_count": dense, "nextn_predict_layers": 1})
+        assert (none.num_hidden_layers, none.first_k_dense_replace, none.n_routed_experts) == (59, 59, 0)
+        assert (none.num_experts_per_tok, none.n_shared_experts, none.moe_intermediate_size) == (0, 0, 0)
+        assert (none.routed_scaling_factor, none.norm_topk_prob, none.scoring_func) == (1.0, False, "softmax")
+        assert (none.n_group, none.topk_group, none.group_score) == (1, 1, "max")
+    with pytest.raises(PymlaError, match="feed_forward_length is missing"):
+        load(without(V2, "feed_forward_length"))
+    assert load(V2 | {"leading_dense_block_count": 0, "feed_forward_length": 0}).intermediate_size == 0
 
 
 def test_linear_scaling_without_a_type(load):

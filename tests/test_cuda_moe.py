@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import random_qtensor
+from cases import TIES, random_qtensor, routing
 from compare import assert_close
 
 from pymla import ggml, reference
@@ -36,17 +36,7 @@ def as_multiplied(x, qtype):
 
 def routed(logits, bias, used, backend, **config):
     """Ids and weights of a router."""
-    config = SimpleNamespace(
-        **{
-            "scoring_func": "softmax",
-            "n_group": 1,
-            "topk_group": 1,
-            "group_score": "max",
-            "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
-        }
-        | config
-    )
+    config = routing(**config)
     if backend is reference.moe:
         ids, weights = np.empty((len(logits), used), np.int32), np.full((len(logits), used), np.nan, np.float32)
         backend.router(logits, bias, config, ids, weights)
@@ -84,12 +74,11 @@ def test_router(name):
     assert_close(weights, expected, **EXACT)
 
 
-def test_router_takes_the_first_of_equals():
-    logits = np.round(normal(3, 48))
-    logits[0] = 0
-    for config in ({}, {"n_group": 6, "topk_group": 2}, {"n_group": 4, "topk_group": 2, "group_score": "top2"}):
-        expected, _ = routed(logits, None, 7, reference.moe, **config)
-        np.testing.assert_array_equal(routed(logits, None, 7, moe, **config)[0], expected)
+@pytest.mark.parametrize("name", TIES)
+def test_router_takes_the_lower_of_equals(name):
+    logits, config, expected = TIES[name]
+    ids, _ = routed(np.array([logits], np.float32), None, len(expected), moe, **config)
+    assert ids[0].tolist() == expected
 
 
 def run_experts(qtypes, tokens, choice, hidden=64, inner=32, count=5, used=2, shared=0, shared_types=None, add=False):

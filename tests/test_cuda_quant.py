@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import random_qtensor
+from cases import random_qtensor, rows_to_norm
 from compare import assert_close
 
 from pymla import ggml, reference
@@ -216,6 +216,16 @@ def test_norm_with_sum_and_quantising(columns):
             scales = memory.to_host(activation.scales)
             np.testing.assert_array_equal(scales[..., 0], scale)
             np.testing.assert_allclose(scales[..., 1], codes.reshape(3, -1, 32).sum(-1, dtype=int) * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [32, 70])
+def test_eps_of_the_norm(columns):
+    x, weight, eps, expected = rows_to_norm(columns)
+    there = memory.to_device(x)
+    fused = norm.normed(there, memory.to_device(weight), eps, memory.empty(x.shape, np.float32)).x
+    for actual in (result(norm.rms_norm, there, weight, eps, shape=x.shape), memory.to_host(fused)):
+        for row, wanted in zip(actual, expected, strict=True):  # each by itself: their sizes differ by a million
+            assert_close(row, wanted, **EXACT)
 
 
 @pytest.mark.parametrize("pairs", [2, 33])

@@ -9,7 +9,7 @@ import pytest
 import pymla
 from pymla.cache import Sequence
 from pymla.errors import CacheFull, PymlaError
-from pymla.generate import Generation
+from pymla.generate import Generation, Stats
 from pymla.sampling import Sampler, SamplingParams
 from pymla.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
 
@@ -39,6 +39,7 @@ class Script:
 
     def step(self, batch, progress=None):
         ((sequence, new),) = batch
+        assert new.dtype == np.int32
         if sequence.length + len(new) > self.ctx:
             raise CacheFull("full")
         sequence.length += len(new)
@@ -113,6 +114,12 @@ def test_full_context(said):
     assert generation.stats.cache_tokens == 8
 
 
+def test_a_prompt_may_fill_the_context(said):
+    """The token that follows it need not be read."""
+    generation, pieces = said(word("lo", "lo"), ctx=3, max_tokens=None)
+    assert (pieces, generation.finish_reason) == (["lo"], "context")
+
+
 def test_full_context_flushes_what_was_held_back(said):
     _, pieces = said(word(*["abab"] * 9), ctx=4, max_tokens=None, stop=("ababc",))
     assert "".join(pieces) == "abab" * 2
@@ -131,6 +138,8 @@ def test_full_context_flushes_what_was_held_back(said):
         (["abab", "c"], ("ababd", "abc"), "ab"),
         (["abab", "aba", "c"], ("ababac",), "ab"),
         (["Hel", "lo"], ("Hel",), ""),
+        (["abab", "c"], ("ab",), ""),
+        (["Hel", "lo", "Ġwor", "ld"], "lo", "Hel"),
     ],
 )
 def test_stop_strings(said, words, stop, text):
@@ -139,6 +148,12 @@ def test_stop_strings(said, words, stop, text):
     assert "".join(pieces) == text
     assert generation.finish_reason == "stop"
     assert all(pieces)
+
+
+def test_nothing_is_computed_after_a_stop_string(said):
+    generation, _ = said(word("Hel", "lo", "ld", "ld"), stop=("lo",))
+    assert generation.finish_reason == "stop"
+    assert generation.model.steps == [[1, 2, 3], word("Hel")]
 
 
 def test_a_stop_string_of_several_in_one_token_is_the_earliest(said):
@@ -175,6 +190,11 @@ def test_refusals(tokenizer):
         Generation(Script([], ctx=8), tokenizer, [1] * 9, params)
     with pytest.raises(PymlaError, match="`stop` has an empty text"):
         Generation(Script([]), tokenizer, [1], params, stop=("a", ""))
+    with pytest.raises(PymlaError, match="`stop` is b'lo'; a text"):
+        Generation(Script([]), tokenizer, [1], params, stop=b"lo")
+    with pytest.raises(PymlaError, match="`progress` is 3; a function"):
+        Generation(Script([]), tokenizer, [1], params, progress=3)
+    Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={0: 1.0, EOS: 1.0}))
     with pytest.raises(PymlaError, match=f"`logit_bias` for token {EOS + 1}"):
         Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
 
@@ -189,6 +209,37 @@ def test_figures(said):
     assert stats.prompt_seconds > 0
     assert stats.prompt_rate == pytest.approx(3 / stats.prompt_seconds)
     assert stats.generation_rate == pytest.approx(4 / stats.generation_seconds)
+
+
+def test_nothing_is_told_before_the_first_piece(tokenizer):
+    generation = Generation(Script([]), tokenizer, [1], SamplingParams())
+    assert (generation.finish_reason, generation.tokens) == ("interrupted", [])
+    assert generation.stats == Stats(0, 0.0, 0, 0.0, 0)
+    assert (generation.max_tokens, generation.stop, generation.progress) == (None, (), None)
+    for told in ("finish_reason", "sampled", "stats"):
+        with pytest.raises(TypeError, match=told):
+            Generation(Script([]), tokenizer, [1], SamplingParams(), **{told: None})
+
+
+def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):
+    """Two for the prompt and a quarter for each token; what a reader does in between takes no time."""
+    clock = [1000.0]
+    monkeypatch.setattr("pymla.generate.time.perf_counter", lambda: clock[0])
+    model = Script(word(*["lo"] * 5))
+
+    def step(batch, progress=None):
+        clock[0] += 0.25 if model.steps else 2.0
+        return Script.step(model, batch, progress)
+
+    monkeypatch.setattr(model, "step", step)
+    generation = Generation(model, tokenizer, [1, 2, 3], SamplingParams(temperature=0), max_tokens=5)
+    stats = generation.stats
+    assert (stats.prompt_rate, stats.generation_rate) == (0, 0)
+    for count, _ in enumerate(generation, 1):
+        clock[0] += 60
+        assert (stats.prompt_tokens, stats.prompt_seconds) == (3, 2.0)
+        assert (stats.generated_tokens, stats.generation_seconds) == (count, 0.25 * (count - 1))
+    assert (stats.prompt_rate, stats.generation_rate) == (1.5, 4.0)
 
 
 def test_progress_is_that_of_the_prompt(said):
@@ -240,6 +291,22 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
     assert next(pieces) == "lo"
     with pytest.raises(PymlaError, match="ended by KeyboardInterrupt; start another"):
         next(pieces)
+
+
+def test_what_ended_a_generation_is_told_to_later_readers(tokenizer, monkeypatch):
+    model = Script([])
+    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+
+    def broken(*_, **__):
+        raise ValueError("no device")
+
+    monkeypatch.setattr(model, "step", broken)
+    with pytest.raises(ValueError, match="no device"):
+        list(generation)
+    for _ in range(2):
+        with pytest.raises(PymlaError, match="this generation was ended by ValueError: no device; start another one"):
+            list(generation)
+    assert len(model.freed) == 1
 
 
 # The demo model -------------------------------------------------------------------------------------------------------

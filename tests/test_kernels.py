@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import (
     ROWS,
+    TIES,
     TOKENS,
     as_multiplied,
     columns,
@@ -15,6 +16,8 @@ from cases import (
     poisoned_cache,
     ragged_step,
     random_qtensor,
+    routing,
+    rows_to_norm,
 )
 from compare import assert_close
 
@@ -106,6 +109,17 @@ def test_norm_and_residual():
         actual = cpu.norm.normed(there, weight, 1e-6, poisoned(5, 99), other)
         assert_close(actual.x, reference.norm.normed(here, weight, 1e-6, poisoned(5, 99), other).x, **EXACT)
         np.testing.assert_array_equal(there, here)
+
+
+@pytest.mark.parametrize("columns", [8, 70])
+def test_eps_of_the_norm(columns):
+    x, weight, eps, expected = rows_to_norm(columns)
+    for actual in (
+        cpu.norm.rms_norm(x, weight, eps, poisoned(4, columns)),
+        cpu.norm.normed(x, weight, eps, poisoned(4, columns)).x,
+    ):
+        for row, wanted in zip(actual, expected, strict=True):  # each by itself: their sizes differ by a million
+            assert_close(row, wanted, **EXACT)
 
 
 def test_rope():
@@ -327,3 +341,11 @@ def test_router(scoring_func, groups):
         expected = sorted(allowed, key=lambda e: -choice.reshape(-1)[e])[:3]
         assert ids[t].tolist() == expected
         np.testing.assert_allclose(weights[t], scores[expected] / scores[expected].sum() * 2.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_router_takes_the_lower_of_equals(name):
+    logits, config, expected = TIES[name]
+    ids, weights = np.empty((1, len(expected)), np.int32), poisoned(1, len(expected))
+    cpu.moe.router(np.array([logits], np.float32), None, routing(**config), ids, weights)
+    assert ids[0].tolist() == expected

@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -341,6 +342,75 @@ def test_alignment(tmp_path, alignment):
     refused(path, "general.alignment", str(alignment))
 
 
+def test_least_alignment(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "test")
+    writer.add_custom_alignment(1)
+    for name in "ab":
+        writer.add_tensor(name, np.arange(3, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = ModelFile.open(tmp_path / "aligned.gguf")
+    # Without padding the data need not lie where float32 may.
+    assert [np.frombuffer(each.data.tobytes(), np.float32).tolist() for each in file.tensors.values()] == [
+        [0, 1, 2]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "place"),
+    [(70, "the entry of tensor 1"), (110, f"tensor {'a' * 100}"), (200, "the entry of tensor 2"), (242, "tensor bbb")],
+)
+def test_an_entry_that_is_cut(tmp_path, kept, place):
+    """A tensor's entry: length of the name (8), name (100), dimensions (4), sizes (8 each), type (4), offset (8)."""
+    contents = {100 * name: (np.zeros(1, np.float32), ggml.F32) for name in "ab"}
+    path = write(tmp_path / "cut.gguf", {}, contents)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"aaa") - 8 + kept])
+    refused(path, f"truncated in {place}")
+
+
+@pytest.mark.parametrize(("version", "advice"), [(1, "convert the model again"), (4, "update pymla")])
+def test_what_to_do_about_another_version(small, version, advice):
+    contents = small.read_bytes()
+    small.write_bytes(contents[:4] + version.to_bytes(4, "little") + contents[8:])
+    refused(small, f"GGUF version {version}, but versions 2 and 3 can be read; {advice}")
+    with pytest.raises(PymlaError, match=f"; {advice}$"):
+        ModelFile.open(small)
+
+
+def test_a_head_that_is_cut(small):
+    """Magic (4), version (4), tensors (8), entries of metadata (8)."""
+    contents = small.read_bytes()
+    for kept in (6, 12):
+        small.write_bytes(contents[:kept])
+        refused(small, "truncated in the header: ")
+    for at, what in ((8, "tensors"), (16, "metadata entries")):
+        small.write_bytes(contents[:at] + (1 << 60).to_bytes(8, "little") + contents[at + 8 :])
+        refused(small, f": {1 << 60} {what} do not fit a file of {len(contents)} bytes")
+
+
+def test_metadata_that_is_cut(tmp_path):
+    path = write(tmp_path / "cut.gguf", {"second.key": (GGUFValueType.UINT32, 7)}, {})
+    whole = path.read_bytes()
+    assert ModelFile.open(path).metadata["second.key"] == 7
+    end = whole.index(b"second.key") + len("second.key") + 4 + 4
+    path.write_bytes(whole[:end])  # all that is needed
+    assert ModelFile.open(path).metadata["second.key"] == 7
+    path.write_bytes(whole[: end - 10])
+    refused(path, "truncated in metadata entry 2: ")
+
+
+def test_the_longest_name(tmp_path):
+    for length in (0xFFFF, 0x10000):
+        path = write(tmp_path / "names.gguf", {"k" * length: (GGUFValueType.UINT32, 7)}, {})
+        if length == 0xFFFF:
+            assert ModelFile.open(path).metadata["k" * length] == 7
+        else:
+            refused(path, "metadata entry 2: its name")
+
+
 def test_alignment_of_wrong_type(tmp_path):
     path = write(tmp_path / "aligned.gguf", {"general.alignment": (GGUFValueType.STRING, "32")}, {})
     refused(path, "general.alignment", "'32'")
@@ -423,6 +493,13 @@ def write_part(folder, number, count, names, total=5, stem="model", **other):
 def split(tmp_path):
     parts = [("vector", "matrix"), ("experts",), ("half", "cube")]
     return [write_part(tmp_path, number, 3, names) for number, names in enumerate(parts, 1)]
+
+
+def test_parts_that_do_not_say_how_many_tensors_there_are(tmp_path):
+    for number, name in ((1, "vector"), (2, "matrix")):
+        entries = {"split.no": (GGUFValueType.UINT16, number - 1), "split.count": (GGUFValueType.UINT16, 2)}
+        write(part_path(tmp_path, number, 2, "model"), entries, {name: tensors()[name]})
+    assert list(ModelFile.open(part_path(tmp_path, 1, 2, "model")).tensors) == ["vector", "matrix"]
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -630,6 +707,26 @@ def test_fetch_ahead(large, split):
             file.fetch_ahead(tensor, [(0, 1), (tensor.data.size - 1, tensor.data.size), (0, tensor.data.size)])
 
 
+def test_what_fetch_ahead_asks_for(large, monkeypatch):
+    """Whole pages from the one in which a piece begins, to its end; a system that has no such advice is left alone."""
+    file, asked = ModelFile.open(large), []
+    source, tensor = file._sources[0], list(file.tensors.values())[-1]
+    monkeypatch.setattr(source, "map", SimpleNamespace(madvise=lambda *advice: asked.append(advice)))
+    offset, page = tensor.data.ctypes.data - source.begin, modelfile.mmap.PAGESIZE
+    pieces = [(0, tensor.data.size), (tensor.data.size // 2, tensor.data.size // 2 + 1)]
+    file.fetch_ahead(tensor, pieces)
+    for (first, stop), (advice, start, length) in zip(pieces, asked, strict=True):
+        assert advice == modelfile.mmap.MADV_WILLNEED
+        assert start == (offset + first) // page * page
+        assert start + length == offset + stop
+
+    def refused(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(source, "map", SimpleNamespace(madvise=refused))
+    file.fetch_ahead(tensor, pieces)
+
+
 # Prefault -------------------------------------------------------------------------------------------------------------
 
 
@@ -672,7 +769,8 @@ def test_prefault_of_some_tensors(slices, tmp_path):
     total = sum(stop - start for start, stop in spans)
     assert calls[-1] == (total, total)
     # Neighbours make one span, and no names none.
-    assert len(file._spans(file._sources[0], ["c", "b", "a"])) == 1
+    (first,), (last,) = (file._spans(file._sources[0], [name]) for name in "ac")
+    assert file._spans(file._sources[0], ["c", "b", "a"]) == [(first[0], last[1])]
     file.prefault(lambda *_: pytest.fail("nothing was asked for"), [])
 
 
@@ -688,6 +786,7 @@ def test_prefault_on_an_old_kernel(small, monkeypatch):
 
 def test_prefault_elsewhere(small, monkeypatch):
     monkeypatch.setattr(modelfile.sys, "platform", "darwin")
+    monkeypatch.setattr(modelfile, "_populate", lambda *_: pytest.fail("the advice is Linux's"))
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 

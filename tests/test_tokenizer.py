@@ -13,7 +13,15 @@ from tokenizers import models, trainers
 
 from pymla.errors import PymlaError
 from pymla.loading import demo_path
-from pymla.tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, Tokenizer, _byte_alphabet
+from pymla.tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    USER_DEFINED,
+    Tokenizer,
+    _byte_alphabet,
+    _pre_tokenizer,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ZOO = "Hello, world!\n\n  def f(x):\n\treturn x ** 2  # 🦙 ÄÖÜ 你好 привет 1234567\r\n'tis   \u200b e\u0301 \U0010ffff"
@@ -50,6 +58,26 @@ def test_round_trip(pre):
         assert tokenizer.decode(ids) == text
         stream = tokenizer.stream()
         assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_patterns_split_one_after_the_other():
+    """Each splits what the ones before it left; what none finds stays in one piece, and all of it becomes bytes."""
+    split = _pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
+    assert [piece for piece, _ in split.pre_tokenize_str("abba12é c'd!")] == ["a", "bb", "a", "1", "2", "Ã©Ġc'd!"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("deepseek-llm", "Don|'|t|\n| pay| |123456|€| |你好| !!"),
+        ("deepseek-coder", "Don|'|t|\n| pay| |1|2|3|4|5|6|€| |你好| !!"),
+        ("deepseek-v3", "Don|'t|\n| pay| |123|456|€| |你好| !!"),
+    ],
+)
+def test_pieces_of_a_text(pre, pieces):
+    alphabet = _byte_alphabet()
+    found = PRE_TOKENIZERS[pre].pre_tokenize_str(pieces.replace("|", ""))
+    assert [bytes(map(alphabet.get, piece)).decode() for piece, _ in found] == pieces.split("|")
 
 
 def test_streams_never_print_half_a_character():
@@ -131,7 +159,7 @@ def test_a_spelt_bos_is_the_one_in_front():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match="llama-bpe"):
+    with pytest.raises(PymlaError, match=r"^tokenizer: metadata tokenizer\.ggml\.pre is 'llama-bpe'"):
         small("llama-bpe")
     tokenizer = small()
     with pytest.raises(PymlaError, match="token id 999999"):
@@ -285,6 +313,41 @@ def test_ids_outside_the_vocabulary_in_an_array(vocabulary):
     tokenizer = vocabulary(eos_token_ids=[3, -1, 261])
     assert tokenizer.eos_ids == {3, 259}
     assert len(tokenizer.warnings) == 2
+
+
+def test_the_first_and_the_last_token_may_be_special(vocabulary):
+    last = len(VOCABULARY["tokens"]) - 1
+    tokenizer = vocabulary(bos_token_id=0, eos_token_ids=[0, last, last + 1, -1])
+    assert tokenizer.bos_id == 0
+    assert tokenizer.eos_ids >= {0, last}
+    assert tokenizer.eos_ids <= {*range(last + 1)}
+    assert len(tokenizer.warnings) == 2
+    for token, warning in zip((last + 1, -1), tokenizer.warnings, strict=True):
+        assert f"metadata tokenizer.ggml.eos_token_ids is {token}, and the vocabulary has {last + 1} tokens" in warning
+
+
+def test_tokens_outside_the_vocabulary_are_left_out(vocabulary):
+    """A model's matrices may have rows for more."""
+    tokenizer = vocabulary()
+    assert [tokenizer.is_special(token) for token in (-1, 0, 260, 261, 262)] == [True, False, False, True, True]
+
+
+def test_a_special_token_in_front_of_all_others():
+    tokenizer = Tokenizer(["<x>", *ALPHABET], [CONTROL] + [NORMAL] * 256, [], "deepseek-llm")
+    assert tokenizer.encode("a<x>a", parse_special=True) == [1 + ALPHABET.index("a"), 0, 1 + ALPHABET.index("a")]
+    assert tokenizer.decode([0]) == ""
+    assert tokenizer.decode([0], skip_special=False) == "<x>"
+    with pytest.raises(PymlaError, match="token id 257"):
+        tokenizer.decode([257])
+
+
+def test_a_byte_may_be_a_special_token(vocabulary):
+    """Part of a character is ordinary text, whatever the metadata calls it."""
+    byte = ALPHABET.index("ä")  # 0xE4, which begins characters
+    tokenizer = vocabulary(unknown_token_id=byte, eos_token_id=byte)
+    assert tokenizer.special_tokens["unk_token"] == "\N{REPLACEMENT CHARACTER}"
+    assert not tokenizer.is_special(byte)
+    assert tokenizer.decode([byte]) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_special_tokens_by_the_names_that_templates_have(vocabulary):

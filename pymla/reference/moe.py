@@ -39,12 +39,12 @@ def router(logits, bias, config, ids, weights):
     if config.n_group > 1:
         grouped = choice.reshape(len(choice), config.n_group, -1)
         best = 1 if config.group_score == "max" else 2
-        group_score = np.sort(grouped, axis=-1)[..., -best:].sum(-1)
-        kept = np.argsort(-group_score, axis=-1, kind="stable")[:, : config.topk_group]
+        group_score = np.sort(grouped)[..., -best:].sum(-1)
+        kept = np.argsort(-group_score, kind="stable")[:, : config.topk_group]
         mask = np.zeros(group_score.shape, bool)
         np.put_along_axis(mask, kept, True, axis=-1)
         choice = np.where(mask[..., None], grouped, -np.inf).reshape(choice.shape)
-    ids[...] = np.argsort(-choice, axis=-1, kind="stable")[:, : ids.shape[1]]
+    ids[...] = np.argsort(-choice, kind="stable")[:, : ids.shape[1]]
     chosen = np.take_along_axis(scores, ids, axis=-1)
     if config.norm_topk_prob:
         chosen = chosen / (chosen.sum(-1, keepdims=True) + 1e-20)

@@ -22,7 +22,7 @@ def rms_norm(x, weight, eps, out):
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
     """
     check.rms_norm(x, weight, eps, out)
-    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True, dtype=x.dtype) + x.dtype.type(eps))
+    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps))
     out[...] = x * scale * weight.astype(x.dtype)
     return out
 
