@@ -3,6 +3,7 @@ tested in the simulator, and on the card by bench/gpu.py."""
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,19 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 def signals_of_the_tests(monkeypatch):
     """The command line, which tests call in their own process, would take Ctrl-C over."""
     monkeypatch.setattr("pymla.cli.interrupt.take_over", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory):
+    """A model that nothing but an interrupt ends: its context is long and it has no token that ends a text."""
+    from make_model import PRESETS, make_model
+    from test_cli import rewritten
+
+    from pymla.modelfile import ModelFile
+
+    path = tmp_path_factory.mktemp("long") / "long.gguf"
+    make_model(path, replace(PRESETS["tiny"], context_length=1 << 20), qtype="q8_0", seed=1)
+    tokens = ModelFile.open(path).metadata["tokenizer.ggml.tokens"]
+    tokens = ["<end>" if token == "<｜end▁of▁sentence｜>" else token for token in tokens]  # no name that ends a text
+    without = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": None}
+    return rewritten(path, path.with_name("endless.gguf"), metadata=without)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -217,17 +216,6 @@ def test_stop_strings(model):
         generation = loaded.generation("abc", max_tokens=20, temperature=0, stop=stop)
         assert "".join(generation) == text[: text.index(stop)]
         assert generation.finish_reason == "stop"
-
-
-@pytest.fixture(scope="session")
-def long_model(tmp_path_factory):
-    """A model that nothing but an interrupt ends: its context is long and it has no token that ends a text."""
-    path = tmp_path_factory.mktemp("long") / "long.gguf"
-    make_model(path, replace(PRESETS["tiny"], context_length=1 << 20), qtype="q8_0", seed=1)
-    tokens = ModelFile.open(path).metadata["tokenizer.ggml.tokens"]
-    tokens = ["<end>" if token == "<｜end▁of▁sentence｜>" else token for token in tokens]  # no name that ends a text
-    without = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": None}
-    return rewritten(path, path.with_name("endless.gguf"), metadata=without)
 
 
 def started(*args, **options):

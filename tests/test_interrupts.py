@@ -164,9 +164,11 @@ MODULE = "import sys; print('ready', flush=True); sys.argv[0] = 'pymla'; from py
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_at_random_moments(moment):
+def test_at_random_moments(long_model, moment):
     """While modules are imported, kernels are loaded, a text is generated."""
-    process = started("-c", MODULE, "generate", "--device", "cpu", "--quiet", "-n", "100000", "--ctx", "512", "def ")
+    process = started(
+        "-c", MODULE, "generate", "-m", str(long_model), "--device", "cpu", "--quiet", "-n", "1000000", "x"
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.02 + (moment + random.random()) / 5)
     process.send_signal(signal.SIGINT)

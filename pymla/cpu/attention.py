@@ -31,7 +31,7 @@ from pymla.cpu import attention_absorbed, attention_expanded, threads
 from pymla.cpu.attention_absorbed import HEADS, take_item
 from pymla.cpu.attention_expanded import Panels
 from pymla.cpu.cache_rows import Q8_PAGES, latent_cache, read_cache_row_for, write_cache_row_for
-from pymla.cpu.check import check
+from pymla.cpu.contract import check
 from pymla.cpu.formats import dequantise_row_for
 from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import empty

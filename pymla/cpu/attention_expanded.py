@@ -28,7 +28,7 @@ from pymla.cpu.attention_tiles import (
     tile_scores,
     tile_values,
 )
-from pymla.cpu.check import check
+from pymla.cpu.contract import check
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import allocate, allocate_f32, empty

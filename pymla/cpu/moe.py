@@ -23,7 +23,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu import norm
-from pymla.cpu.check import check
+from pymla.cpu.contract import check
 from pymla.cpu.isa import LANES
 from pymla.cpu.jit import inline, kernel, variants
 from pymla.cpu.memory import allocate, allocate_f32, empty

@@ -10,7 +10,7 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.check import check
+from pymla.cpu.contract import check
 from pymla.cpu.jit import kernel
 from pymla.cpu.quant import Activation
 from pymla.cpu.simd import add as plus

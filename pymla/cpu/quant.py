@@ -23,8 +23,8 @@ from numba import types
 
 from pymla import ggml
 from pymla.cache import Step
-from pymla.cpu.check import check
 from pymla.cpu.compiling import unrolled
+from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS, dequantise_row_for, quantise_block
 from pymla.cpu.isa import AMX, LANES
 from pymla.cpu.jit import inline, kernel, variants

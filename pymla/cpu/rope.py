@@ -10,7 +10,7 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.check import check
+from pymla.cpu.contract import check
 from pymla.cpu.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")

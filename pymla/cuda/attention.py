@@ -24,7 +24,7 @@ from pymla.cuda.attention_full import full
 from pymla.cuda.attention_materialised import absorbed_materialised
 from pymla.cuda.attention_prompt import expanded
 from pymla.cuda.cache_rows import read_one, write_one
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.memory import DeviceArray, empty
 from pymla.errors import PymlaError

@@ -30,7 +30,7 @@ from pymla.cuda.attention_tiles import (
     place,
 )
 from pymla.cuda.cache_rows import read_four
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["full"]

@@ -25,7 +25,7 @@ from pymla.cuda.attention_tiles import (
     place,
 )
 from pymla.cuda.cache_rows import read_four
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import device, kernel, unrolled
 from pymla.cuda.memory import empty
 

@@ -36,7 +36,7 @@ from pymla.cuda.attention_tiles import (
     value_row,
     values_of,
 )
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import device, folded, kernel, unrolled
 
 __all__ = ["QUERIES", "expanded", "flash", "tile_bytes"]

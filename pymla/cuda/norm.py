@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.ptx import (
     WARP,

@@ -13,7 +13,7 @@ from numba import cuda, types
 
 from pymla import ggml
 from pymla.cuda import memory
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.jit import device, kernel
 from pymla.cuda.ptx import (

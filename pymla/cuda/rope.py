@@ -4,7 +4,7 @@ import math
 
 from numba import cuda, types
 
-from pymla.cuda.check import check
+from pymla.cuda.contract import check
 from pymla.cuda.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")

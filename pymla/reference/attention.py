@@ -14,7 +14,7 @@ from pymla import costs
 from pymla.cache import PAGE, LatentCache, block_rows
 from pymla.contract import FLOAT16, FLOATS
 from pymla.reference import memory
-from pymla.reference.check import check
+from pymla.reference.contract import check
 from pymla.reference.quant import dequantise, matmul_heads_transposed, quantise
 
 #: Heads that `expand` takes at a time.

@@ -8,7 +8,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.reference.check import check
+from pymla.reference.contract import check
 
 
 class Activation:

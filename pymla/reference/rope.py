@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pymla.reference.check import check
+from pymla.reference.contract import check
 
 
 def angles(positions, inv_freq, magnitude, out):
