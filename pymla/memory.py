@@ -96,18 +96,26 @@ def streaming_read() -> float:
 
     Two passes over 256 MiB, which no cache holds, in about 30 ms; the better counts.
     """
+    import threading
     import time
-    from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
 
-    cores = usable_cores()
-    parts = np.array_split(np.ones(32 << 20, np.int64), cores)
+    parts = np.array_split(np.ones(32 << 20, np.int64), usable_cores())
     best = 0.0
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(2):
-            began = time.perf_counter()
+    for _ in range(2):
+        began, others, own = time.perf_counter(), [], parts[:1]
+        for part in parts[1:]:
             # A bitwise sum keeps up with the memory and lets the interpreter's lock go.
-            list(pool.map(np.bitwise_or.reduce, parts))
-            best = max(best, (256 << 20) / (time.perf_counter() - began))
+            thread = threading.Thread(target=np.bitwise_or.reduce, args=(part,), daemon=True)
+            try:
+                thread.start()
+                others.append(thread)
+            except RuntimeError:  # a limit on threads: this one takes the share
+                own.append(part)
+        for part in own:
+            np.bitwise_or.reduce(part)
+        for thread in others:
+            thread.join()
+        best = max(best, (256 << 20) / (time.perf_counter() - began))
     return best

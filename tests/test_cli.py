@@ -16,9 +16,10 @@ import test_interrupts
 from make_model import PRESETS, make_model
 
 import pymla
+from pymla import cores
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import quant
+from pymla.cpu import quant, threads
 from pymla.cpu.limits import Limits
 from pymla.model import Model
 from pymla.modelfile import ModelFile
@@ -654,6 +655,22 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     assert line.startswith(f"pymla: warning: compiled kernels cannot be cached in {tmp_path / 'file'}")
     assert "Not a directory" in line
     assert "PYMLA_CACHE_DIR" in line
+
+
+def test_a_process_that_gets_no_more_threads(run, model, monkeypatch):
+    options = "generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--device", "cpu"
+    expected = run(*options)[1]
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "_pool", threads._Pool(2))
+    monkeypatch.setattr("threading.Thread.start", refused)
+    code, out, err = run(*options, "--threads", min(2, cores.usable_cores()))
+    assert (code, out) == (0, expected)
+    assert "Traceback" not in err
+    if cores.usable_cores() > 1:
+        assert "start 1 of 2 threads" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the address space")

@@ -74,7 +74,7 @@ def agree(mutator, path, seed, device="reference"):
 def test_inspect_says_what_load_does(mutators, tmp_path, device, seeds):
     path = tmp_path / "m.gguf"
     told = [agree(mutators[seed % len(mutators)], path, seed, device) for seed in seeds]
-    assert len(seeds) * 0.5 < len(told) - told.count(None) < len(seeds)
+    assert len(seeds) * 0.3 < len(told) - told.count(None) < len(seeds)
     assert len({message.split("gguf")[-1] for message in told if message}) > len(seeds) * 0.4
 
 

@@ -49,7 +49,8 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     interrupt.terminal_reset = interrupt.WITHOUT_BAR
-    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Without a thread of its own, which a limit on processes may refuse.
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False)
     with interrupt.graceful(), shown as bar:
         task = bar.add_task("", visible=False)
         done = write_gguf(
@@ -59,7 +60,7 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
             layout=layout,
             pre=pre,
             name=name,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True, refresh=True),
         )
     interrupt.terminal_reset = b""
     for note in done.notes:

@@ -238,11 +238,12 @@ class Terminal(Report):
             return
         if self._bar is None:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-            self._bar = Progress(*columns, console=self._console, transient=True)
+            # Without a thread of its own, which a limit on processes may refuse.
+            self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
             interrupt.terminal_reset = interrupt.WITHOUT_BAR
             self._bar.start()
             self._task = self._bar.add_task(title, total=total)
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total, refresh=True)
 
 
 class _NoBar:
