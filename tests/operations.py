@@ -232,3 +232,46 @@ def run(backend, operation, arguments):
     if "activation" in there:
         there["activation"] = backend.quant.Activation(there["activation"])
     return operation(**there)
+
+
+def spoiled(rng, value, indices=True):
+    """An argument changed in one way, or None where there is nothing to change; `indices`: also values of indices."""
+    if isinstance(value, QTensor):
+        if rng.integers(3) == 0:
+            return QTensor(int(rng.choice([0, 1, 2, 3, 8, 12, 14, 30, 77, 1016])), value.data)
+        changed = spoiled(rng, value.data, indices)
+        return None if changed is None else QTensor(value.qtype, changed)
+    if isinstance(value, Step):
+        name = ("seq_of", "positions", "block_tables")[rng.integers(3)]
+        changed = spoiled(rng, getattr(value, name), indices)
+        return None if changed is None else value._replace(**{name: changed})
+    if isinstance(value, tuple) and hasattr(value, "_replace"):  # expanded keys and values
+        name = value._fields[rng.integers(2)]
+        changed = spoiled(rng, getattr(value, name), indices)
+        return None if changed is None or hasattr(value, "sizes") else value._replace(**{name: changed})
+    if not isinstance(value, np.ndarray) or not value.size:
+        return None
+    axis, kind = rng.integers(value.ndim), rng.integers(7)
+    if kind == 0:  # shorter
+        return np.ascontiguousarray(value.take(range(value.shape[axis] - 1), axis))
+    if kind == 1:  # longer
+        return np.concatenate([value, value], axis)
+    if kind == 2:
+        with np.errstate(invalid="ignore"):
+            return value.astype([np.float64, np.float16, np.int64, np.uint8, np.int8][rng.integers(5)])
+    if kind == 3:  # every other element of an array that is twice as long
+        wide = np.repeat(value, 2, axis)
+        return wide[(slice(None),) * axis + (slice(None, None, 2),)]
+    if kind == 4:
+        return value[None] if rng.integers(2) else value.reshape(-1)
+    if kind == 5:
+        return np.asfortranarray(value) if rng.integers(2) else value[..., ::-1]
+    if indices and value.dtype == np.int32:
+        changed = value.copy()
+        changed.flat[rng.integers(value.size)] = rng.choice([-1, 5, 64, 320, 10**6, -(2**31), 2**31 - 1])
+        return changed
+    return None
+
+
+def copied(value):
+    return value.copy() if isinstance(value, np.ndarray) else value
