@@ -235,7 +235,8 @@ def run(backend, operation, arguments):
 
 
 def spoiled(rng, value, indices=True):
-    """An argument changed in one way, or None where there is nothing to change; `indices`: also values of indices."""
+    """An argument changed in one way, or None where there is nothing to change; with `indices` perhaps such that
+    indices point to nothing."""
     if isinstance(value, QTensor):
         if rng.integers(3) == 0:
             return QTensor(int(rng.choice([0, 1, 2, 3, 8, 12, 14, 30, 77, 1016])), value.data)
@@ -252,7 +253,7 @@ def spoiled(rng, value, indices=True):
     if not isinstance(value, np.ndarray) or not value.size:
         return None
     axis, kind = rng.integers(value.ndim), rng.integers(7)
-    if kind == 0:  # shorter
+    if kind == 0 and (indices or value.dtype.kind == "f"):  # shorter, which may leave indices nothing to point to
         return np.ascontiguousarray(value.take(range(value.shape[axis] - 1), axis))
     if kind == 1:  # longer
         return np.concatenate([value, value], axis)
