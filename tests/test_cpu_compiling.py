@@ -125,13 +125,18 @@ def small_kernels():
         yield made
 
 
-@pytest.mark.parametrize("python", ["this", "none", "one that ends at once"])
-def test_several_processes_compile(cache, monkeypatch, python):
+@pytest.mark.parametrize("python", ["this", "none", "one that ends at once", "one that says nothing"])
+def test_several_processes_compile(cache, tmp_path, monkeypatch, python):
     """Whatever becomes of the processes, everything is compiled."""
     monkeypatch.setattr(compiling, "usable_cores", lambda: 2)
     monkeypatch.setattr(compiling, "_WORTH_A_PROCESS", 2)
+    if python == "one that says nothing":
+        (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 100\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(compiling, "PATIENCE", 0.5)
+    others = {"none": "/nowhere/python", "one that ends at once": shutil.which("true")}
     if python != "this":
-        monkeypatch.setattr(sys, "executable", "/nowhere/python" if python == "none" else shutil.which("true"))
+        monkeypatch.setattr(sys, "executable", others.get(python, str(tmp_path / "python")))
     wanted, told = list(small_kernels()), []
     compiling.compile_all(wanted, progress=lambda *each: told.append(each))
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)

@@ -16,6 +16,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import llvmlite
@@ -35,7 +36,7 @@ from pymla.cpu.isa import ISA
 from pymla.kernel_cache import KernelCache, take_warnings
 from pymla.source_key import is_part_of, source_key
 
-#: Everything that `compile_all` compiles.
+#: All that modules have made so far.
 COMPILED = []
 _SOURCES = Path(__file__).resolve().parent
 
@@ -228,8 +229,8 @@ def compile_all(wanted=None, progress=None, warn=None):
     wanted = COMPILED if wanted is None else wanted
     missing = [each for each in wanted if not each.is_ready]
     count = min(usable_cores(), len(missing) // _WORTH_A_PROCESS)
-    if count > 1 and CACHE.folder:
-        elsewhere = [each for each in missing if each.is_kept]
+    elsewhere = [each for each in missing if each.is_kept]
+    if count > 1 and elsewhere and CACHE.folder:
         _compile_in_processes(elsewhere, count, lambda done, name: progress and progress(done, len(missing), name))
     for done, each in enumerate(missing):
         if not each.is_ready:
@@ -247,6 +248,8 @@ def compile_all(wanted=None, progress=None, warn=None):
 
 #: Fewer functions are compiled faster than another process starts.
 _WORTH_A_PROCESS = 4
+#: Seconds until the first of the processes has imported the package, or never will.
+PATIENCE = 30.0
 
 
 def _compile_in_processes(wanted, count, tell):
@@ -258,12 +261,18 @@ def _compile_in_processes(wanted, count, tell):
     for each in wanted:
         tasks.put(each)
     workers = [worker for worker in (_Worker.started(tasks, done) for _ in range(count)) if worker]
-    finished = 0
+    finished, began, answered = 0, time.monotonic(), False
     try:
         tell(0, wanted[0].__name__)
         while any(worker.is_alive() for worker in workers) or not done.empty():
-            with contextlib.suppress(queue.Empty):
+            try:
                 name = done.get(timeout=0.1)
+            except queue.Empty:
+                if answered or time.monotonic() - began < PATIENCE:
+                    continue
+                break  # what runs this program is no Python interpreter that can run another one
+            answered = True
+            if name:
                 finished += 1
                 tell(finished, name)
     finally:
@@ -305,6 +314,9 @@ class _Worker(threading.Thread):
 
     def run(self):
         with contextlib.suppress(OSError, ValueError):
+            if not self._process.stdout.readline():
+                return
+            self._done.put(None)
             while True:
                 try:
                     each = self._tasks.get_nowait()
@@ -335,6 +347,7 @@ def serve():
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
+    print("ready", flush=True)
     while True:
         module, name, types = json.loads(tasks.get())
         made = getattr(importlib.import_module(module), name)
