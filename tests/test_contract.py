@@ -114,7 +114,7 @@ def test_a_type_that_is_not_run(backend, rng, qtype):
 # All operations, with anything ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nothing_crashes(seed):
     """Every operation once as it should be, and once with a spoiled argument: refused by name, or still valid."""

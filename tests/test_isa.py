@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from pymla import ggml
 from pymla.cpu import attention_absorbed, attention_expanded, isa, moe, quant
 
 HERE = Path(__file__).parent
 KERNELS = (
-    quant._matmul_rows,
-    quant._matmul_panels,
-    moe._gate_up_rows,
-    moe._gate_up_panels,
-    moe._down_rows,
-    moe._down_panels,
+    *(make(qtype) for make in (quant._matmul_rows, quant._matmul_panels, moe._down_panels) for qtype in ggml.QUANTISED),
+    moe._gate_up_rows(ggml.Q4_0, ggml.Q8_0),
+    moe._gate_up_panels(ggml.Q4_0),
+    moe._gate_up_panels(ggml.Q6_K),
+    moe._down_rows(ggml.Q4_1),
+    attention_expanded._expand(ggml.Q4_0, ggml.Q8_0),
     attention_expanded._expanded,
     attention_absorbed.absorbed_pages,
 )
