@@ -262,24 +262,24 @@ class _Call:
         if rows and array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
             self.refuse(name, f"an array with strides {array.strides}", "one with contiguous rows")
 
-    def index(self, name, array, shape, stop, what, start=0):
-        """An int32 array whose values lie from `start` to below `stop`."""
+    def index(self, name, array, shape, stop, what):
+        """An int32 array whose values lie from 0 to below `stop`."""
         self.array(name, array, INT32, shape, contiguous=True)
         if self.look():
-            self.within(name, array, stop, what, start)
+            self.within(name, array, stop, what)
 
     def look(self):
         """Whether values of indices can be looked at."""
         return self.contract.known is not None and self.contract.known()
 
-    def within(self, name, values, stop, what, start=0):
+    def within(self, name, values, stop, what):
         """Values of indices."""
         if not values.size:
             return
         least, most = int(values.min()), int(values.max())
-        if least < start or most >= stop:
-            worst = least if least < start else most
-            raise PymlaError(f"{self.operation}: {name} has {worst}, and {what} go from {start} to {stop - 1}")
+        if least < 0 or most >= stop:
+            worst = least if least < 0 else most
+            raise PymlaError(f"{self.operation}: {name} has {worst}, and {what} go from 0 to {stop - 1}")
 
     def matrices(self, name, w, shape):
         """A QTensor of matrices with rows of a number of columns; `shape` is (matrices or None, rows, columns), where

@@ -37,7 +37,6 @@ from pymla.cuda.attention_tiles import (
     factors_of,
     key_row,
     load_queries,
-    need_contiguous,
     need_multiples_of_16,
     online_softmax,
     place,
@@ -231,7 +230,6 @@ def absorbed(q, latent, rope, step, scale, out, splits=None):
     tokens, heads, rank = out.shape
     size = q.shape[2]
     need_multiples_of_16(rank, size - rank)
-    need_contiguous(q, np.float32)
     groups = -(-heads // HEADS)
     shares, target = Shares.empty(out, step, tokens * groups, splits), place(out)
     launched, shared_bytes = absorbed_kernel(latent.qtype, rank, size - rank)

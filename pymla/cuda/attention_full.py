@@ -25,7 +25,6 @@ from pymla.cuda.attention_tiles import (
     convert_rows,
     copy_rows,
     decode_rows,
-    need_contiguous,
     need_multiples_of_16,
     place,
 )
@@ -52,7 +51,6 @@ def full(q, keys, values, step, scale, out, splits=None):
     tokens, heads, v = out.shape
     size = q.shape[2]
     need_multiples_of_16(size, v)
-    need_contiguous(q, np.float32)
     cache, of_step = (keys.data.address, values.data.address), (step.positions, step.seq_of, step.block_tables)
     if tokens <= len(step.block_tables):
         shares, target = Shares.empty(out, step, tokens * heads, splits), place(out)

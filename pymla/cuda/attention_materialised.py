@@ -20,7 +20,6 @@ from pymla.cuda.attention_tiles import (
     TILE,
     WARPS,
     ZERO,
-    need_contiguous,
     need_multiples_of_16,
     place,
 )
@@ -48,7 +47,6 @@ def absorbed_materialised(q, latent, rope, step, scale, out, splits=None):
     tokens, heads, rank = out.shape
     size, longest = q.shape[2], step.block_tables.shape[1] * PAGE
     need_multiples_of_16(rank, size - rank)
-    need_contiguous(q, np.float32)
     at_once = max(1, SCORES_BYTES // (4 * heads * longest))
     for start in range(0, tokens, at_once):
         stop = min(start + at_once, tokens)

@@ -33,12 +33,6 @@ def need_multiples_of_16(*sizes):
         raise PymlaError(f"attention on tensor cores needs sizes that 16 divides, not {' and '.join(map(str, sizes))}")
 
 
-def need_contiguous(array, dtype):
-    """Raise where an array is not what a kernel, which gets its address alone, takes it for."""
-    if not array.contiguous or array.dtype != dtype:
-        raise ValueError(f"expected contiguous {np.dtype(dtype)}, not {array.dtype} with strides {array.strides}")
-
-
 def place(out):
     """Results float32 (T, H, v) as kernels write them: the address, and bytes from token to token and head to head.
 
