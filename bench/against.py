@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import click
 
-from pymla import bench, outputs, plot
 from pymla.errors import PymlaError
+from pymla.files import outputs
+from pymla.measure import plot, sweep
 
 EXAMPLES = """\b
 Examples:
@@ -332,7 +333,7 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
     except PymlaError as error:
         # Rounds before this one may have taken hours.
         failure = error
-    about = {"machine": bench.machine(), "date": datetime.date.today().isoformat(), "threads": job.threads}
+    about = {"machine": sweep.machine(), "date": datetime.date.today().isoformat(), "threads": job.threads}
     title = (
         f"{job.model.name}: {job.cache_type} cache, {job.threads} threads, {len(done)} rounds\n"
         f"{about['machine']}, {about['date']}"
@@ -352,9 +353,9 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
 
 
 def _depths(text, pp, tg):
-    """The depths, which `bench.Settings` checks."""
+    """The depths, which `sweep.Settings` checks."""
     try:
-        return bench.Settings(pp, tg, tuple(int(part) for part in text.split(","))).depths
+        return sweep.Settings(pp, tg, tuple(int(part) for part in text.split(","))).depths
     except ValueError:
         raise PymlaError(f"--depths {text!r}: write numbers with commas between, as in 0,4096,15872") from None
 

@@ -6,8 +6,8 @@ from cases import as_multiplied, latent_layout, on_cpu
 from shapes import HEADS, NOPE, RANK, ROPE, V, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.cache import PAGE, Step
-from pymla.weights import QTensor
+from pymla.pages import PAGE, Step
+from pymla.tensor import QTensor
 
 #: Tokens in the cache.
 LENGTHS = (512, 4096, 16384, 65536)

@@ -7,8 +7,8 @@ import pytest
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla import costs
-from pymla.cpu import threads
+from pymla.cpu.runtime import threads
+from pymla.engine import costs
 
 #: V2-Lite with one layer, and so few tokens in its vocabulary that the output matrix does not count.
 SHAPE = dataclasses.replace(PRESETS["v2-lite"], num_hidden_layers=1, first_k_dense_replace=0, vocab_size=2560)

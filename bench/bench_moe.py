@@ -8,7 +8,7 @@ from cases import as_multiplied
 from shapes import EXPERTS, HIDDEN, INNER, USED, cold, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.config import ModelConfig
+from pymla.models.config import ModelConfig
 
 ROUTER = {"rtol_max": 1e-5, "reason": "the exponential is accurate to two units of the last place"}
 INT8 = {"rtol_max": 0.02, "reason": "hidden activations are int8"}

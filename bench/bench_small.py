@@ -5,7 +5,7 @@ import pytest
 from shapes import HEADS, HIDDEN, NOPE, ROPE, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.sampling import Sampler, SamplingParams
+from pymla.text.sampling import Sampler, SamplingParams
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
 TOKENS = pytest.mark.parametrize("tokens", [1, 512])

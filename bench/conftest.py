@@ -16,8 +16,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools"
 
 from compare import assert_close  # noqa: E402
 
-from pymla.bench import describe, facts  # noqa: E402
 from pymla.cpu import limits as machine  # noqa: E402
+from pymla.measure.sweep import describe, facts  # noqa: E402
 
 #: Seconds that a benchmark measures for, and how many rounds that may be at least and at most.
 SECONDS, ROUNDS = 0.5, (5, 50)

@@ -1,7 +1,7 @@
 """What a step of a whole model takes at least on a card, by arithmetic: ``python bench/gpu.py --analytic``.
 
-Bytes and multiply-adds are those of `pymla.costs`. Launches are counted: small models of the same structure run in the
-simulator, which this module therefore needs (``NUMBA_ENABLE_CUDASIM=1``).
+Bytes and multiply-adds are those of `pymla.engine.costs`. Launches are counted: small models of the same structure run
+in the simulator, which this module therefore needs (``NUMBA_ENABLE_CUDASIM=1``).
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from gpu_models import CTX, PROMPT, SHAPE, SMALL
 from make_model import make_model, model_tensors
 
 import pymla
-from pymla import costs, ggml
+from pymla import ggml, scratch
+from pymla.engine import costs
 
 #: Cards: bytes per second, and int8 multiply-adds per second of dense matrices, as their data sheets say (SXM).
 CARDS = {"H100": (3.35e12, 1979e12 / 2), "H200": (4.8e12, 1979e12 / 2)}
@@ -79,7 +80,7 @@ def count_launches(folder):
     -------
     dict, and the configuration of a small model
     """
-    from pymla.cuda import simulator
+    from pymla.cuda.machine import simulator
 
     found, launch, count = {}, simulator.launch, [0]
 
@@ -101,7 +102,7 @@ def count_launches(folder):
                     found[tokens, layers] = count[0]
     finally:
         simulator.launch = launch
-    slices, all_layers = {1: 1, PROMPT: PROMPT // costs.DEVICE_SLICE}, SHAPE.num_hidden_layers
+    slices, all_layers = {1: 1, PROMPT: PROMPT // scratch.DEVICE_SLICE}, SHAPE.num_hidden_layers
     counts = {
         tokens: found[tokens, 2] + (all_layers - 2) * slices[tokens] * (found[tokens, 3] - found[tokens, 2])
         for tokens in slices

@@ -9,9 +9,9 @@ from cases import as_multiplied, latent_layout, poisoned_cache, ragged_step, ran
 from shapes import normal
 
 from pymla import ggml, reference
-from pymla.cache import CACHE_TYPES, PAGE, Step
-from pymla.sampling import SamplingParams
-from pymla.weights import QTensor
+from pymla.pages import CACHE_TYPES, PAGE, Step
+from pymla.tensor import QTensor
+from pymla.text.sampling import SamplingParams
 
 INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 EXACT = {"rtol_max": 1e-5, "reason": "order of summation"}

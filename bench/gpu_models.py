@@ -9,12 +9,14 @@ import numpy as np
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla import bench, ggml
-from pymla.backends import Placement
-from pymla.config import ModelConfig
-from pymla.model import Model
-from pymla.modelfile import ModelFile
-from pymla.weights import QTensor, Weights
+from pymla import ggml
+from pymla.files.gguf_reader import ModelFile
+from pymla.measure import sweep as measuring
+from pymla.models.config import ModelConfig
+from pymla.models.deepseek2 import Model
+from pymla.models.placement import Placement
+from pymla.models.weights import Weights
+from pymla.tensor import QTensor
 
 LOGITS = {
     "rtol_max": 0.05,
@@ -86,7 +88,7 @@ def step_by_step(path, device, ids, generated, **options):
 
 def demo_divergence():
     """The distributions of the demo model on a piece of Python, against the CPU's."""
-    text = (Path(pymla.__file__).parent / "sampling.py").read_text(encoding="utf-8")
+    text = (Path(pymla.__file__).parent / "text" / "sampling.py").read_text(encoding="utf-8")
     found = []
     for device in ("cuda", "cpu"):
         with pymla.load(device=device, cache_type="f16", ctx=512) as model:
@@ -112,7 +114,7 @@ def sweep(records, quick):
             ("off", (0, deepest), 0),
         ):
             Graph.enabled = graph == "on"
-            for row in bench.sweep(model, bench.Settings(pp=pp, tg=tg, depths=depths)):
+            for row in measuring.sweep(model, measuring.Settings(pp=pp, tg=tg, depths=depths)):
                 pp_share, tg_share = row.shares(found)
                 text = f"PP {row.s_pp or 0:8.0f} t/s   TG {row.s_tg:7.1f} t/s, {tg_share:.1%} of copy bandwidth"
                 values = {"n_kv": row.n_kv, "pp": pp, "tg": tg, "t_pp": row.t_pp, "t_tg": row.t_tg, "s_pp": row.s_pp}
@@ -121,8 +123,8 @@ def sweep(records, quick):
 
 
 def v2_lite(folder):
-    """V2-Lite on the device, as `bench.sweep` takes it. Its file has two layers; the others are copies of the second
-    one in memory of their own, so that they are read as those of a real model."""
+    """V2-Lite on the device, as `sweep` takes it. Its file has two layers; the others are copies of the second one in
+    memory of their own, so that they are read as those of a real model."""
     from pymla.cuda import backend
 
     path = make_model(folder / "v2-lite-q4_0.gguf", SHAPE, layers=2, qtype=ggml.Q4_0)

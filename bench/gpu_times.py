@@ -12,9 +12,9 @@ from gpu_checks import SCALE, on_device
 from shapes import EXPERTS, HEADS, HIDDEN, INNER, MATRICES, NOPE, RANK, ROPE, USED, V, matrix, normal
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.reference.quant import quantise
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 #: Bytes that are gone through before a matrix is used again: several times the second-level cache.
 COLD = 256 << 20
@@ -26,8 +26,8 @@ def device(records, simulate):
     """What the device is, and its limits."""
     from pymla import cuda
     from pymla.cuda import limits, norm
-    from pymla.cuda.driver import synchronise
     from pymla.cuda.memory import zeros
+    from pymla.cuda.runtime.driver import synchronise
 
     for name, value in cuda.describe().items():
         records.add("fact", name, str(value), value=value)

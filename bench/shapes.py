@@ -6,7 +6,7 @@ import numpy as np
 from cases import random_qtensor
 
 from pymla.cpu.limits import STREAM_BYTES
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 HIDDEN, HEADS, RANK, NOPE, ROPE, V = 2048, 16, 512, 128, 64, 128
 EXPERTS, USED, INNER = 64, 6, 1408

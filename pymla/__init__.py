@@ -15,7 +15,7 @@ __all__ = ["CacheFull", "LanguageModel", "PymlaError", "__version__", "load"]
 def __getattr__(name):
     # The engine imports NumPy and the tokenizers package; the command line's help does not need them.
     if name in ("load", "LanguageModel"):
-        from pymla import loading
+        from pymla.engine import loading
 
         return getattr(loading, name)
     raise AttributeError(f"module 'pymla' has no attribute {name!r}")

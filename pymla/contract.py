@@ -4,7 +4,7 @@ Each function has the name and the arguments of an operation, is called by it in
 that names the operation, the argument, what it is and what it must be. Shapes are compared with each other, types and
 rows of blocks with what the type says. Values of indices (tokens, experts, positions, slots, pages) are compared with
 what they index where they lie in the host's memory and are known: not while a step is recorded, whose indices come from
-`pymla.cache` with every replay, and not on a GPU.
+`pymla.engine.cache` with every replay, and not on a GPU.
 
 Checks run in Python, so they cost a recorded step nothing.
 """
@@ -12,8 +12,8 @@ Checks run in Python, so they cost a recorded step nothing.
 import numpy as np
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE
 from pymla.errors import PymlaError
+from pymla.pages import CACHE_TYPES, PAGE
 
 #: What fast backends compute in; the reference also takes float64.
 FLOAT32 = (np.dtype(np.float32),)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pymla.cache import PAGE, PagedCache, Sequence
+from pymla.engine.cache import PagedCache, Sequence
+from pymla.pages import PAGE
 
 
 def rows_of(cache, backend, sequence, length):

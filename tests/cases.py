@@ -7,10 +7,10 @@ from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
 
 from pymla import cpu, ggml
-from pymla.cache import CACHE_TYPES, PAGE, LatentCache, Step
-from pymla.cpu.isa import AMX
+from pymla.cpu.machine.isa import AMX
+from pymla.pages import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.reference.quant import dequantise, quantise, quantise_activations
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}

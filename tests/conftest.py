@@ -26,7 +26,7 @@ def long_model(tmp_path_factory):
     from make_model import PRESETS, make_model
     from test_cli import rewritten
 
-    from pymla.modelfile import ModelFile
+    from pymla.files.gguf_reader import ModelFile
 
     path = tmp_path_factory.mktemp("long") / "long.gguf"
     make_model(path, replace(PRESETS["tiny"], context_length=1 << 20), qtype="q8_0", seed=1)

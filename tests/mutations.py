@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from pymla import ggml
-from pymla.modelfile import ModelFile, TensorInfo
+from pymla.files.gguf_reader import ModelFile, TensorInfo
 
 _ALIGNMENT = 32
 _NUMBERS = (0, 1, 2, 3, -1, 7, 64, 255, 4096, 2**31 - 1, 2**32 - 1, 2**63 - 1, 0.5, -2.0, 1e30, math.nan, math.inf)

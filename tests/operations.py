@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE, Step
+from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.reference.quant import quantise
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 #: Types of matrices that can be made here.
 MATRIX_TYPES = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q4_0, ggml.Q4_1, ggml.Q8_0)

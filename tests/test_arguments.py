@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pymla
 from pymla import checks
 from pymla.errors import PymlaError
-from pymla.sampling import SamplingParams
+from pymla.text.sampling import SamplingParams
 
 ODD = [
     None,

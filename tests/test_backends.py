@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from pymla import reference
-from pymla.backends import Placement, moved, moved_input
-from pymla.cache import Step
-from pymla.config import ModelConfig
-from pymla.model import Model
-from pymla.modelfile import ModelFile
-from pymla.weights import Weights
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
+from pymla.models.deepseek2 import Model
+from pymla.models.placement import Placement, moved, moved_input
+from pymla.models.weights import Weights
+from pymla.pages import Step
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = 3

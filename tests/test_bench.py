@@ -14,14 +14,16 @@ import pytest
 from cases import panel_codes
 
 import pymla
-from pymla import bench, costs, ggml, plot
+from pymla import ggml
 from pymla.cli import main
 from pymla.cpu import limits
-from pymla.cpu.isa import AMX, LANES
-from pymla.cpu.panels import CHUNK, ROWS, SCRATCH
+from pymla.cpu.machine.isa import AMX, LANES
+from pymla.cpu.machine.simd_panels import sum4
+from pymla.cpu.matmul.gemm import CHUNK, ROWS, SCRATCH
 from pymla.cpu.quant import Activation, counting
-from pymla.cpu.simd_panels import sum4
+from pymla.engine import costs
 from pymla.errors import PymlaError
+from pymla.measure import plot, sweep
 
 LIMITS = limits.Limits(read=1e10, int8=1e11)
 
@@ -68,7 +70,7 @@ def row(**values):
     fields |= {"pp": 4, "tg": 2, "n_kv": 64}
     fields |= {"pp_seconds": (0.5,), "tg_seconds": (4.0, 1.0, 2.0)}
     fields |= {"pp_macs": 10**10, "tg_bytes": 10**9, "cache_bytes": 1 << 20}
-    return bench.Row(**{**fields, **values})
+    return sweep.Row(**{**fields, **values})
 
 
 def test_limits_read_and_multiply_everything():
@@ -126,13 +128,13 @@ def test_limits_are_rates():
 def test_settings_refuse_nonsense():
     for settings in ({"pp": 0, "tg": 0}, {"pp": -1}, {"depths": (64, 0)}, {"depths": ()}, {"depths": (0, 0)}):
         with pytest.raises(PymlaError, match=r"`pp`|`depths`"):
-            bench.Settings(**settings)
+            sweep.Settings(**settings)
     with pytest.raises(PymlaError, match="`repeat` is 0"):
-        bench.Settings(repeat=0)
-    assert bench.sweep_depths(1024, 256, 128) == (0, 256, 512, 768)
-    assert bench.sweep_depths(1023, 256, 128) == (0, 256, 512)
-    assert bench.sweep_depths(1024, 256, 512) == (0, 256, 512)
-    assert bench.sweep_depths(1024, 0, 512) == (0, 512)
+        sweep.Settings(repeat=0)
+    assert sweep.sweep_depths(1024, 256, 128) == (0, 256, 512, 768)
+    assert sweep.sweep_depths(1023, 256, 128) == (0, 256, 512)
+    assert sweep.sweep_depths(1024, 256, 512) == (0, 256, 512)
+    assert sweep.sweep_depths(1024, 0, 512) == (0, 512)
 
 
 def test_sweep_measures_at_each_depth(demo, monkeypatch):
@@ -145,8 +147,8 @@ def test_sweep_measures_at_each_depth(demo, monkeypatch):
 
     monkeypatch.setattr(demo.model, "step", recorded)
     progress = []
-    settings, free = bench.Settings(pp=8, tg=2, depths=(0, 8, 70), repeat=2), demo.model.cache.free_pages
-    rows = list(bench.sweep(demo, settings, lambda *each: progress.append(each)))
+    settings, free = sweep.Settings(pp=8, tg=2, depths=(0, 8, 70), repeat=2), demo.model.cache.free_pages
+    rows = list(sweep.sweep(demo, settings, lambda *each: progress.append(each)))
     generation = [[(n, 1), (n + 1, 1)] * 2 for n in (0, 8, 70)]
     prompts = [[(n, 8)] * 2 for n in (0, 8, 70)]
     expected = [*generation[0], *prompts[0], *generation[1], *prompts[1], (16, 54), *generation[2], *prompts[2]]
@@ -159,7 +161,7 @@ def test_sweep_measures_at_each_depth(demo, monkeypatch):
 
 
 def test_row_counts_what_the_step_costs(demo):
-    (found,) = bench.sweep(demo, bench.Settings(pp=8, tg=3, depths=(64,)))
+    (found,) = sweep.sweep(demo, sweep.Settings(pp=8, tg=3, depths=(64,)))
     config, tensors = demo.config, demo.file.tensors
     assert found.pp_macs == sum(op.macs for op in costs.step_ops(config, None, 8, 72))
     each = [costs.token_bytes(config, tensors, 64 + n) for n in (1, 2, 3)]
@@ -169,7 +171,7 @@ def test_row_counts_what_the_step_costs(demo):
 
 def test_sweep_refuses_a_short_context(demo):
     with pytest.raises(PymlaError, match="needs a context of 300 tokens and has 256"):
-        next(bench.sweep(demo, bench.Settings(pp=100, tg=1, depths=(200,))))
+        next(sweep.sweep(demo, sweep.Settings(pp=100, tg=1, depths=(200,))))
 
 
 def test_shares_come_from_medians():
@@ -177,32 +179,32 @@ def test_shares_come_from_medians():
     assert (one.s_pp, one.t_tg, one.s_tg) == (8, 2, 1)
     assert one.shares(LIMITS) == (0.2, 0.05)
     # In a table the shares are per cent.
-    assert bench.line(one, LIMITS).split("|")[8:10] == ["    20.0% ", "     5.0% "]
+    assert sweep.line(one, LIMITS).split("|")[8:10] == ["    20.0% ", "     5.0% "]
     long_prompt = row(tg=0, tg_seconds=(), tg_bytes=0)
     assert long_prompt.cells(LIMITS)[5:7] == (None, None)
-    assert bench.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
+    assert sweep.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
 
 
 def test_no_shares_on_several_devices():
     assert row(device="cpu+cuda").shares(LIMITS) == (None, None)
-    assert bench.line(row(device="cpu+cuda"), LIMITS).split("|")[8:10] == ["        - ", "        - "]
+    assert sweep.line(row(device="cpu+cuda"), LIMITS).split("|")[8:10] == ["        - ", "        - "]
 
 
 def test_a_gpu_in_the_facts(monkeypatch):
     monkeypatch.setattr("pymla.cuda.describe", lambda: {"name": "NVIDIA H100", "capability": (9, 0)})
-    about = bench.facts(LIMITS, "cuda")
+    about = sweep.facts(LIMITS, "cuda")
     assert (about["device"], about["gpu"], about["gpu_isa"]) == ("cuda", "NVIDIA H100", "sm_90")
-    assert bench.describe(about).startswith("NVIDIA H100, sm_90, ")
-    assert "threads" not in bench.describe(about)
+    assert sweep.describe(about).startswith("NVIDIA H100, sm_90, ")
+    assert "threads" not in sweep.describe(about)
 
 
 def test_table_has_the_peers_columns():
-    lines = bench.header().splitlines()
+    lines = sweep.header().splitlines()
     theirs = SWEEP.splitlines()[2:4]
     assert [ours.startswith(each[:-1]) for ours, each in zip(lines, theirs, strict=True)] == [True, True]
-    assert {len(each) for each in (*lines, bench.line(row(), LIMITS))} == {len(lines[0])}
+    assert {len(each) for each in (*lines, sweep.line(row(), LIMITS))} == {len(lines[0])}
     # What reads a peer's table reads ours.
-    (parsed,) = against.parse_sweep(bench.line(row(), LIMITS))
+    (parsed,) = against.parse_sweep(sweep.line(row(), LIMITS))
     assert parsed == {"pp": 4, "tg": 2, "n_kv": 64, "t_pp": 0.5, "t_tg": 2.0}
 
 
@@ -249,7 +251,7 @@ def test_interrupt_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
         yield row()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "sweep", interrupted)
+    monkeypatch.setattr(sweep, "sweep", interrupted)
     code, out, _ = run("bench", "--json", tmp_path / "a.json")
     assert code == 130
     assert len(against.parse_sweep(out)) == 1
@@ -263,7 +265,7 @@ def failing(*_):
 
 
 def test_an_error_keeps_the_rows_so_far(run, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "sweep", failing)
+    monkeypatch.setattr(sweep, "sweep", failing)
     code, _, err = run("bench", "--json", tmp_path / "a.json")
     assert (code, err.splitlines()[-1]) == (2, "pymla: error: no memory is left")
     assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
@@ -273,14 +275,14 @@ def test_an_interrupt_without_rows_keeps_the_older_files(run, quick, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "sweep", interrupted)
+    monkeypatch.setattr(sweep, "sweep", interrupted)
     (tmp_path / "a.csv").write_text("older")
     assert run("bench", "--csv", tmp_path / "a.csv")[0] == 130
     assert (tmp_path / "a.csv").read_text() == "older"
 
 
 def test_a_file_that_cannot_be_written_does_not_cost_the_others(run, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "sweep", lambda *_: iter([row()]))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: iter([row()]))
     code, _, err = run("bench", "--csv", "/dev/full", "--json", tmp_path / "a.json")
     assert code == 2
     assert "/dev/full: cannot be written (No space left on device)" in err
@@ -288,7 +290,7 @@ def test_a_file_that_cannot_be_written_does_not_cost_the_others(run, quick, monk
 
 
 def test_outputs_go_to_devices_and_through_links(run, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "sweep", lambda *_: iter([row(model="m\udcff")]))
+    monkeypatch.setattr(sweep, "sweep", lambda *_: iter([row(model="m\udcff")]))
     (tmp_path / "link.csv").symlink_to("real.csv")
     assert run("bench", "--csv", tmp_path / "link.csv", "--json", "/dev/null")[0] == 0
     assert (tmp_path / "link.csv").is_symlink()
@@ -312,11 +314,11 @@ def test_outputs_go_to_devices_and_through_links(run, quick, monkeypatch, tmp_pa
 def test_outputs_that_are_needed_elsewhere(run, options, parts, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "m.gguf"
-    model.write_bytes(pymla.loading.demo_path().read_bytes())
+    model.write_bytes(pymla.engine.loading.demo_path().read_bytes())
     (tmp_path / "hard.gguf").hardlink_to(model)
     (tmp_path / "y.svg").symlink_to("x.svg")
     test_bad_options(run, options, parts, monkeypatch, tmp_path)
-    assert model.read_bytes() == pymla.loading.demo_path().read_bytes()
+    assert model.read_bytes() == pymla.engine.loading.demo_path().read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_plot(run, quick, tmp_path):
         "tokens per second",
         "demo.gguf",
         "PP 16, TG 1, q8_0 cache",
-        bench.machine(),
+        sweep.machine(),
     ):
         assert part in text
     lines = [plot.Series("a", [0, 64], [2.0, 1.0], [None, None], [(1, 3), (1, 1)])]
@@ -430,7 +432,7 @@ def peer(tmp_path):
 
 def test_against(run, peer, tmp_path, monkeypatch):
     monkeypatch.setattr(against.Pymla, "measure", lambda self, job: {0: against.Rates(57.16, 17.86)})
-    model = pymla.loading.demo_path()
+    model = pymla.engine.loading.demo_path()
     options = ("-m", model, "--llama-sweep-bench", f"{peer} -rtr", "--rounds", 2, "--threads", 1, "--tg", 16)
     code, out, err = run(*options, "--json", tmp_path / "a.json", entry=against.main)
     assert code == 0, err
@@ -445,7 +447,7 @@ def test_against(run, peer, tmp_path, monkeypatch):
 
 def test_against_measures_one_prompt(run, peer, tmp_path, monkeypatch):
     monkeypatch.setattr(against.Pymla, "measure", lambda self, job: {0: against.Rates(100.0, None)})
-    options = ("-m", pymla.loading.demo_path(), "--llama-sweep-bench", peer, "--prompt")
+    options = ("-m", pymla.engine.loading.demo_path(), "--llama-sweep-bench", peer, "--prompt")
     code, out, _ = run(*options, 1024, entry=against.main)
     assert code == 0
     assert f"| prompt of 1024 | 100.00 | llama-sweep-bench | {1024 / (17.916 + 19.419):.2f} |" in out
@@ -455,7 +457,7 @@ def test_against_measures_one_prompt(run, peer, tmp_path, monkeypatch):
 
 
 def test_against_runs_pymla(quick):
-    job = against.Job(pymla.loading.demo_path(), pp=16, tg=1, depths=(0, 32), threads=1, cache_type="f16")
+    job = against.Job(pymla.engine.loading.demo_path(), pp=16, tg=1, depths=(0, 32), threads=1, cache_type="f16")
     found = against.Pymla().measure(job)
     assert list(found) == [0, 32]
     assert all(rates.pp > 0 and rates.tg > 0 for rates in found.values())
@@ -478,6 +480,6 @@ def test_against_refuses(run, peer, monkeypatch, options, part):
     rates = against.Rates(1.0, 1.0)
     monkeypatch.setattr(against.Pymla, "measure", lambda self, job: dict.fromkeys(job.points, rates))
     options = [option.replace("PEER", str(peer)) for option in options]
-    code, _, err = run("-m", pymla.loading.demo_path(), *options, entry=against.main)
+    code, _, err = run("-m", pymla.engine.loading.demo_path(), *options, entry=against.main)
     assert code == 2
     assert part in err.splitlines()[-1]

@@ -10,21 +10,11 @@ from hypothesis import strategies as st
 from make_model import PRESETS, make_model
 
 from pymla import cpu, ggml, reference
-from pymla.cache import (
-    CACHE_TYPES,
-    PAGE,
-    FullCache,
-    LatentCache,
-    PagedCache,
-    Sequence,
-    Step,
-    block_rows,
-    row_bytes,
-    row_layout,
-)
-from pymla.config import ModelConfig
+from pymla.engine.cache import PagedCache, Sequence, row_bytes, row_layout
 from pymla.errors import CacheFull, PymlaError
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
+from pymla.pages import CACHE_TYPES, PAGE, FullCache, LatentCache, Step, block_rows
 
 # V2-Lite's sizes, with fewer layers.
 CONFIG = SimpleNamespace(

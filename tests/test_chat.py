@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymla.chat import choose_template, encode, render
 from pymla.errors import PymlaError
-from pymla.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, _byte_alphabet
+from pymla.text.chat import choose_template, encode, render
+from pymla.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, _byte_alphabet
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hub import V2, hub_folder, random_weights, safetensors, write_json
 
-from pymla.checkpoint import INDEX, Checkpoint, read_json
 from pymla.errors import PymlaError
+from pymla.files.checkpoint import INDEX, Checkpoint, read_json
 
 
 @pytest.mark.parametrize("files", [1, 2])

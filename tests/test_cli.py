@@ -16,13 +16,14 @@ import test_interrupts
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla import cores
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import quant, threads
+from pymla.cpu import quant
 from pymla.cpu.limits import Limits
-from pymla.model import Model
-from pymla.modelfile import ModelFile
+from pymla.cpu.runtime import threads
+from pymla.files.gguf_reader import ModelFile
+from pymla.host import cores
+from pymla.models.deepseek2 import Model
 
 
 @pytest.fixture(scope="session")
@@ -403,7 +404,7 @@ def test_generated_control_characters(model):
     """They reach a file or a pipe as they are, and no terminal."""
     import pty
 
-    (escape,) = pymla.tokenizer.Tokenizer.from_gguf(model).encode("\x1b", add_bos=False)
+    (escape,) = pymla.text.tokenizer.Tokenizer.from_gguf(model).encode("\x1b", add_bos=False)
     options = ["-n", 2, "--temperature", 0, "--logit-bias", f"{escape}=1e6", "--device", "cpu"]
     command = ["generate", "-m", model, "\x1b[31mred", *options]
     assert from_standard_input(command, b"") == b"\x1b[31mred\x1b\x1b\n"
@@ -543,7 +544,7 @@ def test_check_tensors(run, quick, model, tmp_path, command, monkeypatch):
     data[at : at + 2] = [0, 0x7E]
     (tmp_path / "nan.gguf").write_bytes(data)
     if command == "bench":
-        monkeypatch.setattr("pymla.bench.measure_limits", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr("pymla.measure.sweep.measure_limits", lambda *_: pytest.fail("measured"))
     code, out, err = run(*with_file(command, tmp_path / "nan.gguf"), "--check-tensors")
     told = " ".join((out if command == "inspect" else err).split())
     assert code == (0 if command == "inspect" else 2)
@@ -636,8 +637,8 @@ def test_no_command_is_a_question(run):
 
 @pytest.mark.parametrize("command", ["generate", "bench"])
 def test_not_enough_memory(refused, quick, model, monkeypatch, command):
-    monkeypatch.setattr("pymla.loading.available_memory", lambda: 10 << 20)
-    monkeypatch.setattr("pymla.loading.Weights.from_gguf", None)  # not reached
+    monkeypatch.setattr("pymla.engine.loading.available_memory", lambda: 10 << 20)
+    monkeypatch.setattr("pymla.engine.loading.Weights.from_gguf", None)  # not reached
     parts = ["not enough memory for 1024 tokens", "cache", "scratch", "0.01 GiB is available", "--ctx"]
     refused(*with_file(command, model), "--ctx", 1024, parts=parts)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 
-from pymla.config import ModelConfig, Yarn
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig, Yarn
 
 # Metadata of published files, without the architecture's prefix.
 V2_LITE = {

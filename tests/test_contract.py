@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from operations import calls, copied, floats, run, spoiled, tensor, unset
 
 from pymla import cpu, ggml, reference
-from pymla.cpu import threads
+from pymla.cpu.runtime import threads
 from pymla.errors import PymlaError
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 BACKENDS = [reference, cpu]
 INDICES = {"tokens", "ids", "slots", "positions", "block_table", "step"}

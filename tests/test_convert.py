@@ -21,16 +21,16 @@ from hub import (
     write_json,
 )
 
-from pymla import convert as module
 from pymla import ggml
 from pymla.cli.convert import convert as command
-from pymla.config import ModelConfig, Yarn
-from pymla.convert import LAYOUTS, QTYPES, convert
 from pymla.errors import PymlaError
-from pymla.hub_tokenizer import detect_pre
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
+from pymla.make import convert as module
+from pymla.make.convert import LAYOUTS, QTYPES, convert
+from pymla.make.hub_tokenizer import detect_pre
+from pymla.models.config import ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
-from pymla.tokenizer import PRE_TOKENIZERS, Tokenizer
+from pymla.text.tokenizer import PRE_TOKENIZERS, Tokenizer
 
 
 def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):

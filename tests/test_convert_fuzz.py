@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pymla
-from pymla.convert import QTYPES, convert
 from pymla.errors import PymlaError
+from pymla.make.convert import QTYPES, convert
 
 JSON_FILES = (
     "config.json",

@@ -5,8 +5,9 @@ import os
 import pytest
 from test_memory import put
 
-from pymla import cpu, memory
-from pymla.cores import usable_cores
+from pymla import cpu
+from pymla.host import memory
+from pymla.host.cores import usable_cores
 
 
 @pytest.fixture

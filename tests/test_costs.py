@@ -6,11 +6,12 @@ import math
 import pytest
 from make_model import PRESETS, make_model
 
-from pymla import costs, ggml
-from pymla.config import ModelConfig, Yarn
-from pymla.costs import cheaper_form, step_ops, token_bytes, token_macs
+from pymla import ggml
+from pymla.engine import costs
+from pymla.engine.costs import cheaper_form, step_ops, token_bytes, token_macs
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile, TensorInfo
+from pymla.files.gguf_reader import ModelFile, TensorInfo
+from pymla.models.config import ModelConfig, Yarn
 
 V2_LITE = ModelConfig(
     architecture="deepseek2",

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from pymla import ggml, kernel_cache
-from pymla.cpu import compiling, norm, quant, rope
+from pymla import ggml
+from pymla.cpu import norm, quant, rope
+from pymla.cpu.runtime import compiling
+from pymla.host import kernel_cache
 
 SOURCE = """
-from pymla.cpu.jit import kernel
+from pymla.cpu.runtime.jit import kernel
 from pymla.cpu.quant import F1
 
 
@@ -150,7 +152,7 @@ def test_several_processes_compile(cache, tmp_path, monkeypatch, python):
 
 
 def test_another_process_ends_with_its_input():
-    command = [sys.executable, "-c", "from pymla.cpu import compiling; compiling.serve()"]
+    command = [sys.executable, "-c", "from pymla.cpu.runtime import compiling; compiling.serve()"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
 
 
@@ -173,7 +175,7 @@ def test_processes_give_their_functions_different_names():
 
 
 def test_the_key_knows_what_changes_machine_code(cache):
-    program = "from pymla.cpu.compiling import CACHE; print(CACHE.folder)"
+    program = "from pymla.cpu.runtime.compiling import CACHE; print(CACHE.folder)"
     folders = set()
     for variables in ({}, {"NUMBA_CPU_NAME": "generic"}, {"NUMBA_OPT": "1"}, {"NUMBA_BOUNDSCHECK": "1"}):
         command = [sys.executable, "-c", program]

@@ -10,15 +10,15 @@ from cases import latent_layout, poisoned_cache, ragged_step
 from compare import assert_close
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE, Step
 from pymla.cuda import attention, memory
-from pymla.cuda.attention_decode import absorbed_kernel
-from pymla.cuda.attention_full import full_kernel
-from pymla.cuda.attention_prompt import expanded_kernel
+from pymla.cuda.attention.absorbed_form import absorbed_kernel
+from pymla.cuda.attention.expanded_form import expanded_kernel
+from pymla.cuda.attention.full_form import full_kernel
 from pymla.errors import PymlaError
+from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.reference import attention as reference
 from pymla.reference.quant import dequantise, quantise
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 PAGES = 8
 HALF = {"rtol_max": 2e-3, "reason": "queries, softmax weights and float32 rows become float16: 11 bits"}
@@ -143,7 +143,7 @@ def test_absorbed_materialised_at_odd_sizes(cache_type, heads, rank, rope, lengt
 
 
 def test_scores_of_many_tokens_are_computed_by_parts(monkeypatch):
-    monkeypatch.setattr("pymla.cuda.attention_materialised.SCORES_BYTES", 2 * 4 * 2 * 64)
+    monkeypatch.setattr("pymla.cuda.attention.materialised_form.SCORES_BYTES", 2 * 4 * 2 * 64)
     check_materialised("f16", 2, 32, 16, (9, 5), (3, 2), None)
 
 

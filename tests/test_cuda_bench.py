@@ -8,9 +8,10 @@ import gpu_times
 import pytest
 import simulated  # noqa: F401
 
-from pymla import bench, ggml
+from pymla import ggml
 from pymla.cuda import limits
 from pymla.cuda.graph import Graph
+from pymla.measure import sweep
 
 FOUND = limits.Limits(1e12, 1e12)
 
@@ -65,7 +66,7 @@ def test_the_sweep(records, monkeypatch):
     monkeypatch.setattr(gpu_models, "PROMPT", 3)
     monkeypatch.setattr(gpu_models, "TG", 4)
     monkeypatch.setattr(Graph, "enabled", True)
-    monkeypatch.setattr(bench._Engine, "warm_up", lambda engine: None)
+    monkeypatch.setattr(sweep._Engine, "warm_up", lambda engine: None)
     gpu_models.sweep(records, quick=True)
     results = found(records)
     assert [(each["graph"], each["n_kv"]) for each in results] == [("on", 0), ("on", 5), ("off", 0), ("off", 5)]

@@ -7,8 +7,8 @@ import pytest
 
 from pymla import cuda
 from pymla.cli import main
+from pymla.engine.loading import find_device
 from pymla.errors import PymlaError
-from pymla.loading import find_device
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip('needs numba-cuda: pip install ".[test,cuda]"', allow_module_level=True)
@@ -33,7 +33,7 @@ def no_driver(patch):
 def driver(patch, version=99000, started=OK, capability=(9, 0)):
     patch.setattr(api, "cuDriverGetVersion", lambda: (OK, version))
     patch.setattr(api, "cuInit", lambda flags: (started,))
-    patch.setattr("pymla.cuda.driver.compute_capability", lambda: capability)
+    patch.setattr("pymla.cuda.runtime.driver.compute_capability", lambda: capability)
     patch.setattr(cuda, "_name", lambda: "NVIDIA T4")
 
 

@@ -18,8 +18,10 @@ import numpy as np
 from cuda_report import CAPABILITIES, TABLE, kernels, report
 from numba import cuda, types
 
-from pymla.cuda import compiling, norm, ptx
-from pymla.cuda.jit import KERNELS, device, kernel
+from pymla.cuda import norm
+from pymla.cuda.machine import ptx
+from pymla.cuda.runtime import compiling
+from pymla.cuda.runtime.jit import KERNELS, device, kernel
 
 F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "A")

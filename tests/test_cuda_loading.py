@@ -16,13 +16,15 @@ from test_loading import Told
 import pymla
 from pymla import cpu
 from pymla.cli import main
-from pymla.config import ModelConfig
 from pymla.cpu.limits import Limits
-from pymla.cuda import backend, memory, simulator
+from pymla.cuda import backend, memory
+from pymla.cuda.machine import simulator
+from pymla.engine.planning import Planner, Split
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile
-from pymla.placement import Planner, Split
-from pymla.weights import QTensor, Weights
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
+from pymla.models.weights import Weights
+from pymla.tensor import QTensor
 
 SHAPE = replace(
     PRESETS["tiny"],
@@ -227,7 +229,7 @@ def test_what_is_chosen_is_said(path, monkeypatch):
 
 def test_context_is_cut_to_the_memory(path, monkeypatch):
     planner, told = planner_of(path), Told()
-    monkeypatch.setattr("pymla.placement.LEAST_CTX", 64)
+    monkeypatch.setattr("pymla.engine.planning.LEAST_CTX", 64)
     free(monkeypatch, planner.device(WHOLE, 128).total)
     with pymla.load(path, device="cuda", report=told) as language_model:
         assert language_model.model.ctx == 128

@@ -15,7 +15,8 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from cuda.bindings import driver as api
 
-from pymla.cuda import driver, graph, memory, quant
+from pymla.cuda import graph, memory, quant
+from pymla.cuda.runtime import driver
 from pymla.errors import PymlaError
 
 SUCCESS = api.CUresult.CUDA_SUCCESS

@@ -14,15 +14,16 @@ from cache_checks import give_way_and_come_back
 from compare import assert_close
 from make_model import Shape, make_model
 
-from pymla import costs, cpu, ggml, reference
-from pymla import model as model_module
-from pymla.backends import Placement
-from pymla.config import ModelConfig
+from pymla import cpu, ggml, reference
 from pymla.cuda import backend, memory
-from pymla.model import Model
-from pymla.modelfile import ModelFile
-from pymla.sampling import SamplingParams
-from pymla.weights import Weights
+from pymla.engine import costs
+from pymla.files.gguf_reader import ModelFile
+from pymla.models import deepseek2
+from pymla.models.config import ModelConfig
+from pymla.models.deepseek2 import Model
+from pymla.models.placement import Placement
+from pymla.models.weights import Weights
+from pymla.text.sampling import SamplingParams
 
 #: A layer of experts, as in V2-Lite.
 LITE = Shape(
@@ -176,8 +177,8 @@ def test_rows_that_left_the_cache_come_back_as_they_were(folder, cache_type, mla
 
 
 def test_slices(folder, monkeypatch):
-    slices = model_module.slices
-    monkeypatch.setattr(model_module, "slices", lambda start, stop, size: slices(start, stop, min(size, 9)))
+    slices = deepseek2.slices
+    monkeypatch.setattr(deepseek2, "slices", lambda start, stop, size: slices(start, stop, min(size, 9)))
     pair = Pair(folder, ALL_EXPERTS, ggml.Q8_0, backend)
     pair.step({"a": (0, 18)}, CODES)
 

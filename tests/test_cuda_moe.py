@@ -9,10 +9,11 @@ from cases import TIES, random_qtensor, routing
 from compare import assert_close
 
 from pymla import ggml, reference
-from pymla.cuda import memory, moe, quant, sampling, simulator
+from pymla.cuda import memory, moe, quant, sampling
+from pymla.cuda.machine import simulator
 from pymla.errors import PymlaError
-from pymla.sampling import Sampler, SamplingParams
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
+from pymla.text.sampling import Sampler, SamplingParams
 
 EXACT = {"rtol_max": 3e-6, "reason": "order of summation, and exponentials of 2 ulp"}
 INT8 = {"rtol_max": 0.02, "reason": "hidden activations are int8"}

@@ -1,4 +1,4 @@
-"""What `pymla.cuda.ptx` says that instructions do, and the simulator around it, without a GPU.
+"""What `pymla.cuda.machine.ptx` says that instructions do, and the simulator around it, without a GPU.
 
 The layouts of fragments are written out here once more, element by element, as the PTX ISA gives them (sections "Matrix
 Fragments for mma.m16n8k32" and "mma.m16n8k16", "ldmatrix").
@@ -11,9 +11,10 @@ import pytest
 import simulated  # noqa: F401
 from numba import cuda, types
 
-from pymla.cuda import available, describe, memory, ptx
+from pymla.cuda import available, describe, memory
 from pymla.cuda.graph import Graph
-from pymla.cuda.jit import KERNELS, device, kernel
+from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.jit import KERNELS, device, kernel
 from pymla.errors import PymlaError
 
 F1 = types.Array(types.float32, 1, "C")

@@ -8,9 +8,9 @@ from compare import assert_close
 
 from pymla import ggml, reference
 from pymla.cuda import memory, norm, quant, rope
-from pymla.cuda.tiles import ROWS, WIDE
+from pymla.cuda.matmul.gemm import ROWS, WIDE
 from pymla.errors import PymlaError
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
 INT8 = {"rtol_max": 5e-6, "reason": "the reference multiplies the same int8 activations, in float64"}

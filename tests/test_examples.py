@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pymla
-from pymla.loading import demo_path
+from pymla.engine.loading import demo_path
 
 README = Path(__file__).parents[1] / "README.md"
 

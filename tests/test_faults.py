@@ -37,7 +37,7 @@ def test_experts(tokens):
 def test_decoding_over_a_faulty_row():
     rng = np.random.default_rng(0)
     config = {"heads": 2, "rank": 64, "rope": 32}
-    from pymla.cache import Step
+    from pymla.pages import Step
 
     cache = cpu.attention.latent_cache([(ggml.Q8_0, config["rank"]), (ggml.F16, config["rope"])], 128)
     for rows, width in zip(cache, (config["rank"], config["rope"]), strict=True):

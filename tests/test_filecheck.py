@@ -1,4 +1,5 @@
-"""`pymla.filecheck`: what is refused, by name, before anything is compiled; `inspect` and `load` always agree."""
+"""`pymla.engine.filecheck`: what is refused, by name, before anything is compiled; `inspect` and `load` always
+agree."""
 
 import dataclasses
 import os
@@ -10,11 +11,12 @@ from make_model import PRESETS, make_model
 from mutations import Mutator, write
 
 import pymla
-from pymla import cpu, filecheck, ggml
+from pymla import cpu, ggml
 from pymla.cli.inspect import report
+from pymla.engine import filecheck
+from pymla.engine.filecheck import examine
 from pymla.errors import PymlaError
-from pymla.filecheck import examine
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
 from pymla.reference.quant import quantise
 
 # Damaged at random ----------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def refused(monkeypatch):
     def refused(path, *words, **options):
         with monkeypatch.context() as patch:
             for name in ("Planner", "available_memory", "_backends", "find_device"):
-                patch.setattr(f"pymla.loading.{name}", lambda *_, **__: pytest.fail("too late"))
+                patch.setattr(f"pymla.engine.loading.{name}", lambda *_, **__: pytest.fail("too late"))
             with pytest.raises(PymlaError) as caught:
                 pymla.load(path, **options)
         message = str(caught.value)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import pymla
-from pymla.cache import Sequence
+from pymla.engine.cache import Sequence
+from pymla.engine.generation import Generation, Stats
 from pymla.errors import CacheFull, PymlaError
-from pymla.generate import Generation, Stats
-from pymla.sampling import Sampler, SamplingParams
-from pymla.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
+from pymla.text.sampling import Sampler, SamplingParams
+from pymla.text.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
 
 WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
 BYTE = {byte: i for i, byte in enumerate(_byte_alphabet()[character] for character in sorted(_byte_alphabet()))}
@@ -224,7 +224,7 @@ def test_nothing_is_told_before_the_first_piece(tokenizer):
 def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):
     """Two for the prompt and a quarter for each token; what a reader does in between takes no time."""
     clock = [1000.0]
-    monkeypatch.setattr("pymla.generate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("pymla.engine.generation.time.perf_counter", lambda: clock[0])
     model = Script(word(*["lo"] * 5))
 
     def step(batch, progress=None):

@@ -12,7 +12,7 @@ from make_model import make_model
 
 from pymla.cli.inspect import inspect, report
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from pymla import ggml
-from pymla.cpu import attention_absorbed, attention_expanded, isa, moe, quant
+from pymla.cpu import moe, quant
+from pymla.cpu.attention import absorbed_form, expanded_form
+from pymla.cpu.machine import isa
 
 HERE = Path(__file__).parent
 KERNELS = (
@@ -18,9 +20,9 @@ KERNELS = (
     moe._gate_up_panels(ggml.Q4_0),
     moe._gate_up_panels(ggml.Q6_K),
     moe._down_rows(ggml.Q4_1),
-    attention_expanded._expand(ggml.Q4_0, ggml.Q8_0),
-    attention_expanded._expanded,
-    attention_absorbed.absorbed_pages,
+    expanded_form._expand(ggml.Q4_0, ggml.Q8_0),
+    expanded_form._expanded,
+    absorbed_form.absorbed_pages,
 )
 #: What multiplies bytes, or in attention without VNNI words.
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
@@ -71,7 +73,7 @@ def test_dot_instructions_without_spills(kernel):
         assert not spills, "\n".join(lines)
 
 
-LEVEL = "import numpy as np; from pymla.cpu import isa, norm; print(isa.ISA, norm.add(*np.ones((2, 1, 8), np.float32)))"
+LEVEL = "import numpy as np; from pymla import cpu; print(cpu.ISA, cpu.norm.add(*np.ones((2, 1, 8), np.float32)))"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pymla import kernel_cache
-from pymla.kernel_cache import KernelCache, take_warnings
+from pymla.host import kernel_cache
+from pymla.host.kernel_cache import KernelCache, take_warnings
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from cases import (
 from compare import assert_close
 
 from pymla import cpu, ggml, reference
-from pymla.cache import CACHE_TYPES, PAGE
-from pymla.config import ModelConfig
-from pymla.weights import QTensor
+from pymla.models.config import ModelConfig
+from pymla.pages import CACHE_TYPES, PAGE
+from pymla.tensor import QTensor
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
 INT8 = {"rtol_max": 5e-6, "reason": "the reference multiplies the same int8 activations, in float64"}

@@ -9,11 +9,12 @@ from make_model import PRESETS, make_model
 from test_cli import rewritten
 
 import pymla
-from pymla import costs, cpu
-from pymla.config import ModelConfig
+from pymla import cpu, scratch
+from pymla.engine import costs
+from pymla.engine.loading import Report, demo_path
 from pymla.errors import PymlaError
-from pymla.loading import Report, demo_path
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ class Told(Report):
 @pytest.fixture
 def memory(monkeypatch):
     """Say how much memory there is."""
-    return lambda nbytes: monkeypatch.setattr("pymla.loading.available_memory", lambda: nbytes)
+    return lambda nbytes: monkeypatch.setattr("pymla.engine.loading.available_memory", lambda: nbytes)
 
 
 # The interface --------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_tensors_are_looked_at_first(path, tmp_path, monkeypatch):
     at = contents.index(tensor.tobytes())
     (tmp_path / "bad.gguf").write_bytes(contents[:at] + bytes(tensor.size) + contents[at + tensor.size :])
     for name in ("find_device", "Planner", "_backends"):
-        monkeypatch.setattr(f"pymla.loading.{name}", lambda *_: pytest.fail("too late"))
+        monkeypatch.setattr(f"pymla.engine.loading.{name}", lambda *_: pytest.fail("too late"))
     with pytest.raises(PymlaError, match=r"bad.gguf: tensor blk.2.ffn_up_shexp.weight is zero throughout"):
         pymla.load(tmp_path / "bad.gguf", device="cpu")
 
@@ -176,13 +177,13 @@ def test_a_file_that_is_cut_while_kernels_are_compiled(path, tmp_path, monkeypat
     """Its weights are not read any more: that would end the process by a signal."""
     copy = tmp_path / "cut.gguf"
     copy.write_bytes(path.read_bytes())
-    size, backends = copy.stat().st_size, pymla.loading._backends
+    size, backends = copy.stat().st_size, pymla.engine.loading._backends
 
     def cut(*args):
         os.truncate(copy, 100_000)
         return backends(*args)
 
-    monkeypatch.setattr("pymla.loading._backends", cut)
+    monkeypatch.setattr("pymla.engine.loading._backends", cut)
     with pytest.raises(PymlaError, match=rf"cut.gguf: the file has 100000 bytes and had {size} when it was opened"):
         pymla.load(copy, device=device, ctx=64)
 
@@ -250,7 +251,7 @@ def test_vocabulary_larger_than_the_embedding(path, tmp_path):
 def test_report_hears_of_progress(path, monkeypatch):
     told = Told()
     # As if no kernel had been compiled or kept.
-    monkeypatch.setattr("pymla.cpu.compiling.Compiled.is_ready", False)
+    monkeypatch.setattr("pymla.cpu.runtime.compiling.Compiled.is_ready", False)
     with pymla.load(path, ctx=64, report=told) as language_model:
         layers = language_model.config.num_hidden_layers
         size = language_model.file.nbytes
@@ -279,7 +280,7 @@ def test_context_is_cut_to_the_memory(tmp_path, memory, capfd):
         assert language_model.model.ctx == limit
         cache = limit * language_model.model.cache.row_bytes
     assert told.of("warn") == []
-    memory(costs.PROCESS_BYTES + costs.EXPANDED_BYTES + cache // 2)
+    memory(costs.PROCESS_BYTES + scratch.EXPANDED_BYTES + cache // 2)
     with pymla.load(path, report=told) as language_model:
         found = language_model.model.ctx
         assert language_model.generate("abc", max_tokens=3)
@@ -305,14 +306,14 @@ def test_a_file_larger_than_the_memory_runs_with_a_warning(path, memory, monkeyp
     expected = pymla.load(path, ctx=64).generate("abc", max_tokens=5, temperature=0)
     available = 4 << 30
     memory(available)
-    opened = pymla.loading.ModelFile.open
+    opened = pymla.engine.loading.ModelFile.open
 
     def large(path):
         file = opened(path)
         file.nbytes = 5 << 30
         return file
 
-    monkeypatch.setattr("pymla.loading.ModelFile.open", large)
+    monkeypatch.setattr("pymla.engine.loading.ModelFile.open", large)
     told = Told()
     language_model = pymla.load(path, ctx=64, report=told)
     ((warning,),) = told.of("warn")

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from pymla import memory
-from pymla.cores import usable_cores
-from pymla.memory import available_memory
+from pymla.host import memory
+from pymla.host.cores import usable_cores
+from pymla.host.memory import available_memory
 
 GIB = 1 << 30
 UNLIMITED = 0x7FFFFFFFFFFFF000  # what version 1 says where no limit is set

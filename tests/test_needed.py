@@ -8,8 +8,9 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla import cpu
-from pymla.cpu import compiling, needed
-from pymla.cpu.jit import Kernel
+from pymla.cpu import needed
+from pymla.cpu.runtime import compiling
+from pymla.cpu.runtime.jit import Kernel
 
 SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pymla import outputs
 from pymla.errors import PymlaError
+from pymla.files import outputs
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ import pytest
 from make_model import PRESETS, make_model, model_tensors
 from test_costs import V2_LITE, v2_lite_tensors
 
-from pymla import costs, ggml
-from pymla.config import ModelConfig
+from pymla import ggml
+from pymla.engine import costs
+from pymla.engine.planning import LEAST_CTX, RESERVE, Planner, Split, Wish, choose
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile, TensorInfo
-from pymla.placement import LEAST_CTX, RESERVE, Planner, Split, Wish, choose
+from pymla.files.gguf_reader import ModelFile, TensorInfo
+from pymla.models.config import ModelConfig
 
 GIB = 1 << 30
 #: More memory than anything here takes.

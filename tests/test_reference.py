@@ -5,9 +5,9 @@ import pytest
 from cases import TIES, poisoned_cache, ragged_step, random_qtensor, routing, rows_to_norm
 
 from pymla import ggml
-from pymla.cache import CACHE_TYPES, PAGE
+from pymla.pages import CACHE_TYPES, PAGE
 from pymla.reference import attention, graph, memory, moe, norm, quant, rope
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 pytestmark = pytest.mark.filterwarnings("error")
 

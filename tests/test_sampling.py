@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
-from pymla.sampling import Sampler, SamplingParams, _likeliest
+from pymla.text.sampling import Sampler, SamplingParams, _likeliest
 
 pytestmark = pytest.mark.filterwarnings("error")
 

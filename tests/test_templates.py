@@ -5,9 +5,9 @@ import datetime
 
 import pytest
 
-from pymla import templates
-from pymla.chat import render
 from pymla.errors import PymlaError
+from pymla.text import templates
+from pymla.text.chat import render
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"b": [1, 2.5], "a": "é <&>"}}}
 TOOLS = [

@@ -7,9 +7,9 @@ import pytest
 from cases import TINY
 from make_model import make_model
 
-from pymla.config import ModelConfig
-from pymla.modelfile import ModelFile
-from pymla.tensors import model_tensors, outer_tensors
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
+from pymla.models.tensors import model_tensors, outer_tensors
 
 
 @pytest.mark.parametrize("layout", ["kv_b", "split"])

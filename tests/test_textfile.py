@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymla.checkpoint import read_json
-from pymla.convert import convert
 from pymla.errors import PymlaError
-from pymla.textfile import decode
+from pymla.files.checkpoint import read_json
+from pymla.files.textfile import decode
+from pymla.make.convert import convert
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numba import types
 
-from pymla.cpu import threads
-from pymla.cpu.jit import kernel
+from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.jit import kernel
 
 COUNTS = types.Array(types.int64, 1, "C")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Bpe
 from tokenizers import models, trainers
 
+from pymla.engine.loading import demo_path
 from pymla.errors import PymlaError
-from pymla.loading import demo_path
-from pymla.tokenizer import (
+from pymla.text.tokenizer import (
     CONTROL,
     NORMAL,
     PRE_TOKENIZERS,

@@ -1,4 +1,4 @@
-"""`pymla.values` against the weights themselves, dequantised."""
+"""`pymla.files.values` against the weights themselves, dequantised."""
 
 import tracemalloc
 from pathlib import Path
@@ -9,8 +9,9 @@ from cases import random_qtensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pymla import ggml, values
-from pymla.modelfile import TensorInfo
+from pymla import ggml
+from pymla.files import values
+from pymla.files.gguf_reader import TensorInfo
 from pymla.reference.quant import dequantise, quantise
 
 #: Columns of a tensor: some blocks of every type.

@@ -9,12 +9,13 @@ from cases import TINY
 from make_model import make_model
 
 from pymla import ggml
-from pymla.backends import Placement
-from pymla.config import ModelConfig
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile
+from pymla.files.gguf_reader import ModelFile
+from pymla.models.config import ModelConfig
+from pymla.models.placement import Placement
+from pymla.models.weights import Weights
 from pymla.reference.quant import dequantise, quantise
-from pymla.weights import QTensor, Weights
+from pymla.tensor import QTensor
 
 #: Of `make_model`, and "flat": two-dimensional ``attn_k_b`` and ``attn_v_b`` without ``attn_kv_b``.
 LAYOUTS = ("kv_b", "split", "all", "flat")

@@ -24,10 +24,10 @@ CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 def kernels():
     """Every kernel of `pymla.cuda`, by name."""
     import pymla.cuda
-    from pymla.cuda.jit import KERNELS
+    from pymla.cuda.runtime.jit import KERNELS
 
-    for module in pkgutil.iter_modules(pymla.cuda.__path__, "pymla.cuda."):
-        if module.name != "pymla.cuda.simulator":
+    for module in pkgutil.walk_packages(pymla.cuda.__path__, "pymla.cuda."):
+        if module.name != "pymla.cuda.machine.simulator":
             importlib.import_module(module.name)
     return dict(KERNELS)
 
@@ -64,7 +64,7 @@ def main(word, cc, write, ptx):
         raise click.ClickException(f"no kernel's name contains {word!r}")
     capabilities = CAPABILITIES if write else [tuple(map(int, each.split("."))) for each in cc.split(",")]
     if ptx:
-        from pymla.cuda.compiling import to_ptx
+        from pymla.cuda.runtime.compiling import to_ptx
 
         for name in names:
             click.echo(to_ptx(found[name], capabilities[0]))

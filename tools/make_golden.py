@@ -208,7 +208,7 @@ def save(model, shape: Shape, directory: Path):
 
 def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
     """Convert a transformers model; `options` are convert's."""
-    from pymla.convert import convert
+    from pymla.make.convert import convert
 
     with tempfile.TemporaryDirectory() as directory:
         save(model, shape, Path(directory))

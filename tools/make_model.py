@@ -18,9 +18,10 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType, LlamaFileType
 
-from pymla import ggml, outputs
+from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.modelfile import ModelFile
+from pymla.files import outputs
+from pymla.files.gguf_reader import ModelFile
 from pymla.reference.quant import dequantise, quantise
 
 LAYOUTS = ("kv_b", "split", "all")

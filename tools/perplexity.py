@@ -109,7 +109,7 @@ def report(engine: str, losses: np.ndarray, seconds: float, reference: float | N
 @click.option("--json", "as_json", is_flag=True)
 def main(model, text, window, limit, device, cache_types, mla, hf, llama_python, threads, as_json):
     """Print the perplexity of MODEL, a GGUF file, on the file TEXT."""
-    from pymla.tokenizer import Tokenizer
+    from pymla.text.tokenizer import Tokenizer
 
     versions = {"Python": platform.python_version(), "pymla": pymla.__version__}
     rows = []

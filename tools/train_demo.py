@@ -16,8 +16,8 @@ import click
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pymla.convert import convert
-from pymla.tokenizer import PRE_TOKENIZERS
+from pymla.make.convert import convert
+from pymla.text.tokenizer import PRE_TOKENIZERS
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 

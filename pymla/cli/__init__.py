@@ -33,7 +33,7 @@ def main():
 def _run():
     """Run the command that was given. Returns the exit code."""
     # Imported here, so that an interrupt finds its handler while they are imported.
-    from pymla.memory import address_space, size_text
+    from pymla.host.memory import address_space, size_text
 
     if address_space() < ADDRESSES:
         limit = size_text(address_space())

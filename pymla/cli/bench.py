@@ -7,18 +7,19 @@ from pathlib import Path
 
 import click
 
-from pymla import bench as measuring
-from pymla import outputs
-from pymla import plot as plotting
-from pymla.cache import CACHE_TYPES, row_layout
 from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.generate import Terminal
+from pymla.engine.cache import row_layout
+from pymla.engine.filecheck import examine
+from pymla.engine.loading import demo_path, find_device, load
 from pymla.errors import PymlaError
-from pymla.filecheck import examine
-from pymla.loading import demo_path, find_device, load
-from pymla.model import MLA_MODES
-from pymla.modelfile import ModelFile
+from pymla.files import outputs
+from pymla.files.gguf_reader import ModelFile
+from pymla.measure import plot as plotting
+from pymla.measure import sweep
+from pymla.models.deepseek2 import MLA_MODES
+from pymla.pages import CACHE_TYPES
 
 #: Context of a sweep without --ctx, where the model has as much.
 CTX = 4096
@@ -100,11 +101,11 @@ def bench(
     if plot_path:
         plotting.check(plot_path)
     device, why_cpu = find_device(device)
-    limits = measuring.measure_limits(device, threads)
+    limits = sweep.measure_limits(device, threads)
     if why_cpu:
         Terminal().running(f"the CPU: {why_cpu}")
-    about = measuring.facts(limits, device)
-    click.echo(measuring.describe(about))
+    about = sweep.facts(limits, device)
+    click.echo(sweep.describe(about))
     loading = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
     rows, code, failure = [], 0, None
@@ -136,11 +137,11 @@ def _write(files, rows, limits, about):
         try:
             if option == "--csv":
                 stream = io.StringIO(newline="")
-                measuring.write_csv(stream, rows, limits)
+                sweep.write_csv(stream, rows, limits)
                 # A model's file may have a name that is not Unicode.
                 outputs.write(path, stream.getvalue().encode(errors="backslashreplace"))
             elif option == "--json":
-                report = json.dumps(measuring.report(rows, limits, about), indent=1) + "\n"
+                report = json.dumps(sweep.report(rows, limits, about), indent=1) + "\n"
                 outputs.write(path, report.encode())
             else:
                 plotting.sweep(_series(rows), path, _title(rows, about))
@@ -176,10 +177,10 @@ class _Run:
             points = _numbers(depths)
         else:
             ctx = ctx or min(CTX, self._limit)
-            points = measuring.sweep_depths(ctx, pp, tg)
+            points = sweep.sweep_depths(ctx, pp, tg)
             if not points:
                 raise PymlaError(f"--ctx {ctx} does not hold --pp {pp} or --tg {tg} tokens; raise it or lower those")
-        settings = measuring.Settings(pp, tg, points, repeat, seed)
+        settings = sweep.Settings(pp, tg, points, repeat, seed)
         needed = ctx or settings.tokens
         if settings.tokens > min(needed, self._limit):
             room = f"--ctx {ctx} is less; raise it or" if needed < self._limit else f"the model has {self._limit};"
@@ -197,13 +198,13 @@ class _Run:
             name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
             if language_model.device != "cpu":
                 name += f", {language_model.device}"
-            click.echo(f"\n{name}\n\n{measuring.header()}")
+            click.echo(f"\n{name}\n\n{sweep.header()}")
             terminal.begin("")
             with interrupt.graceful():
-                for row in measuring.sweep(language_model, self._settings, terminal.measuring):
+                for row in sweep.sweep(language_model, self._settings, terminal.measuring):
                     # A bar and the table would otherwise write on the same line of the terminal.
                     terminal.close()
-                    click.echo(measuring.line(row, limits))
+                    click.echo(sweep.line(row, limits))
                     yield row
 
 
@@ -257,4 +258,4 @@ def _title(rows, about):
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     row = rows[0]
     settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {row.device}"
-    return f"{models}: {settings}\n{measuring.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"
+    return f"{models}: {settings}\n{sweep.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"

@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from pymla.cli import interrupt
-from pymla.convert import LAYOUTS, QTYPES
-from pymla.convert import convert as write_gguf
+from pymla.make.convert import LAYOUTS, QTYPES
+from pymla.make.convert import convert as write_gguf
 
 EXAMPLES = """\b
 Examples:

@@ -2,7 +2,7 @@
 
 import click
 
-from pymla.loading import DEVICES
+from pymla.engine.loading import DEVICES
 
 
 class _Layers(click.ParamType):

@@ -15,12 +15,12 @@ from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.options import as_options
 from pymla.cli.output import write_json, write_text
+from pymla.engine.loading import Report, load
 from pymla.errors import PymlaError
-from pymla.loading import Report, load
-from pymla.model import MLA_MODES
+from pymla.files.textfile import decode
+from pymla.models.deepseek2 import MLA_MODES
 from pymla.printable import one_line, shown
-from pymla.sampling import SamplingParams
-from pymla.textfile import decode
+from pymla.text.sampling import SamplingParams
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -320,7 +320,7 @@ def _argument(text):
 
 def _conversation(tokenizer, text, system, template, variables, where):
     """Token ids of a conversation with one message of the user."""
-    from pymla.chat import encode
+    from pymla.text.chat import encode
 
     messages = [{"role": "system", "content": _argument(system)}] if system else []
     messages.append({"role": "user", "content": text})
@@ -375,8 +375,8 @@ def _figures(language_model, generation):
 def _share(language_model, generation):
     """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
     was generated, a GPU computed, or an interrupt leaves no time to measure."""
-    from pymla.costs import token_bytes
-    from pymla.memory import streaming_read
+    from pymla.engine.costs import token_bytes
+    from pymla.host.memory import streaming_read
 
     interrupted = generation.finish_reason == "interrupted"
     if interrupted or generation.stats.generated_tokens < 2 or "cuda" in language_model.device:

@@ -10,19 +10,21 @@ from typing import Any
 import click
 import numpy as np
 
-from pymla import costs, ggml
-from pymla.cache import CACHE_TYPES, row_bytes
+from pymla import ggml, scratch
 from pymla.cli.device import check_tensors_option
 from pymla.cli.generate import Terminal
 from pymla.cli.output import write_json
-from pymla.config import ModelConfig
+from pymla.engine import costs
+from pymla.engine.cache import row_bytes
+from pymla.engine.filecheck import Examined, examine
+from pymla.engine.planning import LEAST_CTX, Planner, Split
 from pymla.errors import PymlaError
-from pymla.filecheck import Examined, examine
-from pymla.memory import available_memory, size_text
-from pymla.modelfile import ModelFile
-from pymla.placement import LEAST_CTX, Planner, Split
+from pymla.files.gguf_reader import ModelFile
+from pymla.host.memory import available_memory, size_text
+from pymla.models.config import ModelConfig
+from pymla.pages import CACHE_TYPES
 from pymla.printable import one_line
-from pymla.tokenizer import Tokenizer
+from pymla.text.tokenizer import Tokenizer
 
 #: Tokens in the cache at which costs are shown.
 CONTEXTS = (0, 4096, 16384)
@@ -42,7 +44,7 @@ _MOST_PROBLEMS = 10  # that are shown to a person
 def report(
     file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """All that the command shows, as values that JSON can hold; arguments as for `pymla.filecheck.examine`.
+    """All that the command shows, as values that JSON can hold; arguments as for `pymla.engine.filecheck.examine`.
 
     Never fails for what the engine cannot run: ``runs`` says whether `pymla.load` takes the file, ``problems`` why not.
     ``config``, ``memory`` and ``costs`` are None where they cannot be known.
@@ -168,7 +170,7 @@ def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
         "weights": plan.weights,
         "derived": plan.derived,
         "scratch": plan.scratch,
-        "scratch_tokens": costs.SLICE,
+        "scratch_tokens": scratch.SLICE,
         "process": plan.process,
         "available": available_memory(),
         "cache_per_1000_tokens": {cache_type: 1000 * nbytes for cache_type, nbytes in rows.items()},

@@ -1,15 +1,15 @@
 """Numba kernels for the processor: the twins of `pymla.reference`, with the same names and contracts."""
 
-from pymla import numba_check  # noqa: F401 - before Numba
+from pymla.host import numba_check  # noqa: F401 - before Numba
 
 # isort: split
-from pymla import sampling
-from pymla.cores import usable_cores
-from pymla.costs import SLICE
 from pymla.cpu import attention, memory, moe, norm, quant, rope
-from pymla.cpu.isa import ISA
+from pymla.cpu.machine.isa import ISA
 from pymla.cpu.needed import compile_for
-from pymla.cpu.threads import Graph, set_threads, thread_count
+from pymla.cpu.runtime.threads import Graph, set_threads, thread_count
+from pymla.host.cores import usable_cores
+from pymla.scratch import SLICE
+from pymla.text import sampling
 
 NAME = "cpu"
 

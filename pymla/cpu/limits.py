@@ -14,15 +14,9 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cpu import threads
-from pymla.cpu.isa import AMX, LANES
-from pymla.cpu.jit import inline, kernel
-from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
-from pymla.cpu.panels import CHUNK, ROWS, SCRATCH, WIDEST4, add_columns4, add_tiles
-from pymla.cpu.panels_amx import COLUMNS, MARGIN
-from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
-from pymla.cpu.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
-from pymla.cpu.simd_amx import (
+from pymla.cpu.machine.isa import AMX, LANES
+from pymla.cpu.machine.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
+from pymla.cpu.machine.simd_amx import (
     BLOCK,
     SUMS,
     add_sums,
@@ -34,7 +28,13 @@ from pymla.cpu.simd_amx import (
     zero_four,
     zero_rows,
 )
-from pymla.cpu.simd_panels import broadcast_i8xL, dot4, finish4, zero4
+from pymla.cpu.machine.simd_panels import broadcast_i8xL, dot4, finish4, zero4
+from pymla.cpu.matmul.gemm import CHUNK, ROWS, SCRATCH, WIDEST4, add_columns4, add_tiles
+from pymla.cpu.matmul.gemm_amx import COLUMNS, MARGIN
+from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
+from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
+from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.jit import inline, kernel
 
 #: Bytes that are streamed: more than any cache holds.
 STREAM_BYTES = 512 << 20

@@ -3,9 +3,9 @@ a vector that reaches over two lines takes twice as long; and what memory is ask
 
 import numpy as np
 
-from pymla.cpu.compiling import inline, unrolled
-from pymla.cpu.isa import ASKS_AHEAD
-from pymla.cpu.simd import prefetch_l2
+from pymla.cpu.machine.isa import ASKS_AHEAD
+from pymla.cpu.machine.simd import prefetch_l2
+from pymla.cpu.runtime.compiling import inline, unrolled
 from pymla.reference.memory import release, take, to_device, to_host, write
 
 __all__ = [

@@ -8,7 +8,7 @@ tokens go through panels, shared experts are experts that every token chose, and
 >>> from pymla import ggml
 >>> from pymla.cpu import moe, quant
 >>> from pymla.reference.quant import quantise
->>> from pymla.weights import QTensor
+>>> from pymla.tensor import QTensor
 >>> def matrices(count, rows, columns):
 ...     values = np.random.default_rng(rows).standard_normal((count * rows, columns), np.float32)
 ...     return QTensor(ggml.Q4_0, quantise(values, ggml.Q4_0).reshape(count, rows, -1))
@@ -24,11 +24,12 @@ from numba import types
 
 from pymla.cpu import norm
 from pymla.cpu.contract import check
-from pymla.cpu.isa import LANES
-from pymla.cpu.jit import inline, kernel, variants
+from pymla.cpu.machine.isa import LANES
+from pymla.cpu.machine.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
+from pymla.cpu.matmul.gemm import ROWS, SCRATCH, product_for, two_groups
+from pymla.cpu.matmul.gemm_amx import MARGIN
+from pymla.cpu.matmul.gemv import dot_rows_for
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.panels import ROWS, SCRATCH, product_for, two_groups
-from pymla.cpu.panels_amx import MARGIN
 from pymla.cpu.quant import (
     F2,
     FEW,
@@ -48,8 +49,7 @@ from pymla.cpu.quant import (
     rows_at_once,
     take_rows,
 )
-from pymla.cpu.rows import dot_rows_for
-from pymla.cpu.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
+from pymla.cpu.runtime.jit import inline, kernel, variants
 from pymla.ggml import QUANTISED
 
 __all__ = ["experts", "ffn", "router"]

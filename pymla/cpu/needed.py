@@ -5,11 +5,12 @@ A kernel that is missing here would be compiled when it is first launched, in th
 with models of all kinds and finds none.
 """
 
-from pymla.cpu import attention, compiling, moe, norm, quant, rope, threads
+from pymla.cpu import attention, moe, norm, quant, rope
+from pymla.cpu.runtime import compiling, threads
 
 
 def compile_for(model, progress=None, warn=None):
-    """Compile what a `pymla.model.Model` launches on the processor, or load it from the cache.
+    """Compile what a `pymla.models.deepseek2.Model` launches on the processor, or load it from the cache.
 
     Parameters
     ----------

@@ -11,10 +11,10 @@ import numpy as np
 from numba import types
 
 from pymla.cpu.contract import check
-from pymla.cpu.jit import kernel
+from pymla.cpu.machine.simd import add as plus
+from pymla.cpu.machine.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
 from pymla.cpu.quant import Activation
-from pymla.cpu.simd import add as plus
-from pymla.cpu.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
+from pymla.cpu.runtime.jit import kernel
 
 MATRIX = types.Array(types.float32, 2, "C")
 ROWS = types.Array(types.float32, 2, "A")

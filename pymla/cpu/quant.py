@@ -2,13 +2,13 @@
 
 Quantised types multiply on integers: activations become int8 with a scale per 32 values, once for all matrices that
 read them (`Activation`). Float types multiply in float32. Few tokens read every row straight from the file; many go
-through panels (`pymla.cpu.panels`).
+through panels (`pymla.cpu.matmul.gemm`).
 
 >>> import numpy as np
 >>> from pymla import ggml
 >>> from pymla.cpu import quant
 >>> from pymla.reference.quant import quantise
->>> from pymla.weights import QTensor
+>>> from pymla.tensor import QTensor
 >>> w = QTensor(ggml.Q8_0, quantise(np.eye(64, dtype=np.float32), ggml.Q8_0))
 >>> x = np.arange(64, dtype=np.float32)[None]
 >>> out = np.empty((1, 64), np.float32)
@@ -22,17 +22,10 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cache import Step
-from pymla.cpu.compiling import unrolled
 from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS, dequantise_row_for, quantise_block
-from pymla.cpu.isa import AMX, LANES
-from pymla.cpu.jit import inline, kernel, variants
-from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.panels import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
-from pymla.cpu.panels_amx import MARGIN, empty_columns
-from pymla.cpu.rows import COLUMNS, TILES, dot_rows_for, order, place
-from pymla.cpu.simd import (
+from pymla.cpu.machine.isa import AMX, LANES
+from pymla.cpu.machine.simd import (
     address,
     fma,
     load_f32,
@@ -45,7 +38,14 @@ from pymla.cpu.simd import (
     store_f32x32,
     store_f32xL,
 )
-from pymla.weights import QTensor
+from pymla.cpu.matmul.gemm import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
+from pymla.cpu.matmul.gemm_amx import MARGIN, empty_columns
+from pymla.cpu.matmul.gemv import COLUMNS, TILES, dot_rows_for, order, place
+from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
+from pymla.cpu.runtime.compiling import unrolled
+from pymla.cpu.runtime.jit import inline, kernel, variants
+from pymla.pages import Step
+from pymla.tensor import QTensor
 
 #: Numba types of the kernels' arguments.
 F1 = types.Array(types.float32, 1, "C")

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu.contract import check
-from pymla.cpu.jit import kernel
+from pymla.cpu.runtime.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")
 F3 = types.Array(types.float32, 3, "C")

@@ -35,13 +35,13 @@ def check():
     """
     if importlib.util.find_spec("numba_cuda") is None:
         raise PymlaError('the package numba-cuda is not installed; pip install "pymla[cuda]"')
-    from pymla import numba_check  # noqa: F401 - before Numba
+    from pymla.host import numba_check  # noqa: F401 - before Numba
 
     if _simulated():
         return
     from cuda.bindings import driver as api
 
-    from pymla.cuda.driver import call, compute_capability
+    from pymla.cuda.runtime.driver import call, compute_capability
 
     # This one answers before the driver is initialised, which an old one may refuse.
     driver, toolkit = call(api.cuDriverGetVersion), _toolkit()
@@ -63,7 +63,8 @@ def check():
 def describe():
     """The device: name, bytes of memory, compute capability and multiprocessors, as a dict."""
     check()
-    from pymla.cuda import driver, memory
+    from pymla.cuda import memory
+    from pymla.cuda.runtime import driver
 
     return {
         "name": "CUDA simulator" if _simulated() else _name(),
@@ -80,7 +81,7 @@ def _simulated():
 def _name():
     from cuda.bindings import driver as api
 
-    from pymla.cuda.driver import call, device
+    from pymla.cuda.runtime.driver import call, device
 
     return call(api.cuDeviceGetName, 128, device()).split(b"\0")[0].decode()
 

@@ -1,10 +1,11 @@
-"""Whole steps that the device repeats without the host: CUDA graphs. Twin of the CPU's `pymla.cpu.threads.Graph`."""
+"""Whole steps that the device repeats without the host: CUDA graphs. Twin of the CPU's
+`pymla.cpu.runtime.threads.Graph`."""
 
 from cuda.bindings import driver as api
 
-from pymla.cuda import driver
-from pymla.cuda.driver import call
 from pymla.cuda.memory import pool_of_graph
+from pymla.cuda.runtime import driver
+from pymla.cuda.runtime.driver import call
 from pymla.errors import PymlaError
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from cuda.bindings import driver as api
 from numba import cuda, types
 
-from pymla.cuda import memory, ptx
-from pymla.cuda.driver import SIMULATED, call, multiprocessors, stream
-from pymla.cuda.jit import device, kernel
+from pymla.cuda import memory
+from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.driver import SIMULATED, call, multiprocessors, stream
+from pymla.cuda.runtime.jit import device, kernel
 
 __all__ = ["Limits", "int8_rate", "measure", "read_rate", "seconds"]
 

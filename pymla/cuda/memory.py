@@ -15,12 +15,21 @@ import threading
 import numpy as np
 from cuda.bindings import driver as api
 
-from pymla.cuda.driver import SIMULATED, call, describe, device, recording, refuse_while_recording, stream, synchronise
+from pymla.cuda.runtime.driver import (
+    SIMULATED,
+    call,
+    describe,
+    device,
+    recording,
+    refuse_while_recording,
+    stream,
+    synchronise,
+)
 from pymla.errors import PymlaError
-from pymla.memory import available_memory, size_text
+from pymla.host.memory import available_memory, size_text
 
 if SIMULATED:
-    from pymla.cuda import simulator
+    from pymla.cuda.machine import simulator
 
 #: Bytes of a staging buffer for copies from the host; there are two.
 STAGING = 32 << 20

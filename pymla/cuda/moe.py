@@ -18,9 +18,7 @@ from pymla import ggml
 from pymla.cuda import norm
 from pymla.cuda.contract import check
 from pymla.cuda.formats import FLOATS, FORMATS
-from pymla.cuda.jit import device, kernel, unrolled
-from pymla.cuda.memory import empty
-from pymla.cuda.ptx import (
+from pymla.cuda.machine.ptx import (
     WARP,
     ballot,
     div,
@@ -35,12 +33,14 @@ from pymla.cuda.ptx import (
     warp_max,
     warp_sum,
 )
+from pymla.cuda.matmul.gemm import NARROW as TILE
+from pymla.cuda.matmul.gemm import ROWS, THREADS, tile_of
+from pymla.cuda.matmul.gemv import row_products, row_sums
+from pymla.cuda.memory import empty
 from pymla.cuda.quant import FEW, INPUT, MATRICES, WARPS, Activation, Matrices, matmul, row_address
-from pymla.cuda.rows import row_products, row_sums
-from pymla.cuda.tiles import NARROW as TILE
-from pymla.cuda.tiles import ROWS, THREADS, tile_of
+from pymla.cuda.runtime.jit import device, kernel, unrolled
 from pymla.errors import PymlaError
-from pymla.weights import QTensor
+from pymla.tensor import QTensor
 
 __all__ = ["experts", "ffn", "router"]
 

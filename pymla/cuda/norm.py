@@ -9,8 +9,7 @@ import numpy as np
 from numba import cuda, types
 
 from pymla.cuda.contract import check
-from pymla.cuda.jit import device, kernel
-from pymla.cuda.ptx import (
+from pymla.cuda.machine.ptx import (
     WARP,
     div,
     fma,
@@ -26,6 +25,7 @@ from pymla.cuda.ptx import (
     warp_sum,
 )
 from pymla.cuda.quant import Activation, quantise_four
+from pymla.cuda.runtime.jit import device, kernel
 
 F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "C")

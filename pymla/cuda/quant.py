@@ -15,8 +15,7 @@ from pymla import ggml
 from pymla.cuda import memory
 from pymla.cuda.contract import check
 from pymla.cuda.formats import FLOATS, FORMATS
-from pymla.cuda.jit import device, kernel
-from pymla.cuda.ptx import (
+from pymla.cuda.machine.ptx import (
     WARP,
     as_f32,
     as_word,
@@ -39,9 +38,10 @@ from pymla.cuda.ptx import (
     to_f32,
     warp_sum,
 )
-from pymla.cuda.rows import row_products
-from pymla.cuda.tiles import NARROW, THREADS, WIDE, tile_of
-from pymla.cuda.tiles import ROWS as TILE_ROWS
+from pymla.cuda.matmul.gemm import NARROW, THREADS, WIDE, tile_of
+from pymla.cuda.matmul.gemm import ROWS as TILE_ROWS
+from pymla.cuda.matmul.gemv import row_products
+from pymla.cuda.runtime.jit import device, kernel
 
 F2 = types.Array(types.float32, 2, "C")
 A3 = types.Array(types.float32, 3, "A")

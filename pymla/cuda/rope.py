@@ -5,7 +5,7 @@ import math
 from numba import cuda, types
 
 from pymla.cuda.contract import check
-from pymla.cuda.jit import kernel
+from pymla.cuda.runtime.jit import kernel
 
 A3 = types.Array(types.float32, 3, "A")
 F3 = types.Array(types.float32, 3, "C")

@@ -1,5 +1,5 @@
 """Choosing the next token on the device, so that a generated token costs the host a copy of eight bytes. Twin of
-`pymla.sampling`.
+`pymla.text.sampling`.
 
 The order is the same: top-k, top-p of what is left, min-p, temperature, a draw; of equal logits the lower token comes
 first. The distribution is the same, the random stream is not: a draw takes one number of Philox4x32-10 (Salmon et al.,
@@ -18,12 +18,12 @@ import math
 import numpy as np
 from numba import cuda, types
 
-from pymla.cuda import ptx
-from pymla.cuda.jit import device, kernel
+from pymla.cuda.machine import ptx
 from pymla.cuda.memory import empty, to_device, to_host
+from pymla.cuda.runtime.jit import device, kernel
 from pymla.errors import PymlaError
-from pymla.sampling import Sampled
-from pymla.sampling import Sampler as OnHost
+from pymla.text.sampling import Sampled
+from pymla.text.sampling import Sampler as OnHost
 
 __all__ = ["SEGMENT", "Sampler", "greedy", "new_state", "on_device", "sample"]
 
@@ -49,7 +49,7 @@ _WORD = 0xFFFFFFFF
 
 
 def on_device(params):
-    """Whether `sample` does all that a `pymla.sampling.SamplingParams` asks for."""
+    """Whether `sample` does all that a `pymla.text.sampling.SamplingParams` asks for."""
     penalties = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
     return not (penalties or params.logit_bias or params.logprobs)
 
@@ -67,8 +67,8 @@ def new_state(seeds):
 
 
 class Sampler:
-    """Draws tokens for one sequence. Twin of `pymla.sampling.Sampler`, which takes over where the parameters ask for
-    what the device does not do.
+    """Draws tokens for one sequence. Twin of `pymla.text.sampling.Sampler`, which takes over where the parameters ask
+    for what the device does not do.
 
     Parameters
     ----------

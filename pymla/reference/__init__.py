@@ -1,13 +1,13 @@
 """NumPy versions of every operation: obviously right, float32 or float64, the oracle of both fast backends.
 
-This backend (`pymla.backends`) computes in the dtype of the arrays that it is given, so that a whole model can run in
-float64.
+This backend (`pymla.models.placement`) computes in the dtype of the arrays that it is given, so that a whole model can
+run in float64.
 """
 
-from pymla import sampling
-from pymla.costs import SLICE
 from pymla.reference import attention, memory, moe, norm, quant, rope
 from pymla.reference.graph import Graph
+from pymla.scratch import SLICE
+from pymla.text import sampling
 
 NAME = "reference"
 

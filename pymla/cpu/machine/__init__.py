@@ -1,0 +1,1 @@
+"""The processor's registers and instructions, as Numba values."""

@@ -1,0 +1,136 @@
+"""Words of attention as Numba values: codes as operands of the scores and of the values.
+
+A word has `WORD` codes of a column of K. One operand's codes are from 0 to 255 where there is VNNI (`BIAS` more), the
+other's have a sign.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from pymla.cpu.machine.intrinsics import (
+    I8,
+    I16,
+    I32,
+    I64,
+    constant,
+    declare,
+    dpbusd,
+    f32xL,
+    i8xL,
+    i32xL,
+    in_order,
+    ir_type,
+    operation,
+    read,
+    shuffle,
+    splat,
+    write,
+)
+from pymla.cpu.machine.isa import ISA, LANES, VNNI
+from pymla.cpu.machine.simd_bytes import dot_pairs_i16
+
+#: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
+#: others without are one instruction there; elsewhere int16 is as fast, and as exact.
+WORD = 4 if VNNI else 2
+#: Added to the codes that VNNI takes as unsigned.
+BIAS = 128 if VNNI else 0
+
+
+@operation(types.void, types.int64, f32xL)
+def store_codes(builder, address, value):
+    """`LANES` float32, whole numbers, as codes. NaN becomes any number."""
+    codes = builder.fptosi(value, ir.VectorType(I32, LANES))
+    write(builder, address, builder.trunc(codes, ir.VectorType(I8 if VNNI else I16, LANES)))
+
+
+def _words(builder, columns):
+    """Registers of columns as words: int32 or int16 lanes, of which the low bits count."""
+    bits = 32 // WORD
+    words = ir.VectorType(I32, columns[0].type.count)
+    packed = []
+    for group in (columns[i : i + WORD] for i in range(0, len(columns), WORD)):
+        word = None
+        for i, column in enumerate(group):
+            code = builder.and_(builder.fptosi(column, words), constant(words, (1 << bits) - 1))
+            code = builder.shl(code, constant(words, bits * i))
+            word = code if word is None else builder.or_(word, code)
+        packed.append(word)
+    return packed
+
+
+@operation(types.void, types.int64, types.int64, f32xL, f32xL, f32xL, f32xL)
+def store_words(builder, address, stride, *columns):
+    """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
+    for i, word in enumerate(_words(builder, columns)):
+        write(builder, builder.add(address, builder.mul(stride, ir.Constant(I64, i))), word)
+
+
+zero_words = operation(i32xL)(lambda builder: constant(ir_type(i32xL), 0))
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot_words(builder, acc, a, b):
+    """Add the products of words, of which `a` has the `BIAS`."""
+    if VNNI:
+        return in_order(builder, dpbusd(builder, acc, a, b))
+    words = ir.VectorType(I16, 2 * LANES)
+    return in_order(
+        builder, builder.add(acc, dot_pairs_i16(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
+    )
+
+
+@operation(i32xL, i32xL, i8xL, i8xL)
+def dot_i16_words(builder, acc, a, b):
+    """Add the products of words of two int16; sums must stay within int32."""
+    if VNNI:
+        name = f"llvm.x86.avx512.vpdpwssd.{32 * LANES}"
+        a, b = builder.bitcast(a, acc.type), builder.bitcast(b, acc.type)
+        return in_order(builder, builder.call(declare(builder, name, acc.type, [acc.type] * 3), [acc, a, b]))
+    words = ir.VectorType(I16, 2 * LANES)
+    return in_order(
+        builder, builder.add(acc, dot_pairs_i16(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
+    )
+
+
+@operation(types.void, types.int64, types.int64)
+def widen(builder, address, codes):
+    """Thirty-two bytes at `codes`, 128 more than codes, as codes of words of two."""
+    value = read(builder, codes, ir.VectorType(I8, 32))
+    write(builder, address, builder.sext(builder.xor(value, constant(value.type, -128)), ir.VectorType(I16, 32)))
+
+
+def _scale_words(builder, words, factors):
+    """int16 times int16 / 32768, rounded."""
+    if ISA != "portable":
+        name = "llvm.x86.avx512.pmul.hr.sw.512" if words.type.count == 32 else "llvm.x86.avx2.pmul.hr.sw"
+        return builder.call(declare(builder, name, words.type, [words.type] * 2), [words, factors])
+    wide = ir.VectorType(I32, words.type.count)
+    product = builder.add(builder.mul(builder.sext(words, wide), builder.sext(factors, wide)), constant(wide, 1 << 14))
+    return builder.trunc(builder.ashr(product, constant(wide, 15)), words.type)
+
+
+@operation(types.void, *[types.int64] * 7)
+def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
+    """Thirty-two codes of each of four rows, bytes that are 128 more than the codes, as words of as many lanes of
+    panels, times int16 / 32768 at `factors`, `stride` bytes from row to row."""
+    # Numbers at a time, and lanes of a store: a panel's.
+    count, lanes = (32, 16) if LANES == 16 else (16, 8)
+    words = ir.VectorType(I16, count)
+    scale = []
+    for i in range(4):
+        at = builder.add(factors, builder.mul(stride, ir.Constant(I64, i)))
+        scale.append(splat(builder, read(builder, at, I16), count))
+    for first in range(0, 32, count):
+        rows = []
+        for row, factor in zip((row_0, row_1, row_2, row_3), scale, strict=True):
+            codes = read(builder, builder.add(row, ir.Constant(I64, first)), ir.VectorType(I8, count))
+            codes = builder.xor(codes, constant(codes.type, -128))
+            rows.append(_scale_words(builder, builder.sext(codes, words), factor))
+        if WORD == 4:
+            low, eight = constant(words, 255), constant(words, 8)
+            rows = [builder.or_(builder.and_(a, low), builder.shl(b, eight)) for a, b in (rows[:2], rows[2:])]
+        for i, (a, b) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            for j in range(0, count, lanes):
+                order = [lane for k in range(j, j + lanes) for lane in (k, count + k)]
+                offset = 4 * LANES * i + (first + j) // lanes * (4 * LANES * 32 // WORD)
+                write(builder, builder.add(panel, ir.Constant(I64, offset)), shuffle(builder, a, b, order))

@@ -1,0 +1,236 @@
+"""Products of rows of weights with one activation vector in registers of 64 bytes, for AVX-512 with VNNI.
+
+Twice as wide as the registers of `pymla.cpu.formats`, and with bytes picked from anywhere in two registers by one
+instruction, so that a core keeps up with memory. Each register has sixteen codes of four blocks, which is the order of
+the activations (`place`); the scales of the four blocks are spread over its lanes. Blocks of Q4_0 go eight at a time,
+with eight codes of each in a register (`rows.EIGHTHS`): they lie so close that two loads have the bytes for each, and
+sums of all four registers meet in one, which takes scales once.
+"""
+
+import numpy as np
+
+from pymla.cpu.machine.simd import (
+    bit_or,
+    fma,
+    high_nibbles,
+    load_f16,
+    load_f32x4,
+    load_f32x4_twice,
+    load_f32x8,
+    load_scales,
+    load_scales_4,
+    load_scales_and_minima,
+    low_nibbles,
+    mul,
+    splat_f32,
+    sub,
+    totals,
+)
+from pymla.cpu.machine.simd_512 import (
+    all_128,
+    dot_u8x64,
+    eighths_18,
+    even_quarters,
+    first_quarters_20,
+    flip_sign_bits,
+    halve,
+    halves_18,
+    last_quarters_20,
+    load_bits_2,
+    load_i8x64,
+    load_quarters,
+    load_starts,
+    odd_quarters,
+    spread,
+    spread_pairs,
+    subtract_i32x16,
+    times_scales_8,
+    to_f32x16,
+    zero_f32x16,
+    zero_i32x16,
+)
+from pymla.cpu.machine.simd_bytes import dot_i16, load_i8_as_i16, load_i16x16, times_32, to_f32
+from pymla.cpu.memory import fetch_ahead
+from pymla.cpu.runtime.compiling import inline, unrolled
+
+
+@inline
+def place(block, blocks):
+    """Where the activations of a block stand, of whole fours of blocks: its first sixteen codes, and bytes from there
+    to the others."""
+    return block // 4 * 128 + block % 4 * 16, 64
+
+
+@inline
+def place_eights(block):
+    """Where they stand in `rows.EIGHTHS`, of whole eights of blocks: the first eight codes, and bytes from there to the
+    next eight and to the last sixteen."""
+    return block // 8 * 256 + block % 8 * 8, 128, 64
+
+
+@unrolled
+def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
+    """Whole fours of blocks of four rows of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
+
+    Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, of eight blocks before their
+    products are added up, else like a minimum.
+    """
+    a, b, c, d = rows
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    min_a, min_b, min_c, min_d = none, none, none, none
+    for _ in range(columns // 256):
+        x = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
+        s, m, z = load_f32x8(scale), load_f32x8(sums), load_starts(starts)
+        acc_a, min_a = _add_eight(size, a, x, s, m, z, acc_a, min_a)
+        acc_b, min_b = _add_eight(size, b, x, s, m, z, acc_b, min_b)
+        acc_c, min_c = _add_eight(size, c, x, s, m, z, acc_c, min_c)
+        acc_d, min_d = _add_eight(size, d, x, s, m, z, acc_d, min_d)
+        a, b, c, d = a + 8 * size, b + 8 * size, c + 8 * size, d + 8 * size
+        codes, scale, sums, starts = codes + 256, scale + 32, sums + 32, starts + 32
+    if columns % 256 >= 128:
+        s, m = load_f32x4_twice(scale), load_f32x4(sums)
+        acc_a, min_a = _add_four(size, header, a, codes, s, m, acc_a, min_a)
+        acc_b, min_b = _add_four(size, header, b, codes, s, m, acc_b, min_b)
+        acc_c, min_c = _add_four(size, header, c, codes, s, m, acc_c, min_c)
+        acc_d, min_d = _add_four(size, header, d, codes, s, m, acc_d, min_d)
+    w = splat_f32(np.float32(-8 if size == 18 else 1))
+    return totals(
+        fma(min_a, w, halve(acc_a)),
+        fma(min_b, w, halve(acc_b)),
+        fma(min_c, w, halve(acc_c)),
+        fma(min_d, w, halve(acc_d)),
+    )
+
+
+@unrolled
+def _add_eight(size, row, x, s, m, z, acc, minima):
+    """Add products of eight blocks and of their minima."""
+    fetch_ahead(row, 8 * size)
+    if size == 18:
+        return _add_eight_q4_0(row, x, s, z, acc), minima
+    first, second, last = load_i8x64(row), load_i8x64(row + 64), load_i8x64(row + 96)
+    d, minimum = load_scales_and_minima(row, 20)
+    products = _nibbles_times(first_quarters_20(first, second), x[0], x[1])
+    others = _nibbles_times(last_quarters_20(second, last), x[2], x[3])
+    factor = mul(d, s)
+    acc = fma(to_f32x16(products), spread(factor, 0), acc)
+    acc = fma(to_f32x16(others), spread(factor, 1), acc)
+    return acc, fma(minimum, m, minima)
+
+
+@unrolled
+def _add_eight_q4_0(row, x, s, z, acc):
+    """The same for Q4_0, with sums that begin with minus eight times those of the activations."""
+    head, other = load_i8x64(row), load_i8x64(row + 72)
+    first, second = eighths_18(head, other), eighths_18(load_i8x64(row + 8), load_i8x64(row + 80))
+    products = dot_u8x64(dot_u8x64(z, low_nibbles(first), x[0]), high_nibbles(first), x[1])
+    products = dot_u8x64(dot_u8x64(products, low_nibbles(second), x[2]), high_nibbles(second), x[3])
+    return fma(to_f32x16(products), spread_pairs(mul(halves_18(head, other), s)), acc)
+
+
+@unrolled
+def _add_four(size, header, row, codes, s, m, acc, minima):
+    """Add products of four blocks and of their minima."""
+    d = load_scales_4(row, size)
+    products = _nibbles_times(load_quarters(row, size, header), load_i8x64(codes), load_i8x64(codes + 64))
+    acc = fma(to_f32x16(products), spread(mul(d, s), 0), acc)
+    return acc, fma(d if size == 18 else load_scales_4(row + 2, size), m, minima)
+
+
+@unrolled
+def _nibbles_times(packed, x, y):
+    """Products of four blocks' nibbles with their activations."""
+    return dot_u8x64(dot_u8x64(zero_i32x16(), low_nibbles(packed), x), high_nibbles(packed), y)
+
+
+@unrolled
+def dot_q8_0(rows, codes, scale, columns):
+    """Whole fours of blocks of four rows of Q8_0. Codes become unsigned, 128 more, and the products with 128 are taken
+    off."""
+    a, b, c, d = rows
+    zero = zero_f32x16()
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    for _ in range(columns // 256):
+        s = load_f32x8(scale)
+        first, second = _offset(codes), _offset(codes + 128)
+        acc_a = _add_eight_q8_0(a, codes, first, second, s, acc_a)
+        acc_b = _add_eight_q8_0(b, codes, first, second, s, acc_b)
+        acc_c = _add_eight_q8_0(c, codes, first, second, s, acc_c)
+        acc_d = _add_eight_q8_0(d, codes, first, second, s, acc_d)
+        a, b, c, d, codes, scale = a + 272, b + 272, c + 272, d + 272, codes + 256, scale + 32
+    if columns % 256 >= 128:
+        s, offset = load_f32x4_twice(scale), _offset(codes)
+        acc_a = fma(to_f32x16(_bytes_times(a, codes, offset)), spread(mul(load_scales_4(a, 34), s), 0), acc_a)
+        acc_b = fma(to_f32x16(_bytes_times(b, codes, offset)), spread(mul(load_scales_4(b, 34), s), 0), acc_b)
+        acc_c = fma(to_f32x16(_bytes_times(c, codes, offset)), spread(mul(load_scales_4(c, 34), s), 0), acc_c)
+        acc_d = fma(to_f32x16(_bytes_times(d, codes, offset)), spread(mul(load_scales_4(d, 34), s), 0), acc_d)
+    return totals(halve(acc_a), halve(acc_b), halve(acc_c), halve(acc_d))
+
+
+@unrolled
+def _offset(codes):
+    """Minus the products of 128 with the activations of four blocks."""
+    products = dot_u8x64(zero_i32x16(), all_128(), load_i8x64(codes))
+    return subtract_i32x16(zero_i32x16(), dot_u8x64(products, all_128(), load_i8x64(codes + 64)))
+
+
+@unrolled
+def _add_eight_q8_0(row, codes, first, second, s, acc):
+    fetch_ahead(row, 272)
+    factor = mul(load_scales(row, 34), s)
+    acc = fma(to_f32x16(_bytes_times(row, codes, first)), spread(factor, 0), acc)
+    return fma(to_f32x16(_bytes_times(row + 136, codes + 128, second)), spread(factor, 1), acc)
+
+
+@unrolled
+def _bytes_times(row, codes, offset):
+    """Products of four blocks of Q8_0 with their activations."""
+    low, high = flip_sign_bits(load_quarters(row, 34, 2)), flip_sign_bits(load_quarters(row, 34, 18))
+    return dot_u8x64(dot_u8x64(offset, low, load_i8x64(codes)), high, load_i8x64(codes + 64))
+
+
+@unrolled
+def dot_q6_k(rows, codes, scale, sum16, columns):
+    """Four rows of Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen
+    activations."""
+    a, b, c, d = rows
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    off_a, off_b, off_c, off_d = none, none, none, none
+    for _ in range(columns // 256):
+        s, sums = load_f32x8(scale), load_i16x16(sum16)
+        acc_a, off_a = _add_q6_k(a, codes, s, sums, acc_a, off_a)
+        acc_b, off_b = _add_q6_k(b, codes, s, sums, acc_b, off_b)
+        acc_c, off_c = _add_q6_k(c, codes, s, sums, acc_c, off_c)
+        acc_d, off_d = _add_q6_k(d, codes, s, sums, acc_d, off_d)
+        a, b, c, d = a + 210, b + 210, c + 210, d + 210
+        codes, scale, sum16 = codes + 256, scale + 32, sum16 + 32
+    return totals(
+        sub(halve(acc_a), off_a), sub(halve(acc_b), off_b), sub(halve(acc_c), off_c), sub(halve(acc_d), off_d)
+    )
+
+
+@unrolled
+def _add_q6_k(row, codes, s, sums, acc, offsets):
+    """Add products of a block of 256, and what comes off."""
+    fetch_ahead(row, 210)
+    factor = mul(splat_f32(load_f16(row + 208)), s)
+    products = _q6_times(row, row + 128, row + 192, codes)
+    others = _q6_times(row + 64, row + 160, row + 200, codes + 128)
+    offset = times_32(dot_i16(load_i8_as_i16(row + 192), sums))
+    acc = fma(to_f32x16(products), spread(factor, 0), acc)
+    acc = fma(to_f32x16(others), spread(factor, 1), acc)
+    return acc, fma(to_f32(offset), factor, offsets)
+
+
+@unrolled
+def _q6_times(nibbles, high, scales, codes):
+    """Products of four blocks, times their two scales; addresses of their 64 bytes of nibbles, 32 bytes of high bits,
+    scales and activations."""
+    packed = load_i8x64(nibbles)
+    low_of_two, high_of_two = low_nibbles(packed), high_nibbles(packed)
+    first = bit_or(even_quarters(low_of_two, high_of_two), load_bits_2(high))
+    second = bit_or(odd_quarters(low_of_two, high_of_two), load_bits_2(high + 16))
+    products = dot_u8x64(zero_i32x16(), first, load_i8x64(codes))
+    return times_scales_8(products, dot_u8x64(zero_i32x16(), second, load_i8x64(codes + 64)), scales)

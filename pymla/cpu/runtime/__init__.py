@@ -1,0 +1,1 @@
+"""Compiling kernels, their arguments, and the threads that run them."""

@@ -1,0 +1,245 @@
+"""The absorbed form of attention on tensor cores: all heads of a token together against its cache rows.
+
+A block takes one token, 16 heads (rows of a tensor core's product; rows without a head are zeros) and a share of the
+positions, in tiles of 32 rows. While one tile is computed the next one is copied into the other half of shared memory.
+
+- Scores: each of four warps multiplies its quarter of the queries, which stays in registers, with its quarter of every
+  row; the four parts meet in shared memory, so that a row is read once and queries not at all.
+- Softmax, online (Milakov and Gimelshein, 2018), to base 2: all warps compute it, alike, in float32.
+- Values: each warp has a quarter of the columns, from the rows that the scores came from.
+
+Factors are bfloat16 for a bf16 cache and float16 for the others, a float32 one too; sums are float32. Positions and
+tables are read by the kernels only, so that a recorded step can be replayed; the grid depends on the table's width.
+
+Shared memory holds rows of ``c_kv`` and behind it ``k_pe``; rows of q8_0 wait there in their own type.
+"""
+
+import functools
+
+import numpy as np
+from numba import cuda, types
+
+from pymla import ggml
+from pymla.cuda.attention.splits import STEP, Shares, boundary, merge, shares_of
+from pymla.cuda.attention.tiles import (
+    INFINITY,
+    LOG2E,
+    NO_SCORES,
+    THREADS,
+    TILE,
+    WARPS,
+    ZERO,
+    convert_rows,
+    copy_rows,
+    copy_whole,
+    factors_of,
+    key_row,
+    load_queries,
+    need_multiples_of_16,
+    online_softmax,
+    place,
+    scores_of,
+    store_values,
+    unpack_blocks,
+    value_row,
+    values_of,
+)
+from pymla.cuda.contract import check
+from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
+from pymla.pages import CACHE_TYPES, PAGE
+
+__all__ = ["absorbed"]
+
+I32, I64, F32 = types.int32, types.int64, types.float32
+
+#: Heads of a block: the rows of a tensor core's product.
+HEADS = 16
+#: Bytes of the warps' parts of the scores.
+PARTS = WARPS * 4 * ptx.WARP * 16
+
+
+@device
+def _write_part(at, scores):
+    """A warp's part of the scores; the address is this lane's."""
+    s0, s1, s2, s3 = scores
+    ptx.store_shared_f32x4(at, s0[0], s0[1], s0[2], s0[3])
+    ptx.store_shared_f32x4(at + 512, s1[0], s1[1], s1[2], s1[3])
+    ptx.store_shared_f32x4(at + 1024, s2[0], s2[1], s2[2], s2[3])
+    ptx.store_shared_f32x4(at + 1536, s3[0], s3[1], s3[2], s3[3])
+
+
+@device
+def _whole_score(at):
+    """Four scores of this lane: the sum of the warps' parts."""
+    a0, a1, a2, a3 = ptx.load_shared_f32x4(at)
+    b0, b1, b2, b3 = ptx.load_shared_f32x4(at + 2048)
+    c0, c1, c2, c3 = ptx.load_shared_f32x4(at + 4096)
+    d0, d1, d2, d3 = ptx.load_shared_f32x4(at + 6144)
+    return (a0 + b0) + (c0 + d0), (a1 + b1) + (c1 + d1), (a2 + b2) + (c2 + d2), (a3 + b3) + (c3 + d3)
+
+
+class _Layout:
+    """Shared memory of a block: offsets in bytes, and how far the second one of two is behind the first.
+
+    Two tiles, and the parts of the scores. For q8_0 one tile, and two of rows in their own type; once they are
+    unpacked, parts of the scores take their place.
+    """
+
+    def __init__(self, qtype, rank, rope):
+        tile = 2 * TILE * (rank + rope)
+        if qtype == ggml.Q8_0:
+            self.next_tile, self.parts = 0, tile
+            self.next_parts = max(PARTS, TILE * (ggml.row_bytes(qtype, rank) + 2 * rope))
+            self.nbytes = tile + 2 * self.next_parts
+        else:
+            self.next_tile, self.parts, self.next_parts = tile, 2 * tile, 0
+            self.nbytes = 2 * tile + PARTS
+
+
+@functools.cache
+def absorbed_kernel(qtype, rank, rope):
+    """The kernel for a cache type and sizes, and its bytes of shared memory."""
+    layout = _Layout(qtype, rank, rope)
+    mma, pack = factors_of(qtype)
+    size, steps, groups = rank + rope, (rank + rope) // 16, rank // 16
+    own_steps, own_groups = -(-steps // WARPS), -(-groups // WARPS)
+    latent_bytes = ggml.row_bytes(qtype, rank)
+    rope_bytes = ggml.row_bytes(ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)
+    next_tile, at_parts, next_parts = layout.next_tile, layout.parts, layout.next_parts
+    softmax, no_values, indices = online_softmax(pack), ((ZERO,) * 8,) * own_groups, tuple(range(own_steps))
+    queries_of_warp = unrolled(load_queries(pack, size), own_steps)
+    scores_of_warp = folded(scores_of(mma, size, WARPS), own_steps)
+    values_of_warp = unrolled(values_of(mma, rank, size, WARPS), own_groups)
+    store_columns = unrolled(store_values, own_groups)
+
+    if qtype == ggml.Q8_0:
+        fetch_latent, fetch_rope, unpack = copy_whole(latent_bytes), copy_whole(rope_bytes), unpack_blocks(rank, rope)
+
+        @device
+        def fetch(base, stage, cache, slot, seen, thread):
+            at = base + at_parts + stage * next_parts
+            fetch_latent(at, cache[0] + slot * latent_bytes, seen, thread)
+            fetch_rope(at + TILE * latent_bytes, cache[1] + slot * rope_bytes, seen, thread)
+            ptx.cp_async_commit()
+
+        @device
+        def prepare(base, stage, thread):
+            unpack(base, base + at_parts + stage * next_parts, thread)
+            cuda.syncthreads()
+
+    else:
+        rows = convert_rows if qtype == ggml.F32 else copy_rows
+        fetch_latent, fetch_rope = rows(rank, size, 0), rows(rope, size, rank)
+
+        @device
+        def fetch(base, stage, cache, slot, seen, thread):
+            at = base + stage * next_tile
+            fetch_latent(at, cache[0] + slot * latent_bytes, latent_bytes, seen, thread)
+            fetch_rope(at, cache[1] + slot * rope_bytes, rope_bytes, seen, thread)
+            ptx.cp_async_commit()
+
+        @device
+        def prepare(base, stage, thread):
+            pass
+
+    @kernel(
+        I64, types.UniTuple(I64, 2), STEP, F32, I32, I32,
+        types.UniTuple(I64, 2), types.UniTuple(I64, 3),
+        variant=f"{ggml.NAME[qtype].lower()},{rank},{rope}", max_threads=THREADS, min_blocks=2,
+    )  # fmt: skip
+    def absorbed(q, cache, step, scale, heads, splits, partial, out):
+        """Values of a token, 16 heads and a share of the positions; ``partial`` are addresses of unnormalised values
+        (T, splits, H, rank), and of maxima and sums (T, splits, H, 2). A share that is all goes to `out`, a `place`, at
+        once.
+
+        Grid: splits, groups of heads, tokens.
+        """
+        split, head, t = cuda.blockIdx.x, HEADS * cuda.blockIdx.y, cuda.blockIdx.z
+        positions, seq_of, tables = step
+        length, sequence = positions[t] + 1, seq_of[t]
+        tiles, shares = shares_of(length, splits)
+        if split >= shares:
+            return
+        begin, end = boundary(tiles, shares, split), boundary(tiles, shares, split + 1)
+        thread = cuda.threadIdx.x
+        warp, lane = thread >> 5, thread & 31
+        base = ptx.shared_address(cuda.shared.array(0, np.int32, alignment=16))
+        slot = tables[sequence, begin >> 1] * PAGE + (begin & 1) * TILE
+        fetch(base, 0, cache, slot, length - TILE * begin, thread)
+        upper, lower = t * heads + head + (lane >> 2), t * heads + head + (lane >> 2) + 8
+        there = head + (lane >> 2) < heads, head + (lane >> 2) + 8 < heads
+        wanted = own_steps * warp, q + 4 * size * upper, q + 4 * size * lower, there, scale, lane
+        a = queries_of_warp(0, indices, wanted)
+        o, state = no_values, (-INFINITY, -INFINITY, ZERO, ZERO)
+        key, of_values = key_row(lane), value_row(lane)
+        stage = 0
+        for tile in range(begin, end):
+            ptx.cp_async_wait(0)
+            cuda.syncthreads()
+            if tile + 1 < end:
+                slot = tables[sequence, tile + 1 >> 1] * PAGE + (tile + 1 & 1) * TILE
+                fetch(base, stage ^ 1, cache, slot, length - TILE * (tile + 1), thread)
+            prepare(base, stage, thread)
+            at = base + stage * next_tile
+            part = scores_of_warp(0, a, NO_SCORES, (own_steps * warp, at + 2 * size * key[0], key))
+            parts = base + at_parts + stage * next_parts + 16 * lane
+            _write_part(parts + 2048 * warp, part)
+            cuda.syncthreads()
+            scores = (
+                _whole_score(parts),
+                _whole_score(parts + 512),
+                _whole_score(parts + 1024),
+                _whole_score(parts + 1536),
+            )
+            seen = length - TILE * tile
+            weights, shrink, state = softmax(scores, (seen, seen), state, lane)
+            columns = weights, shrink, own_groups * warp, at + 2 * size * of_values[0], of_values
+            o = values_of_warp(0, o, columns)
+            stage ^= 1
+        m0, m1, l0, l1 = state
+        l0, l1 = ptx.group_sum(l0, 4), ptx.group_sum(l1, 4)
+        if shares == 1:
+            factors = ptx.rcp(l0), ptx.rcp(l1)
+            upper = out[0] + t * out[1] + (head + (lane >> 2)) * out[2]
+            lower = upper + 8 * out[2]
+        else:
+            factors = np.float32(1), np.float32(1)
+            upper += (t * (splits - 1) + split) * heads
+            lower += (t * (splits - 1) + split) * heads
+            if warp == 0 and lane & 3 == 0:
+                if there[0]:
+                    ptx.store_f32x2(partial[1] + 8 * upper, m0, l0)
+                if there[1]:
+                    ptx.store_f32x2(partial[1] + 8 * lower, m1, l1)
+            upper, lower = partial[0] + 4 * rank * upper, partial[0] + 4 * rank * lower
+        store_columns(0, o, (own_groups * warp, groups, upper, lower, there, factors, lane))
+
+    return absorbed, layout.nbytes
+
+
+def absorbed(q, latent, rope, step, scale, out, splits=None):
+    """Attention in the latent space: `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`.
+
+    Parameters
+    ----------
+    splits : int, optional
+        Blocks that share the positions of a token at most. By default as many as fill the device twice.
+    """
+    check.absorbed(q, latent, rope, step, scale, out)
+    tokens, heads, rank = out.shape
+    size = q.shape[2]
+    need_multiples_of_16(rank, size - rank)
+    groups = -(-heads // HEADS)
+    shares, target = Shares.empty(out, step, tokens * groups, splits), place(out)
+    launched, shared_bytes = absorbed_kernel(latent.qtype, rank, size - rank)
+    cache, of_step = (latent.data.address, rope.data.address), (step.positions, step.seq_of, step.block_tables)
+    launched[(shares.splits, groups, tokens), THREADS, shared_bytes](
+        q.address, cache, of_step, scale * LOG2E, heads, shares.splits, shares.addresses, target
+    )
+    merge(shares, step.positions, out.shape, target)
+    return out
+
+
+for _qtype in CACHE_TYPES.values():
+    absorbed_kernel(_qtype, 512, 64)

@@ -1,0 +1,199 @@
+"""The absorbed form of attention with all scores in memory (``--mla 2``), to be compared with the online softmax.
+
+Three launches: scores of every position, their exponentials, and the weighted sum of rows, whose positions are split
+over blocks as in the other forms. All of it is computed in float32.
+"""
+
+import functools
+
+import numpy as np
+from numba import cuda, types
+
+from pymla import ggml
+from pymla.cuda.attention.cache_rows import read_four
+from pymla.cuda.attention.splits import STEP, Shares, boundary, merge, shares_of
+from pymla.cuda.attention.tiles import (
+    INFINITY,
+    LOG2E,
+    THREADS,
+    TILE,
+    WARPS,
+    ZERO,
+    need_multiples_of_16,
+    place,
+)
+from pymla.cuda.contract import check
+from pymla.cuda.machine import ptx
+from pymla.cuda.memory import empty
+from pymla.cuda.runtime.jit import device, kernel, unrolled
+from pymla.pages import CACHE_TYPES, PAGE
+
+__all__ = ["absorbed_materialised"]
+
+I32, I64, F32 = types.int32, types.int64, types.float32
+I1 = types.Array(I32, 1, "C")
+F3 = types.Array(F32, 3, "C")
+
+#: Heads of a block that sums rows.
+HEADS = 8
+#: Scores of as many tokens at a time as fit here.
+SCORES_BYTES = 256 << 20
+
+
+def absorbed_materialised(q, latent, rope, step, scale, out, splits=None):
+    """`pymla.cuda.attention.absorbed_form.absorbed`, with scores in memory for as many tokens at a time as fit
+    `SCORES_BYTES`; `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`."""
+    check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
+    tokens, heads, rank = out.shape
+    size, longest = q.shape[2], step.block_tables.shape[1] * PAGE
+    need_multiples_of_16(rank, size - rank)
+    at_once = max(1, SCORES_BYTES // (4 * heads * longest))
+    for start in range(0, tokens, at_once):
+        stop = min(start + at_once, tokens)
+        scores = empty((stop - start, heads, longest), np.float32)
+        _attend(q[start:stop], latent, rope, step.part(start, stop), scale, scores, splits, out[start:stop])
+    return out
+
+
+def _attend(q, latent, rope, step, scale, scores, splits, out):
+    tokens, heads, rank = out.shape
+    size, of_step = q.shape[2], (step.positions, step.seq_of, step.block_tables)
+    write_scores, add_rows = materialised_kernels(latent.qtype, rank, size - rank)
+    blocks = -(-scores.shape[2] // TILE), tokens
+    cache = latent.data.address, rope.data.address
+    write_scores[blocks, THREADS, 4 * WARPS * size](q.address, cache, of_step, scale * LOG2E, scores)
+    _exponentials[(heads, tokens), THREADS](step.positions, scores)
+    groups = -(-heads // HEADS)
+    shares, target = Shares.empty(out, step, tokens * groups, splits), place(out)
+    add_rows[(shares.splits, groups, tokens), THREADS](
+        latent.data.address, of_step, scores, shares.splits, shares.addresses, target
+    )
+    merge(shares, step.positions, out.shape, target)
+
+
+@kernel(I1, F3, max_threads=THREADS)
+def _exponentials(positions, scores):
+    """``2 ** (score - the largest)`` of the positions that a token sees, in place.
+
+    Grid: heads, tokens.
+    """
+    maxima = cuda.shared.array(WARPS, np.float32)
+    head, t, thread = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+    length, largest = positions[t] + 1, -INFINITY
+    for p in range(thread, length, THREADS):
+        largest = ptx.fmax(largest, scores[t, head, p])
+    largest = ptx.warp_max(largest)
+    if thread & 31 == 0:
+        maxima[thread >> 5] = largest
+    cuda.syncthreads()
+    for warp in range(WARPS):
+        largest = ptx.fmax(largest, maxima[warp])
+    for p in range(thread, length, THREADS):
+        scores[t, head, p] = ptx.exp2(scores[t, head, p] - largest)
+
+
+@functools.cache
+def materialised_kernels(qtype, rank, rope):
+    """The kernels for a cache type and sizes: one for the scores, one for the sums of rows."""
+    rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
+    latent_four, rope_four = read_four(qtype), read_four(rope_type)
+    latent_bytes, rope_bytes = ggml.row_bytes(qtype, rank), ggml.row_bytes(rope_type, rope)
+    latent_pieces, pieces, size = rank // 4, (rank + rope) // 4, rank + rope
+    variant = f"{ggml.NAME[qtype].lower()},{rank},{rope}"
+
+    @kernel(I64, types.UniTuple(I64, 2), STEP, F32, F3, variant=variant, max_threads=THREADS)
+    def write_scores(q, cache, step, scale, scores):
+        """Scores to base 2, of all heads: a warp takes a position, whose row it keeps in shared memory.
+
+        Grid: tiles, tokens.
+        """
+        tile, t = cuda.blockIdx.x, cuda.blockIdx.y
+        positions, seq_of, tables = step
+        length, warp, lane = positions[t] + 1, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
+        mine = ptx.shared_address(cuda.shared.array(0, np.float32, alignment=16)) + 4 * size * warp
+        heads = scores.shape[1]
+        for p in range(TILE * tile + warp, min(TILE * tile + TILE, length), WARPS):
+            slot = tables[seq_of[t], p >> 6] * PAGE + (p & 63)
+            latent, k_pe = cache[0] + latent_bytes * slot, cache[1] + rope_bytes * slot
+            for piece in range(lane, pieces, 32):
+                if piece < latent_pieces:
+                    x0, x1, x2, x3 = latent_four(latent, piece)
+                else:
+                    x0, x1, x2, x3 = rope_four(k_pe, piece - latent_pieces)
+                ptx.store_shared_f32x4(mine + 16 * piece, x0, x1, x2, x3)
+            ptx.syncwarp()
+            for head in range(heads):
+                query, sum = q + 4 * size * (t * heads + head), ZERO
+                for piece in range(lane, pieces, 32):
+                    x0, x1, x2, x3 = ptx.load_shared_f32x4(mine + 16 * piece)
+                    y0, y1, y2, y3 = ptx.load_f32x4(query + 16 * piece)
+                    sum = ptx.fma(x0, y0, ptx.fma(x1, y1, ptx.fma(x2, y2, ptx.fma(x3, y3, sum))))
+                sum = ptx.warp_sum(sum)
+                if lane == 0:
+                    scores[t, head, p] = sum * scale
+            ptx.syncwarp()
+
+    @device
+    def add_to_head(o, i, fixed):
+        """A head's sum of four columns and of weights, and a row with its weight."""
+        scores, t, first, p, (x0, x1, x2, x3) = fixed
+        weight = scores[t, min(first + i, scores.shape[1] - 1), p]
+        return (
+            ptx.fma(x0, weight, o[0]), ptx.fma(x1, weight, o[1]),
+            ptx.fma(x2, weight, o[2]), ptx.fma(x3, weight, o[3]), o[4] + weight,
+        )  # fmt: skip
+
+    @device
+    def store_head(o, i, fixed):
+        first, heads, address, stride, whole = fixed
+        if first + i < heads:
+            factor, to = ptx.rcp(o[4]) if whole else np.float32(1), address + stride * (first + i)
+            ptx.store_f32x2(to, o[0] * factor, o[1] * factor)
+            ptx.store_f32x2(to + 8, o[2] * factor, o[3] * factor)
+        return 0
+
+    @device
+    def store_sum(o, i, fixed):
+        first, heads, address = fixed
+        if first + i < heads:
+            ptx.store_f32x2(address + 8 * (first + i), ZERO, o[4])
+        return 0
+
+    add_to_heads, store_heads, store_sums = (unrolled(each, HEADS) for each in (add_to_head, store_head, store_sum))
+    nothing = ((ZERO,) * 5,) * HEADS
+
+    @kernel(
+        I64, STEP, F3, I32, types.UniTuple(I64, 2), types.UniTuple(I64, 3),
+        variant=variant, max_threads=THREADS,
+    )  # fmt: skip
+    def add_rows(latent, step, scores, splits, partial, out):
+        """Rows of a share of the positions, weighted by the exponentials of `HEADS` heads, as
+        `pymla.cuda.attention.splits` merges them. A thread takes four columns. The maximum is 0: it is divided out.
+
+        Grid: splits, groups of heads, tokens.
+        """
+        split, first, t = cuda.blockIdx.x, HEADS * cuda.blockIdx.y, cuda.blockIdx.z
+        positions, seq_of, tables = step
+        length, heads = positions[t] + 1, scores.shape[1]
+        tiles, shares = shares_of(length, splits)
+        if split >= shares:
+            return
+        begin, end = TILE * boundary(tiles, shares, split), min(TILE * boundary(tiles, shares, split + 1), length)
+        row = (t * splits + split) * heads
+        for piece in range(cuda.threadIdx.x, latent_pieces, THREADS):
+            o = nothing
+            for p in range(begin, end):
+                slot = tables[seq_of[t], p >> 6] * PAGE + (p & 63)
+                o = add_to_heads(0, o, (scores, t, first, p, latent_four(latent + latent_bytes * slot, piece)))
+            if shares == 1:
+                store_heads(0, o, (first, heads, out[0] + t * out[1] + 16 * piece, out[2], True))
+            else:
+                store_heads(0, o, (first, heads, partial[0] + 4 * rank * row + 16 * piece, 4 * rank, False))
+                if piece == 0:
+                    store_sums(0, o, (first, heads, partial[1] + 8 * row))
+
+    return write_scores, add_rows
+
+
+for _qtype in CACHE_TYPES.values():
+    materialised_kernels(_qtype, 512, 64)

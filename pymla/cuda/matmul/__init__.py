@@ -1,0 +1,1 @@
+"""Products of quantised matrices with few vectors (`gemv`) and with many (`gemm`)."""

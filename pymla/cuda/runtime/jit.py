@@ -1,0 +1,326 @@
+"""Kernels: functions that every thread of a grid runs, launched as ``kernel[blocks, threads](*arguments)``.
+
+A kernel is compiled for one signature, when it is first launched or by `compile_all`, and runs on the backend's
+stream. Arguments are integers, floats, device arrays (`pymla.cuda.memory`), and tuples of these. Kernels for each ggml
+type come from factories: ``qtype`` is a constant of the closure, so that a kernel holds its own type's branches only.
+
+In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (`pymla.cuda.machine.simulator`).
+"""
+
+import functools
+import operator
+import struct
+import threading
+
+import numpy as np
+from numba import cuda, types
+from numba.np import numpy_support
+
+from pymla.cuda.runtime import driver
+from pymla.cuda.runtime.driver import SIMULATED
+from pymla.errors import PymlaError
+from pymla.host.kernel_cache import take_warnings
+
+if SIMULATED:
+    from pymla.cuda.machine import simulator
+
+__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
+
+#: Every kernel, by name.
+KERNELS = {}
+
+
+def kernel(*signature, variant=None, max_threads=None, min_blocks=None, max_registers=None, hot=True):
+    """Mark a function as a kernel with arguments of the Numba types `signature`.
+
+    Parameters
+    ----------
+    variant : str, optional
+        What tells the kernel from others of its factory: ``matvec[q4_0]``.
+    max_threads : int, optional
+        The largest block that it is launched with: with it the compiler knows how many registers a thread can have.
+    min_blocks : int, optional
+        Blocks of `max_threads` that a multiprocessor shall hold, at the cost of registers.
+    max_registers : int, optional
+        Registers of a thread.
+    hot : bool
+        Whether it may neither spill registers nor compute in float64 (tests/test_cuda_compile.py).
+    """
+    return lambda function: Kernel(function, signature, variant, max_threads, min_blocks, max_registers, hot)
+
+
+def device(function):
+    """Mark a function that kernels call; it is inlined."""
+    if SIMULATED:
+        simulator.register(function)
+        return function
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+# Loops over registers: a tuple's elements stay in registers where the index is a constant, so these are unrolled.
+
+
+@functools.cache
+def unrolled(function, count):
+    """A device function (first, items, fixed): the tuple of ``function(items[i], first + i, fixed)``, i < `count`."""
+    if count == 1:
+
+        @device
+        def one(first, items, fixed):
+            return (function(items[0], first, fixed),)
+
+        return one
+    half = count // 2
+    left, right = unrolled(function, half), unrolled(function, count - half)
+
+    @device
+    def both(first, items, fixed):
+        return left(first, items[:half], fixed) + right(first + half, items[half:], fixed)
+
+    return both
+
+
+@functools.cache
+def folded(function, count):
+    """A device function (first, items, state, fixed): the last ``state = function(items[i], first + i, state, fixed)``,
+    i < `count`."""
+    if count == 1:
+
+        @device
+        def one(first, items, state, fixed):
+            return function(items[0], first, state, fixed)
+
+        return one
+    half = count // 2
+    left, right = folded(function, half), folded(function, count - half)
+
+    @device
+    def both(first, items, state, fixed):
+        return right(first + half, items[half:], left(first, items[:half], state, fixed), fixed)
+
+    return both
+
+
+class Kernel:
+    """A function of a grid's threads; made by `kernel`.
+
+    Attributes
+    ----------
+    parameter_sizes : list of int
+        Bytes of the compiled function's parameters.
+    """
+
+    def __init__(self, function, signature, variant, max_threads, min_blocks, max_registers, hot):
+        self.__name__ = function.__name__.lstrip("_") + (f"[{variant}]" if variant is not None else "")
+        self.__doc__ = function.__doc__
+        if self.__name__ in KERNELS:
+            raise ValueError(f"there are two kernels {self.__name__}; give them variants")
+        if min_blocks and not max_threads:
+            raise ValueError(f"kernel {self.__name__}: min_blocks needs max_threads")
+        self.function, self.signature, self.hot = function, signature, hot
+        self.max_threads, self.max_registers = max_threads, max_registers
+        self.launch_bounds = (max_threads, min_blocks) if min_blocks else max_threads
+        self._writers = [_writer(kind) for kind in signature]
+        self.parameter_sizes = [size for kind in signature for size in _sizes(kind)]
+        # A launch takes the addresses of its parameters, of which each has a word here.
+        self._form = struct.Struct("<" + "".join(map(_form, signature)))
+        self._words = np.zeros(len(self.parameter_sizes), np.uint64)
+        addresses = self._words.ctypes.data + 8 * np.arange(len(self._words), dtype=np.uint64)
+        self._parameters, self._parameters_at = addresses, addresses.ctypes.data
+        self._lock = threading.Lock()
+        self._function = None
+        self._shared_bytes = 0
+        KERNELS[self.__name__] = self
+        if SIMULATED:
+            simulator.register(function)
+
+    def __getitem__(self, configuration):
+        """The kernel for ``[blocks, threads]`` or ``[blocks, threads, shared_bytes]``: numbers or tuples of up to
+        three, and bytes of dynamic shared memory. Without blocks nothing is launched."""
+        blocks, threads, *rest = configuration
+        shared_bytes = rest[0] if rest else 0
+        grid, block = _three(blocks), _three(threads)
+
+        def launch(*arguments):
+            self._launch(grid, block, shared_bytes, arguments)
+
+        return launch
+
+    def compiled(self, capability=None):
+        """The machine code for a compute capability, the device's by default (`pymla.cuda.runtime.compiling.Code`)."""
+        from pymla.cuda.runtime.compiling import compile_kernel
+
+        return compile_kernel(self, capability or driver.compute_capability())
+
+    @property
+    def is_ready(self):
+        """Whether `load` takes no long time: the kernel is loaded, or in a file."""
+        from pymla.cuda.runtime.compiling import CACHE, entry_name
+
+        return SIMULATED or self._function is not None or entry_name(self, driver.compute_capability()) in CACHE
+
+    def load(self):
+        """Make it ready to be launched."""
+        if self._function is None and not SIMULATED:
+            code = self.compiled()
+            driver.device()
+            module = driver.call(driver.api.cuModuleLoadData, code.cubin)
+            self._function = driver.call(driver.api.cuModuleGetFunction, module, code.entry.encode())
+
+    def _launch(self, grid, block, shared_bytes, arguments):
+        values = self._flat(arguments)
+        threads = block[0] * block[1] * block[2]
+        if self.max_threads and threads > self.max_threads:
+            raise ValueError(f"kernel {self.__name__} takes {self.max_threads} threads at most, not {threads}")
+        # The driver has read the words when the call returns.
+        with self._lock:
+            try:
+                self._form.pack_into(self._words, 0, *values)
+            except (struct.error, OverflowError):
+                self._refuse(arguments)
+                raise
+            if 0 in grid:
+                return
+            try:
+                if SIMULATED:
+                    inside = tuple(map(_inside, self.signature, arguments))
+                    simulator.launch(self.function, grid, block, shared_bytes, inside)
+                    return
+                self.load()
+                if shared_bytes > self._shared_bytes:
+                    attribute = driver.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.call(driver.api.cuFuncSetAttribute, self._function, attribute, shared_bytes)
+                    self._shared_bytes = shared_bytes
+                driver.call(
+                    driver.api.cuLaunchKernel,
+                    self._function,
+                    *grid,
+                    *block,
+                    shared_bytes,
+                    driver.stream(),
+                    self._parameters_at,
+                    0,
+                )
+            except PymlaError as error:
+                shape = f"{grid} blocks of {block} threads, {shared_bytes} bytes of shared memory"
+                raise PymlaError(f"kernel {self.__name__}, {shape}: {error}") from None
+        driver.launched(self.__name__)
+
+    def _flat(self, arguments):
+        """The parameters' values, those of arrays and tuples one by one.
+
+        Raises
+        ------
+        TypeError
+            An argument does not have the type that the signature says.
+        """
+        if len(arguments) != len(self._writers):
+            raise TypeError(f"kernel {self.__name__} takes {len(self._writers)} arguments, not {len(arguments)}")
+        values = []
+        try:
+            for write, value in zip(self._writers, arguments, strict=True):
+                write(value, values)
+        except (TypeError, ValueError, AttributeError):
+            self._refuse(arguments)
+            raise
+        return values
+
+    def _refuse(self, arguments):
+        """Say which argument is not of its type."""
+        for position, (kind, write, value) in enumerate(zip(self.signature, self._writers, arguments, strict=True)):
+            values = []
+            try:
+                write(value, values)
+                struct.pack("<" + _form(kind), *values)
+            except (struct.error, OverflowError):
+                raise TypeError(f"argument {position} of kernel {self.__name__}: {value} is no {kind}") from None
+            except (TypeError, ValueError, AttributeError) as error:
+                raise TypeError(f"argument {position} of kernel {self.__name__}: {error}") from None
+
+
+def compile_all(progress=None, warn=None):
+    """Compile every kernel for the device, or load it from the cache; see `pymla.cpu.compile_all`."""
+    compiling = False
+    for done, (name, each) in enumerate(KERNELS.items()):
+        compiling = compiling or not each.is_ready
+        if progress and compiling:
+            progress(done, len(KERNELS), name)
+        each.load()
+        if warn:
+            for message in take_warnings():
+                warn(message)
+    if progress and compiling:
+        progress(len(KERNELS), len(KERNELS), "")
+
+
+def _three(shape):
+    """A grid's or block's shape in three dimensions."""
+    shape = tuple(map(operator.index, shape)) if isinstance(shape, tuple) else (operator.index(shape),)
+    return shape + (1,) * (3 - len(shape))
+
+
+def _sizes(kind):
+    """Bytes of the parameters that a value of a Numba type becomes."""
+    if isinstance(kind, types.Array):
+        return [8] * (5 + 2 * kind.ndim)
+    if isinstance(kind, types.BaseTuple):
+        return [size for each in kind for size in _sizes(each)]
+    return [1 if isinstance(kind, types.Boolean) else kind.bitwidth // 8]
+
+
+def _form(kind):
+    """A word for each of these parameters, in the language of `struct`, which also says what does not fit."""
+    if isinstance(kind, types.Array):
+        return "q" * len(_sizes(kind))
+    if isinstance(kind, types.BaseTuple):
+        return "".join(map(_form, kind))
+    if isinstance(kind, types.Float):
+        return "d" if kind.bitwidth == 64 else "f4x"
+    if isinstance(kind, types.Boolean):
+        return "?7x"
+    if isinstance(kind, types.Integer):
+        letter = {8: "b7x", 16: "h6x", 32: "i4x", 64: "q"}[kind.bitwidth]
+        return letter if kind.signed else letter.upper().replace("X", "x")
+    raise TypeError(f"kernels take no argument of type {kind}")
+
+
+def _writer(kind):
+    """A function (value, values) that appends what the parameters of a value of a Numba type are."""
+    if isinstance(kind, types.Array):
+        dtype, dimensions, contiguous = numpy_support.as_dtype(kind.dtype), kind.ndim, kind.layout == "C"
+        # Two words for what Numba knows about an array's memory; then the number of elements and the bytes of one.
+        itemsize = dtype.itemsize
+
+        def write(value, values):
+            if value.dtype != dtype or value.ndim != dimensions or (contiguous and not value.contiguous):
+                found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
+                raise TypeError(f"expected {kind}, got an array of {found}")
+            values += 0, 0, value.size, itemsize, value.address, *value.shape, *value.strides
+
+    elif isinstance(kind, types.BaseTuple):
+        writers = [_writer(each) for each in kind]
+
+        def write(value, values):
+            if len(value) != len(writers):
+                raise TypeError(f"expected {len(writers)} values, got {len(value)}")
+            for each, part in zip(writers, value, strict=True):
+                each(part, values)
+
+    else:
+
+        def write(value, values):
+            values.append(value)
+
+    return write
+
+
+def _inside(kind, value):
+    """An argument as a simulated kernel sees it."""
+    if isinstance(kind, types.Array):
+        return simulator.inside(value._view)
+    if isinstance(kind, types.BaseTuple):
+        parts = map(_inside, kind, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(kind, types.Float):
+        return numpy_support.as_dtype(kind).type(value)
+    return operator.index(value)

@@ -1,0 +1,1 @@
+"""What runs a model: loading, memory and placement, the cache, steps, and the generation of a text."""

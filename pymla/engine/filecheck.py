@@ -1,0 +1,224 @@
+"""Whether a file can be run, as far as the file alone tells: metadata, tokenizer, tensors, and their values.
+
+`pymla.load` refuses a file for the first problem that `examine` finds, before it plans memory or compiles anything, and
+``pymla inspect`` shows all of them. Nothing else is a reason to refuse a file, so the two always agree.
+
+What is looked at costs little: of the values only norms, biases and routers, and a few pages of each other tensor
+(`pymla.files.values`). `check_tensors` reads everything.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from pymla import ggml
+from pymla.engine.cache import row_layout
+from pymla.errors import PymlaError
+from pymla.files import values
+from pymla.files.gguf_reader import ModelFile, TensorInfo
+from pymla.models.config import ModelConfig
+from pymla.models.tensors import TensorSpec, find, model_tensors
+from pymla.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Found = tuple[TensorSpec, TensorInfo]
+
+
+class Examined(NamedTuple):
+    """What a file holds, as far as it can be read, and why it cannot be run."""
+
+    config: ModelConfig | None
+    tokenizer: Tokenizer | None
+    problems: list[PymlaError]
+
+    def check(self) -> tuple[ModelConfig, Tokenizer]:
+        """The configuration and the tokenizer.
+
+        Raises
+        ------
+        PymlaError
+            The first problem.
+        """
+        if self.problems:
+            raise self.problems[0]
+        return self.config, self.tokenizer
+
+
+def examine(
+    file: ModelFile,
+    cache_type: str = "q8_0",
+    mla: str = "auto",
+    *,
+    check_tensors: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Examined:
+    """Look for everything that keeps a file from running.
+
+    Parameters
+    ----------
+    file : ModelFile
+    cache_type, mla : as for `pymla.load`
+        Not every type of cache holds every model's rows.
+    check_tensors : whether to look at all values of all tensors, which reads the whole file
+    progress : called with (bytes done, bytes in all) while all values are looked at
+
+    Returns
+    -------
+    Examined
+        With the problems in the order in which they matter: metadata, tokenizer, tensors, values.
+    """
+    problems: list[PymlaError] = []
+    config = _collect(problems, lambda: ModelConfig.from_gguf(file))
+    if config:
+        _collect(problems, lambda: row_layout(config, cache_type, mla))
+    tokenizer = _collect(problems, lambda: Tokenizer.from_gguf(file))
+    if config and tokenizer:
+        _collect(problems, lambda: _check_vocabulary(file, config, tokenizer))
+    if config:
+        problems += _layer_problems(file, config)
+        tensors, found = _find_tensors(file, config)
+        problems += found
+        problems += _value_problems(file, tensors, check_tensors, progress)
+    return Examined(config, tokenizer, problems)
+
+
+def _collect(problems: list[PymlaError], step: Callable[[], T]) -> T | None:
+    """The result of a step, or None and a problem more."""
+    try:
+        return step()
+    except PymlaError as error:
+        problems.append(error)
+        return None
+
+
+def _check_vocabulary(file: ModelFile, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise PymlaError(
+            f"{file.path}: metadata tokenizer.ggml.tokens has {tokenizer.vocab_size} tokens, and token_embd.weight "
+            f"rows for {config.vocab_size}; convert the model again"
+        )
+
+
+def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError]:
+    """Tensors that contradict the metadata, which would leave them out or take them for others.
+
+    Layers that predict further tokens (nextn) lie behind the others, and ``block_count`` includes them. A file may
+    declare them and not hold them, or hold them behind ``block_count`` without declaring them: they are not run.
+    """
+    layers: dict[int, list[str]] = {}
+    for name in file.tensors:
+        if match := re.match(r"blk\.(\d{1,9})\.", name):
+            layers.setdefault(int(match[1]), []).append(name)
+    run, key = config.num_hidden_layers, f"metadata {config.architecture}."
+    count = f"{key}block_count is {run + config.num_nextn_predict_layers}"
+    if config.num_nextn_predict_layers:
+        count += f" with nextn_predict_layers {config.num_nextn_predict_layers}"
+    for layer, names in sorted(layers.items()):
+        nextn = next((name for name in names if ".nextn." in name), None)
+        if layer >= run and not nextn:
+            last = max(layer for layer, names in layers.items() if not any(".nextn." in name for name in names))
+            yield PymlaError(
+                f"{file.path}: {count}, so {run} layers would run, but tensor {names[0]} and others are there, of "
+                f"{last + 1} layers; convert the model again or take another file"
+            )
+            break
+        if layer < run and nextn:
+            yield PymlaError(
+                f"{file.path}: {count}, but tensor {nextn} says that layer {layer} is one that predicts further tokens "
+                "and must not run with the others; convert the model again or take another file"
+            )
+            break
+    if not config.n_shared_experts:
+        shared = [name for name in file.tensors if name.endswith(".ffn_gate_shexp.weight")]
+        if config.first_k_dense_replace < run and shared:
+            yield PymlaError(
+                f"{file.path}: tensor {shared[0]} is there, but {key}expert_shared_count says that no expert is "
+                "shared; convert the model again"
+            )
+
+
+def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], list[PymlaError]]:
+    """The tensors of a model that are as they should be, and a problem for each other one; of those with a type that
+    does not run, one for each type."""
+    tensors, problems, types = [], [], set()
+    for spec in model_tensors(config, file.tensors):
+        info = file.tensors.get(spec.name)
+        if info and info.qtype in types:
+            continue
+        try:
+            tensors.append((spec, find(file, spec)))
+        except PymlaError as error:
+            problems.append(error)
+            if info and info.qtype not in ggml.SUPPORTED:
+                types.add(info.qtype)
+    return tensors, problems
+
+
+def _value_problems(
+    file: ModelFile,
+    tensors: list[Found],
+    everything: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[PymlaError]:
+    """Tensors with NaN, infinity or holes (`pymla.files.values`)."""
+    done, total = 0, sum(info.data.nbytes for _, info in tensors)
+    if not everything:
+        _fetch_ahead(file, tensors)
+
+    def report(of_tensor: int) -> None:
+        file.check_unchanged()
+        if everything and progress:
+            progress(done + of_tensor, total)
+
+    for spec, info in tensors:
+        if everything:
+            file.prefault(names=[info.name])  # in larger steps than page faults read
+        file.check_unchanged()
+        if everything or _is_small(spec) or values.may_have_hole(info):
+            scan = values.scan(info, report)
+            if scan.not_finite:
+                yield PymlaError(_not_finite(info, scan))
+            # A bias may well be zero: that of experts is where they are balanced without one.
+            elif spec.field != "exp_probs_b" and scan.hole(info):
+                yield PymlaError(_hole(info, scan))
+        done += info.data.nbytes
+
+
+def _is_small(spec: TensorSpec) -> bool:
+    """Whether all values of a tensor are looked at in any case: norms, biases, routers."""
+    return spec.is_vector or spec.is_router
+
+
+def _fetch_ahead(file: ModelFile, tensors: list[Found]) -> None:
+    """Have everything read from disk that will be looked at."""
+    for spec, info in tensors:
+        starts, length = values.samples(info)
+        size = ggml.BLOCK_BYTES[info.qtype]
+        pieces = ((start * size, (start + length) * size) for start in starts.tolist())
+        file.fetch_ahead(info, [(0, info.data.nbytes)] if _is_small(spec) else pieces)
+
+
+def _not_finite(info: TensorInfo, scan: values.Scan) -> str:
+    what = "blocks" if info.qtype in ggml.QUANTISED else "values"
+    return (
+        f"{info.path}: tensor {info.name} holds NaN or infinity in {scan.not_finite} of {scan.blocks} {what}, the "
+        f"first at {_index(info, scan.first_not_finite)}; the file is damaged, download or convert it again"
+    )
+
+
+def _hole(info: TensorInfo, scan: values.Scan) -> str:
+    where = "throughout"
+    if not scan.is_zero:
+        first, stop = scan.hole(info)
+        where = f"from {_index(info, first)} to {_index(info, stop, -1)}"
+    return (
+        f"{info.path}: tensor {info.name} is zero {where}, as an unfinished download leaves it; "
+        "download or convert the file again"
+    )
+
+
+def _index(info: TensorInfo, block: int, offset: int = 0) -> list[int]:
+    """Of a block's first weight, moved by `offset`."""
+    return [int(i) for i in np.unravel_index(block * ggml.BLOCK_SIZE[info.qtype] + offset, info.shape)]

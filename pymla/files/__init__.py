@@ -1,0 +1,1 @@
+"""Files: GGUF models, checkpoints of safetensors, and whatever else is read or written."""

@@ -1,0 +1,322 @@
+"""Hugging Face checkpoints: the tensors of a folder of safetensors files, read piece by piece.
+
+The format is eight bytes with the size of a JSON header, the header, then the tensors' bytes (Hugging Face's
+``safetensors`` README). It is read here and not by the safetensors package, whose NumPy interface has no bfloat16.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pymla.errors import PymlaError
+from pymla.files.textfile import decode
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_SCALE = "_scale_inv"
+# One of several files of a checkpoint, as it is named where there is no index.
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors", re.ASCII)
+_MAX_JSON = 1 << 30
+_MAX_HEADER = 100 << 20  # the safetensors package's own limit
+_MAX_NAME = 200
+_MAX_DIMS = 8
+_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+}
+
+
+class _Entry(NamedTuple):
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # its bytes in the file
+    stop: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. A byte order mark, as some editors write it, is ignored.
+
+    Raises
+    ------
+    PymlaError
+        The file cannot be read or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise PymlaError(f"{path}: larger than any JSON file of a model; download it again")
+        value = json.loads(decode(path.read_bytes(), path))
+    except OSError as error:
+        raise PymlaError(f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
+    except ValueError as error:
+        raise PymlaError(f"{path}: not valid JSON ({error}); download it again") from error
+    except RecursionError as error:
+        raise PymlaError(f"{path}: its JSON is nested too deeply; download it again") from error
+    if not isinstance(value, dict):
+        raise PymlaError(f"{path}: holds a JSON {type(value).__name__}, an object is expected")
+    return value
+
+
+class Checkpoint:
+    """Tensors of a folder by name. Only headers are read when it is made.
+
+    Parameters
+    ----------
+    folder : one with ``model.safetensors.index.json`` and the files that it names in the folder, with
+        ``model.safetensors``, with all of ``NAME-00001-of-00003.safetensors`` and so on, or with one other file
+    fp8_block : rows and columns that share a scale where weights are stored as float8, as DeepSeek V3's are; the
+        scales of tensor ``x`` are in ``x_scale_inv``
+
+    Attributes
+    ----------
+    names : set[str]
+        Of all tensors, scales of float8 tensors excepted.
+    files : list[Path]
+        All files that are read.
+
+    Raises
+    ------
+    PymlaError
+        A file is missing or damaged, a tensor is in two of them or not where the index says, or it is not clear which
+        files belong together.
+    """
+
+    def __init__(self, folder: str | Path, fp8_block: tuple[int, int] = (128, 128)):
+        self.folder = Path(folder)
+        self._fp8_block = fp8_block
+        self._entries: dict[str, _Entry] = {}
+        present = _names_in(self.folder)
+        places = _read_index(self.folder / INDEX, present) if INDEX in present else {}
+        names = sorted(set(places.values())) or _without_index(self.folder, present)
+        paths = [self.folder / name for name in names]
+        self.files = [*paths, self.folder / INDEX] if places else paths
+        for path in paths:
+            self._add(path)
+        self._check_places(places)
+        self.names = {
+            name for name in self._entries if not (name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._entries)
+        }
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor is there, readable and of a shape.
+
+        Raises
+        ------
+        PymlaError
+            It is not; the message says what is there instead.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise PymlaError(f"{self.folder}: tensor {name} is missing; config.json and weights do not belong together")
+        if entry.shape != shape:
+            raise PymlaError(f"{entry.path}: tensor {name} has shape {entry.shape}; config.json asks for {shape}")
+        if entry.dtype not in _DTYPES:
+            raise PymlaError(f"{entry.path}: tensor {name} is of type {entry.dtype}; {', '.join(_DTYPES)} are read")
+        itemsize = _DTYPES[entry.dtype].itemsize
+        if entry.stop - entry.start != math.prod(shape) * itemsize or entry.stop > entry.path.stat().st_size:
+            raise PymlaError(f"{entry.path}: tensor {name} does not fit the file; it is truncated, download it again")
+        if entry.dtype == "F8_E4M3":
+            if len(shape) != 2:
+                raise PymlaError(f"{entry.path}: tensor {name} is float8 of shape {shape}; only matrices are read")
+            blocks = zip(shape, self._fp8_block, strict=True)
+            self.expect(name + _SCALE, tuple(-(-size // block) for size, block in blocks))
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, float32, in its shape."""
+        shape = self._entries[name].shape
+        return self.rows(name, 0, math.prod(shape[:-1])).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor seen as a matrix, all leading dimensions as one: float32 (stop - start, columns).
+
+        Raises
+        ------
+        PymlaError
+            The file cannot be read, or a value is infinite or not a number.
+        """
+        entry = self._entries[name]
+        columns = entry.shape[-1]
+        dtype = _DTYPES[entry.dtype]
+        try:
+            raw = np.fromfile(
+                entry.path, dtype, (stop - start) * columns, offset=entry.start + start * columns * dtype.itemsize
+            )
+        except OSError as error:
+            raise PymlaError(f"{entry.path}: cannot be read ({error.strerror or error})") from error
+        if raw.size != (stop - start) * columns:
+            raise PymlaError(f"{entry.path}: has become shorter while it was read; download it again")
+        raw = raw.reshape(stop - start, columns)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self._as_float32(name, raw, start)
+        if not np.isfinite(values).all():
+            raise PymlaError(
+                f"{entry.path}: tensor {name} holds infinity or NaN, or a number that float32 does not hold; "
+                "download it again"
+            )
+        return values
+
+    def _as_float32(self, name: str, raw: np.ndarray, start: int) -> np.ndarray:
+        """The values of rows, from row `start` on, of which `raw` has the bytes as they lie in the file."""
+        dtype = self._entries[name].dtype
+        if dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "F8_E4M3":
+            rows, columns = (
+                (first + np.arange(count)) // block
+                for first, count, block in zip((start, 0), raw.shape, self._fp8_block, strict=True)
+            )
+            return _E4M3[raw] * self.read(name + _SCALE)[rows[:, None], columns]
+        return raw.astype(np.float32, copy=False)
+
+    def _add(self, path: Path) -> None:
+        """Take in the tensors of a file."""
+        for name, entry in _read_header(path).items():
+            other = self._entries.setdefault(name, entry)
+            if other is not entry:
+                raise PymlaError(
+                    f"{path}: tensor {name} is also in {other.path.name}; keep the files of one model only"
+                )
+
+    def _check_places(self, places: dict[str, str]) -> None:
+        """Raise PymlaError unless each tensor that the index names is in the file that it names."""
+        for name, file in places.items():
+            entry = self._entries.get(name)
+            if entry is None:
+                raise PymlaError(f"{self.folder / file}: lacks tensor {name}, which {INDEX} says it has")
+            if entry.path.name != file:
+                raise PymlaError(f"{entry.path}: has tensor {name}, which {INDEX} says is in {file}")
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise PymlaError(f"{folder}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
+    except ValueError as error:  # a character that no path can have
+        raise PymlaError(f"{str(folder)!r}: {error}; give a Hugging Face model folder") from error
+
+
+def _read_index(path: Path, present: set[str]) -> dict[str, str]:
+    """Names of tensors and of the files that hold them."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise PymlaError(f"{path}: no weight_map of tensors to files; download it again")
+    for name in places:
+        _check_tensor_name(path, name)
+    files = sorted(set(places.values()))
+    for file in files:
+        # Nothing outside the folder is read, whatever a downloaded index says.
+        if not _is_fit_to_print(file) or {"/", "\\"} & set(file) or file in ("", ".", ".."):
+            raise PymlaError(f"{path}: weight_map names {ascii(file)[:100]}; the name of a file beside it is expected")
+    missing = [file for file in files if file not in present]
+    if missing:
+        raise PymlaError(
+            f"{path.with_name(missing[0])}: {len(missing)} of the {len(files)} files that {INDEX} names are missing"
+        )
+    return places
+
+
+def _without_index(folder: Path, present: set[str]) -> list[str]:
+    """The files of a folder that has no index."""
+    if SINGLE in present:
+        return [SINGLE]
+    names = sorted(name for name in present if name.endswith(".safetensors") and name[0] != ".")
+    if not names:
+        raise PymlaError(f"{folder}: neither {SINGLE} nor {INDEX} is there; other formats are not read")
+    shards = [_SHARD.fullmatch(name) for name in names]
+    # Files of one set have the same stem and the same count; any other file is a set of its own.
+    sets = {(shard["stem"], shard["count"]) if shard else name for name, shard in zip(names, shards, strict=True)}
+    if len(sets) > 1:
+        raise PymlaError(
+            f"{folder}: {len(names)} safetensors files of {len(sets)} sets and neither {SINGLE} nor {INDEX}; "
+            "keep the files of one model only, or download its index"
+        )
+    if shards[0] is None:
+        return names
+    count, numbers = int(shards[0]["count"]), sorted(int(shard["number"]) for shard in shards)
+    if len(numbers) != count or numbers != list(range(1, count + 1)):
+        missing = next((number for number in range(1, count + 1) if number not in numbers), "none")
+        raise PymlaError(
+            f"{folder}: {len(names)} files are there of the {count} of which {names[0]} is one (first that is missing: "
+            f"{missing}); download all of them"
+        )
+    return names
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of a file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise PymlaError(f"{path}: not a safetensors file, or truncated: its header takes {length} bytes")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except OSError as error:
+        raise PymlaError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise PymlaError(f"{path}: its header is not valid JSON ({error}); download it again") from error
+    except RecursionError as error:
+        raise PymlaError(f"{path}: its header is nested too deeply; download it again") from error
+    if not isinstance(header, dict):
+        raise PymlaError(f"{path}: its header holds a JSON {type(header).__name__}, an object is expected")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
+    end, last = 0, None
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start < end:
+            raise PymlaError(f"{path}: tensors {last} and {name} overlap; download it again")
+        end, last = entry.stop, name
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a header's JSON, in which a name must not occur twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _check_tensor_name(path: Path, name: str) -> None:
+    if not _is_fit_to_print(name):
+        raise PymlaError(f"{path}: a tensor's name, {ascii(name)[:100]}, is not printable; download it again")
+
+
+def _is_fit_to_print(name: str) -> bool:
+    """Whether a name from a file can go into a message."""
+    return name.isprintable() and len(name) <= _MAX_NAME
+
+
+def _entry(path: Path, name: str, fields: Any, data_start: int) -> _Entry:
+    _check_tensor_name(path, name)
+    try:
+        dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again") from error
+    # So that what is wrong with them later fits a message.
+    numbers_fit = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop))
+    names_fit = isinstance(dtype, str) and _is_fit_to_print(dtype)
+    if not (numbers_fit and names_fit and start <= stop and len(shape) <= _MAX_DIMS):
+        raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again")
+    return _Entry(path, dtype, shape, data_start + start, data_start + stop)
+
+
+def _e4m3() -> np.ndarray:
+    """Values of the 256 float8 codes of one sign, four exponent and three mantissa bits; 127 and 255 are NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    values[(code & 127) == 127] = np.nan
+    return np.where(code < 128, values, -values).astype(np.float32)
+
+
+_E4M3 = _e4m3()

@@ -1,0 +1,1 @@
+"""Measuring: the sweep over context lengths, and its picture."""

@@ -1,0 +1,1 @@
+"""Model families: configuration, the tensors that a model has, and its forward pass."""

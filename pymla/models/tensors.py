@@ -1,0 +1,162 @@
+"""The tensors that a model consists of: their GGUF names, their shapes, and what each is for.
+
+This is the one table that files are checked by (`pymla.engine.filecheck`), weights are loaded by
+(`pymla.models.weights`), and costs and memory are computed by (`pymla.engine.costs`, `pymla.engine.planning`). Names
+are those of llama.cpp's converter.
+"""
+
+import math
+from collections.abc import Container, Iterator
+from typing import NamedTuple
+
+from pymla import ggml
+from pymla.errors import PymlaError
+from pymla.files.gguf_reader import ModelFile, TensorInfo
+from pymla.models.config import ModelConfig
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that a model needs."""
+
+    name: str  # in the file
+    shapes: tuple[tuple[int, ...], ...]  # any of these, NumPy order
+    field: str  # of `Weights` or `Layer`; attn_kv_b and ffn_gate_up_exps hold two of their fields
+    part: str = "layer"  # of the model: "embedding", "output", "layer", or "experts", which a router chooses from
+    layer: int = 0
+
+    @property
+    def stem(self) -> str:
+        """The name without its layer and without ``.weight`` or ``.bias``."""
+        return self.name.split(".")[-2]
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the tensor holds."""
+        return math.prod(self.shapes[0])
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a norm or a bias, which are float32."""
+        return len(self.shapes[0]) == 1
+
+    @property
+    def is_norm(self) -> bool:
+        return self.stem.endswith("_norm")
+
+    @property
+    def is_router(self) -> bool:
+        return self.stem == "ffn_gate_inp"
+
+
+def model_tensors(config: ModelConfig, names: Container[str] = ()) -> list[TensorSpec]:
+    """All tensors of a model.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    names : of the tensors that a file holds
+        They decide where there are several ways: whether the output matrix is a tensor or the embedding again, the
+        layout of ``W_k_b`` and ``W_v_b`` (`pymla.models.weights`), gate and up of experts in one tensor or in two, and
+        whether experts have a bias.
+    """
+    layers = (spec for index in range(config.num_hidden_layers) for spec in layer_tensors(config, index, names))
+    embedding, *output = outer_tensors(config, names)
+    return [embedding, *layers, *output]
+
+
+def outer_tensors(config: ModelConfig, names: Container[str] = ()) -> list[TensorSpec]:
+    """The embedding, and the tensors behind the last layer; arguments as for `model_tensors`."""
+    embedding = (config.vocab_size, config.hidden_size)
+    specs = [
+        TensorSpec("token_embd.weight", (embedding,), "token_embd", "embedding"),
+        TensorSpec("output_norm.weight", ((config.hidden_size,),), "output_norm", "output"),
+    ]
+    if "output.weight" in names:
+        specs.append(TensorSpec("output.weight", (embedding,), "output", "output"))
+    return specs
+
+
+def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
+    """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
+    blk = f"blk.{index}."
+
+    def weight(field, *shapes, stem=None, part="layer"):
+        return TensorSpec(f"{blk}{stem or field}.weight", shapes, field, part, index)
+
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    specs = [weight("attn_norm", (hidden,))]
+    if config.q_lora_rank:
+        specs += [
+            weight("attn_q_a", (config.q_lora_rank, hidden)),
+            weight("attn_q_a_norm", (config.q_lora_rank,)),
+            weight("attn_q_b", (queries, config.q_lora_rank)),
+        ]
+    else:
+        specs.append(weight("attn_q", (queries, hidden)))
+    specs += [
+        weight("attn_kv_a_mqa", (rank + config.qk_rope_head_dim, hidden)),
+        weight("attn_kv_a_norm", (rank,)),
+        *_kv_b(weight, config, f"{blk}attn_k_b.weight" in names and f"{blk}attn_kv_b.weight" not in names),
+        weight("attn_output", (hidden, heads * config.v_head_dim)),
+        weight("ffn_norm", (hidden,)),
+    ]
+    if index < config.first_k_dense_replace:
+        return [*specs, *_ffn(weight, "", config.intermediate_size, hidden)]
+    experts, inner = config.n_routed_experts, config.moe_intermediate_size
+    specs.append(weight("ffn_gate_inp", (experts, hidden)))
+    if f"{blk}exp_probs_b.bias" in names:
+        specs.append(TensorSpec(f"{blk}exp_probs_b.bias", ((experts,),), "exp_probs_b", "layer", index))
+    if f"{blk}ffn_gate_up_exps.weight" in names:
+        specs.append(weight("ffn_gate_up_exps", (experts, 2 * inner, hidden), part="experts"))
+    else:
+        specs.append(weight("ffn_gate_exps", (experts, inner, hidden), part="experts"))
+        specs.append(weight("ffn_up_exps", (experts, inner, hidden), part="experts"))
+    specs.append(weight("ffn_down_exps", (experts, hidden, inner), part="experts"))
+    if config.n_shared_experts:
+        specs += _ffn(weight, "_shexp", config.n_shared_experts * inner, hidden)
+    return specs
+
+
+def _kv_b(weight, config: ModelConfig, split: bool) -> Iterator[TensorSpec]:
+    heads, rank, nope, v = (
+        config.num_attention_heads,
+        config.kv_lora_rank,
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+    )
+    if split:
+        yield weight("attn_k_b", (heads, rank, nope), (heads * rank, nope))
+        yield weight("attn_v_b", (heads, v, rank), (heads * v, rank))
+    else:
+        yield weight("attn_kv_b", (heads * (nope + v), rank))
+
+
+def _ffn(weight, suffix: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
+    yield weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
+    yield weight("ffn_up", (inner, hidden), stem=f"ffn_up{suffix}")
+    yield weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
+
+
+def find(file: ModelFile, spec: TensorSpec) -> TensorInfo:
+    """The tensor of a file that a model needs.
+
+    Raises
+    ------
+    PymlaError
+        It is missing, or of a type or a shape with which it cannot run.
+    """
+    info = file.tensors.get(spec.name)
+    if info is None:
+        raise PymlaError(f"{file.path}: tensor {spec.name} is missing; convert the model again or take another file")
+    if info.qtype not in ggml.SUPPORTED:
+        raise PymlaError(
+            f"{info.path}: tensor {spec.name} has type {ggml.NAME[info.qtype]}, which pymla does not run; "
+            f"it runs {', '.join(ggml.NAME[t] for t in ggml.SUPPORTED)}"
+        )
+    if info.shape not in spec.shapes:
+        expected = " or ".join(str(list(shape)) for shape in spec.shapes)
+        raise PymlaError(f"{info.path}: tensor {spec.name} has shape {list(info.shape)}, expected {expected}")
+    if spec.is_vector and info.qtype != ggml.F32:
+        raise PymlaError(f"{info.path}: tensor {spec.name} has type {ggml.NAME[info.qtype]}, expected F32")
+    return info

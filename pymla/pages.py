@@ -1,0 +1,77 @@
+"""What lies in the paged cache, and what a step tells kernels about it: facts that the engine and all backends share.
+
+A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pymla import ggml
+from pymla.tensor import QTensor
+
+PAGE = 64
+
+#: Cache types and the ggml type of their rows.
+CACHE_TYPES = {"f32": ggml.F32, "f16": ggml.F16, "bf16": ggml.BF16, "q8_0": ggml.Q8_0}
+
+
+class LatentCache(NamedTuple):
+    """A layer's cache: slots × kv_lora_rank and slots × qk_rope_head_dim."""
+
+    latent: QTensor
+    rope: QTensor
+
+
+class FullCache(NamedTuple):
+    """A layer's cache for ``--mla 0``: slots × H * qk_head_dim and slots × H * v_head_dim."""
+
+    keys: QTensor
+    values: QTensor
+
+
+class Step(NamedTuple):
+    """What a forward pass works on: T tokens of B sequences, those of a sequence next to each other.
+
+    Its arrays are NumPy's, or lie in the memory of a backend.
+    """
+
+    tokens: np.ndarray  # int32 (T,)
+    positions: np.ndarray  # int32 (T,)
+    seq_of: np.ndarray  # int32 (T,): row of block_tables
+    slots: np.ndarray  # int32 (T,): where the token's rows go
+    block_tables: np.ndarray  # int32 (B, pages)
+
+    def part(self, start, stop):
+        """The step of some of the tokens."""
+        return Step(*(array[start:stop] for array in self[:4]), self.block_tables)
+
+    def packed(self, pages=None):
+        """All arrays behind each other, so that one copy brings them to a device: int32 (4 T + B pages,).
+
+        Parameters
+        ----------
+        pages : int, optional
+            Columns of the block tables, at least as many as they have.
+        """
+        tokens, (sequences, width) = len(self.tokens), self.block_tables.shape
+        result = np.zeros(4 * tokens + sequences * (pages or width), np.int32)
+        for target, source in zip(Step.unpacked(result, tokens, sequences), self, strict=True):
+            target[..., : source.shape[-1]] = source
+        return result
+
+    @classmethod
+    def unpacked(cls, packed, tokens, sequences):
+        """The arrays that `packed` brought together, as views."""
+        of_tokens, tables = packed[: 4 * tokens].reshape(4, tokens), packed[4 * tokens :].reshape(sequences, -1)
+        return cls(*(of_tokens[i] for i in range(4)), tables)
+
+    def on(self, backend):
+        """The step in the memory of a backend."""
+        return Step.unpacked(backend.memory.to_device(self.packed()), len(self.tokens), len(self.block_tables))
+
+
+def block_rows(memory, layout, slots):
+    """Rows of ggml blocks in the memory of a backend: a QTensor for each type and width of a layout."""
+    shapes = [(qtype, (slots, ggml.row_bytes(qtype, width))) for qtype, width in layout]
+    return [QTensor(qtype, memory.empty(shape, np.uint8)) for qtype, shape in shapes]
