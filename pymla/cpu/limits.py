@@ -34,7 +34,7 @@ from pymla.cpu.matmul.gemm_amx import COLUMNS, MARGIN
 from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
 from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
 from pymla.cpu.runtime import threads
-from pymla.cpu.runtime.jit import inline, kernel
+from pymla.cpu.runtime.jit import helper, kernel
 
 #: Bytes that are streamed: more than any cache holds.
 STREAM_BYTES = 512 << 20
@@ -189,7 +189,7 @@ def _multiply(first, last, codes, activations, sums):
         store_f32xL(address(sums[item]) + 4 * LANES, j)
 
 
-@inline
+@helper
 def _multiply_tiles(codes, activations, scratch, out):
     """As many multiply-adds by tiles of AMX, of two panels with two columns, each of which stands for sixteen. Tiles
     have the shapes that kernels use: blocks have 32 codes, which is half of what a tile could hold."""

@@ -5,7 +5,7 @@ import numpy as np
 
 from pymla.cpu.machine.isa import ASKS_AHEAD
 from pymla.cpu.machine.simd import prefetch_l2
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.reference.memory import release, take, to_device, to_host, write
 
 __all__ = [
@@ -33,7 +33,7 @@ def empty(shape, dtype):
     return memory[skip : skip + nbytes].view(dtype).reshape(shape)
 
 
-@inline
+@helper
 def allocate(nbytes):
     """Uninitialised bytes, uint8, for kernels."""
     memory = np.empty(nbytes + LINE, np.uint8)
@@ -41,13 +41,13 @@ def allocate(nbytes):
     return memory[skip : skip + nbytes]
 
 
-@inline
+@helper
 def allocate_f32(rows, columns):
     """Uninitialised float32 (rows, columns), for kernels."""
     return allocate(4 * rows * columns).view(np.float32).reshape(rows, columns)
 
 
-@unrolled
+@inlined
 def fetch_ahead(address, nbytes):
     """While so many bytes of a long row are read, ask memory for those that follow `AHEAD` bytes behind them.
 

@@ -49,7 +49,7 @@ from pymla.cpu.quant import (
     rows_at_once,
     take_rows,
 )
-from pymla.cpu.runtime.jit import inline, kernel, variants
+from pymla.cpu.runtime.jit import helper, kernel, variants
 from pymla.ggml import QUANTISED
 
 __all__ = ["experts", "ffn", "router"]
@@ -172,7 +172,7 @@ def ffn_kernels(gate, up, down):
     ]
 
 
-@inline
+@helper
 def silu_mul(x, y, out, count):
     """``out = x / (1 + exp(-x)) * y`` of `count` float32; addresses. Up to 7 more are written where `count` is no
     multiple of 8."""
@@ -183,7 +183,7 @@ def silu_mul(x, y, out, count):
         store_f32x8(out + i, mul(value, load_f32x8(y + i)))
 
 
-@inline
+@helper
 def silu(x):
     """``x / (1 + exp(-x))`` of one number."""
     return x / (np.float32(1) + np.exp(-x))
@@ -266,7 +266,7 @@ def _router(first, last, logits, bias, sigmoid, groups, kept, best, normalise, f
             weights[t, j] = share * np.float32(factor)
 
 
-@inline
+@helper
 def expert(ids, t, j, count):
     """A token's choice of `count` experts; behind its own choices stand the shared experts, whose numbers follow."""
     return ids[t, j] if j < ids.shape[1] else count + j - ids.shape[1]
@@ -293,13 +293,13 @@ def _sort_pairs(first, last, ids, shared, pairs, tokens, starts):
             tokens[at] = t
 
 
-@inline
+@helper
 def row_at(w, e, r):
     """The address of a row of an expert's matrix."""
     return w.address + e * w.matrix_stride + r * w.row_stride
 
 
-@inline
+@helper
 def any_row_at(w, shared, e, r):
     """The address and the stride of a row of an expert's matrix: a routed one's, or behind these a shared one's."""
     if e < w.count:
@@ -307,7 +307,7 @@ def any_row_at(w, shared, e, r):
     return row_at(shared, e - w.count, r), shared.row_stride
 
 
-@inline
+@helper
 def next_expert(starts, e):
     """The first expert behind `e` that has tokens, or the number of experts."""
     e += 1
@@ -345,7 +345,7 @@ def _gate_up_rows(gate_type, up_type):
     return _gate_up_rows
 
 
-@inline
+@helper
 def _take_gate_up(results, first, last, where):
     """`quant.take_rows` for gate rows beside up rows."""
     for at in range(results, results + 4 * ROWS * (last - first), 4 * ROWS):
@@ -424,13 +424,13 @@ def _down_rows(qtype):
     return _down_rows
 
 
-@inline
+@helper
 def weight_of(weights, t, j):
     """Of a token's choice; shared experts have 1."""
     return weights[t, j] if j < weights.shape[1] else np.float32(1)
 
 
-@inline
+@helper
 def _take_down(results, first, last, where):
     """What `panels.product` gives to `count` numbers from `begin` on of the tokens' sums."""
     pairs, weights, out, begin, count = where

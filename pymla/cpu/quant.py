@@ -42,8 +42,8 @@ from pymla.cpu.matmul.gemm import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, prod
 from pymla.cpu.matmul.gemm_amx import MARGIN, empty_columns
 from pymla.cpu.matmul.gemv import COLUMNS, TILES, dot_rows_for, order, place
 from pymla.cpu.memory import allocate, allocate_f32, empty, fetch_ahead
-from pymla.cpu.runtime.compiling import unrolled
-from pymla.cpu.runtime.jit import inline, kernel, variants
+from pymla.cpu.runtime.compiling import inlined
+from pymla.cpu.runtime.jit import helper, kernel, variants
 from pymla.pages import Step
 from pymla.tensor import QTensor
 
@@ -298,13 +298,13 @@ def _copy_columns(first, last, x, index, out):
 AT_ONCE = 128 << 10
 
 
-@inline
+@helper
 def rows_at_once(tokens, stride, rows):
     """Rows that tokens read one after the other; all where there is one token."""
     return max(16, AT_ONCE // stride) if tokens > 1 else rows
 
 
-@inline
+@helper
 def parts(x, t):
     """Addresses of a token's parts of an `Input`, for `rows.dot_rows`."""
     at = t * x.x.shape[1]
@@ -335,7 +335,7 @@ def _matmul_rows(qtype):
     return _matmul_rows
 
 
-@inline
+@helper
 def copy(source, target, count):
     """`count` float32 from one address to another."""
     whole = count // LANES * LANES
@@ -345,7 +345,7 @@ def copy(source, target, count):
         store_f32(target + 4 * i, load_f32(source + 4 * i))
 
 
-@inline
+@helper
 def take_rows(results, first, last, where):
     """What `panels.product` gives to rows of float32; `where` has the address of row 0, bytes from row to row, and the
     count of numbers."""
@@ -440,7 +440,7 @@ def _matmul_heads_transposed(qtype):
     """`matmul_heads_transposed`: sums of scaled rows."""
     add_block, load_one, size = FORMATS[qtype].add_block, FORMATS[qtype].load_one, FORMATS[qtype].size
 
-    @unrolled
+    @inlined
     def add_four(rows, weights, block, sums):
         """Add a block of four rows times their weights to float32 at `sums`."""
         acc = add_block(rows[0], block, weights[0], load_f32x32(sums))
@@ -481,7 +481,7 @@ def _matmul_heads_transposed(qtype):
     return _matmul_heads_transposed
 
 
-@inline
+@helper
 def add_scaled(weight, x, out, columns):
     """``out += weight * x`` at addresses of float32."""
     factor = splat_f32(weight)

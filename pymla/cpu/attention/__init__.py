@@ -54,7 +54,7 @@ from pymla.cpu.quant import (
     matmul_kernels,
 )
 from pymla.cpu.runtime import threads
-from pymla.cpu.runtime.jit import inline, kernel, variants
+from pymla.cpu.runtime.jit import helper, kernel, variants
 from pymla.ggml import F32
 from pymla.pages import PAGE
 from pymla.scratch import heads_at_once
@@ -407,7 +407,7 @@ def _values(latent_type):
     return _values
 
 
-@inline
+@helper
 def attend_page(queries, count, positions, keys, values, key_stride, value_stride, first, seen, size, v, scratch):
     """Take the rows at positions first to first + seen - 1 into the online softmax of a block of queries.
 
@@ -513,7 +513,7 @@ def _full(key_type, value_type):
     return _full
 
 
-@inline
+@helper
 def block_scratch(size, v):
     """Queries (BLOCK, D), and the scratch of `attend_page`."""
     width = (v + 15) // 16 * 16
@@ -526,7 +526,7 @@ def block_scratch(size, v):
     )
 
 
-@inline
+@helper
 def start_block(q, begin, count, h, scale, queries, scratch):
     """Scaled queries of a head, and an empty online softmax."""
     _, scores, _, state, result = scratch
@@ -539,7 +539,7 @@ def start_block(q, begin, count, h, scale, queries, scratch):
     result[:] = 0
 
 
-@inline
+@helper
 def finish_block(scratch, out, begin, count, h):
     """The values, divided by the softmax's sums."""
     _, _, _, state, result = scratch

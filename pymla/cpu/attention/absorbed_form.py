@@ -51,7 +51,7 @@ from pymla.cpu.machine.simd_words import BIAS, WORD, store_rescaled, widen
 from pymla.cpu.matmul.gemm import ROWS
 from pymla.cpu.memory import allocate, allocate_f32
 from pymla.cpu.quant import CACHE, F3, STEP
-from pymla.cpu.runtime.jit import inline, kernel
+from pymla.cpu.runtime.jit import helper, kernel
 from pymla.pages import PAGE
 
 #: Heads that share the reading of a page.
@@ -161,7 +161,7 @@ def absorbed_pages(first, last, q, latent, rope, step, scale, rank, splits, part
         release()
 
 
-@inline
+@helper
 def take_item(item, heads, splits, step, sums):
     """What an item of the absorbed form is: its row of the results, its token, its first head and how many it has, how
     many positions the token sees, and the first page and the one behind the last. Its sums become those of no pages."""
@@ -176,14 +176,14 @@ def take_item(item, heads, splits, step, sums):
     return task, t, begin, count, length, pages * split // splits, pages * (split + 1) // splits
 
 
-@inline
+@helper
 def _following(latent, rope, page):
     """The lines of a page are as many as its rows have bytes."""
     rows, rope_rows = address(latent.data[page * PAGE]), address(rope.data[page * PAGE])
     return Following(rows, latent.data.shape[1], rope_rows, rope.data.shape[1])
 
 
-@inline
+@helper
 def ask(following, since, until):
     """Ask memory for some of a page's cache lines: those of the latent rows, then those of the rotated dimensions."""
     count = following.row_lines
@@ -193,7 +193,7 @@ def ask(following, since, until):
         prefetch_l2(following.rope_rows + 64 * (i - count))
 
 
-@inline
+@helper
 def take_queries(q, scale, rank, out):
     """Queries of one token, float32 (H, D) with at most `HEADS` heads, times a scale, as `Queries`; heads that are
     missing are zeros."""
@@ -218,7 +218,7 @@ def take_queries(q, scale, rank, out):
                 store_f32(address(out.rope[h]) + LANES * i + 4 * lane, word)
 
 
-@inline
+@helper
 def take_scales(at, seen, blocks, out):
     """The scales of the rows of a page, IEEE halves from an address on, as `Scales`. Rows behind the last token have
     factors of 0."""
@@ -227,7 +227,7 @@ def take_scales(at, seen, blocks, out):
     out.largest[seen:], out.factors[seen:] = 0, 0
 
 
-@inline
+@helper
 def _take_row(at, blocks, scales, factors):
     """The same for a row; returns the largest. All but `blocks` are addresses."""
     whole = blocks // 8 * 8
@@ -247,7 +247,7 @@ def _take_row(at, blocks, scales, factors):
     return largest_scale
 
 
-@inline
+@helper
 def page_scores(codes, seen, queries, scales, scores, following):
     """Scores (PAGE, HEADS), but for the rotated dimensions, of a page whose codes are at an address. Memory is asked
     for a third of the next one meanwhile."""
@@ -265,7 +265,7 @@ def page_scores(codes, seen, queries, scales, scores, following):
         ask(following, asked * s // PAGE, asked * min(s + _TAKEN, PAGE) // PAGE)
 
 
-@inline
+@helper
 def add_rope_scores(rows, seen, queries, scores, following):
     """Add those of the rotated dimensions, of int16 rows at an address. With AMX, memory is asked for the next page's
     meanwhile."""
@@ -284,27 +284,27 @@ def add_rope_scores(rows, seen, queries, scores, following):
             ask(following, before + asked * s // PAGE, before + asked * min(s + _TAKEN, PAGE) // PAGE)
 
 
-@inline
+@helper
 def _taken(s, seen):
     """The rows that a tile takes from `s` on, four for each panel."""
     return four_from(s, seen), four_from(s + _TAKEN - SCORE_ROWS, seen)
 
 
-@inline
+@helper
 def _rows(base, step, numbers):
     """Addresses of four rows that lie `step` bytes apart."""
     a, b, c, d = numbers
     return base + a * step, base + b * step, base + c * step, base + d * step
 
 
-@inline
+@helper
 def _results(scores, first, second):
     """Where the scores of a tile go."""
     base = address(scores)
     return _rows(base, 4 * HEADS, first), _rows(base + 4 * _SECOND, 4 * HEADS, second)
 
 
-@inline
+@helper
 def add_page_values(rows, rank, seen, scales, weights, weight_scales, panels, values, following):
     """Add the values of a page whose codes are at an address, weighted, to the results (HEADS, rank), padded to a
     multiple of `ROWS`. Memory is asked for the rest of the next one meanwhile."""
@@ -326,7 +326,7 @@ def add_page_values(rows, rank, seen, scales, weights, weight_scales, panels, va
             tile += 1
 
 
-@inline
+@helper
 def _take_values(rows, rank, factors, panel):
     """Thirty-two rows of codes, `rank` bytes each, times their factors, as panels of `LANES` dimensions; `rows` and
     `panel` are addresses."""

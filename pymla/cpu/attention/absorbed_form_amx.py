@@ -21,7 +21,7 @@ from pymla.cpu.machine.simd_amx import (
     zero_tile,
 )
 from pymla.cpu.machine.simd_words import store_rescaled
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.pages import PAGE
 
 #: Cache lines that memory is asked for, a few at a time: a core has no more than some sixteen under way. Together they
@@ -33,7 +33,7 @@ _ROW = 64
 _FOUR = 4
 
 
-@inline
+@helper
 def page_scores(codes, seen, queries, scales, scratch, scores, ahead):
     """Scores (PAGE, 16), but for the rotated dimensions, of a page whose codes are at an address.
 
@@ -58,7 +58,7 @@ def page_scores(codes, seen, queries, scales, scratch, scores, ahead):
         ahead += 64 * SCORE_LINES * blocks
 
 
-@inline
+@helper
 def _sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_scales, starts, scratch, out, ahead):
     """The same for sixteen tokens; all but the counts are addresses. Scales and starts are (blocks, 16) of the queries,
     and `scale_bytes` apart those of the tokens."""
@@ -89,7 +89,7 @@ def _sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, panel, panel_
     store_rows(out, _ROW, rows)
 
 
-@unrolled
+@inlined
 def _scale_four(rows, sums, scales, scale_bytes, panel_scales, ahead):
     """Add the sums of four tiles, scaled."""
     rows = _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead)
@@ -100,14 +100,14 @@ def _scale_four(rows, sums, scales, scale_bytes, panel_scales, ahead):
     return _scale_one(rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + _ROW, ahead + 64 * SCORE_LINES)
 
 
-@unrolled
+@inlined
 def _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead):
     for line in range(SCORE_LINES):
         prefetch_l2(ahead + 64 * line)
     return add_scaled_sums(rows, sums, load_f32xL(panel_scales), scales, scale_bytes)
 
 
-@unrolled
+@inlined
 def _dot_four(codes, row_bytes, panel, starts):
     """Products of four blocks, in tiles 0 to 3. Every row of a tile begins with the same sums."""
     load_tile(0, starts, 0)
@@ -128,7 +128,7 @@ def _dot_four(codes, row_bytes, panel, starts):
     dot_tiles_u8(3, 5, 7)
 
 
-@inline
+@helper
 def add_page_values(rows, rank, scales, weights, weight_scales, scratch, values, ahead):
     """Add the values of a page, weighted, to the results of sixteen heads.
 
@@ -165,7 +165,7 @@ def add_page_values(rows, rank, scales, weights, weight_scales, scratch, values,
         out += 128
 
 
-@inline
+@helper
 def _load_weights(words, scratch):
     """Softmax weights of `WEIGHTS` tokens and sixteen heads, words (tokens / 4, 16) at an address, as tiles 4 and 5: a
     row for each head."""
@@ -176,7 +176,7 @@ def _load_weights(words, scratch):
     load_tile(5, scratch + BLOCK, WEIGHTS)
 
 
-@inline
+@helper
 def _take_values(codes, row_bytes, factors, factor_bytes, panel, ahead):
     """Panels of 64 tokens and 32 dimensions."""
     for t in range(0, WEIGHTS, 4):
@@ -189,7 +189,7 @@ def _take_values(codes, row_bytes, factors, factor_bytes, panel, ahead):
         prefetch_l2(ahead + 64 * line)
 
 
-@unrolled
+@inlined
 def _dot_values(panel):
     """Sixteen heads times 32 dimensions, in tiles 0 and 1."""
     zero_tile(0)

@@ -32,7 +32,7 @@ from pymla.cpu.machine.simd import (
     sub,
 )
 from pymla.cpu.memory import empty
-from pymla.cpu.runtime.jit import inline
+from pymla.cpu.runtime.jit import helper
 from pymla.pages import PAGE, LatentCache
 from pymla.tensor import QTensor
 
@@ -50,7 +50,7 @@ def latent_cache(layout, slots):
     return LatentCache(*(QTensor(each, empty((slots, nbytes), np.uint8)) for each, nbytes in rows))
 
 
-@inline
+@helper
 def even(count):
     """The even number from `count` on: int16 are multiplied by twos."""
     return count + count % 2
@@ -61,7 +61,7 @@ def write_cache_row_for(qtype):
     """A function ``(cache, slot, x, columns)``: float32 values at the address `x` become the row of a slot."""
     if qtype == Q8_PAGES:
 
-        @inline
+        @helper
         def write_cache_row(cache, slot, x, columns):
             page, row = address(cache.data[slot // PAGE * PAGE]), slot % PAGE
             codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
@@ -70,7 +70,7 @@ def write_cache_row_for(qtype):
 
     elif qtype == I16_PAGES:
 
-        @inline
+        @helper
         def write_cache_row(cache, slot, x, columns):
             page, row, wide = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, 2 * even(columns)
             scale = quantise_i16(x, columns, page + row * wide)
@@ -79,7 +79,7 @@ def write_cache_row_for(qtype):
     else:
         write_row = write_row_for(qtype)
 
-        @inline
+        @helper
         def write_cache_row(cache, slot, x, columns):
             write_row(x, address(cache.data[slot]), columns)
 
@@ -91,7 +91,7 @@ def read_cache_row_for(qtype):
     """A function ``(cache, slot, out, columns)``: the row of a slot as float32 at the address `out`."""
     if qtype == Q8_PAGES:
 
-        @inline
+        @helper
         def read_cache_row(cache, slot, out, columns):
             page, row, zero = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, splat_f32(np.float32(128))
             codes, scales = page + row * columns, page + PAGE * columns + row * (columns // 16)
@@ -101,7 +101,7 @@ def read_cache_row_for(qtype):
 
     elif qtype == I16_PAGES:
 
-        @inline
+        @helper
         def read_cache_row(cache, slot, out, columns):
             page, row, wide = address(cache.data[slot // PAGE * PAGE]), slot % PAGE, 2 * even(columns)
             scale = load_f32(page + PAGE * wide + 4 * row)
@@ -111,20 +111,20 @@ def read_cache_row_for(qtype):
     else:
         dequantise_row = dequantise_row_for(qtype)
 
-        @inline
+        @helper
         def read_cache_row(cache, slot, out, columns):
             dequantise_row(address(cache.data[slot]), out, columns)
 
     return read_cache_row
 
 
-@inline
+@helper
 def largest_code(count):
     """The largest code of `count` int16 such that sums of their products stay within int32."""
     return min(LARGEST_CODE, np.int64(np.sqrt((1 << 31) / even(count))) - 1)
 
 
-@inline
+@helper
 def quantise_i16(row, count, codes):
     """`count` float32 as int16; returns their scale. `row` and `codes` are addresses; there is room for
     an even number of codes. A number that is infinite or NaN shows in the scale."""

@@ -47,7 +47,7 @@ from pymla.cpu.matmul.gemm_amx import MARGIN
 from pymla.cpu.memory import allocate, allocate_f32, empty
 from pymla.cpu.quant import A2, A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, take_rows
 from pymla.cpu.runtime import threads
-from pymla.cpu.runtime.jit import inline, kernel, variants
+from pymla.cpu.runtime.jit import helper, kernel, variants
 
 #: Keys that a block of queries meets at a time.
 TOKENS = 128
@@ -187,7 +187,7 @@ def multiply_head_for(qtype):
     if qtype not in ggml.QUANTISED:
         product_float = product_float_for(qtype)
 
-        @inline
+        @helper
         def multiply_head(w, h, x, index, begin, count, scratch, result, out):
             matrix, tokens = w.address + h * w.matrix_stride, x.x[begin : begin + count]
             for r in range(0, w.rows, 16):
@@ -197,7 +197,7 @@ def multiply_head_for(qtype):
         return multiply_head
     product = product_for(take_rows, qtype)
 
-    @inline
+    @helper
     def multiply_head(w, h, x, index, begin, count, scratch, result, out):
         matrix = w.address + h * w.matrix_stride
         for r in range(0, w.rows, ROWS):
@@ -222,7 +222,7 @@ def multiply_head_for(qtype):
     return multiply_head
 
 
-@inline
+@helper
 def store_values(rows, panels, scales):
     """Thirty-two tokens' values, float32 (32, v), as panels of `LANES` dimensions, and a scale for each token."""
     v = rows.shape[1]
@@ -245,13 +245,13 @@ def store_values(rows, panels, scales):
         out += PANEL_BYTES
 
 
-@inline
+@helper
 def scaled_row(rows, factors, t, i):
     """Codes of `LANES` values of a row."""
     return round_even(mul(load_f32xL(address(rows[t]) + 4 * i), splat_f32xL(factors[t])))
 
 
-@inline
+@helper
 def _queries(rows, i, count):
     """Addresses of four queries' rows from the i-th on; a tile at the edge repeats the last one."""
     a, b, c, d = four_from(i, count)

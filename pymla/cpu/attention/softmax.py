@@ -26,13 +26,13 @@ from pymla.cpu.machine.simd import (
     sub,
     total,
 )
-from pymla.cpu.runtime.compiling import inline
+from pymla.cpu.runtime.compiling import helper
 
 #: Base 2 for base e.
 LOG2E = math.log2(math.e)
 
 
-@inline
+@helper
 def shrink(factor, out, columns):
     """``out *= factor`` at an address of float32."""
     splat = splat_f32(factor)
@@ -42,7 +42,7 @@ def shrink(factor, out, columns):
         store_f32(out + i, load_f32(out + i) * factor)
 
 
-@inline
+@helper
 def heads_softmax(scores, seen, state, values, columns):
     """Scores (seen, 16) of 16 heads become weights; their maxima and sums (2, 16), and values (16, columns), follow.
 
@@ -68,7 +68,7 @@ def heads_softmax(scores, seen, state, values, columns):
             shrink(factors[h], values + 4 * columns * h, columns)
 
 
-@inline
+@helper
 def _raise_maximum(most, state, result, columns):
     """The larger of a query's maximum and `most`; its sum and values follow."""
     if most > state[0]:
@@ -79,7 +79,7 @@ def _raise_maximum(most, state, result, columns):
     return state[0]
 
 
-@inline
+@helper
 def query_softmax(scores, seen, state, result, columns):
     """Scores of a query, which sees the first ones, become weights, 0 for the rest; maximum, sum and values follow.
 
@@ -105,7 +105,7 @@ def query_softmax(scores, seen, state, result, columns):
     state[1] += total(sums)
 
 
-@inline
+@helper
 def token_softmax(scores, count, seen, token_scales, state, result, columns):
     """Scores of a query, which sees the first `seen` of `count` tokens, become weights times the tokens' scales, 0 for
     the rest; maximum, sum and values follow.

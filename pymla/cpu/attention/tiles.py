@@ -30,7 +30,7 @@ from pymla.cpu.machine.simd import (
 )
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, finish8, load_columns, panel_rows
 from pymla.cpu.machine.simd_words import WORD, dot_i16_words, dot_words, store_codes, store_words, zero_words
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 #: Rows that meet each of two panels in `tile_scores`, and in `tile_values`: as many as there are registers for, so that
 #: an instruction that takes five cycles does not wait for itself.
@@ -43,7 +43,7 @@ BLOCK_BYTES = 128 // WORD
 PANEL_BYTES = LANES * BLOCK_BYTES
 
 
-@inline
+@helper
 def quantise_codes(x, count, codes, scale, zero):
     """`count` float32, a multiple of 32, as codes from -127 to 127, plus `zero` (0 or `BIAS`), and their scale; returns
     their sum without it.
@@ -67,7 +67,7 @@ def quantise_codes(x, count, codes, scale, zero):
     return total(sums)
 
 
-@inline
+@helper
 def quantise_weights(weights, codes, scale):
     """`WEIGHTS` float32 that are not negative as codes from 0 to 255, and their scale; all are addresses."""
     most_lanes = splat_f32xL(np.float32(0))
@@ -83,7 +83,7 @@ def quantise_weights(weights, codes, scale):
     store_f32(scale, most / np.float32(255))
 
 
-@inline
+@helper
 def quantise_heads(weights, token_scales, codes, scales, heads):
     """`quantise_weights` for heads side by side, which `LANES` divides: weights (WEIGHTS, heads), words of codes
     (WEIGHTS // WORD, heads), scales (heads,)."""
@@ -104,27 +104,27 @@ def quantise_heads(weights, token_scales, codes, scales, heads):
             store_words(target, row, round_even(a), round_even(b), round_even(c), round_even(d))
 
 
-@inline
+@helper
 def store_keys(rows, row_bytes, out):
     """Rows of codes to the lanes of a panel; addresses."""
     for i in range(0, row_bytes, 16):
         store_columns(out + i * LANES, load_columns(panel_rows(rows, row_bytes, LANES), i))
 
 
-@inline
+@helper
 def four_from(i, count):
     """Four of `count` numbers from `i` on; at the edge, the last one again."""
     last = count - 1
     return min(i, last), min(i + 1, last), min(i + 2, last), min(i + 3, last)
 
 
-@inline
+@helper
 def four(rows, a, b, c, d):
     """Addresses of four rows of an array."""
     return address(rows[a]), address(rows[b]), address(rows[c]), address(rows[d])
 
 
-@unrolled
+@inlined
 def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
     """Rows of two panels with `SCORE_ROWS` others each; where those are three, the last of four addresses is not used.
 
@@ -160,14 +160,14 @@ def tile_scores(x, y, sx, sy, blocks, count, p, q, d, e, z, w, step, at, bt):
     _store_scores(at, bt, out)
 
 
-@unrolled
+@inlined
 def moved(addresses, step):
     """Four addresses, moved by so many bytes."""
     a, b, c, d = addresses
     return a + step, b + step, c + step, d + step
 
 
-@unrolled
+@inlined
 def _scaled(sums, u, v, sx, sy, out):
     """``out + sums * scales``: those of the panels, and those at addresses."""
     ia, ja, ib, jb, ic, jc, ie, je = sums
@@ -180,18 +180,18 @@ def _scaled(sums, u, v, sx, sy, out):
     return fa, ga, fb, gb, fc, gc, fe, ge
 
 
-@unrolled
+@inlined
 def _times(products, panel_scale, scale, acc):
     return fma(finish8(products), mul(panel_scale, broadcast_f32xL(scale)), acc)
 
 
-@unrolled
+@inlined
 def _load_scores(at, bt):
     fa, ga, fb, gb = load_f32xL(at[0]), load_f32xL(bt[0]), load_f32xL(at[1]), load_f32xL(bt[1])
     return fa, ga, fb, gb, load_f32xL(at[2]), load_f32xL(bt[2]), load_f32xL(at[3]), load_f32xL(bt[3])
 
 
-@unrolled
+@inlined
 def _store_scores(at, bt, out):
     fa, ga, fb, gb, fc, gc, fe, ge = out
     store_f32xL(at[0], fa)
@@ -205,7 +205,7 @@ def _store_scores(at, bt, out):
         store_f32xL(bt[3], ge)
 
 
-@unrolled
+@inlined
 def _four_scores(sums, p, q, x, y):
     sums = _one_score(sums, p, q, x, y)
     sums = _one_score(sums, p + 4 * LANES, q + 4 * LANES, moved(x, 4), moved(y, 4))
@@ -213,7 +213,7 @@ def _four_scores(sums, p, q, x, y):
     return _one_score(sums, p + 12 * LANES, q + 12 * LANES, moved(x, 12), moved(y, 12))
 
 
-@unrolled
+@inlined
 def _one_score(sums, p, q, x, y):
     """The products of a word; a panel's codes have no bias."""
     ia, ja, ib, jb, ic, jc, ie, je = sums
@@ -231,7 +231,7 @@ def _one_score(sums, p, q, x, y):
     return ia, ja, ib, jb, ic, jc, ie, je
 
 
-@unrolled
+@inlined
 def tile_rope(x, y, sx, sy, words, p, q, d, e, at, bt):
     """Add products of int16 to the results of `tile_scores`: `words` words of two, each with a common scale.
 
@@ -246,7 +246,7 @@ def tile_rope(x, y, sx, sy, words, p, q, d, e, at, bt):
     _store_scores(at, bt, _scaled(sums, load_f32xL(d), load_f32xL(e), sx, sy, _load_scores(at, bt)))
 
 
-@unrolled
+@inlined
 def _one_rope(sums, p, q, x, y):
     ia, ja, ib, jb, ic, jc, ie, je = sums
     u, v = load_i8xL(p), load_i8xL(q)
@@ -258,7 +258,7 @@ def _one_rope(sums, p, q, x, y):
     return ia, ja, ib, jb, ic, jc, ie, je
 
 
-@unrolled
+@inlined
 def tile_values(x, y, x_step, sx, sy, blocks, p, panel_step, at, bt):
     """Add two panels' lanes of the values, weighted, to the results of `VALUE_ROWS` queries: four, and four more if
     there are eight.
@@ -299,7 +299,7 @@ def tile_values(x, y, x_step, sx, sy, blocks, p, panel_step, at, bt):
     _store_values(at, out)
 
 
-@unrolled
+@inlined
 def _one_value(sums, more, p, x, y):
     """The products of a word."""
     u, v = load_i8xL(p), load_i8xL(p + PANEL_BYTES)
@@ -309,7 +309,7 @@ def _one_value(sums, more, p, x, y):
     return sums, more
 
 
-@unrolled
+@inlined
 def _four_values(sums, u, v, x):
     """Those of four queries; weights, which have no sign, take the part of the codes with the bias."""
     ia, ja, ib, jb, ic, jc, ie, je = sums
@@ -323,7 +323,7 @@ def _four_values(sums, u, v, x):
     return ia, ja, ib, jb, ic, jc, dot_words(ie, y, u), dot_words(je, y, v)
 
 
-@unrolled
+@inlined
 def _weighted(sums, scales, at):
     """What is at four addresses plus products times scales."""
     ia, ja, ib, jb, ic, jc, ie, je = sums
@@ -333,13 +333,13 @@ def _weighted(sums, scales, at):
     return fa, ga, fb, gb, fc, gc, _added(ie, scales[3], at[3]), _added(je, scales[3], at[3] + 4 * LANES)
 
 
-@unrolled
+@inlined
 def _added(products, scale, at):
     """What is at an address plus products times a scale, at another one."""
     return fma(finish8(products), broadcast_f32xL(scale), load_f32xL(at))
 
 
-@unrolled
+@inlined
 def _store_values(at, out):
     fa, ga, fb, gb, fc, gc, fe, ge = out
     store_f32xL(at[0], fa)

@@ -65,13 +65,13 @@ from pymla.cpu.machine.simd_panels import (
     panel_codes8,
     store_start4,
 )
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 F32, F16, BF16 = ggml.F32, ggml.F16, ggml.BF16
 Q4_0, Q4_1, Q8_0, Q6_K = ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
 
 
-@unrolled
+@inlined
 def _q6_k_codes(block, group):
     """Codes of the `group`-th 32 weights of a Q6_K block, from -32 to 31.
 
@@ -82,7 +82,7 @@ def _q6_k_codes(block, group):
     return _code_6(nibbles, load_i8x32(block + 128 + 32 * (group // 4)), 2 * (group % 4))
 
 
-@unrolled
+@inlined
 def _q6_k_scales(block, group):
     """Scales of the two sixteens of a group."""
     d = load_f16(block + 208)
@@ -90,7 +90,7 @@ def _q6_k_scales(block, group):
     return d * load_i8_as_f32(scales), d * load_i8_as_f32(scales + 1)
 
 
-@inline
+@helper
 def _unpack_q4_0(rows, first, count, codes, scales, minima):
     """Blocks of 32 weights of the rows of a panel, unpacked, as for each quantised type.
 
@@ -112,12 +112,12 @@ def _unpack_q4_0(rows, first, count, codes, scales, minima):
     _unpack_4_bits(18, rows, first, count, codes, scales, minima)
 
 
-@inline
+@helper
 def _unpack_q4_1(rows, first, count, codes, scales, minima):
     _unpack_4_bits(20, rows, first, count, codes, scales, minima)
 
 
-@inline
+@helper
 def _unpack_q8_0(rows, first, count, codes, scales, minima):
     for block in range(first, first + count):
         at = 34 * block
@@ -129,14 +129,14 @@ def _unpack_q8_0(rows, first, count, codes, scales, minima):
         codes, scales = codes + 32 * LANES, scales + 8 * LANES
 
 
-@inline
+@helper
 def _unpack_q6_k(rows, first, count, codes, scales, minima):
     for block in range(first // 8, (first + count) // 8):
         _unpack_q6_k_block(rows, 210 * block, codes, scales)
         codes, scales = codes + 256 * LANES, scales + 64 * LANES
 
 
-@inline
+@helper
 def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
     for block in range(first, first + count):
         at = size * block
@@ -149,7 +149,7 @@ def _unpack_4_bits(size, rows, first, count, codes, scales, minima):
         codes, scales, minima = codes + 32 * LANES, scales + 4 * LANES, minima + 4 * LANES
 
 
-@inline
+@helper
 def _unpack_q6_k_block(rows, at, codes, scales):
     d = gather_second_f16(rows, at + 206)
     for i in range(16):
@@ -181,13 +181,13 @@ def _unpack_q6_k_block(rows, at, codes, scales):
             )
 
 
-@inline
+@helper
 def _code_6(nibbles, high, shift):
     """Codes from -32 to 31 of nibbles and the two bits of `high` at `shift`."""
     return subtract_i8(bit_or(nibbles, bits_2(high, shift)), 32)
 
 
-@inline
+@helper
 def _store_codes4(size, out, a, b, c, d):
     """Tiles of AMX take Q4_0's codes with their sign; elsewhere the zero point is where sums begin."""
     if AMX and size == 18:
@@ -195,13 +195,13 @@ def _store_codes4(size, out, a, b, c, d):
     store_columns(out, (a, b, c, d))
 
 
-@inline
+@helper
 def _store_codes8(out, codes):
     a, b, c, d = codes
     store_columns(out, (panel_codes8(a), panel_codes8(b), panel_codes8(c), panel_codes8(d)))
 
 
-@inline
+@helper
 def store_columns(out, columns):
     """What `simd_panels.load_columns` gave to a panel: an address, and four registers."""
     a, b, c, d = columns
@@ -211,42 +211,42 @@ def store_columns(out, columns):
     store_i8xL(out + 12 * LANES, d)
 
 
-@unrolled
+@inlined
 def _add_f32(row, block, weight, acc):
     """`acc` plus ``weight`` times thirty-two weights of a row, from ``32 * block`` on, as for each type."""
     return fma(load_f32x32(row + 128 * block), splat_f32x32(weight), acc)
 
 
-@unrolled
+@inlined
 def _add_f16(row, block, weight, acc):
     return fma(load_f16x32(row + 64 * block), splat_f32x32(weight), acc)
 
 
-@unrolled
+@inlined
 def _add_bf16(row, block, weight, acc):
     return fma(load_bf16x32(row + 64 * block), splat_f32x32(weight), acc)
 
 
-@unrolled
+@inlined
 def _add_q4_0(row, block, weight, acc):
     at = row + 18 * block
     return fma(load_nibbles_f32(at + 2, 8), splat_f32x32(weight * load_f16(at)), acc)
 
 
-@unrolled
+@inlined
 def _add_q4_1(row, block, weight, acc):
     at = row + 20 * block
     acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
     return fma(load_nibbles_f32(at + 4, 0), splat_f32x32(weight * load_f16(at)), acc)
 
 
-@unrolled
+@inlined
 def _add_q8_0(row, block, weight, acc):
     at = row + 34 * block
     return fma(bytes_to_f32(load_i8x32(at + 2)), splat_f32x32(weight * load_f16(at)), acc)
 
 
-@unrolled
+@inlined
 def _add_q6_k(row, block, weight, acc):
     at, group = row + block // 8 * 210, block % 8
     low, high = _q6_k_scales(at, group)
@@ -288,14 +288,14 @@ def dequantise_row_for(qtype):
     add_block, load_one, load_eight, size = (getattr(FORMATS[qtype], name) for name in _READING)
     if load_one is None:
 
-        @inline
+        @helper
         def dequantise_row(row, out, columns):
             for block in range(columns // 32):
                 store_f32x32(out + 128 * block, add_block(row, block, np.float32(1), splat_f32x32(np.float32(0))))
 
     else:
 
-        @inline
+        @helper
         def dequantise_row(row, out, columns):
             whole = columns // 8 * 8
             for i in range(0, whole, 8):
@@ -316,14 +316,14 @@ def write_row_for(qtype):
     store_one, size = FORMATS[qtype].store_one, FORMATS[qtype].size
     if store_one is None:
 
-        @inline
+        @helper
         def write_row(x, row, columns):
             for block in range(columns // 32):
                 write_q8(x + 128 * block, row + 34 * block, row + 34 * block + 2, 0)
 
     else:
 
-        @inline
+        @helper
         def write_row(x, row, columns):
             for i in range(columns):
                 store_one(row + size * i, load_f32(x + 4 * i))
@@ -331,7 +331,7 @@ def write_row_for(qtype):
     return write_row
 
 
-@inline
+@helper
 def write_q8(x, scale, codes, zero):
     """Thirty-two float32 as a scale, an IEEE half, and codes of 8 bits that are `zero` more than ggml's Q8_0 has. All
     but `zero` are addresses."""
@@ -345,7 +345,7 @@ def write_q8(x, scale, codes, zero):
         store_as_i8(codes + 8 * i, add(round_away(mul(load_f32x8(x + 32 * i), factor)), zero))
 
 
-@inline
+@helper
 def magnitude(x):
     """The largest absolute value of thirty-two float32 at an address. A scale from it keeps an infinite value or NaN in
     sight, where codes would turn it into a number."""
@@ -353,7 +353,7 @@ def magnitude(x):
     return farthest(farther(farther(absolute(a), absolute(b)), farther(absolute(c), absolute(d))))
 
 
-@inline
+@helper
 def quantise_block(x, codes, step, apart, scale, sums, starts, sum16):
     """Thirty-two activations, float32 at `x`, to the parts of `quant.Input`; the largest becomes code 127 or -127.
 

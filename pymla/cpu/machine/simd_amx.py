@@ -27,7 +27,7 @@ from pymla.cpu.machine.intrinsics import (
     write,
 )
 from pymla.cpu.machine.isa import AMX
-from pymla.cpu.runtime.compiling import unrolled
+from pymla.cpu.runtime.compiling import inlined
 
 #: Codes of a row that a dot instruction takes.
 BLOCK = 32
@@ -99,7 +99,7 @@ def release(builder):
     _instruction(builder, "tilerelease", [])
 
 
-@unrolled
+@inlined
 def zero_four():
     """Tiles 0 to 3 without sums."""
     zero_tile(0)
@@ -108,7 +108,7 @@ def zero_four():
     zero_tile(3)
 
 
-@unrolled
+@inlined
 def store_four(address):
     """Tiles 0 to 3 to memory."""
     store_tile(0, address, 64)

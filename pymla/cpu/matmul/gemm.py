@@ -37,7 +37,7 @@ from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, dot4, dot8, finish4, finish8, panel_rows, start4, start8
 from pymla.cpu.matmul.gemm_amx import COLUMNS, add_columns
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 #: Rows of a product.
 ROWS = 2 * LANES
@@ -58,7 +58,7 @@ _CODES, _SCALES, _MINIMA = 0, ROWS * CHUNK, ROWS * (CHUNK + CHUNK // 4)
 _SUMS = ROWS * (CHUNK + CHUNK // 4 + CHUNK // 8)
 
 
-@inline
+@helper
 def two_groups(row, stride, count):
     """Up to `ROWS` rows that follow each other as the two groups of a product: address of the second, rows of each.
     Without a second group, the first one's last row stands in for it."""
@@ -76,7 +76,7 @@ def product_for(take, qtype):
     tiles, chunk_bytes = AMX and bits == 4, CHUNK // 256 * bytes_256
     widest = COLUMNS if tiles else WIDEST4 if bits == 4 else 3
 
-    @inline
+    @helper
     def product(row_a, row_b, count_a, count_b, stride, k, following, x, index, columns, scratch, out, where):
         """Two groups of up to `LANES` rows of weights times columns of activations.
 
@@ -160,7 +160,7 @@ def product_for(take, qtype):
     return product
 
 
-@inline
+@helper
 def _three(index, i, end, k, start, out):
     """What a tile needs of three columns from the i-th on, at the edge the last one again: bytes from the first
     column's scales to those from `start` of K on, and addresses of their results."""
@@ -171,7 +171,7 @@ def _three(index, i, end, k, start, out):
     return columns, (out + _ROW * first, out + _ROW * second, out + _ROW * third)
 
 
-@inline
+@helper
 def add_tiles(x, x_bytes, scales, scale_bytes, blocks, scratch, out):
     """Add two panels of 4-bit codes times sixteen columns to the results, by AMX.
 
@@ -193,7 +193,7 @@ def add_tiles(x, x_bytes, scales, scale_bytes, blocks, scratch, out):
         add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, d, scratch + _SUMS, at, _ROW)
 
 
-@inline
+@helper
 def add_columns4(x, index, i, end, mask, k, start, blocks, scratch, out):
     """Two panels of 4-bit codes times up to `WIDEST4` columns from the i-th on, but none from the one at `end` on.
 
@@ -215,7 +215,7 @@ def add_columns4(x, index, i, end, mask, k, start, blocks, scratch, out):
         tile4(x, three, mask, blocks, scratch, start > 0, results)
 
 
-@inline
+@helper
 def tile4(x, columns, mask, blocks, scratch, onto, results):
     """Two panels of 4-bit codes times three columns.
 
@@ -251,7 +251,7 @@ def tile4(x, columns, mask, blocks, scratch, onto, results):
     _end(out, results)
 
 
-@inline
+@helper
 def tile4_six(x, first, second, mask, blocks, scratch, onto, first_results, second_results):
     """`tile4` for six columns, twice three, for 32 registers: twelve sums, so that an instruction that takes five
     cycles does not wait for itself."""
@@ -273,13 +273,13 @@ def tile4_six(x, first, second, mask, blocks, scratch, onto, first_results, seco
     _end(further, second_results)
 
 
-@unrolled
+@inlined
 def _moved(three, step):
     a, b, c = three
     return a + step, b + step, c + step
 
 
-@unrolled
+@inlined
 def _start4(starts, columns, mask):
     """Sums to begin with, of both panels with each column."""
     a, b, c = columns
@@ -287,7 +287,7 @@ def _start4(starts, columns, mask):
     return ia, ia, ib, ib, ic, ic
 
 
-@unrolled
+@inlined
 def _sixteen4(sums, p, q, codes, columns):
     """Add the products of sixteen columns of two panels with three activations; the steps are written out, as LLVM
     leaves a loop over them."""
@@ -297,7 +297,7 @@ def _sixteen4(sums, p, q, codes, columns):
     return _four4(sums, load_i8xL(p + 12 * LANES), load_i8xL(q + 12 * LANES), codes + 12, columns)
 
 
-@unrolled
+@inlined
 def _sixteen4_six(sums, more, p, q, codes, first, second):
     """The same for six."""
     sums, more = _four4_six(sums, more, p, q, codes, first, second)
@@ -306,13 +306,13 @@ def _sixteen4_six(sums, more, p, q, codes, first, second):
     return _four4_six(sums, more, p + 12 * LANES, q + 12 * LANES, codes + 12, first, second)
 
 
-@unrolled
+@inlined
 def _four4_six(sums, more, p, q, codes, first, second):
     u, v = load_i8xL(p), load_i8xL(q)
     return _four4(sums, u, v, codes, first), _four4(more, u, v, codes, second)
 
 
-@unrolled
+@inlined
 def _four4(sums, u, v, codes, columns):
     ia, ja, ib, jb, ic, jc = sums
     a, b, c = columns
@@ -324,13 +324,13 @@ def _four4(sums, u, v, codes, columns):
     return ia, ja, ib, jb, dot4(ic, u, y), dot4(jc, v, y)
 
 
-@unrolled
+@inlined
 def _finish4(sums):
     ia, ja, ib, jb, ic, jc = sums
     return finish4(ia), finish4(ja), finish4(ib), finish4(jb), finish4(ic), finish4(jc)
 
 
-@inline
+@helper
 def tile8(x, columns, blocks, scratch, onto, results):
     """`tile4` for codes of 8 bits, with a scale and a word for `simd_panels.start8` for 16 weights, two in a word's
     place."""
@@ -347,7 +347,7 @@ def tile8(x, columns, blocks, scratch, onto, results):
     _end(out, results)
 
 
-@unrolled
+@inlined
 def _block8(p, q, d, e, codes, starts, scales, columns, out):
     """Add sixteen columns of K to the results."""
     a, b, c = columns
@@ -361,7 +361,7 @@ def _block8(p, q, d, e, codes, starts, scales, columns, out):
     return _scaled(products, load_f32xL(d), load_f32xL(e), scales, columns, out)
 
 
-@unrolled
+@inlined
 def _four8(sums, p, q, codes, columns):
     ia, ja, ib, jb, ic, jc = sums
     a, b, c = columns
@@ -374,7 +374,7 @@ def _four8(sums, p, q, codes, columns):
     return ia, ja, ib, jb, dot8(ic, u, y), dot8(jc, v, y)
 
 
-@unrolled
+@inlined
 def _scaled(products, u, v, scales, columns, out):
     """Results plus products times the panels' scales `u` and `v` and the columns'."""
     ia, ja, ib, jb, ic, jc = products
@@ -388,7 +388,7 @@ def _scaled(products, u, v, scales, columns, out):
     return fa, ga, fb, gb, fma(ic, mul(u, s), fc), fma(jc, mul(v, s), gc)
 
 
-@unrolled
+@inlined
 def _begin(onto, results):
     """Results to begin with: what is there, or zero."""
     zero = splat_f32xL(np.float32(0))
@@ -401,7 +401,7 @@ def _begin(onto, results):
     return fa, ga, fb, gb, fc, gc
 
 
-@unrolled
+@inlined
 def _end(out, results):
     """Store the results."""
     fa, ga, fb, gb, fc, gc = out
@@ -414,7 +414,7 @@ def _end(out, results):
     store_f32xL(ct + 4 * LANES, gc)
 
 
-@inline
+@helper
 def _add_minima(sums, columns, blocks, scratch, results):
     """Add minimum times sum of activations to the results of three columns; `sums` is the address of those sums, the
     others are as in `tile4`."""
@@ -439,7 +439,7 @@ def product_float_for(qtype):
     """Make `product_float` for a float type."""
     dequantise_row, size = dequantise_row_for(qtype), FORMATS[qtype].size
 
-    @inline
+    @helper
     def product_float(row, count, stride, k, x, out, scratch):
         """Up to 16 rows of a float type times all activations.
 
@@ -484,7 +484,7 @@ def product_float_for(qtype):
     return product_float
 
 
-@inline
+@helper
 def transpose_panel(rows, stride, count, columns, panel):
     """Up to 16 rows of float32 as a panel (columns, 16); the lanes of missing rows repeat the last one.
 
@@ -515,7 +515,7 @@ def transpose_panel(rows, stride, count, columns, panel):
                 store_f32(panel + 64 * i + 4 * (eight + lane), load_f32(r + 4 * i))
 
 
-@inline
+@helper
 def tile_f32(a, row_1, row_2, row_3, a_step, b, b_step, depth, out, out_row, onto):
     """Four rows times a panel: ``out[i, :16] = Σ_k a[i, k] b[k, :16]`` in float32.
 

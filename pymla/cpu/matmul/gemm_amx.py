@@ -22,7 +22,7 @@ from pymla.cpu.machine.simd_amx import (
     zero_tile,
 )
 from pymla.cpu.memory import empty
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 #: Columns of a tile.
 COLUMNS = 16
@@ -44,7 +44,7 @@ def empty_columns(columns, k):
     return empty((k // BLOCK, 64 * lines), np.int8)
 
 
-@inline
+@helper
 def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, scratch, out, out_bytes):
     """Add a panel times sixteen columns to the results.
 
@@ -87,7 +87,7 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
     add_rows_to(out, out_bytes, rows)
 
 
-@unrolled
+@inlined
 def _dot_four(x, x_bytes, panel):
     """Products of four blocks, in tiles 0 to 3."""
     zero_tile(0)
@@ -108,7 +108,7 @@ def _dot_four(x, x_bytes, panel):
     dot_tiles(3, 5, 7)
 
 
-@unrolled
+@inlined
 def _scale_four(rows, sums, panel_scales, scales, scale_bytes):
     """Add the sums of four tiles, scaled."""
     rows = add_scaled_sums(rows, sums, load_f32xL(panel_scales), scales, scale_bytes)

@@ -26,7 +26,7 @@ from pymla.cpu.machine.simd import (
 from pymla.cpu.machine.simd_bytes import dot_i8, dot_u7, to_f32, zero_i32x8
 from pymla.cpu.matmul import gemv_256, gemv_512
 from pymla.cpu.memory import fetch_ahead
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 # Kernels see module globals as constants.
 _fours = gemv_512 if LANES == 16 else gemv_256
@@ -45,7 +45,7 @@ def order(qtype):
     return EIGHTHS if LANES == 16 and qtype == Q4_0 else MIXED
 
 
-@inline
+@helper
 def place(order, block, blocks):
     """Where the activations of a block of a row stand: its first eight codes, and bytes from there to the next eight
     and to the last sixteen."""
@@ -70,7 +70,7 @@ def dot_rows_for(qtype):
     if not FORMATS[qtype].bits:
         dot_row = dot_float_for(qtype)
 
-        @inline
+        @helper
         def dot_rows(row, stride, count, activations, columns, out):
             for i in range(count):
                 store_f32(out + 4 * i, dot_row(row + i * stride, activations[0], columns))
@@ -78,7 +78,7 @@ def dot_rows_for(qtype):
         return dot_rows
     dot_four = _DOT_FOUR[qtype]
 
-    @inline
+    @helper
     def dot_rows(row, stride, count, activations, columns, out):
         apart = (count + 3) // 4
         for i in range(apart):
@@ -88,7 +88,7 @@ def dot_rows_for(qtype):
     return dot_rows
 
 
-@inline
+@helper
 def _four(row, stride, i, apart, count):
     """Addresses of four rows from the i-th on; the last row stands for those that are not there."""
     last = count - 1
@@ -96,7 +96,7 @@ def _four(row, stride, i, apart, count):
     return row + i * stride, row + second * stride, row + third * stride, row + fourth * stride
 
 
-@inline
+@helper
 def _store(out, i, apart, count, results):
     """The results of four such rows."""
     last = count - 1
@@ -107,26 +107,26 @@ def _store(out, i, apart, count, results):
     store_f32(out + 4 * min(i + 3 * apart, last), fourth)
 
 
-@unrolled
+@inlined
 def _dot_q4_0(rows, activations, columns):
     """Four rows times one activation vector, as for each quantised type."""
     _, codes, scale, sums, starts, _ = activations
     return _dot_4_bits(18, 2, rows, codes, scale, sums, starts, columns)
 
 
-@unrolled
+@inlined
 def _dot_q4_1(rows, activations, columns):
     _, codes, scale, sums, starts, _ = activations
     return _dot_4_bits(20, 4, rows, codes, scale, sums, starts, columns)
 
 
-@unrolled
+@inlined
 def _dot_q6_k(rows, activations, columns):
     _, codes, scale, _, _, sum16 = activations
     return _dot_q6_k_of_fours(rows, codes, scale, sum16, columns)
 
 
-@unrolled
+@inlined
 def _dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
     a, b, c, d = _dot_4_bits_of_fours(size, header, rows, codes, scale, sums, starts, columns)
@@ -140,7 +140,7 @@ def _dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     return a, b, c, d
 
 
-@inline
+@helper
 def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
     result = np.float32(0)
     for _ in range(blocks):
@@ -152,7 +152,7 @@ def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
     return result
 
 
-@unrolled
+@inlined
 def _dot_q8_0(rows, activations, columns):
     _, codes, scale, _, _, _ = activations
     a, b, c, d = _dot_q8_0_of_fours(rows, codes, scale, columns)
@@ -166,7 +166,7 @@ def _dot_q8_0(rows, activations, columns):
     return a, b, c, d
 
 
-@inline
+@helper
 def _rest_q8_0(row, codes, scale, blocks):
     result = np.float32(0)
     for _ in range(blocks):
@@ -184,7 +184,7 @@ def dot_float_for(qtype):
     """A function ``(row, x, columns)``: a row of a float type, F32, F16 or BF16, times activations; addresses."""
     load_one, load_eight, size = FORMATS[qtype].load_one, FORMATS[qtype].load_eight, FORMATS[qtype].size
 
-    @inline
+    @helper
     def dot_float(row, x, columns):
         a = splat_f32(np.float32(0))
         b = splat_f32(np.float32(0))

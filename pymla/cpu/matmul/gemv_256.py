@@ -41,10 +41,10 @@ from pymla.cpu.machine.simd_bytes import (
     zero_i32x8,
     zero_sums,
 )
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 
-@inline
+@helper
 def place(block, blocks):
     """Where the activations of a block stand, of whole fours of blocks: its first sixteen codes, and bytes from there
     to the others. An odd four at the end keeps the order of its columns."""
@@ -53,7 +53,7 @@ def place(block, blocks):
     return block // 8 * 256 + block % 4 * 64 + block // 4 % 2 * 16, 32
 
 
-@unrolled
+@inlined
 def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q4_0, with blocks of 18 bytes and a header of 2, or Q4_1, with 20 and 4."""
     a, b, c, d = rows
@@ -65,7 +65,7 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     )
 
 
-@inline
+@helper
 def _row_4_bits(size, header, row, codes, scale, sums, columns):
     """Codes stay unsigned, which saves instructions: Q4_0's zero point of 8 comes off by the sums, like a
     minimum."""
@@ -94,14 +94,14 @@ def _row_4_bits(size, header, row, codes, scale, sums, columns):
     return total(acc)
 
 
-@unrolled
+@inlined
 def _dot_pair(zero, packed, codes):
     """Products of two blocks' nibbles with their 64 activations."""
     low = dot_u6(zero, low_nibbles(packed), load_i8x32(codes))
     return dot_u6(low, high_nibbles(packed), load_i8x32(codes + 32))
 
 
-@unrolled
+@inlined
 def dot_q8_0(rows, codes, scale, columns):
     """Whole fours of blocks of four rows of Q8_0."""
     a, b, c, d = rows
@@ -113,7 +113,7 @@ def dot_q8_0(rows, codes, scale, columns):
     )
 
 
-@inline
+@helper
 def _row_q8_0(row, codes, scale, columns):
     acc = splat_f32(np.float32(0))
     for _ in range(columns // 256):
@@ -131,14 +131,14 @@ def _row_q8_0(row, codes, scale, columns):
     return total(acc)
 
 
-@unrolled
+@inlined
 def _dot_pair_q8_0(weights, codes):
     """Products of two blocks of Q8_0, four blocks apart, with their 64 activations."""
     low = dot_i8(zero_i32x8(), load_pair(weights, weights + 136), load_i8x32(codes))
     return dot_i8(low, load_pair(weights + 16, weights + 152), load_i8x32(codes + 32))
 
 
-@unrolled
+@inlined
 def dot_q6_k(rows, codes, scale, sum16, columns):
     """Four rows of Q6_K."""
     a, b, c, d = rows
@@ -150,7 +150,7 @@ def dot_q6_k(rows, codes, scale, sum16, columns):
     )
 
 
-@inline
+@helper
 def _row_q6_k(row, codes, scale, sum16, columns):
     """Codes stay unsigned, from 0 to 63; a block's products meet the scales of its sixteens as integers."""
     acc = splat_f32(np.float32(0))
@@ -177,7 +177,7 @@ def _row_q6_k(row, codes, scale, sum16, columns):
     return total(acc)
 
 
-@unrolled
+@inlined
 def _dot_q6(nibbles, high, shift, codes):
     """Products of sixteen weights of two blocks, of which `high` has the two upper bits at `shift`."""
     return dot_u6(zero_sums(), bit_or(nibbles, bits_2(high, shift)), load_i8x32(codes))

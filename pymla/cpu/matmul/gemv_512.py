@@ -51,24 +51,24 @@ from pymla.cpu.machine.simd_512 import (
 )
 from pymla.cpu.machine.simd_bytes import dot_i16, load_i8_as_i16, load_i16x16, times_32, to_f32
 from pymla.cpu.memory import fetch_ahead
-from pymla.cpu.runtime.compiling import inline, unrolled
+from pymla.cpu.runtime.compiling import helper, inlined
 
 
-@inline
+@helper
 def place(block, blocks):
     """Where the activations of a block stand, of whole fours of blocks: its first sixteen codes, and bytes from there
     to the others."""
     return block // 4 * 128 + block % 4 * 16, 64
 
 
-@inline
+@helper
 def place_eights(block):
     """Where they stand in `rows.EIGHTHS`, of whole eights of blocks: the first eight codes, and bytes from there to the
     next eight and to the last sixteen."""
     return block // 8 * 256 + block % 8 * 8, 128, 64
 
 
-@unrolled
+@inlined
 def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
 
@@ -103,7 +103,7 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     )
 
 
-@unrolled
+@inlined
 def _add_eight(size, row, x, s, m, z, acc, minima):
     """Add products of eight blocks and of their minima."""
     fetch_ahead(row, 8 * size)
@@ -119,7 +119,7 @@ def _add_eight(size, row, x, s, m, z, acc, minima):
     return acc, fma(minimum, m, minima)
 
 
-@unrolled
+@inlined
 def _add_eight_q4_0(row, x, s, z, acc):
     """The same for Q4_0, with sums that begin with minus eight times those of the activations."""
     head, other = load_i8x64(row), load_i8x64(row + 72)
@@ -129,7 +129,7 @@ def _add_eight_q4_0(row, x, s, z, acc):
     return fma(to_f32x16(products), spread_pairs(mul(halves_18(head, other), s)), acc)
 
 
-@unrolled
+@inlined
 def _add_four(size, header, row, codes, s, m, acc, minima):
     """Add products of four blocks and of their minima."""
     d = load_scales_4(row, size)
@@ -138,13 +138,13 @@ def _add_four(size, header, row, codes, s, m, acc, minima):
     return acc, fma(d if size == 18 else load_scales_4(row + 2, size), m, minima)
 
 
-@unrolled
+@inlined
 def _nibbles_times(packed, x, y):
     """Products of four blocks' nibbles with their activations."""
     return dot_u8x64(dot_u8x64(zero_i32x16(), low_nibbles(packed), x), high_nibbles(packed), y)
 
 
-@unrolled
+@inlined
 def dot_q8_0(rows, codes, scale, columns):
     """Whole fours of blocks of four rows of Q8_0. Codes become unsigned, 128 more, and the products with 128 are taken
     off."""
@@ -168,14 +168,14 @@ def dot_q8_0(rows, codes, scale, columns):
     return totals(halve(acc_a), halve(acc_b), halve(acc_c), halve(acc_d))
 
 
-@unrolled
+@inlined
 def _offset(codes):
     """Minus the products of 128 with the activations of four blocks."""
     products = dot_u8x64(zero_i32x16(), all_128(), load_i8x64(codes))
     return subtract_i32x16(zero_i32x16(), dot_u8x64(products, all_128(), load_i8x64(codes + 64)))
 
 
-@unrolled
+@inlined
 def _add_eight_q8_0(row, codes, first, second, s, acc):
     fetch_ahead(row, 272)
     factor = mul(load_scales(row, 34), s)
@@ -183,14 +183,14 @@ def _add_eight_q8_0(row, codes, first, second, s, acc):
     return fma(to_f32x16(_bytes_times(row + 136, codes + 128, second)), spread(factor, 1), acc)
 
 
-@unrolled
+@inlined
 def _bytes_times(row, codes, offset):
     """Products of four blocks of Q8_0 with their activations."""
     low, high = flip_sign_bits(load_quarters(row, 34, 2)), flip_sign_bits(load_quarters(row, 34, 18))
     return dot_u8x64(dot_u8x64(offset, low, load_i8x64(codes)), high, load_i8x64(codes + 64))
 
 
-@unrolled
+@inlined
 def dot_q6_k(rows, codes, scale, sum16, columns):
     """Four rows of Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen
     activations."""
@@ -211,7 +211,7 @@ def dot_q6_k(rows, codes, scale, sum16, columns):
     )
 
 
-@unrolled
+@inlined
 def _add_q6_k(row, codes, s, sums, acc, offsets):
     """Add products of a block of 256, and what comes off."""
     fetch_ahead(row, 210)
@@ -224,7 +224,7 @@ def _add_q6_k(row, codes, s, sums, acc, offsets):
     return acc, fma(to_f32(offset), factor, offsets)
 
 
-@unrolled
+@inlined
 def _q6_times(nibbles, high, scales, codes):
     """Products of four blocks, times their two scales; addresses of their 64 bytes of nibbles, 32 bytes of high bits,
     scales and activations."""

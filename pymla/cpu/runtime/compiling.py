@@ -88,7 +88,7 @@ _OPTIONS = {
 }
 
 
-def inline(python_function, **options):
+def helper(python_function, **options):
     """Mark a function that kernels call; Python cannot. Sums are taken in the order that is written, so that a result
     does not depend on the kernel around it: vector registers (`simd.py`) take the place of fast-math."""
     dispatcher = numba.njit(**_OPTIONS, **options)(python_function)
@@ -96,9 +96,9 @@ def inline(python_function, **options):
     return dispatcher
 
 
-def unrolled(python_function):
+def inlined(python_function):
     """Mark a step of a loop that is written out: a real call would pass its registers through memory."""
-    return inline(python_function, forceinline=True)
+    return helper(python_function, forceinline=True)
 
 
 #: What of Numba's configuration changes machine code, besides the processor's name and features.

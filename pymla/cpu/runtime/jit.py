@@ -13,9 +13,9 @@ from numba.core.caching import NullCache
 from pymla import ggml
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.arguments import Packer, unpacker
-from pymla.cpu.runtime.compiling import Compiled, c_function, inline
+from pymla.cpu.runtime.compiling import Compiled, c_function, helper
 
-__all__ = ["Kernel", "inline", "kernel", "variants"]
+__all__ = ["Kernel", "helper", "kernel", "variants"]
 
 _ENTRY = types.void(types.int64, types.int64, types.int64)
 
@@ -72,7 +72,7 @@ class Kernel:
     def _build(self, cache):
         # Machine code is named after its function: each kernel has a copy of `_enter`, whose globals are the function
         # and the reader of its arguments.
-        scope = {"inner": inline(self._function), "unpack": unpacker(self._signature), "__name__": __name__}
+        scope = {"inner": helper(self._function), "unpack": unpacker(self._signature), "__name__": __name__}
         entry = FunctionType(_enter.__code__, scope, self.__name__)
         entry.__qualname__ = f"{self._function.__module__}.{self.__name__}"
         return c_function(entry, _ENTRY, cache)

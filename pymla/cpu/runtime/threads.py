@@ -23,7 +23,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from pymla.cpu.memory import empty
-from pymla.cpu.runtime.compiling import function, inline
+from pymla.cpu.runtime.compiling import function, helper
 from pymla.host.cores import usable_cores
 
 #: Looks at a barrier before a thread offers its core to others, some microseconds: if another program has the other
@@ -322,7 +322,7 @@ def _call(typingctx, function, arguments, first, last):
     return types.void(*[types.int64] * 4), codegen
 
 
-@inline
+@helper
 def _wait(spins):
     """One look's pause; returns how many there have been."""
     if spins < SPINS:
@@ -332,13 +332,13 @@ def _wait(spins):
     return spins + 1
 
 
-@inline
+@helper
 def _range(grain, left, threads):
     """Items that a thread takes of those that are left."""
     return grain if grain > 0 else max(-grain, 7 * left // (8 * threads))
 
 
-@inline
+@helper
 def _run(state, operations, count):
     """A thread's part of all operations."""
     threads = _get(state + _THREADS)
