@@ -2,6 +2,8 @@
 tables; none of it may steer the terminal, and no message is longer than a screen."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 #: Characters of the longest message.
 LONGEST = 960
@@ -39,9 +41,14 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return shortened(printable(shortened(text, longest)), longest)
 
 
-def shown(value: object, longest: int = 60) -> str:
-    """A value as a message quotes it: as Python writes it, printable and short; an array is told by its length, and a
-    NumPy number is written as Python's."""
+def shown(value: Any, longest: int = 60, write: Callable[[Any], str] = repr) -> str:
+    """A value as a message quotes it: printable and short. Of an array the length is told.
+
+    Parameters
+    ----------
+    value : anything; a NumPy number is written as Python's
+    write : how other values are written: by default as in Python's source
+    """
     if getattr(value, "shape", None) == ():
         value = value.item()
     if isinstance(value, list | tuple) or hasattr(value, "shape"):
@@ -49,7 +56,7 @@ def shown(value: object, longest: int = 60) -> str:
     if isinstance(value, str):
         value = shortened(value, longest)
     try:
-        return shortened(printable(repr(value)), longest)
+        return shortened(printable(write(value)), longest)
     except ValueError:  # Python does not write out an integer of thousands of digits
         return "an integer of thousands of digits"
     except Exception:  # a caller's own class

@@ -83,6 +83,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
 
 
+def check_space(path: Path, needed: int) -> None:
+    """Raise PymlaError where the disk has not `needed` bytes free for a file."""
+    try:
+        free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    if needed > free:
+        raise PymlaError(f"{path}: needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free")
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a small file: `replacing` an older one, or straight to a device or a pipe.
 

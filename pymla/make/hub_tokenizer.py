@@ -5,16 +5,20 @@ ids in config.json, chat_template.jinja before the template in tokenizer_config.
 not used: it takes one id for the end of a text, and trusts the shape of everything in the files.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 from tokenizers import Tokenizer, normalizers
 
 from pymla.errors import PymlaError
+from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
-from pymla.make.hub_config import HubConfig, Values, shown
+from pymla.make.hub_config import HubConfig, Values
+from pymla.printable import shown
 from pymla.text.tokenizer import PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
@@ -46,19 +50,31 @@ class HubTokenizer(NamedTuple):
     chat_template: str | list[dict[str, str]] | None
     notes: list[str]  # what a user should know
 
-    def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Set the metadata."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+    def metadata(self) -> dict[str, Value]:
+        """Keys and values of the tokenizer."""
+        keys = gguf.Keys.Tokenizer
+        found: dict[str, Value] = {
+            keys.MODEL: "gpt2",
+            keys.PRE: self.pre,
+            keys.LIST: self.tokens,
+            keys.TOKEN_TYPE: np.array(self.types, np.int32),
+            keys.MERGES: self.merges,
+        }
         for name, token_id in (*self.special.items(), *zip(END_KEYS, self.ends, strict=False)):
-            getattr(writer, f"add_{name}_token_id")(token_id)
+            found[getattr(keys, f"{name.upper()}_ID")] = token_id
         for name, value in self.add.items():
-            getattr(writer, f"add_add_{name}_token")(value)
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+            found[getattr(keys, f"ADD_{name.upper()}")] = value
+        return found | self._templates()
+
+    def _templates(self) -> dict[str, Value]:
+        """The chat template, or several by name, in which GGUF has letters and digits only."""
+        keys = gguf.Keys.Tokenizer
+        if self.chat_template is None or isinstance(self.chat_template, str):
+            return {keys.CHAT_TEMPLATE: self.chat_template or ""}
+        named = {re.sub("[^a-zA-Z0-9]", "_", each["name"]): each["template"] for each in self.chat_template}
+        default = named.pop("default", "")
+        found = {keys.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name}
+        return found | {keys.CHAT_TEMPLATES: [name for name in named if name], keys.CHAT_TEMPLATE: default}
 
 
 def read_tokenizer(config: HubConfig, pre: str | None = None) -> HubTokenizer:
