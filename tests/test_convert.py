@@ -32,7 +32,8 @@ from pymla.make.convert import LAYOUTS, QTYPES, convert
 from pymla.make.hub_tokenizer import detect_pre
 from pymla.models.config import ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
-from pymla.text.tokenizer import PRE_TOKENIZERS, Tokenizer
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.tokenizer import Tokenizer
 
 
 def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):

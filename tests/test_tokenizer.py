@@ -13,14 +13,13 @@ from tokenizers import models, trainers
 
 from pymla.engine.loading import demo_path
 from pymla.errors import PymlaError
+from pymla.text.byte_alphabet import BYTES, CHARACTERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 from pymla.text.tokenizer import (
     CONTROL,
     NORMAL,
-    PRE_TOKENIZERS,
     USER_DEFINED,
     Tokenizer,
-    _byte_alphabet,
-    _pre_tokenizer,
 )
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -31,7 +30,7 @@ def small(pre="deepseek-llm", **kwargs):
     """A tokenizer trained on a few lines, with a control and a user-defined token at the end."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = PRE_TOKENIZERS["deepseek-llm"]
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(_byte_alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(BYTES), show_progress=False)
     bpe.train_from_iterator([ZOO, Path(__file__).read_text(encoding="utf-8")], trainer)
     vocabulary = bpe.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
@@ -62,7 +61,7 @@ def test_round_trip(pre):
 
 def test_patterns_split_one_after_the_other():
     """Each splits what the ones before it left; what none finds stays in one piece, and all of it becomes bytes."""
-    split = _pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
+    split = pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
     assert [piece for piece, _ in split.pre_tokenize_str("abba12é c'd!")] == ["a", "bb", "a", "1", "2", "Ã©Ġc'd!"]
 
 
@@ -75,15 +74,13 @@ def test_patterns_split_one_after_the_other():
     ],
 )
 def test_pieces_of_a_text(pre, pieces):
-    alphabet = _byte_alphabet()
     found = PRE_TOKENIZERS[pre].pre_tokenize_str(pieces.replace("|", ""))
-    assert [bytes(map(alphabet.get, piece)).decode() for piece, _ in found] == pieces.split("|")
+    assert [bytes(map(BYTES.get, piece)).decode() for piece, _ in found] == pieces.split("|")
 
 
 def test_streams_never_print_half_a_character():
     tokenizer = small()
-    alphabet = {byte: character for character, byte in _byte_alphabet().items()}
-    ids = [tokenizer._ids[alphabet[byte]] for byte in "🦙".encode()]
+    ids = [tokenizer._ids[CHARACTERS[byte]] for byte in "🦙".encode()]
     stream = tokenizer.stream()
     assert [stream.push(i) for i in ids] == ["", "", "", "🦙"]
     assert stream.push(ids[0]) == ""
@@ -103,7 +100,7 @@ def test_special_tokens():
 @pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
 def test_the_longest_special_token_is_matched(kind):
     """Wherever the shorter ones stand in the vocabulary."""
-    alphabet = sorted(_byte_alphabet())
+    alphabet = sorted(BYTES)
     specials = ["<a", "<a>", "<a>b", "<a>b<a", "b<a>"]
     for order in (specials, specials[::-1]):
         tokens, kinds = [*alphabet, *order], [NORMAL] * 256 + [kind] * len(order)
@@ -169,7 +166,7 @@ def test_refusals():
     with pytest.raises(PymlaError, match="256 bytes"):
         Tokenizer(["a"], [NORMAL], [], "deepseek-llm")
     with pytest.raises(PymlaError, match="merges"):
-        Tokenizer(sorted(_byte_alphabet()), [NORMAL] * 256, ["a zz"], "deepseek-llm")
+        Tokenizer(sorted(BYTES), [NORMAL] * 256, ["a zz"], "deepseek-llm")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs V2-Lite's vocabulary, which is not part of the project")
@@ -187,7 +184,7 @@ def test_ids_of_deepseek_llm():
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-ALPHABET = sorted(_byte_alphabet())
+ALPHABET = sorted(BYTES)
 VOCABULARY = {
     "model": "gpt2",
     "pre": "deepseek-llm",

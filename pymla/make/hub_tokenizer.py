@@ -19,7 +19,7 @@ from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
 from pymla.make.hub_config import HubConfig, Values
 from pymla.printable import shown
-from pymla.text.tokenizer import PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
