@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.files import gguf_reader
+from pymla.files import mapped_file
 from pymla.files.gguf_reader import ModelFile
 
 VOCABULARY = Path(__file__).parents[1].parent / "shared" / "data" / "ggml-vocab-deepseek-llm.gguf"
@@ -673,7 +673,7 @@ def test_a_second_look_at_a_touched_file_is_as_cheap_as_the_first(large, monkeyp
     file = ModelFile.open(large)
     later(large)
     file.check_unchanged()
-    monkeypatch.setattr(gguf_reader.os, "pread", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(mapped_file.os, "pread", lambda *_: pytest.fail("it was read again"))
     file.check_unchanged()
 
 
@@ -683,7 +683,7 @@ def test_a_file_that_cannot_be_read_any_more(large, monkeypatch):
 
     file = ModelFile.open(large)
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_reader.os, "fstat", stale)
+        patch.setattr(mapped_file.os, "fstat", stale)
         with pytest.raises(PymlaError) as caught:
             file.check_unchanged()
     assert f"{large}: the file cannot be read any more (Stale file handle)" in str(caught.value)
@@ -713,11 +713,11 @@ def test_what_fetch_ahead_asks_for(large, monkeypatch):
     file, asked = ModelFile.open(large), []
     source, tensor = file._sources[0], list(file.tensors.values())[-1]
     monkeypatch.setattr(source, "map", SimpleNamespace(madvise=lambda *advice: asked.append(advice)))
-    offset, page = tensor.data.ctypes.data - source.begin, gguf_reader.mmap.PAGESIZE
+    offset, page = tensor.data.ctypes.data - source.begin, mapped_file.mmap.PAGESIZE
     pieces = [(0, tensor.data.size), (tensor.data.size // 2, tensor.data.size // 2 + 1)]
     file.fetch_ahead(tensor, pieces)
     for (first, stop), (advice, start, length) in zip(pieces, asked, strict=True):
-        assert advice == gguf_reader.mmap.MADV_WILLNEED
+        assert advice == mapped_file.mmap.MADV_WILLNEED
         assert start == (offset + first) // page * page
         assert start + length == offset + stop
 
@@ -740,14 +740,14 @@ def prefaulted(file):
 @pytest.fixture
 def slices(monkeypatch):
     """Small slices, so that small files take several."""
-    monkeypatch.setattr(gguf_reader, "_PREFAULT_SLICE", gguf_reader.mmap.PAGESIZE)
+    monkeypatch.setattr(mapped_file, "PREFAULT_SLICE", mapped_file.mmap.PAGESIZE)
 
 
 def test_prefault(split, slices, tmp_path):
     big = {"big": (np.zeros(5000, np.float32), ggml.F32)}
     file = ModelFile.open(write(tmp_path / "big.gguf", contents=big))
     calls = prefaulted(file)
-    page = gguf_reader.mmap.PAGESIZE
+    page = mapped_file.mmap.PAGESIZE
     assert len(calls) == -(-file.nbytes // page)
     assert calls[0] == (page, file.nbytes)
     assert calls[-1] == (file.nbytes, file.nbytes)
@@ -756,7 +756,7 @@ def test_prefault(split, slices, tmp_path):
 
 
 def test_prefault_of_some_tensors(slices, tmp_path):
-    page = gguf_reader.mmap.PAGESIZE
+    page = mapped_file.mmap.PAGESIZE
     contents = {name: (np.zeros(4 * page // 4, np.float32), ggml.F32) for name in "abcd"}
     file = ModelFile.open(write(tmp_path / "four.gguf", contents=contents))
     spans = file._spans(file._sources[0], ["d", "b"])
@@ -780,14 +780,14 @@ def test_prefault_on_an_old_kernel(small, monkeypatch):
     def populate(*args):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(gguf_reader, "_populate", populate)
+    monkeypatch.setattr(mapped_file, "populate", populate)
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 
 
 def test_prefault_elsewhere(small, monkeypatch):
-    monkeypatch.setattr(gguf_reader.sys, "platform", "darwin")
-    monkeypatch.setattr(gguf_reader, "_populate", lambda *_: pytest.fail("the advice is Linux's"))
+    monkeypatch.setattr(mapped_file.sys, "platform", "darwin")
+    monkeypatch.setattr(mapped_file, "populate", lambda *_: pytest.fail("the advice is Linux's"))
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 
@@ -797,7 +797,7 @@ def test_prefault_of_a_failing_disk(small, monkeypatch):
     def populate(*args):
         raise OSError(errno.EFAULT, "Bad address")
 
-    monkeypatch.setattr(gguf_reader, "_populate", populate)
+    monkeypatch.setattr(mapped_file, "populate", populate)
     with pytest.raises(PymlaError, match="Bad address"):
         ModelFile.open(small).prefault()
 
@@ -805,7 +805,7 @@ def test_prefault_of_a_failing_disk(small, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_prefault_of_a_file_that_is_cut(large, slices, monkeypatch, when):
-    file, populate = ModelFile.open(large), gguf_reader._populate
+    file, populate = ModelFile.open(large), mapped_file.populate
 
     def cut(*args):
         os.truncate(large, 10_000)
@@ -814,7 +814,7 @@ def test_prefault_of_a_file_that_is_cut(large, slices, monkeypatch, when):
     if when == "before":
         os.truncate(large, 10_000)
     else:
-        monkeypatch.setattr(gguf_reader, "_PREFAULT_SLICE", file.nbytes)
-        monkeypatch.setattr(gguf_reader, "_populate", cut)
+        monkeypatch.setattr(mapped_file, "PREFAULT_SLICE", file.nbytes)
+        monkeypatch.setattr(mapped_file, "populate", cut)
     with pytest.raises(PymlaError, match=rf"large.gguf: the file has 10000 bytes and had {file.nbytes}"):
         file.prefault()
