@@ -544,7 +544,7 @@ def test_check_tensors(run, quick, model, tmp_path, command, monkeypatch):
     data[at : at + 2] = [0, 0x7E]
     (tmp_path / "nan.gguf").write_bytes(data)
     if command == "bench":
-        monkeypatch.setattr("pymla.measure.sweep.measure_limits", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr("pymla.measure.facts.measure_limits", lambda *_: pytest.fail("measured"))
     code, out, err = run(*with_file(command, tmp_path / "nan.gguf"), "--check-tensors")
     told = " ".join((out if command == "inspect" else err).split())
     assert code == (0 if command == "inspect" else 2)

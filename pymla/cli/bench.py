@@ -16,8 +16,8 @@ from pymla.engine.loading import demo_path, find_device, load
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
+from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
-from pymla.measure import sweep
 from pymla.models.deepseek2 import MLA_MODES
 from pymla.pages import CACHE_TYPES
 
@@ -101,11 +101,11 @@ def bench(
     if plot_path:
         plotting.check(plot_path)
     device, why_cpu = find_device(device)
-    limits = sweep.measure_limits(device, threads)
+    limits = facts.measure_limits(device, threads)
     if why_cpu:
         Terminal().running(f"the CPU: {why_cpu}")
-    about = sweep.facts(limits, device)
-    click.echo(sweep.describe(about))
+    about = facts.gather(limits, device)
+    click.echo(facts.describe(about))
     loading = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
     rows, code, failure = [], 0, None
@@ -137,11 +137,11 @@ def _write(files, rows, limits, about):
         try:
             if option == "--csv":
                 stream = io.StringIO(newline="")
-                sweep.write_csv(stream, rows, limits)
+                table.write_csv(stream, rows, limits)
                 # A model's file may have a name that is not Unicode.
                 outputs.write(path, stream.getvalue().encode(errors="backslashreplace"))
             elif option == "--json":
-                report = json.dumps(sweep.report(rows, limits, about), indent=1) + "\n"
+                report = json.dumps(table.report(rows, limits, about), indent=1) + "\n"
                 outputs.write(path, report.encode())
             else:
                 plotting.sweep(_series(rows), path, _title(rows, about))
@@ -198,13 +198,13 @@ class _Run:
             name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
             if language_model.device != "cpu":
                 name += f", {language_model.device}"
-            click.echo(f"\n{name}\n\n{sweep.header()}")
+            click.echo(f"\n{name}\n\n{table.header()}")
             terminal.begin("")
             with interrupt.graceful():
                 for row in sweep.sweep(language_model, self._settings, terminal.measuring):
                     # A bar and the table would otherwise write on the same line of the terminal.
                     terminal.close()
-                    click.echo(sweep.line(row, limits))
+                    click.echo(table.line(row, limits))
                     yield row
 
 
@@ -258,4 +258,4 @@ def _title(rows, about):
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     row = rows[0]
     settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {row.device}"
-    return f"{models}: {settings}\n{sweep.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"
+    return f"{models}: {settings}\n{facts.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"
