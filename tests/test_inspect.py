@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFValueType
 from make_model import make_model
 
-from pymla.cli.inspect import inspect, report
+from pymla.cli.inspect import inspect
+from pymla.cli.inspect_report import report
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 

@@ -9,7 +9,7 @@ import click
 
 from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
-from pymla.cli.generate import Terminal
+from pymla.cli.terminal import Terminal
 from pymla.engine.cache import row_layout
 from pymla.engine.filecheck import examine
 from pymla.engine.loading import demo_path, find_device, load
@@ -213,7 +213,7 @@ class _Terminal(Terminal):
 
     def measuring(self, done, total):
         """Tokens that have been through the model."""
-        self._show("measuring, tokens", done, total)
+        self.show("measuring, tokens", done, total)
 
 
 def _modes(text):
