@@ -7,7 +7,7 @@ class PymlaError(Exception):
     """A mistake in the input or the environment. The message names the file, the tensor and the value, and what to
     do. It is one line, printable and no longer than a screen, whatever the file holds."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return one_line(super().__str__())
 
 

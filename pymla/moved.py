@@ -4,6 +4,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import types
 import warnings
 
 #: Folders, and the modules that lay beside them before.
@@ -31,13 +32,13 @@ MOVED = {f"pymla.{name}": f"pymla.{folder}.{name}" for folder, names in _FOLDERS
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds modules by their former names."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         """Python's own empty one, which `exec_module` replaces."""
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         new = MOVED[module.__name__]
         # The frame above, without the import system's own, which `warn` leaves out, is the import statement's.
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)

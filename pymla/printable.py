@@ -1,9 +1,14 @@
 """Text that is safe to print. Names and values out of a model file, and what a user typed, end up in messages and in
 tables; none of it may steer the terminal, and no message is longer than a screen."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # as in `typing`, whose import takes milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 #: Characters of the longest message.
 LONGEST = 960

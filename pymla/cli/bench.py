@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from pymla.backend import Rates
 from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.terminal import Terminal
@@ -18,6 +21,7 @@ from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
+from pymla.measure.sweep import Row
 from pymla.models.deepseek2 import MLA_MODES
 from pymla.pages import CACHE_TYPES
 
@@ -75,19 +79,19 @@ there are no shares."""
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
 def bench(
-    paths,
-    mla,
-    cache_type,
-    threads,
-    device,
-    gpu_layers,
-    cpu_moe,
-    check_tensors,
-    csv_path,
-    json_path,
-    plot_path,
-    **options,
-):
+    paths: tuple[Path, ...],
+    mla: str,
+    cache_type: str,
+    threads: int | None,
+    device: str,
+    gpu_layers: int | str | None,
+    cpu_moe: bool,
+    check_tensors: bool,
+    csv_path: Path | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    **options: Any,
+) -> int:
     """Measure prompt and generation speed as the context grows.
 
     The table goes to standard output, row by row; progress goes to standard error. An interrupt or an error ends the
@@ -95,8 +99,8 @@ def bench(
     """
     modes = _modes(mla)
     runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
-    files = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
-    files = {option: path for option, path in files.items() if path}
+    outs = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
+    files = {option: path for option, path in outs.items() if path}
     outputs.check(files, [part for run in runs for part in run.parts], devices=True)
     if plot_path:
         plotting.check(plot_path)
@@ -106,9 +110,10 @@ def bench(
         Terminal().running(f"the CPU: {why_cpu}")
     about = facts.gather(limits, device)
     click.echo(facts.describe(about))
-    loading = {"cache_type": cache_type, "threads": threads, "device": device}
+    loading: dict[str, Any] = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
-    rows, code, failure = [], 0, None
+    rows: list[Row] = []
+    code, failure = 0, None
     try:
         with contextlib.ExitStack() as rest:
             for run in runs:
@@ -130,7 +135,7 @@ def bench(
     return code
 
 
-def _write(files, rows, limits, about):
+def _write(files: dict[str, Path], rows: list[Row], limits: Rates, about: dict[str, Any]) -> None:
     """Write all files that can be written, and then raise PymlaError for the others."""
     failures = []
     for option, path in files.items():
@@ -152,9 +157,9 @@ def _write(files, rows, limits, about):
 
 
 class _Run:
-    """A file and what is measured on it."""
+    """A file, and the points of the sweep that are measured on it."""
 
-    def __init__(self, path, modes, cache_type, check_tensors, options):
+    def __init__(self, path: Path, modes: list[str], cache_type: str, check_tensors: bool, options: dict[str, Any]):
         self._path = path
         file = ModelFile.open(path)
         self.parts = file.parts
@@ -167,10 +172,21 @@ class _Run:
         self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
 
-    def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):
+    def _plan(
+        self,
+        ctx: int | None,
+        pp: int | None,
+        tg: int | None,
+        depths: str | None,
+        prompt: int | None,
+        repeat: int,
+        seed: int,
+    ) -> tuple[int, sweep.Settings]:
+        """Tokens of context, and the points."""
         if prompt is not None and (pp, tg, depths) != (None, None, None):
             raise PymlaError("--prompt measures one prompt from an empty cache: leave out --pp, --tg and --depths")
         pp, tg = (512 if pp is None else pp), (128 if tg is None else tg)
+        points: tuple[int, ...]
         if prompt is not None:
             pp, tg, points = prompt, 0, (0,)
         elif depths is not None:
@@ -190,7 +206,7 @@ class _Run:
             )
         return needed, settings
 
-    def rows(self, limits, **options):
+    def rows(self, limits: Rates, **options: Any) -> Iterator[Row]:
         """Load the model, measure, print."""
         terminal = _Terminal()
         with terminal, load(self._path, ctx=self._ctx, report=terminal, **options) as language_model:
@@ -211,12 +227,12 @@ class _Run:
 class _Terminal(Terminal):
     """Progress on standard error, with the tokens of a sweep."""
 
-    def measuring(self, done, total):
+    def measuring(self, done: int, total: int) -> None:
         """Tokens that have been through the model."""
         self.show("measuring, tokens", done, total)
 
 
-def _modes(text):
+def _modes(text: str) -> list[str]:
     modes = [part.strip() for part in text.split(",")]
     for mode in modes:
         if mode not in MLA_MODES:
@@ -224,16 +240,16 @@ def _modes(text):
     return list(dict.fromkeys(modes))
 
 
-def _numbers(text):
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise PymlaError(f"--depths {text!r}: write numbers with commas between, as in 0,4096,15872") from None
 
 
-def _series(rows):
+def _series(rows: list[Row]) -> list[plotting.Series]:
     """A line for each file and variant."""
-    groups = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.model, row.mla), []).append(row)
     models = {model for model, _ in groups}
@@ -250,11 +266,11 @@ def _series(rows):
     ]
 
 
-def _range(tokens, seconds):
+def _range(tokens: int, seconds: Sequence[float]) -> tuple[float, float]:
     return (tokens / max(seconds), tokens / min(seconds)) if tokens else (0, 0)
 
 
-def _title(rows, about):
+def _title(rows: list[Row], about: dict[str, Any]) -> str:
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     row = rows[0]
     settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {row.device}"

@@ -1,6 +1,7 @@
 """What a model file holds, as tables that a person reads."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -22,7 +23,7 @@ class _Page:
     def __init__(self) -> None:
         self.console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
 
-    def table(self, title: str, *columns: str, rows: list[tuple], numbers: tuple[int, ...] = ()) -> None:
+    def table(self, title: str, *columns: str, rows: Sequence[tuple[Any, ...]], numbers: tuple[int, ...] = ()) -> None:
         """Print a table. Columns whose index is in `numbers` are aligned to the right; no columns, no header."""
         width = len(rows[0])
         table = Table(box=box.SIMPLE_HEAD if columns else None, show_header=bool(columns), show_edge=False)
@@ -78,7 +79,7 @@ def show(found: dict[str, Any], tensors: bool) -> None:
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
 
 
-def _file_rows(found: dict[str, Any]) -> list[tuple]:
+def _file_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
     parts = f" in {len(found['parts'])} parts" if len(found["parts"]) > 1 else ""
     return [
         ("path", _plain(found["path"], 1000)),
@@ -87,7 +88,7 @@ def _file_rows(found: dict[str, Any]) -> list[tuple]:
     ]
 
 
-def _model_rows(found: dict[str, Any]) -> list[tuple]:
+def _model_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = [
         ("name", _plain(found["name"])),
         ("architecture", _plain(found["architecture"])),
@@ -145,7 +146,7 @@ def _rope(config: dict[str, Any]) -> str:
     return text if yarn is None else f"{text}, YaRN {yarn['factor']:g} × {yarn['original_context_length']}"
 
 
-def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple]:
+def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = [
         ("model", f"{_plain(tokenizer['model'])}, pre-tokenizer {_plain(tokenizer['pre'])}"),
         ("tokens", f"{_count_or_none(tokenizer['tokens'])}, merges {_count_or_none(tokenizer['merges'])}"),
@@ -174,17 +175,17 @@ def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> No
         ("available on this machine", size_text(memory["available"])),
     ]
     page.table("Memory", rows=rows, numbers=(1,))
-    rows = [
+    caches = [
         (cache_type, size_text(nbytes), size_text(memory["cache_at_context_length"][cache_type]))
         for cache_type, nbytes in memory["cache_per_1000_tokens"].items()
     ]
-    page.table("Cache", "type", "1,000 tokens", f"{context_length:,} tokens", rows=rows, numbers=(1, 2))
+    page.table("Cache", "type", "1,000 tokens", f"{context_length:,} tokens", rows=caches, numbers=(1, 2))
     contexts = [f"{each['context']:,} tokens" for each in memory["gpu"]]
-    rows = [
+    totals = [
         (name, *(size_text(each[key]) for each in memory["gpu"]))
         for key, name in (("all", "everything"), ("cpu_moe", "without routed experts (--cpu-moe)"))
     ]
-    page.table("On a GPU, cache q8_0", "what", *contexts, rows=rows, numbers=tuple(range(1, len(contexts) + 1)))
+    page.table("On a GPU, cache q8_0", "what", *contexts, rows=totals, numbers=tuple(range(1, len(contexts) + 1)))
 
 
 def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:

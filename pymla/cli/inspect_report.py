@@ -34,7 +34,7 @@ _LONGEST_ARRAY = 16  # elements of metadata arrays that are shown one by one
 
 
 def report(
-    file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], object] | None = None
+    file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """What ``pymla inspect`` shows; arguments as for `pymla.engine.filecheck.examine`.
 

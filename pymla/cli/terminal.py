@@ -42,8 +42,8 @@ class Terminal(Report):
         interrupt.terminal_reset = b""
 
     def warn(self, message: object) -> None:
-        message = as_options(message, click.get_current_context().command)
-        click.echo(f"pymla: warning: {one_line(message)}", err=True)
+        text = as_options(message, click.get_current_context().command)
+        click.echo(f"pymla: warning: {one_line(text)}", err=True)
 
     def running(self, where: str) -> None:
         if not self._quiet:

@@ -25,7 +25,7 @@ _MAX_JSON = 1 << 30
 _MAX_HEADER = 100 << 20  # the safetensors package's own limit
 _MAX_NAME = 200
 _MAX_DIMS = 8
-_DTYPES = {
+_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -241,7 +241,7 @@ def _without_index(folder: Path, present: set[str]) -> list[str]:
         )
     if shards[0] is None:
         return names
-    count, numbers = int(shards[0]["count"]), sorted(int(shard["number"]) for shard in shards)
+    count, numbers = int(shards[0]["count"]), sorted(int(shard["number"]) for shard in shards if shard)
     if len(numbers) != count or numbers != list(range(1, count + 1)):
         missing = next((number for number in range(1, count + 1) if number not in numbers), "none")
         raise PymlaError(

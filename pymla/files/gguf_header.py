@@ -303,4 +303,6 @@ def typed(path: Path, metadata: dict[str, Any], key: str, kind: type, default: A
     expected, types = _KINDS[kind]
     if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
         raise PymlaError(f"{path}: metadata {key} is {shown(value)}, but {expected} is expected")
-    return float(value) if kind is float else value
+    if kind is float and isinstance(value, int | float):
+        return float(value)
+    return value

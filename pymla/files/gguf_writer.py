@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import gguf
 import numpy as np
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from pymla import ggml
 
@@ -50,7 +50,8 @@ def write(
         for key, value in metadata.items():
             _add(writer, key, value)
         for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.qtype)
+            kind = GGMLQuantizationType(tensor.qtype)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -78,6 +79,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
 def _write_tensors(
     writer: gguf.GGUFWriter, tensors: Sequence[NewTensor], progress: Callable[[int, int], object] | None
 ) -> None:
+    assert writer.fout is not None  # the header was written
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
     done, total = 0, sum(tensor.nbytes for tensor in tensors)

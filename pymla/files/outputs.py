@@ -16,7 +16,7 @@ from pymla.errors import PymlaError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 def check(outputs: Mapping[str, Path], inputs: Iterable[Path] = (), devices: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Values:
         self.path = path
         self._values = {} if optional and not path.exists() else read_json(path)
 
-    def refuse(self, key: str, value: Any, reason: str):
+    def refuse(self, key: str, value: Any, reason: str) -> NoReturn:
         raise PymlaError(f"{self.path}: {key} is {_json(value)}; {reason}")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None, among: dict | None = None) -> Any:
@@ -48,7 +48,7 @@ class Values:
             self.refuse(key, value, f"a number from {minimum} to {maximum} is expected")
         return value
 
-    def number(self, key: str, default: float | None = None, among: dict | None = None) -> float | None:
+    def number(self, key: str, default: Any = None, among: dict | None = None) -> Any:
         """A number that float32 holds, as GGUF has them; an integer will do."""
         value = self.get(key, (float, int), default, among)
         if value is not None and not -_F32_MAX <= value <= _F32_MAX:

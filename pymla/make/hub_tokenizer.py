@@ -6,7 +6,7 @@ not used: it takes one id for the end of a text, and trusts the shape of everyth
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class HubTokenizer(NamedTuple):
             return {keys.CHAT_TEMPLATE: self.chat_template or ""}
         named = {re.sub("[^a-zA-Z0-9]", "_", each["name"]): each["template"] for each in self.chat_template}
         default = named.pop("default", "")
-        found = {keys.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name}
+        found: dict[str, Value] = {keys.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name}
         return found | {keys.CHAT_TEMPLATES: [name for name in named if name], keys.CHAT_TEMPLATE: default}
 
 
@@ -216,7 +216,9 @@ def _named(settings: Values, name: str, ids: dict[str, int]) -> int | None:
     return ids.get(token)
 
 
-def _special(settings, config, ids, vocab_size, notes) -> Iterator[tuple[str, int]]:
+def _special(
+    settings: Values, config: HubConfig, ids: dict[str, int], vocab_size: int, notes: list[str]
+) -> Iterator[tuple[str, int]]:
     """Names and ids of the special tokens that there are."""
     for name in _SPECIAL:
         token_id = _named(settings, name, ids)
@@ -226,7 +228,14 @@ def _special(settings, config, ids, vocab_size, notes) -> Iterator[tuple[str, in
             yield name, token_id
 
 
-def _ends(settings, config, ids, tokens, types, notes) -> Iterator[int]:
+def _ends(
+    settings: Values,
+    config: HubConfig,
+    ids: dict[str, int],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    notes: list[str],
+) -> Iterator[int]:
     """Ids of tokens that end a text, each once: the one that the tokenizer names, those at which transformers ends a
     generation, and those of config.json."""
     first = _named(settings, "eos", ids)
@@ -258,7 +267,7 @@ def _is_token(token_id: int | None, where: str, vocab_size: int, notes: list[str
     return False
 
 
-def _added(settings, values, ids, bos: int | None, ends: list[int]) -> dict[str, bool]:
+def _added(settings: Values, values: Values, ids: dict[str, int], bos: int | None, ends: list[int]) -> dict[str, bool]:
     """Whether the tokenizer puts BOS and EOS around a text, where the files say so."""
     first, last = _template_ends(values)
     found = {}

@@ -222,8 +222,9 @@ class TextStream:
 
 
 def _bpe(vocabulary: dict[str, int], merges: Iterable[str], where: str | Path) -> Bpe:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
-        return Bpe(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+        return Bpe(models.BPE(vocab=vocabulary, merges=pairs))
     except Exception as error:  # the tokenizers package raises nothing more precise
         raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
 
