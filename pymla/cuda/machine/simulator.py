@@ -220,7 +220,7 @@ class _Thread:
         self.block, self.number, self.lane = block, number, number % WARP
         self.thread_index = Dim3(number % shape[0], number // shape[0] % shape[1], number // (shape[0] * shape[1]))
         self.waits, self.done, self.value = "", False, None
-        self.copies, self.groups = [], []  # `ptx.cp_async`: pairs of addresses that are not committed, and groups
+        self.copies, self.groups = [], []  # `ptx.cp_async_16`: pairs of addresses that are not committed, and groups
 
     def start(self, function, arguments):
         """Prepare to run a kernel for the current coroutine."""
