@@ -38,15 +38,9 @@ class Limits(NamedTuple):
     int8: float  # multiply-adds per second of int8 on the tensor cores, from registers; a TOP/s counts two for each
 
 
-def measure(nbytes: int = STREAM_BYTES) -> Limits:
-    """Measure both limits, in less than a second.
-
-    Parameters
-    ----------
-    nbytes : int
-        Size of the array that is copied.
-    """
-    return Limits(read_rate(nbytes), int8_rate())
+def measure() -> Limits:
+    """Measure both limits, in less than a second."""
+    return Limits(read_rate(), int8_rate())
 
 
 def kernels() -> list[Kernel]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from pymla import ggml
-from pymla.cuda import attention, limits, moe, norm, quant, rope, sampling
+from pymla.cuda import attention, moe, norm, quant, rope, sampling
 from pymla.cuda.runtime.jit import Kernel, compile_all
 from pymla.pages import CACHE_TYPES
 
@@ -96,6 +96,8 @@ def _attention(model: Model, layer, cache) -> list[Kernel]:
 def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     """Every kernel for some types of matrices, for all cache types and DeepSeek's sizes, by name: these are what
     reports and tests compile."""
+    from pymla.cuda import limits  # only those who measure need it
+
     found = [*norm.kernels(), *rope.kernels(), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:

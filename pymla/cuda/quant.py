@@ -8,7 +8,7 @@ file's blocks (gemv); with many, blocks of threads multiply tiles on the tensor 
 import numpy as np
 
 from pymla.cuda import memory
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_any
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.matmul.activations import BLOCKS, quantise_activations
 from pymla.cuda.matmul.embedding import embedding_rows_kernel
@@ -137,6 +137,7 @@ def embedding_rows(w, tokens, out):
     """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K). A token that is no row of the matrix gets
     the last row."""
     check.embedding_rows(w, tokens, out)
+    need_any("embedding_rows", "tokens", tokens, len(w.data), "rows of w")
     embedding_rows_kernel(w.qtype)[len(tokens), THREADS](Matrices.of(w), tokens, out)
     return out
 

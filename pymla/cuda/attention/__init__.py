@@ -23,9 +23,9 @@ from pymla.cuda.attention.materialised_form import absorbed_materialised, expone
 from pymla.cuda.attention.splits import combining_kernels
 from pymla.cuda.attention.store_load import load_kernel, store_kernel
 from pymla.cuda.attention.tiles import THREADS
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_any
 from pymla.errors import PymlaError
-from pymla.pages import LatentCache, block_rows
+from pymla.pages import PAGE, LatentCache, block_rows
 from pymla.scratch import device_heads_at_once as heads_at_once
 from pymla.tensor import QTensor
 
@@ -58,6 +58,7 @@ def store(rows, slots, cache):
     `rows` may be columns of a wider array. A row whose slot is none of the cache is not written.
     """
     check.store(rows, slots, cache, (*FLOAT32, *FLOAT16))
+    need_any("store", "slots", slots, len(cache.data), "slots in the cache")
     tokens, width = rows.shape
     blocks = tokens, -(-width // THREADS)
     source, target = (rows.address, rows.strides[0]), (cache.data.address, cache.data.shape[1], len(cache.data))
@@ -68,6 +69,7 @@ def load(cache, block_table, out):
     """The first ``len(out)`` rows of a sequence as float32 (S, W). A page that is none of the cache counts as its last
     one."""
     check.load(cache, block_table, out)
+    need_any("load", "block_table", block_table, len(cache.data) // PAGE, "pages in the cache")
     length, width = out.shape
     blocks, slots = (length, -(-width // THREADS)), len(cache.data)
     load_kernel(cache.qtype)[blocks, THREADS]((cache.data.address, cache.data.shape[1], slots), block_table, out)

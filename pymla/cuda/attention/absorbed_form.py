@@ -56,7 +56,7 @@ from pymla.cuda.attention.tiles import (
     unpack_rows,
     variant_of,
 )
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
 from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
@@ -251,6 +251,7 @@ def absorbed(q, latent, rope, step, scale, out):
     An index of the step that is out of range counts as the last one in range.
     """
     check.absorbed(q, latent, rope, step, scale, out)
+    need_pages("absorbed", step, latent)
     return absorbed_in_splits(q, latent, rope, step, scale, out)
 
 

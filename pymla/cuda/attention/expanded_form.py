@@ -27,7 +27,7 @@ from pymla.cuda.attention.products import (
 from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO, online_softmax
 from pymla.cuda.attention.steps import PLACE, place
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, fetch_rows, need_multiples_of_16
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_any
 from pymla.cuda.machine import ptx
 from pymla.cuda.machine.ptx import valid_index
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
@@ -72,7 +72,7 @@ def flash(factor, size, v, fetch):
         upper, lower = start + 16 * warp + (lane >> 2), start + 16 * warp + (lane >> 2) + 8
         there = upper < stop, lower < stop
         upper, lower = min(upper, stop - 1), min(lower, stop - 1)
-        seen0, seen1 = positions[upper] + 1, positions[lower] + 1
+        seen0, seen1 = valid_index(positions[upper], length) + 1, valid_index(positions[lower], length) + 1
         rows = q + 4 * size * (upper * heads + head), q + 4 * size * (lower * heads + head)
         a = queries_of_warp(0, indices, (0, rows[0], rows[1], there, scale, lane))
         o, state = no_values, (-INFINITY, -INFINITY, ZERO, ZERO)
@@ -131,8 +131,9 @@ def expanded_kernel(size, v):
 
 def expanded(q, keys_values, positions, scale, out):
     """Causal attention of one sequence: `q` float32 (T, H, nope + R), contiguous, `out` float32 (T, H, v), any `place`;
-    positions grow by one. A last position that has no key counts as the last one that has."""
+    positions grow by one. A position that has no key counts as that of the last key."""
     check.expanded(q, check.sizes("expanded", keys_values), positions, out)
+    need_any("expanded", "positions", positions, len(keys_values.keys), "keys")
     tokens, heads, v = out.shape
     size = q.shape[2]
     need_multiples_of_16(size, v)

@@ -27,7 +27,7 @@ from pymla.cuda.attention.steps import (
     sequence_of,
 )
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, factor_type, fetch_rows, need_multiples_of_16, variant_of
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
 from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
@@ -44,6 +44,7 @@ def full(q, keys, values, step, scale, out):
     An index of the step that is out of range counts as the last one in range.
     """
     check.full(q, keys, values, step, scale, out)
+    need_pages("full", step, keys)
     return full_in_splits(q, keys, values, step, scale, out)
 
 

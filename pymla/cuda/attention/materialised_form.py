@@ -25,7 +25,7 @@ from pymla.cuda.attention.steps import (
     sequence_of,
 )
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, need_multiples_of_16, variant_of
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.memory import empty
 from pymla.cuda.runtime.jit import device, kernel, unrolled
@@ -43,6 +43,7 @@ def absorbed_materialised(q, latent, rope, step, scale, out):
     """`pymla.cuda.attention.absorbed_form.absorbed`, with scores in memory for as many tokens at a time as fit
     `SCORES_BYTES`; `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`."""
     check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
+    need_pages("absorbed_materialised", step, latent)
     return materialised_in_splits(q, latent, rope, step, scale, out)
 
 

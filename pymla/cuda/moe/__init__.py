@@ -10,7 +10,7 @@ launches. An id that is no expert's counts as that of the last expert.
 import numpy as np
 
 from pymla.cuda import norm
-from pymla.cuda.contract import check
+from pymla.cuda.contract import check, need_any
 from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine.ptx import WARP
 from pymla.cuda.memory import empty
@@ -55,6 +55,7 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     one: as products the shared experts are read once for all of these.
     """
     check.experts(activation, ids, weights, gate, up, down, out, shared)
+    need_any("experts", "ids", ids, len(gate.data), "experts")
     (tokens, used), (count, inner) = ids.shape, gate.data.shape[:2]
     quantised = all(w.qtype in FORMATS for w in (gate, up, down))
     in_tiles = quantised and tokens * used > FEW_PAIRS * count
