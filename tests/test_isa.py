@@ -44,6 +44,9 @@ def test_other_levels(level):
         "no:cacheprovider",
         "test_kernels.py",
         "test_faults.py",
+        "test_formats.py",
+        "test_gemv.py",
+        "test_gemm.py",
     ]
     environment = os.environ | {"PYMLA_ISA": level}
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
