@@ -48,7 +48,7 @@ def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
     if qtype not in ggml.QUANTISED:
         return x
     codes, scale = quantise_activations(x)
-    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
+    return (codes.reshape(*scale.shape, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
 
 
 def panel_codes(x: Input) -> np.ndarray:

@@ -61,9 +61,9 @@ def product_f32_for(qtype):
             transpose_panel(rows, 4 * F32_CHUNK, F32_ROWS, depth, panel)
             for t in range(0, len(x), F32_COLUMNS):
                 last = len(x) - 1 - t
-                at, one = address(x[t:]) + 4 * start, 4 * k
-                columns = at, one * min(1, last), one * min(2, last), one * min(3, last)
-                tile_f32(*columns, 4, panel, 64, depth, result, 64, False)
+                at = address(x[t:]) + 4 * start
+                second, third, fourth = 4 * k * min(1, last), 4 * k * min(2, last), 4 * k * min(3, last)
+                tile_f32(at, second, third, fourth, 4, panel, 64, depth, result, 64, False)
                 for i in range(min(F32_COLUMNS, len(x) - t)):
                     for j in range(count):
                         value = load_f32(result + 64 * i + 4 * j)

@@ -22,23 +22,28 @@ def sources(x):
 def add_columns(x, index, i, last, chunk, scratch, out):
     """Add two panels times up to `WIDEST` columns to the results, as `add_columns` of `tile_narrow`."""
     columns, results = three_columns(index, i, last, chunk, out)
+    _tile(x, columns, chunk.blocks, scratch, chunk.start > 0, results)
+
+
+@helper
+def _tile(x, columns, blocks, scratch, onto, results):
+    """Two panels times three columns, as `tile` of `tile_narrow`."""
     codes, scales, starts = x
     p, q = scratch + CODES, scratch + CODES + NEXT_CODES
     d, e = scratch + SCALES, scratch + SCALES + NEXT_SCALES
-    out = begin(chunk.start > 0, results)
-    for _ in range(chunk.blocks):
-        out = _sixteen(p, q, d, e, (codes, scales, starts), columns, out)
+    out = begin(onto, results)
+    for _ in range(blocks):
+        out = _sixteen(p, q, d, e, codes, starts, scales, columns, out)
         p, q, d, e = p + 16 * LANES, q + 16 * LANES, d + 4 * LANES, e + 4 * LANES
-        out = _sixteen(p, q, d, e, (codes + 16, scales, starts + 2), columns, out)
+        out = _sixteen(p, q, d, e, codes + 16, starts + 2, scales, columns, out)
         p, q, d, e = p + 16 * LANES, q + 16 * LANES, d + 4 * LANES, e + 4 * LANES
         columns = moved(columns, 4)
     end(out, results)
 
 
 @inlined
-def _sixteen(p, q, d, e, x, columns, out):
+def _sixteen(p, q, d, e, codes, starts, scales, columns, out):
     """Add sixteen columns of K to the results."""
-    codes, scales, starts = x
     a, b, c = columns
     ia, ib, ic = start8(starts + a), start8(starts + b), start8(starts + c)
     sums = _four((ia, ia, ib, ib, ic, ic), p, q, codes, columns)
