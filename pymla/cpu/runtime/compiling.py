@@ -8,6 +8,7 @@ that kernels are made of, of the tools' versions and of the processor that they 
 import contextlib
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.registry import cpu_target
+from numba.core.registry import CPUDispatcher, cpu_target
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 from numba.core.typed_passes import NativeLowering
@@ -60,13 +61,13 @@ class _WithoutMachineCode(NativeLowering):
 
 
 class _OnlyCompiled:
-    """Stands for a function that Python cannot call."""
+    """Stands for the machine code of a function that is only a part of others."""
 
     def __init__(self, name):
         self._name = name
 
     def __call__(self, *arguments):
-        raise TypeError(f"{self._name} is a part of kernels; Python cannot call it")
+        raise TypeError(f"{self._name} is a part of kernels and has no machine code of its own")
 
 
 class _HelperCompiler(CompilerBase):
@@ -79,25 +80,30 @@ class _HelperCompiler(CompilerBase):
         return [pipeline]
 
 
-_OPTIONS = {
-    "error_model": "numpy",
-    "nogil": True,
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-    "pipeline_class": _HelperCompiler,
-}
+class Helper(CPUDispatcher):
+    """A function that kernels call, made by `helper` or `inlined`. From Python its source runs, as Python."""
+
+    def __call__(self, *arguments):
+        return self.py_func(*arguments)
+
+    def add_overload(self, compiled):
+        """Keep what was compiled for types of arguments; Numba would also make it callable from Python."""
+        self.overloads[compiled.signature.args] = compiled
+
+    def __repr__(self):
+        return f"<helper {self.__module__}.{self.__qualname__}{inspect.signature(self.py_func)}>"
 
 
 def helper(python_function, **options):
-    """Mark a function that kernels call; Python cannot. Sums are taken in the order that is written, so that a result
-    does not depend on the kernel around it: vector registers (`simd.py`) take the place of fast-math."""
-    dispatcher = numba.njit(**_OPTIONS, **options)(python_function)
-    dispatcher.add_overload = lambda compiled: dispatcher.overloads.update({compiled.signature.args: compiled})
-    return dispatcher
+    """Mark a function that kernels call. Sums are taken in the order that is written, so that a result does not depend
+    on the kernel around it: vector registers (`simd.py`) take the place of fast-math."""
+    options |= {"nopython": True, "boundscheck": None, "error_model": "numpy", "nogil": True}
+    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return Helper(python_function, targetoptions=options, pipeline_class=_HelperCompiler)
 
 
 def inlined(python_function):
-    """Mark a step of a loop that is written out: a real call would pass its registers through memory."""
+    """Mark a helper whose code stands where it is called: a real call would pass its registers through memory."""
     return helper(python_function, forceinline=True)
 
 
