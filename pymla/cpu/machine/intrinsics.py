@@ -75,6 +75,7 @@ class Operation(_Intrinsic):
         typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
         super().__init__(py_func.__name__, typed, prefer_literal)
         functools.update_wrapper(self, py_func)
+        self.__signature__ = inspect.signature(py_func)
         self.py_func, self.signature = py_func, signature
         self._register()
         OPERATIONS[f"{self.__module__}.{self.__name__}"] = self
@@ -83,7 +84,11 @@ class Operation(_Intrinsic):
         return self.py_func(*arguments)
 
     def __repr__(self):
-        return f"<operation {self.__module__}.{self.__name__}{inspect.signature(self)}>"
+        return f"<operation {self.__module__}.{self.__name__}{self.__signature__}>"
+
+    def __get__(self, instance, owner=None):
+        # `help` takes objects with this method for routines, and shows their signature and docstring.
+        return self
 
 
 #: Every operation by the name of its module and its own.

@@ -9,14 +9,11 @@ import contextlib
 import functools
 import json
 import re
-import sys
 import threading
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import llvmlite
-import numba
 from numba import cuda, types
 
 from pymla.errors import PymlaError
@@ -174,8 +171,7 @@ def _figures(ptx, log):
 def _key():
     from cuda.bindings import nvjitlink
 
-    tools = sys.version, numba.__version__, llvmlite.__version__, metadata.version("numba-cuda"), nvjitlink.version()
-    return source_key(_SOURCES, tools)
+    return source_key(_SOURCES, (metadata.version("numba-cuda"), nvjitlink.version()))
 
 
 #: Machine code for all GPUs.
