@@ -30,8 +30,8 @@ DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni"
 
 @pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
 def test_other_levels(level):
-    """The tests of kernels, which compare with the reference at extreme codes as well and with Python, pass at every
-    level."""
+    """The tests of operations and of kernels, which compare with the reference at extreme codes as well and with
+    Python, pass at every level."""
     command = [
         sys.executable,
         "-m",
@@ -42,6 +42,7 @@ def test_other_levels(level):
         "no:cacheprovider",
         "test_kernels.py",
         "test_faults.py",
+        "test_simd.py",
         "test_python_level.py",
     ]
     environment = os.environ | {"PYMLA_ISA": level}

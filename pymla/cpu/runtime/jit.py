@@ -23,7 +23,6 @@ array([6., 6., 2., 8.], dtype=float32)
 """
 
 import functools
-import inspect
 from types import FunctionType
 
 import numpy as np
@@ -35,6 +34,7 @@ from pymla.cpu.machine.isa import PYTHON
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.arguments import Packer, unpacker
 from pymla.cpu.runtime.compiling import Compiled, c_function, helper
+from pymla.host.kernel_signature import kernel_signature
 
 __all__ = ["Kernel", "helper", "kernel", "variants"]
 
@@ -71,14 +71,16 @@ class Kernel:
     ----------
     py_func : function
         Its source.
+    signature : tuple of Numba types
+        Of the arguments after `first` and `last`.
     """
 
     def __init__(self, python_function, signature):
         self.__name__, self.__qualname__ = python_function.__name__, python_function.__qualname__
         self.__doc__, self.__module__ = python_function.__doc__, python_function.__module__
         self.__wrapped__ = self.py_func = python_function
-        self.__signature__ = _annotated(python_function, signature)
-        self._signature = signature
+        self.__signature__ = kernel_signature(python_function, (types.int64, types.int64, *signature), self.__name__)
+        self.signature = signature
         self._pack = Packer(signature, self.__name__)
         self.compiled = Compiled(python_function, self._build)
 
@@ -128,7 +130,7 @@ class Kernel:
     def _build(self, cache):
         # Machine code is named after its function: each kernel has a copy of `_enter`, whose globals are the function
         # and the reader of its arguments.
-        scope = {"inner": helper(self.py_func), "unpack": unpacker(self._signature), "__name__": __name__}
+        scope = {"inner": helper(self.py_func), "unpack": unpacker(self.signature), "__name__": __name__}
         entry = FunctionType(_enter.__code__, scope, self.__name__)
         entry.__qualname__ = f"{self.py_func.__module__}.{self.__name__}"
         return c_function(entry, _ENTRY, cache)
@@ -136,34 +138,3 @@ class Kernel:
 
 def _enter(arguments, first, last):
     inner(first, last, *unpack(arguments))  # noqa: F821
-
-
-class _Kind:
-    """A type of arguments, as signatures show it."""
-
-    def __init__(self, text):
-        self._text = text
-
-    def __repr__(self):
-        return self._text
-
-
-def _annotated(python_function, signature):
-    """The signature of a kernel's function with the types of its arguments."""
-    plain = inspect.signature(python_function)
-    kinds = int, int, *map(_described, signature)
-    parameters = plain.parameters.values()
-    annotated = [each.replace(annotation=kind) for each, kind in zip(parameters, kinds, strict=True)]
-    return plain.replace(parameters=annotated)
-
-
-def _described(kind):
-    """A Numba type as a person writes it: ``float32 (n, m)``, an int, a float, a NamedTuple's class."""
-    if isinstance(kind, types.Array):
-        sizes = ", ".join("nmkl"[: kind.ndim]) + ("," if kind.ndim == 1 else "")
-        return _Kind(f"{kind.dtype} ({sizes}){'' if kind.layout == 'C' else ' with any strides'}")
-    if isinstance(kind, (types.NamedTuple, types.NamedUniTuple)):
-        return kind.instance_class
-    if isinstance(kind, types.BaseTuple):
-        return _Kind(f"tuple of {len(kind)}")
-    return float if isinstance(kind, types.Float) else int

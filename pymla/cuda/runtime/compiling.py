@@ -55,7 +55,7 @@ def compile_kernel(kernel, capability):
     -------
     Code
     """
-    kept, name = is_part_of(_SOURCES, kernel.function), entry_name(kernel, capability)
+    kept, name = is_part_of(_SOURCES, kernel.py_func), entry_name(kernel, capability)
     data = CACHE.read(name) if kept else None
     if data is None:
         code = link(to_ptx(kernel, capability), capability, kernel)
@@ -92,7 +92,7 @@ def to_ptx(kernel, capability):
     """
     with _lock, _target(capability):
         ptx, _ = cuda.compile(
-            kernel.function,
+            kernel.py_func,
             types.void(*kernel.signature),
             device=False,
             cc=capability,

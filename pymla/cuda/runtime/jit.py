@@ -21,6 +21,7 @@ from pymla.cuda.runtime.driver import SIMULATED
 from pymla.errors import PymlaError
 from pymla.host.arguments import ArgumentWriter
 from pymla.host.kernel_cache import take_warnings
+from pymla.host.kernel_signature import kernel_signature
 
 if SIMULATED:
     from pymla.cuda.machine import simulator
@@ -107,18 +108,21 @@ class Kernel:
 
     Attributes
     ----------
+    py_func : function
+        Its source.
     parameter_sizes : list of int
         Bytes of the compiled function's parameters.
     """
 
     def __init__(self, function, signature, variant, max_threads, min_blocks, max_registers, hot):
         self.__name__ = function.__name__.lstrip("_") + (f"[{variant}]" if variant is not None else "")
-        self.__doc__ = function.__doc__
+        self.__doc__, self.__module__ = function.__doc__, function.__module__
+        self.__signature__ = kernel_signature(function, signature, self.__name__)
         if self.__name__ in KERNELS:
             raise ValueError(f"there are two kernels {self.__name__}; give them variants")
         if min_blocks and not max_threads:
             raise ValueError(f"kernel {self.__name__}: min_blocks needs max_threads")
-        self.function, self.signature, self.hot = function, signature, hot
+        self.py_func, self.signature, self.hot = function, signature, hot
         self.max_threads, self.max_registers = max_threads, max_registers
         self.launch_bounds = (max_threads, min_blocks) if min_blocks else max_threads
         self._write = _writer(self.__name__, signature)
@@ -134,6 +138,16 @@ class Kernel:
         KERNELS[self.__name__] = self
         if SIMULATED:
             simulator.register(function)
+
+    def __repr__(self):
+        return f"<kernel {self.__module__}.{self.__name__}{self.__signature__}>"
+
+    def __call__(self, *arguments):
+        raise TypeError(f"kernel {self.__name__} needs a grid: {self.__name__}[blocks, threads](*arguments)")
+
+    def __get__(self, instance, owner=None):
+        # `help` takes objects with this method for routines, and shows their signature and docstring.
+        return self
 
     def __getitem__(self, configuration):
         """The kernel for ``[blocks, threads]`` or ``[blocks, threads, shared_bytes]``: numbers or tuples of up to
@@ -185,7 +199,7 @@ class Kernel:
             try:
                 if SIMULATED:
                     inside = tuple(map(_inside, self.signature, arguments))
-                    simulator.launch(self.function, grid, block, shared_bytes, inside)
+                    simulator.launch(self.py_func, grid, block, shared_bytes, inside)
                     return
                 self.load()
                 if shared_bytes > self._shared_bytes:
