@@ -6,20 +6,16 @@ There must be one then: `need_any` and `need_pages` refuse indices of nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pymla.backend import Array
 from pymla.contract import FLOAT16, Contract
 from pymla.errors import PymlaError
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor
 
-if TYPE_CHECKING:
-    from pymla.cuda.memory import DeviceArray
-
 check = Contract(expanded_floats=FLOAT16)
 
 
-def need_any(operation: str, name: str, indices: DeviceArray, count: int, things: str) -> None:
+def need_any(operation: str, name: str, indices: Array, count: int, things: str) -> None:
     """Raise where indices have nothing to index: `count` is the number of `things`."""
     if indices.size and count < 1:
         raise PymlaError(f"{operation}: {name} is an array of {indices.size} indices, and there are no {things}")

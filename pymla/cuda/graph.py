@@ -36,7 +36,8 @@ class Graph:
     enabled = True
 
     def __init__(self, function: Callable[[], object]) -> None:
-        self._function, self._called, self._executable, self._result = function, False, None, None
+        self._function, self._called, self._executable = function, False, None
+        self._result: object = None
         self.pool = pool_of_graph()
 
     @staticmethod
