@@ -188,7 +188,7 @@ class Contract:
     # The cache, and attention over it --------------------------------------------------------------------------------
 
     def store(self, rows: Array, slots: Array, cache: QTensor, floats: Dtypes | None = None) -> None:
-        """`floats` are the dtypes of rows, where they are more than those that the backend computes in."""
+        """`floats` are the dtypes of `rows`, where the backend stores more dtypes than it computes in."""
         call = self._call("store")
         call.array("rows", rows, floats or self._abilities.floats, (None, None), rows=True)
         count = call.cache("cache", cache, rows.shape[1])

@@ -119,7 +119,7 @@ class HubConfig(Values):
     def shape(self, name: str) -> Shape:
         """Sizes and switches of the model, which is called `name`."""
         size, experts, yarn = self.size, self.experts, "factor" in self.rope
-        # V2's "greedy" chooses among all experts, whatever the groups.
+        # V2's "greedy" chooses among all experts, and ignores groups.
         grouped = experts and size("n_group", 1) > 1 and self.topk_method != "greedy"
         return Shape(
             name=name,

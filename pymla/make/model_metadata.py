@@ -1,4 +1,4 @@
-"""What a GGUF file says of a DeepSeek V2 or V3 model, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
+"""Metadata of a DeepSeek V2 or V3 model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
 
 from dataclasses import dataclass
 
