@@ -39,8 +39,8 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 def one_line(text: str, longest: int = LONGEST) -> str:
     """A message for a terminal: one line, printable, short."""
-    # Shortened before escaping, as a text may have millions of characters, and again after it, as escapes are longer than
-    # characters.
+    # Shortened before escaping, as a text may have millions of characters, and again after it, because an escape is
+    # longer than its character.
     lines = (line.strip() for line in text.splitlines())
     text = " ".join(line for line in lines if line)
     return shortened(printable(shortened(text, longest)), longest)
