@@ -1,6 +1,7 @@
 """Calls of every public operation of a backend, with arguments that fit and with spoiled ones."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,171 +51,169 @@ def latent(rng, backend, rank, rope, slots):
     return cache
 
 
+class Case(NamedTuple):
+    """Sizes and types of one call of every operation."""
+
+    tokens: int
+    heads: int
+    rows: int
+    columns: int
+    nope: int
+    v: int
+    rank: int
+    rope: int
+    qtype: int
+    other: int  # another type of matrices
+
+    @classmethod
+    def draw(cls, rng):
+        tokens, heads = sizes(rng, 7, 3)
+        rows, columns, nope, v = (16 * size for size in sizes(rng, 3, 3, 3, 3))
+        qtype, other = (MATRIX_TYPES[i] for i in rng.integers(len(MATRIX_TYPES), size=2))
+        (rank,) = sizes(rng, 2)
+        return cls(tokens, heads, rows, 2 * columns, nope, v, 32 * rank, 16, qtype, other)
+
+
 def calls(rng, backend):
     """(operation, arguments by name) for every operation, of random sizes that fit."""
-    quant, norm, rope, moe, attention = backend.quant, backend.norm, backend.rope, backend.moe, backend.attention
-    tokens, heads, experts = sizes(rng, 7, 3, 5)
-    rows, columns, nope, v = (16 * size for size in sizes(rng, 3, 3, 3, 3))
-    columns *= 2
-    qtype, other = (MATRIX_TYPES[i] for i in rng.integers(len(MATRIX_TYPES), size=2))
+    case = Case.draw(rng)
+    yield from _products(rng, backend.quant, case)
+    yield from _norms(rng, backend, case)
+    yield from _experts(rng, backend.moe, case)
+    yield from _attention(rng, backend, case)
+
+
+def _products(rng, quant, s):
     yield (
         quant.matmul,
         {
-            "w": tensor(rng, qtype, rows, columns),
-            "activation": floats(rng, tokens, columns),
-            "out": unset(tokens, rows),
+            "w": tensor(rng, s.qtype, s.rows, s.columns),
+            "activation": floats(rng, s.tokens, s.columns),
+            "out": unset(s.tokens, s.rows),
         },
     )
     yield (
         quant.matmul_heads,
         {
-            "w": tensor(rng, qtype, heads, rows, columns),
-            "x": floats(rng, tokens, heads, columns),
-            "out": unset(tokens, heads, rows),
+            "w": tensor(rng, s.qtype, s.heads, s.rows, s.columns),
+            "x": floats(rng, s.tokens, s.heads, s.columns),
+            "out": unset(s.tokens, s.heads, s.rows),
         },
     )
     yield (
         quant.matmul_heads_transposed,
         {
-            "w": tensor(rng, qtype, heads, rows, columns),
-            "x": floats(rng, tokens, heads, rows),
-            "out": unset(tokens, heads, columns),
+            "w": tensor(rng, s.qtype, s.heads, s.rows, s.columns),
+            "x": floats(rng, s.tokens, s.heads, s.rows),
+            "out": unset(s.tokens, s.heads, s.columns),
         },
     )
     yield (
         quant.embedding_rows,
         {
-            "w": tensor(rng, qtype, rows, columns),
-            "tokens": rng.integers(0, rows, tokens).astype(np.int32),
-            "out": unset(tokens, columns),
+            "w": tensor(rng, s.qtype, s.rows, s.columns),
+            "tokens": rng.integers(0, s.rows, s.tokens).astype(np.int32),
+            "out": unset(s.tokens, s.columns),
         },
     )
+
+
+def _norms(rng, backend, s):
+    norm, rope = backend.norm, backend.rope
     for operation in (norm.rms_norm, norm.normed):
         yield (
             operation,
             {
-                "x": floats(rng, tokens, columns),
-                "weight": floats(rng, columns),
+                "x": floats(rng, s.tokens, s.columns),
+                "weight": floats(rng, s.columns),
                 "eps": 1e-5,
-                "out": unset(tokens, columns),
+                "out": unset(s.tokens, s.columns),
             },
         )
-    yield norm.add, {"x": floats(rng, tokens, columns), "y": floats(rng, tokens, columns)}
+    yield norm.add, {"x": floats(rng, s.tokens, s.columns), "y": floats(rng, s.tokens, s.columns)}
     yield (
         rope.angles,
         {
-            "positions": np.arange(tokens, dtype=np.int32),
+            "positions": np.arange(s.tokens, dtype=np.int32),
             "inv_freq": rng.random(8),
             "magnitude": 1.0,
-            "out": unset(tokens, 8, 2),
+            "out": unset(s.tokens, 8, 2),
         },
     )
-    yield rope.rope_interleaved, {"x": floats(rng, tokens, heads, 32), "cos_sin": floats(rng, tokens, 8, 2)}
+    yield rope.rope_interleaved, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
+
+
+def _experts(rng, moe, s):
+    (experts,) = sizes(rng, 5)
     used = int(rng.integers(1, experts + 1))
     routing = {"scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "group_score": "max"}
     routing |= {"norm_topk_prob": True, "routed_scaling_factor": 1.5}
     yield (
         moe.router,
         {
-            "logits": floats(rng, tokens, experts),
+            "logits": floats(rng, s.tokens, experts),
             "bias": floats(rng, experts),
             "config": SimpleNamespace(**routing),
-            "ids": np.zeros((tokens, used), np.int32),
-            "weights": unset(tokens, used),
+            "ids": np.zeros((s.tokens, used), np.int32),
+            "weights": unset(s.tokens, used),
         },
     )
     inner = 32 * int(rng.integers(1, 3))
     yield (
         moe.experts,
         {
-            "activation": floats(rng, tokens, columns),
-            "ids": rng.integers(0, experts, (tokens, used)).astype(np.int32),
-            "weights": floats(rng, tokens, used),
-            "gate": tensor(rng, qtype, experts, inner, columns),
-            "up": tensor(rng, qtype, experts, inner, columns),
-            "down": tensor(rng, other, experts, columns, inner),
-            "out": unset(tokens, columns),
+            "activation": floats(rng, s.tokens, s.columns),
+            "ids": rng.integers(0, experts, (s.tokens, used)).astype(np.int32),
+            "weights": floats(rng, s.tokens, used),
+            "gate": tensor(rng, s.qtype, experts, inner, s.columns),
+            "up": tensor(rng, s.qtype, experts, inner, s.columns),
+            "down": tensor(rng, s.other, experts, s.columns, inner),
+            "out": unset(s.tokens, s.columns),
         },
     )
     yield (
         moe.ffn,
         {
-            "activation": floats(rng, tokens, columns),
-            "gate": tensor(rng, qtype, inner, columns),
-            "up": tensor(rng, other, inner, columns),
-            "down": tensor(rng, qtype, columns, inner),
-            "out": unset(tokens, columns),
+            "activation": floats(rng, s.tokens, s.columns),
+            "gate": tensor(rng, s.qtype, inner, s.columns),
+            "up": tensor(rng, s.other, inner, s.columns),
+            "down": tensor(rng, s.qtype, s.columns, inner),
+            "out": unset(s.tokens, s.columns),
         },
     )
-    pages, rank, rotated = int(rng.integers(1, 4)), 32 * int(rng.integers(1, 3)), 16
-    slots = PAGE * 5
-    cache = latent(rng, backend, rank, rotated, slots)
-    step = step_of(rng, tokens, pages, slots)
+
+
+def _attention(rng, backend, s):
+    """Over a latent cache, over a cache of whole keys and values, and over expanded keys and values."""
+    attention, pages = backend.attention, int(rng.integers(1, 4))
+    slots, length = PAGE * 5, int(rng.integers(1, pages * PAGE + 1))
+    cache, step = latent(rng, backend, s.rank, s.rope, slots), step_of(rng, s.tokens, pages, slots)
+    size, out = s.nope + s.rope, unset(s.tokens, s.heads, s.v)
     for operation in (attention.absorbed, attention.absorbed_materialised):
-        yield (
-            operation,
-            {
-                "q": floats(rng, tokens, heads, rank + rotated),
-                "latent": cache.latent,
-                "rope": cache.rope,
-                "step": step,
-                "scale": 0.1,
-                "out": unset(tokens, heads, rank),
-            },
-        )
-    yield (
-        attention.store,
-        {
-            "rows": floats(rng, tokens, rank),
-            "slots": rng.permutation(slots)[:tokens].astype(np.int32),
-            "cache": cache.latent,
-        },
-    )
-    length = int(rng.integers(1, pages * PAGE + 1))
-    yield (
-        attention.load,
-        {
-            "cache": cache.latent,
-            "block_table": rng.integers(0, 5, pages).astype(np.int32),
-            "out": unset(length, rank),
-        },
-    )
-    k_b, v_b = tensor(rng, qtype, heads, nope, rank), tensor(rng, other, heads, v, rank)
-    yield (
-        attention.absorb,
-        {
-            "q": floats(rng, tokens, heads, nope + rotated),
-            "k_b": k_b,
-            "out": unset(tokens, heads, rank + rotated),
-        },
-    )
+        latents = {"latent": cache.latent, "rope": cache.rope, "step": step, "scale": 0.1}
+        q = floats(rng, s.tokens, s.heads, s.rank + s.rope)
+        yield operation, {"q": q, **latents, "out": unset(s.tokens, s.heads, s.rank)}
+    written = rng.permutation(slots)[: s.tokens].astype(np.int32)
+    yield attention.store, {"rows": floats(rng, s.tokens, s.rank), "slots": written, "cache": cache.latent}
+    table = rng.integers(0, 5, pages).astype(np.int32)
+    yield attention.load, {"cache": cache.latent, "block_table": table, "out": unset(length, s.rank)}
+    q = floats(rng, s.tokens, s.heads, size)
+    k_b = tensor(rng, s.qtype, s.heads, s.nope, s.rank)
+    yield attention.absorb, {"q": q, "k_b": k_b, "out": unset(s.tokens, s.heads, s.rank + s.rope)}
+    kind = ggml.F16 if rng.integers(2) else ggml.F32
+    whole = {name: on(backend, tensor(rng, kind, slots, s.heads * n)) for name, n in (("keys", size), ("values", s.v))}
+    yield attention.full, {"q": q, **whole, "step": step, "scale": 0.1, "out": out}
+    v_b = tensor(rng, s.other, s.heads, s.v, s.rank)
     for exact in (True, False):
-        made = attention.keys_values(length, heads, nope + rotated, v, exact)
-        filling = {"c_kv": floats(rng, length, rank), "k_pe": floats(rng, length, rotated), "k_b": k_b, "v_b": v_b}
+        made = attention.keys_values(length, s.heads, size, s.v, exact)
+        filling = {"c_kv": floats(rng, length, s.rank), "k_pe": floats(rng, length, s.rope), "k_b": k_b, "v_b": v_b}
         yield attention.expand, {**filling, "out": made}
         attention.expand(*(on(backend, each) for each in filling.values()), made)
+        positions = rng.integers(0, length, s.tokens).astype(np.int32)
         yield (
             attention.expanded,
-            {
-                "q": floats(rng, tokens, heads, nope + rotated),
-                "keys_values": made,
-                "positions": rng.integers(0, length, tokens).astype(np.int32),
-                "scale": 0.1,
-                "out": unset(tokens, heads, v),
-            },
+            {"q": q, "keys_values": made, "positions": positions, "scale": 0.1, "out": out},
         )
-    kind = ggml.F16 if rng.integers(2) else ggml.F32
-    yield (
-        attention.full,
-        {
-            "q": floats(rng, tokens, heads, nope + rotated),
-            "keys": on(backend, tensor(rng, kind, slots, heads * (nope + rotated))),
-            "values": on(backend, tensor(rng, kind, slots, heads * v)),
-            "step": step,
-            "scale": 0.1,
-            "out": unset(tokens, heads, v),
-        },
-    )
 
 
 def on(backend, value):

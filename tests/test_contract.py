@@ -2,7 +2,6 @@
 is not the caller's, or a silent result."""
 
 import contextlib
-import inspect
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import calls, copied, floats, run, spoiled, tensor, unset
 
+from pymla import backend as protocols
 from pymla import cpu, ggml, reference
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor
@@ -129,20 +129,17 @@ def test_nothing_crashes(seed):
                 run(backend, operation, arguments | {name: changed})
 
 
-def test_every_operation_is_checked():
-    names = {operation.__name__ for operation, _ in calls(np.random.default_rng(0), cpu)}
-    for backend in BACKENDS:
-        for module in (backend.quant, backend.norm, backend.rope, backend.moe):
-            for name in set(getattr(module, "__all__", vars(module))) & {"matmul", "router", "experts", "ffn"}:
-                assert name in names
-    assert {"absorb", "absorbed", "expand", "expanded", "full", "load", "store", "matmul", "normed", "router"} <= names
-
-
-def test_operations_have_the_same_arguments():
-    for ours, theirs in zip(
-        calls(np.random.default_rng(0), reference), calls(np.random.default_rng(0), cpu), strict=True
-    ):
-        assert inspect.signature(ours[0]) == inspect.signature(theirs[0]), ours[0]
+def test_every_operation_is_called():
+    """So that `test_nothing_crashes` leaves none out."""
+    called = {operation.__name__ for operation, _ in calls(np.random.default_rng(0), cpu)}
+    listed = {
+        name
+        for protocol in (protocols.Quant, protocols.Norm, protocols.Rope, protocols.MoE, protocols.Attention)
+        for name in vars(protocol)
+        if not name.startswith("_")
+    }
+    # These take sizes and no arrays, but for an activation, which is made for every call with one.
+    assert listed - called == {"Activation", "heads_at_once", "keys_values", "latent_cache"}
 
 
 def test_indices_of_a_recorded_step_are_not_looked_at(rng):
