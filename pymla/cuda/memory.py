@@ -1,7 +1,7 @@
 """Memory of the device: arrays, and copies to and from them.
 
-In the simulator an array lies in the memory of the host; slices, shapes, strides and addresses behave alike, as the same
-code computes them.
+In the simulator an array lies in the memory of the host; slices, shapes, strides and addresses behave alike, as the
+same code computes them.
 """
 
 from __future__ import annotations
