@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from cuda.bindings import driver as api
 
-from pymla.cuda.memory import pool_of_graph
 from pymla.cuda.runtime import driver
 from pymla.cuda.runtime.driver import call
+from pymla.cuda.runtime.pools import pool_of_graph
 from pymla.errors import PymlaError
 
 

@@ -18,7 +18,8 @@ from pymla.cuda import memory, quant
 from pymla.cuda.attention.absorbed_form import absorbed, absorbed_kernel
 from pymla.cuda.attention.expanded_form import expanded, expanded_kernel
 from pymla.cuda.attention.expansion import copy_rope, join
-from pymla.cuda.attention.full_form import full, full_kernel, full_token_kernel
+from pymla.cuda.attention.full_form import full, full_kernel
+from pymla.cuda.attention.full_token import full_token_kernel
 from pymla.cuda.attention.materialised_form import absorbed_materialised, exponential_kernels, materialised_kernels
 from pymla.cuda.attention.splits import combining_kernels
 from pymla.cuda.attention.store_load import load_kernel, store_kernel

@@ -102,16 +102,20 @@ def _exponentials(step, scores):
         scores[t, head, p] = ptx.exp2(scores[t, head, p] - largest)
 
 
-@functools.cache
 def materialised_kernels(types_of_rows, rank, rope):
     """The kernels for the cache types of latent and rope parts and their sizes: one for the scores, one for the sums of
     rows."""
+    return scores_kernel(types_of_rows, rank, rope), row_sums_kernel(types_of_rows[0], rank)
+
+
+@functools.cache
+def scores_kernel(types_of_rows, rank, rope):
+    """The kernel of the scores, for the cache types of latent and rope parts and their sizes."""
     latent_four, rope_four = (CACHE_ROWS[qtype].four for qtype in types_of_rows)
     latent_bytes, rope_bytes = ggml.row_bytes(types_of_rows[0], rank), ggml.row_bytes(types_of_rows[1], rope)
     latent_pieces, pieces, size = rank // 4, (rank + rope) // 4, rank + rope
-    variant = variant_of(types_of_rows, rank, rope)
 
-    @kernel(I64, CACHE, STEP, F32, F3, variant=variant, max_threads=THREADS)
+    @kernel(I64, CACHE, STEP, F32, F3, variant=variant_of(types_of_rows, rank, rope), max_threads=THREADS)
     def write_scores(q, cache, step, scale, scores):
         """Scores to base 2, of all heads: a warp takes a position, whose row it keeps in shared memory.
 
@@ -143,6 +147,15 @@ def materialised_kernels(types_of_rows, rank, rope):
                     scores[t, head, p] = sum * scale
             ptx.syncwarp()
 
+    return write_scores
+
+
+@functools.cache
+def row_sums_kernel(latent_type, rank):
+    """The kernel of the weighted sums of rows, for the cache type of latent parts and their size."""
+    latent_four, latent_bytes = CACHE_ROWS[latent_type].four, ggml.row_bytes(latent_type, rank)
+    latent_pieces = rank // 4
+
     @device
     def add_to_head(o, i, fixed):
         """A head's sum of four columns and of weights, and a row with its weight."""
@@ -173,7 +186,7 @@ def materialised_kernels(types_of_rows, rank, rope):
     nothing = ((ZERO,) * 5,) * HEADS
 
     @kernel(
-        CACHE, STEP, F3, I32, addresses(2), PLACE, variant=variant, max_threads=THREADS,
+        CACHE, STEP, F3, I32, addresses(2), PLACE, variant=variant_of((latent_type,), rank), max_threads=THREADS,
     )  # fmt: skip
     def add_rows(cache, step, scores, splits, partial, out):
         """Rows of a share of the positions, weighted by the exponentials of `HEADS` heads, as
@@ -200,4 +213,4 @@ def materialised_kernels(types_of_rows, rank, rope):
                 if piece == 0:
                     store_sums(0, o, (first, heads, partial[1] + 8 * row))
 
-    return write_scores, add_rows
+    return add_rows
