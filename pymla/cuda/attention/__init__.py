@@ -28,7 +28,7 @@ from pymla.cuda.memory import DeviceArray, empty
 from pymla.cuda.runtime.jit import device, kernel
 from pymla.errors import PymlaError
 from pymla.pages import CACHE_TYPES, PAGE, LatentCache, block_rows
-from pymla.scratch import device_heads_at_once as heads_at_once
+from pymla.scratch import DEVICE
 from pymla.tensor import QTensor
 
 __all__ = [
@@ -44,6 +44,9 @@ __all__ = [
     "load",
     "store",
 ]
+
+#: Heads that `expand` takes at a time.
+heads_at_once = DEVICE.heads_at_once
 
 I32, I64 = types.int32, types.int64
 I1 = types.Array(types.int32, 1, "C")
