@@ -13,8 +13,9 @@ from gpu_models import CTX, PROMPT, SHAPE, SMALL
 from make_model import make_model, model_tensors
 
 import pymla
-from pymla import ggml, scratch
+from pymla import ggml
 from pymla.engine import costs
+from pymla.scratch import DEVICE
 
 #: Cards: bytes per second, and int8 multiply-adds per second of dense matrices, as their data sheets say (SXM).
 CARDS = {"H100": (3.35e12, 1979e12 / 2), "H200": (4.8e12, 1979e12 / 2)}
@@ -102,7 +103,7 @@ def count_launches(folder):
                     found[tokens, layers] = count[0]
     finally:
         simulator.launch = launch
-    slices, all_layers = {1: 1, PROMPT: PROMPT // scratch.DEVICE_SLICE}, SHAPE.num_hidden_layers
+    slices, all_layers = {1: 1, PROMPT: PROMPT // DEVICE.tokens}, SHAPE.num_hidden_layers
     counts = {
         tokens: found[tokens, 2] + (all_layers - 2) * slices[tokens] * (found[tokens, 3] - found[tokens, 2])
         for tokens in slices

@@ -10,10 +10,10 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla import ggml
+from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
 from pymla.measure import sweep as measuring
 from pymla.models.config import ModelConfig
-from pymla.models.deepseek2 import Model
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.tensor import QTensor

@@ -299,7 +299,7 @@ class Attention(Protocol):
 
         Parameters
         ----------
-        layout : two pairs (type, numbers of a row), from `pymla.engine.cache.row_layout`
+        layout : two pairs (type, numbers of a row), from `pymla.engine.cache_layout.row_layout`
             A backend may keep the rows in a form of its own, of the same precision.
         slots : int
         """
@@ -562,6 +562,10 @@ class Backend(Protocol):
         """What messages call it: "reference", "cpu" or "cuda"."""
 
     @property
+    def IN_HOST_MEMORY(self) -> bool:
+        """Whether its arrays are in the host's memory, whose speed bounds it."""
+
+    @property
     def SLICE(self) -> int:
         """Tokens of a prompt whose intermediate results exist at a time."""
 
@@ -614,7 +618,7 @@ class Backend(Protocol):
 
         Parameters
         ----------
-        model : pymla.models.deepseek2.Model
+        model : pymla.engine.model.Model
         progress : callable(done, total, name), optional
             Told of each kernel that has to be compiled.
         warn : callable(message), optional

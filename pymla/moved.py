@@ -9,7 +9,7 @@ import warnings
 
 #: Folders, and the modules that lay beside them before.
 _FOLDERS = {
-    "engine": ("cache", "costs", "filecheck", "loading"),
+    "engine": ("cache", "costs", "filecheck", "loading", "model"),
     "files": ("checkpoint", "outputs", "textfile", "values"),
     "host": ("cgroups", "cores", "kernel_cache", "memory", "numba_check", "source_key"),
     "make": ("convert", "hub_config", "hub_tokenizer"),
@@ -23,7 +23,6 @@ MOVED = {f"pymla.{name}": f"pymla.{folder}.{name}" for folder, names in _FOLDERS
     "pymla.backends": "pymla.models.placement",
     "pymla.bench": "pymla.measure.sweep",
     "pymla.generate": "pymla.engine.generation",
-    "pymla.model": "pymla.models.deepseek2",
     "pymla.modelfile": "pymla.files.gguf_reader",
     "pymla.placement": "pymla.engine.planning",
 }

@@ -1,4 +1,4 @@
-"""What lies in the paged cache, and what a step tells kernels about it: facts that the engine and all backends share.
+"""The paged cache as kernels know it, and the step that they work on: facts that the engine and all backends share.
 
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer.
 """
@@ -16,6 +16,7 @@ from pymla.tensor import QTensor
 if TYPE_CHECKING:
     from pymla.backend import Array, Backend, Memory
 
+#: Slots of a page.
 PAGE = 64
 
 #: Cache types and the ggml type of their rows.
@@ -37,7 +38,7 @@ class FullCache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a forward pass works on: T tokens of B sequences, those of a sequence next to each other.
+    """The input of a forward pass: T tokens of B sequences, where the tokens of a sequence are neighbours.
 
     Its arrays are NumPy's, or lie in the memory of a backend.
     """
@@ -45,7 +46,7 @@ class Step(NamedTuple):
     tokens: np.ndarray  # int32 (T,)
     positions: np.ndarray  # int32 (T,)
     seq_of: np.ndarray  # int32 (T,): row of block_tables
-    slots: np.ndarray  # int32 (T,): where the token's rows go
+    slots: np.ndarray  # int32 (T,): of the token's rows in the cache
     block_tables: np.ndarray  # int32 (B, pages)
 
     def part(self, start: int, stop: int) -> Step:
@@ -54,7 +55,7 @@ class Step(NamedTuple):
         return Step._make((*of_tokens, self.block_tables))
 
     def packed(self, pages: int | None = None) -> np.ndarray:
-        """All arrays behind each other, so that one copy brings them to a device: int32 (4 T + B pages,).
+        """All arrays in one, so that a single copy brings them to a device: int32 (4 T + B pages,).
 
         Parameters
         ----------
@@ -69,7 +70,7 @@ class Step(NamedTuple):
 
     @classmethod
     def unpacked(cls, packed: Array, tokens: int, sequences: int) -> Step:
-        """The arrays that `packed` brought together, as views."""
+        """The step of a `packed` array, whose numbers of tokens and sequences are given, as views."""
         of_tokens, tables = packed[: 4 * tokens].reshape(4, tokens), packed[4 * tokens :].reshape(sequences, -1)
         return cls._make((*(of_tokens[i] for i in range(4)), tables))
 

@@ -1,46 +1,48 @@
 """How much of a step exists at a time: slices of tokens, and heads whose keys and values are expanded.
 
-Backends compute in these portions, and the engine plans memory for them.
+Backends compute in these portions, and the engine plans memory for them, also for a GPU that is not there.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pymla.models.config import ModelConfig
-
-#: Tokens whose intermediate results exist at a time.
-SLICE = 512
-
-#: The same on a GPU, which fewer tokens do not fill.
-DEVICE_SLICE = 1024
-
-#: Expanded keys and values are computed for as many heads at a time as fit here.
-EXPANDED_BYTES = 256 << 20
-
-#: The same on a GPU, with the float32 products that they come from: with few heads at a time, few of its
-#: multiprocessors have work.
-DEVICE_EXPANDED_BYTES = 1 << 30
+from dataclasses import dataclass
+from typing import Protocol
 
 
-def expanded_bytes(config: ModelConfig, tokens: int, exact: bool) -> int:
-    """Bytes of the expanded keys and values of one head: float32, or codes of at most 16 bits with two
-    numbers for 32."""
-    values = tokens * (config.qk_head_dim + config.v_head_dim)
-    return values * 4 if exact else values * 9 // 4
+class HeadSizes(Protocol):
+    """Numbers of a head, as `pymla.models.config.ModelConfig` has them."""
+
+    @property
+    def qk_nope_head_dim(self) -> int: ...
+
+    @property
+    def qk_head_dim(self) -> int: ...
+
+    @property
+    def v_head_dim(self) -> int: ...
 
 
-def heads_at_once(config: ModelConfig, tokens: int, exact: bool) -> int:
-    """Heads of which the expanded keys and values of so many tokens exist at a time."""
-    return max(1, EXPANDED_BYTES // expanded_bytes(config, tokens, exact))
+@dataclass(frozen=True)
+class Portions:
+    """The portions of a kind of hardware, and the memory that they take."""
+
+    tokens: int  # of a step, whose intermediate results exist at a time
+    most_expanded: int  # bytes that the expanded keys and values of some heads should fit
+    on_device: bool = False  # whether keys and values are float16, computed from products in float32
+
+    def expanded_bytes(self, config: HeadSizes, tokens: int, exact: bool = True) -> int:
+        """Bytes of the expanded keys and values of one head: on the host float32, or codes of at most 16 bits with two
+        numbers for 32; on a device float16, with the float32 products that they come from, `exact` or not."""
+        if self.on_device:
+            products = config.qk_nope_head_dim + config.v_head_dim
+            return tokens * (4 * products + 2 * (config.qk_head_dim + config.v_head_dim))
+        values = tokens * (config.qk_head_dim + config.v_head_dim)
+        return values * 4 if exact else values * 9 // 4
+
+    def heads_at_once(self, config: HeadSizes, tokens: int, exact: bool) -> int:
+        """Heads whose expanded keys and values, for `tokens` tokens of cache, exist at a time."""
+        return max(1, self.most_expanded // self.expanded_bytes(config, tokens, exact))
 
 
-def device_heads_at_once(config: ModelConfig, tokens: int, exact: bool = True) -> int:
-    """`heads_at_once` on a GPU, where they are always float16."""
-    return max(1, DEVICE_EXPANDED_BYTES // (tokens * device_pair(config)))
+HOST = Portions(tokens=512, most_expanded=256 << 20)
 
-
-def device_pair(config: ModelConfig) -> int:
-    """Bytes of a token's keys and values of a head on a GPU: float16, from products in float32."""
-    return 4 * (config.qk_nope_head_dim + config.v_head_dim) + 2 * (config.qk_head_dim + config.v_head_dim)
+#: Fewer tokens do not fill a GPU, and with few heads at a time few of its multiprocessors have work.
+DEVICE = Portions(tokens=1024, most_expanded=1 << 30, on_device=True)

@@ -14,7 +14,7 @@ class QTensor(NamedTuple):
     data: np.ndarray  # uint8 (rows, row_bytes), or (matrices, rows, row_bytes); on a GPU a DeviceArray
 
     def rows(self, start: int, stop: int) -> "QTensor":
-        """Some rows of a matrix, without a copy."""
+        """Some rows of a matrix, or some of several matrices, without a copy."""
         return QTensor(self.qtype, self.data[start:stop])
 
     def by_rows(self, count: int) -> "QTensor":

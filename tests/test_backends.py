@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pymla import reference
+from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
-from pymla.models.deepseek2 import Model
 from pymla.models.placement import Placement, moved, moved_input
 from pymla.models.weights import Weights
 from pymla.pages import Step

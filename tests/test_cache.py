@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from make_model import PRESETS, make_model
 
 from pymla import cpu, ggml, reference
-from pymla.engine.cache import PagedCache, Sequence, row_bytes, row_layout
+from pymla.engine.cache import PagedCache, Sequence
+from pymla.engine.cache_layout import row_bytes, row_layout
 from pymla.errors import CacheFull, PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig

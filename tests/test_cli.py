@@ -22,9 +22,9 @@ from pymla.cli.output import write_json
 from pymla.cpu.limits import Limits
 from pymla.cpu.matmul import activations
 from pymla.cpu.runtime import threads
+from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
 from pymla.host import cores
-from pymla.models.deepseek2 import Model
 
 
 @pytest.fixture(scope="session")
@@ -631,7 +631,7 @@ def test_no_command_is_a_question(run):
 
 @pytest.mark.parametrize("command", ["generate", "bench"])
 def test_not_enough_memory(refused, quick, model, monkeypatch, command):
-    monkeypatch.setattr("pymla.engine.loading.available_memory", lambda: 10 << 20)
+    monkeypatch.setattr("pymla.engine.fitting.available_memory", lambda: 10 << 20)
     monkeypatch.setattr("pymla.engine.loading.Weights.from_gguf", None)  # not reached
     parts = ["not enough memory for 1024 tokens", "cache", "scratch", "0.01 GiB is available", "--ctx"]
     refused(*with_file(command, model), "--ctx", 1024, parts=parts)

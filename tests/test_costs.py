@@ -7,8 +7,10 @@ import pytest
 from make_model import PRESETS, make_model
 
 from pymla import ggml
-from pymla.engine import costs
-from pymla.engine.costs import cheaper_form, step_ops, token_bytes, token_macs
+from pymla.engine.cache_layout import cache_bytes, row_bytes
+from pymla.engine.costs import step_ops, token_bytes, token_macs
+from pymla.engine.forms import cheaper_form
+from pymla.engine.memory_plan import derived_bytes, scratch_bytes, tensor_bytes
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig, Yarn
@@ -135,7 +137,7 @@ def test_tied_output():
     tensors = v2_lite_tensors()
     del tensors["output.weight"]
     output = by_name(step_ops(V2_LITE, tensors, 1, 1))["output"]
-    assert output.nbytes == costs.tensor_bytes(tensors["token_embd.weight"])
+    assert output.nbytes == tensor_bytes(tensors["token_embd.weight"])
 
 
 def test_experts_of_a_prompt():
@@ -145,7 +147,7 @@ def test_experts_of_a_prompt():
     def experts(tokens):
         return by_name(step_ops(V2_LITE, tensors, tokens, tokens))["experts"]
 
-    everything = sum(costs.tensor_bytes(t) for name, t in tensors.items() if name.endswith("_exps.weight"))
+    everything = sum(tensor_bytes(t) for name, t in tensors.items() if name.endswith("_exps.weight"))
     assert experts(1).nbytes == everything * 6 // 64
     assert experts(2).nbytes == pytest.approx(everything * (1 - (58 / 64) ** 2))
     assert experts(512).nbytes == pytest.approx(everything)
@@ -154,8 +156,8 @@ def test_experts_of_a_prompt():
 
 @pytest.mark.parametrize(("cache_type", "row"), [("q8_0", 672), ("f16", 1152), ("bf16", 1152), ("f32", 2304)])
 def test_cache_rows(cache_type, row):
-    assert costs.row_bytes(V2_LITE, cache_type, "auto") == 27 * row
-    assert costs.cache_bytes(V2_LITE, cache_type, "3", 65) == 128 * 27 * row
+    assert row_bytes(V2_LITE, cache_type, "auto") == 27 * row
+    assert cache_bytes(V2_LITE, cache_type, "3", 65) == 128 * 27 * row
     ops = {cached: by_name(step_ops(V2_LITE, None, 1, cached, cache_type=cache_type)) for cached in (0, 10)}
     assert ops[0]["attention"].nbytes == 0
     assert ops[10]["attention"].nbytes == 10 * 27 * row
@@ -163,12 +165,12 @@ def test_cache_rows(cache_type, row):
 
 @pytest.mark.parametrize(("cache_type", "size"), [("q8_0", 1.0625), ("f16", 2), ("bf16", 2), ("f32", 4)])
 def test_rows_of_the_full_cache(cache_type, size):
-    assert costs.row_bytes(V2_LITE, cache_type, "0") == 27 * 16 * 320 * size
+    assert row_bytes(V2_LITE, cache_type, "0") == 27 * 16 * 320 * size
 
 
 def test_unknown_cache_type():
     with pytest.raises(PymlaError, match="'q4_0'"):
-        costs.row_bytes(V2_LITE, "q4_0", "auto")
+        row_bytes(V2_LITE, "q4_0", "auto")
 
 
 # The two forms --------------------------------------------------------------------------------------------------------
@@ -237,12 +239,12 @@ def test_a_token_of_a_model_with_all_experts_reads_the_file(tmp_path, layout):
 )
 def test_derived(layout, qtype, size):
     tensors = v2_lite_tensors(ggml.ID[qtype.upper()], layout)
-    assert costs.derived_bytes(V2_LITE, tensors) == 27 * 16 * 512 * 128 * size
+    assert derived_bytes(V2_LITE, tensors) == 27 * 16 * 512 * 128 * size
 
 
 def test_scratch_grows_with_the_slice_and_is_bounded_in_the_context():
-    scratch = [costs.scratch_bytes(V2_LITE, "auto", ctx, 512) for ctx in (64, 4096, 163840, 1 << 20)]
+    scratch = [scratch_bytes(V2_LITE, "auto", ctx, 512) for ctx in (64, 4096, 163840, 1 << 20)]
     assert scratch == sorted(scratch)
     assert scratch[-1] == scratch[-2]
-    assert costs.scratch_bytes(V2_LITE, "auto", 4096, 1024) > costs.scratch_bytes(V2_LITE, "auto", 4096, 512)
-    assert costs.scratch_bytes(V2_LITE, "1", 163840, 512) < scratch[-1]
+    assert scratch_bytes(V2_LITE, "auto", 4096, 1024) > scratch_bytes(V2_LITE, "auto", 4096, 512)
+    assert scratch_bytes(V2_LITE, "1", 163840, 512) < scratch[-1]

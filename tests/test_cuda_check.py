@@ -7,7 +7,7 @@ import pytest
 
 from pymla import cuda
 from pymla.cli import main
-from pymla.engine.loading import find_device
+from pymla.engine.devices import find_device
 from pymla.errors import PymlaError
 
 if importlib.util.find_spec("numba_cuda") is None:

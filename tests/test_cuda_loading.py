@@ -19,7 +19,8 @@ from pymla.cli import main
 from pymla.cpu.limits import Limits
 from pymla.cuda import backend, memory
 from pymla.cuda.machine import simulator
-from pymla.engine.planning import Planner, Split
+from pymla.engine.planning import Planner
+from pymla.engine.split import Split
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig

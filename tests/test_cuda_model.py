@@ -16,11 +16,10 @@ from make_model import Shape, make_model
 
 from pymla import cpu, ggml, reference
 from pymla.cuda import backend, memory
-from pymla.engine import costs
+from pymla.engine import forward
+from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
-from pymla.models import deepseek2
 from pymla.models.config import ModelConfig
-from pymla.models.deepseek2 import Model
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.text.sampling import SamplingParams
@@ -140,8 +139,7 @@ def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, toleran
 )
 def test_forms_of_attention_and_cache_types(folder, mla, cache_type, tolerance, monkeypatch):
     # Keys and values of a head at a time.
-    monkeypatch.setattr(costs, "DEVICE_EXPANDED_BYTES", 1)
-    monkeypatch.setattr(costs, "EXPANDED_BYTES", 1)
+    monkeypatch.setattr(backend.attention, "heads_at_once", lambda *_: 1)
     pair = Pair(folder, LITE, ggml.F32, backend, cache_type=cache_type, mla=mla)
     pair.step({"a": (0, 9)}, tolerance, logits="all")
     pair.step({"a": (9, 10)}, tolerance)
@@ -177,8 +175,8 @@ def test_rows_that_left_the_cache_come_back_as_they_were(folder, cache_type, mla
 
 
 def test_slices(folder, monkeypatch):
-    slices = deepseek2.slices
-    monkeypatch.setattr(deepseek2, "slices", lambda start, stop, size: slices(start, stop, min(size, 9)))
+    slices = forward.slices
+    monkeypatch.setattr(forward, "slices", lambda start, stop, size: slices(start, stop, min(size, 9)))
     pair = Pair(folder, ALL_EXPERTS, ggml.Q8_0, backend)
     pair.step({"a": (0, 18)}, CODES)
 

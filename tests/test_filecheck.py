@@ -113,7 +113,7 @@ def refused(monkeypatch):
 
     def refused(path, *words, **options):
         with monkeypatch.context() as patch:
-            for name in ("Planner", "available_memory", "_backends", "find_device"):
+            for name in ("Planner", "available_memory", "fit", "placement"):
                 patch.setattr(f"pymla.engine.loading.{name}", lambda *_, **__: pytest.fail("too late"))
             with pytest.raises(PymlaError) as caught:
                 pymla.load(path, **options)

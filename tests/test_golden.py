@@ -15,7 +15,7 @@ from make_model import make_model
 
 import pymla
 from pymla import ggml
-from pymla.models.deepseek2 import Model
+from pymla.engine.model import Model
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("v2-lite", "v2", "v3", "moonlight")

@@ -9,12 +9,14 @@ from make_model import PRESETS, make_model
 from test_cli import rewritten
 
 import pymla
-from pymla import cpu, scratch
-from pymla.engine import costs
-from pymla.engine.loading import Report, demo_path
+from pymla import cpu
+from pymla.engine.loading import demo_path
+from pymla.engine.memory_plan import PROCESS_BYTES
+from pymla.engine.report import Report
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
+from pymla.scratch import HOST
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,12 @@ class Told(Report):
 @pytest.fixture
 def memory(monkeypatch):
     """Say how much memory there is."""
-    return lambda nbytes: monkeypatch.setattr("pymla.engine.loading.available_memory", lambda: nbytes)
+
+    def say(nbytes):
+        for module in ("fitting", "loading"):
+            monkeypatch.setattr(f"pymla.engine.{module}.available_memory", lambda: nbytes)
+
+    return say
 
 
 # The interface --------------------------------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ def test_tensors_are_looked_at_first(path, tmp_path, monkeypatch):
     tensor = ModelFile.open(path).tensors["blk.2.ffn_up_shexp.weight"].data
     at = contents.index(tensor.tobytes())
     (tmp_path / "bad.gguf").write_bytes(contents[:at] + bytes(tensor.size) + contents[at + tensor.size :])
-    for name in ("find_device", "Planner", "_backends"):
+    for name in ("Planner", "fit", "placement"):
         monkeypatch.setattr(f"pymla.engine.loading.{name}", lambda *_: pytest.fail("too late"))
     with pytest.raises(PymlaError, match=r"bad.gguf: tensor blk.2.ffn_up_shexp.weight is zero throughout"):
         pymla.load(tmp_path / "bad.gguf", device="cpu")
@@ -177,13 +184,13 @@ def test_a_file_that_is_cut_while_kernels_are_compiled(path, tmp_path, monkeypat
     """Its weights are not read any more: that would end the process by a signal."""
     copy = tmp_path / "cut.gguf"
     copy.write_bytes(path.read_bytes())
-    size, backends = copy.stat().st_size, pymla.engine.loading._backends
+    size, backends = copy.stat().st_size, pymla.engine.loading.placement
 
     def cut(*args):
         os.truncate(copy, 100_000)
         return backends(*args)
 
-    monkeypatch.setattr("pymla.engine.loading._backends", cut)
+    monkeypatch.setattr("pymla.engine.loading.placement", cut)
     with pytest.raises(PymlaError, match=rf"cut.gguf: the file has 100000 bytes and had {size} when it was opened"):
         pymla.load(copy, device=device, ctx=64)
 
@@ -280,7 +287,7 @@ def test_context_is_cut_to_the_memory(tmp_path, memory, capfd):
         assert language_model.model.ctx == limit
         cache = limit * language_model.model.cache.row_bytes
     assert told.of("warn") == []
-    memory(costs.PROCESS_BYTES + scratch.EXPANDED_BYTES + cache // 2)
+    memory(PROCESS_BYTES + HOST.most_expanded + cache // 2)
     with pymla.load(path, report=told) as language_model:
         found = language_model.model.ctx
         assert language_model.generate("abc", max_tokens=3)

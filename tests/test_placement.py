@@ -8,8 +8,10 @@ from make_model import PRESETS, make_model, model_tensors
 from test_costs import V2_LITE, v2_lite_tensors
 
 from pymla import ggml
-from pymla.engine import costs
-from pymla.engine.planning import LEAST_CTX, RESERVE, Planner, Split, Wish, choose
+from pymla.engine.cache_layout import cache_bytes
+from pymla.engine.memory_plan import derived_bytes, device_scratch_bytes, tensor_bytes
+from pymla.engine.planning import LEAST_CTX, RESERVE, Planner, Wish, choose
+from pymla.engine.split import Split
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
@@ -21,7 +23,7 @@ ALL = V2_LITE.num_hidden_layers + 1
 
 
 def file_of(tensors):
-    return SimpleNamespace(tensors=tensors, nbytes=sum(map(costs.tensor_bytes, tensors.values())))
+    return SimpleNamespace(tensors=tensors, nbytes=sum(map(tensor_bytes, tensors.values())))
 
 
 def v2_lite(cache_type="q8_0", mla="auto", layout="kv_b"):
@@ -220,7 +222,7 @@ def test_a_model_on_the_host_alone():
 @pytest.mark.parametrize("cpu_moe", [False, True])
 def test_device_and_host_make_up_the_model(layout, cpu_moe):
     planner, ctx = v2_lite(layout=layout), 4096
-    cache = costs.cache_bytes(V2_LITE, "q8_0", "auto", ctx)
+    cache = cache_bytes(V2_LITE, "q8_0", "auto", ctx)
     nbytes = file_of(v2_lite_tensors(layout=layout)).nbytes
     before = -1
     for layers in range(ALL + 1):
@@ -228,20 +230,20 @@ def test_device_and_host_make_up_the_model(layout, cpu_moe):
         device, host = planner.device(split, ctx), planner.host(split, ctx)
         assert device.cache + host.cache == cache
         assert device.weights + host.weights == nbytes
-        assert device.derived + host.derived == costs.derived_bytes(V2_LITE, v2_lite_tensors(layout=layout))
+        assert device.derived + host.derived == derived_bytes(V2_LITE, v2_lite_tensors(layout=layout))
         assert device.total > before
         before = device.total
     assert device.process == RESERVE
     # What a GPU that has everything leaves to the CPU: the layouts of kv_b that are not used, or the experts.
     unused = {"kv_b": 0, "split": 27 * 16 * 512 * 128 * 18 // 32, "all": 27 * 16 * 512 * 256 * 18 // 32}[layout]
-    experts = sum(costs.tensor_bytes(t) for name, t in v2_lite_tensors().items() if name.endswith("_exps.weight"))
-    embedding = costs.tensor_bytes(v2_lite_tensors()["token_embd.weight"])
+    experts = sum(tensor_bytes(t) for name, t in v2_lite_tensors().items() if name.endswith("_exps.weight"))
+    embedding = tensor_bytes(v2_lite_tensors()["token_embd.weight"])
     assert host.weights == unused + (experts + embedding if cpu_moe else 0)
 
 
 def test_a_tied_embedding_counts_once():
     tensors = v2_lite_tensors()
-    output = costs.tensor_bytes(tensors.pop("output.weight"))
+    output = tensor_bytes(tensors.pop("output.weight"))
     tied = Planner(V2_LITE, file_of(tensors), "q8_0", "auto")
     both = v2_lite().device(Split(ALL), 4096).weights
     assert tied.device(Split(ALL), 4096).weights == both - output
@@ -249,10 +251,10 @@ def test_a_tied_embedding_counts_once():
 
 def test_scratch_on_the_device():
     """It grows with the context, since a prompt may be as long, and holds what a layer's expansion takes."""
-    scratch = [costs.device_scratch_bytes(V2_LITE, "auto", ctx) for ctx in (64, 4096, 65536, 163840)]
+    scratch = [device_scratch_bytes(V2_LITE, "auto", ctx) for ctx in (64, 4096, 65536, 163840)]
     assert scratch == sorted(scratch)
     per_token = 4 * (2048 + 16 * 128 + 512 + 128)
     assert scratch[-1] - scratch[-2] > (163840 - 65536) * per_token
-    assert costs.device_scratch_bytes(V2_LITE, "1", 65536) < scratch[2]
-    assert costs.device_scratch_bytes(V2_LITE, "0", 65536) < scratch[2]
-    assert costs.device_scratch_bytes(V2_LITE, "2", 65536) - scratch[2] == 16 * 65536 * 4 * 9 // 8
+    assert device_scratch_bytes(V2_LITE, "1", 65536) < scratch[2]
+    assert device_scratch_bytes(V2_LITE, "0", 65536) < scratch[2]
+    assert device_scratch_bytes(V2_LITE, "2", 65536) - scratch[2] == 16 * 65536 * 4 * 9 // 8

@@ -13,16 +13,17 @@ from pymla.backend import Rates
 from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.terminal import Terminal
-from pymla.engine.cache import row_layout
+from pymla.engine.cache_layout import row_layout
+from pymla.engine.devices import find_device
 from pymla.engine.filecheck import examine
-from pymla.engine.loading import demo_path, find_device, load
+from pymla.engine.forms import MLA_MODES
+from pymla.engine.loading import demo_path, load
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
 from pymla.measure.sweep import Row
-from pymla.models.deepseek2 import MLA_MODES
 from pymla.pages import CACHE_TYPES
 
 #: Context of a sweep without --ctx, where the model has as much.

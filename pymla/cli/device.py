@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pymla.engine.loading import DEVICES
+from pymla.engine.devices import DEVICES
 
 
 class _Layers(click.ParamType):

@@ -5,7 +5,7 @@ from typing import Any
 
 from pymla.engine.costs import token_bytes
 from pymla.engine.generation import Generation
-from pymla.engine.loading import LanguageModel
+from pymla.engine.language_model import LanguageModel
 from pymla.host.memory import streaming_read
 
 
@@ -48,10 +48,10 @@ def as_line(language_model: LanguageModel, generation: Generation) -> str:
 def _share(language_model: LanguageModel, generation: Generation) -> float:
     """Bytes read per second while generating, as a share of the rate at which this machine streams from memory; 0 where
     too little was generated, a GPU computed, or an interrupt leaves no time to measure."""
-    interrupted = generation.finish_reason == "interrupted"
-    if interrupted or generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
+    model, interrupted = language_model.model, generation.finish_reason == "interrupted"
+    on_host = all(backend.IN_HOST_MEMORY for backend in model.placement.backends)
+    if interrupted or generation.stats.generated_tokens < 2 or not on_host:
         return 0.0
-    model = language_model.model
     each = token_bytes(
         language_model.config,
         language_model.file.tensors,

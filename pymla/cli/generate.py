@@ -12,10 +12,11 @@ from pymla.cli.device import check_tensors_option, device_options
 from pymla.cli.inputs import argument, biases, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
 from pymla.cli.terminal import Terminal
+from pymla.engine.forms import MLA_MODES
 from pymla.engine.generation import Generation
-from pymla.engine.loading import LanguageModel, load
+from pymla.engine.language_model import LanguageModel
+from pymla.engine.loading import load
 from pymla.errors import PymlaError
-from pymla.models.deepseek2 import MLA_MODES
 from pymla.pages import CACHE_TYPES
 from pymla.text.sampling import SamplingParams
 from pymla.text.tokenizer import Tokenizer

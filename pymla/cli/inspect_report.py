@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from pymla import ggml, scratch
+from pymla import ggml
 from pymla.engine import costs
-from pymla.engine.cache import row_bytes
+from pymla.engine.cache_layout import cache_bytes, row_bytes
 from pymla.engine.filecheck import Examined, examine
-from pymla.engine.planning import LEAST_CTX, Planner, Split
+from pymla.engine.planning import LEAST_CTX, Planner
+from pymla.engine.split import Split
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.host.memory import available_memory
 from pymla.models.config import ModelConfig
 from pymla.pages import CACHE_TYPES
+from pymla.scratch import HOST
 from pymla.text.tokenizer import Tokenizer
 
 #: Tokens in the cache at which costs are shown.
@@ -162,12 +164,12 @@ def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
         "weights": plan.weights,
         "derived": plan.derived,
         "scratch": plan.scratch,
-        "scratch_tokens": scratch.SLICE,
+        "scratch_tokens": HOST.tokens,
         "process": plan.process,
         "available": available_memory(),
         "cache_per_1000_tokens": {cache_type: 1000 * nbytes for cache_type, nbytes in rows.items()},
         "cache_at_context_length": {
-            cache_type: costs.cache_bytes(config, cache_type, "auto", config.context_length) for cache_type in rows
+            cache_type: cache_bytes(config, cache_type, "auto", config.context_length) for cache_type in rows
         },
         "gpu": [
             {

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pymla.cli import interrupt
 from pymla.cli.options import as_options
-from pymla.engine.loading import Report
+from pymla.engine.report import Report
 from pymla.printable import one_line
 
 

@@ -3,7 +3,7 @@
 Generation reads every weight once and is bounded by `Limits.read`; a prompt multiplies and is bounded by `Limits.int8`.
 
 >>> from pymla.cpu import limits
->>> limits.measure(1 << 24).int8 > 1e9
+>>> limits.int8_rate() > 1e9
 True
 """
 
@@ -70,19 +70,14 @@ class Limits(NamedTuple):
     int8: float  # multiply-adds per second, of int8 activations with packed codes
 
 
-def measure(nbytes: int = STREAM_BYTES) -> Limits:
+def measure() -> Limits:
     """Measure both limits, in some seconds.
-
-    Parameters
-    ----------
-    nbytes : int
-        Size of the array that is streamed.
 
     Returns
     -------
     Limits
     """
-    return Limits(read_rate(nbytes), int8_rate())
+    return Limits(read_rate(), int8_rate())
 
 
 def read_rate(nbytes: int = STREAM_BYTES) -> float:

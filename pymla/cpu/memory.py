@@ -9,7 +9,7 @@ import numpy as np
 from pymla.cpu.machine.isa import ASKS_AHEAD
 from pymla.cpu.machine.simd import prefetch_l2
 from pymla.cpu.runtime.compiling import helper, inlined
-from pymla.reference.memory import release, take, to_device, to_host, write
+from pymla.host.arrays import release, take, to_device, to_host, write
 
 __all__ = [
     "allocate",

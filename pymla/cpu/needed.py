@@ -10,7 +10,7 @@ from pymla.cpu.runtime import compiling, polling
 
 
 def compile_for(model, progress=None, warn=None):
-    """Compile what a `pymla.models.deepseek2.Model` launches on the processor, or load it from the cache.
+    """Compile what a `pymla.engine.model.Model` launches on the processor, or load it from the cache.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from pymla.cuda.runtime.jit import Kernel, compile_all
 from pymla.pages import CACHE_TYPES
 
 if TYPE_CHECKING:
-    from pymla.models.deepseek2 import Model
+    from pymla.engine.model import Model
 
 
 def compile_for(
@@ -28,7 +28,7 @@ def compile_for(
 
     Parameters
     ----------
-    model : pymla.models.deepseek2.Model
+    model : pymla.engine.model.Model
     progress : callable(done, total, name), optional
         Told of each kernel that has to be compiled.
     warn : callable(message), optional

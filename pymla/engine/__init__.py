@@ -1,1 +1,1 @@
-"""What runs a model: loading, memory and placement, the cache, steps, and the generation of a text."""
+"""The engine runs a model: loading, memory and placement, the cache, steps, and the generation of a text."""

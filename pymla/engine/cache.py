@@ -2,8 +2,8 @@
 
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer. A
 layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe`` (qk_rope_head_dim values), or, for
-``--mla 0``, the keys and values of all heads. q8_0 takes 34 bytes for 32 values; ``k_pe`` stays 16-bit then. Rows are
-stored as ggml blocks, or as the backend's attention likes them best.
+``--mla 0``, the keys and values of all heads (`pymla.engine.cache_layout`). q8_0 takes 34 bytes for 32 values; ``k_pe``
+stays 16-bit then. Rows are stored as ggml blocks, or in a form that the backend's attention reads faster.
 
 Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
 written; a GPU's is taken at once.
@@ -15,57 +15,34 @@ it when they go on: a sequence never ends early because of another one.
 """
 
 import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import TypeAlias
 
 import numpy as np
 
 from pymla import ggml
-from pymla.errors import CacheFull, PymlaError
-from pymla.pages import CACHE_TYPES, PAGE, FullCache, Step, block_rows
+from pymla.backend import Backend, Memory
+from pymla.engine.cache_layout import row_layout
+from pymla.errors import CacheFull
+from pymla.models.config import ModelConfig
+from pymla.pages import CACHE_TYPES, PAGE, FullCache, LatentCache, Step, block_rows
+from pymla.tensor import QTensor
 
 
 class Sequence:
     """A text in the cache."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.length = 0  # tokens in the cache
-        self.pages = []
-        self.saved = None  # its rows in the host's memory, while other sequences have its pages
+        self.pages: list[int] = []
+        #: Its rows in the host's memory, while other sequences have its pages; None for layers without any.
+        self.saved: list[np.ndarray | None] | None = None
         self.last_step = 0  # number of the step that used it last
 
 
-def row_layout(config, cache_type, mla):
-    """Names, ggml types and widths of the two kinds of rows of a layer.
-
-    Raises
-    ------
-    PymlaError
-        The type is unknown, or its blocks of 32 do not fit the model's sizes.
-    """
-    if cache_type not in CACHE_TYPES:
-        raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(CACHE_TYPES)}")
-    qtype = CACHE_TYPES[cache_type]
-    if mla == "0":
-        heads = config.num_attention_heads
-        layout = (
-            ("qk_head_dim", qtype, config.qk_head_dim, heads * config.qk_head_dim),
-            ("v_head_dim", qtype, config.v_head_dim, heads * config.v_head_dim),
-        )
-    else:
-        rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
-        layout = (
-            ("kv_lora_rank", qtype, config.kv_lora_rank, config.kv_lora_rank),
-            ("qk_rope_head_dim", rope_type, config.qk_rope_head_dim, config.qk_rope_head_dim),
-        )
-    for name, each, size, _ in layout:
-        if size % ggml.BLOCK_SIZE[each]:
-            raise PymlaError(f"cache type {cache_type} needs a {name} that 32 divides, and it is {size}; choose f16")
-    return [(each, width) for _, each, _, width in layout]
-
-
-def row_bytes(config, cache_type, mla):
-    """Bytes of a token in the cache, all layers, as ggml blocks."""
-    layout = row_layout(config, cache_type, mla)
-    return sum(ggml.row_bytes(qtype, width) for qtype, width in layout) * config.num_hidden_layers
+#: The input of a step: sequences, and at least one new token for each.
+Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray]]"
 
 
 class PagedCache:
@@ -82,39 +59,46 @@ class PagedCache:
         Pages of 64 tokens, for all sequences together.
     ctx : int
         The longest sequence.
-    backends : sequence of modules
+    backends : sequence of Backend
         In whose memory each layer's rows lie.
+
+    Attributes
+    ----------
+    exact : bool
+        Whether rows hold as many bits as the numbers that are computed from them.
+    row_bytes : int
+        Of a token, all layers.
     """
 
-    def __init__(self, config, cache_type, mla, pages, ctx, backends):
+    def __init__(
+        self, config: ModelConfig, cache_type: str, mla: str, pages: int, ctx: int, backends: Items[Backend]
+    ) -> None:
         self.ctx, self.cache_type, self.pages = ctx, cache_type, pages
         self._memories = [backend.memory for backend in backends]
-        self._holders = weakref.WeakSet()  # sequences that have pages, or had some
+        # Sequences that have pages, or had some.
+        self._holders: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._steps = 0
         layout, slots = row_layout(config, cache_type, mla), pages * PAGE
-        if mla == "0":
-            self.layers = [FullCache(*block_rows(backend.memory, layout, slots)) for backend in backends]
-        else:
-            self.layers = [backend.attention.latent_cache(layout, slots) for backend in backends]
+        self.layers: list[LatentCache | FullCache] = []
+        for backend in backends:
+            if mla == "0":
+                self.layers.append(FullCache(*block_rows(backend.memory, layout, slots)))
+            else:
+                self.layers.append(backend.attention.latent_cache(layout, slots))
         self.row_bytes = sum(rows.data.nbytes for layer in self.layers for rows in layer) // slots
-        #: Whether rows hold as many bits as what is computed from them.
         self.exact = CACHE_TYPES[cache_type] not in ggml.QUANTISED
 
     @property
-    def free_pages(self):
+    def free_pages(self) -> int:
         """Pages that no sequence holds."""
         return self.pages - sum(len(sequence.pages) for sequence in self._holders)
 
-    def extend(self, batch):
+    def extend(self, batch: Batch) -> Step:
         """Find slots for new tokens. Lengths stay as they are until `advance`.
 
         Parameters
         ----------
         batch : list of (Sequence, int32 array)
-
-        Returns
-        -------
-        Step
 
         Raises
         ------
@@ -122,19 +106,7 @@ class PagedCache:
             A sequence would outgrow the context, or the sequences of the batch need more pages than there are. Nothing
             has changed then.
         """
-        wanted = []
-        for sequence, tokens in batch:
-            length = sequence.length + len(tokens)
-            if length > self.ctx:
-                raise CacheFull(
-                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise `ctx`"
-                )
-            wanted.append(-(-length // PAGE))
-        if sum(wanted) > self.pages:
-            raise CacheFull(
-                f"the sequences of a step need {sum(wanted)} pages of {PAGE} tokens, and the cache has {self.pages}; "
-                "raise `ctx`"
-            )
+        wanted = self._wanted_pages(batch)
         self._steps += 1
         for (sequence, _), count in zip(batch, wanted, strict=True):
             sequence.last_step = self._steps  # its pages are not taken for this step
@@ -151,41 +123,59 @@ class PagedCache:
         return Step(tokens, positions, seq_of, slots.astype(np.int32), tables)
 
     @staticmethod
-    def advance(batch):
+    def advance(batch: Batch) -> None:
         """Count the tokens of a finished step."""
         for sequence, tokens in batch:
             sequence.length += len(tokens)
 
-    def truncate(self, sequence, length):
+    def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget a sequence's tokens from position `length` on, and give back the pages that only they used."""
         sequence.length = length
         sequence.pages = sequence.pages[: -(-length // PAGE)]
 
     @staticmethod
-    def free(sequence):
-        """Give a sequence's pages back and empty it. Any thread may do it at any time, a garbage collector's, too."""
+    def free(sequence: Sequence) -> None:
+        """Give a sequence's pages back and empty it. Any thread may do it at any time, and so may the garbage
+        collector."""
         sequence.length, sequence.pages, sequence.saved = 0, [], None
 
-    def _hold(self, sequence, count):
+    def _wanted_pages(self, batch: Batch) -> list[int]:
+        """Pages that each sequence needs once it has the new tokens."""
+        wanted = []
+        for sequence, tokens in batch:
+            length = sequence.length + len(tokens)
+            if length > self.ctx:
+                raise CacheFull(
+                    f"{length} tokens do not fit the context of {self.ctx}; shorten the prompt or raise `ctx`"
+                )
+            wanted.append(-(-length // PAGE))
+        if sum(wanted) > self.pages:
+            raise CacheFull(
+                f"the sequences of a step need {sum(wanted)} pages of {PAGE} tokens, and the cache has {self.pages}; "
+                "raise `ctx`"
+            )
+        return wanted
+
+    def _hold(self, sequence: Sequence, count: int) -> None:
         """Let a sequence hold `count` pages, with its rows in them."""
         if sequence.saved is not None:
-            sequence.pages = []  # what an interrupted copy left
+            sequence.pages = []  # pages that an interrupted copy left
         missing = count - len(sequence.pages)
         if missing > 0:
             sequence.pages = sequence.pages + self._take(missing)
             self._holders.add(sequence)
         if sequence.saved is not None:
-            self._copy_in(sequence)
+            self._copy_in(sequence, sequence.saved)
 
-    def _take(self, count):
-        """The numbers of `count` free pages, once so many are free."""
+    def _take(self, count: int) -> list[int]:
+        """The numbers of `count` free pages, which other sequences give up where too few are free."""
         while self.free_pages < count:
             others = [each for each in self._holders if each.pages and each.last_step < self._steps]
             self._copy_out(min(others, key=lambda each: each.last_step))
         held = {page for sequence in self._holders for page in sequence.pages}
         return [page for page in range(self.pages) if page not in held][:count]
 
-    def _copy_out(self, sequence):
+    def _copy_out(self, sequence: Sequence) -> None:
         """Keep a sequence's rows in the host's memory, and give its pages back."""
         pages = sequence.pages[: -(-sequence.length // PAGE)]
         sequence.saved = [
@@ -194,15 +184,15 @@ class PagedCache:
         ]
         sequence.pages = []
 
-    def _copy_in(self, sequence):
+    def _copy_in(self, sequence: Sequence, saved: list[np.ndarray | None]) -> None:
         """Write the rows that `_copy_out` kept into the pages that the sequence has now."""
         kept = -(-sequence.length // PAGE)
-        for (memory, rows), saved in zip(self._rows(), sequence.saved, strict=True):
-            for page, data in zip(sequence.pages[:kept], () if saved is None else saved, strict=False):
+        for (memory, rows), pages in zip(self._rows(), saved, strict=True):
+            for page, data in zip(sequence.pages[:kept], () if pages is None else pages, strict=False):
                 memory.write(rows.data[page * PAGE : (page + 1) * PAGE], data)
         sequence.saved = None
 
-    def _rows(self):
+    def _rows(self) -> Iterator[tuple[Memory, QTensor]]:
         """The rows of every layer, with the memory that they lie in."""
         for memory, layer in zip(self._memories, self.layers, strict=True):
             for rows in layer:

@@ -3,18 +3,18 @@
 `pymla.load` refuses a file for the first problem that `examine` finds, before it plans memory or compiles anything, and
 ``pymla inspect`` shows all of them. Nothing else is a reason to refuse a file, so the two always agree.
 
-What is looked at costs little: of the values only norms, biases and routers, and a few pages of each other tensor
-(`pymla.files.values`). `check_tensors` reads everything.
+The check costs little: of the values it looks only at norms, biases and routers, and at a few pages of each other
+tensor (`pymla.files.values`). `check_tensors` reads everything.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from pymla import ggml
-from pymla.engine.cache import row_layout
+from pymla.engine.cache_layout import row_layout
 from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
@@ -27,7 +27,7 @@ Found = tuple[TensorSpec, TensorInfo]
 
 
 class Examined(NamedTuple):
-    """What a file holds, as far as it can be read, and why it cannot be run."""
+    """The contents of a file, as far as they can be read, and the reasons why it cannot be run."""
 
     config: ModelConfig | None
     tokenizer: Tokenizer | None
@@ -43,7 +43,7 @@ class Examined(NamedTuple):
         """
         if self.problems:
             raise self.problems[0]
-        return self.config, self.tokenizer
+        return cast(ModelConfig, self.config), cast(Tokenizer, self.tokenizer)
 
 
 def examine(
@@ -140,8 +140,8 @@ def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError
 
 
 def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], list[PymlaError]]:
-    """The tensors of a model that are as they should be, and a problem for each other one; of those with a type that
-    does not run, one for each type."""
+    """The tensors of a model that are as they should be, and a problem for each of the others; tensors of a type that
+    does not run are one problem for each type."""
     tensors, problems, types = [], [], set()
     for spec in model_tensors(config, file.tensors):
         info = file.tensors.get(spec.name)
@@ -178,11 +178,11 @@ def _value_problems(
         file.check_unchanged()
         if everything or _is_small(spec) or values.may_have_hole(info):
             scan = values.scan(info, report)
-            if scan.not_finite:
-                yield PymlaError(_not_finite(info, scan))
+            if scan.first_not_finite is not None:
+                yield PymlaError(_not_finite(info, scan, scan.first_not_finite))
             # A bias may well be zero: that of experts is where they are balanced without one.
-            elif spec.field != "exp_probs_b" and scan.hole(info):
-                yield PymlaError(_hole(info, scan))
+            elif spec.field != "exp_probs_b" and (hole := scan.hole(info)):
+                yield PymlaError(_hole(info, None if scan.is_zero else hole))
         done += info.data.nbytes
 
 
@@ -200,18 +200,19 @@ def _fetch_ahead(file: ModelFile, tensors: list[Found]) -> None:
         file.fetch_ahead(info, [(0, info.data.nbytes)] if _is_small(spec) else pieces)
 
 
-def _not_finite(info: TensorInfo, scan: values.Scan) -> str:
+def _not_finite(info: TensorInfo, scan: values.Scan, first: int) -> str:
     what = "blocks" if info.qtype in ggml.QUANTISED else "values"
     return (
         f"{info.path}: tensor {info.name} holds NaN or infinity in {scan.not_finite} of {scan.blocks} {what}, the "
-        f"first at {_index(info, scan.first_not_finite)}; the file is damaged, download or convert it again"
+        f"first at {_index(info, first)}; the file is damaged, download or convert it again"
     )
 
 
-def _hole(info: TensorInfo, scan: values.Scan) -> str:
+def _hole(info: TensorInfo, hole: tuple[int, int] | None) -> str:
+    """The message for zeros in a range of blocks; None: in all of them."""
     where = "throughout"
-    if not scan.is_zero:
-        first, stop = scan.hole(info)
+    if hole:
+        first, stop = hole
         where = f"from {_index(info, first)} to {_index(info, stop, -1)}"
     return (
         f"{info.path}: tensor {info.name} is zero {where}, as an unfinished download leaves it; "

@@ -9,7 +9,7 @@ import numpy as np
 from pymla.errors import PymlaError
 from pymla.files.checkpoint import read_json
 from pymla.make.model_metadata import Shape
-from pymla.models.config import MAX_CONTEXT, MAX_SIZE
+from pymla.models.metadata import MAX_CONTEXT, MAX_SIZE
 from pymla.printable import shown
 
 #: Value of scoring_func where config.json has none, by the class that reads it.

@@ -1,17 +1,17 @@
 """Facts that belong to every measurement: the machine, its limits, versions and the date."""
 
 import datetime
-import importlib
 import platform
 from pathlib import Path
 from typing import Any
 
-from pymla import __version__, checks, cuda
+from pymla import __version__, cuda
 from pymla.backend import Rates
+from pymla.engine.devices import backend_of, use_threads
 
 
 def measure_limits(device: str = "cpu", threads: int | None = None) -> Rates:
-    """Measure the limits of the GPU for "cuda", else of the processor with so many threads.
+    """Measure the limits of a device, those of the processor with so many threads.
 
     Parameters
     ----------
@@ -23,14 +23,8 @@ def measure_limits(device: str = "cpu", threads: int | None = None) -> Rates:
     PymlaError
         This process may not use so many cores.
     """
-    from pymla import cpu
-
-    cores = cpu.usable_cores()
-    if threads is not None and not 1 <= threads <= cores:
-        checks.refuse("threads", threads, f"this process may use 1 to {cores} cores")
-    cpu.set_threads(threads or cores)
-    limits = importlib.import_module(f"pymla.{'cuda' if device == 'cuda' else 'cpu'}.limits")
-    return limits.measure()
+    use_threads(threads)
+    return backend_of(device).limits.measure()
 
 
 def machine() -> str:
@@ -74,6 +68,6 @@ def describe(about: dict[str, Any]) -> str:
 
 def describe_machine(about: dict[str, Any]) -> str:
     """The hardware that computes, in words."""
-    if about["device"] == "cuda":
+    if "gpu" in about:
         return f"{about['gpu']}, {about['gpu_isa']}, {about['machine']}"
     return f"{about['machine']}, {about['isa']}, {about['threads']} threads"

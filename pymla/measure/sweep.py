@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from pymla.engine import costs
 from pymla.errors import PymlaError
 
 if TYPE_CHECKING:
-    from pymla.engine.loading import LanguageModel
-    from pymla.models.deepseek2 import Model
+    from pymla.engine.language_model import LanguageModel
+    from pymla.engine.model import Model
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Engine:
     def row(self, depth: int, pp_seconds: Sequence[float], tg_seconds: Sequence[float]) -> Row:
         """The point at `depth` tokens."""
         model, settings = self._language_model, self._settings
-        kinds = {"cache_type": self._model.cache.cache_type, "mla": self._model.mla}
+        kinds: dict[str, Any] = {"cache_type": self._model.cache.cache_type, "mla": self._model.mla}
         ops = costs.step_ops(model.config, None, settings.pp, depth + settings.pp, **kinds) if settings.pp else ()
         # The bytes of a token grow evenly with the cache: the mean of first and last is that of all.
         ends = [
@@ -271,5 +271,4 @@ class _Engine:
 
 def thread_count(model: "Model") -> int:
     """Threads that a model's backends compute with."""
-    counts = [getattr(backend, "thread_count", None) for backend in model.placement.backends]
-    return max(count() if count else 1 for count in counts)
+    return max(backend.thread_count() for backend in model.placement.backends)

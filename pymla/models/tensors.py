@@ -1,8 +1,8 @@
-"""The tensors that a model consists of: their GGUF names, their shapes, and what each is for.
+"""The tensors that a model consists of: their GGUF names, their shapes, and the part of the model that each belongs to.
 
-This is the one table that files are checked by (`pymla.engine.filecheck`), weights are loaded by
-(`pymla.models.weights`), and costs and memory are computed by (`pymla.engine.costs`, `pymla.engine.planning`). Names
-are those of llama.cpp's converter.
+One table for all: files are checked by it (`pymla.engine.filecheck`), weights are loaded by it
+(`pymla.models.weights`), and costs and memory are computed from it (`pymla.engine.costs`, `pymla.engine.planning`).
+Names are those of llama.cpp's converter.
 """
 
 import math
@@ -31,7 +31,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """How many numbers the tensor holds."""
+        """The count of the tensor's numbers."""
         return math.prod(self.shapes[0])
 
     @property
@@ -41,10 +41,12 @@ class TensorSpec(NamedTuple):
 
     @property
     def is_norm(self) -> bool:
+        """Whether it is the weight of a norm."""
         return self.stem.endswith("_norm")
 
     @property
     def is_router(self) -> bool:
+        """Whether its product scores the experts."""
         return self.stem == "ffn_gate_inp"
 
 
@@ -78,64 +80,69 @@ def outer_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
 
 def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
     """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
-    blk = f"blk.{index}."
-
-    def weight(field, *shapes, stem=None, part="layer"):
-        return TensorSpec(f"{blk}{stem or field}.weight", shapes, field, part, index)
-
-    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    queries = heads * config.qk_head_dim
-    specs = [weight("attn_norm", (hidden,))]
-    if config.q_lora_rank:
-        specs += [
-            weight("attn_q_a", (config.q_lora_rank, hidden)),
-            weight("attn_q_a_norm", (config.q_lora_rank,)),
-            weight("attn_q_b", (queries, config.q_lora_rank)),
-        ]
-    else:
-        specs.append(weight("attn_q", (queries, hidden)))
-    specs += [
-        weight("attn_kv_a_mqa", (rank + config.qk_rope_head_dim, hidden)),
-        weight("attn_kv_a_norm", (rank,)),
-        *_kv_b(weight, config, f"{blk}attn_k_b.weight" in names and f"{blk}attn_kv_b.weight" not in names),
-        weight("attn_output", (hidden, heads * config.v_head_dim)),
-        weight("ffn_norm", (hidden,)),
-    ]
+    blk, hidden = _Block(index), config.hidden_size
+    specs = [*_attention(blk, config, names), blk.weight("ffn_norm", (hidden,))]
     if index < config.first_k_dense_replace:
-        return [*specs, *_ffn(weight, "", config.intermediate_size, hidden)]
-    experts, inner = config.n_routed_experts, config.moe_intermediate_size
-    specs.append(weight("ffn_gate_inp", (experts, hidden)))
-    if f"{blk}exp_probs_b.bias" in names:
-        specs.append(TensorSpec(f"{blk}exp_probs_b.bias", ((experts,),), "exp_probs_b", "layer", index))
-    if f"{blk}ffn_gate_up_exps.weight" in names:
-        specs.append(weight("ffn_gate_up_exps", (experts, 2 * inner, hidden), part="experts"))
-    else:
-        specs.append(weight("ffn_gate_exps", (experts, inner, hidden), part="experts"))
-        specs.append(weight("ffn_up_exps", (experts, inner, hidden), part="experts"))
-    specs.append(weight("ffn_down_exps", (experts, hidden, inner), part="experts"))
+        return [*specs, *_ffn(blk, "", config.intermediate_size, hidden)]
+    specs += _experts(blk, config, names)
     if config.n_shared_experts:
-        specs += _ffn(weight, "_shexp", config.n_shared_experts * inner, hidden)
+        specs += _ffn(blk, "_shexp", config.n_shared_experts * config.moe_intermediate_size, hidden)
     return specs
 
 
-def _kv_b(weight, config: ModelConfig, split: bool) -> Iterator[TensorSpec]:
-    heads, rank, nope, v = (
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.qk_nope_head_dim,
-        config.v_head_dim,
-    )
-    if split:
-        yield weight("attn_k_b", (heads, rank, nope), (heads * rank, nope))
-        yield weight("attn_v_b", (heads, v, rank), (heads * v, rank))
+class _Block(NamedTuple):
+    """Names of a layer's tensors."""
+
+    layer: int
+
+    def name(self, stem: str, suffix: str = "weight") -> str:
+        return f"blk.{self.layer}.{stem}.{suffix}"
+
+    def weight(self, field: str, *shapes: tuple[int, ...], stem: str = "", part: str = "layer") -> TensorSpec:
+        return TensorSpec(self.name(stem or field), shapes, field, part, self.layer)
+
+
+def _attention(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterator[TensorSpec]:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    yield blk.weight("attn_norm", (hidden,))
+    if config.q_lora_rank:
+        yield blk.weight("attn_q_a", (config.q_lora_rank, hidden))
+        yield blk.weight("attn_q_a_norm", (config.q_lora_rank,))
+        yield blk.weight("attn_q_b", (queries, config.q_lora_rank))
     else:
-        yield weight("attn_kv_b", (heads * (nope + v), rank))
+        yield blk.weight("attn_q", (queries, hidden))
+    yield blk.weight("attn_kv_a_mqa", (rank + config.qk_rope_head_dim, hidden))
+    yield blk.weight("attn_kv_a_norm", (rank,))
+    nope, v = config.qk_nope_head_dim, config.v_head_dim
+    if blk.name("attn_k_b") in names and blk.name("attn_kv_b") not in names:
+        yield blk.weight("attn_k_b", (heads, rank, nope), (heads * rank, nope))
+        yield blk.weight("attn_v_b", (heads, v, rank), (heads * v, rank))
+    else:
+        yield blk.weight("attn_kv_b", (heads * (nope + v), rank))
+    yield blk.weight("attn_output", (hidden, heads * v))
 
 
-def _ffn(weight, suffix: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
-    yield weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
-    yield weight("ffn_up", (inner, hidden), stem=f"ffn_up{suffix}")
-    yield weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
+def _experts(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterator[TensorSpec]:
+    """The router and the routed experts."""
+    experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+    yield blk.weight("ffn_gate_inp", (experts, hidden))
+    bias = blk.name("exp_probs_b", "bias")
+    if bias in names:
+        yield TensorSpec(bias, ((experts,),), "exp_probs_b", "layer", blk.layer)
+    if blk.name("ffn_gate_up_exps") in names:
+        yield blk.weight("ffn_gate_up_exps", (experts, 2 * inner, hidden), part="experts")
+    else:
+        yield blk.weight("ffn_gate_exps", (experts, inner, hidden), part="experts")
+        yield blk.weight("ffn_up_exps", (experts, inner, hidden), part="experts")
+    yield blk.weight("ffn_down_exps", (experts, hidden, inner), part="experts")
+
+
+def _ffn(blk: _Block, suffix: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
+    """A dense feed-forward network, or the shared experts."""
+    yield blk.weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
+    yield blk.weight("ffn_up", (inner, hidden), stem=f"ffn_up{suffix}")
+    yield blk.weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
 
 
 def find(file: ModelFile, spec: TensorSpec) -> TensorInfo:

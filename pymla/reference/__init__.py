@@ -1,17 +1,21 @@
 """NumPy versions of every operation: obviously right, float32 or float64, the oracle of both fast backends.
 
-This backend (`pymla.models.placement`) computes in the dtype of the arrays that it is given, so that a whole model can
-run in float64.
+This backend (`pymla.backend`) computes in the dtype of the arrays that it is given, so that a whole model can run in
+float64.
 """
 
-from pymla.reference import attention, limits, memory, moe, norm, quant, rope
+from typing import Any
+
+from pymla.reference import attention, limits, memory, moe, norm, quant, rope, sampling
 from pymla.reference.graph import Graph
-from pymla.scratch import SLICE
-from pymla.text import sampling
+from pymla.scratch import HOST
 
 NAME = "reference"
+IN_HOST_MEMORY = True
+SLICE = HOST.tokens
 
 __all__ = [
+    "IN_HOST_MEMORY",
     "NAME",
     "SLICE",
     "Graph",
@@ -28,7 +32,7 @@ __all__ = [
 ]
 
 
-def compile_for(model, progress=None, warn=None):
+def compile_for(model: Any, progress: Any = None, warn: Any = None) -> None:
     """Nothing is compiled here."""
 
 

@@ -1,4 +1,7 @@
-"""The twin of the other backends' graphs: a step that is computed again each time."""
+"""The reference's graph: a step that is computed again each time. Twin of the other backends' graphs."""
+
+from collections.abc import Callable
+from typing import Any
 
 
 class Graph:
@@ -7,17 +10,18 @@ class Graph:
     Parameters
     ----------
     function : callable()
-        Must read what changes from replay to replay from arrays that stay the same.
+        Must read everything that changes from replay to replay from arrays that stay the same.
     """
 
-    @staticmethod
-    def size(sequences):
-        """Sequences of the recorded step of which a step of some sequences is part; None: it is not recorded."""
-        return sequences
-
-    def __init__(self, function):
+    def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
 
-    def replay(self):
-        """Run it; returns what the function returned."""
+    @staticmethod
+    def size(sequences: int) -> int | None:
+        """Sequences of the recorded step that serves a step of `sequences` sequences: as many; None would mean that
+        it is not recorded."""
+        return sequences
+
+    def replay(self) -> Any:
+        """Run the function. Returns what it returned."""
         return self._function()

@@ -52,7 +52,7 @@ from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import helper, kernel, variants
 from pymla.ggml import F32
 from pymla.pages import PAGE
-from pymla.scratch import heads_at_once
+from pymla.scratch import HOST
 
 __all__ = [
     "absorb",
@@ -69,6 +69,9 @@ __all__ = [
 ]
 
 _dot_f32 = FORMATS[F32].dot_row
+
+#: Heads that `expand` takes at a time.
+heads_at_once = HOST.heads_at_once
 
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64

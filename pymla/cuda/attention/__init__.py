@@ -27,7 +27,7 @@ from pymla.cuda.attention.tiles import THREADS
 from pymla.cuda.contract import check, need_any
 from pymla.errors import PymlaError
 from pymla.pages import PAGE, LatentCache, block_rows
-from pymla.scratch import device_heads_at_once as heads_at_once
+from pymla.scratch import DEVICE
 from pymla.tensor import QTensor
 
 __all__ = [
@@ -46,6 +46,9 @@ __all__ = [
     "load",
     "store",
 ]
+
+#: Heads that `expand` takes at a time.
+heads_at_once = DEVICE.heads_at_once
 
 
 def latent_cache(layout, slots):

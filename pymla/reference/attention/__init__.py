@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla import scratch
 from pymla.contract import FLOAT16, FLOATS
 from pymla.pages import PAGE, LatentCache, block_rows
 from pymla.reference import memory
 from pymla.reference.contract import check
 from pymla.reference.quant import dequantise, matmul_heads_transposed, quantise
+from pymla.scratch import HOST
 
 #: Heads that `expand` takes at a time.
-heads_at_once = scratch.heads_at_once
+heads_at_once = HOST.heads_at_once
 
 
 def latent_cache(layout, slots):
-    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache.row_layout`."""
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache_layout.row_layout`."""
     return LatentCache(*block_rows(memory, layout, slots))
 
 

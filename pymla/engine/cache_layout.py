@@ -1,0 +1,46 @@
+"""The rows of a token in the cache: their types, their widths, and the bytes that they take."""
+
+from pymla import ggml
+from pymla.errors import PymlaError
+from pymla.models.config import ModelConfig
+from pymla.pages import CACHE_TYPES, PAGE
+
+
+def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int, int]]:
+    """The ggml type and the width of the two kinds of rows of a layer.
+
+    Raises
+    ------
+    PymlaError
+        The type is unknown, or its blocks of 32 do not fit the model's sizes.
+    """
+    if cache_type not in CACHE_TYPES:
+        raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(CACHE_TYPES)}")
+    qtype = CACHE_TYPES[cache_type]
+    if mla == "0":
+        heads = config.num_attention_heads
+        layout = [
+            ("qk_head_dim", qtype, config.qk_head_dim, heads * config.qk_head_dim),
+            ("v_head_dim", qtype, config.v_head_dim, heads * config.v_head_dim),
+        ]
+    else:
+        rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
+        layout = [
+            ("kv_lora_rank", qtype, config.kv_lora_rank, config.kv_lora_rank),
+            ("qk_rope_head_dim", rope_type, config.qk_rope_head_dim, config.qk_rope_head_dim),
+        ]
+    for name, row_type, size, _ in layout:
+        if size % ggml.BLOCK_SIZE[row_type]:
+            raise PymlaError(f"cache type {cache_type} needs a {name} that 32 divides, and it is {size}; choose f16")
+    return [(row_type, width) for _, row_type, _, width in layout]
+
+
+def row_bytes(config: ModelConfig, cache_type: str, mla: str) -> int:
+    """Bytes of a token in the cache, all layers, as ggml blocks."""
+    layout = row_layout(config, cache_type, mla)
+    return sum(ggml.row_bytes(qtype, width) for qtype, width in layout) * config.num_hidden_layers
+
+
+def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
+    """Bytes of a cache for `ctx` tokens, which are whole pages of 64."""
+    return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla)

@@ -1,0 +1,102 @@
+"""The memory that a model takes, by the sizes of the model and the types of its tensors."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pymla import ggml
+from pymla.files.gguf_reader import TensorInfo
+from pymla.models.config import ModelConfig
+from pymla.scratch import DEVICE, HOST
+
+#: Bytes of Python, NumPy, Numba with LLVM, and the compiled kernels.
+PROCESS_BYTES = 300 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the host's memory that a model needs, or of a GPU's (`pymla.engine.planning.Planner`)."""
+
+    weights: int  # of the mapped file, which the host reads again from disk where memory is short
+    derived: int  # k_b, where the file has its transpose only
+    cache: int
+    scratch: int
+    process: int  # without any model
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that must fit, however little of the file stays in memory."""
+        return self.derived + self.cache + self.scratch + self.process
+
+    @property
+    def total(self) -> int:
+        """Bytes with which the model runs from memory alone."""
+        return self.weights + self.allocated
+
+    def describe_allocated(self) -> str:
+        """The parts of `allocated`, for a message."""
+        return (
+            f"cache {gib(self.cache)}, scratch {gib(self.scratch)}, derived weights {gib(self.derived)}, "
+            f"process {gib(self.process)}"
+        )
+
+
+def gib(nbytes: int) -> str:
+    """Bytes for a message."""
+    return f"{nbytes / (1 << 30):.2f} GiB"
+
+
+def tensor_bytes(tensor: TensorInfo) -> int:
+    """Bytes of a tensor by its type and shape."""
+    return math.prod(tensor.shape[:-1]) * ggml.row_bytes(tensor.qtype, tensor.shape[-1])
+
+
+def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layers: Iterable[int] | None = None) -> int:
+    """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b; of some layers,
+    or of all."""
+    weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
+    total = 0
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
+        k_b = tensors.get(f"blk.{layer}.attn_k_b.weight")
+        if k_b is not None and f"blk.{layer}.attn_kv_b.weight" not in tensors:
+            total += weights * derived_size(k_b.qtype)
+    return total
+
+
+def derived_size(qtype: int) -> int:
+    """Bytes of a weight that is derived from one of type `qtype`: float32 stays exact, the others become 16-bit."""
+    return 4 if qtype == ggml.F32 else 2
+
+
+def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
+    """Bytes of intermediate results of a step of `tokens`, in a sequence of at most `ctx`."""
+    heads = config.num_attention_heads
+    expert_rows = config.num_experts_per_tok * config.moe_intermediate_size
+    inner = max(config.intermediate_size, expert_rows + config.n_shared_experts * config.moe_intermediate_size)
+    values = (
+        4 * config.hidden_size  # residual, normalised, attention's and experts' results
+        + config.q_lora_rank
+        + heads * (config.qk_head_dim + config.kv_lora_rank + config.qk_rope_head_dim)  # queries, and absorbed
+        + heads * (config.kv_lora_rank + config.v_head_dim)
+        + 2 * inner  # gate and up
+        + config.num_experts_per_tok * config.hidden_size
+    )
+    expanded = 0 if mla == "1" else heads * HOST.expanded_bytes(config, ctx, exact=True)
+    logits = config.vocab_size * 4
+    # The fifth byte of a value is its int8 copy, which matrices read.
+    return tokens * values * 5 + min(expanded, HOST.most_expanded) + logits
+
+
+def device_scratch_bytes(config: ModelConfig, mla: str, ctx: int) -> int:
+    """Bytes of intermediate results on a GPU, for a prompt as long as the context."""
+    heads, tokens = config.num_attention_heads, min(DEVICE.tokens, ctx)
+    # Through a layer go the whole prompt's residual stream and attention, and its cache rows in float32.
+    prompt = (
+        ctx * 4 * (config.hidden_size + heads * config.v_head_dim + config.kv_lora_rank + 2 * config.qk_rope_head_dim)
+    )
+    # With ``--mla 0`` keys and values pass on their way into the cache, and with ``--mla 1`` there are none.
+    pair = DEVICE.expanded_bytes(config, 1)
+    pairs = {"0": tokens * heads, "1": 0}.get(mla, min(heads * ctx, max(ctx, DEVICE.most_expanded // pair)))
+    scores = heads * ctx * 4 if mla == "2" else 0
+    # An array may take an eighth more than its size, so that its memory suits the next one, too.
+    return (scratch_bytes(config, "1", ctx, tokens) + prompt + pairs * pair + scores) * 9 // 8

@@ -1,0 +1,189 @@
+"""A model that takes steps: weights, a cache, and whose turn it is."""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from pymla.backend import Array, Backend, Progress, TokenSampler
+from pymla.engine.cache import Batch, PagedCache, Sequence
+from pymla.engine.forms import check_mode
+from pymla.engine.forward import Forward
+from pymla.engine.recording import RecordedSteps
+from pymla.engine.runs import runs_of
+from pymla.errors import PymlaError
+from pymla.models.config import ModelConfig
+from pymla.models.deepseek2 import DeepSeek2
+from pymla.models.placement import Placement
+from pymla.models.weights import Weights
+from pymla.pages import PAGE
+from pymla.text.sampling import SamplingParams
+
+
+class Model:
+    """Weights, a cache, and the backends that compute.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    weights : Weights
+        Each in the memory of its backend.
+    backend : Backend or Placement
+        One for everything, or one for each part.
+    cache_type : str
+        One of `pymla.pages.CACHE_TYPES`.
+    mla : str
+        One of `pymla.engine.forms.MLA_MODES`.
+    ctx : int
+        The longest sequence, in tokens.
+    cache_tokens : int, optional
+        Tokens that the cache holds for all sequences together; `ctx` by default.
+    dtype : float32 or float64
+        Of intermediate results. Only the reference computes in float64.
+
+    Attributes
+    ----------
+    placement : Placement
+    backend : Backend
+        Of the output.
+    cache : PagedCache
+    turn : RLock
+        Held during a step. Callers hold it as well while they read the result of `step`, or where no other caller's
+        step may come between several of theirs.
+
+    Raises
+    ------
+    PymlaError
+        There is no such mode or type of cache, or the type does not fit the model's sizes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        backend: Backend | Placement,
+        *,
+        cache_type: str = "q8_0",
+        mla: str = "auto",
+        ctx: int,
+        cache_tokens: int | None = None,
+        dtype: Any = np.float32,
+    ):
+        check_mode(mla)
+        layers = config.num_hidden_layers
+        place = backend if isinstance(backend, Placement) else Placement.on(backend, layers)
+        self.placement, self.backend = place, place.output
+        self.config, self.mla, self.ctx = config, mla, ctx
+        self.weights: Weights | None = weights
+        pages = -(-(cache_tokens or ctx) // PAGE)
+        self.cache = PagedCache(config, cache_type, mla, pages, ctx, place.layers)
+        forward = Forward(DeepSeek2(config, weights), place, self.cache, mla == "2", dtype)
+        self._forward: Forward | None = forward
+        self._recorded: RecordedSteps | None = None
+        # Where all of a model is on one backend. Not with ``--mla 2``: the scores of the longest context would be kept
+        # for every layer.
+        if len(place.backends) == 1 and mla != "2":
+            backend = self.backend
+            self._recorded = RecordedSteps(backend, ctx, lambda step, runs: forward.logits({backend: step}, runs, None))
+        self.turn = threading.RLock()
+        self._stepping = False
+        _models.add(self)
+
+    def close(self) -> None:
+        """Let go of the weights and of the cache, once the step that runs is done.
+
+        Raises
+        ------
+        PymlaError
+            The `progress` of a step asks for it.
+        """
+        with self.turn:
+            self._refuse_if_stepping()
+            self.weights, self._forward, self._recorded, self.cache.layers = None, None, None, []
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
+        return Sequence()
+
+    def free(self, sequence: Sequence) -> None:
+        """Give a sequence's cache back."""
+        self.cache.free(sequence)
+
+    def sampler(self, params: SamplingParams, history: Iterable[int] = ()) -> TokenSampler:
+        """Chooses tokens for one sequence from rows of `step`'s logits (`pymla.backend.TokenSampler`)."""
+        return self.backend.sampling.Sampler(params, history)
+
+    def forward(
+        self, batch: Batch, logits: Literal["last", "all"] = "last", progress: Progress | None = None
+    ) -> np.ndarray:
+        """Append tokens to sequences and predict the tokens that follow.
+
+        Parameters
+        ----------
+        batch : list of (Sequence, int array)
+            At least one token each. An interrupted pass leaves the sequences as they were.
+        logits : "last" or "all"
+        progress : callable(done, total), optional
+            Told of layers. A GPU may be behind.
+
+        Returns
+        -------
+        float32 array (len(batch), V), after the last token of each sequence, or (T, V), after every token
+
+        Raises
+        ------
+        CacheFull
+            Before anything is computed.
+        PymlaError
+            The model was closed, or `progress` of a step asks for another step.
+        """
+        with self.turn:
+            return self.backend.memory.to_host(self.step(batch, logits, progress)).astype(np.float32)
+
+    def step(self, batch: Batch, logits: Literal["last", "all"] = "last", progress: Progress | None = None) -> Array:
+        """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them: hold
+        `turn` until they are read."""
+        with self.turn:
+            self._refuse_if_stepping()
+            if self._forward is None:
+                raise PymlaError("this model was closed; load it again")
+            self._stepping = True
+            try:
+                return self._step(self._forward, batch, logits, progress)
+            finally:
+                self._stepping = False
+
+    def _refuse_if_stepping(self) -> None:
+        # Only the thread that holds the turn gets here, so this is a step's own call of `progress`.
+        if self._stepping:
+            raise PymlaError("a model cannot be used by the progress callback of its own step; use it afterwards")
+
+    def _step(self, forward: Forward, batch: Batch, logits: str, progress: Progress | None) -> Array:
+        step = self.cache.extend(batch)
+        runs = runs_of(self.config, self.mla, batch)
+        size = self._recorded.size(step) if self._recorded else None
+        if self._recorded and size:
+            result = self._recorded.replay(step, runs, size)
+        else:
+            rows = None if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
+            steps = {backend: step.on(backend) for backend in self.placement.backends}
+            result = forward.logits(steps, runs, rows, progress)
+        self.cache.advance(batch)
+        return result
+
+
+_models: "weakref.WeakSet[Model]" = weakref.WeakSet()
+
+
+def _forget_turns() -> None:
+    """In a forked child no other thread goes on, so none gives back the turn that it had. The step that it was in is
+    not finished there, as after an interrupt."""
+    for model in _models:
+        model.turn, model._stepping = threading.RLock(), False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_turns)

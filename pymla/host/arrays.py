@@ -1,0 +1,42 @@
+"""Arrays in the host's memory: the operations of `pymla.backend.Memory` where nothing has to be copied to get there.
+
+The backends that compute on the processor share them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def release() -> None:
+    """Give memory that no array uses back to the system: nothing to do here, as NumPy does it."""
+
+
+def to_device(array: np.ndarray, progress: Any = None) -> np.ndarray:
+    """A NumPy array in the backend's memory: itself. Nothing is copied, so `progress` is not called."""
+    return array
+
+
+def to_host(array: np.ndarray) -> np.ndarray:
+    """An array of the backend as a NumPy array: itself."""
+    return array
+
+
+def write(target: np.ndarray, array: np.ndarray) -> None:
+    """Copy a NumPy array into an array of the backend of its shape and type."""
+    target[...] = array
+
+
+def take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array, copied.
+
+    Parameters
+    ----------
+    array : array (T, ...)
+    rows : NumPy array of int (n,)
+
+    Returns
+    -------
+    array (n, ...)
+    """
+    return array[rows]

@@ -1,0 +1,5 @@
+"""Choosing the next token: on the host, for logits of any float type."""
+
+from pymla.text.sampling import Sampler
+
+__all__ = ["Sampler"]
