@@ -6,13 +6,10 @@ run in float64.
 
 from pymla.reference import attention, memory, moe, norm, quant, rope
 from pymla.reference.graph import Graph
+from pymla.reference.needed import compile_for
 from pymla.scratch import SLICE
 from pymla.text import sampling
 
 NAME = "reference"
 
 __all__ = ["NAME", "SLICE", "Graph", "attention", "compile_for", "memory", "moe", "norm", "quant", "rope", "sampling"]
-
-
-def compile_for(model, progress=None, warn=None):
-    """Nothing is compiled here."""
