@@ -1,8 +1,8 @@
 """The kernels that a model launches on the processor: those of its matrices' types, of its cache and of its forms of
 attention. A program compiles these and no others.
 
-A kernel that is missing here would be compiled when it is first launched, in the middle of a text: a test generates
-with models of all kinds and finds none.
+A kernel that is missing here would be compiled when it is first launched, in the middle of a text.
+`tests/test_needed.py` generates with models of all kinds and looks for such kernels.
 """
 
 from pymla.cpu import attention, moe, norm, quant, rope
@@ -10,7 +10,7 @@ from pymla.cpu.runtime import compiling, polling
 
 
 def compile_for(model, progress=None, warn=None):
-    """Compile what a `pymla.engine.model.Model` launches on the processor, or load it from the cache.
+    """Compile the kernels that a `pymla.engine.model.Model` launches on the processor, or load them from the cache.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ _MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "f
 
 
 def _attention(model, layer, cache):
-    """Of a layer's attention in the model's mode."""
+    """The kernels of a layer's attention in the model's mode."""
     types = *(rows.qtype for rows in cache), layer.attn_k_b.qtype, layer.attn_v_b.qtype
     if model.mla == "0":
         return attention.full_kernels(*types)
@@ -73,5 +73,5 @@ def _attention(model, layer, cache):
 
 
 def _is_short(kernel):
-    """Whether a kernel is compiled quickly: products by panels and attention take several times as long as others."""
+    """Whether a kernel is compiled quickly: gemm and attention take several times as long as other kernels."""
     return not any(word in kernel.__name__ for word in ("panels", "pages", "_expand", "_absorbed", "_full"))

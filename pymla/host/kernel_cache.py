@@ -1,7 +1,9 @@
-"""Files of machine code: one for each kernel, which begins with a digest and is used only if that is right.
+"""Files of machine code, one for each kernel. A file begins with a digest of its content, and is used only if that
+fits.
 
 Machine code that was cut short, changed or exchanged must not be run, nor even be unpickled: a kernel whose file is
-missing or wrong is compiled again. What cannot be kept is a warning, and kernels are compiled in every run.
+missing or damaged is compiled again. Where files cannot be written there is a warning, and kernels are compiled in
+every run.
 """
 
 import contextlib
@@ -9,10 +11,12 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-#: Messages that `take_warnings` has not given yet, and all that there were.
-_waiting, _known = [], set()
+#: Messages that `take_warnings` has not given yet, and all messages so far.
+_waiting: list[str] = []
+_known: set[str] = set()
 
 
 class KernelCache:
@@ -26,21 +30,21 @@ class KernelCache:
         The folder's name: a digest of all that machine code is made from (`pymla.host.source_key`).
     """
 
-    def __init__(self, key):
+    def __init__(self, key: Callable[[], str]) -> None:
         self._key = key
         #: Contents of files that `__contains__` has read and `read` has not been asked for yet.
-        self._checked = {}
+        self._checked: dict[str, bytes] = {}
 
     @property
-    def folder(self):
-        """The folder, which need not exist; None: there is none that can be used, and a warning says why."""
+    def folder(self) -> Path | None:
+        """The folder, which need not exist; None if no folder can be used, and a warning says why."""
         root = _root()
         folder = root and root / self._key()
         if folder is None or not _is_trusted(folder):
             return None
         return folder
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         """Whether there is a file for a kernel, and it is not damaged. `read` then gives its bytes without another
         look."""
         data = self._read(name)
@@ -48,12 +52,12 @@ class KernelCache:
             self._checked[name] = data
         return data is not None
 
-    def read(self, name):
+    def read(self, name: str) -> bytes | None:
         """The bytes that were written for a kernel; None where there is no file, or a damaged one."""
         data = self._checked.pop(name, None)
         return self._read(name) if data is None else data
 
-    def _read(self, name):
+    def _read(self, name: str) -> bytes | None:
         folder = self.folder
         if folder is None:
             return None
@@ -64,7 +68,7 @@ class KernelCache:
         digest, data = content[: hashlib.sha256().digest_size], content[hashlib.sha256().digest_size :]
         return data if digest == self._digest(name, data) else None
 
-    def write(self, name, data):
+    def write(self, name: str, data: bytes) -> None:
         """Keep the bytes of a kernel. Other processes see the whole file or none; a failure is a warning."""
         self._checked.pop(name, None)
         folder = self.folder
@@ -82,19 +86,20 @@ class KernelCache:
         except OSError as error:
             _warn_of(folder, error.strerror or str(error))
 
-    def _digest(self, name, data):
-        """Of the bytes, and of what they are for: a file in another's place is as wrong as a damaged one."""
+    def _digest(self, name: str, data: bytes) -> bytes:
+        """A digest of the bytes, of the kernel's name and of the key: a file in another's place is as wrong as a
+        damaged one."""
         return hashlib.sha256(f"{self._key()}\0{name}\0".encode() + data).digest()
 
 
-def take_warnings():
-    """What is wrong with the cache; every message is given once in a process."""
+def take_warnings() -> list[str]:
+    """Messages about the cache that nobody has been told; every message is given once in a process."""
     messages = _waiting[:]
     _waiting.clear()
     return messages
 
 
-def _root():
+def _root() -> Path | None:
     given = os.environ.get("PYMLA_CACHE_DIR")
     if given:
         return Path(given)
@@ -112,14 +117,14 @@ def _root():
     return root
 
 
-def _is_trusted(folder):
+def _is_trusted(folder: Path) -> bool:
     """Whether nobody else can have put machine code into a folder for this user to run."""
     if not hasattr(os, "geteuid") or os.geteuid() == 0:
         return True
     try:
         status = folder.stat()
     except OSError:
-        return True  # nothing to read there, and `write` will say what is wrong
+        return True  # there is no file to read, and `write` warns if the folder cannot be made
     if status.st_uid not in (0, os.geteuid()):
         _warn_of(folder, f"it belongs to another user, number {status.st_uid}")
         return False
@@ -129,18 +134,18 @@ def _is_trusted(folder):
     return True
 
 
-def _warn_of(folder, reason):
+def _warn_of(folder: Path, reason: str) -> None:
     _warn(
         f"compiled kernels cannot be cached in {folder} ({reason}): they are compiled again in every run. "
         "Set PYMLA_CACHE_DIR to a folder of yours that can be written and has room."
     )
 
 
-def _warn(message):
+def _warn(message: str) -> None:
     if message not in _known:
         _known.add(message)
         _waiting.append(message)
 
 
-def _file_name(name):
+def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name) + ".kernel"

@@ -4,10 +4,9 @@ This backend (`pymla.backend`) computes in the dtype of the arrays that it is gi
 float64.
 """
 
-from typing import Any
-
 from pymla.reference import attention, limits, memory, moe, norm, quant, rope, sampling
 from pymla.reference.graph import Graph
+from pymla.reference.needed import compile_for
 from pymla.scratch import HOST
 
 NAME = "reference"
@@ -30,10 +29,6 @@ __all__ = [
     "sampling",
     "thread_count",
 ]
-
-
-def compile_for(model: Any, progress: Any = None, warn: Any = None) -> None:
-    """Nothing is compiled here."""
 
 
 def thread_count() -> int:

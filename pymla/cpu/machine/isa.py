@@ -28,7 +28,7 @@ _PYTHON = {"python": "portable", **{f"python-{level}": level for level in LEVELS
 
 
 @functools.cache
-def levels():
+def levels() -> list[str]:
     """The levels that this processor runs and Numba compiles for, best first."""
     features = target.features()
     found = ["portable"]
@@ -43,14 +43,14 @@ def levels():
     return found
 
 
-def _may_use_tiles():
+def _may_use_tiles() -> bool:
     """Ask the system for AMX, for all threads of this process that follow."""
     if not sys.platform.startswith("linux"):
         return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
-def _isa():
+def _isa() -> tuple[str, bool]:
     target.check_jit()
     wanted = os.environ.get("PYMLA_ISA", "")
     if wanted in _PYTHON:

@@ -1,4 +1,5 @@
-"""The processor that Numba compiles for: this one, or what ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` say."""
+"""The processor that Numba compiles for: this one, or the one that ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES``
+say."""
 
 import os
 import tempfile
@@ -10,13 +11,13 @@ from numba.core.codegen import get_host_cpu_features
 from pymla.errors import PymlaError
 
 
-def features():
+def features() -> set[str]:
     """Names of the features, as LLVM spells them, that machine code may use and that this processor has.
 
     Raises
     ------
     PymlaError
-        Numba's environment variables name what LLVM does not know, or what this processor lacks.
+        Numba's environment variables name a processor or feature that LLVM does not know or this processor lacks.
     """
     if config.CPU_FEATURES is None:
         text = get_host_cpu_features()
@@ -30,7 +31,7 @@ def features():
     return {name for name, used in wanted.items() if used and llvm.get_host_cpu_features().get(name)}
 
 
-def check_jit():
+def check_jit() -> None:
     """Refuse ``NUMBA_DISABLE_JIT``: Numba's functions then are no longer those that kernels are made of.
 
     Raises
@@ -44,7 +45,7 @@ def check_jit():
         )
 
 
-def _check_features(text):
+def _check_features(text: str) -> None:
     host = llvm.get_host_cpu_features()
     for flag in filter(None, text.split(",")):
         # LLVM ends the process where a flag has no sign.
@@ -54,8 +55,9 @@ def _check_features(text):
             raise PymlaError(f"NUMBA_CPU_FEATURES={text}: this processor lacks {flag[1:]}; leave {flag} out")
 
 
-def _check_llvm_knows(name, text):
-    """LLVM prints what it does not know on standard error, again and again, and compiles for another processor."""
+def _check_llvm_knows(name: str, text: str) -> None:
+    """Refuse names that LLVM does not know: it would only print them on standard error, again and again, and compile
+    for another processor."""
     llvm.initialize_native_target()
     with tempfile.TemporaryFile() as said:
         stderr = os.dup(2)

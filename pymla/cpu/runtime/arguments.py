@@ -1,7 +1,7 @@
 """Arguments of kernels as a block of 64-bit words, so that every kernel has the same C signature.
 
-`Packer` writes the block in Python; `unpacker` reads it inside the compiled kernel. Integers, floats, arrays and tuples
-of these are known. An array is its address, its shape and its strides in bytes.
+`Packer` writes the block in Python; `unpacker` makes the function that reads it inside the compiled kernel. An array is
+its address, its shape and its strides in bytes.
 """
 
 import operator

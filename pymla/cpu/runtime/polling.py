@@ -57,7 +57,7 @@ def _set(typingctx, address, value):
 
 @intrinsic
 def _add(typingctx, address, value):
-    """Add to a word that others add to as well; returns what it was."""
+    """Add to a word that other threads add to as well; returns its value before."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _WORD.as_pointer()), args[1], "seq_cst")
@@ -67,7 +67,7 @@ def _add(typingctx, address, value):
 
 @intrinsic
 def _replace(typingctx, address, old, new):
-    """Write a word where it is still what it was; returns whether it was."""
+    """Write `new` to a word if it is still `old`; returns whether it was."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], _WORD.as_pointer())
