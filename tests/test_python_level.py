@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 
+import pymla
 from pymla.cpu.machine import isa
 
 HERE = Path(__file__).parent
@@ -88,3 +89,18 @@ for _ in range(2):
 
 def test_graphs_call_their_function():
     assert as_python("python", "-c", GRAPH).split() == ["1.0", "2.0", "3.0"]
+
+
+TEXT = """
+import sys
+import pymla
+with pymla.load(sys.argv[1], device="cpu", ctx=64) as model:
+    print(repr(model.generate("a b", max_tokens=2, temperature=0)))
+"""
+
+
+def test_a_model_writes_the_same_text():
+    path = HERE / "golden" / "v2-lite.gguf"
+    with pymla.load(path, device="cpu", ctx=64) as model:
+        expected = model.generate("a b", max_tokens=2, temperature=0)
+    assert as_python("python", "-c", TEXT, path).strip() == repr(expected)
