@@ -10,7 +10,7 @@ import pytest
 
 from pymla import ggml
 from pymla.cpu import moe, quant
-from pymla.cpu.attention import absorbed_form, expanded_form
+from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
 from pymla.cpu.machine import isa
 
 HERE = Path(__file__).parent
@@ -20,9 +20,9 @@ KERNELS = (
     moe._gate_up_panels(ggml.Q4_0),
     moe._gate_up_panels(ggml.Q6_K),
     moe._down_rows(ggml.Q4_1),
-    expanded_form._expand(ggml.Q4_0, ggml.Q8_0),
-    expanded_form._expanded,
-    absorbed_form.absorbed_pages,
+    key_value_panels._expand_panels(ggml.Q4_0, ggml.Q8_0),
+    expanded_form_int8._expanded_int8,
+    absorbed_form_int8.absorbed_pages,
 )
 #: What multiplies bytes, or in attention without VNNI words.
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
