@@ -2,5 +2,5 @@
 
 import math
 
-#: Logarithm of e to base 2. Kernels take exponentials to base 2, which cost half as much: ``exp(x) = 2 ** (x * LOG2E)``.
+#: Logarithm of e to base 2: ``exp(x) = 2 ** (x * LOG2E)``. Exponentials to base 2 cost half as much as those to base e.
 LOG2E = math.log2(math.e)

@@ -13,7 +13,7 @@ from pymla.constants import LOG2E
 from pymla.cpu.attention import absorbed_form_int8
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.attention.softmax import heads_softmax
-from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, Splits, combine, leave_sums, take_item
+from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, Splits, combine, leave_sums, start_values, take_item
 from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
@@ -99,9 +99,7 @@ def _absorbed(latent_type, rope_type):
                 for i in range(size):
                     queries[h, i] = q[item.token, item.begin + h, i] * np.float32(scale)
             transpose_panel(address(queries), 4 * size, item.heads, size, address(panel))
-            values = splits.values[item.row, item.begin : item.begin + HEAD_GROUP]
-            values[:] = 0
-            state[0], state[1] = -np.inf, 0
+            values = start_values(item, address(state), splits)
             table = step.block_tables[step.seq_of[item.token]]
             for page in range(item.first_page, item.stop_page):
                 seen = min(PAGE, item.length - page * PAGE)
@@ -110,9 +108,9 @@ def _absorbed(latent_type, rope_type):
                     read_latent(latent, slot, row, rank)
                     read_rope(rope, slot, row + 4 * rank, size - rank)
                 _compute_scores(address(rows), stride, seen, address(panel), size, address(scores))
-                heads_softmax(address(scores), seen, address(state), address(values), padded)
-                _add_values(address(scores), address(rows), stride, seen, address(values), rank, 4 * padded)
-            leave_sums(item, state, splits)
+                heads_softmax(address(scores), seen, address(state), values, padded)
+                _add_values(address(scores), address(rows), stride, seen, values, rank, 4 * padded)
+            leave_sums(item, address(state), splits)
 
     return _absorbed
 
@@ -133,8 +131,8 @@ def _compute_scores(rows, stride, seen, panel, size, scores):
 
 @helper
 def _add_values(weights, rows, stride, seen, values, rank, value_bytes):
-    """Add rows, `rank` numbers `stride` bytes apart, times the weights (seen, HEAD_GROUP) of each head, to the values of
-    the heads, `value_bytes` apart; all float32 at addresses."""
+    """Add rows, `rank` numbers `stride` bytes apart, times the weights (seen, HEAD_GROUP) of each head, to the values
+    of the heads, `value_bytes` apart; all float32 at addresses."""
     for h in range(0, HEAD_GROUP, 4):
         for i in range(0, rank, _TILE_COLUMNS):
             at = values + value_bytes * h + 4 * i

@@ -88,7 +88,7 @@ def _block_at(memory, queries, count, blocks, padded):
 @kernel(F3, PANELS, I1, types.float64, types.int64, A3)
 def _expanded_int8(first, last, q, panels, positions, scale, size, out):
     """Over blocks of `size` queries of each head. Late blocks have more rows to read: they are dealt out first."""
-    tokens, heads, v = out.shape
+    tokens, heads, _ = out.shape
     blocks, padded = panels.key_scales.shape[2] // LANES, panels.values.shape[2] // BLOCK_BYTES
     groups = (tokens + size - 1) // size
     memory = _block_memory(size, blocks, padded)

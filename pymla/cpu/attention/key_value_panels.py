@@ -106,26 +106,11 @@ def kernels(k_b: int, v_b: int) -> list[Kernel]:
     return [_expand_panels(k_b, v_b)]
 
 
-class Scratch(NamedTuple):
-    """Expanded rows of some tokens before they become panels."""
+class ProductScratch(NamedTuple):
+    """Addresses of memory for a product."""
 
-    product: np.ndarray  # uint8: scratch of a product
-    result: np.ndarray  # float32 (tokens + MARGIN, ROWS): results of a product
-    keys: np.ndarray  # float32 (tokens, padded size)
-    values: np.ndarray  # float32 (tokens, padded v)
-    codes: np.ndarray  # uint8 (tokens, bytes of a key)
-
-
-@helper
-def _empty_scratch(tokens, blocks, v):
-    """Scratch for so many tokens, with keys of `blocks` blocks and values of `v` numbers."""
-    return Scratch(
-        allocate(max(SCRATCH, FLOAT_SCRATCH)),
-        allocate_f32(tokens + MARGIN, ROWS),
-        np.zeros((tokens, KEY_BLOCK * blocks), np.float32),
-        np.zeros((tokens, v), np.float32),
-        np.empty((tokens, blocks * KEY_BLOCK_BYTES), np.uint8),
-    )
+    panels: int  # `SCRATCH` or `FLOAT_SCRATCH` bytes
+    result: int  # float32 (tokens + MARGIN, ROWS)
 
 
 @variants
@@ -139,22 +124,26 @@ def _expand_panels(key_type, value_type):
         take them, and `index` counts them."""
         tokens = len(k_pe)
         groups = (tokens + size - 1) // size
-        scratch = _empty_scratch(size, out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES)
+        blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
+        panels, result = allocate(max(SCRATCH, FLOAT_SCRATCH)), allocate_f32(size + MARGIN, ROWS)
+        keys, values = np.zeros((size, KEY_BLOCK * blocks), np.float32), np.zeros((size, v), np.float32)
+        codes = np.empty((size, blocks * KEY_BLOCK_BYTES), np.uint8)
         for item in range(first, last):
             h, begin = item // groups, item % groups * size
             count = min(size, tokens - begin)
-            multiply_keys(k_b, h, x, index, begin, count, scratch, scratch.keys)
-            multiply_values(v_b, h, y, index, begin, count, scratch, scratch.values)
+            padded = (count + KEY_TOKENS - 1) // KEY_TOKENS * KEY_TOKENS
+            scratch = ProductScratch(address(panels), address(result))
+            multiply_keys(k_b, h, x, index, begin, count, scratch, keys)
+            multiply_values(v_b, h, y, index, begin, count, scratch, values)
             for t in range(count):
                 for i in range(k_pe.shape[1]):
-                    scratch.keys[t, k_b.rows + i] = k_pe[begin + t, i]
-            padded = (count + KEY_TOKENS - 1) // KEY_TOKENS * KEY_TOKENS
+                    keys[t, k_b.rows + i] = k_pe[begin + t, i]
             # The tokens of the padding are zeros.
-            scratch.keys[count:padded], scratch.values[count:padded] = 0, 0
-            _store_keys(scratch.keys[:padded], scratch.codes, h, begin, out)
+            keys[count:padded], values[count:padded] = 0, 0
+            _store_keys(address(keys), blocks, address(codes), h, begin, padded, out)
             for t in range(0, padded, _VALUE_TOKENS):
                 panel = (begin + t) // _VALUE_TOKENS
-                store_values(scratch.values[t:], out.values[h, panel], out.value_scales[h, begin + t :])
+                store_values(values[t:], out.values[h, panel], out.value_scales[h, begin + t :])
 
     return _expand_panels
 
@@ -171,7 +160,7 @@ def multiply_head_for(qtype):
             matrix, tokens = w.address + h * w.matrix_stride, x.x[begin : begin + count]
             for r in range(0, w.rows, FLOAT_ROWS):
                 row, rows = matrix + r * w.row_stride, min(FLOAT_ROWS, w.rows - r)
-                product_float(row, rows, w.row_stride, x.x.shape[1], tokens, out[:, r:], address(scratch.product))
+                product_float(row, rows, w.row_stride, x.x.shape[1], tokens, out[:, r:], scratch.panels)
 
         return multiply_head
     product = product_for(take_rows, qtype)
@@ -193,8 +182,8 @@ def multiply_head_for(qtype):
                 x,
                 index,
                 (begin, begin + count),
-                address(scratch.product),
-                address(scratch.result),
+                scratch.panels,
+                scratch.result,
                 (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
             )
 
@@ -202,23 +191,24 @@ def multiply_head_for(qtype):
 
 
 @helper
-def _store_keys(keys, codes, h, begin, out):
-    """Store keys of head `h`, float32 (tokens, padded size), of tokens `begin` and following, as panels. `codes` is
-    scratch for their codes. `LANES` divides the number of tokens."""
-    for t in range(len(keys)):
+def _store_keys(keys, blocks, codes, h, begin, count, out):
+    """Store keys of head `h` of `count` tokens from token `begin` on as panels. `keys`, float32 of `blocks` blocks for
+    each, and `codes`, scratch for their codes, are addresses; `LANES` divides `count`."""
+    row_bytes = blocks * KEY_BLOCK_BYTES
+    for t in range(count):
         scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
         starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
-        for i in range(keys.shape[1] // KEY_BLOCK):
-            x, at = address(keys[t]) + 4 * KEY_BLOCK * i, address(codes[t]) + KEY_BLOCK_BYTES * i
+        for i in range(blocks):
+            x, at = keys + 4 * KEY_BLOCK * (blocks * t + i), codes + row_bytes * t + KEY_BLOCK_BYTES * i
             total = quantise_codes(x, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
             store_i32(starts + 4 * LANES * i, np.int32(-BIAS * total))
-    for t in range(0, len(keys), LANES):
-        store_panel(address(codes[t]), codes.shape[1], address(out.keys[h, (begin + t) // LANES]))
+    for t in range(0, count, LANES):
+        store_panel(codes + row_bytes * t, row_bytes, address(out.keys[h, (begin + t) // LANES]))
 
 
 @helper
 def store_values(rows, panels, scales):
-    """Store values of 32 tokens, float32 (32, padded v), as panels of `LANES` dimensions, and a scale for each token."""
+    """Store values of 32 tokens, float32 (32, padded v), as panels of `LANES` dimensions, with a scale for each."""
     v = rows.shape[1]
     inverse = np.empty(_VALUE_TOKENS, np.float32)
     for t in range(_VALUE_TOKENS):

@@ -23,8 +23,8 @@ def absorbed_materialised(
 ) -> np.ndarray:
     """`absorbed` with all scores of a token in memory before the first value is read, one token after the other.
 
-    As `pymla.reference.attention.absorbed_materialised`, in float32 over every type of cache: within 2e-6 of the largest
-    result, and 1e-3 where the rotated dimensions are codes of 12 bits.
+    As `pymla.reference.attention.absorbed_materialised`, in float32 over every type of cache: within 2e-6 of the
+    largest result, and 1e-3 where the rotated dimensions are codes of 12 bits.
     """
     check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
     tokens, heads, _ = out.shape

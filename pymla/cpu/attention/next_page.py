@@ -29,7 +29,8 @@ def next_page(latent, rope, page):
 
 @helper
 def prefetch_lines(page, first, stop):
-    """Prefetch lines `first` to `stop` - 1 of a page: those of the latent rows, then those of the rotated dimensions."""
+    """Prefetch lines `first` to `stop` - 1 of a page. The lines of the latent rows come before those of the rotated
+    dimensions."""
     count = page.latent_lines
     for i in range(first, min(stop, count)):
         prefetch_l2(page.latent + LINE * i)

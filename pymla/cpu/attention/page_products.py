@@ -9,16 +9,13 @@ largest one, and that goes into the softmax weights. The next page is prefetched
 
 from typing import NamedTuple
 
-import numpy as np
-
 from pymla.cpu.attention.codes import BLOCK_BYTES
 from pymla.cpu.attention.next_page import prefetch_lines
-from pymla.cpu.attention.row_addresses import Rows, four_from, moved, rows_apart, rows_of
+from pymla.cpu.attention.row_addresses import Rows, four_from, rows_apart
 from pymla.cpu.attention.score_tiles import SCORE_ROWS, Panel, tile_rope_scores, tile_scores
 from pymla.cpu.attention.splits import HEAD_GROUP
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS, VALUE_ROWS, tile_values
 from pymla.cpu.machine.isa import AMX, LANES
-from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_words import WORD, store_rescaled
 from pymla.cpu.runtime.jit import helper
 from pymla.pages import PAGE
@@ -32,16 +29,10 @@ _SCORE_BYTES = 4 * HEAD_GROUP
 
 
 class Weights(NamedTuple):
-    """Softmax weights of a page as codes, heads side by side."""
+    """Addresses of the softmax weights of a page as codes, heads side by side."""
 
-    words: np.ndarray  # int32 (PAGE // WORD, HEAD_GROUP)
-    scales: np.ndarray  # float32 (HEAD_GROUP,)
-
-
-@helper
-def empty_weights():
-    """Room for the weights of a page."""
-    return Weights(np.empty((PAGE // WORD, HEAD_GROUP), np.int32), np.empty(HEAD_GROUP, np.float32))
+    words: int  # int32 (PAGE // WORD, HEAD_GROUP)
+    scales: int  # float32 (HEAD_GROUP,)
 
 
 @helper
@@ -56,15 +47,16 @@ def page_scores(codes, seen, queries, scales, scores, ahead):
         Rows that the token sees.
     queries : query_panels.Queries
     scales : page_scales.PageScales
-    scores : float32 array (PAGE, HEAD_GROUP)
+    scores : int
+        Address of float32 (PAGE, HEAD_GROUP).
     ahead : next_page.NextPage
     """
-    blocks, row_bytes = queries.scales.shape[0], queries.codes.shape[1]
-    panel = Panel(address(queries.codes), address(queries.scales), address(queries.starts))
+    blocks, row_bytes = queries.blocks, queries.row_bytes
+    panel = Panel(queries.codes, queries.scales, queries.starts)
     other = Panel(
         panel.codes + _SECOND_PANEL * row_bytes, panel.scales + 4 * _SECOND_PANEL, panel.starts + 4 * _SECOND_PANEL
     )
-    scale, scale_bytes = address(scales.scales), 4 * scales.scales.shape[1]
+    scale, scale_bytes = scales.scales, 4 * scales.padded
     lines = (ahead.latent_lines + ahead.rope_lines) // 3
     for s in range(0, seen, _TILE_ROWS):
         first, second = _rows_of_tile(s, seen)
@@ -79,8 +71,8 @@ def page_scores(codes, seen, queries, scales, scores, ahead):
 def add_rope_scores(rows, seen, queries, scores, ahead):
     """Add the scores of the rotated dimensions, of int16 rows at an address. With AMX, whose tiles leave that to this
     function, the next page's rotated dimensions are prefetched."""
-    row_bytes = queries.rope.shape[1]
-    panel = Panel(address(queries.rope), address(queries.rope_scales), 0)
+    row_bytes = queries.rope_bytes
+    panel = Panel(queries.rope, queries.rope_scales, 0)
     other = Panel(panel.codes + _SECOND_PANEL * row_bytes, panel.scales + 4 * _SECOND_PANEL, 0)
     scale = rows + PAGE * row_bytes
     for s in range(0, seen, _TILE_ROWS):
@@ -104,58 +96,57 @@ def _rows_of_tile(s, seen):
 @helper
 def _scores_of_tile(scores, first, second):
     """Addresses of a tile's scores."""
-    base = address(scores)
-    return rows_apart(base, _SCORE_BYTES, first), rows_apart(base + 4 * _SECOND_PANEL, _SCORE_BYTES, second)
+    other = scores + 4 * _SECOND_PANEL
+    return rows_apart(scores, _SCORE_BYTES, first), rows_apart(other, _SCORE_BYTES, second)
 
 
 @helper
-def add_page_values(rows, rank, seen, scales, weights, panels, values, ahead):
+def add_page_values(rows, rank, seen, scales, weights, panels, values, padded, ahead):
     """Add the weighted values of a page. The other two thirds of the next page are prefetched.
 
     Parameters
     ----------
     rows, rank : int
-        Address of the rows' codes, and codes of a row.
+        Address of the rows' codes, as the cache has them, and codes of a row.
     seen : int
         Rows that the token sees.
     scales : page_scales.PageScales
     weights : Weights
-    panels : uint8 array (PAGE // 32, bytes of 32 rows)
-        Scratch for the codes of 32 rows at a time.
-    values : float32 array (HEAD_GROUP, rank), padded to a multiple of `VALUE_COLUMNS`
+    panels : int
+        Address of scratch for the panels of a page's values.
+    values, padded : int
+        Address of float32 (HEAD_GROUP, padded): `rank` numbers, padded to a multiple of `VALUE_COLUMNS`.
     ahead : next_page.NextPage
     """
-    depth, padded = (seen + 31) // 32, values.shape[1]
-    words, word_scales = address(weights.words), address(weights.scales)
+    depth, panel_bytes = (seen + 31) // 32, BLOCK_BYTES * padded
     lines = ahead.latent_lines + ahead.rope_lines
     begin, rest, tiles, tile = lines // 3, lines - lines // 3, padded // VALUE_COLUMNS * (HEAD_GROUP // VALUE_ROWS), 0
     for s in range(depth):
-        _store_value_panels(rows + 32 * s * rank, rank, scales.factors[32 * s :], address(panels[s]))
+        factors = scales.factors + 2 * scales.padded * 32 * s
+        _store_value_panels(rows + 32 * s * rank, rank, factors, 2 * scales.padded, panels + panel_bytes * s)
     for j in range(0, padded, VALUE_COLUMNS):
-        panel = address(panels) + BLOCK_BYTES * j
         for h in range(0, HEAD_GROUP, VALUE_ROWS):
-            i = h + VALUE_ROWS - 4
-            x = Rows(_heads(words, h), _heads(word_scales, h))
-            y = Rows(moved(x.codes, 4 * (i - h)), moved(x.scales, 4 * (i - h)))
-            at, bt = rows_of(values[:, j:], (h, h + 1, h + 2, h + 3)), rows_of(values[:, j:], (i, i + 1, i + 2, i + 3))
-            tile_values(x, y, 4 * HEAD_GROUP, depth, panel, BLOCK_BYTES * padded, at, bt)
+            first, second = _four_heads(h), _four_heads(h + VALUE_ROWS - 4)
+            x = Rows(rows_apart(weights.words, 4, first), rows_apart(weights.scales, 4, first))
+            y = Rows(rows_apart(weights.words, 4, second), rows_apart(weights.scales, 4, second))
+            at = rows_apart(values + 4 * j, 4 * padded, first)
+            bt = rows_apart(values + 4 * j, 4 * padded, second)
+            tile_values(x, y, 4 * HEAD_GROUP, depth, panels + BLOCK_BYTES * j, panel_bytes, at, bt)
             prefetch_lines(ahead, begin + rest * tile // tiles, begin + rest * (tile + 1) // tiles)
             tile += 1
 
 
 @helper
-def _heads(base, h):
-    """Addresses of the words, or scales, of four heads from head `h` on."""
-    return rows_apart(base, 4, (h, h + 1, h + 2, h + 3))
+def _four_heads(h):
+    return h, h + 1, h + 2, h + 3
 
 
 @helper
-def _store_value_panels(rows, rank, factors, panel):
-    """Thirty-two rows of codes, `rank` bytes each, times their factors, as panels of `LANES` dimensions; `rows` and
-    `panel` are addresses."""
-    stride = 2 * factors.shape[1]
+def _store_value_panels(rows, rank, factors, factor_bytes, panel):
+    """Thirty-two rows of codes, `rank` bytes each, times their factors, `factor_bytes` each, as panels of `LANES`
+    dimensions; `rows`, `factors` and `panel` are addresses."""
     for i in range(rank // 32):
         for t in range(0, 32, 4):
-            at = rows + 32 * i + t * rank
+            at, of_row = rows + 32 * i + t * rank, factors + 2 * i + t * factor_bytes
             target = panel + BLOCK_BYTES * 32 * i + 4 * LANES * (t // WORD)
-            store_rescaled(target, at, at + rank, at + 2 * rank, at + 3 * rank, address(factors[t, i:]), stride)
+            store_rescaled(target, at, at + rank, at + 2 * rank, at + 3 * rank, of_row, factor_bytes)

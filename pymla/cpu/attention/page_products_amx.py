@@ -9,7 +9,7 @@ from pymla.cpu.attention.codes import PANEL_BLOCK_BYTES, WEIGHT_GROUP
 from pymla.cpu.attention.next_page import LINE
 from pymla.cpu.attention.score_tiles import Panel
 from pymla.cpu.machine.isa import LANES
-from pymla.cpu.machine.simd import address, load_f32xL, load_i32, prefetch_l2, store_i32
+from pymla.cpu.machine.simd import load_f32xL, load_i32, prefetch_l2, store_i32
 from pymla.cpu.machine.simd_amx import (
     BLOCK,
     SUMS,
@@ -27,9 +27,10 @@ from pymla.cpu.machine.simd_words import store_rescaled
 from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.pages import PAGE
 
-#: Lines of the next page that are prefetched for a block and sixteen rows by `page_scores`, and for a block by
-#: `add_page_values`. Together, four times the first number and once the second, they are the lines of a block of a page.
+#: Lines of the next page that `page_scores` prefetches for a block and sixteen rows, and `add_page_values` for a block.
+#: Four times the first number and once the second are the lines of a block of a page.
 SCORE_LINES, VALUE_LINES = 4, 18
+_SCORE_LINE_BYTES = LINE * SCORE_LINES
 #: Bytes of a row of results: float32 or int32 of 16 heads.
 _RESULT_BYTES = 64
 #: Blocks whose sums are in tiles at the same time.
@@ -48,18 +49,19 @@ def page_scores(codes, seen, queries, scales, scratch, scores, ahead):
         Rows that the token sees.
     queries : query_panels.Queries
     scales : page_scales.PageScales
-    scratch : uint8 array of `simd_amx.SCRATCH` bytes
-    scores : float32 array (PAGE, 16)
+    scratch : int
+        Address of `simd_amx.SCRATCH` bytes.
+    scores : int
+        Address of float32 (PAGE, 16).
     ahead : int
         Address of the next page: `SCORE_LINES` lines for a block and sixteen rows are prefetched from here on.
     """
-    blocks, row_bytes = queries.scales.shape[0], queries.codes.shape[1]
-    panel = Panel(address(queries.codes), address(queries.scales), address(queries.starts))
-    scale_bytes = 4 * scales.scales.shape[1]
+    blocks, row_bytes, scale_bytes = queries.blocks, queries.row_bytes, 4 * scales.padded
+    panel = Panel(queries.codes, queries.scales, queries.starts)
     for s in range(0, seen, 16):
-        x, sx, at = codes + row_bytes * s, address(scales.scales[s:]), address(scores[s:])
-        _sixteen_scores(x, row_bytes, sx, scale_bytes, blocks, panel, address(scratch), at, ahead)
-        ahead += LINE * SCORE_LINES * blocks
+        x, sx, at = codes + row_bytes * s, scales.scales + scale_bytes * s, scores + _RESULT_BYTES * s
+        _sixteen_scores(x, row_bytes, sx, scale_bytes, blocks, panel, scratch, at, ahead)
+        ahead += _SCORE_LINE_BYTES * blocks
 
 
 @helper
@@ -79,7 +81,7 @@ def _sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, queries, scra
             rows = _scale_four(rows, scratch, scales, scale_bytes, panel_scales, ahead)
             store_four(scratch)
             scales, panel_scales = scales + 4 * _BLOCKS_AT_ONCE, panel_scales + _BLOCKS_AT_ONCE * _RESULT_BYTES
-            ahead += LINE * _BLOCKS_AT_ONCE * SCORE_LINES
+            ahead += _BLOCKS_AT_ONCE * _SCORE_LINE_BYTES
         rows = _scale_four(rows, scratch, scales, scale_bytes, panel_scales, ahead)
         codes, panel = codes + _BLOCKS_AT_ONCE * BLOCK, panel + _BLOCKS_AT_ONCE * PANEL_BLOCK_BYTES
         starts += _BLOCKS_AT_ONCE * _RESULT_BYTES
@@ -96,16 +98,12 @@ def _sixteen_scores(codes, row_bytes, scales, scale_bytes, blocks, queries, scra
 @inlined
 def _scale_four(rows, sums, scales, scale_bytes, panel_scales, ahead):
     """Add the sums of four tiles, scaled, to the scores."""
+    step, lines = _RESULT_BYTES, _SCORE_LINE_BYTES
     rows = _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead)
-    rows = _scale_one(
-        rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + _RESULT_BYTES, ahead + LINE * SCORE_LINES
-    )
-    sums, scales, panel_scales = sums + 2 * SUMS, scales + 8, panel_scales + 2 * _RESULT_BYTES
-    ahead += 2 * LINE * SCORE_LINES
+    rows = _scale_one(rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + step, ahead + lines)
+    sums, scales, panel_scales, ahead = sums + 2 * SUMS, scales + 8, panel_scales + 2 * step, ahead + 2 * lines
     rows = _scale_one(rows, sums, scales, scale_bytes, panel_scales, ahead)
-    return _scale_one(
-        rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + _RESULT_BYTES, ahead + LINE * SCORE_LINES
-    )
+    return _scale_one(rows, sums + SUMS, scales + 4, scale_bytes, panel_scales + step, ahead + lines)
 
 
 @inlined
@@ -143,7 +141,7 @@ def _dot_four(codes, row_bytes, panel, starts):
 
 
 @helper
-def add_page_values(rows, rank, scales, weights, scratch, values, ahead):
+def add_page_values(rows, rank, scales, weights, scratch, values, padded, ahead):
     """Add the weighted values of a page. The rest of the next page is prefetched.
 
     Parameters
@@ -152,17 +150,19 @@ def add_page_values(rows, rank, scales, weights, scratch, values, ahead):
         Address of the rows' codes, with a bias of 128, and codes of a row.
     scales : page_scales.PageScales
     weights : page_products.Weights
-    scratch : uint8 array of `simd_amx.SCRATCH` bytes
-    values : float32 array (16, rank)
+    scratch : int
+        Address of `simd_amx.SCRATCH` bytes.
+    values, padded : int
+        Address of float32 (16, padded).
     ahead : int
         Address of the next page: `VALUE_LINES` lines for a block are prefetched, behind those of `page_scores`.
     """
-    blocks, sums = rank // 32, address(scratch)
+    blocks, sums = rank // 32, scratch
     panel, other = sums + 2 * SUMS, sums + 2 * SUMS + 4 * PANEL_BLOCK_BYTES
-    factors, factor_bytes = address(scales.factors), 2 * scales.factors.shape[1]
-    scale, out, out_bytes = address(weights.scales), address(values), 4 * values.shape[1]
-    ahead += LINE * SCORE_LINES * blocks * (PAGE // 16)
-    _load_weights(address(weights.words), sums)
+    factors, factor_bytes = scales.factors, 2 * scales.padded
+    scale, out, out_bytes = weights.scales, values, 4 * padded
+    ahead += _SCORE_LINE_BYTES * blocks * (PAGE // 16)
+    _load_weights(weights.words, sums)
     _store_value_panels(rows, rank, factors, factor_bytes, panel, ahead)
     for i in range(blocks):
         _dot_values(panel)

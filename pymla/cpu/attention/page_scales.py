@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla.cpu.machine.simd import (
-    address,
     larger,
     largest,
     load_f16,
@@ -22,29 +21,48 @@ from pymla.pages import PAGE
 
 
 class PageScales(NamedTuple):
-    """Scales of the rows of a page. A row is padded to a multiple of eight blocks with zeros."""
+    """Addresses of the scales of the rows of a page, and the size of a row, which is padded to a multiple of eight
+    blocks with zeros."""
 
-    scales: np.ndarray  # float32 (PAGE, blocks)
-    factors: np.ndarray  # int16 (PAGE, blocks): scales relative to the row's largest, times 32768
-    largest: np.ndarray  # float32 (PAGE,)
+    scales: int  # float32 (PAGE, padded)
+    factors: int  # int16 (PAGE, padded): scales relative to the row's largest, times 32768
+    largest: int  # float32 (PAGE,)
+    padded: int
 
 
 @helper
-def empty_page_scales(blocks):
-    """Room for rows of `blocks` blocks."""
-    padded = (blocks + 7) // 8 * 8
-    return PageScales(
-        np.zeros((PAGE, padded), np.float32), np.empty((PAGE, padded), np.int16), np.empty(PAGE, np.float32)
-    )
+def page_scales_bytes(blocks):
+    """Bytes of `PageScales` of rows of `blocks` blocks."""
+    return PAGE * ((4 + 2) * _padded(blocks) + 4)
+
+
+@helper
+def page_scales_at(memory, blocks):
+    """`PageScales` in memory at an address, which begins with zeros."""
+    padded = _padded(blocks)
+    factors = memory + PAGE * 4 * padded
+    return PageScales(memory, factors, factors + PAGE * 2 * padded, padded)
+
+
+@helper
+def _padded(blocks):
+    return (blocks + 7) // 8 * 8
 
 
 @helper
 def take_scales(at, seen, blocks, out):
-    """Read the scales of the first `seen` rows of a page, `blocks` IEEE halves each from address `at` on. The other rows
-    get factors of 0, so that they count for nothing whatever their codes are."""
+    """Read the scales of the first `seen` rows of a page, `blocks` IEEE halves each from address `at` on. The other
+    rows get factors of 0, so that they count for nothing whatever their codes are."""
+    zero = splat_f32(np.float32(0))
     for s in range(seen):
-        out.largest[s] = _take_row(at + 2 * blocks * s, blocks, address(out.scales[s]), address(out.factors[s]))
-    out.largest[seen:], out.factors[seen:] = 0, 0
+        largest_scale = _take_row(
+            at + 2 * blocks * s, blocks, out.scales + 4 * out.padded * s, out.factors + 2 * out.padded * s
+        )
+        store_f32(out.largest + 4 * s, largest_scale)
+    for s in range(seen, PAGE):
+        store_f32(out.largest + 4 * s, np.float32(0))
+        for i in range(0, out.padded, 8):
+            store_as_i16(out.factors + 2 * (out.padded * s + i), zero)
 
 
 @helper

@@ -14,7 +14,7 @@ from numba import types
 
 from pymla.cpu.attention.softmax import shrink
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
-from pymla.cpu.machine.simd import address
+from pymla.cpu.machine.simd import address, load_f32, store_f32
 from pymla.cpu.memory import empty
 from pymla.cpu.quant import A3, F3, add_scaled
 from pymla.cpu.runtime import threads
@@ -87,11 +87,23 @@ def take_item(number, heads, splits, step):
 
 
 @helper
+def start_values(item, state, splits):
+    """Begin with an item's softmax: running maxima and sums, float32 (2, HEAD_GROUP) at the address `state`, and values
+    of 0. Returns the address of the values, float32 (HEAD_GROUP, padded rank)."""
+    for h in range(HEAD_GROUP):
+        store_f32(state + 4 * h, np.float32(-np.inf))
+        store_f32(state + 4 * (HEAD_GROUP + h), np.float32(0))
+    values = splits.values[item.row, item.begin : item.begin + HEAD_GROUP]
+    values[:] = 0
+    return address(values)
+
+
+@helper
 def leave_sums(item, state, splits):
-    """Keep the running maxima and sums, float32 (2, HEAD_GROUP), of an item's heads."""
+    """Keep the running maxima and sums of an item's heads."""
     for h in range(item.heads):
-        splits.sums[item.row, item.begin + h, 0] = state[0, h]
-        splits.sums[item.row, item.begin + h, 1] = state[1, h]
+        splits.sums[item.row, item.begin + h, 0] = load_f32(state + 4 * h)
+        splits.sums[item.row, item.begin + h, 1] = load_f32(state + 4 * (HEAD_GROUP + h))
 
 
 @kernel(F3, F3, types.int64, A3)
