@@ -10,6 +10,7 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
+from pymla.cpu.array_types import CACHE, F3, STEP
 from pymla.cpu.attention import absorbed_form_int8
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.attention.softmax import heads_softmax
@@ -17,8 +18,8 @@ from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, Splits, combine, leav
 from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
-from pymla.cpu.matmul.gemm import tile_f32, transpose_panel
-from pymla.cpu.quant import CACHE, F3, STEP, matmul_heads_transposed, matmul_heads_transposed_kernels
+from pymla.cpu.matmul.gemm_f32 import tile_f32, transpose_panel
+from pymla.cpu.quant import matmul_heads_transposed, matmul_heads_transposed_kernels
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor
@@ -36,7 +37,7 @@ def absorb(q: np.ndarray, k_b: QTensor, out: np.ndarray) -> np.ndarray:
     check.absorb(q, k_b, out)
     nope = k_b.data.shape[1]
     matmul_heads_transposed(k_b, q[..., :nope], out[..., : out.shape[2] - (q.shape[2] - nope)])
-    _copy_rope[len(q)](q, out, q.shape[2] - nope)
+    copy_rope[len(q)](q, out, q.shape[2] - nope)
     return out
 
 
@@ -55,7 +56,7 @@ def absorbed(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: f
 
 def absorb_kernels(k_b: int) -> list[Kernel]:
     """The kernels of `absorb` with ``W_k_b`` of a type."""
-    return [_copy_rope, *matmul_heads_transposed_kernels(k_b)]
+    return [copy_rope, *matmul_heads_transposed_kernels(k_b)]
 
 
 def kernels(latent: int, rope: int) -> list[Kernel]:
@@ -65,11 +66,11 @@ def kernels(latent: int, rope: int) -> list[Kernel]:
 
 def _kernel_over(latent: int, rope: int) -> Kernel:
     """The kernel over a cache of two types."""
-    return absorbed_form_int8.absorbed_pages if latent == Q8_PAGES else _absorbed(latent, rope)
+    return absorbed_form_int8.absorbed_pages if latent == Q8_PAGES else absorbed_rows(latent, rope)
 
 
 @kernel(F3, F3, types.int64)
-def _copy_rope(first, last, q, out, size):
+def copy_rope(first, last, q, out, size):
     """Over tokens: the last `size` numbers of each head."""
     for t in range(first, last):
         for h in range(q.shape[1]):
@@ -78,12 +79,12 @@ def _copy_rope(first, last, q, out, size):
 
 
 @variants
-def _absorbed(latent_type, rope_type):
+def absorbed_rows(latent_type, rope_type):
     """The kernel for a cache of float types, or of the blocks of ggml's types."""
     read_latent, read_rope = read_cache_row_for(latent_type), read_cache_row_for(rope_type)
 
     @kernel(F3, CACHE, CACHE, STEP, types.float64, SPLITS)
-    def _absorbed(first, last, q, latent, rope, step, scale, splits):
+    def absorbed_rows(first, last, q, latent, rope, step, scale, splits):
         """Over items of `splits`; arguments as `absorbed_form_int8.absorbed_pages` takes them."""
         heads, size, rank, padded = q.shape[1], q.shape[2], splits.rank, splits.values.shape[2]
         stride = 4 * (size + _TILE_COLUMNS)
@@ -112,7 +113,7 @@ def _absorbed(latent_type, rope_type):
                 _add_values(address(scores), address(rows), stride, seen, values, rank, 4 * padded)
             leave_sums(item, address(state), splits)
 
-    return _absorbed
+    return absorbed_rows
 
 
 @helper

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from pymla import ggml
+from pymla.cpu.array_types import A2, CACHE, F2, I1
 from pymla.cpu.attention.codes import even, quantise_i16
 from pymla.cpu.cache_types import I16_PAGES, Q8_PAGES, ROW_BYTES
 from pymla.cpu.contract import check
-from pymla.cpu.formats import dequantise_row_for, write_q8, write_row_for
+from pymla.cpu.formats.legacy import write_q8
+from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
 from pymla.cpu.machine.simd import (
     address,
     load_f16,
@@ -30,7 +32,6 @@ from pymla.cpu.machine.simd import (
     sub,
 )
 from pymla.cpu.memory import empty
-from pymla.cpu.quant import A2, CACHE, F2, I1
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, LatentCache
 from pymla.tensor import QTensor
@@ -55,52 +56,52 @@ def store(rows: np.ndarray, slots: np.ndarray, cache: QTensor) -> None:
     Numbers of a row are contiguous, rows need not be. ggml's types get the reference's bytes.
     """
     check.store(rows, slots, cache)
-    _store(cache.qtype)[len(rows)](rows, slots, cache)
+    store_rows(cache.qtype)[len(rows)](rows, slots, cache)
 
 
 def load(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray:
     """The first S rows of a sequence as float32 (S, W), contiguous, as `pymla.reference.attention.load`."""
     check.load(cache, block_table, out)
-    _load(cache.qtype)[len(out)](cache, block_table, out)
+    load_rows(cache.qtype)[len(out)](cache, block_table, out)
     return out
 
 
 def store_kernels(*types: int) -> list[Kernel]:
     """The kernels of `store` into a cache of some types."""
-    return [_store(qtype) for qtype in types]
+    return [store_rows(qtype) for qtype in types]
 
 
 def load_kernels(*types: int) -> list[Kernel]:
     """The kernels of `load` from a cache of some types."""
-    return [_load(qtype) for qtype in types]
+    return [load_rows(qtype) for qtype in types]
 
 
 @variants
-def _store(qtype):
+def store_rows(qtype):
     """`store` into a cache of a type."""
     write_cache_row = write_cache_row_for(qtype)
 
     @kernel(A2, I1, CACHE)
-    def _store(first, last, rows, slots, cache):
+    def store_rows(first, last, rows, slots, cache):
         """Over rows."""
         for t in range(first, last):
             write_cache_row(cache, slots[t], address(rows[t]), rows.shape[1])
 
-    return _store
+    return store_rows
 
 
 @variants
-def _load(qtype):
+def load_rows(qtype):
     """`load` from a cache of a type."""
     read_cache_row = read_cache_row_for(qtype)
 
     @kernel(CACHE, I1, F2)
-    def _load(first, last, cache, block_table, out):
+    def load_rows(first, last, cache, block_table, out):
         """Over positions."""
         for p in range(first, last):
             read_cache_row(cache, block_table[p // PAGE] * PAGE + p % PAGE, address(out[p]), out.shape[1])
 
-    return _load
+    return load_rows
 
 
 @functools.cache

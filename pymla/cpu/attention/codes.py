@@ -9,7 +9,7 @@ Codes with 16 bits are those of the rotated dimensions, which 8 bits would make 
 
 import numpy as np
 
-from pymla.cpu.formats import store_columns
+from pymla.cpu.formats.panels import store_columns
 from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     absolute,

@@ -20,6 +20,7 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
+from pymla.cpu.array_types import A2, A3, F3, I1
 from pymla.cpu.attention import expanded_form_int8, key_value_panels
 from pymla.cpu.attention.key_value_panels import Panels
 from pymla.cpu.attention.query_blocks import (
@@ -33,7 +34,8 @@ from pymla.cpu.attention.query_blocks import (
 )
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
-from pymla.cpu.quant import A2, A3, F3, I1, Activation, matmul, matmul_kernels
+from pymla.cpu.matmul.activations import Activation
+from pymla.cpu.quant import matmul, matmul_kernels
 from pymla.cpu.runtime.jit import Kernel, kernel
 from pymla.pages import PAGE
 from pymla.tensor import QTensor
@@ -76,7 +78,7 @@ def expand(
     nope = np.empty((length, heads * k_b.data.shape[1]), np.float32)
     matmul(k_b, x, nope)
     matmul(v_b, x, out.values.reshape(length, heads * v))
-    _join_keys[length](nope.reshape(length, heads, -1), k_pe, out.keys)
+    join_keys[length](nope.reshape(length, heads, -1), k_pe, out.keys)
     return out
 
 
@@ -95,22 +97,22 @@ def expanded(
         return expanded_form_int8.expanded(q, keys_values, positions, scale, out)
     check.expanded(q, check.sizes("expanded", keys_values), positions, out)
     tokens, heads, _ = q.shape
-    _expanded[heads * -(-tokens // BLOCK_QUERIES), 1](q, *keys_values, positions, scale * LOG2E, out)
+    expanded_rows[heads * -(-tokens // BLOCK_QUERIES), 1](q, *keys_values, positions, scale * LOG2E, out)
     return out
 
 
 def expand_kernels(k_b: int, v_b: int, exact: bool) -> list[Kernel]:
     """The kernels of `expand` with ``W_k_b`` and ``W_v_b`` of some types."""
-    return [*matmul_kernels(k_b), *matmul_kernels(v_b), _join_keys] if exact else key_value_panels.kernels(k_b, v_b)
+    return [*matmul_kernels(k_b), *matmul_kernels(v_b), join_keys] if exact else key_value_panels.kernels(k_b, v_b)
 
 
 def kernels(exact: bool) -> list[Kernel]:
     """The kernels of `expanded`."""
-    return [_expanded] if exact else expanded_form_int8.kernels()
+    return [expanded_rows] if exact else expanded_form_int8.kernels()
 
 
 @kernel(F3, A2, F3)
-def _join_keys(first, last, nope, k_pe, keys):
+def join_keys(first, last, nope, k_pe, keys):
     """Over tokens: ``keys[s, h] = [nope[s, h]; k_pe[s]]``."""
     size = nope.shape[2]
     for s in range(first, last):
@@ -122,7 +124,7 @@ def _join_keys(first, last, nope, k_pe, keys):
 
 
 @kernel(F3, F3, F3, I1, types.float64, A3)
-def _expanded(first, last, q, keys, values, positions, scale, out):
+def expanded_rows(first, last, q, keys, values, positions, scale, out):
     """Over blocks of queries of each head. Late blocks have more rows to read: they are dealt out first."""
     tokens, heads, v = out.shape
     size = q.shape[2]

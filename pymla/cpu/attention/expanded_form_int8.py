@@ -12,6 +12,7 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
+from pymla.cpu.array_types import A3, F3, I1
 from pymla.cpu.attention.codes import BLOCK_BYTES, WEIGHT_GROUP, quantise_codes, quantise_weights
 from pymla.cpu.attention.key_value_panels import KEY_BLOCK, KEY_BLOCK_BYTES, KEY_TOKENS, PANELS, Panels
 from pymla.cpu.attention.query_blocks import rows_seen
@@ -23,7 +24,6 @@ from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address, load_f32, splat_f32xL, store_f32, store_f32xL
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.memory import allocate
-from pymla.cpu.quant import A3, F3, I1
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import Kernel, helper, kernel
 
@@ -41,13 +41,13 @@ def expanded(q: np.ndarray, panels: Panels, positions: np.ndarray, scale: float,
     # Four items for each thread, where there are so many queries.
     if heads * -(-tokens // size) < 4 * threads.thread_count():
         size = _MOST_QUERIES // 2
-    _expanded_int8[heads * -(-tokens // size), 1](q, panels, positions, scale * LOG2E, size, out)
+    expanded_panels[heads * -(-tokens // size), 1](q, panels, positions, scale * LOG2E, size, out)
     return out
 
 
 def kernels() -> list[Kernel]:
     """The kernels of this form."""
-    return [_expanded_int8]
+    return [expanded_panels]
 
 
 class QueryBlock(NamedTuple):
@@ -86,7 +86,7 @@ def _block_at(memory, queries, count, blocks, padded):
 
 
 @kernel(F3, PANELS, I1, types.float64, types.int64, A3)
-def _expanded_int8(first, last, q, panels, positions, scale, size, out):
+def expanded_panels(first, last, q, panels, positions, scale, size, out):
     """Over blocks of `size` queries of each head. Late blocks have more rows to read: they are dealt out first."""
     tokens, heads, _ = out.shape
     blocks, padded = panels.key_scales.shape[2] // LANES, panels.values.shape[2] // BLOCK_BYTES

@@ -6,6 +6,7 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
+from pymla.cpu.array_types import A3, CACHE, F3, STEP
 from pymla.cpu.attention.query_blocks import (
     BLOCK_QUERIES,
     Page,
@@ -16,9 +17,8 @@ from pymla.cpu.attention.query_blocks import (
     start_block,
 )
 from pymla.cpu.contract import check
-from pymla.cpu.formats import dequantise_row_for
+from pymla.cpu.formats.rows import dequantise_row_for
 from pymla.cpu.machine.simd import address
-from pymla.cpu.quant import A3, CACHE, F3, STEP
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor
@@ -34,13 +34,13 @@ def full(q: np.ndarray, keys: QTensor, values: QTensor, step: Step, scale: float
     check.full(q, keys, values, step, scale, out)
     tokens, heads, _ = q.shape
     items = heads * -(-tokens // BLOCK_QUERIES)
-    _full(keys.qtype, values.qtype)[items, 1](q, keys, values, step, scale * LOG2E, out)
+    full_rows(keys.qtype, values.qtype)[items, 1](q, keys, values, step, scale * LOG2E, out)
     return out
 
 
 def kernels(keys: int, values: int) -> list[Kernel]:
     """The kernels of this form over a cache of two types."""
-    return [_full(keys, values)]
+    return [full_rows(keys, values)]
 
 
 @helper
@@ -53,12 +53,12 @@ def _run_end(seq_of, begin, stop):
 
 
 @variants
-def _full(key_type, value_type):
+def full_rows(key_type, value_type):
     """The kernel for a cache of two types."""
     read_key, read_value = dequantise_row_for(key_type), dequantise_row_for(value_type)
 
     @kernel(F3, CACHE, CACHE, STEP, types.float64, A3)
-    def _full(first, last, q, keys, values, step, scale, out):
+    def full_rows(first, last, q, keys, values, step, scale, out):
         """Over blocks of queries of each head. A block may reach over sequences: each of them is a run of its own."""
         tokens, heads, v = out.shape
         size = q.shape[2]
@@ -85,4 +85,4 @@ def _full(key_type, value_type):
                 finish_block(block, h, out[begin:end])
                 begin = end
 
-    return _full
+    return full_rows

@@ -14,6 +14,7 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
+from pymla.cpu.array_types import A2, F2, F3, I1
 from pymla.cpu.attention.codes import BLOCK_BYTES, PANEL_BLOCK_BYTES, quantise_codes, store_panel
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
 from pymla.cpu.machine.isa import LANES
@@ -29,10 +30,13 @@ from pymla.cpu.machine.simd import (
     store_i32,
 )
 from pymla.cpu.machine.simd_words import BIAS, WORD, store_words
-from pymla.cpu.matmul.gemm import FLOAT_ROWS, FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
-from pymla.cpu.matmul.gemm_amx import MARGIN
+from pymla.cpu.matmul.activations import INPUT, Activation, counting
+from pymla.cpu.matmul.gemm import Buffers, multiply_rows_for
+from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
+from pymla.cpu.matmul.gemm_f32 import F32_ROWS, F32_SCRATCH, multiply_rows_f32_for
+from pymla.cpu.matmul.matrices import MATRICES, Matrices
+from pymla.cpu.matmul.unpacked import PAIR_ROWS, SCRATCH
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.quant import A2, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, take_rows
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.tensor import QTensor
@@ -97,44 +101,37 @@ def expand(c_kv: np.ndarray, k_pe: np.ndarray, k_b: QTensor, v_b: QTensor, out: 
     # The two matrices may have different types: k_b is derived where the file has it transposed.
     inputs = x.panels(k_b.qtype), x.panels(v_b.qtype)
     matrices, items = (Matrices.of(k_b), Matrices.of(v_b)), heads * -(-tokens // size)
-    _expand_panels(k_b.qtype, v_b.qtype)[items, 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
+    expand_panels(k_b.qtype, v_b.qtype)[items, 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
     return out
 
 
 def kernels(k_b: int, v_b: int) -> list[Kernel]:
     """The kernels of `expand` with ``W_k_b`` and ``W_v_b`` of some types."""
-    return [_expand_panels(k_b, v_b)]
-
-
-class ProductScratch(NamedTuple):
-    """Addresses of memory for a product."""
-
-    panels: int  # `SCRATCH` or `FLOAT_SCRATCH` bytes
-    result: int  # float32 (tokens + MARGIN, ROWS)
+    return [expand_panels(k_b, v_b)]
 
 
 @variants
-def _expand_panels(key_type, value_type):
+def expand_panels(key_type, value_type):
     """The kernel for matrices of two types."""
     multiply_keys, multiply_values = multiply_head_for(key_type), multiply_head_for(value_type)
 
     @kernel(MATRICES, MATRICES, INPUT, INPUT, I1, A2, types.int64, PANELS)
-    def _expand_panels(first, last, k_b, v_b, x, y, index, k_pe, size, out):
+    def expand_panels(first, last, k_b, v_b, x, y, index, k_pe, size, out):
         """Over groups of `size` tokens of each head. `x` and `y` are the latent rows as the matrices `k_b` and `v_b`
         take them, and `index` counts them."""
         tokens = len(k_pe)
         groups = (tokens + size - 1) // size
         blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
-        panels, result = allocate(max(SCRATCH, FLOAT_SCRATCH)), allocate_f32(size + MARGIN, ROWS)
+        panels, result = allocate(max(SCRATCH, F32_SCRATCH)), allocate_f32(size + SPARE_COLUMNS, PAIR_ROWS)
         keys, values = np.zeros((size, KEY_BLOCK * blocks), np.float32), np.zeros((size, v), np.float32)
         codes = np.empty((size, blocks * KEY_BLOCK_BYTES), np.uint8)
         for item in range(first, last):
             h, begin = item // groups, item % groups * size
             count = min(size, tokens - begin)
             padded = (count + KEY_TOKENS - 1) // KEY_TOKENS * KEY_TOKENS
-            scratch = ProductScratch(address(panels), address(result))
-            multiply_keys(k_b, h, x, index, begin, count, scratch, keys)
-            multiply_values(v_b, h, y, index, begin, count, scratch, values)
+            buffers = Buffers(address(panels), address(result))
+            multiply_keys(k_b, h, x, index, begin, count, buffers, keys)
+            multiply_values(v_b, h, y, index, begin, count, buffers, values)
             for t in range(count):
                 for i in range(k_pe.shape[1]):
                     keys[t, k_b.rows + i] = k_pe[begin + t, i]
@@ -145,47 +142,30 @@ def _expand_panels(key_type, value_type):
                 panel = (begin + t) // _VALUE_TOKENS
                 store_values(values[t:], out.values[h, panel], out.value_scales[h, begin + t :])
 
-    return _expand_panels
+    return expand_panels
 
 
 @functools.cache
 def multiply_head_for(qtype):
-    """A function ``(w, h, x, index, begin, count, scratch, out)``: ``out[t, :rows] = W[h] @ x[begin + t]`` for `count`
+    """A function ``(w, h, x, index, begin, count, buffers, out)``: ``out[t, :rows] = W[h] @ x[begin + t]`` for `count`
     tokens."""
     if qtype not in ggml.QUANTISED:
-        product_float = product_float_for(qtype)
+        multiply_rows_f32 = multiply_rows_f32_for(qtype)
 
         @helper
-        def multiply_head(w, h, x, index, begin, count, scratch, out):
-            matrix, tokens = w.address + h * w.matrix_stride, x.x[begin : begin + count]
-            for r in range(0, w.rows, FLOAT_ROWS):
-                row, rows = matrix + r * w.row_stride, min(FLOAT_ROWS, w.rows - r)
-                product_float(row, rows, w.row_stride, x.x.shape[1], tokens, out[:, r:], scratch.panels)
+        def multiply_head(w, h, x, index, begin, count, buffers, out):
+            for r in range(0, w.rows, F32_ROWS):
+                multiply_rows_f32(w, h, r, x.x[begin : begin + count], out[:, r:], buffers.scratch)
 
         return multiply_head
-    product = product_for(take_rows, qtype)
+    multiply_rows = multiply_rows_for(qtype)
 
     @helper
-    def multiply_head(w, h, x, index, begin, count, scratch, out):
-        matrix = w.address + h * w.matrix_stride
-        for r in range(0, w.rows, ROWS):
-            row, rows = matrix + r * w.row_stride, min(ROWS, w.rows - r)
-            second, half, rest = two_groups(row, w.row_stride, rows)
-            product(
-                row,
-                second,
-                half,
-                rest,
-                w.row_stride,
-                x.x.shape[1],
-                ROWS * w.row_stride,
-                x,
-                index,
-                (begin, begin + count),
-                scratch.panels,
-                scratch.result,
-                (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
-            )
+    def multiply_head(w, h, x, index, begin, count, buffers, out):
+        stride = 4 * out.shape[1]
+        for r in range(0, w.rows, PAIR_ROWS):
+            at = address(out[0, r:]) - stride * begin
+            multiply_rows(w, h, r, x, index, (begin, begin + count), buffers, at, stride)
 
     return multiply_head
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
+from pymla.cpu.array_types import A3, CACHE, F2, F3, STEP
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.contract import check
+from pymla.cpu.formats import FORMATS
 from pymla.cpu.machine.simd import address
-from pymla.cpu.matmul.gemv import dot_float_for
-from pymla.cpu.quant import A3, CACHE, F2, F3, STEP, add_scaled
+from pymla.cpu.matmul.matrices import add_scaled
 from pymla.cpu.runtime.jit import Kernel, kernel, variants
 from pymla.ggml import F32
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor
 
-_dot_f32 = dot_float_for(F32)
+_dot_f32 = FORMATS[F32].dot_row
 
 
 def absorbed_materialised(
@@ -31,23 +32,23 @@ def absorbed_materialised(
     pages = step.block_tables.shape[1]
     for t in range(tokens):
         scores = np.empty((heads, pages * PAGE), np.float32)
-        _scores(latent.qtype, rope.qtype)[pages](q, latent, rope, step, out.shape[2], scale, t, scores)
-        _values(latent.qtype)[heads, 1](scores, latent, step, t, out)
+        materialised_scores(latent.qtype, rope.qtype)[pages](q, latent, rope, step, out.shape[2], scale, t, scores)
+        materialised_values(latent.qtype)[heads, 1](scores, latent, step, t, out)
     return out
 
 
 def kernels(latent: int, rope: int) -> list[Kernel]:
     """The kernels of this form over a cache of two types."""
-    return [_scores(latent, rope), _values(latent)]
+    return [materialised_scores(latent, rope), materialised_values(latent)]
 
 
 @variants
-def _scores(latent_type, rope_type):
+def materialised_scores(latent_type, rope_type):
     """The scores of one token."""
     read_latent, read_rope = read_cache_row_for(latent_type), read_cache_row_for(rope_type)
 
     @kernel(F3, CACHE, CACHE, STEP, types.int64, types.float64, types.int64, F2)
-    def _scores(first, last, q, latent, rope, step, rank, scale, t, scores):
+    def materialised_scores(first, last, q, latent, rope, step, rank, scale, t, scores):
         """Over pages of the step's block tables: scores (H, S) of token `t`. Positions behind it get none."""
         heads, size = q.shape[1], q.shape[2]
         table = step.block_tables[step.seq_of[t]]
@@ -61,16 +62,16 @@ def _scores(latent_type, rope_type):
                     score = _dot_f32(address(row), address(q[t, h]), size)
                     scores[h, p] = score * np.float32(scale)
 
-    return _scores
+    return materialised_scores
 
 
 @variants
-def _values(latent_type):
+def materialised_values(latent_type):
     """The softmax and the values of one token."""
     read_latent = read_cache_row_for(latent_type)
 
     @kernel(F2, CACHE, STEP, types.int64, A3)
-    def _values(first, last, scores, latent, step, t, out):
+    def materialised_values(first, last, scores, latent, step, t, out):
         """Over heads: scores (H, S) of token `t` become weights in place, and its values the sum of weighted rows."""
         rank = out.shape[2]
         length = step.positions[t] + 1
@@ -90,4 +91,4 @@ def _values(latent_type):
                 read_latent(latent, slot, address(row), rank)
                 add_scaled(scores[h, p] / total, address(row), address(out[t, h]), rank)
 
-    return _values
+    return materialised_values

@@ -10,7 +10,7 @@ import numpy as np
 
 from pymla.cpu.attention.softmax import query_softmax
 from pymla.cpu.machine.simd import address, load_f32, load_f32x8, splat_f32, store_f32, store_f32x8
-from pymla.cpu.matmul.gemm import tile_f32, transpose_panel
+from pymla.cpu.matmul.gemm_f32 import tile_f32, transpose_panel
 from pymla.cpu.memory import allocate
 from pymla.cpu.runtime.jit import helper
 from pymla.pages import PAGE
