@@ -21,7 +21,7 @@ import click
 
 from pymla.errors import PymlaError
 from pymla.files import outputs
-from pymla.measure import plot, sweep
+from pymla.measure import facts, plot, sweep
 
 EXAMPLES = """\b
 Examples:
@@ -333,7 +333,7 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
     except PymlaError as error:
         # Rounds before this one may have taken hours.
         failure = error
-    about = {"machine": sweep.machine(), "date": datetime.date.today().isoformat(), "threads": job.threads}
+    about = {"machine": facts.machine(), "date": datetime.date.today().isoformat(), "threads": job.threads}
     title = (
         f"{job.model.name}: {job.cache_type} cache, {job.threads} threads, {len(done)} rounds\n"
         f"{about['machine']}, {about['date']}"

@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools"
 from compare import assert_close  # noqa: E402
 
 from pymla.cpu import limits as machine  # noqa: E402
-from pymla.measure.sweep import describe, facts  # noqa: E402
+from pymla.measure.facts import describe, gather  # noqa: E402
 
 #: Seconds that a benchmark measures for, and how many rounds that may be at least and at most.
 SECONDS, ROUNDS = 0.5, (5, 50)
@@ -88,7 +88,7 @@ def pytest_terminal_summary(terminalreporter):
     if not _state["rows"]:
         return
     terminalreporter.section("shares of the machine's limits")
-    terminalreporter.write_line(describe(facts(_state["limits"])))
+    terminalreporter.write_line(describe(gather(_state["limits"])))
     terminalreporter.write_line(f"products with packed panels: {_state['packed'] / 1e9:.0f} GMAC/s")
     width = max(len(name) for name, _ in _state["rows"])
     columns = list(_state["rows"][0][1])

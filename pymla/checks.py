@@ -1,11 +1,14 @@
-"""Values that callers give: taken for what they obviously mean, or refused in one line that names the argument.
+"""Checks of the values that callers give. A value is taken if its meaning is obvious, such as 3.0 for an integer, or
+refused by an error of one line that names the argument.
 
-Messages name an argument in backticks, as Python's callers know it. The command line puts its option there
+Messages name an argument in backticks, as Python's callers know it; the command line replaces it by its option
 (`pymla.cli.options`).
 """
 
 import numbers
 import operator
+from collections.abc import Collection
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,18 +16,18 @@ from pymla.errors import PymlaError
 from pymla.printable import shown
 
 
-def integer(name, value, low, high=None):
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """A whole number from `low` to `high`: an int, a NumPy integer, or a float without a fraction.
 
     Raises
     ------
     PymlaError
     """
-    number = _scalar(value)
-    if isinstance(number, float) and number.is_integer():
-        number = int(number)
+    given = _scalar(value)
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
     try:
-        number = None if isinstance(number, bool) else operator.index(number)
+        number = None if isinstance(given, bool) else operator.index(given)
     except TypeError:
         number = None
     if number is None or number < low or (high is not None and number > high):
@@ -33,7 +36,7 @@ def integer(name, value, low, high=None):
     return number
 
 
-def number(name, value, low, high):
+def number(name: str, value: Any, low: float, high: float) -> float:
     """A number from `low` to `high`, as a float.
 
     Raises
@@ -48,7 +51,7 @@ def number(name, value, low, high):
     return float(given)
 
 
-def flag(name, value):
+def flag(name: str, value: Any) -> bool:
     """True or False.
 
     Raises
@@ -61,7 +64,7 @@ def flag(name, value):
     return given
 
 
-def choice(name, value, choices):
+def choice(name: str, value: Any, choices: Collection[str]) -> str:
     """One of some texts.
 
     Raises
@@ -73,13 +76,13 @@ def choice(name, value, choices):
     return str(value)
 
 
-def refuse(name, value, reason):
+def refuse(name: str, value: Any, reason: str) -> NoReturn:
     """Raise the PymlaError for a value."""
     raise PymlaError(f"`{name}` is {shown(value)}; {reason}")
 
 
-def _scalar(value):
-    """A NumPy number as Python's."""
+def _scalar(value: Any) -> Any:
+    """A NumPy number as Python's; anything else as it is."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     return value

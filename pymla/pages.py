@@ -3,12 +3,18 @@
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pymla import ggml
 from pymla.tensor import QTensor
+
+if TYPE_CHECKING:
+    from pymla.backend import Array, Backend, Memory
 
 PAGE = 64
 
@@ -42,11 +48,12 @@ class Step(NamedTuple):
     slots: np.ndarray  # int32 (T,): where the token's rows go
     block_tables: np.ndarray  # int32 (B, pages)
 
-    def part(self, start, stop):
+    def part(self, start: int, stop: int) -> Step:
         """The step of some of the tokens."""
-        return Step(*(array[start:stop] for array in self[:4]), self.block_tables)
+        of_tokens = (array[start:stop] for array in (self.tokens, self.positions, self.seq_of, self.slots))
+        return Step._make((*of_tokens, self.block_tables))
 
-    def packed(self, pages=None):
+    def packed(self, pages: int | None = None) -> np.ndarray:
         """All arrays behind each other, so that one copy brings them to a device: int32 (4 T + B pages,).
 
         Parameters
@@ -61,17 +68,17 @@ class Step(NamedTuple):
         return result
 
     @classmethod
-    def unpacked(cls, packed, tokens, sequences):
+    def unpacked(cls, packed: Array, tokens: int, sequences: int) -> Step:
         """The arrays that `packed` brought together, as views."""
         of_tokens, tables = packed[: 4 * tokens].reshape(4, tokens), packed[4 * tokens :].reshape(sequences, -1)
-        return cls(*(of_tokens[i] for i in range(4)), tables)
+        return cls._make((*(of_tokens[i] for i in range(4)), tables))
 
-    def on(self, backend):
+    def on(self, backend: Backend) -> Step:
         """The step in the memory of a backend."""
         return Step.unpacked(backend.memory.to_device(self.packed()), len(self.tokens), len(self.block_tables))
 
 
-def block_rows(memory, layout, slots):
+def block_rows(memory: Memory, layout: Iterable[tuple[int, int]], slots: int) -> list[QTensor]:
     """Rows of ggml blocks in the memory of a backend: a QTensor for each type and width of a layout."""
     shapes = [(qtype, (slots, ggml.row_bytes(qtype, width))) for qtype, width in layout]
     return [QTensor(qtype, memory.empty(shape, np.uint8)) for qtype, shape in shapes]

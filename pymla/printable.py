@@ -1,7 +1,14 @@
-"""Text that is safe to print. Names and values out of a model file, and what a user typed, end up in messages and in
+"""Text that is safe to print. Names and values from model files, and texts that users type, end up in messages and in
 tables; none of it may steer the terminal, and no message is longer than a screen."""
 
+from __future__ import annotations
+
 import re
+
+TYPE_CHECKING = False  # as in `typing`, whose import takes milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 #: Characters of the longest message.
 LONGEST = 960
@@ -32,16 +39,21 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 def one_line(text: str, longest: int = LONGEST) -> str:
     """A message for a terminal: one line, printable, short."""
-    # Cut before escaping, as a text may have millions of characters, and after, as an escape is longer than what it
-    # stands for.
+    # Shortened before escaping, as a text may have millions of characters, and again after it, because an escape is
+    # longer than its character.
     lines = (line.strip() for line in text.splitlines())
     text = " ".join(line for line in lines if line)
     return shortened(printable(shortened(text, longest)), longest)
 
 
-def shown(value: object, longest: int = 60) -> str:
-    """A value as a message quotes it: as Python writes it, printable and short; an array is told by its length, and a
-    NumPy number is written as Python's."""
+def shown(value: Any, longest: int = 60, write: Callable[[Any], str] = repr) -> str:
+    """A value as a message quotes it: printable and short. Of an array the length is told.
+
+    Parameters
+    ----------
+    value : anything; a NumPy number is written as Python's
+    write : how other values are written: by default as in Python's source
+    """
     if getattr(value, "shape", None) == ():
         value = value.item()
     if isinstance(value, list | tuple) or hasattr(value, "shape"):
@@ -49,7 +61,7 @@ def shown(value: object, longest: int = 60) -> str:
     if isinstance(value, str):
         value = shortened(value, longest)
     try:
-        return shortened(printable(repr(value)), longest)
+        return shortened(printable(write(value)), longest)
     except ValueError:  # Python does not write out an integer of thousands of digits
         return "an integer of thousands of digits"
     except Exception:  # a caller's own class

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from pymla.text.byte_alphabet import CHARACTERS
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 5000.0,
@@ -131,18 +133,12 @@ def safetensors(path, tensors, dtype="F32"):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def byte_alphabet():
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
 def split(pattern):
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def tokenizer_json(pre_tokenizers):
-    letters = byte_alphabet()
+    letters = CHARACTERS
     merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("1", "2"), (letters[0xD0], letters[0xBD]), ("Ċ", "Ċ")]
     merges += [("3", "3"), ("33", "3"), ("Ġ", "Ġ"), ("ĠĠ", "Ġ"), ("!", "!"), (":", "Ċ")]
     vocab = {letters[byte]: byte for byte in range(256)}

@@ -23,7 +23,7 @@ from pymla.cpu.matmul.activations import Activation, counting
 from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS, SCRATCH
 from pymla.engine import costs
 from pymla.errors import PymlaError
-from pymla.measure import plot, sweep
+from pymla.measure import facts, plot, sweep, table
 
 LIMITS = limits.Limits(read=1e10, int8=1e11)
 
@@ -179,32 +179,32 @@ def test_shares_come_from_medians():
     assert (one.s_pp, one.t_tg, one.s_tg) == (8, 2, 1)
     assert one.shares(LIMITS) == (0.2, 0.05)
     # In a table the shares are per cent.
-    assert sweep.line(one, LIMITS).split("|")[8:10] == ["    20.0% ", "     5.0% "]
+    assert table.line(one, LIMITS).split("|")[8:10] == ["    20.0% ", "     5.0% "]
     long_prompt = row(tg=0, tg_seconds=(), tg_bytes=0)
-    assert long_prompt.cells(LIMITS)[5:7] == (None, None)
-    assert sweep.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
+    assert table.cells(long_prompt, LIMITS)[5:7] == (None, None)
+    assert table.line(long_prompt, LIMITS).split("|")[6].strip() == "-"
 
 
 def test_no_shares_on_several_devices():
     assert row(device="cpu+cuda").shares(LIMITS) == (None, None)
-    assert sweep.line(row(device="cpu+cuda"), LIMITS).split("|")[8:10] == ["        - ", "        - "]
+    assert table.line(row(device="cpu+cuda"), LIMITS).split("|")[8:10] == ["        - ", "        - "]
 
 
 def test_a_gpu_in_the_facts(monkeypatch):
     monkeypatch.setattr("pymla.cuda.describe", lambda: {"name": "NVIDIA H100", "capability": (9, 0)})
-    about = sweep.facts(LIMITS, "cuda")
+    about = facts.gather(LIMITS, "cuda")
     assert (about["device"], about["gpu"], about["gpu_isa"]) == ("cuda", "NVIDIA H100", "sm_90")
-    assert sweep.describe(about).startswith("NVIDIA H100, sm_90, ")
-    assert "threads" not in sweep.describe(about)
+    assert facts.describe(about).startswith("NVIDIA H100, sm_90, ")
+    assert "threads" not in facts.describe(about)
 
 
 def test_table_has_the_peers_columns():
-    lines = sweep.header().splitlines()
+    lines = table.header().splitlines()
     theirs = SWEEP.splitlines()[2:4]
     assert [ours.startswith(each[:-1]) for ours, each in zip(lines, theirs, strict=True)] == [True, True]
-    assert {len(each) for each in (*lines, sweep.line(row(), LIMITS))} == {len(lines[0])}
+    assert {len(each) for each in (*lines, table.line(row(), LIMITS))} == {len(lines[0])}
     # What reads a peer's table reads ours.
-    (parsed,) = against.parse_sweep(sweep.line(row(), LIMITS))
+    (parsed,) = against.parse_sweep(table.line(row(), LIMITS))
     assert parsed == {"pp": 4, "tg": 2, "n_kv": 64, "t_pp": 0.5, "t_tg": 2.0}
 
 
@@ -361,7 +361,7 @@ def test_plot(run, quick, tmp_path):
         "tokens per second",
         "demo.gguf",
         "PP 16, TG 1, q8_0 cache",
-        sweep.machine(),
+        facts.machine(),
     ):
         assert part in text
     lines = [plot.Series("a", [0, 64], [2.0, 1.0], [None, None], [(1, 3), (1, 1)])]

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
+from pymla.text.byte_alphabet import BYTES
 from pymla.text.chat import choose_template, encode, render
-from pymla.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, _byte_alphabet
+from pymla.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -43,7 +44,7 @@ def test_bad_templates_are_refused(template):
 # Token ids, and where BOS is ------------------------------------------------------------------------------------------
 
 BOS, END, TOOL = 256, 257, 258
-ALPHABET = sorted(_byte_alphabet())
+ALPHABET = sorted(BYTES)
 
 
 def tokenizer(bos_id=BOS, add_bos=True, template=None, named=(), kinds=(CONTROL, CONTROL, USER_DEFINED)):

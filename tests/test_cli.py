@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 import test_interrupts
@@ -495,21 +496,14 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     for name, value in metadata.items():
         if name == "general.architecture":
             writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.STRING)
-        elif isinstance(value, list):
-            writer.add_array(name, value)
-        elif value is not None:
-            kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
-            writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.UINT32))
+        else:
+            gguf_files.add(writer, name, value)
     tensors = tensors or {}
     for tensor in reader.tensors:
         data, qtype = tensors.get(tensor.name, (tensor.data, tensor.tensor_type))
         if data is not None:
             writer.add_tensor(tensor.name, data, raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return gguf_files.finish(writer, path)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +538,7 @@ def test_check_tensors(run, quick, model, tmp_path, command, monkeypatch):
     data[at : at + 2] = [0, 0x7E]
     (tmp_path / "nan.gguf").write_bytes(data)
     if command == "bench":
-        monkeypatch.setattr("pymla.measure.sweep.measure_limits", lambda *_: pytest.fail("measured"))
+        monkeypatch.setattr("pymla.measure.facts.measure_limits", lambda *_: pytest.fail("measured"))
     code, out, err = run(*with_file(command, tmp_path / "nan.gguf"), "--check-tensors")
     told = " ".join((out if command == "inspect" else err).split())
     assert code == (0 if command == "inspect" else 2)

@@ -25,12 +25,15 @@ from pymla import ggml
 from pymla.cli.convert import convert as command
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
+from pymla.make import checkpoint_tensors
 from pymla.make import convert as module
+from pymla.make.checkpoint_tensors import Plan
 from pymla.make.convert import LAYOUTS, QTYPES, convert
 from pymla.make.hub_tokenizer import detect_pre
 from pymla.models.config import ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
-from pymla.text.tokenizer import PRE_TOKENIZERS, Tokenizer
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.tokenizer import Tokenizer
 
 
 def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options):
@@ -83,7 +86,7 @@ def test_tensors_in_every_type_and_layout(tmp_path, config, qtype, layout):
     weights = random_weights(config)
     file = converted(tmp_path, config, weights, qtype=qtype, layout=layout)
     others = {"output.weight": ggml.Q8_0} if qtype == "q4_0" else {}
-    assert_holds(file, expected_tensors(config, weights, layout), QTYPES[qtype][0], others)
+    assert_holds(file, expected_tensors(config, weights, layout), QTYPES[qtype], others)
 
 
 def test_the_gguf_package_reads_the_same(tmp_path):
@@ -169,7 +172,7 @@ def fused(weights):
 
 @pytest.mark.parametrize("piece", [100, 1 << 22])
 def test_fused_experts_and_small_pieces(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(module, "_PIECE_WEIGHTS", piece)
+    monkeypatch.setattr(checkpoint_tensors, "PIECE_WEIGHTS", piece)
     weights = random_weights(V2)
     file = converted(tmp_path, V2, fused(weights), qtype="q8_0")
     assert_holds(file, expected_tensors(V2, weights, "kv_b"), ggml.Q8_0)
@@ -467,7 +470,7 @@ def test_values_too_small_for_a_scale_are_0(tmp_path, qtype):
 def test_what_load_would_refuse_is_not_written(tmp_path, monkeypatch, change, message):
     folder = hub_folder(tmp_path / "bad", V2, random_weights(V2))
     write_json(folder / "config.json", V2 | change)
-    monkeypatch.setattr(module, "_write", lambda *_: pytest.fail("hours of writing"))
+    monkeypatch.setattr(module, "_blocks", lambda *_: pytest.fail("hours of writing"))
     with pytest.raises(PymlaError, match=f"bad: cannot be converted, the file would not load: .*{message}") as error:
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
     assert ".part" not in str(error.value)
@@ -479,10 +482,10 @@ def test_tensors_that_load_would_refuse(tmp_path, monkeypatch):
     folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
 
     def missing(plan):
-        yield from list(module._Plan.every_tensor(plan))[:-1]
+        yield from list(Plan.every_tensor(plan))[:-1]
 
-    monkeypatch.setattr(module._Plan, "every_tensor", module._Plan.tensors, raising=False)
-    monkeypatch.setattr(module._Plan, "tensors", missing)
+    monkeypatch.setattr(Plan, "every_tensor", Plan.tensors, raising=False)
+    monkeypatch.setattr(Plan, "tensors", missing)
     with pytest.raises(PymlaError, match=r"would not load: tensor blk\.1\.ffn_down_shexp\.weight is missing"):
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
     assert not list(tmp_path.glob("m.gguf*"))

@@ -12,7 +12,7 @@ from mutations import Mutator, write
 
 import pymla
 from pymla import cpu, ggml
-from pymla.cli.inspect import report
+from pymla.cli.inspect_report import report
 from pymla.engine import filecheck
 from pymla.engine.filecheck import examine
 from pymla.errors import PymlaError

@@ -10,11 +10,12 @@ import pymla
 from pymla.engine.cache import Sequence
 from pymla.engine.generation import Generation, Stats
 from pymla.errors import CacheFull, PymlaError
+from pymla.text.byte_alphabet import BYTES
 from pymla.text.sampling import Sampler, SamplingParams
-from pymla.text.tokenizer import CONTROL, NORMAL, Tokenizer, _byte_alphabet
+from pymla.text.tokenizer import CONTROL, NORMAL, Tokenizer
 
 WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
-BYTE = {byte: i for i, byte in enumerate(_byte_alphabet()[character] for character in sorted(_byte_alphabet()))}
+BYTE = {byte: i for i, byte in enumerate(BYTES[character] for character in sorted(BYTES))}
 EOS = 256 + len(WORDS)
 
 
@@ -53,7 +54,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokens = [*sorted(_byte_alphabet()), *WORDS, "<|end|>"]
+    tokens = [*sorted(BYTES), *WORDS, "<|end|>"]
     return Tokenizer(tokens, [NORMAL] * (len(tokens) - 1) + [CONTROL], [], "deepseek-llm", eos_ids=[EOS])
 
 

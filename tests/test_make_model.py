@@ -12,6 +12,7 @@ from make_model import PRESETS, fitting_type, make_model
 
 from pymla import ggml
 from pymla.errors import PymlaError
+from pymla.make.model_metadata import FILE_TYPES
 
 TINY = dataclasses.replace(
     PRESETS["tiny"],
@@ -40,7 +41,7 @@ def test_weights_have_the_asked_type_and_scale(tmp_path, qtype):
     assert tensors["blk.1.ffn_gate_exps.weight"].tensor_type == qtype
     assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == ggml.F32
     assert tensors["output.weight"].tensor_type == (ggml.Q6_K if qtype in ggml.QUANTISED else qtype)
-    assert metadata["general.file_type"] == script.FILE_TYPES[qtype]
+    assert metadata["general.file_type"] == FILE_TYPES[qtype]
     for name in ("token_embd.weight", "output.weight", "blk.1.ffn_gate_exps.weight"):
         w = weights(tensors[name])
         scale = 1 if name.startswith("token") else w.shape[-1] ** -0.5

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.files import gguf_reader
+from pymla.files import mapped_file
 from pymla.files.gguf_reader import ModelFile
 
 VOCABULARY = Path(__file__).parents[1].parent / "shared" / "data" / "ggml-vocab-deepseek-llm.gguf"
@@ -48,20 +49,9 @@ def tensors(seed=0):
     }
 
 
-def write(path, entries=(), contents=None, arch="test"):
-    writer = gguf.GGUFWriter(path, arch)
-    for key, (value_type, value) in dict(entries).items():
-        if value_type == GGUFValueType.ARRAY:
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, value_type)
-    for name, (data, qtype) in (tensors() if contents is None else contents).items():
-        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(path, entries=None, contents=None):
+    """A file with some metadata, and with `tensors` unless others are given."""
+    return gguf_files.write(path, entries, tensors() if contents is None else contents, "test")
 
 
 @pytest.fixture
@@ -143,10 +133,7 @@ def test_version_2_and_other_alignment(tmp_path):
     writer.add_custom_alignment(128)
     for name, (data, qtype) in tensors().items():
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer, path)
     patch(path, 4, "<I", 2)
     file = ModelFile.open(path)
     assert file.version == 2
@@ -348,11 +335,7 @@ def test_least_alignment(tmp_path):
     writer.add_custom_alignment(1)
     for name in "ab":
         writer.add_tensor(name, np.arange(3, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = ModelFile.open(tmp_path / "aligned.gguf")
+    file = ModelFile.open(gguf_files.finish(writer, tmp_path / "aligned.gguf"))
     # Without padding the data need not lie where float32 may.
     assert [np.frombuffer(each.data.tobytes(), np.float32).tolist() for each in file.tensors.values()] == [
         [0, 1, 2]
@@ -520,10 +503,7 @@ def test_gguf_writer_splits(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "test", split_max_tensors=2, small_first_shard=True)
     for name, (data, qtype) in tensors().items():
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer, tmp_path / "w.gguf")
     file = ModelFile.open(part_path(tmp_path, 2, 4, "w"))
     assert len(file.parts) == 4
     assert list(file.tensors) == list(tensors())
@@ -673,7 +653,7 @@ def test_a_second_look_at_a_touched_file_is_as_cheap_as_the_first(large, monkeyp
     file = ModelFile.open(large)
     later(large)
     file.check_unchanged()
-    monkeypatch.setattr(gguf_reader.os, "pread", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(mapped_file.os, "pread", lambda *_: pytest.fail("it was read again"))
     file.check_unchanged()
 
 
@@ -683,7 +663,7 @@ def test_a_file_that_cannot_be_read_any_more(large, monkeypatch):
 
     file = ModelFile.open(large)
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_reader.os, "fstat", stale)
+        patch.setattr(mapped_file.os, "fstat", stale)
         with pytest.raises(PymlaError) as caught:
             file.check_unchanged()
     assert f"{large}: the file cannot be read any more (Stale file handle)" in str(caught.value)
@@ -713,11 +693,11 @@ def test_what_fetch_ahead_asks_for(large, monkeypatch):
     file, asked = ModelFile.open(large), []
     source, tensor = file._sources[0], list(file.tensors.values())[-1]
     monkeypatch.setattr(source, "map", SimpleNamespace(madvise=lambda *advice: asked.append(advice)))
-    offset, page = tensor.data.ctypes.data - source.begin, gguf_reader.mmap.PAGESIZE
+    offset, page = tensor.data.ctypes.data - source.begin, mapped_file.mmap.PAGESIZE
     pieces = [(0, tensor.data.size), (tensor.data.size // 2, tensor.data.size // 2 + 1)]
     file.fetch_ahead(tensor, pieces)
     for (first, stop), (advice, start, length) in zip(pieces, asked, strict=True):
-        assert advice == gguf_reader.mmap.MADV_WILLNEED
+        assert advice == mapped_file.mmap.MADV_WILLNEED
         assert start == (offset + first) // page * page
         assert start + length == offset + stop
 
@@ -740,14 +720,14 @@ def prefaulted(file):
 @pytest.fixture
 def slices(monkeypatch):
     """Small slices, so that small files take several."""
-    monkeypatch.setattr(gguf_reader, "_PREFAULT_SLICE", gguf_reader.mmap.PAGESIZE)
+    monkeypatch.setattr(mapped_file, "PREFAULT_SLICE", mapped_file.mmap.PAGESIZE)
 
 
 def test_prefault(split, slices, tmp_path):
     big = {"big": (np.zeros(5000, np.float32), ggml.F32)}
     file = ModelFile.open(write(tmp_path / "big.gguf", contents=big))
     calls = prefaulted(file)
-    page = gguf_reader.mmap.PAGESIZE
+    page = mapped_file.mmap.PAGESIZE
     assert len(calls) == -(-file.nbytes // page)
     assert calls[0] == (page, file.nbytes)
     assert calls[-1] == (file.nbytes, file.nbytes)
@@ -756,7 +736,7 @@ def test_prefault(split, slices, tmp_path):
 
 
 def test_prefault_of_some_tensors(slices, tmp_path):
-    page = gguf_reader.mmap.PAGESIZE
+    page = mapped_file.mmap.PAGESIZE
     contents = {name: (np.zeros(4 * page // 4, np.float32), ggml.F32) for name in "abcd"}
     file = ModelFile.open(write(tmp_path / "four.gguf", contents=contents))
     spans = file._spans(file._sources[0], ["d", "b"])
@@ -780,14 +760,14 @@ def test_prefault_on_an_old_kernel(small, monkeypatch):
     def populate(*args):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(gguf_reader, "_populate", populate)
+    monkeypatch.setattr(mapped_file, "populate", populate)
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 
 
 def test_prefault_elsewhere(small, monkeypatch):
-    monkeypatch.setattr(gguf_reader.sys, "platform", "darwin")
-    monkeypatch.setattr(gguf_reader, "_populate", lambda *_: pytest.fail("the advice is Linux's"))
+    monkeypatch.setattr(mapped_file.sys, "platform", "darwin")
+    monkeypatch.setattr(mapped_file, "populate", lambda *_: pytest.fail("the advice is Linux's"))
     file = ModelFile.open(small)
     assert prefaulted(file) == [(file.nbytes, file.nbytes)]
 
@@ -797,7 +777,7 @@ def test_prefault_of_a_failing_disk(small, monkeypatch):
     def populate(*args):
         raise OSError(errno.EFAULT, "Bad address")
 
-    monkeypatch.setattr(gguf_reader, "_populate", populate)
+    monkeypatch.setattr(mapped_file, "populate", populate)
     with pytest.raises(PymlaError, match="Bad address"):
         ModelFile.open(small).prefault()
 
@@ -805,7 +785,7 @@ def test_prefault_of_a_failing_disk(small, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_prefault_of_a_file_that_is_cut(large, slices, monkeypatch, when):
-    file, populate = ModelFile.open(large), gguf_reader._populate
+    file, populate = ModelFile.open(large), mapped_file.populate
 
     def cut(*args):
         os.truncate(large, 10_000)
@@ -814,7 +794,7 @@ def test_prefault_of_a_file_that_is_cut(large, slices, monkeypatch, when):
     if when == "before":
         os.truncate(large, 10_000)
     else:
-        monkeypatch.setattr(gguf_reader, "_PREFAULT_SLICE", file.nbytes)
-        monkeypatch.setattr(gguf_reader, "_populate", cut)
+        monkeypatch.setattr(mapped_file, "PREFAULT_SLICE", file.nbytes)
+        monkeypatch.setattr(mapped_file, "populate", cut)
     with pytest.raises(PymlaError, match=rf"large.gguf: the file has 10000 bytes and had {file.nbytes}"):
         file.prefault()

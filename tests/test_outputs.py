@@ -68,7 +68,7 @@ def test_a_full_disk(old):
     script = """
         import resource, signal, sys
         from pathlib import Path
-        from pymla import outputs
+        from pymla.files import outputs
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         outputs.write(Path(sys.argv[1]), bytes(100_000))
@@ -93,7 +93,7 @@ def test_what_a_killed_process_leaves_is_replaced(old):
     script = """
         import os, signal, sys
         from pathlib import Path
-        from pymla import outputs
+        from pymla.files import outputs
         with outputs.replacing(Path(sys.argv[1])) as part:
             part.write_text("a longer text that never becomes complete")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -176,7 +176,7 @@ def test_the_file_that_standard_output_goes_to(tmp_path):
     script = """
         import os, sys
         from pathlib import Path
-        from pymla import outputs
+        from pymla.files import outputs
         outputs.check({"--csv": Path("/dev/stdout")}, devices=True)
     """
     log = tmp_path / "log"

@@ -5,22 +5,22 @@ import random
 from pathlib import Path
 
 import gguf
+import gguf_files
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Bpe
-from tokenizers import models, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from pymla.engine.loading import demo_path
 from pymla.errors import PymlaError
+from pymla.text.byte_alphabet import BYTES, CHARACTERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
 from pymla.text.tokenizer import (
     CONTROL,
     NORMAL,
-    PRE_TOKENIZERS,
     USER_DEFINED,
     Tokenizer,
-    _byte_alphabet,
-    _pre_tokenizer,
 )
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -31,7 +31,7 @@ def small(pre="deepseek-llm", **kwargs):
     """A tokenizer trained on a few lines, with a control and a user-defined token at the end."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = PRE_TOKENIZERS["deepseek-llm"]
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(_byte_alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=sorted(BYTES), show_progress=False)
     bpe.train_from_iterator([ZOO, Path(__file__).read_text(encoding="utf-8")], trainer)
     vocabulary = bpe.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
@@ -62,7 +62,7 @@ def test_round_trip(pre):
 
 def test_patterns_split_one_after_the_other():
     """Each splits what the ones before it left; what none finds stays in one piece, and all of it becomes bytes."""
-    split = _pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
+    split = pre_tokenizer(("b+", "[0-9]", "[a-z][0-9]"))
     assert [piece for piece, _ in split.pre_tokenize_str("abba12é c'd!")] == ["a", "bb", "a", "1", "2", "Ã©Ġc'd!"]
 
 
@@ -75,15 +75,13 @@ def test_patterns_split_one_after_the_other():
     ],
 )
 def test_pieces_of_a_text(pre, pieces):
-    alphabet = _byte_alphabet()
     found = PRE_TOKENIZERS[pre].pre_tokenize_str(pieces.replace("|", ""))
-    assert [bytes(map(alphabet.get, piece)).decode() for piece, _ in found] == pieces.split("|")
+    assert [bytes(map(BYTES.get, piece)).decode() for piece, _ in found] == pieces.split("|")
 
 
 def test_streams_never_print_half_a_character():
     tokenizer = small()
-    alphabet = {byte: character for character, byte in _byte_alphabet().items()}
-    ids = [tokenizer._ids[alphabet[byte]] for byte in "🦙".encode()]
+    ids = [tokenizer._ids[CHARACTERS[byte]] for byte in "🦙".encode()]
     stream = tokenizer.stream()
     assert [stream.push(i) for i in ids] == ["", "", "", "🦙"]
     assert stream.push(ids[0]) == ""
@@ -103,7 +101,7 @@ def test_special_tokens():
 @pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
 def test_the_longest_special_token_is_matched(kind):
     """Wherever the shorter ones stand in the vocabulary."""
-    alphabet = sorted(_byte_alphabet())
+    alphabet = sorted(BYTES)
     specials = ["<a", "<a>", "<a>b", "<a>b<a", "b<a>"]
     for order in (specials, specials[::-1]):
         tokens, kinds = [*alphabet, *order], [NORMAL] * 256 + [kind] * len(order)
@@ -169,7 +167,7 @@ def test_refusals():
     with pytest.raises(PymlaError, match="256 bytes"):
         Tokenizer(["a"], [NORMAL], [], "deepseek-llm")
     with pytest.raises(PymlaError, match="merges"):
-        Tokenizer(sorted(_byte_alphabet()), [NORMAL] * 256, ["a zz"], "deepseek-llm")
+        Tokenizer(sorted(BYTES), [NORMAL] * 256, ["a zz"], "deepseek-llm")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs V2-Lite's vocabulary, which is not part of the project")
@@ -187,7 +185,7 @@ def test_ids_of_deepseek_llm():
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-ALPHABET = sorted(_byte_alphabet())
+ALPHABET = sorted(BYTES)
 VOCABULARY = {
     "model": "gpt2",
     "pre": "deepseek-llm",
@@ -203,21 +201,11 @@ def vocabulary(tmp_path):
     """Write a vocabulary-only file with some keys changed, or left out where they are None; read its tokenizer."""
 
     def read(**changes):
-        writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "deepseek2")
-        kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
-        for key, value in (VOCABULARY | changes).items():
-            name = f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
-            if isinstance(value, tuple):
-                writer.add_key_value(name, *value)
-            elif isinstance(value, list):
-                writer.add_array(name, value)
-            elif value is not None:
-                writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.INT32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return Tokenizer.from_gguf(tmp_path / "vocabulary.gguf")
+        metadata = {
+            f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}": value
+            for key, value in (VOCABULARY | changes).items()
+        }
+        return Tokenizer.from_gguf(gguf_files.write(tmp_path / "vocabulary.gguf", metadata))
 
     return read
 
@@ -285,18 +273,18 @@ def test_end_tokens_that_others_stand_in_for(vocabulary):
 
 
 KEYS = "bos eos eot eom unknown seperator padding mask cls fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep prefix"
-UINT32, UINT64, INT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64, gguf.GGUFValueType.INT64
+UINT32, UINT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64
 
 
 @pytest.mark.parametrize("key", KEYS.split())
-@pytest.mark.parametrize("value", [-1, (0xFFFFFFFF, UINT32), 261, ((1 << 64) - 1, UINT64), (-(1 << 63), INT64)])
+@pytest.mark.parametrize("value", [-1, (UINT32, 0xFFFFFFFF), 261, (UINT64, (1 << 64) - 1), -(1 << 63)])
 def test_an_id_outside_the_vocabulary_is_absent(vocabulary, key, value):
     """Converters write -1, or 4294967295, for none."""
     tokenizer, without = (vocabulary(**{f"{key}_token_id": each}) for each in (value, None))
     for name in ("bos_id", "eos_ids", "add_bos", "special_tokens"):
         assert getattr(tokenizer, name) == getattr(without, name)
     (warning,) = tokenizer.warnings
-    number = value[0] if isinstance(value, tuple) else value
+    number = value[1] if isinstance(value, tuple) else value
     assert f"vocabulary.gguf: metadata tokenizer.ggml.{key}_token_id is {number}, " in warning
     assert "261 tokens" in warning
     assert without.warnings == []
@@ -425,3 +413,12 @@ def test_damaged_files(vocabulary, changes, words):
         vocabulary(**changes)
     assert "vocabulary.gguf: metadata " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_alphabet_is_that_of_the_tokenizers_package():
+    assert set(BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in map(chr, (0, 32, 127, 173, 255, 0x416)):
+        ((piece, _),) = level.pre_tokenize_str(character)
+        assert bytes(BYTES[each] for each in piece) == character.encode()
+        assert "".join(CHARACTERS[byte] for byte in character.encode()) == piece

@@ -4,222 +4,31 @@ Metadata and tensor names are those that llama.cpp's convert_hf_to_gguf.py write
 load the file too. A seed gives the same model in all three kv_b layouts.
 """
 
-import functools
-import shutil
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import click
 import gguf
 import numpy as np
-from gguf import GGUFValueType, LlamaFileType
+from model_shapes import PRESETS
+from random_weights import normal, random_blocks
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.files import outputs
+from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
+from pymla.files.gguf_writer import NewTensor, Value
+from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
 from pymla.reference.quant import dequantise, quantise
+from pymla.text.byte_alphabet import CHARACTERS
 
-LAYOUTS = ("kv_b", "split", "all")
 QTYPES = ggml.SUPPORTED
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
-FILE_TYPES = {t: LlamaFileType["ALL_F32" if t == ggml.F32 else f"MOSTLY_{ggml.NAME[t]}"] for t in QTYPES}
-CHUNK_BYTES = 8 << 20
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes and switches of a model, named as in DeepSeek's config.json.
-
-    ``q_lora_rank=0`` means none, ``n_group=1`` no groups, ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings
-    the expert bias ``exp_probs_b``. ``tie_word_embeddings`` leaves the output matrix out.
-    """
-
-    name: str
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_shared_experts: int
-    num_attention_heads: int
-    vocab_size: int
-    first_k_dense_replace: int = 1
-    q_lora_rank: int = 0
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    routed_scaling_factor: float = 1.0
-    norm_topk_prob: bool = False
-    scoring_func: str = "softmax"
-    n_group: int = 1
-    topk_group: int = 1
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    context_length: int = 163840
-    yarn_factor: float = 1.0
-    yarn_original: int = 4096
-    mscale_all_dim: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    tie_word_embeddings: bool = False
-
-
-PRESETS = {
-    "v2-lite": Shape(
-        name="DeepSeek-V2-Lite",
-        hidden_size=2048,
-        num_hidden_layers=27,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        num_attention_heads=16,
-        vocab_size=102400,
-        yarn_factor=40.0,
-        mscale_all_dim=0.707,
-    ),
-    "v2": Shape(
-        name="DeepSeek-V2",
-        hidden_size=5120,
-        num_hidden_layers=60,
-        intermediate_size=12288,
-        moe_intermediate_size=1536,
-        n_routed_experts=160,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        num_attention_heads=128,
-        vocab_size=102400,
-        q_lora_rank=1536,
-        routed_scaling_factor=16.0,
-        n_group=8,
-        topk_group=3,
-        yarn_factor=40.0,
-        mscale_all_dim=0.707,
-    ),
-    "v3": Shape(
-        name="DeepSeek-V3",
-        hidden_size=7168,
-        num_hidden_layers=61,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
-        num_attention_heads=128,
-        vocab_size=129280,
-        first_k_dense_replace=3,
-        q_lora_rank=1536,
-        routed_scaling_factor=2.5,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        n_group=8,
-        topk_group=4,
-        yarn_factor=40.0,
-    ),
-    "kimi-k2": Shape(
-        name="Kimi-K2",
-        hidden_size=7168,
-        num_hidden_layers=61,
-        intermediate_size=18432,
-        moe_intermediate_size=2048,
-        n_routed_experts=384,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
-        num_attention_heads=64,
-        vocab_size=163840,
-        q_lora_rank=1536,
-        routed_scaling_factor=2.827,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        rope_theta=50000.0,
-        context_length=131072,
-        yarn_factor=32.0,
-        beta_fast=1.0,
-    ),
-    "glm-4.7-flash": Shape(
-        name="GLM-4.7-Flash",
-        hidden_size=2048,
-        num_hidden_layers=47,
-        intermediate_size=10240,
-        moe_intermediate_size=1536,
-        n_routed_experts=64,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
-        num_attention_heads=20,
-        vocab_size=154880,
-        q_lora_rank=768,
-        qk_nope_head_dim=192,
-        v_head_dim=256,
-        routed_scaling_factor=1.8,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        rms_norm_eps=1e-5,
-        rope_theta=1e6,
-        context_length=202752,
-    ),
-    "moonlight": Shape(
-        name="Moonlight-16B-A3B",
-        hidden_size=2048,
-        num_hidden_layers=27,
-        intermediate_size=11264,
-        moe_intermediate_size=1408,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        num_attention_heads=16,
-        vocab_size=163840,
-        routed_scaling_factor=2.446,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        rms_norm_eps=1e-5,
-        rope_theta=50000.0,
-        context_length=8192,
-    ),
-    "tiny": Shape(
-        name="tiny",
-        hidden_size=256,
-        num_hidden_layers=4,
-        intermediate_size=512,
-        moe_intermediate_size=128,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        num_attention_heads=4,
-        vocab_size=512,
-        q_lora_rank=96,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
-        routed_scaling_factor=2.5,
-        norm_topk_prob=True,
-        scoring_func="sigmoid",
-        n_group=4,
-        topk_group=2,
-        context_length=1024,
-        yarn_factor=4.0,
-        yarn_original=256,
-    ),
-}
-
-
-class Tensor(NamedTuple):
-    name: str
-    shape: tuple[int, ...]  # NumPy order, columns last
-    qtype: int
-    pieces: Callable[[], Iterator[np.ndarray]]  # the tensor's bytes, in order
-
-    @property
-    def nbytes(self) -> int:
-        return ggml.row_bytes(self.qtype, self.shape[-1]) * int(np.prod(self.shape[:-1]))
+#: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
+MakeMatrix = Callable[..., NewTensor]
 
 
 def make_model(
@@ -272,14 +81,13 @@ def make_model(
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
     path = Path(path)
-    total = sum(t.nbytes for t in tensors)
-    _check_space(path, total)
+    outputs.check_space(path, sum(t.nbytes for t in tensors))
     with outputs.replacing(path) as part:
-        _write(part, shape, layout, qtype, tokenizer, tensors, total, progress)
+        gguf_writer.write(part, ARCHITECTURE, model_metadata(shape, layout, qtype) | tokenizer, tensors, progress)
     return path
 
 
-def _resolve(shape, layers):
+def _resolve(shape: str | Shape, layers: int | None) -> Shape:
     if isinstance(shape, str):
         if shape not in PRESETS:
             raise PymlaError(f"unknown preset {shape!r}; choose {', '.join(PRESETS)}")
@@ -291,7 +99,7 @@ def _resolve(shape, layers):
     return shape
 
 
-def _type_id(qtype):
+def _type_id(qtype: int | str) -> int:
     if isinstance(qtype, str):
         qtype = ggml.ID.get(qtype.upper(), qtype)
     if qtype not in QTYPES:
@@ -301,105 +109,7 @@ def _type_id(qtype):
     return qtype
 
 
-def _check_space(path, needed):
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot write there ({error.strerror})") from error
-    if needed > free:
-        raise PymlaError(
-            f"{path}: needs {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free; take fewer --layers"
-        )
-
-
-def _write(path, shape, layout, qtype, tokenizer, tensors, total, progress):
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    try:
-        _add_metadata(writer, shape, layout, qtype)
-        for key, value in tokenizer.items():
-            _add_value(writer, key, value)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.qtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        file = writer.fout[0]
-        writer.write_padding(file, file.tell())
-        done = 0
-        for tensor in tensors:
-            for piece in tensor.pieces():
-                file.write(piece.data)
-                done += piece.nbytes
-                if progress:
-                    progress(done, total)
-            writer.write_padding(file, tensor.nbytes)
-    finally:
-        writer.close()
-
-
-def _add_metadata(w, shape, layout, qtype):
-    head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
-    w.add_type("model")
-    w.add_name(shape.name)
-    w.add_block_count(shape.num_hidden_layers)
-    w.add_context_length(shape.context_length)
-    w.add_embedding_length(shape.hidden_size)
-    w.add_feed_forward_length(shape.intermediate_size)
-    w.add_head_count(shape.num_attention_heads)
-    w.add_rope_freq_base(shape.rope_theta)
-    w.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    w.add_expert_used_count(shape.num_experts_per_tok)
-    if shape.n_group > 1:
-        w.add_expert_group_count(shape.n_group)
-        w.add_expert_group_used_count(shape.topk_group)
-    w.add_file_type(FILE_TYPES[qtype])
-    w.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    w.add_leading_dense_block_count(min(shape.first_k_dense_replace, shape.num_hidden_layers))
-    w.add_vocab_size(shape.vocab_size)
-    if shape.q_lora_rank:
-        w.add_q_lora_rank(shape.q_lora_rank)
-    w.add_kv_lora_rank(shape.kv_lora_rank)
-    if layout == "split":
-        w.add_head_count_kv(1)
-        w.add_key_length(shape.kv_lora_rank + shape.qk_rope_head_dim)
-        w.add_value_length(shape.kv_lora_rank)
-        w.add_key_length_mla(head_dim)
-        w.add_value_length_mla(shape.v_head_dim)
-    else:
-        w.add_head_count_kv(shape.num_attention_heads)
-        w.add_key_length(head_dim)
-        w.add_value_length(shape.v_head_dim)
-    w.add_expert_feed_forward_length(shape.moe_intermediate_size)
-    w.add_expert_count(shape.n_routed_experts)
-    w.add_expert_shared_count(shape.n_shared_experts)
-    w.add_expert_weights_scale(shape.routed_scaling_factor)
-    w.add_expert_weights_norm(shape.norm_topk_prob)
-    w.add_expert_gating_func(gguf.ExpertGatingFuncType[shape.scoring_func.upper()])
-    w.add_rope_dimension_count(shape.qk_rope_head_dim)
-    if shape.yarn_factor > 1:
-        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        w.add_rope_scaling_factor(shape.yarn_factor)
-        w.add_rope_scaling_orig_ctx_len(shape.yarn_original)
-        w.add_rope_scaling_yarn_log_mul(0.1 * shape.mscale_all_dim)
-        w.add_rope_scaling_yarn_beta_fast(shape.beta_fast)
-        w.add_rope_scaling_yarn_beta_slow(shape.beta_slow)
-
-
-def _add_value(writer, key, value):
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, np.ndarray):
-        kind = GGUFValueType.FLOAT32 if value.dtype.kind == "f" else GGUFValueType.INT32
-        writer.add_key_value(key, value.tolist(), GGUFValueType.ARRAY, kind)
-    else:
-        writer.add_array(key, value)
-
-
-def _copied_tokenizer(path, vocab_size):
+def _copied_tokenizer(path: str | Path, vocab_size: int) -> dict[str, Value]:
     """The ``tokenizer.*`` metadata of a GGUF file, tokens padded to `vocab_size`."""
     metadata = ModelFile.open(path).metadata
     tokenizer = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
@@ -418,11 +128,11 @@ def _copied_tokenizer(path, vocab_size):
     return tokenizer
 
 
-def _padding(start, stop):
+def _padding(start: int, stop: int) -> list[str]:
     return [f"[PAD{i}]" for i in range(start, stop)]
 
 
-def synthetic_tokenizer(vocab_size: int) -> dict[str, Any]:
+def synthetic_tokenizer(vocab_size: int) -> dict[str, Value]:
     """GGUF metadata of a byte-level BPE: 256 bytes, two special tokens, merges of two letters, and padding.
 
     Parameters
@@ -439,7 +149,7 @@ def synthetic_tokenizer(vocab_size: int) -> dict[str, Any]:
     letters = "abcdefghijklmnopqrstuvwxyz"
     pairs = [(left, right) for left in "Ġ" + letters for right in letters][: vocab_size - 258]
     specials = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
-    tokens = [*_byte_alphabet(), *(left + right for left, right in pairs)]
+    tokens = [*CHARACTERS, *(left + right for left, right in pairs)]
     types = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * 2
     bos = len(tokens)
     tokens += specials
@@ -460,23 +170,16 @@ def synthetic_tokenizer(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _byte_alphabet():
-    """GPT-2's printable character for every byte, in order of the byte."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def model_tensors(s: Shape, layout, qtype, output_type, seed) -> Iterator[Tensor]:
-    """Every tensor of the file, in llama.cpp's order; weights are drawn when `Tensor.pieces` is called."""
+def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int) -> Iterator[NewTensor]:
+    """Every tensor of the file, in llama.cpp's order; weights are drawn when `NewTensor.pieces` is called."""
 
     def matrix(name, *shape, qtype=qtype, std=None):
         qtype = fitting_type(qtype, shape[-1])
         std = shape[-1] ** -0.5 if std is None else std
-        return Tensor(name, shape, qtype, lambda: random_blocks(seed, name, int(np.prod(shape)), qtype, std))
+        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, int(np.prod(shape)), qtype, std))
 
     def norm(name, size):
-        return Tensor(name, (size,), ggml.F32, lambda: iter([_normal(seed, name, size) * np.float32(0.1) + 1]))
+        return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
@@ -513,7 +216,9 @@ def model_tensors(s: Shape, layout, qtype, output_type, seed) -> Iterator[Tensor
             yield from _ffn(matrix, blk, "_shexp", (), s.moe_intermediate_size * s.n_shared_experts, hidden)
 
 
-def _ffn(matrix, blk, suffix, experts, inner, hidden):
+def _ffn(
+    matrix: MakeMatrix, blk: str, suffix: str, experts: tuple[int, ...], inner: int, hidden: int
+) -> Iterator[NewTensor]:
     yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_up{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
@@ -527,7 +232,7 @@ def fitting_type(qtype: int, columns: int) -> int:
     return ggml.F16
 
 
-def _split_kv_b(s, kv_b, blk, flat):
+def _split_kv_b(s: Shape, kv_b: NewTensor, blk: str, flat: bool) -> Iterator[NewTensor]:
     """k_b [H, rank, nope] and v_b [H, v, rank], the same weights as `kv_b`; two-dimensional if `flat`."""
     heads, nope, rank = s.num_attention_heads, s.qk_nope_head_dim, s.kv_lora_rank
     k_type = fitting_type(kv_b.qtype, nope)
@@ -546,102 +251,9 @@ def _split_kv_b(s, kv_b, blk, flat):
     k_shape, v_shape = (heads, rank, nope), (heads, s.v_head_dim, rank)
     if flat:
         k_shape, v_shape = (heads * rank, nope), (heads * s.v_head_dim, rank)
-    yield Tensor(blk + "attn_k_b.weight", k_shape, k_type, k_b)
-    yield Tensor(blk + "attn_v_b.weight", v_shape, kv_b.qtype, v_b)
+    yield NewTensor(blk + "attn_k_b.weight", k_shape, k_type, k_b)
+    yield NewTensor(blk + "attn_v_b.weight", v_shape, kv_b.qtype, v_b)
 
-
-def _bits(seed, name):
-    """Random bits of a tensor. SFC64 gives 2.7 GB/s, more than a disk takes."""
-    return np.random.SFC64(np.random.SeedSequence([seed, *name.encode()]))
-
-
-def _normal(seed, name, size):
-    return np.random.Generator(_bits(seed, name)).standard_normal(size, np.float32)
-
-
-def random_blocks(seed, name, count, qtype, std) -> Iterator[np.ndarray]:
-    """Bytes of `count` weights of mean 0 and standard deviation `std`, in pieces."""
-    bits = _bits(seed, name)
-    fill = _FILL[qtype]
-    blocks = count // ggml.BLOCK_SIZE[qtype]
-    step = CHUNK_BYTES // ggml.BLOCK_BYTES[qtype]
-    for start in range(0, blocks, step):
-        yield fill(bits, min(step, blocks - start), qtype, std)
-
-
-def _raw(bits, count, width):
-    """`count` rows of `width` random bytes."""
-    nbytes = count * width
-    return bits.random_raw(-(-nbytes // 8)).view(np.uint8)[:nbytes].reshape(count, width)
-
-
-@functools.cache
-def _quantiles():
-    """65,536 equally probable values of the normal distribution: random 16-bit integers pick from them."""
-    normal = statistics.NormalDist()
-    values = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)])
-    return (values / values.std()).astype(np.float32)
-
-
-def _floats(bits, count, qtype, std):
-    width = ggml.BLOCK_BYTES[qtype]
-    table = quantise(_quantiles() * np.float32(std), qtype).view(np.dtype(f"u{width}"))
-    return table[_raw(bits, count, 2).view(np.uint16)[:, 0]]
-
-
-def _scales(size, signed):
-    """256 block scales of root mean square `size`, from half to three halves of it."""
-    scales = np.linspace(0.5, 1.5, 256)
-    if signed:
-        scales[1::2] *= -1
-    return (scales * size / np.sqrt(np.mean(scales**2))).astype(np.float16)
-
-
-# The codes are uniform. Their mean is half a step below zero, which would give every matrix one direction that it
-# amplifies far above the others; scales of random sign cancel it, and real files have scales of both signs too.
-
-
-def _blocks(bits, count, qtype, std, mean_square, minimum=None):
-    """Blocks of uniform codes of a mean square, or of a variance where each block has a minimum in units of its
-    scale."""
-    blocks = _raw(bits, count, ggml.BLOCK_BYTES[qtype])
-    d = _scales(std / np.sqrt(mean_square), signed=minimum is None)[blocks[:, 0]]
-    halves = [d]
-    if minimum is not None:
-        halves.append((d.astype(np.float32) * np.float32(minimum)).astype(np.float16))
-    blocks[:, : 2 * len(halves)] = np.stack(halves, axis=1).view(np.uint8)
-    return blocks
-
-
-def _blocks_q8_0(bits, count, qtype, std):
-    blocks = _raw(bits, count, 34)
-    d = _scales(std / np.sqrt(127 * 128 / 3), signed=True)[blocks[:, 0]]
-    codes = blocks[:, 2:].view(np.int8)
-    np.maximum(codes, -127, out=codes)  # no quantiser writes -128
-    blocks[:, :2] = d[:, None].view(np.uint8)
-    return blocks
-
-
-def _blocks_q6_k(bits, count, qtype, std):
-    blocks = _raw(bits, count, 210)
-    scales = blocks[:, 192:208]
-    # From ±64 to ±127; 341.5 is the mean square of the codes -32..31.
-    scales[...] = np.where(scales & 1, 64 + (scales >> 2), 192 - (scales >> 2))
-    mean_square = np.mean(np.arange(64, 128) ** 2)
-    d = _scales(std / np.sqrt(341.5 * mean_square), signed=True)[blocks[:, 208]]
-    blocks[:, 208:] = d[:, None].view(np.uint8)
-    return blocks
-
-
-_FILL = {
-    ggml.F32: _floats,
-    ggml.F16: _floats,
-    ggml.BF16: _floats,
-    ggml.Q4_0: functools.partial(_blocks, mean_square=21.5),  # of -8..7
-    ggml.Q4_1: functools.partial(_blocks, mean_square=21.25, minimum=-7.5),  # the variance of 0..15
-    ggml.Q8_0: _blocks_q8_0,
-    ggml.Q6_K: _blocks_q6_k,
-}
 
 EXAMPLES = """\b
 Examples:

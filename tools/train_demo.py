@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pymla.make.convert import convert
-from pymla.text.tokenizer import PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 

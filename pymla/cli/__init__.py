@@ -11,7 +11,7 @@ from pymla.printable import one_line
 ADDRESSES = 512 << 20
 
 
-def main():
+def main() -> None:
     """The console script: errors that the user can mend are one line and exit code 2; an interrupt is 130."""
     interrupt.take_over()
     _prepare_streams()
@@ -30,7 +30,7 @@ def main():
     sys.exit(code)
 
 
-def _run():
+def _run() -> int:
     """Run the command that was given. Returns the exit code."""
     # Imported here, so that an interrupt finds its handler while they are imported.
     from pymla.host.memory import address_space, size_text
@@ -61,7 +61,7 @@ def _run():
         return _fail_to_write(error)
 
 
-def _prepare_streams():
+def _prepare_streams() -> None:
     """Characters that the terminal's encoding lacks are escaped; a stream that the caller closed takes anything."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -70,14 +70,15 @@ def _prepare_streams():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _fail_to_write(error):
-    """What the system refused. Whoever closes the output knows it, so that goes without a word."""
+def _fail_to_write(error: OSError) -> int:
+    """Print an error of the system, and return the exit code. A closed pipe is no error worth a message."""
     if isinstance(error, BrokenPipeError):
         return 1
     return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
 
 
-def _fail(message):
+def _fail(message: object) -> int:
+    """Print an error, and return the exit code."""
     import contextlib
 
     with contextlib.suppress(OSError):  # standard error may be full, too

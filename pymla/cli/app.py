@@ -1,6 +1,7 @@
 """The group of commands: a module for each, imported when it is called."""
 
 import importlib
+from typing import Any
 
 import click
 
@@ -17,22 +18,22 @@ COMMANDS = {
 
 
 class _Commands(click.Group):
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
 
-    def get_command(self, ctx, name):
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
         return getattr(importlib.import_module(f"pymla.cli.{name}"), name)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except PymlaError as error:
-            command = self.get_command(ctx, ctx.invoked_subcommand) or self
+            command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             raise type(error)(as_options(error, command)) from error
 
-    def format_commands(self, ctx, formatter):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # From the table, so that no command is imported for it.
         with formatter.section("Commands"):
             formatter.write_dl(sorted(COMMANDS.items()))
@@ -41,7 +42,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="pymla")
 @click.pass_context
-def group(ctx):
+def group(ctx: click.Context) -> None:
     """Run DeepSeek-family models from GGUF files.
 
     \b

@@ -3,21 +3,25 @@
 import contextlib
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
+from pymla.backend import Rates
 from pymla.cli import interrupt
 from pymla.cli.device import check_tensors_option, device_options
-from pymla.cli.generate import Terminal
+from pymla.cli.terminal import Terminal
 from pymla.engine.cache import row_layout
 from pymla.engine.filecheck import examine
 from pymla.engine.loading import demo_path, find_device, load
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
+from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
-from pymla.measure import sweep
+from pymla.measure.sweep import Row
 from pymla.models.deepseek2 import MLA_MODES
 from pymla.pages import CACHE_TYPES
 
@@ -75,19 +79,19 @@ there are no shares."""
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write everything measured as JSON.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw PP and TG against N_KV: .png or .svg.")
 def bench(
-    paths,
-    mla,
-    cache_type,
-    threads,
-    device,
-    gpu_layers,
-    cpu_moe,
-    check_tensors,
-    csv_path,
-    json_path,
-    plot_path,
-    **options,
-):
+    paths: tuple[Path, ...],
+    mla: str,
+    cache_type: str,
+    threads: int | None,
+    device: str,
+    gpu_layers: int | str | None,
+    cpu_moe: bool,
+    check_tensors: bool,
+    csv_path: Path | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+    **options: Any,
+) -> int:
     """Measure prompt and generation speed as the context grows.
 
     The table goes to standard output, row by row; progress goes to standard error. An interrupt or an error ends the
@@ -95,20 +99,21 @@ def bench(
     """
     modes = _modes(mla)
     runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
-    files = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
-    files = {option: path for option, path in files.items() if path}
+    outs = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
+    files = {option: path for option, path in outs.items() if path}
     outputs.check(files, [part for run in runs for part in run.parts], devices=True)
     if plot_path:
         plotting.check(plot_path)
     device, why_cpu = find_device(device)
-    limits = sweep.measure_limits(device, threads)
+    limits = facts.measure_limits(device, threads)
     if why_cpu:
         Terminal().running(f"the CPU: {why_cpu}")
-    about = sweep.facts(limits, device)
-    click.echo(sweep.describe(about))
-    loading = {"cache_type": cache_type, "threads": threads, "device": device}
+    about = facts.gather(limits, device)
+    click.echo(facts.describe(about))
+    loading: dict[str, Any] = {"cache_type": cache_type, "threads": threads, "device": device}
     loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
-    rows, code, failure = [], 0, None
+    rows: list[Row] = []
+    code, failure = 0, None
     try:
         with contextlib.ExitStack() as rest:
             for run in runs:
@@ -130,18 +135,18 @@ def bench(
     return code
 
 
-def _write(files, rows, limits, about):
+def _write(files: dict[str, Path], rows: list[Row], limits: Rates, about: dict[str, Any]) -> None:
     """Write all files that can be written, and then raise PymlaError for the others."""
     failures = []
     for option, path in files.items():
         try:
             if option == "--csv":
                 stream = io.StringIO(newline="")
-                sweep.write_csv(stream, rows, limits)
+                table.write_csv(stream, rows, limits)
                 # A model's file may have a name that is not Unicode.
                 outputs.write(path, stream.getvalue().encode(errors="backslashreplace"))
             elif option == "--json":
-                report = json.dumps(sweep.report(rows, limits, about), indent=1) + "\n"
+                report = json.dumps(table.report(rows, limits, about), indent=1) + "\n"
                 outputs.write(path, report.encode())
             else:
                 plotting.sweep(_series(rows), path, _title(rows, about))
@@ -152,9 +157,9 @@ def _write(files, rows, limits, about):
 
 
 class _Run:
-    """A file and what is measured on it."""
+    """A file, and the points of the sweep that are measured on it."""
 
-    def __init__(self, path, modes, cache_type, check_tensors, options):
+    def __init__(self, path: Path, modes: list[str], cache_type: str, check_tensors: bool, options: dict[str, Any]):
         self._path = path
         file = ModelFile.open(path)
         self.parts = file.parts
@@ -167,10 +172,21 @@ class _Run:
         self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
 
-    def _plan(self, ctx, pp, tg, depths, prompt, repeat, seed):
+    def _plan(
+        self,
+        ctx: int | None,
+        pp: int | None,
+        tg: int | None,
+        depths: str | None,
+        prompt: int | None,
+        repeat: int,
+        seed: int,
+    ) -> tuple[int, sweep.Settings]:
+        """Tokens of context, and the points."""
         if prompt is not None and (pp, tg, depths) != (None, None, None):
             raise PymlaError("--prompt measures one prompt from an empty cache: leave out --pp, --tg and --depths")
         pp, tg = (512 if pp is None else pp), (128 if tg is None else tg)
+        points: tuple[int, ...]
         if prompt is not None:
             pp, tg, points = prompt, 0, (0,)
         elif depths is not None:
@@ -190,7 +206,7 @@ class _Run:
             )
         return needed, settings
 
-    def rows(self, limits, **options):
+    def rows(self, limits: Rates, **options: Any) -> Iterator[Row]:
         """Load the model, measure, print."""
         terminal = _Terminal()
         with terminal, load(self._path, ctx=self._ctx, report=terminal, **options) as language_model:
@@ -198,25 +214,25 @@ class _Run:
             name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
             if language_model.device != "cpu":
                 name += f", {language_model.device}"
-            click.echo(f"\n{name}\n\n{sweep.header()}")
+            click.echo(f"\n{name}\n\n{table.header()}")
             terminal.begin("")
             with interrupt.graceful():
                 for row in sweep.sweep(language_model, self._settings, terminal.measuring):
                     # A bar and the table would otherwise write on the same line of the terminal.
                     terminal.close()
-                    click.echo(sweep.line(row, limits))
+                    click.echo(table.line(row, limits))
                     yield row
 
 
 class _Terminal(Terminal):
     """Progress on standard error, with the tokens of a sweep."""
 
-    def measuring(self, done, total):
+    def measuring(self, done: int, total: int) -> None:
         """Tokens that have been through the model."""
-        self._show("measuring, tokens", done, total)
+        self.show("measuring, tokens", done, total)
 
 
-def _modes(text):
+def _modes(text: str) -> list[str]:
     modes = [part.strip() for part in text.split(",")]
     for mode in modes:
         if mode not in MLA_MODES:
@@ -224,16 +240,16 @@ def _modes(text):
     return list(dict.fromkeys(modes))
 
 
-def _numbers(text):
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise PymlaError(f"--depths {text!r}: write numbers with commas between, as in 0,4096,15872") from None
 
 
-def _series(rows):
+def _series(rows: list[Row]) -> list[plotting.Series]:
     """A line for each file and variant."""
-    groups = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.model, row.mla), []).append(row)
     models = {model for model, _ in groups}
@@ -250,12 +266,12 @@ def _series(rows):
     ]
 
 
-def _range(tokens, seconds):
+def _range(tokens: int, seconds: Sequence[float]) -> tuple[float, float]:
     return (tokens / max(seconds), tokens / min(seconds)) if tokens else (0, 0)
 
 
-def _title(rows, about):
+def _title(rows: list[Row], about: dict[str, Any]) -> str:
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     row = rows[0]
     settings = f"PP {row.pp}, TG {row.tg}, {row.cache_type} cache, {row.device}"
-    return f"{models}: {settings}\n{sweep.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"
+    return f"{models}: {settings}\n{facts.describe_machine(about)}, pymla {about['pymla']}, {about['date'][:10]}"

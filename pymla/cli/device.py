@@ -1,4 +1,7 @@
-"""Options that several commands have: where a model runs, for every command that runs one, and what is checked."""
+"""Options that several commands have: the device that a model runs on, and how thoroughly its file is checked."""
+
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -10,7 +13,7 @@ class _Layers(click.ParamType):
 
     name = "layers"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "all":
             return value
         return click.IntRange(min=1).convert(value, param, ctx)
@@ -23,7 +26,7 @@ check_tensors_option = click.option(
 )
 
 
-def device_options(command):
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--device``, ``--gpu-layers`` and ``--cpu-moe``."""
     for option in (
         click.option("--cpu-moe", is_flag=True, help="Keep the routed experts, most of a model's bytes, on the CPU."),

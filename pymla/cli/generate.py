@@ -1,26 +1,24 @@
 """``pymla generate``: text from a prompt."""
 
 import dataclasses
-import json
-import os
-import sys
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from pymla.cli import interrupt
+from pymla.cli import figures, interrupt
 from pymla.cli.device import check_tensors_option, device_options
-from pymla.cli.options import as_options
+from pymla.cli.inputs import argument, biases, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
-from pymla.engine.loading import Report, load
+from pymla.cli.terminal import Terminal
+from pymla.engine.generation import Generation
+from pymla.engine.loading import LanguageModel, load
 from pymla.errors import PymlaError
-from pymla.files.textfile import decode
 from pymla.models.deepseek2 import MLA_MODES
-from pymla.printable import one_line, shown
+from pymla.pages import CACHE_TYPES
 from pymla.text.sampling import SamplingParams
+from pymla.text.tokenizer import Tokenizer
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -37,7 +35,7 @@ Examples:
 Tokens are chosen in llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature."""
 
 
-def _sampling(name, kind, help_):
+def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
     option = "--" + name.replace("_", "-")
     return click.option(option, name, type=kind, default=DEFAULTS[name], show_default=True, help=help_)
 
@@ -81,7 +79,7 @@ def _sampling(name, kind, help_):
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]"
 )
-@click.option("--cache-type", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), default="q8_0", show_default=True)
+@click.option("--cache-type", type=click.Choice(list(CACHE_TYPES)), default="q8_0", show_default=True)
 @click.option(
     "--mla",
     type=click.Choice(MLA_MODES),
@@ -99,29 +97,29 @@ def _sampling(name, kind, help_):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and figures.")
 @click.option("--quiet", is_flag=True, help="Nothing but the generated text; no figures.")
 def generate(
-    path,
-    prompt,
-    prompt_file,
-    max_tokens,
-    chat,
-    system,
-    chat_template,
-    template_vars,
-    logit_bias,
-    seed,
-    stop,
-    logprobs,
-    echo,
-    as_json,
-    quiet,
-    **rest,
-):
+    path: Path | None,
+    prompt: str | None,
+    prompt_file: Path | None,
+    max_tokens: int,
+    chat: bool,
+    system: str | None,
+    chat_template: Path | None,
+    template_vars: tuple[str, ...],
+    logit_bias: tuple[str, ...],
+    seed: int | None,
+    stop: tuple[str, ...],
+    logprobs: int,
+    echo: bool | None,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> int:
     """Generate text that continues PROMPT, given as an argument, in a file (-f) or on standard input.
 
     Text goes to standard output; figures and progress go to standard error.
     """
     options = {name: rest.pop(name) for name in list(rest) if name in DEFAULTS}
-    options |= {"logit_bias": _biases(logit_bias), "seed": seed, "logprobs": logprobs}
+    options |= {"logit_bias": biases(logit_bias), "seed": seed, "logprobs": logprobs}
     SamplingParams(**options)
     chat = chat or chat_template is not None
     for option, given in (("--system", system is not None), ("--template-var", template_vars)):
@@ -129,205 +127,84 @@ def generate(
             raise PymlaError(f"{option} is for conversations: give --chat, too")
     if logprobs and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
-    template = None if chat_template is None else _read(chat_template)
-    variables = _variables(template_vars)
-    text = _prompt(prompt, prompt_file)
+    conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
+    text = prompt_text(prompt, prompt_file)
     terminal = Terminal(quiet)
     with terminal:
         language_model = load(path, report=terminal, **rest)
-    if chat:
-        name = f"{chat_template}: this" if chat_template else f"{language_model.file.path}: the model's"
-        ids = _conversation(language_model.tokenizer, text, system, template, variables, f"{name} chat template")
-    else:
-        ids = language_model.tokenize(text)
-        _warn_of_bos(language_model.tokenizer, text, terminal)
+    ids = _token_ids(language_model, text, conversation, terminal)
     terminal.begin("prompt, layers", enabled=not as_json)
-    stop = tuple(map(_argument, stop))
-    generation = language_model.generation(ids, max_tokens=max_tokens, stop=stop, progress=terminal.prompt, **options)
+    stops = tuple(map(argument, stop))
+    generation = language_model.generation(ids, max_tokens=max_tokens, stop=stops, progress=terminal.prompt, **options)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:
         write_text(text)
+    generated = _run(generation, terminal, printing=not as_json)
+    if as_json:
+        write_json(({"prompt": text} if echo else {}) | figures.as_json(language_model, generation, generated))
+    elif not quiet:
+        click.echo()
+    if generation.finish_reason == "context":
+        terminal.warn(f"the context of {language_model.model.ctx} tokens is full; raise --ctx for more")
+    if not quiet:
+        click.echo(figures.as_line(language_model, generation), err=True)
+    return interrupt.CODE if generation.finish_reason == "interrupted" else 0
+
+
+class _Conversation(NamedTuple):
+    """The parts of a conversation besides the prompt, with ``--chat``."""
+
+    system: str | None
+    template: str | None  # None: the model's own
+    variables: dict[str, Any]
+    path: Path | None  # of the template
+
+    @classmethod
+    def read(cls, system: str | None, path: Path | None, template_vars: Iterable[str]) -> "_Conversation":
+        return cls(system, None if path is None else read(path), variables(template_vars), path)
+
+
+def _token_ids(
+    language_model: LanguageModel, text: str, conversation: _Conversation | None, terminal: Terminal
+) -> list[int]:
+    """Token ids of the prompt, or of a conversation with one message of the user."""
+    if conversation is None:
+        ids = language_model.tokenize(text)
+        _warn_of_bos(language_model.tokenizer, text, terminal)
+        return ids
+    from pymla.text.chat import encode
+
+    messages = [{"role": "system", "content": argument(conversation.system)}] if conversation.system else []
+    messages.append({"role": "user", "content": text})
+    name = f"{conversation.path}: this" if conversation.path else f"{language_model.file.path}: the model's"
+    return encode(
+        language_model.tokenizer,
+        messages,
+        chat_template=conversation.template,
+        variables=conversation.variables,
+        where=f"{name} chat template",
+    )
+
+
+def _run(generation: Generation, terminal: Terminal, printing: bool) -> str:
+    """The text, printed as it comes, until it ends or the user interrupts it."""
     pieces = []
     try:
         with interrupt.graceful():
             for piece in generation:
                 terminal.close()
                 pieces.append(piece)
-                if not as_json:
+                if printing:
                     write_text(piece)
     except KeyboardInterrupt:
         pass
     finally:
         terminal.close()
-    if as_json:
-        write_json(({"prompt": text} if echo else {}) | _report(language_model, generation, "".join(pieces)))
-    elif not quiet:
-        click.echo()
-    if generation.finish_reason == "context":
-        terminal.warn(f"the context of {language_model.model.ctx} tokens is full; raise --ctx for more")
-    if not quiet:
-        click.echo(_figures(language_model, generation), err=True)
-    return interrupt.CODE if generation.finish_reason == "interrupted" else 0
+    return "".join(pieces)
 
 
-class Terminal(Report):
-    """Progress and warnings on standard error. A bar appears only for work that takes longer than a second."""
-
-    def __init__(self, quiet=False):
-        self._console = Console(stderr=True)
-        self._quiet = quiet
-        self._bar = None
-        self._task = None
-        self.begin("")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
-    def begin(self, title, enabled=True):
-        """Another piece of work starts."""
-        self.close()
-        self._title, self._began = title, time.monotonic()
-        self._enabled = enabled and not self._quiet
-
-    def close(self):
-        """Take the bar away."""
-        if self._bar:
-            self._bar.stop()
-        self._bar = None
-        interrupt.terminal_reset = b""
-
-    def warn(self, message):
-        message = as_options(message, click.get_current_context().command)
-        click.echo(f"pymla: warning: {one_line(message)}", err=True)
-
-    def running(self, where):
-        if not self._quiet:
-            click.echo(f"pymla: running on {one_line(where)}", err=True)
-
-    def reading(self, done, total):
-        self._show("reading the model, MiB", done >> 20, total >> 20)
-
-    def checking(self, done, total):
-        self._show("checking tensors, MiB", done >> 20, total >> 20)
-
-    def arranging(self, done, total):
-        self._show("arranging weights, layers", done, total)
-
-    def uploading(self, done, total):
-        self._show("sending weights to the GPU, MiB", done >> 20, total >> 20)
-
-    def compiling(self, done, total, name):
-        self._show("compiling kernels (once; they are kept on disk)", done, total, delay=0)
-
-    def prompt(self, done, total):
-        self._show("prompt, layers", done, total)
-
-    def _show(self, title, done, total, delay=1.0):
-        if title != self._title:
-            self.begin(title)
-        if not self._enabled or time.monotonic() - self._began < delay:
-            return
-        if not self._console.is_terminal:
-            if self._bar is None and done < total:
-                click.echo(f"pymla: {title} …", err=True)
-                self._bar = _NoBar()
-            return
-        if self._bar is None:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-            # Without a thread of its own, which a limit on processes may refuse.
-            self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
-            interrupt.terminal_reset = interrupt.WITHOUT_BAR
-            self._bar.start()
-            self._task = self._bar.add_task(title, total=total)
-        self._bar.update(self._task, completed=done, total=total, refresh=True)
-
-
-class _NoBar:
-    """Stands for a bar where standard error is no terminal: the title was printed once."""
-
-    def stop(self):
-        pass
-
-
-def _biases(pairs):
-    biases = {}
-    for pair in pairs:
-        token, _, value = pair.partition("=")
-        try:
-            biases[int(token)] = float(value)
-        except ValueError:
-            raise PymlaError(f"--logit-bias {pair!r}: write ID=VALUE, as in 42=-1.5") from None
-    return biases
-
-
-def _variables(pairs):
-    """Variables of a chat template, from NAME=VALUE."""
-    variables = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not (separator and name.isidentifier()):
-            raise PymlaError(f"--template-var {shown(pair)}: write NAME=VALUE, as in enable_thinking=false")
-        if name == "messages":
-            raise PymlaError("--template-var messages: the messages are the prompt and --system")
-        variables[name] = _json_or_text(value)
-    return variables
-
-
-def _json_or_text(value):
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        return json.loads(value, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return _argument(value)
-
-
-def _prompt(prompt, prompt_file):
-    if prompt is not None and prompt_file is not None:
-        raise PymlaError("give the prompt as an argument or with -f, not both")
-    if prompt is not None:
-        return _argument(prompt)
-    if prompt_file is not None:
-        return _read(prompt_file)
-    if sys.stdin.isatty():
-        click.echo("pymla: reading the prompt from the terminal; an end of file (Ctrl-D) ends it", err=True)
-    try:
-        return decode(sys.stdin.buffer.read(), "standard input")
-    except OSError as error:
-        raise PymlaError(f"standard input: {error.strerror}") from None
-
-
-def _read(path):
-    """The text of a file."""
-    try:
-        return decode(path.read_bytes(), path)
-    except OSError as error:
-        raise PymlaError(f"{path}: {error.strerror}") from None
-
-
-def _argument(text):
-    """An argument as it was typed: in a locale without UTF-8, Python has kept its bytes in surrogates."""
-    try:
-        return os.fsencode(text).decode()
-    except UnicodeError:
-        return text
-
-
-def _conversation(tokenizer, text, system, template, variables, where):
-    """Token ids of a conversation with one message of the user."""
-    from pymla.text.chat import encode
-
-    messages = [{"role": "system", "content": _argument(system)}] if system else []
-    messages.append({"role": "user", "content": text})
-    return encode(tokenizer, messages, chat_template=template, variables=variables, where=where)
-
-
-def _warn_of_bos(tokenizer, text, terminal):
+def _warn_of_bos(tokenizer: Tokenizer, text: str, terminal: Terminal) -> None:
     """Say so if a prompt begins with BOS, as one pasted from another program may."""
     bos = tokenizer.special_tokens.get("bos_token")
     if bos and text.startswith(bos):
@@ -335,58 +212,3 @@ def _warn_of_bos(tokenizer, text, terminal):
             "the model's BOS stands in front of it already" if tokenizer.add_bos else "use --chat for control tokens"
         )
         terminal.warn(f"the prompt begins with {bos}, which is read as text: {instead}; leave it out")
-
-
-def _report(language_model, generation, text):
-    stats = dataclasses.asdict(generation.stats)
-    stats |= {"prompt_tokens_per_second": generation.stats.prompt_rate}
-    stats |= {
-        "generated_tokens_per_second": generation.stats.generation_rate,
-        "memory_bound": _share(language_model, generation),
-    }
-    report = {
-        "model": str(language_model.file.path),
-        "device": language_model.device,
-        "text": text,
-        "tokens": generation.tokens,
-        "finish_reason": generation.finish_reason,
-        "stats": stats,
-    }
-    if generation.params.logprobs:
-        report["logprobs"] = [
-            {"token": s.token, "logprob": s.logprob, "top": [{"token": t, "logprob": p} for t, p in s.alternatives]}
-            for s in generation.sampled
-        ]
-    return report
-
-
-def _figures(language_model, generation):
-    stats, cache = generation.stats, language_model.model.cache
-    share = _share(language_model, generation)
-    return (
-        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_rate:.1f} tokens/s | "
-        f"generated {stats.generated_tokens}, {stats.generation_rate:.1f} tokens/s"
-        + (f", {share:.0%} of the memory bound" if share else "")
-        + f" | cache {stats.cache_tokens} tokens, {stats.cache_tokens * cache.row_bytes / (1 << 20):.1f} MiB"
-        + (" | interrupted" if generation.finish_reason == "interrupted" else "")
-    )
-
-
-def _share(language_model, generation):
-    """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
-    was generated, a GPU computed, or an interrupt leaves no time to measure."""
-    from pymla.engine.costs import token_bytes
-    from pymla.host.memory import streaming_read
-
-    interrupted = generation.finish_reason == "interrupted"
-    if interrupted or generation.stats.generated_tokens < 2 or "cuda" in language_model.device:
-        return 0.0
-    model = language_model.model
-    each = token_bytes(
-        language_model.config,
-        language_model.file.tensors,
-        max(1, generation.stats.cache_tokens),
-        cache_type=model.cache.cache_type,
-        mla=model.mla,
-    )
-    return each * generation.stats.generation_rate / streaming_read()

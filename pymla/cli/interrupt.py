@@ -1,24 +1,33 @@
-"""Ctrl-C ends the command line at once, with exit code 130 and without a traceback, whatever Python is doing.
+"""Ctrl-C ends the command line at once, with exit code 130 and without a traceback, even during a long call.
 
 Python's own answer, a `KeyboardInterrupt` in the main thread, waits until a library's call returns, as that of LLVM's
 compiler, and is lost where it comes up in a callback or a finaliser. Here the signal's handler ends the process. While
 the main thread is in a long call, and cannot run the handler, a thread does that, which the signal wakes.
 
-What must not be cut off runs in `graceful`: there an interrupt is a `KeyboardInterrupt`. A second one ends the process.
+Work that must not be cut off runs in `graceful`: there an interrupt is a `KeyboardInterrupt`, and a second one ends the
+process.
 """
 
 # Python answers until the handler is installed, so this module imports only what Python has loaded already: `signal`
 # would first make enumerations of the constants of `_signal`, which takes milliseconds.
+from __future__ import annotations
+
 import _signal as signal
 import atexit
 import os
 import sys
 
+TYPE_CHECKING = False  # as in `typing`, whose import takes milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from sys import UnraisableHookArgs
+    from typing import NoReturn
+
 #: The exit code.
 CODE = 130
 #: Clears the line of a progress bar of rich, and shows the cursor, which rich hides.
 WITHOUT_BAR = b"\r\x1b[2K\x1b[?25h"
-#: What to write to a terminal before the process ends: `WITHOUT_BAR` while there is a bar.
+#: Written to a terminal before the process ends: `WITHOUT_BAR` while there is a bar.
 terminal_reset = b""
 
 # Pieces of work that are in `graceful`.
@@ -30,7 +39,7 @@ _lost = False
 _wakeup = -1
 
 
-def take_over():
+def take_over() -> None:
     """Answer SIGINT for the rest of the process; not where it is ignored (``nohup``) or somebody else answers it."""
     global _wakeup
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -46,19 +55,19 @@ def take_over():
         _wakeup = _watch()
 
 
-def is_ours():
+def is_ours() -> bool:
     """Whether this module answers SIGINT."""
     return signal.getsignal(signal.SIGINT) is _handle
 
 
 class graceful:
-    """Do something that keeps what it has when it is interrupted: it gets a `KeyboardInterrupt`."""
+    """Context of work that keeps its results when it is interrupted: an interrupt is a `KeyboardInterrupt` there."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         global _graceful
         _graceful += 1
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         global _graceful, _lost
         _graceful -= 1
         if _lost and error is None:
@@ -66,7 +75,7 @@ class graceful:
             raise KeyboardInterrupt
 
 
-def exit_now():
+def exit_now() -> NoReturn:
     """End the process, without waiting for threads or finalisers."""
     try:
         if terminal_reset and os.isatty(2):
@@ -75,7 +84,7 @@ def exit_now():
         os._exit(CODE)
 
 
-def _handle(number, frame):
+def _handle(number: int, frame: object) -> NoReturn:
     """The handler, which Python runs in the main thread."""
     global _raised, _lost
     if not _graceful or (_raised and not _lost):
@@ -87,10 +96,10 @@ def _handle(number, frame):
 class _Unraisable:
     """Takes the place of `sys.unraisablehook`: a lost `KeyboardInterrupt` is raised again instead of printed."""
 
-    def __init__(self, hook):
+    def __init__(self, hook: Callable[[UnraisableHookArgs], object]):
         self._hook = hook
 
-    def __call__(self, unraisable):
+    def __call__(self, unraisable: UnraisableHookArgs) -> None:
         global _lost
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._hook(unraisable)
@@ -100,7 +109,7 @@ class _Unraisable:
             os.write(_wakeup, b"\0")
 
 
-def _watch():
+def _watch() -> int:
     """Start the thread that waits. Returns the end of a pipe to which Python writes the number of each signal; -1: the
     system gives this process no thread, and only the handler answers."""
     import threading
@@ -116,7 +125,7 @@ def _watch():
     return writing
 
 
-def _watching(reading):
+def _watching(reading: int) -> None:
     import threading
     import time
 

@@ -5,7 +5,7 @@ import re
 import click
 
 
-def as_options(message, command):
+def as_options(message: object, command: click.Command) -> str:
     """A message of the package with the options of a command in place of the arguments that it names.
 
     >>> command = click.Command("generate", params=[click.Option(["-n", "--max-tokens"])])
@@ -14,7 +14,7 @@ def as_options(message, command):
     """
     names = {each.name: max(each.opts, key=len) for each in command.params if isinstance(each, click.Option)}
 
-    def name(found):
+    def name(found: re.Match[str]) -> str:
         return names[found[1]] + (found[2] or "") if found[1] in names else found[0]
 
     return re.sub(r"`(\w+)(\[[^`\]]*\])?`", name, str(message))

@@ -1,7 +1,7 @@
 """Values of tensors that no sound file has: NaN, infinity, and zeros where a download has not written yet.
 
-What is looked at are the numbers that all weights of a block hang on: the weights themselves of float types, the scales
-of quantised ones. A weight is NaN or infinite if its block's scale is, and zero if its scale is.
+Float types are checked weight by weight, quantised types by the scales of their blocks: a weight is NaN, infinite or
+zero if the scale of its block is.
 
 Zeros are harder to judge, because sound files have some. Rows of tokens that only pad the vocabulary, and experts
 without use, are zero, but as whole rows. Weights too small for float16 become zero one by one, but keep their signs, or
@@ -37,7 +37,7 @@ class _Scales(NamedTuple):
     numbers: int
     dtype: str
     magnitude: int  # mask without the sign
-    infinity: int  # what is not below is infinite or NaN
+    infinity: int  # magnitudes from here on are infinite or NaN
 
 
 _FLOAT16 = ("<u2", 0x7FFF, 0x7C00)
@@ -50,7 +50,7 @@ _SCALES = {
 
 
 class Scan(NamedTuple):
-    """What is in a tensor. Blocks are counted from the tensor's first on; those of float types are single weights."""
+    """The result of `scan`. Blocks are counted from the tensor's first on; those of float types are single weights."""
 
     blocks: int
     not_finite: int  # blocks that hold NaN or infinity
@@ -75,7 +75,7 @@ class Scan(NamedTuple):
 
 
 def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Scan:
-    """Look at all of a tensor, `CHUNK_BYTES` at a time.
+    """Check all of a tensor, `CHUNK_BYTES` at a time.
 
     Parameters
     ----------
@@ -106,8 +106,8 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
 
 
 def samples(info: TensorInfo) -> tuple[np.ndarray, int]:
-    """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. Of a small tensor it
-    is the whole."""
+    """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. A small tensor is one
+    piece."""
     size = ggml.BLOCK_BYTES[info.qtype]
     blocks, length = info.data.size // size, HOLE_BYTES // size
     if blocks <= SAMPLES * length:

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import numpy as np
 
 from pymla.errors import PymlaError
 from pymla.files.checkpoint import read_json
+from pymla.make.model_metadata import Shape
 from pymla.models.config import MAX_CONTEXT, MAX_SIZE
+from pymla.printable import shown
 
 #: Value of scoring_func where config.json has none, by the class that reads it.
 ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
@@ -24,8 +26,8 @@ class Values:
         self.path = path
         self._values = {} if optional and not path.exists() else read_json(path)
 
-    def refuse(self, key: str, value: Any, reason: str):
-        raise PymlaError(f"{self.path}: {key} is {shown(value)}; {reason}")
+    def refuse(self, key: str, value: Any, reason: str) -> NoReturn:
+        raise PymlaError(f"{self.path}: {key} is {_json(value)}; {reason}")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None, among: dict | None = None) -> Any:
         """A value of one of some types, or the default where the key is absent or null."""
@@ -45,6 +47,12 @@ class Values:
         if not minimum <= value <= maximum:
             self.refuse(key, value, f"a number from {minimum} to {maximum} is expected")
         return value
+
+    @overload
+    def number(self, key: str, default: float, among: dict | None = None) -> float: ...
+
+    @overload
+    def number(self, key: str, default: None = None, among: dict | None = None) -> float | None: ...
 
     def number(self, key: str, default: float | None = None, among: dict | None = None) -> float | None:
         """A number that float32 holds, as GGUF has them; an integer will do."""
@@ -114,6 +122,45 @@ class HubConfig(Values):
     def context_length(self) -> int:
         return self.size("max_position_embeddings", maximum=MAX_CONTEXT)
 
+    def shape(self, name: str) -> Shape:
+        """Sizes and switches of the model, which is called `name`."""
+        size, experts, yarn = self.size, self.experts, "factor" in self.rope
+        # V2's "greedy" chooses among all experts, and ignores groups.
+        grouped = experts and size("n_group", 1) > 1 and self.topk_method != "greedy"
+        return Shape(
+            name=name,
+            hidden_size=size("hidden_size"),
+            num_hidden_layers=size("num_hidden_layers"),
+            intermediate_size=size("intermediate_size"),
+            moe_intermediate_size=size("moe_intermediate_size", size("intermediate_size")),
+            n_routed_experts=experts,
+            num_experts_per_tok=size("num_experts_per_tok") if experts else 0,
+            n_shared_experts=size("n_shared_experts", 0, 0),
+            num_attention_heads=size("num_attention_heads"),
+            vocab_size=size("vocab_size"),
+            first_k_dense_replace=self.dense_layers,
+            q_lora_rank=size("q_lora_rank", 0, 0),
+            kv_lora_rank=size("kv_lora_rank"),
+            qk_nope_head_dim=size("qk_nope_head_dim"),
+            qk_rope_head_dim=size("qk_rope_head_dim"),
+            v_head_dim=size("v_head_dim"),
+            routed_scaling_factor=self.number("routed_scaling_factor", 1.0),
+            norm_topk_prob=self.get("norm_topk_prob", bool, False),
+            scoring_func=self.scoring_func,
+            n_group=size("n_group") if grouped else 1,
+            topk_group=size("topk_group") if grouped else 1,
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6),
+            rope_theta=self.rope["rope_theta"],
+            context_length=self.context_length,
+            yarn_factor=self.rope["factor"] if yarn else 1.0,
+            yarn_original=self.rope["original"] if yarn else 0,
+            mscale_all_dim=self.rope["mscale_all_dim"] if yarn else 1.0,
+            # transformers takes 0 for its default, which is GGUF's, too.
+            beta_fast=(yarn and self.rope["beta_fast"]) or None,
+            beta_slow=(yarn and self.rope["beta_slow"]) or None,
+            tie_word_embeddings=self.get("tie_word_embeddings", bool, False),
+        )
+
     def _rope(self) -> dict[str, Any]:
         """Rope's parameters as transformers 5 names them, from older files, too."""
         rope = self.get("rope_parameters", dict) or self.get("rope_scaling", dict) or {}
@@ -124,7 +171,7 @@ class HubConfig(Values):
             return {"rope_theta": theta}
         if kind != "yarn":
             self.refuse("rope_type", kind, "yarn and default are converted")
-        yarn = {"rope_theta": theta, "factor": self.number("factor", among=rope)}
+        yarn: dict[str, Any] = {"rope_theta": theta, "factor": self.number("factor", among=rope)}
         yarn["original"] = self.get("original_max_position_embeddings", int, among=rope)
         for key, value in yarn.items():
             if value is None:
@@ -134,7 +181,7 @@ class HubConfig(Values):
         for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             yarn[key] = self.number(key, among=rope)
         if yarn["mscale"] != yarn["mscale_all_dim"] or not yarn["mscale"]:
-            equal = shown(yarn["mscale_all_dim"])
+            equal = _json(yarn["mscale_all_dim"])
             self.refuse("mscale", yarn["mscale"], f"it must equal mscale_all_dim, which is {equal}, and not be 0")
         self.require("truncate", bool, True, among=rope)
         if rope.get("attention_factor") is not None:
@@ -142,14 +189,9 @@ class HubConfig(Values):
         return yarn
 
 
-def shown(value: Any) -> str:
-    """A JSON value for a message: short, printable, on one line."""
-    if isinstance(value, list):
-        return f"an array of {len(value)}"
-    if isinstance(value, dict):
-        return "an object"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _json(value: Any) -> str:
+    """A JSON value for a message, as the file writes it."""
+    return "an object" if isinstance(value, dict) else shown(value, write=json.dumps)
 
 
 def _is_size(value: Any) -> bool:

@@ -5,22 +5,26 @@ ids in config.json, chat_template.jinja before the template in tokenizer_config.
 not used: it takes one id for the end of a text, and trusts the shape of everything in the files.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 from tokenizers import Tokenizer, normalizers
 
 from pymla.errors import PymlaError
+from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
-from pymla.make.hub_config import HubConfig, Values, shown
-from pymla.text.tokenizer import PRE_TOKENIZERS
+from pymla.make.hub_config import HubConfig, Values
+from pymla.printable import shown
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
 
-#: Keys of the tokens that end a text: the first one's and those of two more.
+#: Keys of up to three tokens that end a text.
 END_KEYS = ("eos", "eot", "eom")
 
 # Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
@@ -34,7 +38,7 @@ _USER_DEFINED = gguf.TokenType.USER_DEFINED
 
 
 class HubTokenizer(NamedTuple):
-    """What GGUF holds of a tokenizer."""
+    """A tokenizer as GGUF holds it."""
 
     tokens: list[str]
     types: list[gguf.TokenType]
@@ -44,21 +48,33 @@ class HubTokenizer(NamedTuple):
     ends: list[int]  # ids of all tokens that end a text, the most usual first
     add: dict[str, bool]  # whether bos and eos are put around a text, where the files say so
     chat_template: str | list[dict[str, str]] | None
-    notes: list[str]  # what a user should know
+    notes: list[str]  # for the user
 
-    def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Set the metadata."""
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+    def metadata(self) -> dict[str, Value]:
+        """Keys and values of the tokenizer."""
+        keys = gguf.Keys.Tokenizer
+        found: dict[str, Value] = {
+            keys.MODEL: "gpt2",
+            keys.PRE: self.pre,
+            keys.LIST: self.tokens,
+            keys.TOKEN_TYPE: np.array(self.types, np.int32),
+            keys.MERGES: self.merges,
+        }
         for name, token_id in (*self.special.items(), *zip(END_KEYS, self.ends, strict=False)):
-            getattr(writer, f"add_{name}_token_id")(token_id)
+            found[getattr(keys, f"{name.upper()}_ID")] = token_id
         for name, value in self.add.items():
-            getattr(writer, f"add_add_{name}_token")(value)
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+            found[getattr(keys, f"ADD_{name.upper()}")] = value
+        return found | self._templates()
+
+    def _templates(self) -> dict[str, Value]:
+        """The chat template, or several by name, in which GGUF has letters and digits only."""
+        keys = gguf.Keys.Tokenizer
+        if self.chat_template is None or isinstance(self.chat_template, str):
+            return {keys.CHAT_TEMPLATE: self.chat_template or ""}
+        named = {re.sub("[^a-zA-Z0-9]", "_", each["name"]): each["template"] for each in self.chat_template}
+        default = named.pop("default", "")
+        found: dict[str, Value] = {keys.CHAT_TEMPLATE_N.format(name=name): text for name, text in named.items() if name}
+        return found | {keys.CHAT_TEMPLATES: [name for name in named if name], keys.CHAT_TEMPLATE: default}
 
 
 def read_tokenizer(config: HubConfig, pre: str | None = None) -> HubTokenizer:
@@ -200,7 +216,9 @@ def _named(settings: Values, name: str, ids: dict[str, int]) -> int | None:
     return ids.get(token)
 
 
-def _special(settings, config, ids, vocab_size, notes) -> Iterator[tuple[str, int]]:
+def _special(
+    settings: Values, config: HubConfig, ids: dict[str, int], vocab_size: int, notes: list[str]
+) -> Iterator[tuple[str, int]]:
     """Names and ids of the special tokens that there are."""
     for name in _SPECIAL:
         token_id = _named(settings, name, ids)
@@ -210,9 +228,16 @@ def _special(settings, config, ids, vocab_size, notes) -> Iterator[tuple[str, in
             yield name, token_id
 
 
-def _ends(settings, config, ids, tokens, types, notes) -> Iterator[int]:
-    """Ids of tokens that end a text, each once: the one that the tokenizer names, those at which transformers ends a
-    generation, and those of config.json."""
+def _ends(
+    settings: Values,
+    config: HubConfig,
+    ids: dict[str, int],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    notes: list[str],
+) -> Iterator[int]:
+    """Ids of tokens that end a text, each once: first the token that the tokenizer names, then the tokens at which
+    transformers ends a generation, then the tokens of config.json."""
     first = _named(settings, "eos", ids)
     found = [] if first is None else [first]
     yield from found
@@ -242,7 +267,7 @@ def _is_token(token_id: int | None, where: str, vocab_size: int, notes: list[str
     return False
 
 
-def _added(settings, values, ids, bos: int | None, ends: list[int]) -> dict[str, bool]:
+def _added(settings: Values, values: Values, ids: dict[str, int], bos: int | None, ends: list[int]) -> dict[str, bool]:
     """Whether the tokenizer puts BOS and EOS around a text, where the files say so."""
     first, last = _template_ends(values)
     found = {}

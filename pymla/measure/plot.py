@@ -1,8 +1,9 @@
-"""Pictures of measurements, by matplotlib, which only these need."""
+"""Pictures of measurements. Only they need matplotlib."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pymla.errors import PymlaError
 from pymla.files import outputs
@@ -17,15 +18,15 @@ class Series(NamedTuple):
     """A line of both panels: rates at each N_KV, in tokens per second; None where nothing was measured."""
 
     label: str
-    n_kv: list
-    pp: list
-    tg: list
+    n_kv: Sequence[int]
+    pp: Sequence[float | None]
+    tg: Sequence[float | None]
     # (lowest, highest) of the repetitions for each point, or nothing
-    pp_range: list = ()
-    tg_range: list = ()
+    pp_range: Sequence[tuple[float, float]] = ()
+    tg_range: Sequence[tuple[float, float]] = ()
 
 
-def check(path):
+def check(path: str | Path) -> None:
     """Fail early where `sweep` could not write a picture.
 
     Raises
@@ -38,7 +39,7 @@ def check(path):
     _matplotlib()
 
 
-def sweep(series, path, title):
+def sweep(series: Sequence[Series], path: str | Path, title: str) -> None:
     """Prompt and generation speed against N_KV, side by side, a line for each series.
 
     Parameters
@@ -80,7 +81,7 @@ def sweep(series, path, title):
     outputs.write(Path(path), picture.getvalue())
 
 
-def _draw(axes, series, kind, color, marker):
+def _draw(axes: Any, series: Series, kind: str, color: str, marker: str) -> None:
     rates = getattr(series, kind)
     spread = getattr(series, f"{kind}_range") or [(rate, rate) for rate in rates]
     points = [(n, rate, ends) for n, rate, ends in zip(series.n_kv, rates, spread, strict=True) if rate is not None]
@@ -92,7 +93,7 @@ def _draw(axes, series, kind, color, marker):
         axes.fill_between(n_kv, *zip(*ends, strict=True), color=color, alpha=0.15, linewidth=0)
 
 
-def _matplotlib():
+def _matplotlib() -> Any:
     try:
         import matplotlib
         import matplotlib.figure

@@ -1,10 +1,18 @@
 """Conversations as text and as token ids, by the chat template in the model's file."""
 
 import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pymla.errors import PymlaError
 from pymla.printable import shown
 from pymla.text import templates
+
+if TYPE_CHECKING:
+    from pymla.text.tokenizer import Tokenizer
+
+#: A conversation: dictionaries, or objects that `pymla.text.templates.plain` makes dictionaries of.
+Messages = Sequence[Any]
 
 #: DeepSeek-V2's own format, for files without a template.
 DEEPSEEK = (
@@ -21,7 +29,14 @@ DEEPSEEK = (
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render(template, messages, add_generation_prompt=True, bos="", eos="", **variables):
+def render(
+    template: str | None,
+    messages: Messages,
+    add_generation_prompt: bool = True,
+    bos: str = "",
+    eos: str = "",
+    **variables: Any,
+) -> str:
     """A conversation as the model was trained to see it.
 
     Parameters
@@ -29,14 +44,14 @@ def render(template, messages, add_generation_prompt=True, bos="", eos="", **var
     template : str or None
         A Jinja template, as in ``tokenizer.chat_template``; None takes DeepSeek's.
     messages : list of dict
-        With "role", "content" and what else the template reads, as "tool_calls". None counts as absent, as it does in
-        transformers, but for a content that the template tests for it.
+        With "role", "content" and other keys that the template reads, such as "tool_calls". A value of None counts as
+        absent, as in transformers, unless the template tests the content for it.
     add_generation_prompt : bool
         End with the beginning of the model's answer.
     bos, eos : str
-        What the template's ``bos_token`` and ``eos_token`` stand for.
+        Texts of the template's variables ``bos_token`` and ``eos_token``.
     **variables
-        What else it sees: ``tools`` and ``documents`` (None unless given), ``enable_thinking`` …
+        Further variables of the template: ``tools`` and ``documents`` (None unless given), ``enable_thinking`` …
 
     Raises
     ------
@@ -45,23 +60,23 @@ def render(template, messages, add_generation_prompt=True, bos="", eos="", **var
 
     Notes
     -----
-    The template comes with the model, so it runs in a sandbox (`pymla.text.templates`). It sees what transformers would
-    show it.
+    The template comes with the model, so it runs in a sandbox (`pymla.text.templates`). Its variables are
+    those that transformers would give it.
     """
     variables = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt} | variables
     return _render(template, _plain(messages), variables, "the model's chat template")
 
 
 def encode(
-    tokenizer,
-    messages,
+    tokenizer: "Tokenizer",
+    messages: Messages,
     *,
-    chat_template=None,
-    tools=None,
-    documents=None,
-    variables=None,
-    where="the model's chat template",
-):
+    chat_template: str | None = None,
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    where: str = "the model's chat template",
+) -> list[int]:
     """Token ids of a conversation up to the model's answer.
 
     BOS is where the template writes it, as in transformers. Where the template writes none, one BOS is put in front if
@@ -76,9 +91,9 @@ def encode(
         A Jinja template instead of the file's own (`choose_template`).
     tools, documents : list of dict, optional
     variables : dict, optional
-        What else the template sees. They go before the special tokens of the same name.
+        Further variables of the template. They replace special tokens of the same name.
     where : str
-        What the template is called in errors.
+        Name of the template in errors.
 
     Raises
     ------
@@ -92,24 +107,26 @@ def encode(
     """
     if chat_template is None:
         chat_template = choose_template(tokenizer, tools)
-    messages = _plain(messages)
+    plain = _plain(messages)
     special = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
-    given = {"tools": tools, "documents": documents, "add_generation_prompt": True} | (variables or {})
-    given = templates.plain(given)
+    given: dict[str, Any] = {"tools": tools, "documents": documents, "add_generation_prompt": True}
+    given = templates.plain(given | dict(variables or {}))
 
-    def rendered(messages, given):
+    def rendered(messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
         return _render(chat_template, messages, special | given, where)
 
-    text, bos = rendered(messages, given), special["bos_token"]
-    # The same conversation with no BOS in what was given: what BOS is left is the template's.
-    without = rendered(_without(messages, bos), _without(given, bos)) if bos and bos in text else text
-    ids = []
+    text, bos = rendered(plain, given), special["bos_token"]
+    # In the same conversation without BOS in its messages and variables, every BOS is the template's own.
+    without = rendered(_without(plain, bos), _without(given, bos)) if bos and bos in text else text
+    ids: list[int] = []
     for number, piece in enumerate(_split_at_spelt(text, without, bos)):
         ids += tokenizer.encode(piece, add_bos=False, parse_special=number % 2 == 0)
-    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id not in ids else ids
+    if tokenizer.add_bos and tokenizer.bos_id is not None and tokenizer.bos_id not in ids:
+        return [tokenizer.bos_id, *ids]
+    return ids
 
 
-def choose_template(tokenizer, tools=None):
+def choose_template(tokenizer: "Tokenizer", tools: Sequence[Any] | None = None) -> str | None:
     """One of the templates in the model's file, or None if it has none.
 
     Files may hold several by name. With tools that is the one called "tool_use", where there is one; otherwise the
@@ -133,7 +150,7 @@ def choose_template(tokenizer, tools=None):
     return next(iter(named.values()))
 
 
-def _plain(messages):
+def _plain(messages: Messages) -> list[dict[str, Any]]:
     """Messages as dictionaries of plain values.
 
     Raises
@@ -147,23 +164,23 @@ def _plain(messages):
     for message in plain:
         if not isinstance(message, dict):
             raise PymlaError(f"`messages` must be dictionaries with role and content; one is {shown(message)}")
-    return plain
+    return list(plain)
 
 
-def _render(template, messages, variables, where):
+def _render(template: str | None, messages: list[dict[str, Any]], variables: dict[str, Any], where: str) -> str:
     source = DEEPSEEK if template is None else template
     variables = {"tools": None, "documents": None} | variables
     no_content = any(message.get("content", "") is None for message in messages)
     if no_content and templates.asks_for_none(source):
         # DeepSeek-V3's template finds tool calls by a content of none, which transformers never shows it. Others ask
-        # for none and cannot do with it; they get what transformers gives them.
+        # for none and cannot do with it; they are rendered as transformers does it.
         with contextlib.suppress(PymlaError):
             with_none = _without_nones(messages, but=("content",))
             return templates.render(source, variables | {"messages": with_none}, where)
     return templates.render(source, variables | {"messages": _without_nones(messages)}, where)
 
 
-def _without_nones(messages, but=()):
+def _without_nones(messages: list[dict[str, Any]], but: Collection[str] = ()) -> list[dict[str, Any]]:
     """Messages as transformers hands them to a template: a value of none counts as absent."""
     return [
         _with_reasoning({key: value for key, value in message.items() if value is not None or key in but})
@@ -171,13 +188,13 @@ def _without_nones(messages, but=()):
     ]
 
 
-def _with_reasoning(message):
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under the name that templates read, and under that of gpt-oss."""
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _without(value, bos):
+def _without(value: Any, bos: str) -> Any:
     """The value with other characters wherever a text in it spells BOS: nothing else about the text changes, be it its
     length or how it is quoted. Keys of dictionaries stay as they are."""
     if isinstance(value, str):
@@ -189,12 +206,12 @@ def _without(value, bos):
     return value
 
 
-def _unlike(bos):
+def _unlike(bos: str) -> str:
     """A text that is not BOS, of its characters, where they are not all the same: as long, and quoted as BOS is."""
     return next(text for text in (bos[::-1], bos[1:] + bos[:1], "_" * len(bos), "-" * len(bos)) if text != bos)
 
 
-def _split_at_spelt(text, without, bos):
+def _split_at_spelt(text: str, without: str, bos: str) -> list[str]:
     """Pieces of a text: every other one is BOS that a message spells, so that `without` has something else there."""
     pieces, start, found = [], 0, text.find(bos) if bos else -1
     while found >= 0:

@@ -1,12 +1,12 @@
-"""Choosing the next token from logits.
+"""Choosing the next token by its logit.
 
 In the order of llama.cpp's default chain: logit bias, penalties, top-k, top-p, min-p, temperature, then a draw.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from pymla import checks
 from pymla.errors import PymlaError
 
 #: Least and largest value of each number.
-_LIMITS = {
+_LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_k": (0, 1 << 31),
     "top_p": (0, 1),
@@ -51,7 +51,7 @@ class SamplingParams:
     logprobs: int = 0  # alternatives to report for each token
 
     @classmethod
-    def of(cls, options):
+    def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
         """The parameters that a caller gave by name; None stands for the default.
 
         Raises
@@ -67,22 +67,25 @@ class SamplingParams:
                 raise PymlaError(f"there is no option `{name}`; {hint}")
         return cls(**{name: value for name, value in options.items() if value is not None})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():
-            check = checks.integer if name in _WHOLE else checks.number
-            self._set(name, check(name, getattr(self, name), low, high))
+            value = getattr(self, name)
+            if name in _WHOLE:
+                self._set(name, checks.integer(name, value, int(low), int(high)))
+            else:
+                self._set(name, checks.number(name, value, low, high))
         if self.seed is not None:
             self._set("seed", checks.integer("seed", self.seed, 0))
         if not isinstance(self.logit_bias, Mapping):
             checks.refuse("logit_bias", self.logit_bias, "a dict of token ids and numbers is expected")
         self._set("logit_bias", dict(map(_bias, self.logit_bias.items())))
 
-    def _set(self, name, value):
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
 
-def _bias(item):
-    """A token id and what is added to its logit."""
+def _bias(item: tuple[Any, Any]) -> tuple[int, float]:
+    """A token id and the number that is added to its logit."""
     token, bias = item
     token = checks.integer("logit_bias", token, 0)
     if isinstance(bias, float | np.floating) and bias == -np.inf:
@@ -108,12 +111,12 @@ class Sampler:
         Tokens so far, which the penalties look back on.
     """
 
-    def __init__(self, params, history=()):
+    def __init__(self, params: SamplingParams, history: Iterable[int] = ()):
         self.params = params
         self.history = list(history)
         self._generator = np.random.Generator(np.random.PCG64(params.seed))
 
-    def sample(self, logits):
+    def sample(self, logits: np.ndarray) -> Sampled:
         """The next token after float32 logits (V,).
 
         Raises
@@ -135,10 +138,10 @@ class Sampler:
         highest = raw.max()
         # In float32, which is eight times faster and leaves an error of about 1e-7.
         normaliser = highest + np.log(np.exp((raw - highest).astype(np.float32)).sum(dtype=np.float64))
-        best = _likeliest(raw, p.logprobs) if p.logprobs else ()
-        return Sampled(token, float(raw[token] - normaliser), [(int(i), float(raw[i] - normaliser)) for i in best])
+        best = _likeliest(raw, p.logprobs).tolist() if p.logprobs else []
+        return Sampled(token, float(raw[token] - normaliser), [(i, float(raw[i] - normaliser)) for i in best])
 
-    def _biased(self, logits):
+    def _biased(self, logits: np.ndarray) -> np.ndarray:
         if self.params.logit_bias:
             logits = logits.copy()
             for token, bias in self.params.logit_bias.items():
@@ -147,11 +150,11 @@ class Sampler:
                 logits[token] += bias
         return logits
 
-    def _penalised(self, logits):
+    def _penalised(self, logits: np.ndarray) -> np.ndarray:
         p = self.params
         if p.repetition_penalty == 1 and p.frequency_penalty == 0 and p.presence_penalty == 0:
             return logits
-        tokens, counts = np.unique(self.history[-p.penalty_window :], return_counts=True)  # from -0 on lies all of it
+        tokens, counts = np.unique(self.history[-p.penalty_window :], return_counts=True)  # from -0: all of it
         tokens = tokens.astype(int)
         logits = logits.copy()
         seen = logits[tokens]
@@ -159,14 +162,14 @@ class Sampler:
         logits[tokens] = seen - counts * p.frequency_penalty - p.presence_penalty
         return logits
 
-    def _draw(self, logits):
+    def _draw(self, logits: np.ndarray) -> int:
         p = self.params
         highest = logits.max()
         if p.top_k:
             kept = _likeliest(logits, p.top_k)
             total = np.exp(logits[kept] - highest).sum()
         else:
-            # What min-p drops in the end need not be sorted, a bit below its bound, as that is rounded.
+            # Tokens that min-p will drop need not be sorted. The bound is a bit lower, because it is rounded.
             lowest = highest + np.log(p.min_p) - 1e-6 if p.min_p else -np.inf
             kept = _descending(logits, np.flatnonzero(logits >= lowest))
             total = np.exp(logits - highest).sum()
@@ -183,7 +186,7 @@ class Sampler:
         return int(kept[min(at, len(kept) - 1)])
 
 
-def _likeliest(logits, count):
+def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:
     """The `count` likeliest tokens, in the order of `_descending`; sorting all 100,000 takes a quarter of a decode
     step."""
     width = max(1, len(logits) // (8 * count))
@@ -193,6 +196,6 @@ def _likeliest(logits, count):
     return _descending(logits, np.flatnonzero(logits >= bound))[:count]
 
 
-def _descending(logits, tokens):
+def _descending(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Tokens, which ascend, from the likeliest on; of equally likely ones the first comes first."""
     return tokens[np.argsort(-logits[tokens], kind="stable")]

@@ -6,103 +6,34 @@ the other, each piece's UTF-8 bytes are written as printable characters, and the
 
 import codecs
 import re
-from functools import cache
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
+from tokenizers import models
 
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
-from pymla.printable import shown
+from pymla.text.byte_alphabet import BYTES, CHARACTERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.special_tokens import TEMPLATE_NAMES, end_ids, ends_by_name, special_ids
 
+#: Kinds of tokens, as ``tokenizer.ggml.token_type`` numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-# Regular expressions of llama.cpp's src/llama-vocab.cpp, which are those of the models' tokenizer.json.
-_DEEPSEEK_LLM = (
-    "[\r\n]",
-    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
-    "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
-    "\\s+$",
-    "[一-龥ࠀ-一가-퟿]+",
-    "\\p{N}+",
-)
-_DEEPSEEK_CODER = ("[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[一-龥ࠀ-一가-퟿]+", "\\p{N}")
-_DEEPSEEK_V3 = (
-    "\\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-)
-
-
-def _pre_tokenizer(patterns):
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-#: Pre-tokenizers by the name that ``tokenizer.ggml.pre`` gives them.
-PRE_TOKENIZERS = {
-    "deepseek-llm": _pre_tokenizer(_DEEPSEEK_LLM),
-    "deepseek-coder": _pre_tokenizer(_DEEPSEEK_CODER),
-    "deepseek-v3": _pre_tokenizer(_DEEPSEEK_V3),
-}
-
-#: Names of tokens that end a text whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp). The last two are
-#: those of DeepSeek-Coder and GLM.
-_END_NAMES = frozenset(
-    (
-        "<｜end▁of▁sentence｜>",
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|calls|>",
-        "<|flush|>",
-        "<|tool_response>",
-        "<end_of_turn>",
-        "<end_of_utterance>",
-        "<turn|>",
-        "<eos>",
-        "</s>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "[e~[",
-        "<|EOT|>",
-        "<|user|>",
-    )
-)
-
-#: Tokens of fill-in-the-middle that end a text, by the key of their id, with the names they have where there is no key.
-_FIM_NAMES = {
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
-}
-
-#: Special tokens that end a text, by the key of their id.
-_END_KEYS = ("eos", "eot", "eom", *_FIM_NAMES)
-
-#: Names that chat templates have for special tokens, by the key of their id; GGUF spells "seperator" so.
-_TEMPLATE_NAMES = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "unknown": "unk_token",
-    "seperator": "sep_token",
-    "padding": "pad_token",
-    "cls": "cls_token",
-    "mask": "mask_token",
-}
 
 
 class Tokenizer:
     """A model's tokenizer.
+
+    Parameters
+    ----------
+    tokens : texts of the tokens, by their ids; normal tokens are written in the byte alphabet
+    kinds : of each token
+    merges : pairs of tokens that are joined, with a space between, the first one first
+    pre : name of the pre-tokenizer
+    where : the file, for messages
+    bos_id, eos_ids, add_bos : see below
 
     Attributes
     ----------
@@ -119,47 +50,55 @@ class Tokenizer:
     chat_templates : dict of str to str
         Templates that the file has by name, as "tool_use".
     warnings : list of str
-        What is odd in the file, and what was made of it.
+        Oddities of the file, and how they were taken.
+
+    Raises
+    ------
+    PymlaError
+        The pre-tokenizer is not known, the vocabulary lacks bytes, or merges name tokens that it does not have.
     """
 
-    def __init__(self, tokens, kinds, merges, pre, *, where="tokenizer", bos_id=None, eos_ids=(), add_bos=False):
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        kinds: Iterable[int],
+        merges: Iterable[str],
+        pre: str,
+        *,
+        where: str | Path = "tokenizer",
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+    ):
         if pre not in PRE_TOKENIZERS:
             raise PymlaError(
                 f"{where}: metadata tokenizer.ggml.pre is {pre!r}, which pymla does not know; it knows "
                 f"{', '.join(PRE_TOKENIZERS)}"
             )
         self._tokens, self._kinds = tokens, list(kinds)
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        missing = sum(character not in vocabulary for character in _byte_alphabet())
+        self._ids = {token: i for i, token in enumerate(tokens)}
+        missing = sum(character not in self._ids for character in CHARACTERS)
         if missing:
             raise PymlaError(f"{where}: metadata tokenizer.ggml.tokens lacks {missing} of the 256 bytes")
-        try:
-            self._bpe = Bpe(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
-        except Exception as error:  # the tokenizers package raises nothing more precise
-            raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
+        self._bpe = _bpe(self._ids, merges, where)
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
-        self._ids = vocabulary
         self.vocab_size = len(tokens)
         self.bos_id = bos_id
-        self.eos_ids = self._ends(eos_ids)
-        for token in self.eos_ids | {bos_id} - {None}:
+        self.eos_ids = ends_by_name(eos_ids, tokens, self._ids)
+        for token in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
             if self._kinds[token] in (NORMAL, USER_DEFINED) and not self._is_ordinary(token):
                 self._kinds[token] = CONTROL  # the file says so elsewhere
         self._whole = _splitter(tokens, self._kinds, (USER_DEFINED,))
         self._special = _splitter(tokens, self._kinds, (USER_DEFINED, CONTROL, UNKNOWN))
         self.add_bos = add_bos
-        self.special_tokens = {}
-        self.chat_template = None
-        self.chat_templates = {}
-        self.warnings = []
+        self.special_tokens: dict[str, str] = {}
+        self.chat_template: str | None = None
+        self.chat_templates: dict[str, str] = {}
+        self.warnings: list[str] = []
 
     @classmethod
-    def from_gguf(cls, file):
+    def from_gguf(cls, file: str | Path | ModelFile) -> "Tokenizer":
         """The tokenizer of a model file, or of a file that has nothing but a vocabulary.
-
-        Parameters
-        ----------
-        file : str, Path or ModelFile
 
         Raises
         ------
@@ -174,25 +113,9 @@ class Tokenizer:
                 f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE)"
             )
         tokens = _strings(file, "tokenizer.ggml.tokens")
-        merges = _strings(file, "tokenizer.ggml.merges")
-        kinds = file.get("tokenizer.ggml.token_type", list, None)
-        if kinds is None:
-            kinds = [NORMAL] * len(tokens)
-        elif isinstance(kinds, list) or not np.issubdtype(kinds.dtype, np.integer):
-            raise PymlaError(f"{file.path}: metadata tokenizer.ggml.token_type is no array of integers")
-        else:
-            kinds = kinds.tolist()
-        if len(kinds) != len(tokens):
-            raise PymlaError(
-                f"{file.path}: metadata tokenizer.ggml.token_type has {len(kinds)} entries, for {len(tokens)} tokens"
-            )
-        for merge in merges:
-            if merge.count(" ") != 1:
-                raise PymlaError(
-                    f"{file.path}: metadata tokenizer.ggml.merges has {merge!r}; two tokens and a space expected"
-                )
+        merges, kinds = _merges(file), _kinds(file, len(tokens))
         ids, warnings = special_ids(file, len(tokens))
-        more_ends, more_warnings = _eos_token_ids(file, len(tokens))
+        ends, more_warnings = end_ids(file, tokens, ids)
         bos_id = ids.get("bos")
         tokenizer = cls(
             tokens,
@@ -201,7 +124,7 @@ class Tokenizer:
             file.get("tokenizer.ggml.pre", str),
             where=file.path,
             bos_id=bos_id,
-            eos_ids=more_ends | {ids[key] for key in _END_KEYS if key in ids} | _fim_ends(tokens, ids),
+            eos_ids=ends,
             add_bos=file.get("tokenizer.ggml.add_bos_token", bool, bos_id is not None) and bos_id is not None,
         )
         tokenizer.warnings = warnings + more_warnings
@@ -209,23 +132,23 @@ class Tokenizer:
             ids.setdefault("eos", min(tokenizer.eos_ids))
         tokenizer.special_tokens = {
             name: tokenizer.token_bytes(ids[key]).decode(errors="replace")
-            for key, name in _TEMPLATE_NAMES.items()
+            for key, name in TEMPLATE_NAMES.items()
             if key in ids
         }
         tokenizer.chat_template, tokenizer.chat_templates = _chat_templates(file)
         return tokenizer
 
-    def encode(self, text, add_bos=True, parse_special=False):
+    def encode(self, text: str, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
 
         Parameters
         ----------
         text : str
         add_bos : bool
-            Put BOS in front, if the file says that the model expects it. One that the text spells there already, with
-            `parse_special`, is it.
+            Put BOS in front, if the file says that the model expects it. If the text begins with BOS already, under
+            `parse_special`, no other one is added.
         parse_special : bool
-            Take control tokens that are spelt out in the text for what they say. User-defined tokens always are.
+            Whether the name of a control token in the text becomes that token. Names of user-defined tokens always do.
 
         Raises
         ------
@@ -245,40 +168,33 @@ class Tokenizer:
                 ids.append(self._ids[piece])
             elif piece:
                 ids += self._bpe.encode(piece, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if add_bos and self.add_bos and ids[:1] != [self.bos_id] else ids
+        if add_bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
 
-    def token_bytes(self, token):
+    def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; a control token's are its name."""
         if not 0 <= token < len(self._tokens):
             raise PymlaError(f"token id {token} is outside the vocabulary of {len(self._tokens)}")
         text = self._tokens[token]
-        if self._kinds[token] == NORMAL:
-            alphabet = _byte_alphabet()
-            if all(character in alphabet for character in text):
-                return bytes(alphabet[character] for character in text)
+        if self._kinds[token] == NORMAL and all(character in BYTES for character in text):
+            return bytes(BYTES[character] for character in text)
         return text.encode()
 
-    def is_special(self, token):
+    def is_special(self, token: int) -> bool:
         """Whether a token is left out of decoded text: control, unknown and unused tokens."""
         return not 0 <= token < len(self._kinds) or self._kinds[token] in (CONTROL, UNKNOWN, UNUSED)
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         kept = (i for i in ids if not (skip_special and 0 <= i < self.vocab_size and self.is_special(i)))
         return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
-    def _ends(self, ids):
-        """Tokens that end a text: those given, and those of a known name, whatever their type, as in llama.cpp."""
-        ends = {*ids, *(self._ids[name] for name in _END_NAMES if name in self._ids)}
-        names = {self._tokens[token]: token for token in ends}
-        # gpt-oss and Solar end a text otherwise, and put <|end|> between a text's parts; Gemma 4 has </s> as text.
-        if names.keys() & {"<|call|>", "<|calls|>"} and names.keys() & {"<|return|>", "<|flush|>"}:
-            ends.discard(names.get("<|end|>"))
-        if "<|tool_response>" in names:
-            ends.discard(names.get("</s>"))
-        return frozenset(ends)
+    def stream(self) -> "TextStream":
+        """A `TextStream` that decodes tokens one by one."""
+        return TextStream(self)
 
-    def _is_ordinary(self, token):
+    def _is_ordinary(self, token: int) -> bool:
         """Whether merges make a token from its text, so that it is no special token."""
         try:
             text = self.token_bytes(token).decode()
@@ -286,114 +202,71 @@ class Tokenizer:
             return True
         return self._bpe.encode(text, add_special_tokens=False).ids == [token]
 
-    def stream(self):
-        """A `TextStream` that decodes tokens one by one."""
-        return TextStream(self)
-
 
 class TextStream:
     """Text from tokens as they come, never half a character."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token):
+    def push(self, token: int) -> str:
         """The characters that are complete with this token."""
         if self._tokenizer.is_special(token):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
-    def flush(self):
-        """What is left at the end: U+FFFD for a character that never became complete."""
+    def flush(self) -> str:
+        """The rest at the end: U+FFFD for a character that never became complete."""
         return self._decoder.decode(b"", final=True)
 
 
-@cache
-def _byte_alphabet():
-    """The printable character of each byte in byte-level BPE: printable ones stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = (byte for byte in range(256) if byte not in printable)
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+def _bpe(vocabulary: dict[str, int], merges: Iterable[str], where: str | Path) -> Bpe:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    try:
+        return Bpe(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
 
 
-def _splitter(tokens, kinds, wanted):
+def _splitter(tokens: Sequence[str], kinds: Sequence[int], wanted: Collection[int]) -> re.Pattern[str] | None:
     """A regular expression that finds tokens of some kinds, the longest first, or None."""
     found = sorted((t for t, kind in zip(tokens, kinds, strict=True) if kind in wanted and t), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else None
 
 
-def _strings(file, key):
+def _strings(file: ModelFile, key: str) -> list[str]:
     values = file.get(key, list)
     if not isinstance(values, list):
         raise PymlaError(f"{file.path}: metadata {key} is an array of numbers; strings are expected")
     return values
 
 
-def special_ids(file, count):
-    """Special tokens that a file names, by its keys ``tokenizer.ggml.*_token_id``.
-
-    Parameters
-    ----------
-    file : ModelFile
-    count : int
-        Tokens in the vocabulary.
-
-    Returns
-    -------
-    ids : dict of str to int
-        By the key without "_token_id", as "bos". An id outside the vocabulary is left out: converters write -1, or
-        4294967295, for a token that is not there. So is one that is no integer, where `Tokenizer` can do without.
-    warnings : list of str
-        One for each id that is left out.
-
-    Raises
-    ------
-    PymlaError
-        BOS, or a token that ends a text, is no integer.
-    """
-    ids, warnings = {}, []
-    for key, value in file.metadata.items():
-        name = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
-        if key != f"tokenizer.ggml.{name}_token_id":
-            continue
-        token = file.get(key, int) if name in ("bos", "eos", "eot", "eom") else value
-        if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < count:
-            ids[name] = token
-        else:
-            warnings.append(_outside(file, key, token, count))
-    return ids, warnings
+def _merges(file: ModelFile) -> list[str]:
+    merges = _strings(file, "tokenizer.ggml.merges")
+    for merge in merges:
+        if merge.count(" ") != 1:
+            raise PymlaError(
+                f"{file.path}: metadata tokenizer.ggml.merges has {merge!r}; two tokens and a space expected"
+            )
+    return merges
 
 
-def _eos_token_ids(file, count):
-    """Tokens of the array ``tokenizer.ggml.eos_token_ids``, which Ollama writes, and warnings as of `special_ids`."""
-    key = "tokenizer.ggml.eos_token_ids"
-    values = file.get(key, list, [])
-    if len(values) and (isinstance(values, list) or not np.issubdtype(values.dtype, np.integer)):
-        raise PymlaError(f"{file.path}: metadata {key} is no array of integers")
-    tokens = [int(value) for value in values]
-    outside = [_outside(file, key, token, count) for token in tokens if not 0 <= token < count]
-    return {token for token in tokens if 0 <= token < count}, outside
+def _kinds(file: ModelFile, count: int) -> list[int]:
+    """The kind of each of `count` tokens; without the key all are normal."""
+    kinds = file.get("tokenizer.ggml.token_type", list, None)
+    if kinds is None:
+        return [NORMAL] * count
+    if isinstance(kinds, list) or not np.issubdtype(kinds.dtype, np.integer):
+        raise PymlaError(f"{file.path}: metadata tokenizer.ggml.token_type is no array of integers")
+    if len(kinds) != count:
+        raise PymlaError(
+            f"{file.path}: metadata tokenizer.ggml.token_type has {len(kinds)} entries, for {count} tokens"
+        )
+    return kinds.tolist()
 
 
-def _outside(file, key, token, count):
-    return (
-        f"{file.path}: metadata {key} is {shown(token)}, and the vocabulary has {count} tokens; it is taken as absent"
-    )
-
-
-def _fim_ends(tokens, ids):
-    """Tokens of fill-in-the-middle that end a text, found by name where the metadata has no id for them."""
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    found = (
-        [vocabulary[name] for name in names if name in vocabulary]
-        for key, names in _FIM_NAMES.items()
-        if key not in ids
-    )
-    return {each[0] for each in found if each}
-
-
-def _chat_templates(file):
+def _chat_templates(file: ModelFile) -> tuple[str | None, dict[str, str]]:
     """The default chat template of a file, or None, and those it has by name."""
     prefix = "tokenizer.chat_template."
     named = {key.removeprefix(prefix): file.get(key, str) for key in file.metadata if key.startswith(prefix)}

@@ -1,8 +1,9 @@
 """Kernels: functions that every thread of a grid runs, launched as ``kernel[blocks, threads](*arguments)``.
 
 A kernel is compiled for one signature, when it is first launched or by `compile_all`, and runs on the backend's
-stream. Arguments are integers, floats, device arrays (`pymla.cuda.memory`), and tuples of these. Kernels for each ggml
-type come from factories: ``qtype`` is a constant of the closure, so that a kernel holds its own type's branches only.
+stream. Arguments are integers, floats, device arrays (`pymla.cuda.memory`), and tuples of these. Kernels for ggml types
+come from cached factories (``gemv_kernel(qtype)``): a kernel is made for its type when something first asks for it, and
+the type's functions are constants of its closure.
 
 In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (`pymla.cuda.machine.simulator`).
 """
@@ -28,7 +29,7 @@ if SIMULATED:
 
 __all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
 
-#: Every kernel, by name.
+#: Every kernel that was made so far, by name.
 KERNELS = {}
 
 
@@ -230,19 +231,29 @@ class Kernel:
                 raise TypeError(f"argument {position} of kernel {self.__name__}: {value} is no {kind}") from None
 
 
-def compile_all(progress=None, warn=None):
-    """Compile every kernel for the device, or load it from the cache; see `pymla.cpu.compile_all`."""
-    compiling = False
-    for done, (name, each) in enumerate(KERNELS.items()):
-        compiling = compiling or not each.is_ready
-        if progress and compiling:
-            progress(done, len(KERNELS), name)
+def compile_all(wanted, progress=None, warn=None):
+    """Compile kernels for the device, or load them from the cache.
+
+    Parameters
+    ----------
+    wanted : list of Kernel
+    progress : callable(done, total, name), optional
+        Told of each kernel that has to be compiled.
+    warn : callable(message), optional
+        Told once what is wrong with the cache.
+    """
+    missing = [each for each in wanted if not each.is_ready]
+    for done, each in enumerate(missing):
+        if progress:
+            progress(done, len(missing), each.__name__)
         each.load()
-        if warn:
-            for message in take_warnings():
-                warn(message)
-    if progress and compiling:
-        progress(len(KERNELS), len(KERNELS), "")
+    if progress and missing:
+        progress(len(missing), len(missing), "")
+    for each in wanted:
+        each.load()
+    if warn:
+        for message in take_warnings():
+            warn(message)
 
 
 def _three(shape):

@@ -1,0 +1,81 @@
+"""Texts and pairs that a user gives to a command."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pymla.errors import PymlaError
+from pymla.files.textfile import decode
+from pymla.printable import shown
+
+
+def biases(pairs: Iterable[str]) -> dict[int, float]:
+    """Logit biases, from ID=VALUE."""
+    found = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        try:
+            found[int(token)] = float(value)
+        except ValueError:
+            raise PymlaError(f"--logit-bias {pair!r}: write ID=VALUE, as in 42=-1.5") from None
+    return found
+
+
+def variables(pairs: Iterable[str]) -> dict[str, Any]:
+    """Variables of a chat template, from NAME=VALUE."""
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not (separator and name.isidentifier()):
+            raise PymlaError(f"--template-var {shown(pair)}: write NAME=VALUE, as in enable_thinking=false")
+        if name == "messages":
+            raise PymlaError("--template-var messages: the messages are the prompt and --system")
+        found[name] = _json_or_text(value)
+    return found
+
+
+def _json_or_text(value: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(value, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return argument(value)
+
+
+def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt, from the command line, a file or standard input."""
+    if prompt is not None and prompt_file is not None:
+        raise PymlaError("give the prompt as an argument or with -f, not both")
+    if prompt is not None:
+        return argument(prompt)
+    if prompt_file is not None:
+        return read(prompt_file)
+    if sys.stdin.isatty():
+        click.echo("pymla: reading the prompt from the terminal; an end of file (Ctrl-D) ends it", err=True)
+    try:
+        return decode(sys.stdin.buffer.read(), "standard input")
+    except OSError as error:
+        raise PymlaError(f"standard input: {error.strerror}") from None
+
+
+def read(path: Path) -> str:
+    """The text of a file."""
+    try:
+        return decode(path.read_bytes(), path)
+    except OSError as error:
+        raise PymlaError(f"{path}: {error.strerror}") from None
+
+
+def argument(text: str) -> str:
+    """An argument as it was typed: in a locale without UTF-8, Python has kept its bytes in surrogates."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text

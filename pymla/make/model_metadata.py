@@ -1,0 +1,146 @@
+"""Metadata of a DeepSeek V2 or V3 model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
+
+from dataclasses import dataclass
+
+import gguf
+from gguf import Keys, LlamaFileType
+
+from pymla import ggml
+from pymla.files.gguf_writer import Value
+
+ARCHITECTURE = "deepseek2"
+
+#: How W_kv_b is stored: whole; as k_b and v_b; both.
+LAYOUTS = ("kv_b", "split", "all")
+
+#: The number that ``general.file_type`` gives to the type of most matrices.
+FILE_TYPES = {t: LlamaFileType["ALL_F32" if t == ggml.F32 else f"MOSTLY_{ggml.NAME[t]}"] for t in ggml.SUPPORTED}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and switches of a model, named as in DeepSeek's config.json.
+
+    ``n_routed_experts=0`` means a dense model, ``q_lora_rank=0`` queries of full rank, ``n_group=1`` no groups,
+    ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
+    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default.
+    """
+
+    name: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
+    num_attention_heads: int
+    vocab_size: int
+    first_k_dense_replace: int = 1
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    context_length: int = 163840
+    yarn_factor: float = 1.0
+    yarn_original: int = 4096
+    mscale_all_dim: float = 1.0
+    beta_fast: float | None = 32.0
+    beta_slow: float | None = 1.0
+    tie_word_embeddings: bool = False
+
+
+def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
+    """The keys of a model but ``general.architecture`` and those of its tokenizer.
+
+    Parameters
+    ----------
+    layout : one of `LAYOUTS`
+    qtype : ggml type of most matrices
+    """
+    general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
+    llm = {
+        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers,
+        Keys.LLM.CONTEXT_LENGTH: shape.context_length,
+        Keys.LLM.EMBEDDING_LENGTH: shape.hidden_size,
+        Keys.LLM.FEED_FORWARD_LENGTH: shape.intermediate_size,
+        Keys.Attention.HEAD_COUNT: shape.num_attention_heads,
+        Keys.Attention.LAYERNORM_RMS_EPS: float(shape.rms_norm_eps),
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
+        Keys.LLM.VOCAB_SIZE: shape.vocab_size,
+        **_attention(shape, layout),
+        **_experts(shape),
+        **_rope(shape),
+    }
+    general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
+    return general | {
+        Keys.General.FILE_TYPE: int(FILE_TYPES[qtype]),
+        Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+    }
+
+
+def _attention(shape: Shape, layout: str) -> dict[str, Value]:
+    found: dict[str, Value] = {Keys.Attention.Q_LORA_RANK: shape.q_lora_rank} if shape.q_lora_rank else {}
+    found[Keys.Attention.KV_LORA_RANK] = shape.kv_lora_rank
+    head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+    if layout == "split":
+        return found | {
+            Keys.Attention.HEAD_COUNT_KV: 1,
+            Keys.Attention.KEY_LENGTH: shape.kv_lora_rank + shape.qk_rope_head_dim,
+            Keys.Attention.VALUE_LENGTH: shape.kv_lora_rank,
+            Keys.Attention.KEY_LENGTH_MLA: head_dim,
+            Keys.Attention.VALUE_LENGTH_MLA: shape.v_head_dim,
+        }
+    return found | {
+        Keys.Attention.HEAD_COUNT_KV: shape.num_attention_heads,
+        Keys.Attention.KEY_LENGTH: head_dim,
+        Keys.Attention.VALUE_LENGTH: shape.v_head_dim,
+    }
+
+
+def _experts(shape: Shape) -> dict[str, Value]:
+    # llama.cpp wants these two keys of a dense model, too.
+    found: dict[str, Value] = {
+        Keys.LLM.EXPERT_SHARED_COUNT: shape.n_shared_experts,
+        Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: shape.moe_intermediate_size,
+    }
+    if not shape.n_routed_experts:
+        return found
+    found |= {
+        Keys.LLM.EXPERT_COUNT: shape.n_routed_experts,
+        Keys.LLM.EXPERT_USED_COUNT: shape.num_experts_per_tok,
+        Keys.LLM.EXPERT_WEIGHTS_SCALE: float(shape.routed_scaling_factor),
+        Keys.LLM.EXPERT_WEIGHTS_NORM: shape.norm_topk_prob,
+        Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType[shape.scoring_func.upper()]),
+    }
+    if shape.n_group > 1:
+        found |= {Keys.LLM.EXPERT_GROUP_COUNT: shape.n_group, Keys.LLM.EXPERT_GROUP_USED_COUNT: shape.topk_group}
+    return found
+
+
+def _rope(shape: Shape) -> dict[str, Value]:
+    found: dict[str, Value] = {
+        Keys.Rope.DIMENSION_COUNT: shape.qk_rope_head_dim,
+        Keys.Rope.FREQ_BASE: float(shape.rope_theta),
+    }
+    if shape.yarn_factor == 1:
+        return found
+    found |= {
+        Keys.Rope.SCALING_TYPE: gguf.RopeScalingType.YARN.value,
+        Keys.Rope.SCALING_FACTOR: float(shape.yarn_factor),
+        Keys.Rope.SCALING_ORIG_CTX_LEN: shape.yarn_original,
+        Keys.Rope.SCALING_YARN_LOG_MUL: 0.1 * shape.mscale_all_dim,
+    }
+    betas = {
+        Keys.Rope.SCALING_YARN_BETA_FAST: shape.beta_fast,
+        Keys.Rope.SCALING_YARN_BETA_SLOW: shape.beta_slow,
+    }
+    return found | {key: float(beta) for key, beta in betas.items() if beta is not None}
