@@ -247,8 +247,10 @@ class Contract:
         if call.cache("values", values, out.shape[1] * out.shape[2]) != slots:
             call.refuse("values", f"of {len(values.data)} slots", f"as many as keys have, {slots},")
         for name, cache, width in (("keys", keys, q.shape[2]), ("values", values, out.shape[2])):
-            if width % ggml.BLOCK_SIZE[cache.qtype]:
-                call.refuse(name, ggml.NAME[cache.qtype], f"a type whose blocks divide a head's {width} numbers")
+            block = ggml.BLOCK_SIZE.get(cache.qtype)
+            if block is None or width % block:  # rows that lie page by page have no blocks of a head
+                kind = ggml.NAME.get(cache.qtype, f"of type {cache.qtype}")
+                call.refuse(name, kind, f"a type whose blocks divide a head's {width} numbers")
         call.step(step, len(q), slots)
 
     def sizes(self, operation: str, keys_values: KeysValues) -> Sizes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pymla import ggml
-from pymla.cpu.attention import absorbed_form, expanded_form
+from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
 from pymla.cpu.experts import panels, rows
 from pymla.cpu.machine import isa
 from pymla.cpu.matmul import kernels
@@ -23,9 +23,9 @@ KERNELS = (
     panels.gate_up_panels(ggml.Q4_0),
     panels.gate_up_panels(ggml.Q6_K),
     rows.down_rows(ggml.Q4_1),
-    expanded_form._expand(ggml.Q4_0, ggml.Q8_0),
-    expanded_form._expanded,
-    absorbed_form.absorbed_pages,
+    key_value_panels.expand_panels(ggml.Q4_0, ggml.Q8_0),
+    expanded_form_int8.expanded_panels,
+    absorbed_form_int8.absorbed_pages,
 )
 #: What multiplies bytes, or in attention without VNNI words.
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}

@@ -1,8 +1,12 @@
-"""The online softmax (Milakov and Gimelshein, 2018): a running maximum m, a running sum l, and accumulated values,
-which shrink by 2 ** (m_old - m_new) where the maximum grows. Scores are to base 2, which costs half as much as base e:
-queries are scaled by `LOG2E` besides."""
+"""The online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 
-import math
+Scores come a page at a time. A running maximum m and a running sum l are kept for each query and head, with accumulated
+values; where the maximum grows, sum and values shrink by 2 ** (m_old - m_new). They begin with m = -inf, l = 0 and
+values of 0. In the end the values over l are the result.
+
+Weights are 2 ** (score - m): exponentials to base 2 cost half as much as those to base e, so that queries are scaled by
+`pymla.constants.LOG2E` beforehand.
+"""
 
 import numpy as np
 
@@ -28,9 +32,6 @@ from pymla.cpu.machine.simd import (
 )
 from pymla.cpu.runtime.compiling import helper
 
-#: Base 2 for base e.
-LOG2E = math.log2(math.e)
-
 
 @helper
 def shrink(factor, out, columns):
@@ -44,9 +45,18 @@ def shrink(factor, out, columns):
 
 @helper
 def heads_softmax(scores, seen, state, values, columns):
-    """Scores (seen, 16) of 16 heads become weights; their maxima and sums (2, 16), and values (16, columns), follow.
+    """Scores of 16 heads become weights, in place; running maxima, sums and values follow.
 
-    All but the numbers are addresses of float32.
+    Parameters
+    ----------
+    scores : int
+        Address of float32 (seen, 16): heads side by side. A head's first scores may not all be -inf.
+    seen : int
+        Rows of scores, at least 1.
+    state : int
+        Address of float32 (2, 16): running maxima, and sums.
+    values, columns : int
+        Address of float32 (16, columns): accumulated values.
     """
     factors = np.empty(16, np.float32)
     for at in range(0, 64, 4 * LANES):
@@ -70,58 +80,87 @@ def heads_softmax(scores, seen, state, values, columns):
 
 @helper
 def _raise_maximum(most, state, result, columns):
-    """The larger of a query's maximum and `most`; its sum and values follow."""
-    if most > state[0]:
-        correction = np.float32(np.exp2(state[0] - most))
-        state[1] *= correction
+    """Raise a query's running maximum to `most` if that is larger; its sum and values shrink. Returns the maximum."""
+    maximum = load_f32(state)
+    if most > maximum:
+        correction = np.float32(np.exp2(maximum - most))
+        store_f32(state + 4, load_f32(state + 4) * correction)
         shrink(correction, result, columns)
-        state[0] = most
-    return state[0]
+        store_f32(state, most)
+        maximum = most
+    return maximum
 
 
 @helper
-def query_softmax(scores, seen, state, result, columns):
-    """Scores of a query, which sees the first ones, become weights, 0 for the rest; maximum, sum and values follow.
+def query_softmax(scores, count, seen, state, result, columns):
+    """Scores of a query become weights, in place; its running maximum, sum and values follow.
 
-    `scores` float32 (n,) with n a multiple of 8; `result` is the address of float32 (columns,).
+    Parameters
+    ----------
+    scores, count : int
+        Address of float32 (count,); `count` is a multiple of 8.
+    seen : int
+        The query sees the first ones; the others get weights of 0, whatever they are. Where it sees none (0 or less),
+        nothing else changes.
+    state : int
+        Address of the running maximum and sum, float32 (2,).
+    result, columns : int
+        Address of accumulated values, float32 (columns,).
     """
-    row, size = address(scores), 4 * len(scores)
-    if seen <= 0:
-        scores[:] = 0
+    seen, size = max(seen, 0), 4 * count
+    if seen == 0:
+        _fill(scores, 0, count, np.float32(0))
         return
-    scores[seen:] = -np.inf
-    most8 = load_f32x8(row)
+    _fill(scores, seen, count, np.float32(-np.inf))
+    most = load_f32x8(scores)
     for s in range(32, size, 32):
-        most8 = larger(load_f32x8(row + s), most8)
-    most = _raise_maximum(largest(most8), state, result, columns)
-    negative = splat_f32(-most)
+        most = larger(load_f32x8(scores + s), most)
+    negative = splat_f32(-_raise_maximum(largest(most), state, result, columns))
     for s in range(0, size, 32):
-        store_f32x8(row + s, exp2(add(load_f32x8(row + s), negative)))
-    # `exp2` of minus infinity is a very small number: what the query does not see must count for nothing.
-    scores[seen:] = 0
+        store_f32x8(scores + s, exp2(add(load_f32x8(scores + s), negative)))
+    # `exp2` of minus infinity is not 0 but a very small number.
+    _fill(scores, seen, count, np.float32(0))
     sums = splat_f32(np.float32(0))
     for s in range(0, size, 32):
-        sums = add(sums, load_f32x8(row + s))
-    state[1] += total(sums)
+        sums = add(sums, load_f32x8(scores + s))
+    store_f32(state + 4, load_f32(state + 4) + total(sums))
+
+
+@helper
+def _fill(at, first, stop, value):
+    """Set float32 `first` to `stop` - 1 of those at an address."""
+    for i in range(first, stop):
+        store_f32(at + 4 * i, value)
 
 
 @helper
 def token_softmax(scores, count, seen, token_scales, state, result, columns):
-    """Scores of a query, which sees the first `seen` of `count` tokens, become weights times the tokens' scales, 0 for
-    the rest; maximum, sum and values follow.
+    """Scores of a query become weights times the tokens' scales, in place; its running maximum, sum and values follow.
 
-    `scores`, `token_scales` (count,) and `result` (columns,) are addresses of float32; `LANES` divides `count`.
+    Parameters
+    ----------
+    scores, count : int
+        Address of float32 (count,); `LANES` divides `count`.
+    seen : int
+        The query sees the first ones, perhaps none (0 or less) or all (`count` or more); the others get weights of 0,
+        whatever they are.
+    token_scales : int
+        Address of the scales of the tokens' values, which are codes, float32 (count,). The sum is that of the weights
+        without them.
+    state : int
+        Address of the running maximum and sum, float32 (2,).
+    result, columns : int
+        Address of accumulated values, float32 (columns,).
     """
     lowest, zero = splat_f32xL(np.float32(-np.inf)), splat_f32xL(np.float32(0))
-    # `LANES` at a time without a look at what is seen, then the others.
+    # Whole registers that the query sees need no mask; the others follow.
     whole = min(max(seen, 0), count) // LANES * LANES
-    most_lanes = lowest
+    most = lowest
     for s in range(0, whole, LANES):
-        most_lanes = larger(load_f32xL(scores + 4 * s), most_lanes)
+        most = larger(load_f32xL(scores + 4 * s), most)
     for s in range(whole, count, LANES):
-        most_lanes = larger(first_lanes(load_f32xL(scores + 4 * s), seen - s, lowest), most_lanes)
-    most = _raise_maximum(largest(most_lanes), state, result, columns)
-    negative, sums = splat_f32xL(-most), zero
+        most = larger(first_lanes(load_f32xL(scores + 4 * s), seen - s, lowest), most)
+    negative, sums = splat_f32xL(-_raise_maximum(largest(most), state, result, columns)), zero
     for s in range(0, whole, LANES):
         weight = exp2(add(load_f32xL(scores + 4 * s), negative))
         sums = add(sums, weight)
@@ -130,4 +169,4 @@ def token_softmax(scores, count, seen, token_scales, state, result, columns):
         weight = exp2(add(load_f32xL(scores + 4 * s), negative))
         sums = add(sums, first_lanes(weight, seen - s, zero))
         store_f32xL(scores + 4 * s, first_lanes(mul(weight, load_f32xL(token_scales + 4 * s)), seen - s, zero))
-    state[1] += total(sums)
+    store_f32(state + 4, load_f32(state + 4) + total(sums))
