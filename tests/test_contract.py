@@ -103,7 +103,7 @@ def test_a_norm_weight_of_the_wrong_length(backend, rng):
             refused(operation, *words, x=floats(rng, 2, 64), weight=floats(rng, count), eps=0.0, out=unset(2, 64))
 
 
-@pytest.mark.parametrize("qtype", [ggml.ID["Q4_K"], ggml.ID["IQ4_XS"], 7, 99, 12345])
+@pytest.mark.parametrize("qtype", [ggml.ID["I8"], ggml.ID["I32"], 99, 12345])
 def test_a_type_that_is_not_run(backend, rng, qtype):
     w = QTensor(qtype, np.zeros((32, 144), np.uint8))
     x = backend.quant.Activation(floats(rng, 2, 256))

@@ -1,4 +1,4 @@
-"""Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.matmul.gemv_512`).
+"""Registers of 64 bytes, for rows of weights where the processor has them (`pymla.cpu.formats.legacy_512`).
 
 Each quarter of a register belongs to one of four blocks of 32 weights: sixteen codes, or four sums of products; or each
 eighth to one of eight.

@@ -114,7 +114,7 @@ _CONFIGURATION = (
 
 # Helper functions are weak symbols of every kernel that calls them, named by their place in the source, their
 # arguments' types and a number that Numba counts. The linker takes the first of a name, so that two functions of one
-# factory (`panels.product_for`) may not share one, even where kernels of one process were compiled by several.
+# factory (`gemm.product_for`) may not share one, even where kernels of one process were compiled by several.
 bytecode.FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "little"))
 
 
