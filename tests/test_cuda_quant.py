@@ -1,5 +1,7 @@
 """CUDA kernels for quantised matrices, norms and rope against their twins in the reference, in the simulator."""
 
+import math
+
 import numpy as np
 import pytest
 import simulated  # noqa: F401
@@ -93,7 +95,7 @@ def test_matmul_in_tiles(qtype, activations, monkeypatch):
     k = 96 if qtype != ggml.Q6_K else 256
     w, x = random_qtensor(qtype, TILE_ROWS + 3, k), normal(activations + 2, k)
     starts = {int(each) % 16 for each in on_device(w).data.strides[0] * np.arange(len(w.data))}
-    assert starts == set(range(0, 16, 4 if qtype == ggml.Q4_1 else 2))
+    assert starts == set(range(0, 16, math.gcd(16, w.data.shape[1])))
     actual = result(quant.matmul, on_device(w), quant.Activation(memory.to_device(x)), shape=(len(x), len(w.data)))
     seen = reference.quant.Activation(as_multiplied(x, qtype).astype(np.float64))
     assert_close(actual, reference.quant.matmul(w, seen, np.empty(actual.shape)), **INT8)
@@ -118,7 +120,7 @@ def test_matmul_of_several_matrices(tokens):
 def test_matmul_at_extreme_codes(qtype, byte):
     """All codes alike, against activations of ±127."""
     block = np.full((3, 2, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
-    for at in {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}[qtype]:
+    for at in ggml.TYPES[qtype].halves:
         block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
     w = QTensor(qtype, block.reshape(3, -1))
     size = 2 * ggml.BLOCK_SIZE[qtype]

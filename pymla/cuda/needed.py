@@ -8,19 +8,16 @@ with models of all kinds in the simulator and finds none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pymla import ggml
 from pymla.cuda import attention, moe, norm, quant, rope, sampling
 from pymla.cuda.runtime.jit import Kernel, compile_all
 from pymla.pages import CACHE_TYPES
 
-if TYPE_CHECKING:
-    from pymla.engine.model import Model
-
 
 def compile_for(
-    model: Model,
+    model: Any,
     progress: Callable[[int, int, str], object] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> None:
@@ -28,7 +25,8 @@ def compile_for(
 
     Parameters
     ----------
-    model : pymla.engine.model.Model
+    model : Model
+        With its `placement`, `weights`, `cache`, `config` and `mla`.
     progress : callable(done, total, name), optional
         Told of each kernel that has to be compiled.
     warn : callable(message), optional
@@ -37,7 +35,7 @@ def compile_for(
     compile_all(kernels(model), progress, warn)
 
 
-def kernels(model: Model) -> list[Kernel]:
+def kernels(model: Any) -> list[Kernel]:
     """The kernels of a model on the GPU, each once."""
     from pymla.cuda import backend
 
@@ -76,11 +74,11 @@ def kernels(model: Model) -> list[Kernel]:
 _MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
 
 
-def _types(layer, *names: str) -> list[int]:
+def _types(layer: Any, *names: str) -> list[int]:
     return [tensor.qtype for tensor in (getattr(layer, name) for name in names) if tensor is not None]
 
 
-def _attention(model: Model, layer, cache) -> list[Kernel]:
+def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     """The kernels of a layer's attention in the model's mode."""
     config, types, matrices = model.config, tuple(rows.qtype for rows in cache), (layer.attn_k_b, layer.attn_v_b)
     k_b, v_b = (w.qtype for w in matrices)

@@ -52,7 +52,7 @@ heads_at_once = DEVICE.heads_at_once
 
 
 def latent_cache(layout, slots):
-    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache.row_layout`."""
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache_layout.row_layout`."""
     return LatentCache(*block_rows(memory, layout, slots))
 
 

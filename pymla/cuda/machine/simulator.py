@@ -143,7 +143,8 @@ def buffer(nbytes, alignment=256, memory=GLOBAL):
 
 
 class _Shared:
-    """Shared memory of a block. An array belongs to the place in the source that asks for it."""
+    """Shared memory of a block. An array belongs to the place in the source that asks for it, and where a factory made
+    functions for several sizes, to its size."""
 
     def __init__(self, dynamic_bytes):
         self._dynamic_bytes, self._arrays = dynamic_bytes, {}
@@ -156,7 +157,7 @@ class _Shared:
         if shape == 0:
             return inside(self._dynamic[: len(self._dynamic) // dtype.itemsize * dtype.itemsize].view(dtype))
         frame = sys._getframe(1)
-        place = frame.f_code, frame.f_lasti
+        place = frame.f_code, frame.f_lasti, shape, dtype
         if place not in self._arrays:
             raw = buffer(int(np.prod(shape)) * dtype.itemsize, alignment or dtype.itemsize, self.memory)
             self._arrays[place] = inside(raw.view(dtype).reshape(shape))
