@@ -5,11 +5,16 @@
 >>> model.generate("def ", max_tokens=20, temperature=0)          # doctest: +SKIP
 """
 
+import sys
+
 from pymla.errors import CacheFull, PymlaError
+from pymla.moved import Finder
 
 __version__ = "0.1.0"
 
 __all__ = ["CacheFull", "LanguageModel", "PymlaError", "__version__", "load"]
+
+sys.meta_path.append(Finder())
 
 
 def __getattr__(name):
