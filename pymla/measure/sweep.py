@@ -5,7 +5,7 @@ first TG tokens are generated, one by one, and forgotten; then a prompt of PP to
 are random, with a fixed seed; choosing a token from its logits is not part of the times.
 
 >>> import pymla
->>> from pymla import bench
+>>> from pymla.measure import sweep
 >>> model = pymla.load(ctx=128)                                   # doctest: +SKIP
 >>> [row.n_kv for row in sweep.sweep(model, sweep.Settings(pp=32, tg=4, depths=(0, 64)))]  # doctest: +SKIP
 [0, 64]
