@@ -21,12 +21,12 @@ TARGET = Path(__file__).parents[1] / "docs" / "architecture.png"
 PAPER, INK, FAINT = "#fbfbf8", "#22252b", "#6b717c"
 GREY, BLUE, GREEN, SAND, ROSE = "#e6e8ec", "#d3e2f4", "#d8ecd9", "#f5e6c8", "#f4d8d8"
 
-#: Layers from the top: name, folders, colour.
+#: Layers above the backends, from the top: name, folders, colour.
 LAYERS = [
     ("command line", "cli/   one file for each command", GREY),
-    ("engine", "engine/   loading · memory plan · cache · forward pass · recorded steps\ntext/  make/  measure/", BLUE),
+    ("measuring, making", "measure/   the sweep      make/   conversion of checkpoints", GREY),
+    ("engine", "engine/   loading · memory plan · cache · forward pass · recorded steps", BLUE),
     ("models", "models/   configuration · weights by name · deepseek2.py, the transformer", GREEN),
-    ("operations", "backend.py, every operation once · contract.py, the checks of their arguments", SAND),
 ]
 BACKENDS = [
     ("reference/", "NumPy, float32\nor float64: the\ndefinition"),
@@ -34,7 +34,11 @@ BACKENDS = [
     ("cuda/", "Numba-CUDA,\ntensor cores,\nor simulated"),
 ]
 FOLDERS = "cpu and cuda:  attention/   formats/   matmul/   machine/   runtime/"
-GROUND = ("files and types", "files/  ggml.py  tensor.py  pages.py  host/  errors.py", GREY)
+#: Layers below the backends.
+GROUND = [
+    ("text, files, host", "text/   tokenizer, sampling      files/   GGUF      host/   cores, memory", BLUE),
+    ("operations and types", "backend.py, contract.py: every operation      pages.py  tensor.py  ggml.py", SAND),
+]
 
 #: Stages of a layer: text, and the shape of the result.
 STAGES = [
@@ -62,32 +66,37 @@ def arrow(axes, start, end, bend=0.0, colour=INK):
     )
 
 
+def draw_layer(axes, y, layer):
+    name, folders, colour = layer
+    box(axes, 0, y, 6.6, 0.84, colour)
+    axes.text(0.2, y + 0.57, name, fontsize=11, weight="bold", color=INK, va="center")
+    axes.text(0.2, y + 0.24, folders, fontsize=8.4, color=INK, va="center")
+
+
 def draw_layers(axes):
     """What imports what."""
     axes.text(0, 10.45, "Layers", fontsize=14, weight="bold", color=INK)
     axes.text(0, 10.12, "a module imports from its own layer and from those below", fontsize=9.5, color=FAINT)
-    y = 8.95
-    for name, folders, colour in LAYERS:
-        box(axes, 0, y, 6.6, 0.95, colour)
-        axes.text(0.2, y + 0.66, name, fontsize=11, weight="bold", color=INK, va="center")
-        axes.text(0.2, y + 0.28, folders, fontsize=8.4, color=INK, va="center", linespacing=1.25)
-        arrow(axes, (3.3, y), (3.3, y - 0.34))
-        y -= 1.3
-    top = y + 0.95
-    box(axes, 0, top - 2.3, 6.6, 2.3, PAPER, FAINT)
+    y = 9.06
+    for layer in LAYERS:
+        draw_layer(axes, y, layer)
+        arrow(axes, (3.3, y), (3.3, y - 0.28))
+        y -= 1.12
+    top = y + 0.84
+    box(axes, 0, top - 2.2, 6.6, 2.2, PAPER, FAINT)
     axes.text(0.2, top - 0.25, "backends", fontsize=11, weight="bold", color=INK, va="center")
     axes.text(6.4, top - 0.25, "never import each other", fontsize=8.4, color=FAINT, va="center", ha="right")
     for i, (name, text) in enumerate(BACKENDS):
         x = 0.2 + 2.1 * i
-        box(axes, x, top - 1.83, 2.0, 1.32, ROSE)
-        axes.text(x + 0.14, top - 0.74, name, fontsize=10, weight="bold", color=INK, va="center")
-        axes.text(x + 0.14, top - 1.32, text, fontsize=8.2, color=INK, va="center", linespacing=1.3)
-    axes.text(0.2, top - 2.07, FOLDERS, fontsize=8.4, color=INK, va="center")
-    arrow(axes, (3.3, top - 2.3), (3.3, top - 2.64))
-    name, folders, colour = GROUND
-    box(axes, 0, top - 3.6, 6.6, 0.95, colour)
-    axes.text(0.2, top - 2.95, name, fontsize=11, weight="bold", color=INK, va="center")
-    axes.text(0.2, top - 3.32, folders, fontsize=8.4, color=INK, va="center")
+        box(axes, x, top - 1.78, 2.0, 1.28, ROSE)
+        axes.text(x + 0.14, top - 0.73, name, fontsize=10, weight="bold", color=INK, va="center")
+        axes.text(x + 0.14, top - 1.29, text, fontsize=8.2, color=INK, va="center", linespacing=1.3)
+    axes.text(0.2, top - 2.0, FOLDERS, fontsize=8.4, color=INK, va="center")
+    y = top - 2.2
+    for layer in GROUND:
+        arrow(axes, (3.3, y), (3.3, y - 0.28))
+        y -= 1.12
+        draw_layer(axes, y, layer)
 
 
 def draw_token(axes):
