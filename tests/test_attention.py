@@ -50,9 +50,12 @@ else:
     ABSORBED += [(cache_type, 3, 64, 32, (200,), (1,)) for cache_type in CACHE_TYPES]
 
 
-def check_absorbed(backend, attend, tolerance, case):
+def check_absorbed(backend, attend, tolerance, case, rope_type=None):
+    """`rope_type`: the ggml type of the rotated rows, where it is not the cache type's own."""
     cache_type, heads, rank, rope, lengths, new = case
     step, layout = ragged_step(lengths, new, PAGES), latent_layout(cache_type, rank, rope)
+    if rope_type is not None:
+        layout = layout[0], (rope_type, rope)
     blocks = poisoned_cache(layout, step, lengths, PAGES)
     q = backend.normal(len(step.positions), heads, rank + rope, seed=2)
     expected = absorbed(q, *blocks, step, 0.1)
@@ -87,10 +90,12 @@ FULL += [
 SINGLE = [(name, 3, 64, 32, (1, 63, 130), (1, 1, 1)) for name in CACHE_TYPES]
 
 
-def check_full(backend, attend, tolerance, case):
+def check_full(backend, attend, tolerance, case, value_type=None):
+    """`value_type`: the ggml type of the values' rows, where it is not that of the keys."""
     cache_type, heads, size, v, lengths, new = case
     step, qtype = ragged_step(lengths, new, PAGES), CACHE_TYPES[cache_type]
-    cache = poisoned_cache([(qtype, heads * size), (qtype, heads * v)], step, lengths, PAGES)
+    layout = (qtype, heads * size), (qtype if value_type is None else value_type, heads * v)
+    cache = poisoned_cache(layout, step, lengths, PAGES)
     q = backend.normal(len(step.positions), heads, size, seed=2)
     expected = full(q, *cache, step, 0.1)
     assert np.isfinite(expected).all()
