@@ -40,7 +40,7 @@ def test_other_levels(level):
         "-p",
         "no:cacheprovider",
         "-k",
-        "not reference",
+        "not reference]",
         "test_matrices.py",
         "test_experts.py",
         "test_attention.py",
