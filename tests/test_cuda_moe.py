@@ -27,7 +27,7 @@ def on_device(w):
 
 def test_launches_of_a_token(monkeypatch):
     """Shared experts cost none."""
-    launched, q4_0 = [], (ggml.Q4_0, ggml.Q4_0)
+    launched, q4_0 = [], (ggml.Q4_0,) * 3
     monkeypatch.setattr(simulator, "launch", lambda function, *arguments: launched.append(function.__name__))
     routed, shared = (list(map(on_device, three(q4_0, count, 64, 32, seed=1))) for count in (5, None))
     for own in (None, shared):

@@ -93,23 +93,24 @@ def test_weights_of_experts_without_a_score(backend):
 
 
 def three(qtypes, count, hidden, inner, seed):
-    """Gate, up and down, as matrices, or of `count` experts; of the types of gate and up, and of down."""
+    """Gate, up and down of their types: matrices, or those of `count` experts."""
+    shapes = (inner, hidden), (inner, hidden), (hidden, inner)
     several = (count,) if count else ()
-    gate, up = (random_qtensor(qtypes[0], *several, inner, hidden, seed=seed + i) for i in (0, 1))
-    return gate, up, random_qtensor(qtypes[1], *several, hidden, inner, seed=seed + 2)
+    return [
+        random_qtensor(qtype, *several, *shape, seed=seed + i)
+        for i, (qtype, shape) in enumerate(zip(qtypes, shapes, strict=True))
+    ]
 
 
-def check_experts(
-    backend, qtypes, tokens, choice, hidden, inner, count, *, shared=0, shared_types=None, matrices=None, adds=(0, 1)
-):
-    """Experts of the types of gate and up, and of down; `shared` of them, or none, of types of their own. `adds`:
-    overwriting, adding, or both."""
+def check_experts(backend, qtypes, tokens, choice, hidden, inner, count, *, shared=0, shared_types=None, adds=(0, 1)):
+    """Experts of the types of gate, up and down; `shared` of them, or none, of types of their own. `adds`: overwriting,
+    adding, or both."""
     rng = np.random.default_rng(3)
     ids = np.argsort(rng.random((tokens, count)), axis=1)[:, :2].astype(np.int32)
     if choice == "one takes all":
         ids[:] = (4, 1)
     weights = rng.standard_normal((tokens, 2)).astype(backend.dtype)
-    matrices = matrices or three(qtypes, count, hidden, inner, seed=1)
+    matrices = three(qtypes, count, hidden, inner, seed=1)
     own = three(shared_types or qtypes, None, hidden, shared * inner, seed=4) if shared else None
     x = np.random.default_rng(0).standard_normal((tokens, hidden), dtype=np.float32)
     if hidden % 32 == 0:
@@ -137,30 +138,34 @@ def check_experts(
 
 F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q6_K = ggml.F32, ggml.F16, ggml.BF16, ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K
 
-#: Types of gate and up, and of down, tokens, choice, hidden and inner size, experts. Where every expert has several
+#: Types of gate, up and down, tokens, choice, hidden and inner size, experts. Where every expert has several
 #: tokens, they are computed by panels or tiles.
 EXPERTS = [
-    ((F32, F32), 3, "one takes all", 33, 5, 5),
-    ((BF16, F16), 1, "random", 7, 6, 5),
-    ((Q4_0, Q8_0), 2, "random", 32, 32, 5),
-    ((Q8_0, Q4_1), 1, "random", 32, 32, 5),
-    ((Q4_1, F32), 2, "random", 64, 9, 5),
-    ((Q6_K, F32), 1, "random", 256, 3, 5),
-    ((Q4_0, Q8_0), 3, "random", 64, 32, 2),
-    ((Q4_1, Q4_0), 67, "one takes all", 64, 96, 5),
+    ((F32, F32, F32), 3, "one takes all", 33, 5, 5),
+    ((BF16, BF16, F16), 1, "random", 7, 6, 5),
+    ((Q4_0, Q4_0, Q8_0), 2, "random", 32, 32, 5),
+    ((Q8_0, Q8_0, Q4_1), 1, "random", 32, 32, 5),
+    ((Q4_1, Q4_1, F32), 2, "random", 64, 9, 5),
+    ((Q6_K, Q6_K, F32), 1, "random", 256, 3, 5),
+    ((Q4_0, Q4_0, Q8_0), 3, "random", 64, 32, 2),
+    ((Q4_1, Q4_1, Q4_0), 67, "one takes all", 64, 96, 5),
 ]
 #: What takes too long in the simulator.
 EXPERTS += [
-    ((qtype, qtype), tokens, choice, 96, 64, 6)
+    ((qtype, qtype, qtype), tokens, choice, 96, 64, 6)
     for qtype in (F32, Q4_0, Q8_0)
     for tokens, choice in ((1, "random"), (5, "random"), (17, "random"), (17, "one takes all"))
     if not SIMULATED
 ]
 
 
+def named_types(qtypes):
+    return "-".join(map(ggml.NAME.get, qtypes))
+
+
 def named(case):
-    (gate, down), *sizes = case
-    return f"{ggml.NAME[gate]}-{ggml.NAME[down]}-" + "-".join(map(str, sizes))
+    qtypes, *sizes = case
+    return "-".join([named_types(qtypes), *map(str, sizes)])
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -172,26 +177,29 @@ def test_experts(backend, case, shared):
 @pytest.mark.parametrize(
     ("tokens", "count", "shared_types"),
     [
-        (1, 5, (F32, Q8_0)),
-        (3, 5, (Q4_0, Q4_0)),
-        (3, 2, (Q4_0, F16)),
+        (1, 5, (F32, F32, Q8_0)),
+        (3, 5, (Q4_0, Q4_0, Q4_0)),
+        (3, 2, (Q4_0, Q4_0, F16)),
         (9, 16, None),
-        (17, 6, (Q4_1, Q4_1)),
+        (17, 6, (Q4_1, Q4_1, Q4_1)),
     ],
     ids=["gate and up of another type", "down of another type", "many pairs", "tokens for a product", "other types"],
 )
 def test_shared_experts_of_other_types(backend, tokens, count, shared_types):
     """What is not computed together with the routed experts gives the same."""
-    check_experts(backend, (Q4_0, Q8_0), tokens, "random", 32, 32, count, shared=2, shared_types=shared_types)
+    check_experts(backend, (Q4_0, Q4_0, Q8_0), tokens, "random", 32, 32, count, shared=2, shared_types=shared_types)
 
 
 if not SIMULATED:  # the GPU's experts refuse it (test_cuda_moe.py)
 
-    def test_gate_and_up_of_two_types(backend):
+    @pytest.mark.parametrize("shared", [0, 1])
+    @pytest.mark.parametrize("tokens", [1, 9])
+    @pytest.mark.parametrize(
+        "qtypes", [(Q4_0, Q8_0, Q4_1), (Q4_1, Q4_0, F16), (F32, Q8_0, Q8_0), (Q4_0, BF16, Q4_0)], ids=named_types
+    )
+    def test_gate_and_up_of_two_types(backend, qtypes, tokens, shared):
         """Their rows read the codes of the same activations in different orders."""
-        gate, _, down = three((Q4_0, Q4_0), 5, 512, 64, seed=1)
-        _, up, _ = three((Q8_0, Q8_0), 5, 512, 64, seed=1)
-        check_experts(backend, (Q4_0, Q4_0), 1, "random", 512, 64, 5, matrices=(gate, up, down))
+        check_experts(backend, qtypes, tokens, "random", 512, 64, 2, shared=shared)
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -199,7 +207,7 @@ if not SIMULATED:  # the GPU's experts refuse it (test_cuda_moe.py)
 @pytest.mark.parametrize("qtype", [F32, Q4_0], ids=ggml.NAME.get)
 def test_ffn(backend, qtype, tokens, add):
     hidden, inner = (32, 32) if SIMULATED else (96, 64)
-    matrices = three((qtype, qtype), None, hidden, inner, seed=0)
+    matrices = three((qtype,) * 3, None, hidden, inner, seed=0)
     x = np.random.default_rng(0).standard_normal((tokens, hidden), dtype=np.float32)
     x, before = as_multiplied(x, Q4_0).astype(backend.dtype), backend.normal(tokens, hidden, seed=9)
     out = backend.put(before.copy()) if add else backend.unset(tokens, hidden)
