@@ -8,6 +8,7 @@ from make_model import PRESETS, Shape, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cpu.machine.isa import AMX
+from pymla.cpu.matmul.activations import Input
 from pymla.pages import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.tensor import QTensor
@@ -20,10 +21,6 @@ ROWS = (1, 5, 16, 33)
 
 #: Tokens of a step: generation, a small batch, a batch with a rest, more than a page of 64.
 TOKENS = (1, 3, 17, 65)
-
-
-#: Where the float16 scales and minimums of a block lie.
-SCALES_AT = {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}
 
 
 def columns(qtype: int) -> tuple[int, ...]:
@@ -51,10 +48,10 @@ def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
     if qtype not in ggml.QUANTISED:
         return x
     codes, scale = quantise_activations(x)
-    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
+    return (codes.reshape(*scale.shape, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
 
 
-def panel_codes(x: cpu.quant.Input) -> np.ndarray:
+def panel_codes(x: Input) -> np.ndarray:
     """The codes (T, K) of activations for panels of 4 bits."""
     tokens, k = x.x.shape
     return x.codes.reshape(k // 32, -1, 32)[:, :tokens].transpose(1, 0, 2).reshape(tokens, k) if AMX else x.codes

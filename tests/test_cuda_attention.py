@@ -14,9 +14,10 @@ from tested import BACKENDS
 
 from pymla import ggml
 from pymla.cuda import attention, memory
-from pymla.cuda.attention.absorbed_form import absorbed_kernel
+from pymla.cuda.attention.absorbed_form import absorbed_in_splits, absorbed_kernel
 from pymla.cuda.attention.expanded_form import expanded_kernel
-from pymla.cuda.attention.full_form import full_kernel
+from pymla.cuda.attention.full_form import full_in_splits, full_kernel
+from pymla.cuda.attention.materialised_form import materialised_in_splits
 from pymla.errors import PymlaError
 from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.reference.quant import quantise
@@ -37,25 +38,37 @@ def on_device(tensor):
     return QTensor(tensor.qtype, memory.to_device(tensor.data))
 
 
-def split(attend, splits):
-    """Attention with the positions of a token split over so many blocks."""
-    return partial(attend, splits=splits)
+@pytest.mark.parametrize("attend", [absorbed_in_splits, materialised_in_splits], ids=["online", "materialised"])
+@pytest.mark.parametrize(
+    ("cache_type", "rope_type"),
+    [("q8_0", ggml.Q8_0), ("q8_0", ggml.F32), ("q8_0", ggml.BF16), ("bf16", ggml.F16), ("f32", ggml.Q8_0)],
+)
+def test_absorbed_of_two_cache_types(cache_type, rope_type, attend):
+    case = cache_type, 3, 32, 32, (65, 40), (1, 2)
+    check_absorbed(CUDA, partial(attend, splits=None), {"cuda": HALF}, case, rope_type)
+
+
+@pytest.mark.parametrize("new", [(1, 1), (2, 3)], ids=["tokens", "prompts"])
+@pytest.mark.parametrize(
+    ("cache_type", "value_type"), [("q8_0", ggml.F16), ("bf16", ggml.F32), ("f16", ggml.BF16), ("f32", ggml.Q8_0)]
+)
+def test_full_of_two_cache_types(cache_type, value_type, new):
+    check_full(CUDA, attention.full, {"cuda": HALF}, (cache_type, 2, 32, 32, (5, 70), new), value_type)
 
 
 @pytest.mark.parametrize("length", [1, 33, 128, 257, 400])
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_absorbed_with_positions_split_over_blocks(cache_type, length):
     """Shares of four tiles or more; many of the blocks have none."""
-    check_absorbed(CUDA, split(attention.absorbed, 9), {"cuda": HALF}, (cache_type, 3, 32, 16, (length,), (1,)))
+    case = cache_type, 3, 32, 16, (length,), (1,)
+    check_absorbed(CUDA, partial(absorbed_in_splits, splits=9), {"cuda": HALF}, case)
 
 
 def test_absorbed_over_several_groups_of_columns():
-    check_absorbed(CUDA, split(attention.absorbed, 2), {"cuda": HALF}, ("q8_0", 2, 160, 32, (300,), (1,)))
+    check_absorbed(CUDA, partial(absorbed_in_splits, splits=2), {"cuda": HALF}, ("q8_0", 2, 160, 32, (300,), (1,)))
 
 
-@pytest.mark.parametrize(
-    "attend", [attention.absorbed, attention.absorbed_materialised], ids=["online", "materialised"]
-)
+@pytest.mark.parametrize("attend", [absorbed_in_splits, materialised_in_splits], ids=["online", "materialised"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_absorbed_with_large_scores(attend, splits):
     """A maximum that grows over the tiles, and scores that are far apart."""
@@ -78,7 +91,7 @@ def test_absorbed_with_large_scores(attend, splits):
 )
 def test_absorbed_materialised_at_odd_sizes(cache_type, heads, rank, rope, lengths, splits):
     case = cache_type, heads, rank, rope, lengths, (1,) * len(lengths)
-    check_absorbed(CUDA, split(attention.absorbed_materialised, splits), {"cuda": FLOAT}, case)
+    check_absorbed(CUDA, partial(materialised_in_splits, splits=splits), {"cuda": FLOAT}, case)
 
 
 def test_scores_of_many_tokens_are_computed_by_parts(monkeypatch):
@@ -91,7 +104,7 @@ def test_scores_of_many_tokens_are_computed_by_parts(monkeypatch):
     [("f16", 192, 128, 70, 1), ("q8_0", 192, 160, 400, 9), ("bf16", 16, 16, 257, 2), ("f32", 144, 272, 300, 9)],
 )
 def test_full_of_a_token_with_positions_split_over_blocks(cache_type, size, v, length, splits):
-    check_full(CUDA, split(attention.full, splits), {"cuda": FLOAT}, (cache_type, 1, size, v, (length,), (1,)))
+    check_full(CUDA, partial(full_in_splits, splits=splits), {"cuda": FLOAT}, (cache_type, 1, size, v, (length,), (1,)))
 
 
 def test_a_fault_stays_in_its_sequence():
@@ -138,7 +151,7 @@ def test_what_does_not_fit_is_refused():
             call()
     absorbed, _, full, expanded = attend_all(poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32])
     for call in (absorbed, full, expanded):
-        with pytest.raises(ValueError, match="multiples of 8 bytes"):
+        with pytest.raises(PymlaError, match="multiples of 8 bytes"):
             call()
     with pytest.raises(PymlaError, match="expanded: keys is a NoneType; an array"):
         attention.expanded(poisoned(1, 1, 32), None, positions, 1.0, poisoned(1, 1, 16))
@@ -147,8 +160,9 @@ def test_what_does_not_fit_is_refused():
 def test_blocks_fit_shared_memory():
     """Two blocks on a multiprocessor of Ampere's large cards, which have 164 KiB, one on those that have 100; a block
     takes one for itself."""
-    sizes = [absorbed_kernel(qtype, 512, 64)[1] for qtype in CACHE_TYPES.values()]
-    sizes += [expanded_kernel(192, 128)[1], full_kernel(ggml.F16, 192, 128)[1]]
+    layouts = [tuple(qtype for qtype, _ in latent_layout(name, 512, 64)) for name in CACHE_TYPES]
+    sizes = [absorbed_kernel(types, 512, 64)[1] for types in layouts]
+    sizes += [expanded_kernel(192, 128)[1], full_kernel((ggml.F16, ggml.F16), 192, 128)[1]]
     for nbytes in sizes:
         assert 2 * (nbytes + 1024) <= 164 * 1024
         assert nbytes + 1024 <= 100 * 1024

@@ -15,8 +15,9 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from cuda.bindings import driver as api
 
-from pymla.cuda import graph, memory, quant
-from pymla.cuda.runtime import driver
+from pymla.cuda import graph, memory
+from pymla.cuda.matmul import activations
+from pymla.cuda.runtime import driver, pools, staging
 from pymla.errors import PymlaError
 
 SUCCESS = api.CUresult.CUDA_SUCCESS
@@ -86,16 +87,17 @@ class Driver:
 @pytest.fixture
 def device(monkeypatch):
     made = Driver(room=1 << 20)
-    for module in (driver, memory, graph):
+    for module in (driver, memory, pools, staging, graph):
         monkeypatch.setattr(module, "api", made)
-    for module in (driver, memory):
+    for module in (driver, pools, staging):
         monkeypatch.setattr(module, "device", lambda: 0)
+    for module in (driver, memory, staging):
         monkeypatch.setattr(module, "stream", lambda: 1)
-    monkeypatch.setattr(memory, "_pool", memory.Pool())
-    monkeypatch.setattr(memory, "STAGING", 16)
-    memory._stagings.cache_clear()
+    monkeypatch.setattr(pools, "POOL", pools.Pool())
+    monkeypatch.setattr(staging, "STAGING", 16)
+    staging._stagings.cache_clear()
     yield made
-    memory._stagings.cache_clear()
+    staging._stagings.cache_clear()
 
 
 def test_freed_memory_serves_an_array_of_about_its_size(device):
@@ -207,9 +209,9 @@ def test_a_graph_copies_nothing_from_the_host(device):
 @pytest.fixture
 def kernel(device, monkeypatch):
     """A kernel that counts as loaded, the first one since the host last waited."""
-    monkeypatch.setattr(quant._quantise_activations, "_function", 1)
+    monkeypatch.setattr(activations.quantise_activations, "_function", 1)
     driver._since.clear()
-    yield quant._quantise_activations
+    yield activations.quantise_activations
     driver._since.clear()
 
 

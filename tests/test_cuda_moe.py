@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import random_qtensor
 from test_experts import three
 
 from pymla import ggml
 from pymla.cuda import memory, moe, quant, sampling
 from pymla.cuda.machine import simulator
+from pymla.cuda.sampling import draw, likeliest, philox, rows
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor
 from pymla.text.sampling import Sampler, SamplingParams
@@ -34,16 +34,8 @@ def test_launches_of_a_token(monkeypatch):
         x, ids = quant.Activation(memory.zeros((1, 64), np.float32)), memory.zeros((1, 2), np.int32)
         weights, out = memory.zeros((1, 2), np.float32), memory.zeros((1, 64), np.float32)
         moe.experts(x, ids, weights, *routed, out, own, add=True)
-        assert launched == ["_quantise_activations", "_gate_up", "_quantise_activations", "_down"]
+        assert launched == ["quantise_activations", "gate_up", "quantise_activations", "down"]
         launched.clear()
-
-
-def test_experts_of_two_types_are_refused():
-    gate, up = (on_device(random_qtensor(qtype, 2, 32, 32)) for qtype in (ggml.Q4_0, ggml.Q8_0))
-    x, ids = quant.Activation(memory.zeros((1, 32), np.float32)), memory.zeros((1, 1), np.int32)
-    weights, out = memory.zeros((1, 1), np.float32), memory.zeros((1, 32), np.float32)
-    with pytest.raises(PymlaError, match="Q4_0 and Q8_0"):
-        moe.experts(x, ids, weights, gate, up, gate, out)
 
 
 # Sampling. A block has 32 threads here, so that many draws take little time.
@@ -54,10 +46,11 @@ EVERYTHING = {"top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1}
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "THREADS", 32)
+    for module in (sampling, rows, likeliest, draw):
+        monkeypatch.setattr(module, "THREADS", 32)
 
 
-def draw(logits, params, state):
+def drawn(logits, params, state):
     """A token for each row, and its log probability."""
     out = memory.empty((len(logits), 2), np.int32)
     result = memory.to_host(sampling.sample(memory.to_device(logits), params, state, out))
@@ -84,7 +77,7 @@ def test_damaged_logits_are_told():
     logits[3, :129] = -np.inf
     state = sampling.new_state([1, 2, 3, 4])
     for params in (SamplingParams(temperature=0), SamplingParams()):
-        assert draw(logits, params, state)[0].tolist() == [-1, -1, -1, 129]
+        assert drawn(logits, params, state)[0].tolist() == [-1, -1, -1, 129]
 
 
 @pytest.mark.parametrize(
@@ -103,11 +96,11 @@ def test_damaged_logits_are_told():
 def test_draws_are_the_hosts_where_the_random_numbers_are(filters, monkeypatch):
     params, logits = SamplingParams(**EVERYTHING | filters), 2 * normal(40)
     host, state = Sampler(params), sampling.new_state([0])
-    monkeypatch.setattr(sampling, "_philox", lambda seed, draw, row: (2 * draw + 1 << 32) // 8)
+    monkeypatch.setattr(draw, "philox", lambda seed, draw, row: (2 * draw + 1 << 32) // 8)
     for number in (0.125, 0.375, 0.625, 0.875):
         host._generator = SimpleNamespace(random=lambda number=number: number)
         expected = host.sample(logits)
-        token, logprob = draw(logits[None], params, state)
+        token, logprob = drawn(logits[None], params, state)
         assert token == expected.token
         np.testing.assert_allclose(logprob, expected.logprob, atol=1e-5)
 
@@ -115,32 +108,32 @@ def test_draws_are_the_hosts_where_the_random_numbers_are(filters, monkeypatch):
 @pytest.mark.parametrize("room", [2048, 2])
 def test_equal_logits_and_candidates(room, monkeypatch):
     """Of equal logits the lower tokens are kept, whether candidates have room or not."""
-    monkeypatch.setattr(sampling, "CANDIDATES", room)
+    monkeypatch.setattr(draw, "CANDIDATES", room)
     logits = np.full((1, 700), -4, np.float32)
     logits[0, [5, 200, 400, 600]] = 1
     logits[0, 650] = 2
     state = sampling.new_state([3])
-    kept = {int(draw(logits, SamplingParams(**EVERYTHING | {"top_k": 4}), state)[0][0]) for _ in range(3)}
+    kept = {int(drawn(logits, SamplingParams(**EVERYTHING | {"top_k": 4}), state)[0][0]) for _ in range(3)}
     assert kept <= {650, 5, 200, 400}
 
 
 def test_same_seed_same_tokens():
     logits = normal(2, 50)
     first, second = sampling.new_state([5, 5]), sampling.new_state([5, 6])
-    a, b = ([draw(logits, SamplingParams(), state)[0].tolist() for _ in range(3)] for state in (first, second))
+    a, b = ([drawn(logits, SamplingParams(), state)[0].tolist() for _ in range(3)] for state in (first, second))
     assert [row[0] for row in a] == [row[0] for row in b]
     assert memory.to_host(first).tolist() == [[5, 3], [5, 3]]
     assert len({tuple(row) for row in a}) > 1
 
 
 def test_log_probability_is_the_models_own():
-    token, logprob = draw(LOGITS[None], SamplingParams(temperature=2), sampling.new_state([None]))
+    token, logprob = drawn(LOGITS[None], SamplingParams(temperature=2), sampling.new_state([None]))
     np.testing.assert_allclose(logprob, LOGITS[token], atol=1e-5)
 
 
 def test_philox():
     """A known answer of Random123 (tests/kat_vectors)."""
-    assert sampling._philox(0, 0, 0) == 0x6627E8D5
+    assert philox.philox(0, 0, 0) == 0x6627E8D5
 
 
 def test_penalties_stay_with_the_host():

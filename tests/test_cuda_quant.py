@@ -9,7 +9,8 @@ from tested import BACKENDS
 
 from pymla import ggml
 from pymla.cuda import memory, quant
-from pymla.cuda.matmul.gemm import ROWS, WIDE
+from pymla.cuda.formats import FORMATS
+from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, tile_widths
 from pymla.errors import PymlaError
 
 CUDA = BACKENDS[0]
@@ -32,12 +33,16 @@ def test_matmul_of_long_rows(qtype):
             check_matmul(CUDA, random_qtensor(qtype, 5, k), CUDA.normal(tokens, k))
 
 
-@pytest.mark.parametrize(("qtype", "activations"), quant._MATMUL, ids=lambda x: ggml.NAME.get(x, x))
+@pytest.mark.parametrize(
+    ("qtype", "activations"),
+    [(qtype, activations) for qtype in FORMATS for activations in tile_widths(qtype)],
+    ids=lambda x: ggml.NAME.get(x, x),
+)
 def test_matmul_in_tiles(qtype, activations, monkeypatch):
     """Narrow and wide tiles of rows that begin at every place that 16 bytes have, the last ones not full."""
     monkeypatch.setattr(quant, "ENOUGH_TILES", 1 if activations == WIDE else 1000)
     k = 96 if qtype != ggml.Q6_K else 256
-    w = random_qtensor(qtype, ROWS + 3, k)
+    w = random_qtensor(qtype, TILE_ROWS + 3, k)
     starts = {int(each) % 16 for each in CUDA.put(w).data.strides[0] * np.arange(len(w.data))}
     assert starts == set(range(0, 16, 4 if qtype == ggml.Q4_1 else 2))
     check_matmul(CUDA, w, CUDA.normal(activations + 2, k))

@@ -2,7 +2,7 @@
 
 from pymla.cuda import NAME, attention, memory, moe, norm, quant, rope, sampling
 from pymla.cuda.graph import Graph
-from pymla.cuda.runtime.jit import compile_all
+from pymla.cuda.needed import compile_for
 from pymla.scratch import DEVICE_SLICE as SLICE
 
 __all__ = [
@@ -18,8 +18,3 @@ __all__ = [
     "rope",
     "sampling",
 ]
-
-
-def compile_for(model, progress=None, warn=None):
-    """Compile all kernels for the device, or load them from the cache: most models need most of them."""
-    compile_all(progress, warn)
