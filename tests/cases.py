@@ -133,10 +133,8 @@ TIES = {
 
 
 def rows_to_norm(columns: int):
-    """Rows of ordinary, small, tiny and no values, a weight, an eps that is far above the squares of the tiny ones, and
-    the rows' RMS norms in float64."""
+    """Rows of ordinary, small, tiny and no values, in float64, a weight, and an eps far above the squares of the tiny
+    values."""
     rng = np.random.default_rng(11)
     x = rng.standard_normal((4, columns)) * np.array([[1], [1e-2], [1e-6], [0]])
-    weight, eps = rng.standard_normal(columns).astype(np.float32), 1e-4
-    expected = [row / np.sqrt(row @ row / columns + eps) * weight for row in x]
-    return x.astype(np.float32), weight, eps, np.array(expected)
+    return x, rng.standard_normal(columns).astype(np.float32), 1e-4

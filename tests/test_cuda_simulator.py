@@ -1,4 +1,5 @@
-"""Runs the files of tests that import `simulated` in the CUDA simulator, each in a process of its own."""
+"""Runs the files of tests that import `simulated`, and those of all backends' operations (`tested`), in the CUDA
+simulator, each in a process of its own."""
 
 import importlib.util
 import os
@@ -10,11 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(
-    path.name
-    for path in HERE.glob("test_cuda_*.py")
-    if re.search(r"^import simulated\b", path.read_text(encoding="utf-8"), re.MULTILINE)
-)
+SIMULATED = re.compile(r"^(import simulated\b|pytestmark = .*\beach_backend\b)", re.MULTILINE)
+FILES = sorted(path.name for path in HERE.glob("test_*.py") if SIMULATED.search(path.read_text(encoding="utf-8")))
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="needs numba-cuda"),

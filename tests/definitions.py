@@ -1,0 +1,109 @@
+"""What operations compute: the formulas themselves, in float64, token by token and head by head.
+
+Tests compare every backend with these, the reference included.
+"""
+
+import numpy as np
+
+from pymla.pages import PAGE
+from pymla.reference.quant import dequantise
+from pymla.tensor import QTensor
+
+
+def dense(w: QTensor) -> np.ndarray:
+    """The numbers of a matrix. `test_reference_quant.py` compares `dequantise` with gguf-py."""
+    return dequantise(w.data, w.qtype).astype(np.float64)
+
+
+def rms_norm(x, weight, eps):
+    return np.array([row / np.sqrt(row @ row / len(row) + eps) * weight for row in x.astype(np.float64)])
+
+
+def rotated(x, positions, inv_freq, magnitude):
+    """Pairs of neighbours at the end of every head of x (T, H, D), turned as complex numbers."""
+    result = x.astype(np.float64)
+    pairs = result[..., result.shape[-1] - 2 * len(inv_freq) :]
+    for t, position in enumerate(positions):
+        for i, frequency in enumerate(inv_freq):
+            turned = (pairs[t, :, 2 * i] + 1j * pairs[t, :, 2 * i + 1]) * magnitude * np.exp(1j * position * frequency)
+            pairs[t, :, 2 * i], pairs[t, :, 2 * i + 1] = turned.real, turned.imag
+    return result
+
+
+def route(logits, bias, used, config):
+    """The chosen experts, best first, and their weights: int (T, used) and float64 (T, used)."""
+    ids, weights = [], []
+    for row in logits.astype(np.float64):
+        experts, size = range(len(row)), len(row) // config.n_group
+        if config.scoring_func == "sigmoid":
+            scores = [1 / (1 + np.exp(-x)) for x in row]
+        else:
+            total = sum(np.exp(x - row.max()) for x in row)
+            scores = [np.exp(x - row.max()) / total for x in row]
+        choice = [score + (0 if bias is None else float(bias[e])) for e, score in enumerate(scores)]
+        best = 2 if config.group_score == "top2" else 1
+        worth = [sum(sorted(choice[g * size : (g + 1) * size])[-best:]) for g in range(config.n_group)]
+        kept = sorted(range(config.n_group), key=lambda g, worth=worth: -worth[g])[: config.topk_group]
+        chosen = sorted((e for e in experts if e // size in kept), key=lambda e, choice=choice: -choice[e])[:used]
+        total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1
+        ids.append(chosen)
+        weights.append([config.routed_scaling_factor * scores[e] / total for e in chosen])
+    return np.array(ids), np.array(weights)
+
+
+def swiglu(x, gate, up, down):
+    """A token through a gated network."""
+    g, u = gate @ x, up @ x
+    return down @ np.array([a / (1 + np.exp(-a)) * b for a, b in zip(g, u, strict=True)])
+
+
+def attend(q, keys, values, scale):
+    """A query over the keys (S, D) and values (S, v) that it sees."""
+    scores = scale * (keys @ q)
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
+def rows_of(cache: QTensor, step, sequence, length):
+    """The first rows of a sequence, slot by slot."""
+    slots = [step.block_tables[sequence, p // PAGE] * PAGE + p % PAGE for p in range(length)]
+    return dense(QTensor(cache.qtype, cache.data[slots]))
+
+
+def absorbed(q, latent: QTensor, rope: QTensor, step, scale):
+    """Attention of q (T, H, rank + R) in the latent space: (T, H, rank)."""
+    out = []
+    for t, (sequence, position) in enumerate(zip(step.seq_of, step.positions, strict=True)):
+        c_kv = rows_of(latent, step, sequence, position + 1)
+        keys = np.concatenate([c_kv, rows_of(rope, step, sequence, position + 1)], axis=1)
+        out.append([attend(head, keys, c_kv, scale) for head in q[t].astype(np.float64)])
+    return np.array(out)
+
+
+def full(q, keys: QTensor, values: QTensor, step, scale):
+    """Attention of q (T, H, D) over cached keys and values of all heads: (T, H, v)."""
+    (tokens, heads, size), out = q.shape, []
+    for t in range(tokens):
+        seen = step.positions[t] + 1
+        k = rows_of(keys, step, step.seq_of[t], seen).reshape(seen, heads, size)
+        v = rows_of(values, step, step.seq_of[t], seen).reshape(seen, heads, -1)
+        out.append([attend(q[t, h].astype(np.float64), k[:, h], v[:, h], scale) for h in range(heads)])
+    return np.array(out)
+
+
+def expanded(q, keys, values, positions, scale):
+    """Attention of q (T, H, D) over the keys (S, H, D) and values (S, H, v) of a sequence: (T, H, v)."""
+    q, keys, values = (each.astype(np.float64) for each in (q, keys, values))
+    return np.array(
+        [
+            [attend(q[t, h], keys[: p + 1, h], values[: p + 1, h], scale) for h in range(q.shape[1])]
+            for t, p in enumerate(positions)
+        ]
+    )
+
+
+def expand(c_kv, k_pe, k_b: QTensor, v_b: QTensor):
+    """Keys (S, H, nope + R) and values (S, H, v) of latent rows."""
+    c_kv = c_kv.astype(np.float64)
+    keys = [[[*(matrix @ row), *rope] for matrix in dense(k_b)] for row, rope in zip(c_kv, k_pe, strict=True)]
+    return np.array(keys), np.array([[matrix @ row for matrix in dense(v_b)] for row in c_kv])

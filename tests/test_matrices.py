@@ -1,0 +1,168 @@
+"""Products with matrices, norms and rope of every backend against their definitions, at odd sizes."""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import ROWS, TOKENS, columns, random_qtensor, rows_to_norm
+from compare import assert_close
+from definitions import dense, rms_norm, rotated
+from tested import SIMULATED, assert_quantised, each_backend
+
+from pymla import ggml
+from pymla.tensor import QTensor
+
+pytestmark = [each_backend, pytest.mark.filterwarnings("error")]
+
+EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
+INT8 = {"rtol_max": 5e-6, "reason": "the same int8 activations are multiplied, in float64"}
+ONE_ROW = {"rtol_max": 1e-5, "reason": "a single result may cancel to a 400th of its terms"}
+
+
+def both(tolerance):
+    return {"cpu": tolerance, "cuda": tolerance}
+
+
+def shapes(qtype):
+    """Rows and columns."""
+    if not SIMULATED:
+        return itertools.product(ROWS, columns(qtype))
+    if qtype not in ggml.QUANTISED:
+        return (1, 7), (5, 96), (6, 132)
+    return ((1, 256), (5, 768)) if ggml.BLOCK_SIZE[qtype] == 256 else ((1, 32), (5, 96), (6, 352))
+
+
+def check_matmul(backend, w, x):
+    actual = backend.result(backend.quant.matmul, w, backend.activation(x), shape=(len(x), len(w.data)))
+    expected = backend.seen(x, w.qtype).astype(np.float64) @ dense(w).T
+    assert_close(actual, expected, **backend.tolerance(**both(ONE_ROW if actual.size == 1 else INT8)))
+
+
+@pytest.mark.parametrize("tokens", (1, 3, 9) if SIMULATED else TOKENS)
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_matmul(backend, qtype, tokens):
+    for rows, k in shapes(qtype):
+        check_matmul(backend, random_qtensor(qtype, rows, k), backend.normal(tokens, k))
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 9])
+def test_matmul_of_several_matrices(backend, tokens):
+    """Part of the rows of each of three matrices, so that the matrices lie apart: their results, one after another."""
+    w, x = random_qtensor(ggml.Q4_0, 3, 9, 64), backend.normal(tokens, 64)
+    part = QTensor(w.qtype, backend.put(w).data[:, 2:7])
+    actual = backend.result(backend.quant.matmul, part, backend.activation(x), shape=(tokens, 15))
+    seen = backend.seen(x, w.qtype).astype(np.float64)
+    expected = np.concatenate([seen @ matrix[2:7].T for matrix in dense(w)], axis=1)
+    assert_close(actual, expected, **backend.tolerance(**both(INT8)))
+
+
+@pytest.mark.parametrize("byte", [0, 255, 0x80, 0x7F])
+@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+def test_matmul_at_extreme_codes(backend, qtype, byte):
+    """All codes alike, against activations of ±127: where 16-bit sums of products would overflow. Blocks of 32 come in
+    an eight, a four and one by itself, which the CPU's kernels take apart."""
+    count = 13 if ggml.BLOCK_SIZE[qtype] == 32 and not SIMULATED else 2
+    block = np.full((3, count, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
+    for at in ggml.TYPES[qtype].halves:
+        block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
+    w = QTensor(qtype, block.reshape(3, -1))
+    size = count * ggml.BLOCK_SIZE[qtype]
+    signs = np.stack([np.ones(size), -np.ones(size), np.resize([1, -1], size)]).astype(backend.dtype)
+    for x in (signs, np.tile(signs, (3, 1))):
+        actual = backend.result(backend.quant.matmul, w, backend.activation(x), shape=(len(x), 3))
+        np.testing.assert_allclose(actual, x.astype(np.float64) @ dense(w).T, rtol=1e-6, atol=1e-3)
+
+
+def test_activations_are_quantised(backend):
+    x = backend.normal(7, 96)
+    x[2, :32] = 0
+    activation = backend.activation(x)
+    np.testing.assert_array_equal(backend.memory.to_host(activation.x), x)
+    if backend.rounds:
+        assert_quantised(backend, activation, ggml.Q4_0, x)
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_embedding_rows(backend, qtype):
+    k = 768 if qtype in ggml.QUANTISED else 99
+    w, tokens = random_qtensor(qtype, 9, k), np.array([8, 0, 3, 3], np.int32)
+    actual = backend.result(backend.quant.embedding_rows, w, tokens, shape=(4, k))
+    assert_close(actual, dense(w)[tokens], **backend.tolerance(**both(EXACT)))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9] if SIMULATED else [1, 7])
+@pytest.mark.parametrize("qtype", (ggml.F16, ggml.Q8_0, ggml.Q6_K) if SIMULATED else ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_matmul_heads(backend, qtype, tokens):
+    k = shapes(qtype)[0][1] if SIMULATED else 256
+    w, x = random_qtensor(qtype, 3, 5, k), backend.normal(tokens, 3, k)
+    actual = backend.result(backend.quant.matmul_heads, w, x, shape=(tokens, 3, 5))
+    seen = backend.seen(x.reshape(-1, k), qtype).reshape(x.shape).astype(np.float64)
+    expected = [[matrix @ seen[t, h] for h, matrix in enumerate(dense(w))] for t in range(tokens)]
+    assert_close(actual, expected, **backend.tolerance(**both(INT8)))
+
+
+@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+def test_matmul_heads_transposed(backend, qtype):
+    """The first columns of wider queries to the first ones of wider results, as absorption takes them."""
+    heads, rows, tokens = 2, 37, 2
+    k = max(64, ggml.BLOCK_SIZE[qtype]) if qtype in ggml.QUANTISED else 70
+    w, x = random_qtensor(qtype, heads, rows, k), backend.normal(tokens, heads, rows + 5)
+    out = backend.unset(tokens, heads, k + 3)
+    backend.quant.matmul_heads_transposed(backend.put(w), backend.put(x)[..., :rows], out[..., :k])
+    actual, x = backend.memory.to_host(out), x.astype(np.float64)
+    expected = [[matrix.T @ x[t, h, :rows] for h, matrix in enumerate(dense(w))] for t in range(tokens)]
+    assert_close(actual[..., :k], expected, **backend.tolerance(**both(EXACT)))
+    assert np.isnan(actual[..., k:]).all()
+
+
+@pytest.mark.parametrize("columns", [8, 70, 300])
+def test_rms_norm(backend, columns):
+    """Of columns of a wider array; rows by themselves, as their sizes differ by a million."""
+    x, weight, eps = rows_to_norm(columns)
+    x = x.astype(backend.dtype) / 3
+    wide = np.full((len(x), columns + 29), np.nan, backend.dtype)
+    wide[:, :columns] = x
+    actual = backend.result(backend.norm.rms_norm, backend.put(wide)[:, :columns], weight, eps, shape=x.shape)
+    for row, wanted in zip(actual, rms_norm(x, weight, eps), strict=True):
+        assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+
+
+@pytest.mark.parametrize("columns", [8, 32, 70, 96, 99, 1056, 2112])
+def test_norm_and_residual(backend, columns):
+    """Nothing or a second array is added first. What the norm gives is quantised as any activation."""
+    x, weight, eps = rows_to_norm(columns)
+    x = x.astype(backend.dtype) / 3
+    y = backend.normal(*x.shape, seed=2)
+    for added in (None, y):
+        total = x if added is None else x + added
+        there, out = backend.put(x.copy()), backend.unset(*x.shape)
+        arguments = [] if added is None else [backend.put(added)]
+        activation = backend.norm.normed(there, backend.put(weight), eps, out, *arguments)
+        assert activation.x is out
+        np.testing.assert_array_equal(backend.memory.to_host(there), total)
+        actual = backend.memory.to_host(out)
+        for row, wanted in zip(actual, rms_norm(total, weight, eps), strict=True):
+            assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+        if backend.rounds and columns % 32 == 0:
+            assert_quantised(backend, activation, ggml.Q4_0, actual)
+    there = backend.put(x.copy())
+    assert backend.norm.add(there, backend.put(y)) is there
+    np.testing.assert_array_equal(backend.memory.to_host(there), x + y)
+
+
+@pytest.mark.parametrize("pairs", [2, 33])
+def test_rope(backend, pairs):
+    """Of part of a wider array, as queries and keys are."""
+    positions, inv_freq = np.array([0, 5, 100_000], np.int32), np.geomspace(1, 0.01, pairs)
+    cos_sin = backend.result(backend.rope.angles, positions, inv_freq, 1.5, shape=(3, pairs, 2))
+    angles = positions[:, None] * inv_freq
+    expected = 1.5 * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    assert_close(cos_sin, expected, **backend.tolerance(**both(EXACT)))
+    x = backend.normal(3, 5, 2 * pairs + 7)
+    there = backend.put(x.copy())
+    backend.rope.rope_interleaved(there[:, :, 1:-1], backend.put(cos_sin))
+    actual = backend.memory.to_host(there)
+    expected = rotated(x[..., 1:-1], positions, inv_freq, 1.5)
+    assert_close(actual[..., 1:-1], expected, **backend.tolerance(**both(EXACT)))
+    np.testing.assert_array_equal(actual[..., :6], x[..., :6])
+    np.testing.assert_array_equal(actual[..., -1], x[..., -1])
