@@ -1,4 +1,4 @@
-"""Checks of what an operation is called with: arrays, indices, matrices, rows of a cache and steps.
+"""Checks of the arguments of an operation: arrays, indices, matrices, rows of a cache and steps.
 
 `pymla.contract` puts them together to the contract of each operation. All raise a PymlaError of one form, ``operation:
 argument is … ; … is expected``.
@@ -27,7 +27,7 @@ UINT8: Dtypes = (np.dtype(np.uint8),)
 
 
 class Abilities(NamedTuple):
-    """What a backend can take beyond what an operation means."""
+    """How a backend differs from others in the arguments that it takes."""
 
     floats: Dtypes  # of float arrays
     expanded_floats: Dtypes  # of expanded keys and values

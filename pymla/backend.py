@@ -16,8 +16,9 @@ What holds for every operation:
   The operation fills it and returns it. On a GPU it is filled when `Memory.to_host` returns.
 - A `PymlaError` names the operation, the argument, what it is and what it must be: for a shape, a dtype, an array that
   is not contiguous where a kernel goes through it by address, and a type that the backend does not run. Values of
-  indices (tokens, experts, slots, positions, pages) are compared with what they index where the host can read them: not
-  on a GPU, and not while a `StepGraph` records.
+  indices (tokens, experts, slots, positions, pages) are compared with what they index where the host can read them. A
+  GPU takes an index that is out of range for the last one in range; while a `StepGraph` records, indices mean nothing
+  yet.
 - Nothing but the rows that the docstring names is read. Rows of the cache behind a sequence's end may hold anything.
 
 "Cost" is the arithmetic in multiply-adds and the bytes read from memory at least, without the caller's own arrays.

@@ -3,8 +3,8 @@
 A method has the name and the arguments of its operation, is called by it in every backend, and raises a PymlaError that
 names the operation, the argument, what it is and what it must be. Shapes are compared with each other, types and rows
 of blocks with `pymla.ggml`. Values of indices (tokens, experts, positions, slots, pages) are compared with what they
-index where they lie in the host's memory and are known: not on a GPU, and not while a step is recorded, whose indices
-come from `pymla.engine.cache` with every replay.
+index where they lie in the host's memory and are known: not on a GPU, whose kernels bound them, and not while a step is
+recorded, whose indices come from `pymla.engine.cache` with every replay.
 
 Checks run in Python, so they cost a recorded step nothing.
 """
@@ -188,7 +188,7 @@ class Contract:
     # The cache, and attention over it --------------------------------------------------------------------------------
 
     def store(self, rows: Array, slots: Array, cache: QTensor, floats: Dtypes | None = None) -> None:
-        """`floats` are the dtypes of rows, where they are more than those that the backend computes in."""
+        """`floats` are the dtypes of `rows`, where the backend stores more dtypes than it computes in."""
         call = self._call("store")
         call.array("rows", rows, floats or self._abilities.floats, (None, None), rows=True)
         count = call.cache("cache", cache, rows.shape[1])

@@ -4,8 +4,8 @@ from pymla.printable import one_line
 
 
 class PymlaError(Exception):
-    """A mistake in the input or the environment. The message names the file, the tensor and the value, and what to
-    do. It is one line, printable and no longer than a screen, whatever the file holds."""
+    """A mistake in the input or the environment. The message names the file, the tensor and the value, and the
+    remedy. It is one line, printable and no longer than a screen, even if the file holds anything else."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -16,5 +16,5 @@ class CacheFull(PymlaError):
 
 
 class NoRoom(PymlaError):
-    """A model, or the part of it that was asked for, does not fit a GPU's memory, or what is left does not fit the
-    host's."""
+    """A model, or the part of it that was asked for, does not fit a GPU's memory, or the rest does not fit the host's
+    memory."""

@@ -1,4 +1,4 @@
-"""Text that is safe to print. Names and values out of a model file, and what a user typed, end up in messages and in
+"""Text that is safe to print. Names and values from model files, and texts that users type, end up in messages and in
 tables; none of it may steer the terminal, and no message is longer than a screen."""
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 def one_line(text: str, longest: int = LONGEST) -> str:
     """A message for a terminal: one line, printable, short."""
-    # Cut before escaping, as a text may have millions of characters, and after, as an escape is longer than what it
-    # stands for.
+    # Shortened before escaping, as a text may have millions of characters, and again after it, because an escape is
+    # longer than its character.
     lines = (line.strip() for line in text.splitlines())
     text = " ".join(line for line in lines if line)
     return shortened(printable(shortened(text, longest)), longest)

@@ -1,4 +1,4 @@
-"""Calls of every public operation of a backend, with arguments that fit, for tests of what does not."""
+"""Calls of every public operation of a backend, with arguments that fit and with spoiled ones."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from pymla import ggml
 from pymla.pages import CACHE_TYPES, PAGE, Step
-from pymla.reference.quant import quantise
+from pymla.reference.quant import QUANTISERS, quantise
 from pymla.tensor import QTensor
 
 #: Types of matrices that can be made here.
-MATRIX_TYPES = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q4_0, ggml.Q4_1, ggml.Q8_0)
+MATRIX_TYPES = tuple(map(ggml.ID.get, QUANTISERS))
 
 
 def tensor(rng, qtype, *shape):
@@ -51,7 +51,7 @@ def latent(rng, backend, rank, rope, slots):
 
 
 def calls(rng, backend):
-    """(operation, arguments by name, names of what the backend made) for every operation, of random sizes that fit."""
+    """(operation, arguments by name) for every operation, of random sizes that fit."""
     quant, norm, rope, moe, attention = backend.quant, backend.norm, backend.rope, backend.moe, backend.attention
     tokens, heads, experts = sizes(rng, 7, 3, 5)
     rows, columns, nope, v = (16 * size for size in sizes(rng, 3, 3, 3, 3))
@@ -218,7 +218,7 @@ def calls(rng, backend):
 
 
 def on(backend, value):
-    """An argument in the memory of a backend; what the backend made is there already."""
+    """An argument in the memory of a backend, unless the backend made it there."""
     if isinstance(value, QTensor):
         return value._replace(data=on(backend, value.data))
     if isinstance(value, Step):

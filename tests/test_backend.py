@@ -10,6 +10,7 @@ import pytest
 
 from pymla import backend as protocols
 from pymla.contract import Contract
+from pymla.reference import limits
 
 BACKENDS = ["pymla.reference", "pymla.cpu"]
 if importlib.util.find_spec("numba_cuda"):
@@ -112,6 +113,12 @@ def test_nothing_else_is_public(backend):
             found |= {f"{backend.NAME}.{name}.{each}" for each in public(module) - set(members(protocol))}
     unknown = {name for name in found if not any(re.fullmatch(rf"(\w+\.)?{pattern}", name) for pattern in EXTRAS)}
     assert unknown == set()
+
+
+def test_limits_of_the_reference_are_rates():
+    found = limits.measure()
+    assert 1e8 < found.read < 1e13
+    assert 1e7 < found.int8 < 1e14
 
 
 def test_checks_are_those_of_operations():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 import test_interrupts
@@ -18,8 +19,8 @@ from make_model import PRESETS, make_model
 import pymla
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import quant
 from pymla.cpu.limits import Limits
+from pymla.cpu.matmul import activations
 from pymla.cpu.runtime import threads
 from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
@@ -495,21 +496,14 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     for name, value in metadata.items():
         if name == "general.architecture":
             writer.kv_data[0][name] = gguf.gguf_writer.GGUFValue(value, gguf.GGUFValueType.STRING)
-        elif isinstance(value, list):
-            writer.add_array(name, value)
-        elif value is not None:
-            kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
-            writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.UINT32))
+        else:
+            gguf_files.add(writer, name, value)
     tensors = tensors or {}
     for tensor in reader.tensors:
         data, qtype = tensors.get(tensor.name, (tensor.data, tensor.tensor_type))
         if data is not None:
             writer.add_tensor(tensor.name, data, raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return gguf_files.finish(writer, path)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +643,7 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     # A kernel that this process has not compiled yet, of those that are kept.
-    monkeypatch.setattr(quant._quantise_activations.compiled, "_result", None)
+    monkeypatch.setattr(activations.quantise_activations.compiled, "_result", None)
     code, out, err = run(*options)
     assert (code, out) == (0, expected)
     (line,) = err.splitlines()
@@ -665,7 +659,7 @@ def test_a_process_that_gets_no_more_threads(run, model, monkeypatch):
     def refused(thread):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads, "_pool", threads._Pool(2))
+    monkeypatch.setattr(threads, "_pool", threads.Pool(2))
     monkeypatch.setattr("threading.Thread.start", refused)
     code, out, err = run(*options, "--threads", min(2, cores.usable_cores()))
     assert (code, out) == (0, expected)

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
-import gguf
+import gguf_files
 import numpy as np
 import pytest
-from gguf import GGUFValueType
 
+from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig, Yarn
@@ -126,31 +126,11 @@ def load(tmp_path):
 
     def load(metadata, shapes=None, arch="deepseek2", general=None):
         path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, arch)
-        for key, value in ({f"{arch}.{k}": v for k, v in metadata.items()} | (general or {})).items():
-            add(writer, key, value)
-        for name, shape in (shapes or {}).items():
-            writer.add_tensor(name, np.zeros(shape, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return ModelConfig.from_gguf(ModelFile.open(path))
+        entries = {f"{arch}.{key}": value for key, value in metadata.items()} | (general or {})
+        tensors = {name: (np.zeros(shape, np.float32), ggml.F32) for name, shape in (shapes or {}).items()}
+        return ModelConfig.from_gguf(ModelFile.open(gguf_files.write(path, entries, tensors, arch)))
 
     return load
-
-
-def add(writer, key, value):
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    else:
-        kinds = {
-            bool: GGUFValueType.BOOL,
-            float: GGUFValueType.FLOAT32,
-            int: GGUFValueType.INT64,
-            str: GGUFValueType.STRING,
-        }
-        writer.add_key_value(key, value, kinds[type(value)])
 
 
 def without(metadata, *keys):

@@ -11,9 +11,10 @@ from compare import assert_close
 
 from pymla import ggml
 from pymla.cuda import attention, memory
-from pymla.cuda.attention.absorbed_form import absorbed_kernel
+from pymla.cuda.attention.absorbed_form import absorbed_in_splits, absorbed_kernel
 from pymla.cuda.attention.expanded_form import expanded_kernel
-from pymla.cuda.attention.full_form import full_kernel
+from pymla.cuda.attention.full_form import full_in_splits, full_kernel
+from pymla.cuda.attention.materialised_form import materialised_in_splits
 from pymla.errors import PymlaError
 from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.reference import attention as reference
@@ -57,9 +58,13 @@ def caches(layout, step, lengths):
     return poisoned_cache(layout, step, lengths, PAGES)
 
 
-def check_absorbed(cache_type, heads, rank, rope, lengths, new, splits, attend=attention.absorbed, tolerance=None):
+def check_absorbed(
+    cache_type, heads, rank, rope, lengths, new, splits, attend=absorbed_in_splits, tolerance=None, rope_type=None
+):
     step = step_of(lengths, new)
-    latent, k_pe = caches(latent_layout(cache_type, rank, rope), step, lengths)
+    of_latent, of_rope = latent_layout(cache_type, rank, rope)
+    layout = of_latent, of_rope if rope_type is None else (rope_type, rope)
+    latent, k_pe = caches(layout, step, lengths)
     q = normal(len(step.positions), heads, rank + rope, seed=2)
     expected = reference.absorbed(q, latent, k_pe, step, 0.1, np.empty((len(q), heads, rank), np.float32))
     inputs = memory.to_device(q), on_device(latent), on_device(k_pe), Step(*map(memory.to_device, step)), 0.1
@@ -68,16 +73,17 @@ def check_absorbed(cache_type, heads, rank, rope, lengths, new, splits, attend=a
 
 
 def check_materialised(*case):
-    check_absorbed(*case, attention.absorbed_materialised, FLOAT)
+    check_absorbed(*case, materialised_in_splits, FLOAT)
 
 
-def check_full(cache_type, heads, size, v, lengths, new, splits=None, tolerance=None):
+def check_full(cache_type, heads, size, v, lengths, new, splits=None, tolerance=None, value_type=None):
     qtype, step = CACHE_TYPES[cache_type], step_of(lengths, new)
-    keys, values = caches([(qtype, heads * size), (qtype, heads * v)], step, lengths)
+    layout = (qtype, heads * size), (qtype if value_type is None else value_type, heads * v)
+    keys, values = caches(layout, step, lengths)
     q = normal(len(step.positions), heads, size, seed=2)
     expected = reference.full(q, keys, values, step, 0.1, np.empty((len(q), heads, v), np.float32))
     inputs = memory.to_device(q), on_device(keys), on_device(values), Step(*map(memory.to_device, step)), 0.1
-    actual = part_of_more(*expected.shape, lambda out: attention.full(*inputs, out, splits=splits))
+    actual = part_of_more(*expected.shape, lambda out: full_in_splits(*inputs, out, splits))
     assert_close(actual, expected, **(tolerance or (BFLOAT if cache_type == "bf16" else HALF)))
 
 
@@ -92,6 +98,15 @@ def test_absorbed(cache_type):
 )
 def test_absorbed_at_odd_sizes(cache_type, heads, rank, rope):
     check_absorbed(cache_type, heads, rank, rope, (65, 64), (1, 1), 1)
+
+
+@pytest.mark.parametrize("attend", [absorbed_in_splits, materialised_in_splits], ids=["online", "materialised"])
+@pytest.mark.parametrize(
+    ("cache_type", "rope_type"),
+    [("q8_0", ggml.Q8_0), ("q8_0", ggml.F32), ("q8_0", ggml.BF16), ("bf16", ggml.F16), ("f32", ggml.Q8_0)],
+)
+def test_absorbed_of_two_cache_types(cache_type, rope_type, attend):
+    check_absorbed(cache_type, 3, 32, 32, (65, 40), (1, 2), None, attend, HALF, rope_type)
 
 
 @pytest.mark.parametrize("length", [1, 33, 128, 257, 400])
@@ -110,9 +125,7 @@ def test_absorbed_at_real_sizes(cache_type):
     check_absorbed(cache_type, 16, 512, 64, (70,), (1,), 1)
 
 
-@pytest.mark.parametrize(
-    "attend", [attention.absorbed, attention.absorbed_materialised], ids=["online", "materialised"]
-)
+@pytest.mark.parametrize("attend", [absorbed_in_splits, materialised_in_splits], ids=["online", "materialised"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_absorbed_with_large_scores(attend, splits):
     """A maximum that grows over the tiles, and scores that are far apart."""
@@ -159,6 +172,14 @@ def test_full_of_prompts(cache_type):
 )
 def test_full_at_odd_sizes(cache_type, heads, size, v, lengths, new):
     check_full(cache_type, heads, size, v, lengths, new)
+
+
+@pytest.mark.parametrize("new", [(1, 1), (2, 3)], ids=["tokens", "prompts"])
+@pytest.mark.parametrize(
+    ("cache_type", "value_type"), [("q8_0", ggml.F16), ("bf16", ggml.F32), ("f16", ggml.BF16), ("f32", ggml.Q8_0)]
+)
+def test_full_of_two_cache_types(cache_type, value_type, new):
+    check_full(cache_type, 2, 32, 32, (5, 70), new, None, HALF, value_type)
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
@@ -273,7 +294,7 @@ def test_what_does_not_fit_is_refused():
             call()
     absorbed, _, full, expanded = attend_all(poisoned(1, 2, 48), poisoned(1, 2, 33)[..., :32])
     for call in (absorbed, full, expanded):
-        with pytest.raises(ValueError, match="multiples of 8 bytes"):
+        with pytest.raises(PymlaError, match="multiples of 8 bytes"):
             call()
     with pytest.raises(PymlaError, match="expanded: keys is a NoneType; an array"):
         attention.expanded(poisoned(1, 1, 32), None, positions, 1.0, poisoned(1, 1, 16))
@@ -282,8 +303,10 @@ def test_what_does_not_fit_is_refused():
 def test_blocks_fit_shared_memory():
     """Two blocks on a multiprocessor of Ampere's large cards, which have 164 KiB, one on those that have 100; a block
     takes one for itself."""
-    sizes = [absorbed_kernel(qtype, 512, 64)[1] for qtype in CACHE_TYPES.values()]
-    sizes += [expanded_kernel(192, 128)[1], full_kernel(ggml.F16, 192, 128)[1]]
+    sizes = [
+        absorbed_kernel(tuple(qtype for qtype, _ in latent_layout(name, 512, 64)), 512, 64)[1] for name in CACHE_TYPES
+    ]
+    sizes += [expanded_kernel(192, 128)[1], full_kernel((ggml.F16, ggml.F16), 192, 128)[1]]
     for nbytes in sizes:
         assert 2 * (nbytes + 1024) <= 164 * 1024
         assert nbytes + 1024 <= 100 * 1024

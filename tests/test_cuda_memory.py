@@ -15,7 +15,8 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
 from cuda.bindings import driver as api
 
-from pymla.cuda import graph, memory, quant
+from pymla.cuda import graph, memory
+from pymla.cuda.matmul import activations
 from pymla.cuda.runtime import driver
 from pymla.errors import PymlaError
 
@@ -207,9 +208,9 @@ def test_a_graph_copies_nothing_from_the_host(device):
 @pytest.fixture
 def kernel(device, monkeypatch):
     """A kernel that counts as loaded, the first one since the host last waited."""
-    monkeypatch.setattr(quant._quantise_activations, "_function", 1)
+    monkeypatch.setattr(activations.quantise_activations, "_function", 1)
     driver._since.clear()
-    yield quant._quantise_activations
+    yield activations.quantise_activations
     driver._since.clear()
 
 

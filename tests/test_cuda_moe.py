@@ -11,6 +11,7 @@ from compare import assert_close
 from pymla import ggml, reference
 from pymla.cuda import memory, moe, quant, sampling
 from pymla.cuda.machine import simulator
+from pymla.cuda.sampling import draw, likeliest, philox, rows
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor
 from pymla.text.sampling import Sampler, SamplingParams
@@ -162,16 +163,41 @@ def test_launches_of_a_token(monkeypatch):
     monkeypatch.setattr(simulator, "launch", lambda function, *arguments: launched.append(function.__name__))
     for shared in (0, 2):
         run_experts((ggml.Q4_0, ggml.Q4_0), 1, "random", shared=shared, add=True)
-        assert launched == ["_quantise_activations", "_gate_up", "_quantise_activations", "_down"]
+        assert launched == ["quantise_activations", "gate_up", "quantise_activations", "down"]
         launched.clear()
 
 
-def test_experts_of_two_types_are_refused():
-    gate, up = (on_device(random_qtensor(qtype, 2, 32, 32)) for qtype in (ggml.Q4_0, ggml.Q8_0))
-    x, ids = quant.Activation(memory.zeros((1, 32), np.float32)), memory.zeros((1, 1), np.int32)
-    weights, out = memory.zeros((1, 1), np.float32), memory.zeros((1, 32), np.float32)
-    with pytest.raises(PymlaError, match="Q4_0 and Q8_0"):
-        moe.experts(x, ids, weights, gate, up, gate, out)
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (ggml.Q4_0, ggml.Q8_0, ggml.Q4_1),
+        (ggml.Q4_1, ggml.Q4_0, ggml.F16),
+        (ggml.F32, ggml.Q8_0, ggml.Q8_0),
+        (ggml.Q4_0, ggml.BF16, ggml.Q4_0),
+    ],
+    ids=str,
+)
+def test_experts_whose_gate_and_up_differ_in_type(kinds, tokens, shared):
+    rng = np.random.default_rng(4)
+    ids = rng.integers(2, size=(tokens, 1), dtype=np.int32)
+    weights = np.ones((tokens, 1), np.float32)
+    matrices = [random_qtensor(qtype, 2, 32, 32, seed=i) for i, qtype in enumerate(kinds)]
+    own = [random_qtensor(qtype, 32, 32, seed=7 + i) for i, qtype in enumerate(kinds)] if shared else None
+    x = as_multiplied(normal(tokens, 32), ggml.Q8_0).astype(np.float32)
+    out = memory.empty((tokens, 32), np.float32)
+    moe.experts(
+        quant.Activation(memory.to_device(x)),
+        memory.to_device(ids),
+        memory.to_device(weights),
+        *map(on_device, matrices),
+        out,
+        own and list(map(on_device, own)),
+    )
+    expected = np.empty((tokens, 32), np.float32)
+    reference.moe.experts(reference.quant.Activation(x), ids, weights, *matrices, expected, own)
+    assert_close(memory.to_host(out), expected, **INT8)
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -195,10 +221,11 @@ EVERYTHING = {"top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1}
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "THREADS", 32)
+    for module in (sampling, rows, likeliest, draw):
+        monkeypatch.setattr(module, "THREADS", 32)
 
 
-def draw(logits, params, state):
+def drawn(logits, params, state):
     """A token for each row, and its log probability."""
     out = memory.empty((len(logits), 2), np.int32)
     result = memory.to_host(sampling.sample(memory.to_device(logits), params, state, out))
@@ -225,7 +252,7 @@ def test_damaged_logits_are_told():
     logits[3, :129] = -np.inf
     state = sampling.new_state([1, 2, 3, 4])
     for params in (SamplingParams(temperature=0), SamplingParams()):
-        assert draw(logits, params, state)[0].tolist() == [-1, -1, -1, 129]
+        assert drawn(logits, params, state)[0].tolist() == [-1, -1, -1, 129]
 
 
 @pytest.mark.parametrize(
@@ -244,11 +271,11 @@ def test_damaged_logits_are_told():
 def test_draws_are_the_hosts_where_the_random_numbers_are(filters, monkeypatch):
     params, logits = SamplingParams(**EVERYTHING | filters), 2 * normal(40)
     host, state = Sampler(params), sampling.new_state([0])
-    monkeypatch.setattr(sampling, "_philox", lambda seed, draw, row: (2 * draw + 1 << 32) // 8)
+    monkeypatch.setattr(draw, "philox", lambda seed, draw, row: (2 * draw + 1 << 32) // 8)
     for number in (0.125, 0.375, 0.625, 0.875):
         host._generator = SimpleNamespace(random=lambda number=number: number)
         expected = host.sample(logits)
-        token, logprob = draw(logits[None], params, state)
+        token, logprob = drawn(logits[None], params, state)
         assert token == expected.token
         np.testing.assert_allclose(logprob, expected.logprob, atol=1e-5)
 
@@ -256,32 +283,32 @@ def test_draws_are_the_hosts_where_the_random_numbers_are(filters, monkeypatch):
 @pytest.mark.parametrize("room", [2048, 2])
 def test_equal_logits_and_candidates(room, monkeypatch):
     """Of equal logits the lower tokens are kept, whether candidates have room or not."""
-    monkeypatch.setattr(sampling, "CANDIDATES", room)
+    monkeypatch.setattr(draw, "CANDIDATES", room)
     logits = np.full((1, 700), -4, np.float32)
     logits[0, [5, 200, 400, 600]] = 1
     logits[0, 650] = 2
     state = sampling.new_state([3])
-    kept = {int(draw(logits, SamplingParams(**EVERYTHING | {"top_k": 4}), state)[0][0]) for _ in range(3)}
+    kept = {int(drawn(logits, SamplingParams(**EVERYTHING | {"top_k": 4}), state)[0][0]) for _ in range(3)}
     assert kept <= {650, 5, 200, 400}
 
 
 def test_same_seed_same_tokens():
     logits = normal(2, 50)
     first, second = sampling.new_state([5, 5]), sampling.new_state([5, 6])
-    a, b = ([draw(logits, SamplingParams(), state)[0].tolist() for _ in range(3)] for state in (first, second))
+    a, b = ([drawn(logits, SamplingParams(), state)[0].tolist() for _ in range(3)] for state in (first, second))
     assert [row[0] for row in a] == [row[0] for row in b]
     assert memory.to_host(first).tolist() == [[5, 3], [5, 3]]
     assert len({tuple(row) for row in a}) > 1
 
 
 def test_log_probability_is_the_models_own():
-    token, logprob = draw(LOGITS[None], SamplingParams(temperature=2), sampling.new_state([None]))
+    token, logprob = drawn(LOGITS[None], SamplingParams(temperature=2), sampling.new_state([None]))
     np.testing.assert_allclose(logprob, LOGITS[token], atol=1e-5)
 
 
 def test_philox():
     """A known answer of Random123 (tests/kat_vectors)."""
-    assert sampling._philox(0, 0, 0) == 0x6627E8D5
+    assert philox.philox(0, 0, 0) == 0x6627E8D5
 
 
 def test_penalties_stay_with_the_host():

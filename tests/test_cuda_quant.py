@@ -8,7 +8,8 @@ from compare import assert_close
 
 from pymla import ggml, reference
 from pymla.cuda import memory, norm, quant, rope
-from pymla.cuda.matmul.gemm import ROWS, WIDE
+from pymla.cuda.formats import FORMATS
+from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, tile_widths
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor
 
@@ -81,12 +82,16 @@ def test_matmul_of_long_rows(qtype):
             assert_close(actual, reference.quant.matmul(w, seen, np.empty((tokens, 5))), **INT8)
 
 
-@pytest.mark.parametrize(("qtype", "activations"), quant._MATMUL, ids=lambda x: ggml.NAME.get(x, x))
+@pytest.mark.parametrize(
+    ("qtype", "activations"),
+    [(qtype, activations) for qtype in FORMATS for activations in tile_widths(qtype)],
+    ids=lambda x: ggml.NAME.get(x, x),
+)
 def test_matmul_in_tiles(qtype, activations, monkeypatch):
     """Narrow and wide tiles of rows that begin at every place that 16 bytes have, the last ones not full."""
     monkeypatch.setattr(quant, "ENOUGH_TILES", 1 if activations == WIDE else 1000)
     k = 96 if qtype != ggml.Q6_K else 256
-    w, x = random_qtensor(qtype, ROWS + 3, k), normal(activations + 2, k)
+    w, x = random_qtensor(qtype, TILE_ROWS + 3, k), normal(activations + 2, k)
     starts = {int(each) % 16 for each in on_device(w).data.strides[0] * np.arange(len(w.data))}
     assert starts == set(range(0, 16, 4 if qtype == ggml.Q4_1 else 2))
     actual = result(quant.matmul, on_device(w), quant.Activation(memory.to_device(x)), shape=(len(x), len(w.data)))

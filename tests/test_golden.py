@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 from cases import TINY
@@ -165,11 +166,7 @@ def with_layout(source, path, layout):
                 k, v = k.reshape(heads * rank, nope), v.reshape(heads * v_dim, rank)
             writer.add_tensor(tensor.name.replace("kv_b", "k_b"), np.ascontiguousarray(k))
             writer.add_tensor(tensor.name.replace("kv_b", "v_b"), np.ascontiguousarray(v))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return gguf_files.finish(writer, path)
 
 
 @pytest.mark.parametrize("layout", ["split", "all"])

@@ -3,13 +3,14 @@
 import json
 import math
 
-import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFValueType
+from gguf_files import write
 from make_model import make_model
 
+from pymla import ggml
 from pymla.cli.inspect import inspect
 from pymla.cli.inspect_report import report
 from pymla.errors import PymlaError
@@ -25,22 +26,6 @@ def output(*args):
     result = CliRunner().invoke(inspect, list(map(str, args)))
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def write(path, arch="deepseek2", metadata=None, tensors=None):
-    writer = gguf.GGUFWriter(path, arch)
-    for key, (kind, value) in (metadata or {}).items():
-        if kind == GGUFValueType.ARRAY:
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, kind)
-    for name, (data, qtype) in (tensors or {}).items():
-        writer.add_tensor(name, data, raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_text(tiny):
@@ -122,8 +107,8 @@ def test_unknown_architecture(tmp_path):
         "llama.rope.freq_base": (GGUFValueType.FLOAT32, 1e6),
         "other.key": (GGUFValueType.UINT32, 777),
     }
-    tensors = {"token_embd.weight": (np.zeros((8, 32), np.float32), None)}
-    path = write(tmp_path / "llama.gguf", "llama", metadata, tensors)
+    tensors = {"token_embd.weight": (np.zeros((8, 32), np.float32), ggml.F32)}
+    path = write(tmp_path / "llama.gguf", metadata, tensors, "llama")
     text = output(path)
     assert "Not run: metadata general.architecture is 'llama'" in text
     assert "block_count" in text
@@ -198,7 +183,7 @@ def test_vocabulary_only(tmp_path):
         "tokenizer.ggml.add_eos_token": (GGUFValueType.BOOL, True),
         "tokenizer.chat_template": (GGUFValueType.STRING, "{{ messages }}"),
     }
-    text = output(write(tmp_path / "vocabulary.gguf", "llama", metadata))
+    text = output(write(tmp_path / "vocabulary.gguf", metadata, arch="llama"))
     for words in ("3, merges none", "1 [bold]b", r"2 c\x07", "adds           eos", "chat template  yes"):
         assert words in text, words
 
@@ -214,7 +199,7 @@ def test_odd_metadata(tmp_path):
         "tokenizer.ggml.pre": (GGUFValueType.UINT32, 5),
         "tokenizer.ggml.bos_token_id": (GGUFValueType.STRING, "<s>"),
     }
-    path = write(tmp_path / "odd.gguf", "llama", metadata)
+    path = write(tmp_path / "odd.gguf", metadata, arch="llama")
     text = output(path, "--tensors")
     for words in (r"two lines \x1b[31m[red]", "nan", "[1, 2]", "array of 100", "pre-tokenizer 5", "<s>"):
         assert words in text, words

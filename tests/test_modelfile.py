@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -48,20 +49,9 @@ def tensors(seed=0):
     }
 
 
-def write(path, entries=(), contents=None, arch="test"):
-    writer = gguf.GGUFWriter(path, arch)
-    for key, (value_type, value) in dict(entries).items():
-        if value_type == GGUFValueType.ARRAY:
-            writer.add_array(key, value)
-        else:
-            writer.add_key_value(key, value, value_type)
-    for name, (data, qtype) in (tensors() if contents is None else contents).items():
-        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def write(path, entries=None, contents=None):
+    """A file with some metadata, and with `tensors` unless others are given."""
+    return gguf_files.write(path, entries, tensors() if contents is None else contents, "test")
 
 
 @pytest.fixture
@@ -143,10 +133,7 @@ def test_version_2_and_other_alignment(tmp_path):
     writer.add_custom_alignment(128)
     for name, (data, qtype) in tensors().items():
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer, path)
     patch(path, 4, "<I", 2)
     file = ModelFile.open(path)
     assert file.version == 2
@@ -348,11 +335,7 @@ def test_least_alignment(tmp_path):
     writer.add_custom_alignment(1)
     for name in "ab":
         writer.add_tensor(name, np.arange(3, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = ModelFile.open(tmp_path / "aligned.gguf")
+    file = ModelFile.open(gguf_files.finish(writer, tmp_path / "aligned.gguf"))
     # Without padding the data need not lie where float32 may.
     assert [np.frombuffer(each.data.tobytes(), np.float32).tolist() for each in file.tensors.values()] == [
         [0, 1, 2]
@@ -520,10 +503,7 @@ def test_gguf_writer_splits(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "test", split_max_tensors=2, small_first_shard=True)
     for name, (data, qtype) in tensors().items():
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType(qtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.finish(writer, tmp_path / "w.gguf")
     file = ModelFile.open(part_path(tmp_path, 2, 4, "w"))
     assert len(file.parts) == 4
     assert list(file.tensors) == list(tensors())

@@ -5,11 +5,12 @@ import random
 from pathlib import Path
 
 import gguf
+import gguf_files
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Bpe
-from tokenizers import models, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from pymla.engine.loading import demo_path
 from pymla.errors import PymlaError
@@ -200,21 +201,11 @@ def vocabulary(tmp_path):
     """Write a vocabulary-only file with some keys changed, or left out where they are None; read its tokenizer."""
 
     def read(**changes):
-        writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "deepseek2")
-        kinds = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
-        for key, value in (VOCABULARY | changes).items():
-            name = f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
-            if isinstance(value, tuple):
-                writer.add_key_value(name, *value)
-            elif isinstance(value, list):
-                writer.add_array(name, value)
-            elif value is not None:
-                writer.add_key_value(name, value, kinds.get(type(value), gguf.GGUFValueType.INT32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return Tokenizer.from_gguf(tmp_path / "vocabulary.gguf")
+        metadata = {
+            f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}": value
+            for key, value in (VOCABULARY | changes).items()
+        }
+        return Tokenizer.from_gguf(gguf_files.write(tmp_path / "vocabulary.gguf", metadata))
 
     return read
 
@@ -282,18 +273,18 @@ def test_end_tokens_that_others_stand_in_for(vocabulary):
 
 
 KEYS = "bos eos eot eom unknown seperator padding mask cls fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep prefix"
-UINT32, UINT64, INT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64, gguf.GGUFValueType.INT64
+UINT32, UINT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64
 
 
 @pytest.mark.parametrize("key", KEYS.split())
-@pytest.mark.parametrize("value", [-1, (0xFFFFFFFF, UINT32), 261, ((1 << 64) - 1, UINT64), (-(1 << 63), INT64)])
+@pytest.mark.parametrize("value", [-1, (UINT32, 0xFFFFFFFF), 261, (UINT64, (1 << 64) - 1), -(1 << 63)])
 def test_an_id_outside_the_vocabulary_is_absent(vocabulary, key, value):
     """Converters write -1, or 4294967295, for none."""
     tokenizer, without = (vocabulary(**{f"{key}_token_id": each}) for each in (value, None))
     for name in ("bos_id", "eos_ids", "add_bos", "special_tokens"):
         assert getattr(tokenizer, name) == getattr(without, name)
     (warning,) = tokenizer.warnings
-    number = value[0] if isinstance(value, tuple) else value
+    number = value[1] if isinstance(value, tuple) else value
     assert f"vocabulary.gguf: metadata tokenizer.ggml.{key}_token_id is {number}, " in warning
     assert "261 tokens" in warning
     assert without.warnings == []
@@ -422,3 +413,12 @@ def test_damaged_files(vocabulary, changes, words):
         vocabulary(**changes)
     assert "vocabulary.gguf: metadata " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_alphabet_is_that_of_the_tokenizers_package():
+    assert set(BYTES) == set(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in map(chr, (0, 32, 127, 173, 255, 0x416)):
+        ((piece, _),) = level.pre_tokenize_str(character)
+        assert bytes(BYTES[each] for each in piece) == character.encode()
+        assert "".join(CHARACTERS[byte] for byte in character.encode()) == piece

@@ -3,14 +3,12 @@
 python tools/cuda_report.py                    # a table for compute capability 9.0
 python tools/cuda_report.py --cc 8.0,8.9,9.0
 python tools/cuda_report.py --write            # the table that the tests compare with, for all three
-python tools/cuda_report.py matvec --ptx       # PTX of the kernels whose names contain a word
+python tools/cuda_report.py gemv --ptx         # PTX of the kernels whose names contain a word
 """
 
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,13 +21,9 @@ CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 
 def kernels():
     """Every kernel of `pymla.cuda`, by name."""
-    import pymla.cuda
-    from pymla.cuda.runtime.jit import KERNELS
+    from pymla.cuda import needed
 
-    for module in pkgutil.walk_packages(pymla.cuda.__path__, "pymla.cuda."):
-        if module.name != "pymla.cuda.machine.simulator":
-            importlib.import_module(module.name)
-    return dict(KERNELS)
+    return needed.everything()
 
 
 def figures(name, capability):

@@ -24,7 +24,7 @@ from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metada
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = (ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K, ggml.F16, ggml.BF16, ggml.F32)
+QTYPES = ggml.SUPPORTED
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.

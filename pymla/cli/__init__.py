@@ -71,7 +71,7 @@ def _prepare_streams() -> None:
 
 
 def _fail_to_write(error: OSError) -> int:
-    """Say what the system refused, and return the exit code. Whoever closes the output knows it already."""
+    """Print an error of the system, and return the exit code. A closed pipe is no error worth a message."""
     if isinstance(error, BrokenPipeError):
         return 1
     return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")

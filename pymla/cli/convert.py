@@ -44,7 +44,7 @@ def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, n
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    # The gguf package warns of what does not matter here, such as how a pair of texts is joined.
+    # The gguf package warns of things that do not matter here, such as how a pair of texts is joined.
     logging.getLogger("gguf").setLevel(logging.ERROR)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""What a generation was and how fast, for people and as JSON."""
+"""The result and the speed of a generation, for people and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -46,8 +46,8 @@ def as_line(language_model: LanguageModel, generation: Generation) -> str:
 
 
 def _share(language_model: LanguageModel, generation: Generation) -> float:
-    """Bytes read per second while generating, as a share of what this machine streams from memory; 0 where too little
-    was generated, a GPU computed, or an interrupt leaves no time to measure."""
+    """Bytes read per second while generating, as a share of the rate at which this machine streams from memory; 0 where
+    too little was generated, a GPU computed, or an interrupt leaves no time to measure."""
     model, interrupted = language_model.model, generation.finish_reason == "interrupted"
     on_host = all(backend.IN_HOST_MEMORY for backend in model.placement.backends)
     if interrupted or generation.stats.generated_tokens < 2 or not on_host:

@@ -154,7 +154,7 @@ def generate(
 
 
 class _Conversation(NamedTuple):
-    """What `--chat` puts around the prompt."""
+    """The parts of a conversation besides the prompt, with ``--chat``."""
 
     system: str | None
     template: str | None  # None: the model's own

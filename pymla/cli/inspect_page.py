@@ -1,4 +1,4 @@
-"""What a model file holds, as tables that a person reads."""
+"""The report on a model file as tables, for people."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _MOST_PROBLEMS = 10  # that are shown
 
 
 class _Page:
-    """Tables, one below the other. Names and values come from the file, so nothing in them is taken for markup."""
+    """Tables, one below the other. Names and values come from the file, so markup in them is printed as it stands."""
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)

@@ -1,4 +1,4 @@
-"""What a model file holds, and what it takes to run it, as values that JSON can hold."""
+"""The contents of a model file, and the memory and work that it needs, as values that JSON can hold."""
 
 import dataclasses
 import math
@@ -38,10 +38,10 @@ _LONGEST_ARRAY = 16  # elements of metadata arrays that are shown one by one
 def report(
     file: ModelFile, check_tensors: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """What ``pymla inspect`` shows; arguments as for `pymla.engine.filecheck.examine`.
+    """The report of ``pymla inspect``; arguments as for `pymla.engine.filecheck.examine`.
 
-    Never fails for what the engine cannot run: ``runs`` says whether `pymla.load` takes the file, ``problems`` why not.
-    ``config``, ``memory`` and ``costs`` are None where they cannot be known.
+    Files that the engine cannot run are reported, too: ``runs`` says whether `pymla.load` takes the file, ``problems``
+    why not. ``config``, ``memory`` and ``costs`` are None where they cannot be known.
     """
     found = examine(file, check_tensors=check_tensors, progress=progress)
     config, problems = found.config, [str(error).removeprefix(f"{file.path}: ") for error in found.problems]

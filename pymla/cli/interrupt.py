@@ -1,10 +1,11 @@
-"""Ctrl-C ends the command line at once, with exit code 130 and without a traceback, whatever Python is doing.
+"""Ctrl-C ends the command line at once, with exit code 130 and without a traceback, even during a long call.
 
 Python's own answer, a `KeyboardInterrupt` in the main thread, waits until a library's call returns, as that of LLVM's
 compiler, and is lost where it comes up in a callback or a finaliser. Here the signal's handler ends the process. While
 the main thread is in a long call, and cannot run the handler, a thread does that, which the signal wakes.
 
-What must not be cut off runs in `graceful`: there an interrupt is a `KeyboardInterrupt`. A second one ends the process.
+Work that must not be cut off runs in `graceful`: there an interrupt is a `KeyboardInterrupt`, and a second one ends the
+process.
 """
 
 # Python answers until the handler is installed, so this module imports only what Python has loaded already: `signal`
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 CODE = 130
 #: Clears the line of a progress bar of rich, and shows the cursor, which rich hides.
 WITHOUT_BAR = b"\r\x1b[2K\x1b[?25h"
-#: What to write to a terminal before the process ends: `WITHOUT_BAR` while there is a bar.
+#: Written to a terminal before the process ends: `WITHOUT_BAR` while there is a bar.
 terminal_reset = b""
 
 # Pieces of work that are in `graceful`.
@@ -60,7 +61,7 @@ def is_ours() -> bool:
 
 
 class graceful:
-    """Do something that keeps what it has when it is interrupted: it gets a `KeyboardInterrupt`."""
+    """Context of work that keeps its results when it is interrupted: an interrupt is a `KeyboardInterrupt` there."""
 
     def __enter__(self) -> None:
         global _graceful

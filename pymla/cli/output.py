@@ -17,7 +17,7 @@ def write_text(text: str) -> None:
 
 
 def write_json(value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON and a line end, in ASCII whatever the locale says. JSON has no infinity and no NaN: they
+    """Write a value as JSON and a line end, in ASCII under every locale. JSON has no infinity and no NaN: they
     become the strings "inf", "-inf" and "nan"."""
     click.echo(json.dumps(_finite(value), indent=indent, allow_nan=False).encode("ascii"))
 

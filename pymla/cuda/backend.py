@@ -2,11 +2,11 @@
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pymla.cuda import NAME, attention, memory, moe, norm, quant, rope, sampling
 from pymla.cuda.graph import Graph
-from pymla.cuda.runtime.jit import compile_all
+from pymla.cuda.needed import compile_for
 from pymla.scratch import DEVICE
 
 if TYPE_CHECKING:
@@ -31,11 +31,6 @@ __all__ = [
     "sampling",
     "thread_count",
 ]
-
-
-def compile_for(model: Any, progress: Any = None, warn: Any = None) -> None:
-    """Compile all kernels for the device, or load them from the cache: most models need most of them."""
-    compile_all(progress, warn)
 
 
 def thread_count() -> int:

@@ -1,5 +1,6 @@
-"""Whole steps that the device repeats without the host: CUDA graphs. Twin of the CPU's
-`pymla.cpu.runtime.threads.Graph`."""
+"""Whole steps that the device repeats without the host: CUDA graphs. Twin of `pymla.cpu.graph`."""
+
+from collections.abc import Callable
 
 from cuda.bindings import driver as api
 
@@ -34,20 +35,21 @@ class Graph:
 
     enabled = True
 
-    def __init__(self, function):
-        self._function, self._called, self._executable, self._result = function, False, None, None
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function, self._called, self._executable = function, False, None
+        self._result: object = None
         self.pool = pool_of_graph()
 
     @staticmethod
-    def size(sequences):
-        """Sequences of the recorded step of which a step of some sequences is part; None: it is not recorded. A step
-        keeps its memory, so that there are few sizes from 8 on: a graph of 64 sequences takes some 50 MB with V2-Lite,
-        and all sizes 230 MB."""
+    def size(sequences: int) -> int | None:
+        """How many sequences the recorded step has that a step of some sequences is computed with; None: such a step is
+        not recorded. A recorded step keeps its memory, so that there are few sizes from 8 on: a graph of 64 sequences
+        takes some 50 MB with V2-Lite, and all sizes 230 MB."""
         if sequences > 64:
             return None
         return sequences if sequences <= 8 else -(-sequences // 8) * 8
 
-    def replay(self):
+    def replay(self) -> object:
         """Run it; returns what the function returned."""
         if not self._called or not Graph.enabled or driver.SIMULATED or driver.SYNC:
             self._called = True
@@ -58,7 +60,7 @@ class Graph:
         driver.launched("in a graph")
         return self._result
 
-    def _record(self):
+    def _record(self) -> None:
         stream, graph = driver.stream(), None
         # Relaxed: allocations, which take effect at once, are permitted.
         call(api.cuStreamBeginCapture, stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
@@ -73,6 +75,6 @@ class Graph:
         self._executable = call(api.cuGraphInstantiate, graph, 0)
         call(api.cuGraphDestroy, graph)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "_executable", None) is not None:
             api.cuGraphExecDestroy(self._executable)

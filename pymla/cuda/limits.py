@@ -6,6 +6,7 @@ The simulator's figures mean nothing.
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +16,12 @@ from numba import cuda, types
 from pymla.cuda import memory
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.driver import SIMULATED, call, multiprocessors, stream
-from pymla.cuda.runtime.jit import device, kernel
+from pymla.cuda.runtime.jit import Kernel, device, kernel
 
 __all__ = ["Limits", "int8_rate", "measure", "read_rate", "seconds"]
 
 #: Bytes that are copied: more than any cache holds.
-COPY_BYTES = 1 << 16 if SIMULATED else 1 << 30
+STREAM_BYTES = 1 << 16 if SIMULATED else 1 << 30
 #: Runs of each measurement, whose fastest counts.
 RUNS = 1 if SIMULATED else 8
 
@@ -37,23 +38,23 @@ class Limits(NamedTuple):
     int8: float  # multiply-adds per second of int8 on the tensor cores, from registers; a TOP/s counts two for each
 
 
-def measure():
-    """Measure both limits, in less than a second.
-
-    Returns
-    -------
-    Limits
-    """
+def measure() -> Limits:
+    """Measure both limits, in less than a second."""
     return Limits(read_rate(), int8_rate())
 
 
-def read_rate(nbytes=COPY_BYTES):
+def kernels() -> list[Kernel]:
+    """The kernels of this module."""
+    return [_multiply]
+
+
+def read_rate(nbytes: int = STREAM_BYTES) -> float:
     """Bytes per second, read and written, of a copy of `nbytes`."""
     source, target = memory.zeros(nbytes, np.uint8), memory.zeros(nbytes, np.uint8)
     return 2 * nbytes / min(seconds(lambda: memory.copy(source, target)))
 
 
-def int8_rate():
+def int8_rate() -> float:
     """Multiply-adds per second of ``mma.sync m16n8k32`` on operands in registers."""
     blocks = _BLOCKS * multiprocessors()
     out = memory.empty(blocks * _WARPS * ptx.WARP, np.int32)
@@ -61,7 +62,7 @@ def int8_rate():
     return macs / min(seconds(lambda: _multiply[blocks, _WARPS * ptx.WARP](_TIMES, out)))
 
 
-def seconds(run, runs=RUNS):
+def seconds(run: Callable[[], object], runs: int = RUNS) -> list[float]:
     """Seconds on the device of each of several runs of a function's launches, after one that is not counted.
 
     Parameters

@@ -24,12 +24,10 @@ from pymla.cuda.machine.ptx import (
     to_f32,
     warp_sum,
 )
-from pymla.cuda.quant import Activation, quantise_four
+from pymla.cuda.matmul.activations import quantise_four
+from pymla.cuda.quant import Activation
 from pymla.cuda.runtime.jit import device, kernel
-
-F1 = types.Array(types.float32, 1, "C")
-F2 = types.Array(types.float32, 2, "C")
-ROWS = types.Array(types.float32, 2, "A")
+from pymla.cuda.runtime.kinds import F1, F2, STRIDED2
 
 THREADS = 256
 _WARPS = THREADS // WARP
@@ -68,6 +66,11 @@ def add(x, y):
     return x
 
 
+def kernels():
+    """The kernels of this module."""
+    return [_rms_norm, _normed, _add]
+
+
 @device
 def scale_of(square, columns, eps, partial):
     """What normalises a row, from every thread's part of its sum of squares."""
@@ -81,7 +84,7 @@ def scale_of(square, columns, eps, partial):
     return div(np.float32(1), sqrt(div(square, to_f32(columns)) + eps))
 
 
-@kernel(ROWS, F1, types.float32, F2, max_threads=THREADS)
+@kernel(STRIDED2, F1, types.float32, F2, max_threads=THREADS)
 def _rms_norm(x, weight, eps, out):
     """A block takes a token."""
     partial = cuda.shared.array(_WARPS, np.float32)

@@ -6,11 +6,7 @@ from numba import cuda, types
 
 from pymla.cuda.contract import check
 from pymla.cuda.runtime.jit import kernel
-
-A3 = types.Array(types.float32, 3, "A")
-F3 = types.Array(types.float32, 3, "C")
-I1 = types.Array(types.int32, 1, "C")
-D1 = types.Array(types.float64, 1, "C")
+from pymla.cuda.runtime.kinds import D1, F3, I1, STRIDED3
 
 #: Threads of a block: pairs, and heads.
 _PAIRS, _HEADS = 32, 4
@@ -37,6 +33,11 @@ def rope_interleaved(x, cos_sin):
     return x
 
 
+def kernels():
+    """The kernels of this module."""
+    return [_angles, _rope_interleaved]
+
+
 @kernel(I1, D1, types.float64, F3, max_threads=_PAIRS, hot=False)
 def _angles(positions, inv_freq, magnitude, out):
     """A block takes a token."""
@@ -47,7 +48,7 @@ def _angles(positions, inv_freq, magnitude, out):
         out[t, i, 1] = magnitude * math.sin(angle)
 
 
-@kernel(A3, F3, max_threads=_PAIRS * _HEADS)
+@kernel(STRIDED3, F3, max_threads=_PAIRS * _HEADS)
 def _rope_interleaved(x, cos_sin):
     """A block takes some heads of a token, a warp one of them."""
     t, h = cuda.blockIdx.x, cuda.blockIdx.y * _HEADS + cuda.threadIdx.y

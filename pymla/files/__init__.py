@@ -1,1 +1,1 @@
-"""Files: GGUF models, checkpoints of safetensors, and whatever else is read or written."""
+"""Files: GGUF models, checkpoints of safetensors, texts, and outputs that are complete or absent."""

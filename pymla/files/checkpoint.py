@@ -111,7 +111,7 @@ class Checkpoint:
         Raises
         ------
         PymlaError
-            It is not; the message says what is there instead.
+            The tensor is missing, of another shape or type, or truncated; the message says which.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -213,7 +213,7 @@ def _read_index(path: Path, present: set[str]) -> dict[str, str]:
         _check_tensor_name(path, name)
     files = sorted(set(places.values()))
     for file in files:
-        # Nothing outside the folder is read, whatever a downloaded index says.
+        # A downloaded index must not make this program read files outside the folder.
         if not _is_fit_to_print(file) or {"/", "\\"} & set(file) or file in ("", ".", ".."):
             raise PymlaError(f"{path}: weight_map names {ascii(file)[:100]}; the name of a file beside it is expected")
     missing = [file for file in files if file not in present]
@@ -302,7 +302,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> _Entry:
         dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again") from error
-    # So that what is wrong with them later fits a message.
+    # Later messages quote these values, so they must be short and printable.
     numbers_fit = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop))
     names_fit = isinstance(dtype, str) and _is_fit_to_print(dtype)
     if not (numbers_fit and names_fit and start <= stop and len(shape) <= _MAX_DIMS):

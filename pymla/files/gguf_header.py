@@ -226,7 +226,7 @@ class Part:
             end = start + length_at(mapped, at)[0] if start <= size else start
             if end > size:
                 self._at = at
-                self._string()  # reads the same, and says what is missing
+                self._string()  # reads the same string, and fails with a message
             pieces.append(mapped[start:end])
             at = end
         self._at = at

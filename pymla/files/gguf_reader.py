@@ -90,7 +90,7 @@ class ModelFile:
         ----------
         key : name of the key
         kind : int, float (an integer will do), bool, str, or list (which stands for np.ndarray, too)
-        default : what to return where the key is absent; without it the key must be there
+        default : returned where the key is absent; without a default the key must be there
 
         Raises
         ------

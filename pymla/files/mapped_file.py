@@ -1,7 +1,7 @@
-"""A file in the address space: shown to be unchanged, read ahead, brought into memory as a whole.
+"""A file mapped into memory: checks that it is unchanged, read-ahead, and making all of its pages present.
 
-A mapped file that becomes shorter kills the process at the next access, and one that is overwritten changes what was
-read from it: hence the checks.
+A mapped file that becomes shorter kills the process at the next access, and one that is overwritten changes the weights
+of a model that runs: hence the checks.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ MADV_POPULATE_READ = 22  # <linux/mman.h> since 5.14; the mmap module has no nam
 #: Bytes that `prefault` makes present at a time.
 PREFAULT_SLICE = 256 << 20
 
-# A file whose modification time alone differs is compared with what was mapped by so many pieces, spread over its
-# length.
+# If the modification time of a file changes, so many pieces of it, spread over its length, are compared with their
+# contents when the file was opened.
 _PIECES = 16
 _PIECE_BYTES = 4096
 
@@ -72,7 +72,7 @@ class MappedFile:
         Raises
         ------
         PymlaError
-            It has another size, or other contents (16 pieces of it are compared if its modification time changed).
+            The file has another size or other contents; 16 pieces are compared if the modification time changed.
         """
         try:
             found = os.fstat(self._descriptor)

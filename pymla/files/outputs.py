@@ -1,7 +1,8 @@
-"""Files that are written: complete under their names or not at all, and never in place of what they are made from.
+"""Output files: complete under their names or absent, and never written over the files that they are made from.
 
-A file is written beside its place, as ``NAME.part``, and takes its name when it is complete, so that whatever had the
-name before survives every failure. What a killed process leaves is overwritten by the next one that writes the file.
+A file is written beside its place, as ``NAME.part``, and takes its name when it is complete, so that an
+older file of that name survives every failure. A partial file that a killed process leaves is overwritten by the next
+process that writes the file.
 """
 
 import os
@@ -24,7 +25,7 @@ def check(outputs: Mapping[str, Path], inputs: Iterable[Path] = (), devices: boo
 
     Parameters
     ----------
-    outputs : paths by what the user calls them
+    outputs : paths by the names that the user knows, such as ``--csv``
     inputs : files that are read meanwhile
     devices : whether a device or a pipe will do as well, such as ``/dev/stdout``
 
@@ -139,7 +140,7 @@ def _check_place(path: Path, devices: bool) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """Type and permissions of what lies at a path; None where nothing does."""
+    """Type and permissions of the file or folder at a path; None where there is none."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -149,7 +150,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    """Whether both are one file, under whatever names."""
+    """Whether two paths name one file."""
     try:
         return path.samefile(other)
     except OSError:
@@ -170,7 +171,7 @@ def _is_standard_stream(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, part: Path) -> Iterator[Callable[[], bool]]:
-    """Have a partial file, empty, for this process alone; yields whether that is still the one under the name."""
+    """Lock an empty partial file for this process. Yields a function that tells whether it still has its name."""
     if fcntl is None:
         # Windows neither replaces nor removes a file that another process has open: no lock is needed.
         part.write_bytes(b"")
@@ -204,7 +205,7 @@ def _lock(path: Path, descriptor: int) -> None:
     except BlockingIOError:
         raise PymlaError(f"{path}: another process is writing it; wait for that, or choose another name") from None
     except OSError:
-        # The file system has no locks. Whoever writes one file twice at a time there is not kept from it.
+        # The file system has no locks: there, nothing keeps two processes from writing one file at a time.
         pass
 
 

@@ -1,4 +1,4 @@
-"""The text in a file that some editor wrote."""
+"""Decoding a text file, whichever editor wrote it."""
 
 import codecs
 
@@ -15,7 +15,7 @@ _MARKS = (
 
 
 def decode(data: bytes, where: object) -> str:
-    """The text of a file: UTF-8, or what its byte order mark says. The mark is no part of the text.
+    """Decode a file's text: UTF-8, or the encoding of its byte order mark, which is left out of the text.
 
     Windows' Notepad writes a mark before UTF-8, and older PowerShells write UTF-16.
 

@@ -1,7 +1,7 @@
 """Values of tensors that no sound file has: NaN, infinity, and zeros where a download has not written yet.
 
-What is looked at are the numbers that all weights of a block hang on: the weights themselves of float types, the scales
-of quantised ones. A weight is NaN or infinite if its block's scale is, and zero if its scale is.
+Float types are checked weight by weight, quantised types by the scales of their blocks: a weight is NaN, infinite or
+zero if the scale of its block is.
 
 Zeros are harder to judge, because sound files have some. Rows of tokens that only pad the vocabulary, and experts
 without use, are zero, but as whole rows. Weights too small for float16 become zero one by one, but keep their signs, or
@@ -11,6 +11,7 @@ weights are zero throughout, or if a run of zero bytes, `HOLE_BYTES` in whole bl
 inside a block.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,11 +33,11 @@ CHUNK_BYTES = 4 << 20
 class _Scales(NamedTuple):
     """Where a block has its float numbers, as unsigned integers of their size."""
 
-    first: int  # byte of the first one
+    first: int  # byte of the first one; the others follow
     numbers: int
     dtype: str
     magnitude: int  # mask without the sign
-    infinity: int  # what is not below is infinite or NaN
+    infinity: int  # magnitudes from here on are infinite or NaN
 
 
 _FLOAT16 = ("<u2", 0x7FFF, 0x7C00)
@@ -44,16 +45,12 @@ _SCALES = {
     ggml.F32: _Scales(0, 1, "<u4", 0x7FFFFFFF, 0x7F800000),
     ggml.F16: _Scales(0, 1, *_FLOAT16),
     ggml.BF16: _Scales(0, 1, "<u2", 0x7FFF, 0x7F80),
-    ggml.Q4_0: _Scales(0, 1, *_FLOAT16),
-    ggml.Q4_1: _Scales(0, 2, *_FLOAT16),  # scale and minimum
-    ggml.Q8_0: _Scales(0, 1, *_FLOAT16),
-    ggml.Q6_K: _Scales(208, 1, *_FLOAT16),
+    **{t: _Scales(ggml.TYPES[t].halves[0], len(ggml.TYPES[t].halves), *_FLOAT16) for t in ggml.QUANTISED},
 }
-_Q6_K_SCALES = slice(192, 208)  # 16 int8, which the float16 behind them multiplies
 
 
 class Scan(NamedTuple):
-    """What is in a tensor. Blocks are counted from the tensor's first on; those of float types are single weights."""
+    """The result of `scan`. Blocks are counted from the tensor's first on; those of float types are single weights."""
 
     blocks: int
     not_finite: int  # blocks that hold NaN or infinity
@@ -78,7 +75,7 @@ class Scan(NamedTuple):
 
 
 def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Scan:
-    """Look at all of a tensor, `CHUNK_BYTES` at a time.
+    """Check all of a tensor, `CHUNK_BYTES` at a time.
 
     Parameters
     ----------
@@ -109,8 +106,8 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
 
 
 def samples(info: TensorInfo) -> tuple[np.ndarray, int]:
-    """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. Of a small tensor it
-    is the whole."""
+    """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. A small tensor is one
+    piece."""
     size = ggml.BLOCK_BYTES[info.qtype]
     blocks, length = info.data.size // size, HOLE_BYTES // size
     if blocks <= SAMPLES * length:
@@ -148,9 +145,10 @@ def _magnitudes(data: np.ndarray, qtype: int) -> np.ndarray:
 def _zero_blocks(data: np.ndarray, magnitudes: np.ndarray, qtype: int) -> np.ndarray:
     """Which blocks are zero throughout: bool (n,)."""
     zero = (magnitudes == 0).all(axis=1) if magnitudes.shape[1] > 1 else magnitudes[:, 0] == 0
-    if qtype == ggml.Q6_K:
-        low, high = data[:, _Q6_K_SCALES].view("<u8").T
-        zero |= (low | high) == 0
+    int8_scales = ggml.TYPES[qtype].int8_scales
+    if int8_scales:
+        words = data[:, slice(*int8_scales)].view("<u8").T
+        zero |= functools.reduce(np.bitwise_or, words) == 0
     return zero
 
 

@@ -65,7 +65,7 @@ def _left_in_address_space(root: Path) -> Iterator[int]:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each limited control group that this process is in has left."""
+    """Bytes that each limited control group of this process has left."""
     for version, group in groups("memory", root):
         yield from _left(group, *(_V1 if version == 1 else _V2))
 
@@ -92,7 +92,7 @@ def _sysconf() -> int:
 
 
 def streaming_read() -> float:
-    """Bytes per second that this machine reads from memory, all usable cores together: what bounds generation.
+    """Bytes per second that this machine reads from memory, all usable cores together. It bounds generation.
 
     Two passes over 256 MiB, which no cache holds, in about 30 ms; the better counts.
     """

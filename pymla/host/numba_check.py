@@ -1,4 +1,4 @@
-"""Import this before Numba: values of its environment variables that it does not take are an error of one line."""
+"""Import this before Numba: wrong values of Numba's environment variables are an error of one line."""
 
 import os
 import warnings

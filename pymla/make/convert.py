@@ -38,7 +38,7 @@ class Conversion(NamedTuple):
 
     path: Path
     nbytes: int
-    notes: tuple[str, ...]  # what a user should know: tensors kept in another type, layers left out
+    notes: tuple[str, ...]  # for the user: tensors kept in another type, layers left out
 
 
 def convert(
@@ -94,7 +94,7 @@ def convert(
     for key, value in metadata.items():
         _check_text(folder, key, value)
     with outputs.replacing(path) as part:
-        # What is wrong with the metadata shows now, and not hours later.
+        # Wrong metadata is found now, and not after hours of writing.
         gguf_writer.write(part, ARCHITECTURE, metadata, ())
         _check_loads(part, folder)
         gguf_writer.write(part, ARCHITECTURE, metadata, tensors, progress)
@@ -160,17 +160,17 @@ def _holds(qtype: int, value: float) -> bool:
 
 
 def _check_loads(part: Path, folder: Path) -> Tokenizer:
-    """What `pymla.load` checks before it computes anything, of a whole file or of one with nothing but metadata.
+    """Check a file as `pymla.load` does before it computes anything: a whole file, or one that has metadata only.
 
     Returns
     -------
     Tokenizer
-        The tokenizer that it would have.
+        The tokenizer of the file.
 
     Raises
     ------
     PymlaError
-        It would refuse the file.
+        `pymla.load` would refuse the file.
     """
     try:
         file = ModelFile.open(part)

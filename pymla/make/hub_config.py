@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import numpy as np
 
@@ -48,7 +48,13 @@ class Values:
             self.refuse(key, value, f"a number from {minimum} to {maximum} is expected")
         return value
 
-    def number(self, key: str, default: Any = None, among: dict | None = None) -> Any:
+    @overload
+    def number(self, key: str, default: float, among: dict | None = None) -> float: ...
+
+    @overload
+    def number(self, key: str, default: None = None, among: dict | None = None) -> float | None: ...
+
+    def number(self, key: str, default: float | None = None, among: dict | None = None) -> float | None:
         """A number that float32 holds, as GGUF has them; an integer will do."""
         value = self.get(key, (float, int), default, among)
         if value is not None and not -_F32_MAX <= value <= _F32_MAX:
@@ -119,7 +125,7 @@ class HubConfig(Values):
     def shape(self, name: str) -> Shape:
         """Sizes and switches of the model, which is called `name`."""
         size, experts, yarn = self.size, self.experts, "factor" in self.rope
-        # V2's "greedy" chooses among all experts, whatever the groups.
+        # V2's "greedy" chooses among all experts, and ignores groups.
         grouped = experts and size("n_group", 1) > 1 and self.topk_method != "greedy"
         return Shape(
             name=name,
@@ -165,7 +171,7 @@ class HubConfig(Values):
             return {"rope_theta": theta}
         if kind != "yarn":
             self.refuse("rope_type", kind, "yarn and default are converted")
-        yarn = {"rope_theta": theta, "factor": self.number("factor", among=rope)}
+        yarn: dict[str, Any] = {"rope_theta": theta, "factor": self.number("factor", among=rope)}
         yarn["original"] = self.get("original_max_position_embeddings", int, among=rope)
         for key, value in yarn.items():
             if value is None:

@@ -24,7 +24,7 @@ from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
 
-#: Keys of the tokens that end a text: the first one's and those of two more.
+#: Keys of up to three tokens that end a text.
 END_KEYS = ("eos", "eot", "eom")
 
 # Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
@@ -38,7 +38,7 @@ _USER_DEFINED = gguf.TokenType.USER_DEFINED
 
 
 class HubTokenizer(NamedTuple):
-    """What GGUF holds of a tokenizer."""
+    """A tokenizer as GGUF holds it."""
 
     tokens: list[str]
     types: list[gguf.TokenType]
@@ -48,7 +48,7 @@ class HubTokenizer(NamedTuple):
     ends: list[int]  # ids of all tokens that end a text, the most usual first
     add: dict[str, bool]  # whether bos and eos are put around a text, where the files say so
     chat_template: str | list[dict[str, str]] | None
-    notes: list[str]  # what a user should know
+    notes: list[str]  # for the user
 
     def metadata(self) -> dict[str, Value]:
         """Keys and values of the tokenizer."""
@@ -236,8 +236,8 @@ def _ends(
     types: Sequence[int],
     notes: list[str],
 ) -> Iterator[int]:
-    """Ids of tokens that end a text, each once: the one that the tokenizer names, those at which transformers ends a
-    generation, and those of config.json."""
+    """Ids of tokens that end a text, each once: first the token that the tokenizer names, then the tokens at which
+    transformers ends a generation, then the tokens of config.json."""
     first = _named(settings, "eos", ids)
     found = [] if first is None else [first]
     yield from found

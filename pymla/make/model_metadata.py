@@ -1,4 +1,4 @@
-"""What a GGUF file says of a DeepSeek V2 or V3 model, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
+"""Metadata of a DeepSeek V2 or V3 model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,7 @@ ARCHITECTURE = "deepseek2"
 LAYOUTS = ("kv_b", "split", "all")
 
 #: The number that ``general.file_type`` gives to the type of most matrices.
-FILE_TYPES = {
-    ggml.F32: LlamaFileType.ALL_F32,
-    ggml.F16: LlamaFileType.MOSTLY_F16,
-    ggml.BF16: LlamaFileType.MOSTLY_BF16,
-    ggml.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-    ggml.Q4_1: LlamaFileType.MOSTLY_Q4_1,
-    ggml.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-    ggml.Q6_K: LlamaFileType.MOSTLY_Q6_K,
-}
+FILE_TYPES = {t: LlamaFileType["ALL_F32" if t == ggml.F32 else f"MOSTLY_{ggml.NAME[t]}"] for t in ggml.SUPPORTED}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: the machine, its limits, versions and the date."""
+"""Facts that belong to every measurement: the machine, its limits, versions and the date."""
 
 import datetime
 import platform

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from pymla.backend import Rates
 from pymla.measure.sweep import Row
 
-#: Columns of ``llama-sweep-bench``, and those that this table has besides.
+#: Columns of ``llama-sweep-bench``, and further columns of this table.
 PEER_COLUMNS = ("PP", "TG", "N_KV", "T_PP s", "S_PP t/s", "T_TG s", "S_TG t/s")
 COLUMNS = (*PEER_COLUMNS, "PP share", "TG share", "cache MiB")
 _WIDTHS = (6, 6, 6, 8, 8, 8, 8, 8, 8, 9)
@@ -65,7 +65,7 @@ def _record(row: Row, limits: Rates) -> dict[str, Any]:
 
 
 def write_csv(stream: TextIO, rows: Iterable[Row], limits: Rates) -> None:
-    """The table with unrounded values, and with columns that say what each row was measured with."""
+    """The table with unrounded values, and with columns for the model, the variant and the device of each row."""
     writer = csv.writer(stream)
     writer.writerow(("model", "mla", "cache type", "device", "threads", *COLUMNS))
     for row in rows:

@@ -44,14 +44,14 @@ def render(
     template : str or None
         A Jinja template, as in ``tokenizer.chat_template``; None takes DeepSeek's.
     messages : list of dict
-        With "role", "content" and what else the template reads, as "tool_calls". None counts as absent, as it does in
-        transformers, but for a content that the template tests for it.
+        With "role", "content" and other keys that the template reads, such as "tool_calls". A value of None counts as
+        absent, as in transformers, unless the template tests the content for it.
     add_generation_prompt : bool
         End with the beginning of the model's answer.
     bos, eos : str
-        What the template's ``bos_token`` and ``eos_token`` stand for.
+        Texts of the template's variables ``bos_token`` and ``eos_token``.
     **variables
-        What else it sees: ``tools`` and ``documents`` (None unless given), ``enable_thinking`` …
+        Further variables of the template: ``tools`` and ``documents`` (None unless given), ``enable_thinking`` …
 
     Raises
     ------
@@ -60,8 +60,8 @@ def render(
 
     Notes
     -----
-    The template comes with the model, so it runs in a sandbox (`pymla.text.templates`). It sees what transformers would
-    show it.
+    The template comes with the model, so it runs in a sandbox (`pymla.text.templates`). Its variables are
+    those that transformers would give it.
     """
     variables = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt} | variables
     return _render(template, _plain(messages), variables, "the model's chat template")
@@ -91,9 +91,9 @@ def encode(
         A Jinja template instead of the file's own (`choose_template`).
     tools, documents : list of dict, optional
     variables : dict, optional
-        What else the template sees. They go before the special tokens of the same name.
+        Further variables of the template. They replace special tokens of the same name.
     where : str
-        What the template is called in errors.
+        Name of the template in errors.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def encode(
         return _render(chat_template, messages, special | given, where)
 
     text, bos = rendered(plain, given), special["bos_token"]
-    # The same conversation with no BOS in what was given: what BOS is left is the template's.
+    # In the same conversation without BOS in its messages and variables, every BOS is the template's own.
     without = rendered(_without(plain, bos), _without(given, bos)) if bos and bos in text else text
     ids: list[int] = []
     for number, piece in enumerate(_split_at_spelt(text, without, bos)):
@@ -173,7 +173,7 @@ def _render(template: str | None, messages: list[dict[str, Any]], variables: dic
     no_content = any(message.get("content", "") is None for message in messages)
     if no_content and templates.asks_for_none(source):
         # DeepSeek-V3's template finds tool calls by a content of none, which transformers never shows it. Others ask
-        # for none and cannot do with it; they get what transformers gives them.
+        # for none and cannot do with it; they are rendered as transformers does it.
         with contextlib.suppress(PymlaError):
             with_none = _without_nones(messages, but=("content",))
             return templates.render(source, variables | {"messages": with_none}, where)

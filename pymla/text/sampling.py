@@ -1,4 +1,4 @@
-"""Choosing the next token from logits.
+"""Choosing the next token by its logit.
 
 In the order of llama.cpp's default chain: logit bias, penalties, top-k, top-p, min-p, temperature, then a draw.
 """
@@ -85,7 +85,7 @@ class SamplingParams:
 
 
 def _bias(item: tuple[Any, Any]) -> tuple[int, float]:
-    """A token id and what is added to its logit."""
+    """A token id and the number that is added to its logit."""
     token, bias = item
     token = checks.integer("logit_bias", token, 0)
     if isinstance(bias, float | np.floating) and bias == -np.inf:
@@ -154,7 +154,7 @@ class Sampler:
         p = self.params
         if p.repetition_penalty == 1 and p.frequency_penalty == 0 and p.presence_penalty == 0:
             return logits
-        tokens, counts = np.unique(self.history[-p.penalty_window :], return_counts=True)  # from -0 on lies all of it
+        tokens, counts = np.unique(self.history[-p.penalty_window :], return_counts=True)  # from -0: all of it
         tokens = tokens.astype(int)
         logits = logits.copy()
         seen = logits[tokens]
@@ -169,7 +169,7 @@ class Sampler:
             kept = _likeliest(logits, p.top_k)
             total = np.exp(logits[kept] - highest).sum()
         else:
-            # What min-p drops in the end need not be sorted, a bit below its bound, as that is rounded.
+            # Tokens that min-p will drop need not be sorted. The bound is a bit lower, because it is rounded.
             lowest = highest + np.log(p.min_p) - 1e-6 if p.min_p else -np.inf
             kept = _descending(logits, np.flatnonzero(logits >= lowest))
             total = np.exp(logits - highest).sum()

@@ -1,4 +1,4 @@
-"""Special tokens of a model file: those that its metadata names, those that end a text, those that templates know."""
+"""Special tokens of a model file: by the keys of its metadata, by the names in chat templates, and ends of a text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.printable import shown
 
-#: Names of tokens that end a text whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp). The last two are
-#: those of DeepSeek-Coder and GLM.
+#: Names of tokens that end a text even if the metadata does not say so, as in llama.cpp (src/llama-vocab.cpp). The last
+#: two are of DeepSeek-Coder and GLM.
 _END_NAMES = frozenset(
     (
         "<｜end▁of▁sentence｜>",

@@ -37,9 +37,9 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
     ----------
     source : str
     variables : dict
-        What the template sees. Values are rebuilt from plain types first, by `plain`.
+        Variables of the template. Values are rebuilt from plain types first, by `plain`.
     where : str
-        What the template is called in errors.
+        Name of the template in errors.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def render(source: str, variables: Mapping[str, Any], where: str) -> str:
         return "".join(pieces)
     except RecursionError as error:
         raise PymlaError(f"{where} cannot be used with these messages: it, or a value, is nested too deeply") from error
-    except Exception as error:  # a template is a program: it can raise what it likes
+    except Exception as error:  # a template is a program: it can raise anything
         line = _line(error)
         place = "" if line is None else f"line {line}: "
         reason = str(error) or type(error).__name__
@@ -71,7 +71,7 @@ def asks_for_none(source: str) -> bool:
     try:
         tree = _Environment().parse(_without_mark(source))
     except (jinja2.TemplateError, RecursionError):
-        return False  # rendering it says what is wrong
+        return False  # rendering it will fail with a message
     for test in tree.find_all(nodes.Test):
         subject = test.node
         key = subject.attr if isinstance(subject, nodes.Getattr) else getattr(subject, "arg", None)
@@ -106,7 +106,7 @@ class _TooMuch(jinja2.TemplateError):
 
 
 class _Code(CodeGenerator):
-    """Compiles checks into a template: of the time in each loop, of the size of what filters and ``~`` make."""
+    """Compiles checks into a template: of the time in each loop, and of the size of results of filters and ``~``."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         check = nodes.Call(nodes.EnvironmentAttribute("check_time"), [], [], None, None)
@@ -218,7 +218,7 @@ def _check_name(name: Any) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes what is special in HTML.
+    # Jinja's own filter escapes characters that are special in HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

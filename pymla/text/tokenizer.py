@@ -28,7 +28,7 @@ class Tokenizer:
 
     Parameters
     ----------
-    tokens : texts of the tokens, by their ids; those of normal tokens in the byte alphabet
+    tokens : texts of the tokens, by their ids; normal tokens are written in the byte alphabet
     kinds : of each token
     merges : pairs of tokens that are joined, with a space between, the first one first
     pre : name of the pre-tokenizer
@@ -50,7 +50,7 @@ class Tokenizer:
     chat_templates : dict of str to str
         Templates that the file has by name, as "tool_use".
     warnings : list of str
-        What is odd in the file, and what was made of it.
+        Oddities of the file, and how they were taken.
 
     Raises
     ------
@@ -145,10 +145,10 @@ class Tokenizer:
         ----------
         text : str
         add_bos : bool
-            Put BOS in front, if the file says that the model expects it. One that the text spells there already, with
-            `parse_special`, is it.
+            Put BOS in front, if the file says that the model expects it. If the text begins with BOS already, under
+            `parse_special`, no other one is added.
         parse_special : bool
-            Take control tokens that are spelt out in the text for what they say. User-defined tokens always are.
+            Whether the name of a control token in the text becomes that token. Names of user-defined tokens always do.
 
         Raises
         ------

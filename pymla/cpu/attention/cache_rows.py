@@ -11,7 +11,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.cache_types import I16_PAGES, Q8_PAGES, ROW_BYTES
-from pymla.cpu.formats import dequantise_row_for, write_q8, write_row_for
+from pymla.cpu.formats.legacy import write_q8
+from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
 from pymla.cpu.machine.simd import (
     absolute,
     address,
@@ -41,7 +42,7 @@ LARGEST_CODE = 4095
 
 
 def latent_cache(layout, slots):
-    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache.row_layout`."""
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache_layout.row_layout`."""
     (qtype, rank), (rope_type, rope) = layout
     if qtype == ggml.Q8_0:
         rows = (Q8_PAGES, ROW_BYTES[Q8_PAGES](rank)), (I16_PAGES, ROW_BYTES[I16_PAGES](rope))

@@ -5,39 +5,40 @@ Each form is a module: `absorbed` in `pymla.cuda.attention.absorbed_form`, with 
 `pymla.cuda.attention.full_form`. Here is what moves rows in and out of the cache.
 
 Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed`, and by `full` where sequences
-have several tokens; expanded keys and values are float16 always. `absorbed_materialised`, and `full` for single tokens,
-compute in float32.
+have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are float16 always.
+`absorbed_materialised`, and `full` for single tokens, compute in float32.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import cuda, types
 
-from pymla import ggml
 from pymla.contract import FLOAT16, FLOAT32
 from pymla.cuda import memory, quant
-from pymla.cuda.attention.absorbed_form import absorbed
-from pymla.cuda.attention.cache_rows import read_one, write_one
-from pymla.cuda.attention.expanded_form import expanded
-from pymla.cuda.attention.full_form import full
-from pymla.cuda.attention.materialised_form import absorbed_materialised
-from pymla.cuda.contract import check
-from pymla.cuda.machine import ptx
-from pymla.cuda.memory import DeviceArray, empty
-from pymla.cuda.runtime.jit import device, kernel
+from pymla.cuda.attention.absorbed_form import absorbed, absorbed_kernel
+from pymla.cuda.attention.expanded_form import expanded, expanded_kernel
+from pymla.cuda.attention.expansion import copy_rope, join
+from pymla.cuda.attention.full_form import full, full_kernel, full_token_kernel
+from pymla.cuda.attention.materialised_form import absorbed_materialised, exponential_kernels, materialised_kernels
+from pymla.cuda.attention.splits import combining_kernels
+from pymla.cuda.attention.store_load import load_kernel, store_kernel
+from pymla.cuda.attention.tiles import THREADS
+from pymla.cuda.contract import check, need_any
 from pymla.errors import PymlaError
-from pymla.pages import CACHE_TYPES, PAGE, LatentCache, block_rows
+from pymla.pages import PAGE, LatentCache, block_rows
 from pymla.scratch import DEVICE
 from pymla.tensor import QTensor
 
 __all__ = [
     "absorb",
     "absorbed",
+    "absorbed_kernels",
     "absorbed_materialised",
     "expand",
     "expanded",
+    "expanded_kernels",
     "full",
+    "full_kernels",
     "heads_at_once",
     "keys_values",
     "latent_cache",
@@ -48,42 +49,33 @@ __all__ = [
 #: Heads that `expand` takes at a time.
 heads_at_once = DEVICE.heads_at_once
 
-I32, I64 = types.int32, types.int64
-I1 = types.Array(types.int32, 1, "C")
-#: Rows at an address, so many bytes apart.
-ROWS = types.UniTuple(I64, 2)
-#: Rows may be parts of wider ones.
-F2 = types.Array(types.float32, 2, "A")
-F3 = types.Array(types.float32, 3, "A")
-
-#: Threads of a block; each takes a value.
-THREADS = 128
-
 
 def latent_cache(layout, slots):
-    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache.row_layout`."""
+    """Memory for ``c_kv`` and ``k_pe`` of so many slots; `layout` from `pymla.engine.cache_layout.row_layout`."""
     return LatentCache(*block_rows(memory, layout, slots))
 
 
 def store(rows, slots, cache):
     """Write rows, float32 or float16 (T, W), into the slots, int32 (T,), of the cache in its type.
 
-    `rows` may be columns of a wider array.
+    `rows` may be columns of a wider array. A row whose slot is none of the cache is not written.
     """
     check.store(rows, slots, cache, (*FLOAT32, *FLOAT16))
+    need_any("store", "slots", slots, len(cache.data), "slots in the cache")
     tokens, width = rows.shape
-    stride = rows.strides[0]
     blocks = tokens, -(-width // THREADS)
-    source, target = (rows.address, stride), (cache.data.address, cache.data.shape[1])
-    _STORE[cache.qtype, rows.dtype.name][blocks, THREADS](source, width, slots, target)
+    source, target = (rows.address, rows.strides[0]), (cache.data.address, cache.data.shape[1], len(cache.data))
+    store_kernel(cache.qtype, rows.dtype.name)[blocks, THREADS](source, width, slots, target)
 
 
 def load(cache, block_table, out):
-    """The first ``len(out)`` rows of a sequence as float32 (S, W)."""
+    """The first ``len(out)`` rows of a sequence as float32 (S, W). A page that is none of the cache counts as its last
+    one."""
     check.load(cache, block_table, out)
+    need_any("load", "block_table", block_table, len(cache.data) // PAGE, "pages in the cache")
     length, width = out.shape
-    blocks = length, -(-width // THREADS)
-    _LOAD[cache.qtype][blocks, THREADS](cache.data.address, cache.data.shape[1], block_table, out)
+    blocks, slots = (length, -(-width // THREADS)), len(cache.data)
+    load_kernel(cache.qtype)[blocks, THREADS]((cache.data.address, cache.data.shape[1], slots), block_table, out)
     return out
 
 
@@ -98,20 +90,20 @@ def absorb(q, k_b, out):
     rank = out.shape[2] - (size - nope)
     quant.matmul_heads_transposed(k_b, q[..., :nope], out[..., :rank])
     blocks = tokens, heads, -(-(size - nope) // THREADS)
-    _copy_rope[blocks, THREADS](q[..., nope:], out[..., rank:])
+    copy_rope[blocks, THREADS](q[..., nope:], out[..., rank:])
     return out
 
 
 class KeysValues(NamedTuple):
     """Expanded keys, float16 (S, H, nope + R), and values, float16 (S, H, v)."""
 
-    keys: DeviceArray
-    values: DeviceArray
+    keys: memory.DeviceArray
+    values: memory.DeviceArray
 
 
 def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
     """Memory for the expanded keys, of `size` numbers, and values of some heads: always float16 here."""
-    return KeysValues(empty((tokens, heads, size), np.float16), empty((tokens, heads, v), np.float16))
+    return KeysValues(memory.empty((tokens, heads, size), np.float16), memory.empty((tokens, heads, v), np.float16))
 
 
 def expand(c_kv, k_pe, k_b, v_b, out):
@@ -127,12 +119,12 @@ def expand(c_kv, k_pe, k_b, v_b, out):
     if nope % 4 or rope % 4 or v % 4 or stride % 16 or item != 4:
         raise PymlaError(f"keys of {nope} and {rope} and values of {v} numbers; the CUDA backend takes them by fours")
     x = quant.Activation(c_kv)
-    keys, values = empty((length, heads * nope), np.float32), empty((length, heads * v), np.float32)
+    keys, values = memory.empty((length, heads * nope), np.float32), memory.empty((length, heads * v), np.float32)
     quant.matmul(_one_matrix(k_b), x, keys)
     quant.matmul(_one_matrix(v_b), x, values)
     blocks = length, -(-heads // (THREADS // 32))
     sources, targets = (keys.address, k_pe.address, values.address), (out.keys.address, out.values.address)
-    _join[blocks, THREADS](sources, stride, (heads, nope, rope, v), targets)
+    join[blocks, THREADS](sources, stride, (heads, nope, rope, v), targets)
     return out
 
 
@@ -141,74 +133,42 @@ def _one_matrix(w):
     return QTensor(w.qtype, w.data.reshape(-1, w.data.shape[-1]))
 
 
-def _store_kernel(qtype, source_type):
-    read, write = read_one(source_type), write_one(qtype)
+def absorbed_kernels(types_of_rows, sizes, k_b, v_b, materialised=False):
+    """The kernels of generation in the absorbed form.
 
-    @kernel(ROWS, I32, I1, ROWS, variant=f"{ggml.NAME[source_type]},{ggml.NAME[qtype]}".lower(), max_threads=THREADS)
-    def store(source, width, slots, cache):
-        """Grid: tokens, columns."""
-        t, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-        # Whole warps are inside, wherever a row has blocks of 32.
-        if i < width:
-            write(cache[0] + slots[t] * cache[1], i, read(source[0] + t * source[1], i))
-
-    return store
-
-
-def _load_kernel(qtype):
-    read = read_one(qtype)
-
-    @kernel(I64, I64, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
-    def load(cache, row_bytes, block_table, out):
-        """Grid: positions, columns."""
-        p, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-        if i < out.shape[1]:
-            slot = block_table[p // PAGE] * PAGE + p % PAGE
-            out[p, i] = read(cache + slot * row_bytes, i)
-
-    return load
-
-
-#: By the types of the cache and of the rows.
-_STORE = {
-    (qtype, name): _store_kernel(qtype, source_type)
-    for qtype in CACHE_TYPES.values()
-    for name, source_type in (("float32", ggml.F32), ("float16", ggml.F16))
-}
-_LOAD = {qtype: _load_kernel(qtype) for qtype in CACHE_TYPES.values()}
-
-
-@kernel(F3, F3, max_threads=THREADS)
-def _copy_rope(q, out):
-    """Grid: tokens, heads, columns."""
-    t, h, i = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * THREADS + cuda.threadIdx.x
-    if i < q.shape[2]:
-        out[t, h, i] = q[t, h, i]
-
-
-@kernel(types.UniTuple(I64, 3), I64, types.UniTuple(I64, 4), types.UniTuple(I64, 2), max_threads=THREADS)
-def _join(sources, stride, sizes, targets):
-    """``keys[s, h] = [nope[s, h]; k_pe[s]]``, and the values, in their type: a head to a warp, by fours.
-
-    `sources`: nope (S, H, nope), k_pe (S, R), whose rows are `stride` bytes apart, and values (S, H, v), all float32.
-    Grid: positions, heads.
+    Parameters
+    ----------
+    types_of_rows : (int, int)
+        Cache types of ``c_kv`` and ``k_pe``.
+    sizes : (int, int)
+        Of ``c_kv`` and ``k_pe``: rank and R.
+    k_b, v_b : int
+        Types of the matrices.
+    materialised : bool
+        Whether the scores lie in memory.
     """
-    s, thread = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    h, lane = thread >> 5, thread & 31
-    heads, nope, rope, v = sizes
-    size = nope + rope
-    row = s * heads + h
-    for k in range(4 * lane, size + v if h < heads else 0, 128):
-        if k < nope:
-            _four_halves(sources[0] + 4 * (row * nope + k), targets[0] + 2 * (row * size + k))
-        elif k < size:
-            _four_halves(sources[1] + s * stride + 4 * (k - nope), targets[0] + 2 * (row * size + k))
-        else:
-            _four_halves(sources[2] + 4 * (row * v + k - size), targets[1] + 2 * (row * v + k - size))
+    found = [*_stores(types_of_rows, "float32"), copy_rope, *quant.matmul_heads_transposed_kernels(k_b)]
+    found += [*quant.matmul_kernels(v_b), *combining_kernels()]
+    if materialised:
+        return [*found, *materialised_kernels(types_of_rows, *sizes), *exponential_kernels()]
+    return [*found, absorbed_kernel(types_of_rows, *sizes)[0]]
 
 
-@device
-def _four_halves(source, target):
-    """Four float32 become float16."""
-    x0, x1, x2, x3 = ptx.load_f32x4(source)
-    ptx.store_u32x2(target, ptx.pack_f16x2(x0, x1), ptx.pack_f16x2(x2, x3))
+def expanded_kernels(types_of_rows, sizes, k_b, v_b):
+    """The kernels of prompts in the expanded form; `sizes` are those of a key, nope + R, and of a value."""
+    found = [*_stores(types_of_rows, "float32"), *_expand_kernels(k_b, v_b), expanded_kernel(*sizes)[0]]
+    return found + [load_kernel(qtype) for qtype in dict.fromkeys(types_of_rows)]
+
+
+def full_kernels(types_of_rows, sizes, k_b, v_b):
+    """The kernels of a cache of whole keys and values of these cache types; `sizes` as for `expanded_kernels`."""
+    found = [*_stores(types_of_rows, "float16"), *_expand_kernels(k_b, v_b), *combining_kernels()]
+    return [*found, full_kernel(types_of_rows, *sizes)[0], full_token_kernel(types_of_rows, *sizes)]
+
+
+def _stores(types_of_rows, source):
+    return [store_kernel(qtype, source) for qtype in dict.fromkeys(types_of_rows)]
+
+
+def _expand_kernels(k_b, v_b):
+    return [join, *quant.matmul_kernels(k_b), *quant.matmul_kernels(v_b)]

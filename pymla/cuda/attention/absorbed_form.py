@@ -8,50 +8,60 @@ positions, in tiles of 32 rows. While one tile is computed the next one is copie
 - Softmax, online (Milakov and Gimelshein, 2018), to base 2: all warps compute it, alike, in float32.
 - Values: each warp has a quarter of the columns, from the rows that the scores came from.
 
-Factors are bfloat16 for a bf16 cache and float16 for the others, a float32 one too; sums are float32. Positions and
-tables are read by the kernels only, so that a recorded step can be replayed; the grid depends on the table's width.
+Factors are bfloat16 for a bf16 cache and float16 for the others, a float32 one too; sums are float32. The grid depends
+on the table's width alone.
 
 Shared memory holds rows of ``c_kv`` and behind it ``k_pe``; rows of q8_0 wait there in their own type.
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from pymla import ggml
-from pymla.cuda.attention.splits import STEP, Shares, boundary, merge, shares_of
-from pymla.cuda.attention.tiles import (
-    INFINITY,
-    LOG2E,
+from pymla.cuda.attention.cache_rows import CACHE_ROWS
+from pymla.cuda.attention.products import (
+    FACTORS,
     NO_SCORES,
-    THREADS,
-    TILE,
-    WARPS,
-    ZERO,
-    convert_rows,
-    copy_rows,
-    copy_whole,
-    factors_of,
     key_row,
     load_queries,
-    need_multiples_of_16,
-    online_softmax,
-    place,
     scores_of,
     store_values,
-    unpack_blocks,
     value_row,
     values_of,
 )
-from pymla.cuda.contract import check
+from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO, online_softmax
+from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
+from pymla.cuda.attention.steps import (
+    CACHE,
+    PLACE,
+    STEP,
+    CachePair,
+    StepArrays,
+    first_slot,
+    place,
+    seen_by,
+    sequence_of,
+)
+from pymla.cuda.attention.tiles import (
+    THREADS,
+    TILE,
+    WARPS,
+    copy_whole,
+    factor_type,
+    fetch_rows,
+    need_multiples_of_16,
+    unpack_rows,
+    variant_of,
+)
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
-from pymla.pages import CACHE_TYPES, PAGE
+from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
 
-__all__ = ["absorbed"]
-
-I32, I64, F32 = types.int32, types.int64, types.float32
+__all__ = ["absorbed", "absorbed_in_splits", "absorbed_kernel"]
 
 #: Heads of a block: the rows of a tensor core's product.
 HEADS = 16
@@ -79,74 +89,48 @@ def _whole_score(at):
     return (a0 + b0) + (c0 + d0), (a1 + b1) + (c1 + d1), (a2 + b2) + (c2 + d2), (a3 + b3) + (c3 + d3)
 
 
-class _Layout:
-    """Shared memory of a block: offsets in bytes, and how far the second one of two is behind the first.
+class _Layout(NamedTuple):
+    """Shared memory of a block: offsets in bytes, and how far the second one of two is behind the first."""
 
-    Two tiles, and the parts of the scores. For q8_0 one tile, and two of rows in their own type; once they are
-    unpacked, parts of the scores take their place.
-    """
+    next_tile: int
+    parts: int  # of the scores, warp by warp
+    next_parts: int
+    nbytes: int
 
-    def __init__(self, qtype, rank, rope):
-        tile = 2 * TILE * (rank + rope)
-        if qtype == ggml.Q8_0:
-            self.next_tile, self.parts = 0, tile
-            self.next_parts = max(PARTS, TILE * (ggml.row_bytes(qtype, rank) + 2 * rope))
-            self.nbytes = tile + 2 * self.next_parts
-        else:
-            self.next_tile, self.parts, self.next_parts = tile, 2 * tile, 0
-            self.nbytes = 2 * tile + PARTS
+    @classmethod
+    def of(cls, size, waiting):
+        """For rows of `size` values. Two tiles, and the parts of the scores; or, where rows of `waiting` bytes wait in
+        their own type, one tile and two of such rows: once they are unpacked, parts of the scores take their place."""
+        tile = 2 * TILE * size
+        if waiting:
+            parts = max(PARTS, TILE * waiting)
+            return cls(0, tile, parts, tile + 2 * parts)
+        return cls(tile, 2 * tile, 0, 2 * tile + PARTS)
 
 
 @functools.cache
-def absorbed_kernel(qtype, rank, rope):
-    """The kernel for a cache type and sizes, and its bytes of shared memory."""
-    layout = _Layout(qtype, rank, rope)
-    mma, pack = factors_of(qtype)
+def absorbed_kernel(types_of_rows, rank, rope):
+    """The kernel for the cache types of latent and rope parts and their sizes, and its bytes of shared memory."""
+    latent_type, rope_type = types_of_rows
+    factor = factor_type(*types_of_rows)
+    mma, pack = FACTORS[factor]
     size, steps, groups = rank + rope, (rank + rope) // 16, rank // 16
     own_steps, own_groups = -(-steps // WARPS), -(-groups // WARPS)
-    latent_bytes = ggml.row_bytes(qtype, rank)
-    rope_bytes = ggml.row_bytes(ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)
+    in_blocks = CACHE_ROWS[latent_type].shared_halves is not None and rope_type == factor
+    row_bytes = ggml.row_bytes(latent_type, rank), ggml.row_bytes(rope_type, rope)
+    layout = _Layout.of(size, sum(row_bytes) if in_blocks else 0)
     next_tile, at_parts, next_parts = layout.next_tile, layout.parts, layout.next_parts
     softmax, no_values, indices = online_softmax(pack), ((ZERO,) * 8,) * own_groups, tuple(range(own_steps))
     queries_of_warp = unrolled(load_queries(pack, size), own_steps)
     scores_of_warp = folded(scores_of(mma, size, WARPS), own_steps)
     values_of_warp = unrolled(values_of(mma, rank, size, WARPS), own_groups)
     store_columns = unrolled(store_values, own_groups)
-
-    if qtype == ggml.Q8_0:
-        fetch_latent, fetch_rope, unpack = copy_whole(latent_bytes), copy_whole(rope_bytes), unpack_blocks(rank, rope)
-
-        @device
-        def fetch(base, stage, cache, slot, seen, thread):
-            at = base + at_parts + stage * next_parts
-            fetch_latent(at, cache[0] + slot * latent_bytes, seen, thread)
-            fetch_rope(at + TILE * latent_bytes, cache[1] + slot * rope_bytes, seen, thread)
-            ptx.cp_async_commit()
-
-        @device
-        def prepare(base, stage, thread):
-            unpack(base, base + at_parts + stage * next_parts, thread)
-            cuda.syncthreads()
-
-    else:
-        rows = convert_rows if qtype == ggml.F32 else copy_rows
-        fetch_latent, fetch_rope = rows(rank, size, 0), rows(rope, size, rank)
-
-        @device
-        def fetch(base, stage, cache, slot, seen, thread):
-            at = base + stage * next_tile
-            fetch_latent(at, cache[0] + slot * latent_bytes, latent_bytes, seen, thread)
-            fetch_rope(at, cache[1] + slot * rope_bytes, rope_bytes, seen, thread)
-            ptx.cp_async_commit()
-
-        @device
-        def prepare(base, stage, thread):
-            pass
+    stages = _stages_in_blocks if in_blocks else _stages_of_tiles
+    fetch, prepare = stages(types_of_rows, rank, rope, layout)
 
     @kernel(
-        I64, types.UniTuple(I64, 2), STEP, F32, I32, I32,
-        types.UniTuple(I64, 2), types.UniTuple(I64, 3),
-        variant=f"{ggml.NAME[qtype].lower()},{rank},{rope}", max_threads=THREADS, min_blocks=2,
+        I64, CACHE, STEP, F32, I32, I32, addresses(2), PLACE,
+        variant=variant_of(types_of_rows, rank, rope), max_threads=THREADS, min_blocks=2,
     )  # fmt: skip
     def absorbed(q, cache, step, scale, heads, splits, partial, out):
         """Values of a token, 16 heads and a share of the positions; ``partial`` are addresses of unnormalised values
@@ -156,8 +140,7 @@ def absorbed_kernel(qtype, rank, rope):
         Grid: splits, groups of heads, tokens.
         """
         split, head, t = cuda.blockIdx.x, HEADS * cuda.blockIdx.y, cuda.blockIdx.z
-        positions, seq_of, tables = step
-        length, sequence = positions[t] + 1, seq_of[t]
+        length, sequence = seen_by(step, t), sequence_of(step, t)
         tiles, shares = shares_of(length, splits)
         if split >= shares:
             return
@@ -165,7 +148,7 @@ def absorbed_kernel(qtype, rank, rope):
         thread = cuda.threadIdx.x
         warp, lane = thread >> 5, thread & 31
         base = ptx.shared_address(cuda.shared.array(0, np.int32, alignment=16))
-        slot = tables[sequence, begin >> 1] * PAGE + (begin & 1) * TILE
+        slot = first_slot(step, sequence, begin >> 1, cache) + (begin & 1) * TILE
         fetch(base, 0, cache, slot, length - TILE * begin, thread)
         upper, lower = t * heads + head + (lane >> 2), t * heads + head + (lane >> 2) + 8
         there = head + (lane >> 2) < heads, head + (lane >> 2) + 8 < heads
@@ -178,7 +161,7 @@ def absorbed_kernel(qtype, rank, rope):
             ptx.cp_async_wait(0)
             cuda.syncthreads()
             if tile + 1 < end:
-                slot = tables[sequence, tile + 1 >> 1] * PAGE + (tile + 1 & 1) * TILE
+                slot = first_slot(step, sequence, tile + 1 >> 1, cache) + (tile + 1 & 1) * TILE
                 fetch(base, stage ^ 1, cache, slot, length - TILE * (tile + 1), thread)
             prepare(base, stage, thread)
             at = base + stage * next_tile
@@ -218,28 +201,72 @@ def absorbed_kernel(qtype, rank, rope):
     return absorbed, layout.nbytes
 
 
-def absorbed(q, latent, rope, step, scale, out, splits=None):
+def _stages_of_tiles(types_of_rows, rank, rope, layout):
+    """How rows come to shared memory as tiles: device functions (fetch, prepare). ``fetch(base, stage, cache, slot,
+    seen, thread)`` begins to copy rows from a slot on, of which `seen` are there, and ``prepare(base, stage, thread)``
+    makes a tile of rows that have come."""
+    factor, size, next_tile = factor_type(*types_of_rows), rank + rope, layout.next_tile
+    latent_bytes, rope_bytes = ggml.row_bytes(types_of_rows[0], rank), ggml.row_bytes(types_of_rows[1], rope)
+    fetch_latent = fetch_rows(types_of_rows[0], factor, rank, size, 0)
+    fetch_rope = fetch_rows(types_of_rows[1], factor, rope, size, rank)
+
+    @device
+    def fetch(base, stage, cache, slot, seen, thread):
+        at = base + stage * next_tile
+        fetch_latent(at, cache.first + slot * latent_bytes, latent_bytes, seen, thread)
+        fetch_rope(at, cache.second + slot * rope_bytes, rope_bytes, seen, thread)
+        ptx.cp_async_commit()
+
+    @device
+    def prepare(base, stage, thread):
+        pass
+
+    return fetch, prepare
+
+
+def _stages_in_blocks(types_of_rows, rank, rope, layout):
+    """`_stages_of_tiles` of latent rows in blocks, which wait in their own type."""
+    latent_bytes, rope_bytes = ggml.row_bytes(types_of_rows[0], rank), ggml.row_bytes(types_of_rows[1], rope)
+    fetch_latent, fetch_rope = copy_whole(latent_bytes), copy_whole(rope_bytes)
+    unpack, at_parts, next_parts = unpack_rows(types_of_rows[0], rank, rope), layout.parts, layout.next_parts
+
+    @device
+    def fetch(base, stage, cache, slot, seen, thread):
+        at = base + at_parts + stage * next_parts
+        fetch_latent(at, cache.first + slot * latent_bytes, seen, thread)
+        fetch_rope(at + TILE * latent_bytes, cache.second + slot * rope_bytes, seen, thread)
+        ptx.cp_async_commit()
+
+    @device
+    def prepare(base, stage, thread):
+        unpack(base, base + at_parts + stage * next_parts, thread)
+        cuda.syncthreads()
+
+    return fetch, prepare
+
+
+def absorbed(q, latent, rope, step, scale, out):
     """Attention in the latent space: `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`.
 
-    Parameters
-    ----------
-    splits : int, optional
-        Blocks that share the positions of a token at most. By default as many as fill the device twice.
+    An index of the step that is out of range counts as the last one in range.
     """
     check.absorbed(q, latent, rope, step, scale, out)
+    need_pages("absorbed", step, latent)
+    return absorbed_in_splits(q, latent, rope, step, scale, out)
+
+
+def absorbed_in_splits(q, latent, rope, step, scale, out, splits=None):
+    """`absorbed`, with the positions of a token shared by at most `splits` blocks; by default by as many as fill the
+    device twice."""
     tokens, heads, rank = out.shape
     size = q.shape[2]
     need_multiples_of_16(rank, size - rank)
     groups = -(-heads // HEADS)
-    shares, target = Shares.empty(out, step, tokens * groups, splits), place(out)
-    launched, shared_bytes = absorbed_kernel(latent.qtype, rank, size - rank)
-    cache, of_step = (latent.data.address, rope.data.address), (step.positions, step.seq_of, step.block_tables)
-    launched[(shares.splits, groups, tokens), THREADS, shared_bytes](
-        q.address, cache, of_step, scale * LOG2E, heads, shares.splits, shares.addresses, target
+    arrays, target = StepArrays.of(step), place(out)
+    partial = Partial.empty(out, arrays, tokens * groups, splits)
+    launched, shared_bytes = absorbed_kernel((latent.qtype, rope.qtype), rank, size - rank)
+    launched[(partial.splits, groups, tokens), THREADS, shared_bytes](
+        q.address, CachePair.of(latent, rope), arrays, scale * LOG2E, heads, partial.splits, partial.addresses, target
     )
-    merge(shares, step.positions, out.shape, target)
+    combine(partial, arrays, out.shape, target)
     return out
-
-
-for _qtype in CACHE_TYPES.values():
-    absorbed_kernel(_qtype, 512, 64)

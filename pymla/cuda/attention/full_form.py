@@ -8,83 +8,89 @@ nothing to share: the rows are streamed and multiplied in float32, the positions
 import functools
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from pymla import ggml
-from pymla.cuda.attention.cache_rows import read_four
+from pymla.cuda.attention.cache_rows import CACHE_ROWS
 from pymla.cuda.attention.expanded_form import QUERIES, flash, tile_bytes
-from pymla.cuda.attention.splits import STEP, Shares, boundary, merge, shares_of
-from pymla.cuda.attention.tiles import (
-    INFINITY,
-    LOG2E,
-    THREADS,
-    TILE,
-    WARPS,
-    ZERO,
-    convert_rows,
-    copy_rows,
-    decode_rows,
-    need_multiples_of_16,
+from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO
+from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
+from pymla.cuda.attention.steps import (
+    CACHE,
+    PLACE,
+    STEP,
+    CachePair,
+    StepArrays,
+    first_slot,
     place,
+    seen_by,
+    sequence_of,
 )
-from pymla.cuda.contract import check
+from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, factor_type, fetch_rows, need_multiples_of_16, variant_of
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
-from pymla.pages import CACHE_TYPES, PAGE
+from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
 
-__all__ = ["full"]
+__all__ = ["full", "full_in_splits", "full_kernel", "full_token_kernel"]
 
-I32, I64, F32 = types.int32, types.int64, types.float32
 NO_SUMS = (ZERO,) * 4
 
 
-def full(q, keys, values, step, scale, out, splits=None):
+def full(q, keys, values, step, scale, out):
     """Attention over whole keys and values: `q` float32 (T, H, nope + R), contiguous, `out` float32 (T, H, v), any
     `place`.
 
-    Parameters
-    ----------
-    splits : int, optional
-        Blocks that share the positions of a single token at most. By default as many as fill the device twice.
+    An index of the step that is out of range counts as the last one in range.
     """
     check.full(q, keys, values, step, scale, out)
+    need_pages("full", step, keys)
+    return full_in_splits(q, keys, values, step, scale, out)
+
+
+def full_in_splits(q, keys, values, step, scale, out, splits=None):
+    """`full`, with the positions of a single token shared by at most `splits` blocks; by default by as many as fill the
+    device twice."""
     tokens, heads, v = out.shape
-    size = q.shape[2]
+    size, sequences = q.shape[2], len(step.block_tables)
     need_multiples_of_16(size, v)
-    cache, of_step = (keys.data.address, values.data.address), (step.positions, step.seq_of, step.block_tables)
-    if tokens <= len(step.block_tables):
-        shares, target = Shares.empty(out, step, tokens * heads, splits), place(out)
-        full_token_kernel(keys.qtype, size, v)[(shares.splits, heads, tokens), THREADS](
-            q.address, cache, of_step, scale * LOG2E, heads, shares.splits, shares.addresses, target
+    cache, arrays, target = CachePair.of(keys, values), StepArrays.of(step), place(out)
+    types_of_rows = keys.qtype, values.qtype
+    if tokens <= sequences:
+        partial = Partial.empty(out, arrays, tokens * heads, splits)
+        full_token_kernel(types_of_rows, size, v)[(partial.splits, heads, tokens), THREADS](
+            q.address, cache, arrays, scale * LOG2E, heads, partial.splits, partial.addresses, target
         )
-        merge(shares, step.positions, out.shape, target)
+        combine(partial, arrays, out.shape, target)
         return out
-    launched, shared_bytes = full_kernel(keys.qtype, size, v)
-    blocks = -(-tokens // QUERIES), heads, min(QUERIES, len(step.block_tables))
-    launched[blocks, THREADS, shared_bytes](q.address, cache, of_step, scale * LOG2E, heads, place(out))
+    launched, shared_bytes = full_kernel(types_of_rows, size, v)
+    blocks = -(-tokens // QUERIES), heads, min(QUERIES, sequences)
+    launched[blocks, THREADS, shared_bytes](q.address, cache, arrays, scale * LOG2E, heads, target)
     return out
 
 
 @functools.cache
-def full_kernel(qtype, size, v):
-    """The kernel for prompts, for a cache type and sizes, and its bytes of shared memory."""
+def full_kernel(types_of_rows, size, v):
+    """The kernel for prompts, for the cache types of keys and values and their sizes, and its bytes of shared
+    memory."""
+    key_type, value_type = types_of_rows
+    factor = factor_type(*types_of_rows)
     key_bytes, value_bytes = tile_bytes(size, v)
-    key_row, value_row = ggml.row_bytes(qtype, size), ggml.row_bytes(qtype, v)
-    rows = {ggml.F32: convert_rows, ggml.Q8_0: decode_rows}.get(qtype, copy_rows)
-    fetch_keys, fetch_values = rows(size), rows(v)
+    key_row, value_row = ggml.row_bytes(key_type, size), ggml.row_bytes(value_type, v)
+    fetch_keys, fetch_values = fetch_rows(key_type, factor, size), fetch_rows(value_type, factor, v)
 
     @device
     def fetch(at, source, heads, head, tile, seen, thread):
-        keys, values, tables, sequence = source
-        row = (tables[sequence, tile >> 1] * PAGE + (tile & 1) * TILE) * heads + head
-        fetch_keys(at, keys + key_row * row, key_row * heads, seen, thread)
-        fetch_values(at + key_bytes, values + value_row * row, value_row * heads, seen, thread)
+        cache, step, sequence = source
+        row = (first_slot(step, sequence, tile >> 1, cache) + (tile & 1) * TILE) * heads + head
+        fetch_keys(at, cache.first + key_row * row, key_row * heads, seen, thread)
+        fetch_values(at + key_bytes, cache.second + value_row * row, value_row * heads, seen, thread)
 
-    attend = flash(qtype, size, v, fetch)
+    attend = flash(factor, size, v, fetch)
 
     @kernel(
-        I64, types.UniTuple(I64, 2), STEP, F32, I32, types.UniTuple(I64, 3),
-        variant=f"{ggml.NAME[qtype].lower()},{size},{v}", max_threads=THREADS, min_blocks=2,
+        I64, CACHE, STEP, F32, I32, PLACE,
+        variant=variant_of(types_of_rows, size, v), max_threads=THREADS, min_blocks=2,
     )  # fmt: skip
     def full(q, cache, step, scale, heads, out):
         """Windows of queries of each head; late ones have more to read and come first. A block takes the queries of one
@@ -92,12 +98,12 @@ def full_kernel(qtype, size, v):
 
         Grid: windows, heads, sequences.
         """
-        positions, seq_of, tables = step
         begin = QUERIES * (cuda.gridDim.x - 1 - cuda.blockIdx.x)
-        run = sequence_run(seq_of, begin, min(begin + QUERIES, positions.size), cuda.blockIdx.z)
+        run = sequence_run(step.seq_of, begin, min(begin + QUERIES, step.positions.size), cuda.blockIdx.z)
         if run[0] < run[1]:
-            source = cache[0], cache[1], tables, seq_of[run[0]]
-            attend(q, source, positions, run, cuda.blockIdx.y, heads, scale, out)
+            source = cache, step, sequence_of(step, run[0])
+            length = seen_by(step, run[1] - 1)
+            attend(q, source, step.positions, run, length, cuda.blockIdx.y, heads, scale, out)
 
     return full, 2 * (key_bytes + value_bytes)
 
@@ -115,10 +121,10 @@ def sequence_run(seq_of, begin, end, number):
 
 
 @functools.cache
-def full_token_kernel(qtype, size, v):
-    """The kernel for single tokens, for a cache type and sizes."""
-    four = read_four(qtype)
-    key_row, value_row = ggml.row_bytes(qtype, size), ggml.row_bytes(qtype, v)
+def full_token_kernel(types_of_rows, size, v):
+    """The kernel for single tokens, for the cache types of keys and values and their sizes."""
+    key_four, value_four = (CACHE_ROWS[qtype].four for qtype in types_of_rows)
+    key_row, value_row = ggml.row_bytes(types_of_rows[0], size), ggml.row_bytes(types_of_rows[1], v)
     key_pieces, value_pieces = size // 4, v // 4
     own_keys, own_values = -(-key_pieces // ptx.WARP), -(-value_pieces // ptx.WARP)
     key_indices, no_values = tuple(range(own_keys)), ((ZERO,) * 4,) * own_values
@@ -141,8 +147,8 @@ def full_token_kernel(qtype, size, v):
         piece = min(lane + 32 * i, key_pieces - 1)
         s0, s1, s2, s3 = sums
         return (
-            dot(q, four(r0, piece), s0), dot(q, four(r1, piece), s1),
-            dot(q, four(r2, piece), s2), dot(q, four(r3, piece), s3),
+            dot(q, key_four(r0, piece), s0), dot(q, key_four(r1, piece), s1),
+            dot(q, key_four(r2, piece), s2), dot(q, key_four(r3, piece), s3),
         )  # fmt: skip
 
     @device
@@ -150,8 +156,8 @@ def full_token_kernel(qtype, size, v):
         """A piece of the values and those of four rows, weighted."""
         (r0, r1, r2, r3), (w0, w1, w2, w3), lane = fixed
         piece = min(lane + 32 * i, value_pieces - 1)
-        o = add_scaled(add_scaled(o, four(r0, piece), w0), four(r1, piece), w1)
-        return add_scaled(add_scaled(o, four(r2, piece), w2), four(r3, piece), w3)
+        o = add_scaled(add_scaled(o, value_four(r0, piece), w0), value_four(r1, piece), w1)
+        return add_scaled(add_scaled(o, value_four(r2, piece), w2), value_four(r3, piece), w3)
 
     @device
     def shrink(o, i, factor):
@@ -169,11 +175,11 @@ def full_token_kernel(qtype, size, v):
     add_all, shrink_all, store_all = (unrolled(each, own_values) for each in (add_rows, shrink, store_piece))
 
     @kernel(
-        I64, types.UniTuple(I64, 2), STEP, F32, I32, I32, types.UniTuple(I64, 2), types.UniTuple(I64, 3),
-        variant=f"{ggml.NAME[qtype].lower()},{size},{v}", max_threads=THREADS,
+        I64, CACHE, STEP, F32, I32, I32, addresses(2), PLACE,
+        variant=variant_of(types_of_rows, size, v), max_threads=THREADS,
     )  # fmt: skip
     def full_token(q, cache, step, scale, heads, splits, partial, out):
-        """Values of a token, a head and a share of the positions, as `pymla.cuda.attention.splits` merges them. Warps
+        """Values of a token, a head and a share of the positions, as `pymla.cuda.attention.splits` combines them. Warps
         take tiles in turn; in the softmax a lane has one of a tile's 32 positions.
 
         Grid: splits, heads, tokens.
@@ -182,8 +188,7 @@ def full_token_kernel(qtype, size, v):
         sums = cuda.shared.array(WARPS, np.float32)
         results = cuda.shared.array((WARPS, v), np.float32, alignment=16)
         split, head, t = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-        positions, seq_of, tables = step
-        length, sequence = positions[t] + 1, seq_of[t]
+        length, sequence = seen_by(step, t), sequence_of(step, t)
         tiles, shares = shares_of(length, splits)
         if split >= shares:
             return
@@ -193,8 +198,8 @@ def full_token_kernel(qtype, size, v):
         a = query(0, key_indices, (q + 4 * size * (t * heads + head), scale, lane))
         m, l, o = -INFINITY, ZERO, no_values  # noqa: E741
         for tile in range(begin + warp, end, WARPS):
-            row = (tables[sequence, tile >> 1] * PAGE + (tile & 1) * TILE) * heads + head
-            keys, values = cache[0] + key_row * row, cache[1] + value_row * row
+            row = (first_slot(step, sequence, tile >> 1, cache) + (tile & 1) * TILE) * heads + head
+            keys, values = cache.first + key_row * row, cache.second + value_row * row
             seen, score = min(length - TILE * tile, TILE), -INFINITY
             for i in range(0, seen, 4):
                 s0, s1, s2, s3 = dots_of_rows(0, a, NO_SUMS, (four_rows(keys, key_row * heads, i, seen), lane))
@@ -261,8 +266,3 @@ def add_scaled(o, x, weight):
         ptx.fma(x[2], weight, o[2]),
         ptx.fma(x[3], weight, o[3]),
     )
-
-
-for _qtype in CACHE_TYPES.values():
-    full_kernel(_qtype, 192, 128)
-    full_token_kernel(_qtype, 192, 128)

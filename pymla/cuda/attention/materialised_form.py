@@ -7,32 +7,31 @@ over blocks as in the other forms. All of it is computed in float32.
 import functools
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from pymla import ggml
-from pymla.cuda.attention.cache_rows import read_four
-from pymla.cuda.attention.splits import STEP, Shares, boundary, merge, shares_of
-from pymla.cuda.attention.tiles import (
-    INFINITY,
-    LOG2E,
-    THREADS,
-    TILE,
-    WARPS,
-    ZERO,
-    need_multiples_of_16,
+from pymla.cuda.attention.cache_rows import CACHE_ROWS
+from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO
+from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
+from pymla.cuda.attention.steps import (
+    CACHE,
+    PLACE,
+    STEP,
+    CachePair,
+    StepArrays,
+    first_slot,
     place,
+    seen_by,
+    sequence_of,
 )
-from pymla.cuda.contract import check
+from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, need_multiples_of_16, variant_of
+from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.memory import empty
 from pymla.cuda.runtime.jit import device, kernel, unrolled
-from pymla.pages import CACHE_TYPES, PAGE
+from pymla.cuda.runtime.kinds import F3, F32, I32, I64, addresses
 
-__all__ = ["absorbed_materialised"]
-
-I32, I64, F32 = types.int32, types.int64, types.float32
-I1 = types.Array(I32, 1, "C")
-F3 = types.Array(F32, 3, "C")
+__all__ = ["absorbed_materialised", "exponential_kernels", "materialised_in_splits", "materialised_kernels"]
 
 #: Heads of a block that sums rows.
 HEADS = 8
@@ -40,46 +39,57 @@ HEADS = 8
 SCORES_BYTES = 256 << 20
 
 
-def absorbed_materialised(q, latent, rope, step, scale, out, splits=None):
+def absorbed_materialised(q, latent, rope, step, scale, out):
     """`pymla.cuda.attention.absorbed_form.absorbed`, with scores in memory for as many tokens at a time as fit
     `SCORES_BYTES`; `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank), any `place`."""
     check.absorbed(q, latent, rope, step, scale, out, "absorbed_materialised")
+    need_pages("absorbed_materialised", step, latent)
+    return materialised_in_splits(q, latent, rope, step, scale, out)
+
+
+def materialised_in_splits(q, latent, rope, step, scale, out, splits=None):
+    """`absorbed_materialised`, with the positions of a token shared by at most `splits` blocks; by default by as many
+    as fill the device twice."""
     tokens, heads, rank = out.shape
-    size, longest = q.shape[2], step.block_tables.shape[1] * PAGE
-    need_multiples_of_16(rank, size - rank)
+    longest = StepArrays.of(step).longest
+    need_multiples_of_16(rank, q.shape[2] - rank)
     at_once = max(1, SCORES_BYTES // (4 * heads * longest))
     for start in range(0, tokens, at_once):
         stop = min(start + at_once, tokens)
         scores = empty((stop - start, heads, longest), np.float32)
-        _attend(q[start:stop], latent, rope, step.part(start, stop), scale, scores, splits, out[start:stop])
+        arrays = StepArrays.of(step.part(start, stop))
+        _attend(q[start:stop], (latent, rope), arrays, scale, scores, splits, out[start:stop])
     return out
 
 
-def _attend(q, latent, rope, step, scale, scores, splits, out):
+def _attend(q, cache, step, scale, scores, splits, out):
+    """Attention of tokens whose scores fit the memory."""
     tokens, heads, rank = out.shape
-    size, of_step = q.shape[2], (step.positions, step.seq_of, step.block_tables)
-    write_scores, add_rows = materialised_kernels(latent.qtype, rank, size - rank)
-    blocks = -(-scores.shape[2] // TILE), tokens
-    cache = latent.data.address, rope.data.address
-    write_scores[blocks, THREADS, 4 * WARPS * size](q.address, cache, of_step, scale * LOG2E, scores)
-    _exponentials[(heads, tokens), THREADS](step.positions, scores)
+    size, (latent, rope) = q.shape[2], cache
+    write_scores, add_rows = materialised_kernels((latent.qtype, rope.qtype), rank, size - rank)
+    blocks, pair = (-(-scores.shape[2] // TILE), tokens), CachePair.of(latent, rope)
+    write_scores[blocks, THREADS, 4 * WARPS * size](q.address, pair, step, scale * LOG2E, scores)
+    _exponentials[(heads, tokens), THREADS](step, scores)
     groups = -(-heads // HEADS)
-    shares, target = Shares.empty(out, step, tokens * groups, splits), place(out)
-    add_rows[(shares.splits, groups, tokens), THREADS](
-        latent.data.address, of_step, scores, shares.splits, shares.addresses, target
-    )
-    merge(shares, step.positions, out.shape, target)
+    partial, target = Partial.empty(out, step, tokens * groups, splits), place(out)
+    add_rows[(partial.splits, groups, tokens), THREADS](pair, step, scores, partial.splits, partial.addresses, target)
+    combine(partial, step, out.shape, target)
 
 
-@kernel(I1, F3, max_threads=THREADS)
-def _exponentials(positions, scores):
+def exponential_kernels():
+    """The kernels that do not depend on types and sizes."""
+    return [_exponentials]
+
+
+@kernel(STEP, F3, max_threads=THREADS)
+def _exponentials(step, scores):
     """``2 ** (score - the largest)`` of the positions that a token sees, in place.
 
     Grid: heads, tokens.
     """
     maxima = cuda.shared.array(WARPS, np.float32)
     head, t, thread = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
-    length, largest = positions[t] + 1, -INFINITY
+    length, largest = seen_by(step, t), -INFINITY
     for p in range(thread, length, THREADS):
         largest = ptx.fmax(largest, scores[t, head, p])
     largest = ptx.warp_max(largest)
@@ -93,28 +103,28 @@ def _exponentials(positions, scores):
 
 
 @functools.cache
-def materialised_kernels(qtype, rank, rope):
-    """The kernels for a cache type and sizes: one for the scores, one for the sums of rows."""
-    rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
-    latent_four, rope_four = read_four(qtype), read_four(rope_type)
-    latent_bytes, rope_bytes = ggml.row_bytes(qtype, rank), ggml.row_bytes(rope_type, rope)
+def materialised_kernels(types_of_rows, rank, rope):
+    """The kernels for the cache types of latent and rope parts and their sizes: one for the scores, one for the sums of
+    rows."""
+    latent_four, rope_four = (CACHE_ROWS[qtype].four for qtype in types_of_rows)
+    latent_bytes, rope_bytes = ggml.row_bytes(types_of_rows[0], rank), ggml.row_bytes(types_of_rows[1], rope)
     latent_pieces, pieces, size = rank // 4, (rank + rope) // 4, rank + rope
-    variant = f"{ggml.NAME[qtype].lower()},{rank},{rope}"
+    variant = variant_of(types_of_rows, rank, rope)
 
-    @kernel(I64, types.UniTuple(I64, 2), STEP, F32, F3, variant=variant, max_threads=THREADS)
+    @kernel(I64, CACHE, STEP, F32, F3, variant=variant, max_threads=THREADS)
     def write_scores(q, cache, step, scale, scores):
         """Scores to base 2, of all heads: a warp takes a position, whose row it keeps in shared memory.
 
         Grid: tiles, tokens.
         """
         tile, t = cuda.blockIdx.x, cuda.blockIdx.y
-        positions, seq_of, tables = step
-        length, warp, lane = positions[t] + 1, cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
+        sequence = sequence_of(step, t)
+        length, warp, lane = seen_by(step, t), cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
         mine = ptx.shared_address(cuda.shared.array(0, np.float32, alignment=16)) + 4 * size * warp
         heads = scores.shape[1]
         for p in range(TILE * tile + warp, min(TILE * tile + TILE, length), WARPS):
-            slot = tables[seq_of[t], p >> 6] * PAGE + (p & 63)
-            latent, k_pe = cache[0] + latent_bytes * slot, cache[1] + rope_bytes * slot
+            slot = first_slot(step, sequence, p >> 6, cache) + (p & 63)
+            latent, k_pe = cache.first + latent_bytes * slot, cache.second + rope_bytes * slot
             for piece in range(lane, pieces, 32):
                 if piece < latent_pieces:
                     x0, x1, x2, x3 = latent_four(latent, piece)
@@ -163,18 +173,16 @@ def materialised_kernels(qtype, rank, rope):
     nothing = ((ZERO,) * 5,) * HEADS
 
     @kernel(
-        I64, STEP, F3, I32, types.UniTuple(I64, 2), types.UniTuple(I64, 3),
-        variant=variant, max_threads=THREADS,
+        CACHE, STEP, F3, I32, addresses(2), PLACE, variant=variant, max_threads=THREADS,
     )  # fmt: skip
-    def add_rows(latent, step, scores, splits, partial, out):
+    def add_rows(cache, step, scores, splits, partial, out):
         """Rows of a share of the positions, weighted by the exponentials of `HEADS` heads, as
-        `pymla.cuda.attention.splits` merges them. A thread takes four columns. The maximum is 0: it is divided out.
+        `pymla.cuda.attention.splits` combines them. A thread takes four columns. The maximum is 0: it is divided out.
 
         Grid: splits, groups of heads, tokens.
         """
         split, first, t = cuda.blockIdx.x, HEADS * cuda.blockIdx.y, cuda.blockIdx.z
-        positions, seq_of, tables = step
-        length, heads = positions[t] + 1, scores.shape[1]
+        length, heads, sequence = seen_by(step, t), scores.shape[1], sequence_of(step, t)
         tiles, shares = shares_of(length, splits)
         if split >= shares:
             return
@@ -183,8 +191,8 @@ def materialised_kernels(qtype, rank, rope):
         for piece in range(cuda.threadIdx.x, latent_pieces, THREADS):
             o = nothing
             for p in range(begin, end):
-                slot = tables[seq_of[t], p >> 6] * PAGE + (p & 63)
-                o = add_to_heads(0, o, (scores, t, first, p, latent_four(latent + latent_bytes * slot, piece)))
+                slot = first_slot(step, sequence, p >> 6, cache) + (p & 63)
+                o = add_to_heads(0, o, (scores, t, first, p, latent_four(cache.first + latent_bytes * slot, piece)))
             if shares == 1:
                 store_heads(0, o, (first, heads, out[0] + t * out[1] + 16 * piece, out[2], True))
             else:
@@ -193,7 +201,3 @@ def materialised_kernels(qtype, rank, rope):
                     store_sums(0, o, (first, heads, partial[1] + 8 * row))
 
     return write_scores, add_rows
-
-
-for _qtype in CACHE_TYPES.values():
-    materialised_kernels(_qtype, 512, 64)

@@ -1,55 +1,54 @@
-"""Positions of a token that several blocks share, and the merging of what they find.
+"""Split-kv and combine: several blocks share the positions of a token, and another launch combines their results.
 
-A token's tiles of 32 positions are dealt out to blocks, whose number is fixed at launch; those for which there are no
-tiles have nothing to do. Each leaves unnormalised values with their softmax's maximum and sum (Dao et al.,
-"Flash-Decoding", 2023). Kernels read lengths on the device, so that a recorded step can be replayed.
+A token's tiles of 32 positions are dealt out to blocks, whose number is fixed at launch; blocks for which there are no
+tiles have nothing to do. Each block leaves unnormalised values with their softmax's maximum and sum (Dao et al.,
+"Flash-Decoding", 2023).
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
-from pymla.cuda.attention.tiles import INFINITY, THREADS, TILE, WARPS, ZERO
+from pymla.cuda.attention.softmax import INFINITY, ZERO
+from pymla.cuda.attention.steps import PLACE, STEP, seen_by
+from pymla.cuda.attention.tiles import THREADS, TILE, WARPS
 from pymla.cuda.machine import ptx
 from pymla.cuda.memory import DeviceArray, empty
 from pymla.cuda.runtime.driver import multiprocessors
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.pages import PAGE
+from pymla.cuda.runtime.kinds import I32, addresses
 
-I1 = types.Array(types.int32, 1, "C")
-#: A step as kernels of attention take it: positions, sequences of the tokens, block tables.
-STEP = types.Tuple((I1, I1, types.Array(types.int32, 2, "C")))
-
-#: Tiles that are worth a block of their own, whose result is to be merged.
+#: Tiles that are worth a block of their own, whose result has to be combined with others.
 LEAST_TILES = 4
-#: Columns that a block of the merging kernel takes.
-COLUMNS = 128
+#: Columns that a block takes to combine.
+COMBINED_COLUMNS = 128
 
 
-class Shares(NamedTuple):
-    """Memory for the shares of T tokens and H heads, of which there are up to `splits`."""
+class Partial(NamedTuple):
+    """Memory for the results of up to `splits` blocks for each of T tokens and H heads."""
 
     splits: int
     values: DeviceArray  # float32 (T, splits, H, v), unnormalised
     sums: DeviceArray  # float32 (T, splits, H, 2): the maximum, and the sum of exponentials
 
     @classmethod
-    def empty(cls, out, step, blocks, splits):
+    def empty(cls, out, step, blocks, splits=None):
         """For results `out` (T, H, v).
 
         Parameters
         ----------
+        step : StepArrays
         blocks : int
             Blocks of a launch that splits nothing.
-        splits : int or None
-            None: as many as fill the device twice.
+        splits : int, optional
+            By default as many as fill the device twice.
         """
         if splits is None:
-            most = step.block_tables.shape[1] * (PAGE // TILE) // LEAST_TILES
+            most = step.longest // TILE // LEAST_TILES
             splits = max(1, min(most, 2 * multiprocessors() // max(1, blocks)))
         tokens, heads, v = out.shape
-        # A single share goes to `out` at once.
+        # The result of a single block goes to `out` at once.
         values = empty((tokens, splits, heads, v) if splits > 1 else 0, np.float32)
         return cls(splits, values, empty((tokens, splits, heads, 2) if splits > 1 else 0, np.float32))
 
@@ -59,17 +58,22 @@ class Shares(NamedTuple):
         return self.values.address, self.sums.address
 
 
-def merge(shares, positions, shape, out):
-    """Bring shares together; `out` is the `place` of results of `shape` (T, H, v)."""
+def combine(partial, step, shape, out):
+    """Combine partial results; `out` is the `place` of results of `shape` (T, H, v)."""
     tokens, heads, v = shape
-    if shares.splits > 1:
-        blocks = -(-v // COLUMNS), heads, tokens
-        _merge[blocks, THREADS](positions, heads, v, shares.splits, shares.addresses, out)
+    if partial.splits > 1:
+        blocks = -(-v // COMBINED_COLUMNS), heads, tokens
+        _combine_splits[blocks, THREADS](step, heads, v, partial.splits, partial.addresses, out)
+
+
+def combining_kernels():
+    """The kernels that combine."""
+    return [_combine_splits]
 
 
 @device
 def shares_of(length, splits):
-    """Tiles of a token that sees `length` positions, and the blocks that share them: all that are worth it."""
+    """Tiles of a token that sees `length` positions, and the number of blocks that share them."""
     tiles = length + TILE - 1 >> 5
     return tiles, max(1, min(splits, tiles >> 2))
 
@@ -80,33 +84,30 @@ def boundary(tiles, shares, share):
     return ptx.nearest_int(ptx.to_f32(tiles * share) * ptx.rcp(ptx.to_f32(shares)))
 
 
-@kernel(
-    I1, types.int32, types.int32, types.int32, types.UniTuple(types.int64, 2), types.UniTuple(types.int64, 3),
-    max_threads=THREADS,
-)  # fmt: skip
-def _merge(positions, heads, rank, splits, partial, out):
-    """Bring the shares of a token and head together: values weighted by ``2 ** (their maximum - the largest)``. Each
-    warp takes some of the shares, a lane four columns.
+@kernel(STEP, I32, I32, I32, addresses(2), PLACE, max_threads=THREADS)
+def _combine_splits(step, heads, v, splits, partial, out):
+    """Combine the results of the shares of a token and head: values weighted by ``2 ** (their maximum - the largest)``.
+    Each warp takes some of the shares, a lane four columns.
 
-    Grid: groups of `COLUMNS` columns, heads, tokens.
+    Grid: groups of `COMBINED_COLUMNS` columns, heads, tokens.
     """
     maxima = cuda.shared.array(WARPS, np.float32)
     sums = cuda.shared.array(WARPS, np.float32)
-    values = cuda.shared.array((WARPS, COLUMNS), np.float32, alignment=16)
+    values = cuda.shared.array((WARPS, COMBINED_COLUMNS), np.float32, alignment=16)
     head, t = cuda.blockIdx.y, cuda.blockIdx.z
-    _, shares = shares_of(positions[t] + 1, splits)
+    _, shares = shares_of(seen_by(step, t), splits)
     if shares == 1:
         return
     warp, lane = cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
-    column = COLUMNS * cuda.blockIdx.x + 4 * lane
+    column = COMBINED_COLUMNS * cuda.blockIdx.x + 4 * lane
     largest, total = -INFINITY, ZERO
     v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
     for share in range(warp, shares, WARPS):
         row = (t * splits + share) * heads + head
         m, l = ptx.load_f32x2(partial[1] + 8 * row)  # noqa: E741
         x0, x1, x2, x3 = ZERO, ZERO, ZERO, ZERO
-        if column < rank:
-            x0, x1, x2, x3 = ptx.load_f32x4(partial[0] + 4 * (row * rank + column))
+        if column < v:
+            x0, x1, x2, x3 = ptx.load_f32x4(partial[0] + 4 * (row * v + column))
         new = ptx.fmax(m, largest)
         old, weight = ptx.exp2(largest - new), ptx.exp2(m - new)
         largest, total = new, ptx.fma(total, old, l * weight)
@@ -114,9 +115,9 @@ def _merge(positions, heads, rank, splits, partial, out):
         v2, v3 = ptx.fma(v2, old, x2 * weight), ptx.fma(v3, old, x3 * weight)
     if lane == 0:
         maxima[warp], sums[warp] = largest, total
-    ptx.store_shared_f32x4(ptx.shared_address(values) + 4 * (COLUMNS * warp + 4 * lane), v0, v1, v2, v3)
+    ptx.store_shared_f32x4(ptx.shared_address(values) + 4 * (COMBINED_COLUMNS * warp + 4 * lane), v0, v1, v2, v3)
     cuda.syncthreads()
-    column = COLUMNS * cuda.blockIdx.x + cuda.threadIdx.x
+    column = COMBINED_COLUMNS * cuda.blockIdx.x + cuda.threadIdx.x
     largest = maxima[0]
     for other in range(1, WARPS):
         largest = ptx.fmax(largest, maxima[other])
@@ -125,5 +126,5 @@ def _merge(positions, heads, rank, splits, partial, out):
         weight = ptx.exp2(maxima[other] - largest)
         total = ptx.fma(sums[other], weight, total)
         value = ptx.fma(values[other, cuda.threadIdx.x], weight, value)
-    if column < rank:
+    if column < v:
         ptx.store_f32(out[0] + t * out[1] + head * out[2] + 4 * column, value * ptx.rcp(total))

@@ -34,16 +34,24 @@ _one_launch = threading.Lock()
 
 class Array(np.ndarray):
     """An array inside a kernel: integers leave it as Python's, which hold as much as Numba's int64, and are wrapped to
-    the array's type when they enter it."""
+    the array's type when they enter it. A negative index is refused: no kernel counts from the end."""
 
     def __getitem__(self, index):
+        _refuse_negative(index)
         value = super().__getitem__(index)
         return int(value) if isinstance(value, np.integer) else value
 
     def __setitem__(self, index, value):
+        _refuse_negative(index)
         if isinstance(value, int) and self.dtype.kind in "iu":
             value = np.array(value & ((1 << 64) - 1), np.uint64).astype(self.dtype)
         super().__setitem__(index, value)
+
+
+def _refuse_negative(index):
+    for each in index if isinstance(index, tuple) else (index,):
+        if isinstance(each, (int, np.integer)) and each < 0:
+            raise IndexError(f"index {each} of an array in a kernel")
 
 
 def inside(array):
@@ -220,7 +228,7 @@ class _Thread:
         self.block, self.number, self.lane = block, number, number % WARP
         self.thread_index = Dim3(number % shape[0], number // shape[0] % shape[1], number // (shape[0] * shape[1]))
         self.waits, self.done, self.value = "", False, None
-        self.copies, self.groups = [], []  # `ptx.cp_async`: pairs of addresses that are not committed, and groups
+        self.copies, self.groups = [], []  # `ptx.cp_async_16`: pairs of addresses that are not committed, and groups
 
     def start(self, function, arguments):
         """Prepare to run a kernel for the current coroutine."""

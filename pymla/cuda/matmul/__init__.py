@@ -1,1 +1,1 @@
-"""Products of quantised matrices with few vectors (`gemv`) and with many (`gemm`)."""
+"""Products of matrices with few vectors (gemv) and with many (gemm), as kernels made for a type."""

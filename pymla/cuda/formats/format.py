@@ -1,0 +1,28 @@
+"""What a kernel's factory takes for a type: a set of device functions."""
+
+from typing import NamedTuple
+
+
+class Format(NamedTuple):
+    """A quantised type: device functions, and what the two numbers of a block mean."""
+
+    #: (row, block, w) -> (word, word, float32, float32): a piece of block `block` of 32 weights of the row at an
+    #: address, and two numbers, the first of which is the scale.
+    piece: object
+    #: (piece) -> the eight weights, float32.
+    weights: object
+    #: (address, i) -> (eight words, float32, float32): block i of 32 weights of a run at an address of shared memory.
+    block: object
+    #: (block, eight words, scale, total, sum) -> float32: ``sum`` and the block's product with words of activation
+    #: codes, where activations are ``scale * code`` and all 32 of them add up to `total`.
+    dot: object
+    halves: bool = False  # the second number is the scale of the second half
+    minimum: bool = False  # the second number is the minimum
+
+
+class FloatFormat(NamedTuple):
+    """A float type: device functions of an address."""
+
+    one: object  # a weight, as float32
+    four: object  # four weights; the address is a multiple of their bytes
+    nbytes: int  # of a weight

@@ -1,0 +1,120 @@
+"""The kernels that a model launches on the GPU: those of its matrices' types, of its cache, its sizes and its forms of
+attention. A program compiles these and no others. Twin of `pymla.cpu.needed`.
+
+A kernel that is missing here would be compiled when it is first launched, in the middle of a text: a test generates
+with models of all kinds in the simulator and finds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from pymla import ggml
+from pymla.cuda import attention, moe, norm, quant, rope, sampling
+from pymla.cuda.runtime.jit import Kernel, compile_all
+from pymla.pages import CACHE_TYPES
+
+if TYPE_CHECKING:
+    from pymla.engine.model import Model
+
+
+def compile_for(
+    model: Model,
+    progress: Callable[[int, int, str], object] | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> None:
+    """Compile the kernels of a model for the device, or load them from the cache.
+
+    Parameters
+    ----------
+    model : pymla.engine.model.Model
+    progress : callable(done, total, name), optional
+        Told of each kernel that has to be compiled.
+    warn : callable(message), optional
+        Told once what is wrong with the cache.
+    """
+    compile_all(kernels(model), progress, warn)
+
+
+def kernels(model: Model) -> list[Kernel]:
+    """The kernels of a model on the GPU, each once."""
+    from pymla.cuda import backend
+
+    place, weights = model.placement, model.weights
+    found, inputs = [], set()
+    layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
+    if backend in place.layers:
+        found += norm.kernels() + rope.kernels()
+    for on, experts, layer, cache in layers:
+        if experts is backend and layer.ffn_gate_exps is not None:
+            types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+            found += moe.experts_kernels(*types)
+            inputs |= set(types)
+        if on is backend:
+            types = _types(layer, *_MATRICES)
+            for qtype in types:
+                found += quant.matmul_kernels(qtype)
+            if layer.ffn_gate_inp is not None:
+                found += moe.router_kernels()
+            if layer.ffn_gate is not None:
+                dense = _types(layer, "ffn_gate", "ffn_up", "ffn_down")
+                found += moe.ffn_kernels(*dense)
+                inputs |= set(dense)
+            found += _attention(model, layer, cache)
+            inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
+    if place.embedding is backend:
+        found += quant.embedding_rows_kernels(weights.token_embd.qtype)
+    if place.output is backend:
+        found += [*norm.kernels(), *sampling.kernels(), *quant.matmul_kernels(weights.output.qtype)]
+        inputs.add(weights.output.qtype)
+    found += quant.activation_kernels(inputs)
+    return list(dict.fromkeys(found))
+
+
+#: Matrices of a layer that `quant.matmul` multiplies.
+_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+
+
+def _types(layer, *names: str) -> list[int]:
+    return [tensor.qtype for tensor in (getattr(layer, name) for name in names) if tensor is not None]
+
+
+def _attention(model: Model, layer, cache) -> list[Kernel]:
+    """The kernels of a layer's attention in the model's mode."""
+    config, types, matrices = model.config, tuple(rows.qtype for rows in cache), (layer.attn_k_b, layer.attn_v_b)
+    k_b, v_b = (w.qtype for w in matrices)
+    latent, expanded = (config.kv_lora_rank, config.qk_rope_head_dim), (config.qk_head_dim, config.v_head_dim)
+    if model.mla == "0":
+        return attention.full_kernels(types, expanded, k_b, v_b)
+    found = attention.absorbed_kernels(types, latent, k_b, v_b, materialised=model.mla == "2")
+    if model.mla != "1":
+        found += attention.expanded_kernels(types, expanded, k_b, v_b)
+    return found
+
+
+def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
+    """Every kernel for some types of matrices, for all cache types and DeepSeek's sizes, by name: these are what
+    reports and tests compile."""
+    from pymla.cuda import limits  # only those who measure need it
+
+    found = [*norm.kernels(), *rope.kernels(), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
+    found += quant.activation_kernels(qtypes)
+    for qtype in qtypes:
+        found += quant.matmul_kernels(qtype) + quant.embedding_rows_kernels(qtype)
+        found += quant.matmul_heads_transposed_kernels(qtype) + moe.experts_kernels(qtype, qtype, qtype)
+    found += moe.experts_kernels(*MIXED_TYPES)
+    float_types = ggml.F32, ggml.F32
+    for qtype in CACHE_TYPES.values():
+        latent_types = qtype, ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype
+        for materialised in (False, True):
+            found += attention.absorbed_kernels(latent_types, LATENT_SIZES, *float_types, materialised)
+        found += attention.expanded_kernels(latent_types, EXPANDED_SIZES, *float_types)
+        found += attention.full_kernels((qtype, qtype), EXPANDED_SIZES, *float_types)
+    return {each.__name__: each for each in found}
+
+
+#: Types of gate, up and down as some files mix them.
+MIXED_TYPES = ggml.Q4_0, ggml.Q8_0, ggml.Q4_0
+#: Sizes of DeepSeek's models: of ``c_kv`` and ``k_pe``, and of a key and a value of a head.
+LATENT_SIZES, EXPANDED_SIZES = (512, 64), (192, 128)
