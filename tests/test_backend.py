@@ -32,7 +32,7 @@ MODULES = {
 EXTRAS = {
     r"(attention|moe|norm|quant|rope)\.\w*kernels": "the kernels that `compile_for` compiles for a model",
     r"reference\.quant\.(de)?quantise(_activations)?": "the definition of the types, for tests, tools and converters",
-    r"limits\.(Limits|read_rate|int8_rate|seconds)": "the measurements one by one, for experiments",
+    r"limits\.(Limits|Stream|read_rate|int8_rate|packed_rate|seconds)": "the measurements one by one, for experiments",
     r"cpu\.memory\.(allocate|allocate_f32|fetch_ahead)": "memory in kernels",
     r"cpu\.quant\.(consecutive|counting|takes_tiles)": "products that `moe` and `attention` make part of their own",
     r"cuda\.memory\.\w+": "the device's memory, which the host cannot read",
