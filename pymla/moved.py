@@ -1,7 +1,6 @@
 """Former names of modules, which scripts still import: the module under its new name, with a DeprecationWarning."""
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import types
@@ -28,11 +27,11 @@ MOVED = {f"pymla.{name}": f"pymla.{folder}.{name}" for folder, names in _FOLDERS
 }
 
 
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules by their former names."""
+class Finder:
+    """Finds modules by their former names. Without the base class in `importlib.abc`, whose imports take milliseconds."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+        return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         """Python's own empty one, which `exec_module` replaces."""
