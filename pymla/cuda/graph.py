@@ -1,6 +1,7 @@
 """Whole steps that the device repeats without the host: CUDA graphs. Twin of `pymla.cpu.graph`."""
 
 from collections.abc import Callable
+from typing import Any
 
 from cuda.bindings import driver as api
 
@@ -36,7 +37,9 @@ class Graph:
     enabled = True
 
     def __init__(self, function: Callable[[], object]) -> None:
-        self._function, self._called, self._executable, self._result = function, False, None, None
+        self._function, self._called = function, False
+        self._executable: Any = None
+        self._result: object = None
         self.pool = pool_of_graph()
 
     @staticmethod

@@ -7,7 +7,7 @@ from pymla.cuda.machine.ptx.shared_memory import write_shared
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.machine import simulated_memory, simulator
 
 
 @instruction(types.void, I32, I64, I32, asm="cp.async.cg.shared.global [$0], [$1], 16, $2;", effects="memory")
@@ -59,7 +59,7 @@ def cp_async_wait(groups):
     thread = simulator.running()
     while len(thread.groups) > groups:
         for size, shared, address, nbytes in thread.groups.pop(0):
-            data = simulator.GLOBAL.around(address, size)[:nbytes] if nbytes else b""
+            data = simulated_memory.GLOBAL.around(address, size)[:nbytes] if nbytes else b""
             write_shared(f"{size}s", shared, data.ljust(size, b"\0"))
 
 
