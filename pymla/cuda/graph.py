@@ -28,9 +28,9 @@ class Graph:
     Attributes
     ----------
     enabled : bool
-        Of the class: whether functions are recorded, and what was recorded is repeated.
+        Of the class: whether functions are recorded, and recorded launches repeated.
     pool : Pool
-        Memory of the arrays that the recorded function made. What it freed serves its next array, as the launches are
+        Memory of the arrays that the recorded function made. Freed memory serves the next array, as the launches are
         always repeated in the same order.
     """
 

@@ -3,8 +3,8 @@
 numba-cuda's simulator gives the names of `cuda` a meaning on the host. It has no operations of warps, though, and polls
 threads of the host. Here a thread is a coroutine (greenlet), which runs until it has to wait for others, so that a run
 always repeats; the order of the threads alternates from block to block, so that a result that depends on it shows.
-Where nobody can go on, the error says who waits where. Fresh memory holds bytes of 255 (NaN, −1), and an address must
-lie in an array of the device or of the block's shared memory.
+Where no thread can go on, the error says which threads wait where. The memory is in
+`pymla.cuda.machine.simulated_memory`.
 """
 
 import sys

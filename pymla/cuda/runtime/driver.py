@@ -33,7 +33,7 @@ _since: deque[str] = deque(maxlen=64)  # names of kernels that ran since the hos
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of the driver returns, without its error code.
+    """Call a function of the driver; returns its results without the error code.
 
     Raises
     ------

@@ -22,7 +22,7 @@ class Pool:
     Parameters
     ----------
     heir : Pool, optional
-        Gets what is left when this one and all arrays of it are gone.
+        Gets the waiting memory when this pool and all its arrays are gone.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Memory:
 
 
 def pool_of_graph() -> Pool:
-    """A pool of its own for what a graph uses."""
+    """A pool for the arrays of one graph."""
     return Pool(POOL)
 
 

@@ -14,7 +14,7 @@ if SIMULATED:
 def cp_async_16(shared, address, nbytes):
     """Begin to copy 16 bytes from global to shared memory: `nbytes` of them, 0 to 16, and zeros behind. With 0 the
     address is not read, but must be aligned. All 16 may reach beyond an array, whose memory is a multiple of 16 bytes.
-    In the simulator the target is poisoned until the copy is waited for, and what is no part of the array stays so."""
+    In the simulator the target is poisoned until the copy is waited for, and bytes outside the array stay poisoned."""
     _begin_copy(16, shared, address, nbytes)
 
 

@@ -42,7 +42,7 @@ def _read(form, address):
 
 @instruction(I32, I64, emit=loading(bits(8), constant=True, then=as_unsigned))
 def load_u8(address):
-    """A byte, 0 to 255. This and all of ``load_…`` read what no thread writes while the kernel runs
+    """A byte, 0 to 255. This and all of ``load_…`` read memory that no thread writes while the kernel runs
     (``ld.global.nc``)."""
     return _read("<B", address)
 
@@ -124,25 +124,25 @@ _STREAM = "ld.global.nc.L1::no_allocate"
 
 @instruction(I32, I64, asm=f"{{ .reg .b16 h; {_STREAM}.b16 h, [$1]; cvt.u32.u16 $0, h; }}")
 def stream_u16(address):
-    """`load_u16` of what is read once, which leaves the first cache alone."""
+    """`load_u16` of memory that is read once, which leaves the first cache alone."""
     return load_u16(address)
 
 
 @instruction(I32, I64, asm=f"{_STREAM}.b32 $0, [$1];")
 def stream_u32(address):
-    """`load_u32` of what is read once."""
+    """`load_u32` of memory that is read once."""
     return load_u32(address)
 
 
 @instruction(words(2), I64, asm=f"{_STREAM}.v2.b32 {{$0, $1}}, [$2];")
 def stream_u32x2(address):
-    """`load_u32x2` of what is read once."""
+    """`load_u32x2` of memory that is read once."""
     return load_u32x2(address)
 
 
 @instruction(words(4), I64, asm=f"{_STREAM}.v4.b32 {{$0, $1, $2, $3}}, [$4];")
 def stream_u32x4(address):
-    """`load_u32x4` of what is read once."""
+    """`load_u32x4` of memory that is read once."""
     return load_u32x4(address)
 
 
