@@ -8,8 +8,9 @@ weights there. Kernels that read few blocks take *pieces* of them from global me
 weights, and lane w of them has the eight weights 4w to 4w + 3 and 16 + 4w to 16 + 4w + 3, as two words of four int8
 codes.
 
-A weight is ``scale * code + minimum``. Codes of 4 and 6 bits stay in the high bits of their bytes, where it takes one
-operation to make them signed: they are 16 or 4 times what the file says, and the scale is as much smaller, exactly.
+A weight is ``scale * code + minimum``. Signed codes of 4, 5 and 6 bits stay in the high bits of their bytes, where it
+takes one operation to make them signed: they are 16, 8 or 4 times those of the file, and the scale is as much smaller,
+exactly.
 """
 
 from pymla import ggml
@@ -22,6 +23,8 @@ __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
 FORMATS = {
     ggml.Q4_0: legacy.Q4_0,
     ggml.Q4_1: legacy.Q4_1,
+    ggml.Q5_0: legacy.Q5_0,
+    ggml.Q5_1: legacy.Q5_1,
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
 }
