@@ -112,6 +112,7 @@ def all_shared(a, out):
 def all_arithmetic(a, out):
     x, y, w = ptx.load_f32(a), ptx.load_f32(a + 4), ptx.load_u32(a + 8)
     w = ptx.dp4a(w, w, 1) ^ ptx.dp4a_us(w, w, 1) ^ ptx.prmt(w, w, 0x1234) ^ ptx.funnel_shift_r(w, w, 3)
+    w ^= ptx.valid_index(w, ptx.load_u32(a + 12))
     x = ptx.fma(x, y, ptx.exp2(x)) + ptx.log2(x) + ptx.rcp(x) + ptx.rsqrt(x) + ptx.sqrt(x) + ptx.div(x, y)
     x = ptx.fmax(x, y) + ptx.fmin(x, y) + ptx.to_f32(w) + ptx.as_f32(w)
     w ^= ptx.as_word(x) ^ ptx.nearest_int(x) ^ ptx.f16_bits(x) ^ ptx.bf16_bits(x)
@@ -149,9 +150,9 @@ def all_arithmetic(a, out):
         ),
         (
             all_arithmetic,
-            "dp4a.s32.s32 dp4a.u32.s32 prmt.b32 shf.r.wrap.b32 fma.rn.f32 ex2.approx.ftz.f32 lg2.approx.ftz.f32 "
-            "cvt.rni.s32.f32 cvt.rn.f16x2.f32 cvt.rn.bf16x2.f32 fma.rn.f16x2 fma.rn.bf16x2 vote.sync.ballot.b32 "
-            "shfl.sync.bfly.b32 shfl.sync.idx.b32 mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            "dp4a.s32.s32 dp4a.u32.s32 min.u32 prmt.b32 shf.r.wrap.b32 fma.rn.f32 ex2.approx.ftz.f32 "
+            "lg2.approx.ftz.f32 cvt.rni.s32.f32 cvt.rn.f16x2.f32 cvt.rn.bf16x2.f32 fma.rn.f16x2 fma.rn.bf16x2 "
+            "vote.sync.ballot.b32 shfl.sync.bfly.b32 shfl.sync.idx.b32 mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",

@@ -231,6 +231,7 @@ def test_bytes_and_bits():
     assert (
         ptx.prmt(0x000080FF, 0, 0x0098) == 0xFFFFFFFF - 2**32 & ~0xFFFF0000 | ptx.prmt(0xFF, 0, 0) & 0xFFFF0000 - 2**32
     )
+    assert [ptx.valid_index(i, 5) for i in (0, 4, 5, 2**31 - 1, -1, -(2**31))] == [0, 4, 4, 4, 4, 4]
     assert ptx.funnel_shift_r(0x33221100, 0x77665544, 8) == 0x44332211
     assert ptx.funnel_shift_r(0x33221100, 0x77665544, 40) == 0x44332211
     assert ptx.as_word(np.float32(1)) == 0x3F800000

@@ -1,6 +1,7 @@
 """Whole steps that the device repeats without the host: CUDA graphs. Twin of `pymla.cpu.graph`."""
 
 from collections.abc import Callable
+from typing import Any
 
 from cuda.bindings import driver as api
 
@@ -27,16 +28,17 @@ class Graph:
     Attributes
     ----------
     enabled : bool
-        Of the class: whether functions are recorded, and what was recorded is repeated.
+        Of the class: whether functions are recorded, and recorded launches repeated.
     pool : Pool
-        Memory of the arrays that the recorded function made. What it freed serves its next array, as the launches are
+        Memory of the arrays that the recorded function made. Freed memory serves the next array, as the launches are
         always repeated in the same order.
     """
 
     enabled = True
 
     def __init__(self, function: Callable[[], object]) -> None:
-        self._function, self._called, self._executable = function, False, None
+        self._function, self._called = function, False
+        self._executable: Any = None
         self._result: object = None
         self.pool = pool_of_graph()
 

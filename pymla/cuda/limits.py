@@ -1,4 +1,4 @@
-"""What the GPU can do at best, and how long launches take. Twin of `pymla.cpu.limits`.
+"""The limits of the GPU, and how long launches take. Twin of `pymla.cpu.limits`.
 
 Generation reads every weight once and is bounded by `Limits.read`; a prompt multiplies and is bounded by `Limits.int8`.
 The simulator's figures mean nothing.

@@ -22,7 +22,7 @@ from pymla.cuda.runtime.pools import release
 from pymla.cuda.runtime.staging import send
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.machine import simulated_memory
 
 __all__ = [
     "DeviceArray",
@@ -50,7 +50,7 @@ def empty(shape: int | Sequence[int], dtype: Any) -> DeviceArray:
     nbytes = math.prod(shape) * dtype.itemsize
     if SIMULATED:
         try:
-            return DeviceArray(simulator.buffer(nbytes).view(dtype).reshape(shape))
+            return DeviceArray(simulated_memory.buffer(nbytes).view(dtype).reshape(shape))
         except MemoryError:
             raise pools.out_of_memory(nbytes) from None
     memory = pools.Memory(nbytes, shape, dtype)
@@ -101,7 +101,7 @@ def to_host(array: DeviceArray) -> np.ndarray:
     if any(stride < 0 for stride in array.strides):
         raise ValueError(f"a device array of strides {array.strides} cannot be copied")
     span = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)) + array.dtype.itemsize
-    raw = np.empty(span, np.uint8)
+    raw: np.ndarray = np.empty(span, np.uint8)
     call(api.cuMemcpyDtoHAsync, raw.ctypes.data, array.address, span, stream())
     synchronise()
     return np.ndarray(array.shape, array.dtype, raw, strides=array.strides).copy()

@@ -1,6 +1,6 @@
 """RMS normalisation and the residual sum. Twin of `pymla.reference.norm`.
 
-`normed` does in one launch what stands between two products: the residual sum, the norm, and quantising.
+`normed` does all work between two products in one launch: the residual sum, the norm, and quantising.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def kernels():
 
 @device
 def scale_of(square, columns, eps, partial):
-    """What normalises a row, from every thread's part of its sum of squares."""
+    """The factor that normalises a row, from every thread's part of its sum of squares."""
     square = warp_sum(square)
     if lane() == 0:
         partial[cuda.threadIdx.x // WARP] = square
@@ -99,7 +99,7 @@ def _rms_norm(x, weight, eps, out):
 
 
 class Rows(NamedTuple):
-    """Addresses of what `normed` reads and writes."""
+    """Addresses of the arrays that `normed` reads and writes."""
 
     x: int  # float32 (T, K)
     y: int  # the same, added to x; or 0

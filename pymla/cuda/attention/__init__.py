@@ -2,7 +2,7 @@
 
 Each form is a module: `absorbed` in `pymla.cuda.attention.absorbed_form`, with its scores in memory in
 `pymla.cuda.attention.materialised_form`, `expanded` in `pymla.cuda.attention.expanded_form`, `full` in
-`pymla.cuda.attention.full_form`. Here is what moves rows in and out of the cache.
+`pymla.cuda.attention.full_form`. Rows move in and out of the cache in `pymla.cuda.attention.store_load`.
 
 Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed`, and by `full` where sequences
 have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are float16 always.
@@ -130,7 +130,7 @@ def expand(c_kv, k_pe, k_b, v_b, out):
 
 
 def _one_matrix(w):
-    """The rows of several matrices as those of one."""
+    """Several matrices as one with the rows of all."""
     return QTensor(w.qtype, w.data.reshape(-1, w.data.shape[-1]))
 
 

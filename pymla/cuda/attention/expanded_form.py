@@ -4,8 +4,8 @@ A block takes 64 queries of a head, 16 for each of four warps, which stay in reg
 tiles of 32 positions: the next tile is copied to shared memory while one is computed. Tiles behind the last query's
 position are not read. Scores become weights in registers, as the layout of a product is that of a left factor.
 
-`flash` does this for keys and values that lie anywhere: those of the expanded form in arrays, those of a cache of whole
-keys and values (`pymla.cuda.attention.full_form`) in pages.
+`flash` does this for keys and values that lie anywhere: in arrays in the expanded form, in pages in a cache of whole
+keys and values (`pymla.cuda.attention.full_form`).
 """
 
 import functools

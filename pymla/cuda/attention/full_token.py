@@ -1,7 +1,7 @@
 """Attention of single tokens over a cache of whole keys and values: rows are streamed and multiplied in float32.
 
-A lane has pieces of four columns of a row: the one of its number, and those 32 behind. Where there is none it reads the
-last piece, and multiplies it by zeros or throws the result away.
+A lane has pieces of four columns of a row: the piece of its number and every 32nd after it. Past the end of
+the row it reads the last piece again, and multiplies it by zeros or throws the result away.
 """
 
 import functools

@@ -20,7 +20,7 @@ def load_queries(pack, size):
     """A device function (item, step, fixed): this lane's fragment of 16 queries and the 16 columns of a step, scaled.
 
     `item` is ignored. `fixed`: the first step (this one is `step` behind it), addresses of the queries of rows g and
-    g + 8, of `size` float32, whether these rows are there, the scale, and the lane. What is not there is zero.
+    g + 8, of `size` float32, whether these rows are there, the scale, and the lane. Queries that are absent are zeros.
     """
     steps = size // 16
 
@@ -48,7 +48,7 @@ def scores_of(mma, size, warps=1):
     a tile's rows of `size` values; a function for `folded`.
 
     `fixed`: the first group of 16 columns (this one is i behind it), the address of this lane's row, and its `key_row`.
-    Where `warps` do not share the columns evenly, what is behind the last group is the last group.
+    Where `warps` do not share the columns evenly, groups past the last one repeat the last one.
     """
     mask, half, steps = swizzle(size), 32 * size, size // 16
     uneven = steps % warps > 0
@@ -84,7 +84,7 @@ def values_of(mma, width, size, warps=1):
 
     `o` are eight float32: two products of a tensor core. `fixed`: the weights and the factors that `online_softmax`
     gives, the first group of 16 columns (this one is i behind it), the address of this lane's row, and its
-    `value_row`. Where `warps` do not share the columns evenly, what is behind the last group is the last group.
+    `value_row`. Where `warps` do not share the columns evenly, groups past the last one repeat the last one.
     """
     mask, half, groups = swizzle(size), 32 * size, width // 16
     uneven = groups % warps > 0

@@ -15,11 +15,11 @@ INFINITY = np.float32(np.inf)
 
 
 def online_softmax(pack):
-    """A device function (scores, seen, state, lane): what a tile adds to an online softmax of 16 rows.
+    """A device function (scores, seen, state, lane): a step of the online softmax of 16 rows, for a tile.
 
     With ``g = lane >> 2``: `seen` are the numbers of positions of the tile that rows g and g + 8 see, `state` their
     maxima and this lane's shares of their sums. Returns the weights of 32 positions as two left factors of a tensor
-    core, the factors that shrink what was accumulated, and the new state. Scores are to base 2.
+    core, the factors that shrink the values accumulated so far, and the new state. Scores are to base 2.
     """
 
     @device

@@ -54,7 +54,7 @@ class Partial(NamedTuple):
 
     @property
     def addresses(self):
-        """What kernels take."""
+        """The addresses of values and sums, as kernels take them."""
         return self.values.address, self.sums.address
 
 

@@ -30,7 +30,7 @@ def factor_type(*qtypes):
 
 
 def variant_of(qtypes, *sizes):
-    """What tells a kernel for some cache types, each named once, and sizes from others."""
+    """The variant of a kernel for some cache types, each named once, and sizes."""
     return ",".join([*dict.fromkeys(ggml.NAME[qtype].lower() for qtype in qtypes), *map(str, sizes)])
 
 
@@ -48,7 +48,7 @@ def lanes_of_row(width):
 def fetch_rows(qtype, factor, width, wide=None, first=0):
     """A device function that begins to copy rows of `width` values of a cache type into a tile of type `factor`.
 
-    (target, source, stride, rows, thread): rows at `source`, `stride` bytes apart; behind the first `rows` come zeros.
+    (target, source, stride, rows, thread): rows at `source`, `stride` bytes apart; past `rows` of them come zeros.
     The tile's rows have `wide` values, as many by default, and these begin at value `first`. Rows that are converted
     are there when it returns.
     """
@@ -106,8 +106,8 @@ def copy_whole(row_bytes):
 
 
 def unpack_rows(qtype, rank, rope):
-    """A device function (target, source, thread) that makes a tile of what `copy_whole` brought to shared memory: rows
-    of `rank` values of a cache type with blocks, and behind them rows of `rope` float16."""
+    """A device function (target, source, thread) that makes a tile of rows in shared memory, as `copy_whole` left them:
+    rows of `rank` values of a cache type with blocks, and behind them rows of `rope` float16."""
     halves, row_bytes, size = CACHE_ROWS[qtype].shared_halves, ggml.row_bytes(qtype, rank), rank + rope
     pieces, lanes, mask = rank // 8, lanes_of_row(rank), swizzle(size)
     rope_pieces, rope_lanes = rope // 8, lanes_of_row(rope)

@@ -1,10 +1,10 @@
-"""What a kernel's factory takes for a type: a set of device functions."""
+"""The set of device functions that makes a type."""
 
 from typing import NamedTuple
 
 
 class Format(NamedTuple):
-    """A quantised type: device functions, and what the two numbers of a block mean."""
+    """A quantised type: device functions, and the meaning of the two numbers of a block."""
 
     #: (row, block, w) -> (word, word, float32, float32): a piece of block `block` of 32 weights of the row at an
     #: address, and two numbers, the first of which is the scale.

@@ -1,4 +1,4 @@
-"""What products with a few tokens have in common: four rows and four tokens of a warp."""
+"""Four rows and four tokens of a warp: the stores of products with a few tokens."""
 
 from pymla.cuda.machine.ptx import lane, warp_sum
 from pymla.cuda.runtime.jit import device

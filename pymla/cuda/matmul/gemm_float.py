@@ -133,7 +133,7 @@ def gemm_float_tiles_kernel(qtype):
         inputs = cuda.shared.array(_FLOATS, np.float32, alignment=16)
         thread, matrix, columns = cuda.threadIdx.x, cuda.blockIdx.z, x.columns
         first, t = FLOAT_TILE * cuda.blockIdx.y, FLOAT_TILE * cuda.blockIdx.x
-        # What this thread copies: half of a slice of a row and of a token.
+        # This thread copies half of a slice of a row and of a token.
         number, begin = thread >> 1, _SLICE // 2 * (thread & 1)
         row = row_address(w, matrix, first + number)
         token = x.x + 4 * columns * input_row(x, heads, matrix, t + number)

@@ -1,4 +1,4 @@
-"""Shared memory of a block that multiplies a tile: what lies where, and in which order, so that lanes that access it
+"""Shared memory of a block that multiplies a tile: offsets of its parts, and orders in which lanes that access it
 together are in different banks."""
 
 import functools

@@ -12,7 +12,7 @@ from pymla.cuda.runtime.jit import device, unrolled
 
 #: A float32 whose last bits count ones: products on integers begin with its bits, and are floats that far above it.
 _ONES, _ONES_BITS = np.float32(1.5 * 2**23), 0x4B400000
-#: What makes a product's sum of it, times a scale.
+#: Added to such a float, it leaves the sum of products.
 MINUS_ONES = -_ONES
 _ZEROS = (np.float32(0),) * 4
 
@@ -25,7 +25,7 @@ def _times(d, minus, bits):
 
 
 def products_of(qtype, activations):
-    """What a warp adds for each slice: ``(own_places, add_half, no_sums)``.
+    """The products of a warp: device functions and the first sums, ``(own_places, add_half, no_sums)``.
 
     ``own_places(warp, me)`` is where the warp and the lane find their part of a slice. ``add_half(sums, half, (base,
     own, at))`` are the sums and the products of half a slice, whose inputs and scales are `at` in shared memory. The

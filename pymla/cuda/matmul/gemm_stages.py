@@ -36,7 +36,7 @@ def stages_of(qtype, activations):
 
     @device
     def name(base, row, token, x):
-        """A thread finds together what it copies."""
+        """Addresses lie in such an order that a thread finds all of its copies' together."""
         thread, blocks = cuda.threadIdx.x, x.columns >> 5
         store_shared_u64(base + named_rows + 8 * (TILE_ROWS // 32 * (thread & 31) + (thread >> 5)), row)
         if thread < activations:
@@ -62,7 +62,7 @@ def stages_of(qtype, activations):
         """Begin to copy slice `part`: four threads share a row or an activation, two an activation's scales."""
         thread, blocks = cuda.threadIdx.x, x.columns >> 5
         first, chunk = thread >> 2, thread & 3
-        # What is behind the last block is 0.
+        # Codes past the last block are 0.
         column = SLICE * part + 16 * chunk
         nbytes = 16 if column < x.columns else 0
         to = base + inputs + SLICE * activations * stage + swizzled(first, chunk)

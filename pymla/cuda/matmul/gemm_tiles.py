@@ -37,14 +37,14 @@ UNDER_WAY = STAGES - 2
 
 
 class Tile(NamedTuple):
-    """What a kernel's factory takes for products of a type in tiles.
+    """Products of a type in tiles, as a kernel's factory takes them.
 
     The kernel is launched with `THREADS` threads and `shared_bytes` of dynamic shared memory.
     """
 
     #: (row, token, input) -> sums, by all threads of a block: with ``i`` the thread, `row` is the address of row i of
     #: the tile, and `token` the row of the `quant.Input` that is activation i (where there is one).
-    #: Whatever a thread names is read: what is not there is named by something that is.
+    #: Every named row is read: a thread without one names another that is there.
     product: object
     #: (function) -> device function (sums, more): calls ``function(upper, lower, row, activation, more)`` for every two
     #: of the thread's results: of an activation, and of a row and the one 8 rows further, by their numbers in the tile.

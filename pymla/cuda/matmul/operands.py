@@ -1,4 +1,4 @@
-"""What kernels of products take: matrices, activations, and where a row of either lies."""
+"""Matrices and activations as kernels of products take them, and the addresses of their rows."""
 
 from typing import NamedTuple
 
@@ -47,19 +47,19 @@ INPUT = types.NamedUniTuple(types.int64, 5, Input)
 
 @device
 def row_address(w, matrix, row):
-    """The address of a row; of the last one where there are fewer, so that it can be read."""
+    """The address of a row. Rows past the end repeat the last row, so that every address can be read."""
     return w.address + matrix * w.matrix_stride + min(row, w.rows - 1) * w.row_stride
 
 
 @device
 def input_row(x, heads, matrix, t):
-    """The row of the activations for a token, the last one where there are fewer, and a matrix."""
+    """The row of the activations for a token and a matrix. Tokens past the end repeat the last token."""
     return min(t * heads + matrix, x.tokens - heads + matrix) if heads > 1 else min(t, x.tokens - 1)
 
 
 @device
 def four_rows(w, matrix, first):
-    """The addresses of a warp's rows; of the last one where there are fewer."""
+    """The addresses of a warp's four rows. Rows past the end repeat the last row."""
     r0, left = row_address(w, matrix, first), w.rows - first
     r1 = r0 + (w.row_stride if left > 1 else 0)
     r2 = r1 + (w.row_stride if left > 2 else 0)

@@ -106,7 +106,7 @@ def row_products(qtype, rows, tokens):
                 syncwarp()
                 if mine < blocks:
                     sums = add_rows(0, sums, (at, run.nbytes * part, addresses, activations))
-            # All lanes have read what is overwritten.
+            # All lanes have read the bytes that the next copy overwrites.
             syncwarp()
             if part + 2 < parts:
                 begin = run.nbytes * (part + 2)
@@ -152,7 +152,7 @@ def row_sums(qtype, choose):
                 part += 1
                 if part == parts:
                     i, part = i + 1, 0
-            # All lanes have read what is overwritten.
+            # All lanes have read the bytes that the next copy overwrites.
             syncwarp()
             if coming < count:
                 begin = run.nbytes * coming_part

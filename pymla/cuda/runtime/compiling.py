@@ -2,7 +2,7 @@
 
 Machine code runs on every driver of the toolkit's major version, where PTX needs one as new as the toolkit. The cache
 (`pymla.host.kernel_cache`) is keyed by all sources of this package and by kernel names, so that a kernel's name must
-tell what its factory built it for.
+name the types and sizes that its factory built it for.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _lock = threading.RLock()
 
 
 class Figures(NamedTuple):
-    """What the compiler says about a kernel."""
+    """Figures of a kernel from the compiler's log and its PTX."""
 
     registers: int  # per thread
     shared: int  # bytes of static shared memory per block, without the driver's own
@@ -112,7 +112,7 @@ def to_ptx(kernel, capability):
 
 @contextlib.contextmanager
 def _target(capability):
-    """Device functions ask the current device what to compile for; without one, and for others, they hear this."""
+    """Device functions ask the current device which capability to compile for: they are told this one."""
     from numba.cuda import dispatcher
 
     class Device:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-#: Types of what indexes a device array.
+#: Types of the indices of a device array.
 _INDICES = slice, int, np.integer, type(None), type(Ellipsis)
 
 

@@ -5,14 +5,21 @@ are raised where the host waits for the device, with the names of the kernels th
 ``PYMLA_CUDA_SYNC=1`` waits for every kernel, so that the name is certain. The simulator never waits.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from cuda.bindings import driver as api
 from numba.cuda import config
 
 from pymla.errors import PymlaError
+
+if TYPE_CHECKING:
+    from pymla.cuda.graph import Graph
 
 #: Whether kernels run in Python (`pymla.cuda.machine.simulator`), as ``NUMBA_ENABLE_CUDASIM=1`` says.
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -20,13 +27,13 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 SYNC = os.environ.get("PYMLA_CUDA_SYNC", "0") not in ("", "0")
 
 _current = threading.local()
-_started = {}
+_started: dict[str, Any] = {}
 _lock = threading.Lock()
-_since = deque(maxlen=64)  # names of kernels that ran since the host last waited
+_since: deque[str] = deque(maxlen=64)  # names of kernels that ran since the host last waited
 
 
-def call(function, *arguments):
-    """What a function of the driver returns, without its error code.
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of the driver; returns its results without the error code.
 
     Raises
     ------
@@ -41,7 +48,7 @@ def call(function, *arguments):
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
-def describe(error):
+def describe(error: Any) -> str:
     """An error code in words."""
     code, name = api.cuGetErrorName(error)
     _, text = api.cuGetErrorString(error)
@@ -49,7 +56,7 @@ def describe(error):
     return f"{name.decode()} ({text.decode()})" if known else f"CUDA error {int(error)}"
 
 
-def device():
+def device() -> Any:
     """The device's number for the driver, with its context made the calling thread's."""
     if not hasattr(_current, "device"):
         with _lock:
@@ -70,7 +77,7 @@ def device():
     return _current.device
 
 
-def _forget_device():
+def _forget_device() -> None:
     """A forked child has none of its parent's connection to the device."""
     global _lock
     _lock = threading.Lock()
@@ -81,49 +88,45 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_device)
 
 
-def stream():
+def stream() -> Any:
     """The stream that all work runs on."""
     device()
     return _started["stream"]
 
 
-def compute_capability():
+def compute_capability() -> tuple[int, int]:
     """Of the device: (major, minor)."""
-    attributes = api.CUdevice_attribute
-    return tuple(
-        call(api.cuDeviceGetAttribute, each, device())
-        for each in (
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
+    names = api.CUdevice_attribute
+    major = call(api.cuDeviceGetAttribute, names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device())
+    minor = call(api.cuDeviceGetAttribute, names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device())
+    return major, minor
 
 
-def multiprocessors():
+def multiprocessors() -> int:
     """Streaming multiprocessors of the device; in the simulator 2."""
     if SIMULATED:
         return 2
     return call(api.cuDeviceGetAttribute, api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device())
 
 
-def launched(name):
+def launched(name: str) -> None:
     """Take note of a kernel that was launched, and wait for it if `SYNC` says so."""
     _since.append(name)
     if SYNC:
         synchronise()
 
 
-def recording():
+def recording() -> Graph | None:
     """The `Graph` that the calling thread records, or None."""
     return getattr(_current, "graph", None)
 
 
-def record(graph):
+def record(graph: Graph | None) -> None:
     """Say which `Graph` the calling thread records."""
     _current.graph = graph
 
 
-def synchronise():
+def synchronise() -> None:
     """Wait until the device has done all work.
 
     Raises
@@ -146,7 +149,7 @@ def synchronise():
     raise PymlaError(f"one of the kernels {', '.join(names)} failed: {describe(error)}{hint}")
 
 
-def refuse_while_recording(what):
-    """What cannot be part of a graph."""
+def refuse_while_recording(what: str) -> None:
+    """Raise where the calling thread records a graph, of which this cannot be a part: "copied to the host"."""
     if recording():
         raise PymlaError(f"a function that is recorded as a graph {what}")

@@ -25,7 +25,7 @@ from pymla.host.kernel_cache import take_warnings
 from pymla.host.kernel_signature import kernel_signature
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.machine import simulated_memory, simulator
 
 __all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
 
@@ -39,7 +39,7 @@ def kernel(*signature, variant=None, max_threads=None, min_blocks=None, max_regi
     Parameters
     ----------
     variant : str, optional
-        What tells the kernel from others of its factory: ``matvec[q4_0]``.
+        What tells the kernel from others of its factory: ``gemv[q4_0]``.
     max_threads : int, optional
         The largest block that it is launched with: with it the compiler knows how many registers a thread can have.
     min_blocks : int, optional
@@ -301,7 +301,7 @@ def _array(value):
 def _inside(kind, value):
     """An argument as a simulated kernel sees it."""
     if isinstance(kind, types.Array):
-        return simulator.inside(value._view)
+        return simulated_memory.inside(value._view)
     if isinstance(kind, types.BaseTuple):
         parts = map(_inside, kind, value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

@@ -22,7 +22,7 @@ class Pool:
     Parameters
     ----------
     heir : Pool, optional
-        Gets what is left when this one and all arrays of it are gone.
+        Gets the waiting memory when this pool and all its arrays are gone.
 
     Attributes
     ----------
@@ -50,9 +50,9 @@ class Pool:
             at = bisect.bisect_left(self._free, (size, 0))
             # Memory that is too large for an array would be missed by a larger one.
             if at < len(self._free) and self._free[at][0] <= size + max(size // 8, 4096):
-                size, address = self._free.pop(at)
+                size, kept = self._free.pop(at)
                 self.kept -= size
-                return address, size
+                return kept, size
         address = _allocate(size)
         if address is None and not recording():
             release()
@@ -89,9 +89,13 @@ class Memory:
 
     __slots__ = ("__array_interface__", "_pool", "_size", "address")
 
+    address: int
+    _size: int
+
     def __init__(self, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        # What a graph uses must not be given to anything else while the graph may be replayed.
-        self._pool = recording().pool if recording() else POOL
+        # Memory of a graph must not be given to anything else while the graph may be replayed.
+        graph = recording()
+        self._pool = graph.pool if graph else POOL
         self.address, self._size = self._pool.take(nbytes)
         self.__array_interface__ = {"shape": shape, "typestr": dtype.str, "data": (self.address, False), "version": 3}
 
@@ -101,7 +105,7 @@ class Memory:
 
 
 def pool_of_graph() -> Pool:
-    """A pool of its own for what a graph uses."""
+    """A pool for the arrays of one graph."""
     return Pool(POOL)
 
 

@@ -46,7 +46,8 @@ def _stagings() -> Iterator[_Staging]:
 def send(array: np.ndarray, address: int, progress: Callable[[int, int], object] | None = None) -> None:
     """Copy a contiguous NumPy array to an address of the device. Its bytes have been read when this returns, though not
     all of them have arrived. `progress` gets bytes: done, and in all."""
-    source, total = array.reshape(-1).view(np.uint8), array.nbytes
+    source: np.ndarray = array.reshape(-1).view(np.uint8)
+    total = array.nbytes
     for start in range(0, total, STAGING):
         with _sending:
             next(_stagings()).send(source[start : start + STAGING], address + start)

@@ -1,15 +1,15 @@
 """Choosing the next token on the device, so that a generated token costs the host a copy of eight bytes. Twin of
 `pymla.text.sampling`.
 
-The order is the same: top-k, top-p of what is left, min-p, temperature, a draw; of equal logits the lower token comes
+The order is the same: top-k, top-p of the rest, min-p, temperature, a draw; of equal logits the lower token comes
 first. The distribution is the same, the random stream is not: a draw takes one number of Philox4x32-10 (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", 2011), whose key is the seed and whose counter is the number of the draw.
 Same parameters, seed and logits: same tokens. Logit bias, repetition, frequency and presence penalties, and the
 log-probabilities of alternatives (``logprobs``) stay with the host, which then gets all logits (`on_device`).
 
 Each filter keeps the first tokens of the order by logit, up to some *last token*, which the kernel finds by halving the
-range of logits, then that of tokens, and adding up what lies before. Probabilities are integers there, in units of
-``2 ** -40`` of the likeliest one, so that sums do not depend on their order; what is less likely is never drawn. Under
+range of logits, then that of tokens, and adding up the tokens before. Probabilities are integers there, in units of
+``2 ** -40`` of the likeliest one, so that sums do not depend on their order; less likely tokens are never drawn. Under
 top-k a lower bound of the k-th largest logit, from the maxima of segments, leaves a few candidates of the vocabulary.
 """
 
@@ -52,7 +52,7 @@ def new_state(seeds: list[int | None]) -> DeviceArray:
 
 class Sampler:
     """Draws tokens for one sequence. Twin of `pymla.text.sampling.Sampler`, which takes over where the parameters ask
-    for what the device does not do.
+    for more than the device does.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def sample(logits: DeviceArray, params: SamplingParams, state: DeviceArray, out:
     Raises
     ------
     PymlaError
-        The parameters ask for what the device does not do.
+        The parameters ask for more than the device does.
     """
     if not on_device(params):
         raise PymlaError("logit bias, penalties and logprobs are not sampled on the device")

@@ -38,7 +38,7 @@ def _before(key, token, last):
 
 @device
 def _mass_up_to(row, values, tokens, count, weighing, kept, last, parts):
-    """The mass of what was kept and comes no later than `last`, and is at most `weighing[2]` below the maximum."""
+    """The mass of the kept tokens that come no later than `last` and are at most `weighing[2]` below the maximum."""
     most, scale, floor = weighing
     total = 0
     for i in range(cuda.threadIdx.x, abs(count), THREADS):

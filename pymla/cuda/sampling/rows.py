@@ -1,4 +1,4 @@
-"""Rows of logits: summaries of their segments, and what the threads of a block find of a row together."""
+"""Rows of logits: summaries of their segments, and sums and maxima that the threads of a block take together."""
 
 import math
 
@@ -32,7 +32,7 @@ WORD = 0xFFFFFFFF
 
 @device
 def _logit(logits, t, i):
-    """A logit; what is no number counts as +inf, what is behind the vocabulary as −inf."""
+    """A logit. NaN counts as +inf, tokens past the vocabulary as −inf."""
     if i >= logits.shape[1]:
         return -INFINITY
     x = logits[t, i]

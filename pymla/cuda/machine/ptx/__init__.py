@@ -1,7 +1,7 @@
-"""What the hardware has instructions for, as functions that kernels call.
+"""The instructions of the hardware, as functions that kernels call.
 
-Each function is written once: the decorator names the instruction that a compiled kernel executes, and the body is what
-it does in the simulator, lane by lane and with the hardware's layout of fragments. Everything runs from compute
+Each function is written once: the decorator names the instruction that a compiled kernel executes, and the body does
+the same in the simulator, lane by lane and with the hardware's layout of fragments. Everything runs from compute
 capability 8.0 on.
 
 A *word* is 32 bits in an int32: four bytes, two halves or an integer. Addresses are int64, in bytes, and a multiple of

@@ -1,4 +1,4 @@
-"""What loads and stores by address have in common: the LLVM instructions of an access to global or shared memory."""
+"""The LLVM instructions of a load or store by address, in global or shared memory."""
 
 from llvmlite import ir
 

@@ -7,14 +7,14 @@ from pymla.cuda.machine.ptx.shared_memory import write_shared
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.machine import simulated_memory, simulator
 
 
 @instruction(types.void, I32, I64, I32, asm="cp.async.cg.shared.global [$0], [$1], 16, $2;", effects="memory")
 def cp_async_16(shared, address, nbytes):
     """Begin to copy 16 bytes from global to shared memory: `nbytes` of them, 0 to 16, and zeros behind. With 0 the
     address is not read, but must be aligned. All 16 may reach beyond an array, whose memory is a multiple of 16 bytes.
-    In the simulator the target is poisoned until the copy is waited for, and what is no part of the array stays so."""
+    In the simulator the target is poisoned until the copy is waited for, and bytes outside the array stay poisoned."""
     _begin_copy(16, shared, address, nbytes)
 
 
@@ -59,7 +59,7 @@ def cp_async_wait(groups):
     thread = simulator.running()
     while len(thread.groups) > groups:
         for size, shared, address, nbytes in thread.groups.pop(0):
-            data = simulator.GLOBAL.around(address, size)[:nbytes] if nbytes else b""
+            data = simulated_memory.GLOBAL.around(address, size)[:nbytes] if nbytes else b""
             write_shared(f"{size}s", shared, data.ljust(size, b"\0"))
 
 

@@ -75,7 +75,7 @@ def div(a, b):
 
 @instruction(I32, F32, asm="cvt.rni.s32.f32 $0, $1;")
 def nearest_int(x):
-    """The nearest int32, of two the even one; what is beyond saturates, NaN is 0."""
+    """The nearest int32, of two equally near ones the even one; larger numbers saturate, NaN gives 0."""
     x = float(float32(x))
     return 0 if x != x else int(np.clip(np.rint(x), -(2**31), 2**31 - 1))
 

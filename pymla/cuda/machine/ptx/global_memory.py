@@ -32,17 +32,17 @@ from pymla.cuda.machine.ptx.instruction import (
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.machine import simulated_memory
 
 
 def _read(form, address):
-    values = simulator.GLOBAL.read(form, address)
+    values = simulated_memory.GLOBAL.read(form, address)
     return values if len(values) > 1 else values[0]
 
 
 @instruction(I32, I64, emit=loading(bits(8), constant=True, then=as_unsigned))
 def load_u8(address):
-    """A byte, 0 to 255. This and all of ``load_…`` read what no thread writes while the kernel runs
+    """A byte, 0 to 255. This and all of ``load_…`` read memory that no thread writes while the kernel runs
     (``ld.global.nc``)."""
     return _read("<B", address)
 
@@ -124,25 +124,25 @@ _STREAM = "ld.global.nc.L1::no_allocate"
 
 @instruction(I32, I64, asm=f"{{ .reg .b16 h; {_STREAM}.b16 h, [$1]; cvt.u32.u16 $0, h; }}")
 def stream_u16(address):
-    """`load_u16` of what is read once, which leaves the first cache alone."""
+    """`load_u16` of memory that is read once, which leaves the first cache alone."""
     return load_u16(address)
 
 
 @instruction(I32, I64, asm=f"{_STREAM}.b32 $0, [$1];")
 def stream_u32(address):
-    """`load_u32` of what is read once."""
+    """`load_u32` of memory that is read once."""
     return load_u32(address)
 
 
 @instruction(words(2), I64, asm=f"{_STREAM}.v2.b32 {{$0, $1}}, [$2];")
 def stream_u32x2(address):
-    """`load_u32x2` of what is read once."""
+    """`load_u32x2` of memory that is read once."""
     return load_u32x2(address)
 
 
 @instruction(words(4), I64, asm=f"{_STREAM}.v4.b32 {{$0, $1, $2, $3}}, [$4];")
 def stream_u32x4(address):
-    """`load_u32x4` of what is read once."""
+    """`load_u32x4` of memory that is read once."""
     return load_u32x4(address)
 
 
@@ -167,55 +167,55 @@ def fresh_f32x4(address):
 @instruction(types.void, I64, I32, emit=storing(bits(8), then=truncated(8)))
 def store_u8(address, value):
     """The low byte of an integer."""
-    simulator.GLOBAL.write("<B", address, int(value) & 0xFF)
+    simulated_memory.GLOBAL.write("<B", address, int(value) & 0xFF)
 
 
 @instruction(types.void, I64, I32, emit=storing(bits(16), then=truncated(16)))
 def store_u16(address, value):
     """The low 16 bits of an integer."""
-    simulator.GLOBAL.write("<H", address, int(value) & 0xFFFF)
+    simulated_memory.GLOBAL.write("<H", address, int(value) & 0xFFFF)
 
 
 @instruction(types.void, I64, I32, emit=storing(bits(32)))
 def store_u32(address, word):
     """A word."""
-    simulator.GLOBAL.write("<i", address, word_of(word))
+    simulated_memory.GLOBAL.write("<i", address, word_of(word))
 
 
 @instruction(types.void, I64, I32, I32, emit=storing(bits(32), 2))
 def store_u32x2(address, w0, w1):
     """Two words."""
-    simulator.GLOBAL.write("<2i", address, word_of(w0), word_of(w1))
+    simulated_memory.GLOBAL.write("<2i", address, word_of(w0), word_of(w1))
 
 
 @instruction(types.void, I64, I32, I32, I32, I32, emit=storing(bits(32), 4))
 def store_u32x4(address, w0, w1, w2, w3):
     """Four words."""
-    simulator.GLOBAL.write("<4i", address, word_of(w0), word_of(w1), word_of(w2), word_of(w3))
+    simulated_memory.GLOBAL.write("<4i", address, word_of(w0), word_of(w1), word_of(w2), word_of(w3))
 
 
 @instruction(types.void, I64, F32, emit=storing(ir.FloatType()))
 def store_f32(address, x):
     """A float32."""
-    simulator.GLOBAL.write("<f", address, float32(x))
+    simulated_memory.GLOBAL.write("<f", address, float32(x))
 
 
 @instruction(types.void, I64, F32, F32, emit=storing(ir.FloatType(), 2))
 def store_f32x2(address, x0, x1):
     """Two float32."""
-    simulator.GLOBAL.write("<2f", address, float32(x0), float32(x1))
+    simulated_memory.GLOBAL.write("<2f", address, float32(x0), float32(x1))
 
 
 @instruction(types.void, I64, F32, F32, F32, F32, emit=storing(ir.FloatType(), 4))
 def store_f32x4(address, x0, x1, x2, x3):
     """Four float32."""
-    simulator.GLOBAL.write("<4f", address, float32(x0), float32(x1), float32(x2), float32(x3))
+    simulated_memory.GLOBAL.write("<4f", address, float32(x0), float32(x1), float32(x2), float32(x3))
 
 
 @instruction(types.void, I64, F32, emit=storing(ir.HalfType(), then=to_half))
 def store_f16(address, x):
     """A float32, rounded to float16."""
-    simulator.GLOBAL.write("<H", address, f16_bits(x))
+    simulated_memory.GLOBAL.write("<H", address, f16_bits(x))
 
 
 @instruction(
@@ -223,7 +223,7 @@ def store_f16(address, x):
 )
 def store_bf16(address, x):
     """A float32, rounded to bfloat16."""
-    simulator.GLOBAL.write("<H", address, bf16_bits(x))
+    simulated_memory.GLOBAL.write("<H", address, bf16_bits(x))
 
 
 def _global_address_typer(typingctx, array):

@@ -1,6 +1,6 @@
 """How a function becomes an instruction: PTX or LLVM instructions for the compiler, its own body in the simulator.
 
-Here is also what the instructions' bodies compute with in the simulator: 32-bit words and float32, checked.
+Here are also the checked 32-bit words and float32 that the instructions' bodies compute with in the simulator.
 """
 
 import inspect
@@ -18,7 +18,7 @@ if not SIMULATED:
 WARP = 32
 
 
-#: Types of registers, and what they are called in LLVM and in inline PTX.
+#: Types of registers, and their names in LLVM and in inline PTX.
 I32, I64, F32 = types.int32, types.int64, types.float32
 LLVM = {I32: ir.IntType(32), I64: ir.IntType(64), F32: ir.FloatType(), types.void: ir.VoidType()}
 CONSTRAINT = {I32: "r", I64: "l", F32: "f"}
@@ -35,7 +35,7 @@ def floats(count):
 
 
 def instruction(result, *arguments, asm=None, emit=None, effects=""):
-    """Mark a function as an instruction. In the simulator it stays what it is.
+    """Mark a function as an instruction. In the simulator it stays a Python function.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def instruction(result, *arguments, asm=None, emit=None, effects=""):
     emit : callable(builder, values), optional
         Instead of `asm`: writes LLVM instructions and returns their value, or a list for a tuple.
     effects : str
-        What `asm` does besides computing its result from its arguments. "lanes": it needs the other lanes, so that it
-        must not come under another condition. "memory": the same, and memory is not read or written across it.
+        Effects of `asm` besides its result. "lanes": it needs the other lanes, so that it must not come under another
+        condition. "memory": the same, and memory is not read or written across it.
     """
 
     def decorate(function):

@@ -77,7 +77,7 @@ def mma_s8(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     effects="lanes",
 )
 def mma_s8_k16(a0, a1, b0, c0, c1, c2, c3):
-    """`mma_s8` of A 16 × 16 and B 16 × 8: a0, a1 and b0 are those of there, or a2, a3 and b1."""
+    """`mma_s8` of A 16 × 16 and B 16 × 8: a0, a1 and b0 are the words of that name there, or a2, a3 and b1."""
     c = [word_of(each) for each in (c0, c1, c2, c3)]
     return simulator.meet("mma_s8_k16", ((a0, a1, 0, 0, b0, 0), c), _mma_s8)
 

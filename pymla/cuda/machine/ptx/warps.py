@@ -1,4 +1,4 @@
-"""What the 32 lanes of a warp do together: shuffles, sums, votes. All of them must come to such a function."""
+"""Operations that the 32 lanes of a warp do together: shuffles, sums, votes. All lanes must come to such a function."""
 
 import numpy as np
 from numba.cuda import types
@@ -41,7 +41,7 @@ def _shuffle(form):
 
 
 def _value(x):
-    """What a shuffle moves."""
+    """The 32 bits that a shuffle moves."""
     return word_of(x) if isinstance(x, (int, bool, np.bool_)) else float32(x)
 
 
@@ -107,5 +107,5 @@ def ballot(condition):
 
 @instruction(types.void, asm="bar.warp.sync 0xffffffff;", effects="memory")
 def syncwarp():
-    """Wait for the warp; what its lanes wrote to memory before can be read behind."""
+    """Wait for the warp; afterwards every lane can read the writes that the others made before."""
     simulator.meet("syncwarp", None, lambda lanes: lanes)
