@@ -7,7 +7,7 @@ import pytest
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla.cpu.runtime import threads
+from pymla.cpu.graph import Graph
 from pymla.engine import costs
 
 #: V2-Lite with one layer, and so few tokens in its vocabulary that the output matrix does not count.
@@ -63,7 +63,7 @@ def bench_python_of_a_step(measure, layer, gate, monkeypatch):
     model, token = layer.model, np.array([1], np.int32)
     sequence = model.new_sequence()
     model.step([(sequence, token)])  # records
-    monkeypatch.setattr(threads.Graph, "replay", lambda self: self.result)
+    monkeypatch.setattr(Graph, "replay", lambda self: self.result)
 
     def run():
         model.cache.truncate(sequence, 1)

@@ -8,7 +8,7 @@ from cases import as_multiplied, panel_codes
 from shapes import HIDDEN, MATRICES, copies, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.cpu.runtime.threads import Graph
+from pymla.cpu.graph import Graph
 
 INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 EXACT = {"rtol_max": 1e-6, "reason": "rounding of the scale"}
