@@ -32,13 +32,13 @@ F32 = {"rtol_max": 2e-6, "reason": "order of summation"}
 def run(w, x):
     """`kernels.matmul_panels`, or for float types `matmul_float`, over all rows."""
     matrices = Matrices.of(w)
-    out = np.full((len(x), matrices.count * matrices.rows), np.nan, np.float32)
+    out = np.full((len(x), matrices.number * matrices.rows), np.nan, np.float32)
     made = Activation(x).panels(w.qtype)
     if w.qtype in ggml.QUANTISED:
-        launch = kernels.matmul_panels(w.qtype)[matrices.count * -(-matrices.rows // PAIR_ROWS)]
+        launch = kernels.matmul_panels(w.qtype)[matrices.number * -(-matrices.rows // PAIR_ROWS)]
         launch(matrices, made, counting(len(x)), out)
     else:
-        kernels.matmul_float(w.qtype)[matrices.count * -(-matrices.rows // F32_ROWS)](matrices, made, out)
+        kernels.matmul_float(w.qtype)[matrices.number * -(-matrices.rows // F32_ROWS)](matrices, made, out)
     return out
 
 
@@ -106,7 +106,7 @@ def test_columns_by_index(qtype):
     for add in (False, True):
         out = before.copy()
         launch = panels.down_panels(qtype)[-(-matrices.rows // PAIR_ROWS)]
-        launch(matrices, matrices._replace(count=0), pairs, columns, starts, weights, made, add, out)
+        launch(matrices, matrices._replace(number=0), pairs, columns, starts, weights, made, add, out)
         assert_close(out, expected + before * add, **INT8)
 
 
@@ -118,7 +118,7 @@ def test_gate_and_up(qtype):
     made, columns = consecutive(qtype, Activation(x).panels(qtype), counting(len(x)))
     hidden = np.full((len(x), rows), np.nan, np.float32)
     gates, ups = Matrices.of(gate), Matrices.of(up)
-    none = gates._replace(count=0)
+    none = gates._replace(number=0)
     launch = panels.gate_up_panels(qtype)[3 * -(-rows // LANES)]
     launch(gates, ups, none, none, columns, starts, made, hidden)
     seen = as_multiplied(x, qtype).astype(np.float64)

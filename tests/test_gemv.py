@@ -38,7 +38,7 @@ def multiplied(w, x):
 def run(w, x, items=None):
     """`kernels.matmul_rows` over all rows, in the ranges of items."""
     matrices = Matrices.of(w)
-    out = np.full((len(x), matrices.count * matrices.rows), np.nan, np.float32)
+    out = np.full((len(x), matrices.number * matrices.rows), np.nan, np.float32)
     launch = kernels.matmul_rows(w.qtype)[(out.shape[1], items) if items else out.shape[1]]
     launch(matrices, Activation(x).rows(w.qtype), out)
     return out

@@ -91,7 +91,7 @@ def experts(
             return experts(activation, ids, weights, *matrices, out, add=True)
     routed = [Matrices.of(w) for w in matrices]
     others = _shared_experts(routed, shared)
-    pairs, tokens, starts = _sorted_pairs(ids, routed[0].count, others[0].count)
+    pairs, tokens, starts = _sorted_pairs(ids, routed[0].number, others[0].number)
     hidden = empty((len(pairs), routed[0].rows), np.float32)
     if by_panels[0]:
         x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
@@ -99,7 +99,7 @@ def experts(
         launch = panels.gate_up_panels(gate.qtype)[items, GROUPS_AT_ONCE]
         launch(*routed[:2], *others[:2], index, starts, x, hidden)
     else:
-        items = min(routed[0].count, ids.size) * routed[0].rows
+        items = min(routed[0].number, ids.size) * routed[0].rows
         _gate_up_rows(activation, gate.qtype, up.qtype, items, (*routed[:2], tokens, starts), hidden)
     y = Activation(hidden)
     if by_panels[1]:
@@ -121,7 +121,7 @@ def _shared_experts(routed, shared):
     """Gate, up and down of the shared experts as `Matrices` with one for each expert, of the size of the `routed`
     ones; where `shared` is None, with none."""
     if shared is None:
-        return [each._replace(count=0) for each in routed]
+        return [each._replace(number=0) for each in routed]
     gate, up, down = shared
     inner = routed[0].rows
     return [Matrices.of(w) for w in (gate.by_rows(inner), up.by_rows(inner), down.by_columns(inner))]

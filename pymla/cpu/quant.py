@@ -55,12 +55,12 @@ def matmul(w: QTensor, activation: Activation, out: np.ndarray) -> np.ndarray:
     check.matmul(w, activation, out)
     matrices = Matrices.of(w)
     if len(out) <= GEMV_TOKENS:
-        kernels.matmul_rows(w.qtype)[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
+        kernels.matmul_rows(w.qtype)[matrices.number * matrices.rows](matrices, activation.rows(w.qtype), out)
     elif w.qtype in ggml.QUANTISED:
-        items, x = matrices.count * -(-matrices.rows // PAIR_ROWS), activation.panels(w.qtype)
+        items, x = matrices.number * -(-matrices.rows // PAIR_ROWS), activation.panels(w.qtype)
         kernels.matmul_panels(w.qtype)[items](matrices, x, counting(len(out)), out)
     else:
-        items, x = matrices.count * -(-matrices.rows // F32_ROWS), activation.panels(w.qtype)
+        items, x = matrices.number * -(-matrices.rows // F32_ROWS), activation.panels(w.qtype)
         kernels.matmul_float(w.qtype)[items](matrices, x, out)
     return out
 
@@ -71,7 +71,7 @@ def matmul_heads(w: QTensor, x: np.ndarray, out: np.ndarray) -> np.ndarray:
     tokens, heads, columns = x.shape
     activation = Activation(x.reshape(tokens * heads, columns))
     matrices = Matrices.of(w)
-    kernels.matmul_heads(w.qtype)[matrices.count * matrices.rows](matrices, activation.rows(w.qtype), out)
+    kernels.matmul_heads(w.qtype)[matrices.number * matrices.rows](matrices, activation.rows(w.qtype), out)
     return out
 
 

@@ -20,9 +20,9 @@ from pymla.cpu.runtime.jit import helper, kernel, variants
 @helper
 def _any_row_at(w, shared, e, r):
     """The address and the stride of a row of an expert's matrix; shared experts come behind the routed ones."""
-    if e < w.count:
+    if e < w.number:
         return row_at(w, e, r), w.row_stride
-    return row_at(shared, e - w.count, r), shared.row_stride
+    return row_at(shared, e - w.number, r), shared.row_stride
 
 
 @helper

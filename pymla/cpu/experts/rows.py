@@ -27,7 +27,7 @@ def gate_up_rows(gate_type, up_type):
         columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
         g, u = address(results[0]), address(results[1])
         begin, e = 0, next_expert(starts, -1)
-        while begin < last and e < gate.count:
+        while begin < last and e < gate.number:
             until = min(last - begin, gate.rows)
             size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, gate.rows)
             for r in range(max(first - begin, 0), until, size):
@@ -58,7 +58,7 @@ def down_rows(qtype):
                 for r in range(first, last):
                     out[t, r] = 0
         e = next_expert(starts, -1)
-        while e < down.count:
+        while e < down.number:
             size = rows_at_once(starts[e + 1] - starts[e], down.row_stride, last - first)
             for r in range(first, last, size):
                 count = min(size, last - r)

@@ -16,7 +16,7 @@ class Matrices(NamedTuple):
     address: int
     matrix_stride: int  # bytes
     row_stride: int  # bytes
-    count: int
+    number: int  # of matrices
     rows: int
 
     @classmethod
