@@ -76,7 +76,9 @@ class Call:
             return
         if contiguous and not _contiguous(array):
             self.refuse(name, f"an array with strides {array.strides}", "a contiguous one")
-        if rows and array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
+        if not rows or 0 in array.shape:  # NumPy's strides of an array without elements mean nothing
+            return
+        if array.shape[-1] > 1 and array.strides[-1] != array.dtype.itemsize:
             self.refuse(name, f"an array with strides {array.strides}", "one with contiguous rows")
 
     def float(self, name: str, array: Any, shape: Shape, contiguous: bool = False, rows: bool = False) -> None:

@@ -18,14 +18,14 @@ What the forms share: `splits` (split-kv and combine), `query_blocks` (queries o
 
 from pymla.cpu.attention.absorbed_form import absorb, absorbed
 from pymla.cpu.attention.cache_rows import latent_cache, load, store
-from pymla.cpu.attention.expanded_form import KeysValues, expand, expanded, keys_values
+from pymla.cpu.attention.expanded_form import KeysValues as KeysValues
+from pymla.cpu.attention.expanded_form import expand, expanded, keys_values
 from pymla.cpu.attention.full_form import full
 from pymla.cpu.attention.kernels import absorbed_kernels, expanded_kernels, full_kernels
 from pymla.cpu.attention.materialised_form import absorbed_materialised
 from pymla.scratch import HOST
 
 __all__ = [
-    "KeysValues",
     "absorb",
     "absorbed",
     "absorbed_kernels",

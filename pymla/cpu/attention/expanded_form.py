@@ -74,11 +74,10 @@ def expand(
         return key_value_panels.expand(c_kv, k_pe, k_b, v_b, out)
     check.expand(c_kv, k_pe, k_b, v_b, check.sizes("expand", out))
     length, heads, v = out.values.shape
-    x = Activation(c_kv)
-    nope = np.empty((length, heads * k_b.data.shape[1]), np.float32)
-    matmul(k_b, x, nope)
+    x, nope = Activation(c_kv), np.empty((length, heads, k_b.data.shape[1]), np.float32)
+    matmul(k_b, x, nope.reshape(length, heads * nope.shape[2]))
     matmul(v_b, x, out.values.reshape(length, heads * v))
-    join_keys[length](nope.reshape(length, heads, -1), k_pe, out.keys)
+    join_keys[length](nope, k_pe, out.keys)
     return out
 
 

@@ -24,13 +24,13 @@ DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
 
 from pymla.reference.attention.absorbed_form import absorb, absorbed
 from pymla.reference.attention.cache_rows import latent_cache, load, store
-from pymla.reference.attention.expanded_form import KeysValues, expand, expanded, keys_values
+from pymla.reference.attention.expanded_form import KeysValues as KeysValues
+from pymla.reference.attention.expanded_form import expand, expanded, keys_values
 from pymla.reference.attention.full_form import full
 from pymla.reference.attention.materialised_form import absorbed_materialised
 from pymla.scratch import HOST
 
 __all__ = [
-    "KeysValues",
     "absorb",
     "absorbed",
     "absorbed_materialised",
