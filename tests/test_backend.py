@@ -30,7 +30,6 @@ MODULES = {
 
 #: Public functions and classes of a backend's module that are no operations, and why they are there.
 EXTRAS = {
-    r"attention\.KeysValues": "what `keys_values` gives where keys and values are float",
     r"(attention|moe|norm|quant|rope)\.\w*kernels": "the kernels that `compile_for` compiles for a model",
     r"reference\.quant\.(de)?quantise(_activations)?": "the definition of the types, for tests, tools and converters",
     r"limits\.(Limits|Stream|read_rate|int8_rate|packed_rate|seconds)": "the measurements one by one, for experiments",

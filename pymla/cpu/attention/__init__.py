@@ -14,6 +14,14 @@ query are never read.
 
 What the forms share: `splits` (split-kv and combine), `query_blocks` (queries of a head that share keys and values),
 `codes` (numbers as codes of 8 and 16 bits), `score_tiles` and `value_tiles` (products of codes in registers).
+
+>>> import numpy as np
+>>> from pymla.cpu import attention
+>>> q, keys, values = (np.ones((5, 2, size), np.float32) for size in (48, 48, 32))
+>>> positions = np.arange(5, dtype=np.int32)
+>>> out = np.empty((5, 2, 32), np.float32)
+>>> attention.expanded(q, attention.KeysValues(keys, values), positions, 48**-0.5, out)[4, 1, :3].tolist()
+[1.0, 1.0, 1.0]
 """
 
 from pymla.cpu.attention.absorbed_form import absorb, absorbed
