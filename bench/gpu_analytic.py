@@ -81,7 +81,7 @@ def count_launches(folder):
     -------
     dict, and the configuration of a small model
     """
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.runtime import simulator
 
     found, launch, count = {}, simulator.launch, [0]
 

@@ -28,7 +28,7 @@ MOVED = {f"pymla.{name}": f"pymla.{folder}.{name}" for folder, names in _FOLDERS
 
 
 class Finder:
-    """Finds modules by their former names. It has no base class from `importlib.abc`, which imports for milliseconds."""
+    """Finds modules by their former names. No class of `importlib.abc` is its base: that imports for milliseconds."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from make_golden import SHAPES
 from make_model import PRESETS, Shape, random_blocks
 
 from pymla import cpu, ggml
-from pymla.cpu.machine.isa import AMX
 from pymla.cpu.matmul.activations import Input
+from pymla.cpu.runtime.isa import AMX
 from pymla.pages import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.tensor import QTensor

@@ -7,9 +7,9 @@ import pytest
 from pymla.cpu.attention import codes, page_scales, score_tiles, splits, value_tiles
 from pymla.cpu.attention.row_addresses import Rows, four_from, rows_apart
 from pymla.cpu.attention.score_tiles import Panel
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_words import BIAS, WORD
+from pymla.cpu.runtime.isa import LANES
 from pymla.pages import PAGE, Step
 
 #: Type of a code in a word, without a sign where it has a bias.

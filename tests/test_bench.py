@@ -17,10 +17,10 @@ import pymla
 from pymla import ggml
 from pymla.cli import main
 from pymla.cpu import limits
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd_panels import sum4
 from pymla.cpu.matmul.activations import Activation, counting
 from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS, SCRATCH
+from pymla.cpu.runtime.isa import AMX, LANES
 from pymla.engine import costs
 from pymla.errors import PymlaError
 from pymla.measure import facts, plot, sweep, table

@@ -18,7 +18,7 @@ from pymla import cpu
 from pymla.cli import main
 from pymla.cpu.limits import Limits
 from pymla.cuda import backend, memory
-from pymla.cuda.machine import simulator
+from pymla.cuda.runtime import simulator
 from pymla.engine.planning import Planner
 from pymla.engine.split import Split
 from pymla.errors import PymlaError

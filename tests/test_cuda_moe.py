@@ -10,7 +10,7 @@ from test_experts import three
 
 from pymla import ggml
 from pymla.cuda import memory, moe, quant, sampling
-from pymla.cuda.machine import simulator
+from pymla.cuda.runtime import simulator
 from pymla.cuda.sampling import draw, likeliest, philox, rows
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor

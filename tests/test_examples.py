@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import pymla
-from pymla.cpu.machine import isa
+from pymla.cpu.runtime import isa
 from pymla.engine.loading import demo_path
 
 ROOT = Path(__file__).parents[1]

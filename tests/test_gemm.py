@@ -11,13 +11,13 @@ from test_gemv import multiplied, normal
 from pymla import ggml
 from pymla.cpu.experts import panels
 from pymla.cpu.formats import FORMATS
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.matmul import kernels
 from pymla.cpu.matmul.activations import Activation, consecutive, counting
 from pymla.cpu.matmul.gemm import tile_for
 from pymla.cpu.matmul.gemm_f32 import F32_CHUNK, F32_ROWS
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS
+from pymla.cpu.runtime.isa import LANES
 from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
 

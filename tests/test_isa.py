@@ -11,8 +11,8 @@ import pytest
 from pymla import ggml
 from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
 from pymla.cpu.experts import panels, rows
-from pymla.cpu.machine import isa
 from pymla.cpu.matmul import kernels
+from pymla.cpu.runtime import isa
 
 HERE = Path(__file__).parent
 KERNELS = (

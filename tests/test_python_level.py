@@ -11,7 +11,7 @@ import pytest
 from compare import assert_close
 
 import pymla
-from pymla.cpu.machine import isa
+from pymla.cpu.runtime import isa
 
 HERE = Path(__file__).parent
 #: Operations that call exp, exp2, sine or cosine of the library: NumPy's and Numba's may differ in the last place.
@@ -59,7 +59,7 @@ def test_the_level_with_tiles_runs_anywhere(compiled, tmp_path):
 SESSION = """
 import numpy as np
 from pymla.cpu import norm
-from pymla.cpu.machine.isa import ISA, PYTHON
+from pymla.cpu.runtime.isa import ISA, PYTHON
 assert (ISA, PYTHON) == ("portable", True)
 x, weight, out = np.ones((2, 8), np.float32), np.full(8, 3, np.float32), np.empty((2, 8), np.float32)
 breakpoint()

@@ -27,8 +27,8 @@ from pymla.cpu.machine.intrinsics import (
     read,
     write,
 )
-from pymla.cpu.machine.isa import AMX, ISA, LANES, VNNI
 from pymla.cpu.machine.lanes import fused, view
+from pymla.cpu.runtime.isa import AMX, ISA, LANES, VNNI
 
 MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words, fifth_bits
 PACKAGE = {name: each for name, each in OPERATIONS.items() if name.startswith("pymla.")}

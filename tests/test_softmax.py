@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pymla.cpu.attention import softmax
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address
+from pymla.cpu.runtime.isa import LANES
 from pymla.reference.attention.softmax import softmax as reference_softmax
 
 #: A score minus the maximum is rounded to float32: up to 4e-6 where they are 100 apart.

@@ -1,7 +1,7 @@
 """Steps that are recorded once and replayed without a return to Python: the twin of a CUDA graph."""
 
-from pymla.cpu.machine.isa import PYTHON
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.isa import PYTHON
 from pymla.cpu.runtime.polling import OPERATION_WORDS
 from pymla.cpu.runtime.pool import zeros
 

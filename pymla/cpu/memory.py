@@ -6,10 +6,11 @@ is `pymla.reference.memory`.
 
 import numpy as np
 
-from pymla.cpu.machine.isa import ASKS_AHEAD
 from pymla.cpu.machine.simd import prefetch_l2
 from pymla.cpu.runtime.compiling import helper, inlined
-from pymla.host.arrays import release, take, to_device, to_host, write
+from pymla.cpu.runtime.isa import ASKS_AHEAD
+from pymla.host.arrays import CACHE_LINE, release, take, to_device, to_host, write
+from pymla.host.arrays import empty_aligned as empty
 
 __all__ = [
     "allocate",
@@ -23,24 +24,15 @@ __all__ = [
     "write",
 ]
 
-LINE = 64
 #: Bytes from the bytes that are read to those that are prefetched meanwhile.
 AHEAD = 1152
-
-
-def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """An array whose elements are not set, for Python."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(nbytes + LINE, np.uint8)
-    skip = -memory.__array_interface__["data"][0] % LINE
-    return memory[skip : skip + nbytes].view(dtype).reshape(shape)
 
 
 @helper
 def allocate(nbytes):
     """Uninitialised bytes, uint8, for kernels."""
-    memory = np.empty(nbytes + LINE, np.uint8)
-    skip = -np.int64(memory.ctypes.data) % LINE
+    memory = np.empty(nbytes + CACHE_LINE, np.uint8)
+    skip = -np.int64(memory.ctypes.data) % CACHE_LINE
     return memory[skip : skip + nbytes]
 
 
@@ -57,5 +49,5 @@ def fetch_ahead(address, nbytes):
     Only where a core does not prefetch enough by itself (`isa.ASKS_AHEAD`). On another it cost up to 4 %.
     """
     if ASKS_AHEAD:
-        for at in range(0, nbytes, LINE):
+        for at in range(0, nbytes, CACHE_LINE):
             prefetch_l2(address + AHEAD + at)

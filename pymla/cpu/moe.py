@@ -25,12 +25,12 @@ from pymla.cpu import norm
 from pymla.cpu.contract import check
 from pymla.cpu.experts import panels, routing, rows
 from pymla.cpu.experts.activation import silu_mul_tokens
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.matmul.activations import Activation, consecutive, counting
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.matmul.unpacked import PAIR_ROWS
 from pymla.cpu.memory import empty
 from pymla.cpu.quant import GEMV_TOKENS, matmul, matmul_kernels
+from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel
 from pymla.ggml import QUANTISED
 from pymla.tensor import QTensor

@@ -22,7 +22,7 @@ from pymla.cuda.runtime.pools import release
 from pymla.cuda.runtime.staging import send
 
 if SIMULATED:
-    from pymla.cuda.machine import simulated_memory
+    from pymla.cuda.runtime import simulated_memory
 
 __all__ = [
     "DeviceArray",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pymla import ggml
-from pymla.cuda import attention, moe, norm, quant, rope, sampling
+from pymla.cuda import NAME, attention, moe, norm, quant, rope, sampling
 from pymla.cuda.runtime.jit import Kernel, compile_all
 from pymla.pages import CACHE_TYPES
 
@@ -37,19 +37,17 @@ def compile_for(
 
 def kernels(model: Any) -> list[Kernel]:
     """The kernels of a model on the GPU, each once."""
-    from pymla.cuda import backend
-
     place, weights = model.placement, model.weights
     found, inputs = [], set()
     layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
-    if backend in place.layers:
+    if any(map(_is_gpu, place.layers)):
         found += norm.kernels() + rope.kernels()
     for on, experts, layer, cache in layers:
-        if experts is backend and layer.ffn_gate_exps is not None:
+        if _is_gpu(experts) and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
             inputs |= set(types)
-        if on is backend:
+        if _is_gpu(on):
             types = _types(layer, *_MATRICES)
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
@@ -61,13 +59,18 @@ def kernels(model: Any) -> list[Kernel]:
                 inputs |= set(dense)
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
-    if place.embedding is backend:
+    if _is_gpu(place.embedding):
         found += quant.embedding_rows_kernels(weights.token_embd.qtype)
-    if place.output is backend:
+    if _is_gpu(place.output):
         found += [*norm.kernels(), *sampling.kernels(), *quant.matmul_kernels(weights.output.qtype)]
         inputs.add(weights.output.qtype)
     found += quant.activation_kernels(inputs)
     return list(dict.fromkeys(found))
+
+
+def _is_gpu(backend: Any) -> bool:
+    """Whether a part of the model is on the GPU."""
+    return backend.NAME == NAME
 
 
 #: Matrices of a layer that `quant.matmul` multiplies.

@@ -8,6 +8,10 @@ from pathlib import Path
 import llvmlite
 import numba
 
+#: Sources beside the folders of kernels whose numbers are part of kernels: types and their sizes, the size of a page,
+#: constants, the size of a cache line, and how arguments are laid out.
+_SHARED = "ggml.py", "pages.py", "constants.py", "tensor.py", "host/arrays.py", "host/arguments.py"
+
 
 def is_part_of(folder: Path, function: Callable) -> bool:
     """Whether a function's source lies in a folder, so that the folder's key changes with it. Functions that users
@@ -28,8 +32,7 @@ def source_key(folder: Path, tools: Iterable[object]) -> str:
     """
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
-    # Kernels also contain the types' numbers and sizes, and the size of a page.
-    for source in (package / "ggml.py", package / "pages.py", *sorted(folder.rglob("*.py"))):
+    for source in (*(package / name for name in _SHARED), *sorted(folder.rglob("*.py"))):
         digest.update(str(source.relative_to(package)).encode() + b"\0" + source.read_bytes())
     for tool in (sys.version, numba.__version__, llvmlite.__version__, *tools):
         digest.update(str(tool).encode() + b"\0")

@@ -20,12 +20,12 @@ from pymla.cpu.attention.page_scales import PageScales, page_scales_at, page_sca
 from pymla.cpu.attention.query_panels import Queries, queries_at, queries_bytes, take_queries
 from pymla.cpu.attention.softmax import heads_softmax
 from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, leave_sums, start_values, take_item
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd import address, splat_f32xL, store_f32, store_f32xL
 from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.machine.simd_words import WORD, widen
 from pymla.cpu.memory import allocate
+from pymla.cpu.runtime.isa import AMX, LANES
 from pymla.cpu.runtime.jit import helper, kernel
 from pymla.pages import PAGE
 

@@ -10,7 +10,6 @@ Codes with 16 bits are those of the rotated dimensions, which 8 bits would make 
 import numpy as np
 
 from pymla.cpu.formats.panels import store_columns
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     absolute,
     add,
@@ -35,6 +34,7 @@ from pymla.cpu.machine.simd import (
 from pymla.cpu.machine.simd_panels import load_columns, panel_rows
 from pymla.cpu.machine.simd_words import WORD, store_codes, store_words
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 
 #: Bytes of a block of a row.
 BLOCK_BYTES = 128 // WORD

@@ -20,11 +20,11 @@ from pymla.cpu.attention.row_addresses import Rows, four_from, moved, rows_apart
 from pymla.cpu.attention.score_tiles import SCORE_COLUMNS, SCORE_ROWS, Panel, tile_scores
 from pymla.cpu.attention.softmax import token_softmax
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS, VALUE_ROWS, tile_values
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address, load_f32, splat_f32xL, store_f32, store_f32xL
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.memory import allocate
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel, helper, kernel
 
 #: Most queries of a head that share the reading of keys and values.

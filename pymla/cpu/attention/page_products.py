@@ -15,8 +15,8 @@ from pymla.cpu.attention.row_addresses import Rows, four_from, rows_apart
 from pymla.cpu.attention.score_tiles import SCORE_ROWS, Panel, tile_rope_scores, tile_scores
 from pymla.cpu.attention.splits import HEAD_GROUP
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS, VALUE_ROWS, tile_values
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd_words import WORD, store_rescaled
+from pymla.cpu.runtime.isa import AMX, LANES
 from pymla.cpu.runtime.jit import helper
 from pymla.pages import PAGE
 

@@ -8,7 +8,6 @@ rows where they lie, and the queries a panel; for values, the softmax weights ar
 from pymla.cpu.attention.codes import PANEL_BLOCK_BYTES, WEIGHT_GROUP
 from pymla.cpu.attention.next_page import LINE
 from pymla.cpu.attention.score_tiles import Panel
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import load_f32xL, load_i32, prefetch_l2, store_i32
 from pymla.cpu.machine.simd_amx import (
     BLOCK,
@@ -25,6 +24,7 @@ from pymla.cpu.machine.simd_amx import (
 )
 from pymla.cpu.machine.simd_words import store_rescaled
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES
 from pymla.pages import PAGE
 
 #: Lines of the next page that `page_scores` prefetches for a block and sixteen rows, and `add_page_values` for a block.

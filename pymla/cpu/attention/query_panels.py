@@ -6,9 +6,9 @@ import numpy as np
 
 from pymla.cpu.attention.codes import BLOCK_BYTES, even, quantise_codes, quantise_i16, store_panel
 from pymla.cpu.attention.splits import HEAD_GROUP
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address, load_f32, store_f32, store_i32
 from pymla.cpu.machine.simd_words import BIAS
+from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import helper
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from pymla.cpu.attention.codes import BLOCK_BYTES
 from pymla.cpu.attention.row_addresses import moved
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     broadcast_f32xL,
     fma,
@@ -25,6 +24,7 @@ from pymla.cpu.machine.simd import (
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, finish8
 from pymla.cpu.machine.simd_words import dot_i16_words, dot_words, zero_words
 from pymla.cpu.runtime.compiling import inlined
+from pymla.cpu.runtime.isa import LANES
 
 #: Rows that meet each of the two panels: as many as there are registers for. Where they are three, the fourth address
 #: is not used.

@@ -10,7 +10,6 @@ Weights are 2 ** (score - m): exponentials to base 2 cost half as much as those 
 
 import numpy as np
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     add,
     address,
@@ -31,6 +30,7 @@ from pymla.cpu.machine.simd import (
     total,
 )
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 
 
 @helper

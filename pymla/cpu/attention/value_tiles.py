@@ -6,11 +6,11 @@ broadcast. Weights have no sign, so that they take the part of the codes with bi
 
 from pymla.cpu.attention.codes import BLOCK_BYTES, PANEL_BLOCK_BYTES
 from pymla.cpu.attention.row_addresses import moved
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import broadcast_f32xL, fma, load_f32xL, load_i8xL, store_f32xL
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, finish8
 from pymla.cpu.machine.simd_words import dot_words, zero_words
 from pymla.cpu.runtime.compiling import inlined
+from pymla.cpu.runtime.isa import LANES
 
 #: Queries of a tile: as many as there are registers for.
 VALUE_ROWS = 8 if LANES == 16 else 4

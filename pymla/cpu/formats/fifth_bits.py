@@ -26,10 +26,10 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
     splat,
 )
-from pymla.cpu.machine.isa import LANES, VNNI
 from pymla.cpu.machine.lanes import read_lanes, read_number
 from pymla.cpu.machine.simd_bytes import add_pairs, row_sums
 from pymla.cpu.machine.simd_panels import rowsL
+from pymla.cpu.runtime.isa import LANES, VNNI
 
 
 def _add_bits(builder, nibbles, bits):

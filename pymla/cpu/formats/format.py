@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pymla.cpu.formats.orders import FOURS
-from pymla.cpu.machine.isa import AMX
+from pymla.cpu.runtime.isa import AMX
 
 
 class Format(NamedTuple):

@@ -6,7 +6,6 @@ The layouts are those of `pymla.reference.formats.k_quants`.
 from pymla import ggml
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.panels import store_columns8
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     bit_or,
     bits_2,
@@ -24,6 +23,7 @@ from pymla.cpu.machine.simd import (
 )
 from pymla.cpu.machine.simd_panels import gather_i8, gather_second_f16, load_columns
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES
 
 if LANES == 16:
     from pymla.cpu.formats import k_quants_512 as wide

@@ -10,7 +10,6 @@ from pymla.cpu.formats.fifth_bits import add_fifth_bits_32, add_fifth_bits_of_ro
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.orders import EIGHTS, FOURS
 from pymla.cpu.formats.panels import store_columns, store_columns8, store_twice
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd import (
     absolute,
     add,
@@ -40,6 +39,7 @@ from pymla.cpu.machine.simd import (
 from pymla.cpu.machine.simd_bytes import dot_i8, dot_u7, to_f32, zero_i32x8
 from pymla.cpu.machine.simd_panels import gather_f16, gather_second_f16, load_columns
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import AMX, LANES
 
 if LANES == 16:
     from pymla.cpu.formats import legacy_512 as wide

@@ -4,8 +4,8 @@ file has them.
 A block of activations is written as two runs of eight codes, and two more runs `apart` bytes behind these.
 """
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 
 #: For panels: the order of the columns; that of the tiles of AMX, block after block, and in a block token after token.
 #: For rows: four blocks of weights in a register, or eight.

@@ -3,10 +3,10 @@
 A panel has `LANES` rows of weights side by side, as ``[K / 4][LANES][4]`` codes.
 """
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import store_f32xL, store_i8xL
 from pymla.cpu.machine.simd_panels import panel_codes8
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 
 
 @helper

@@ -14,7 +14,7 @@ from numba import types
 from numba.core.extending import _Intrinsic
 from numba.extending import models, register_model
 
-from pymla.cpu.machine.isa import ISA, LANES
+from pymla.cpu.runtime.isa import ISA, LANES
 
 
 class Vector(types.Type):

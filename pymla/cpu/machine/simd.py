@@ -1,7 +1,7 @@
 """Vector registers as Numba values, so that kernels are plain Python over them.
 
 ``f32x8`` is eight float32, ``i8x32`` thirty-two int8, and so on. A kernel keeps them in local variables; LLVM keeps
-those in registers. The levels of `pymla.cpu.machine.isa` are behind one interface, and all give the same integers. An
+those in registers. The levels of `pymla.cpu.runtime.isa` are behind one interface, and all give the same integers. An
 ``L`` in a name stands for the lanes of the level's widest register, `LANES`.
 
 Every operation can also be called from Python, where a register is a NumPy array:

@@ -27,9 +27,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
     write,
 )
-from pymla.cpu.machine.isa import AMX
 from pymla.cpu.machine.lanes import fused, read_lanes, read_number, write_lanes
 from pymla.cpu.runtime.compiling import inlined
+from pymla.cpu.runtime.isa import AMX
 
 #: Codes of a row that a dot instruction takes.
 BLOCK = 32

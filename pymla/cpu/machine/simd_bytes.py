@@ -26,8 +26,8 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
     write,
 )
-from pymla.cpu.machine.isa import ISA, VNNI
 from pymla.cpu.machine.lanes import add_dots, read_lanes, write_lanes
+from pymla.cpu.runtime.isa import ISA, VNNI
 
 #: Sums of products with codes of up to 6 bits: int32 of four products each by VNNI, else int16 of two.
 row_sums = i32x8 if VNNI else i16x16

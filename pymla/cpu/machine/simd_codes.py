@@ -20,8 +20,8 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
     splat,
 )
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.lanes import read_lanes
+from pymla.cpu.runtime.isa import LANES
 
 
 def _load_nibbles(builder, address):

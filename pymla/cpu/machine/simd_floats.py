@@ -19,8 +19,8 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
     splat,
 )
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.lanes import combined, fused
+from pymla.cpu.runtime.isa import LANES
 
 
 @operation(f32x8, types.float32, emit=lambda builder, value: splat(builder, value, 8))

@@ -26,7 +26,6 @@ from pymla.cpu.machine.intrinsics import (
     splat,
     write,
 )
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.lanes import (
     bfloat16_as_float32,
     read_lanes,
@@ -36,6 +35,7 @@ from pymla.cpu.machine.lanes import (
     write_lanes,
 )
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 
 
 @helper

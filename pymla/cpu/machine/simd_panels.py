@@ -32,9 +32,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
     write,
 )
-from pymla.cpu.machine.isa import AMX, LANES, VNNI
 from pymla.cpu.machine.lanes import add_dots, read_lanes, read_number, write_lanes
 from pymla.cpu.machine.simd_bytes import add_pairs, dot_signed, madd_bytes, sum_of_bytes
+from pymla.cpu.runtime.isa import AMX, LANES, VNNI
 
 #: Sums of products with codes of 4 bits: a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
 sum4 = i32xL if VNNI else Vector("i16", 2 * LANES)

@@ -27,9 +27,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
     write,
 )
-from pymla.cpu.machine.isa import ISA, LANES, VNNI
 from pymla.cpu.machine.lanes import add_dots, read_lanes, read_number, truncated, write_lanes
 from pymla.cpu.machine.simd_bytes import dot_pairs_i16
+from pymla.cpu.runtime.isa import ISA, LANES, VNNI
 
 #: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. VNNI has one
 #: instruction for signed bytes times unsigned ones; elsewhere int16 is as fast, and as exact.

@@ -5,7 +5,6 @@ Codes have a sign here, so that sums begin with zero. Codes of activations lie a
 
 import numpy as np
 
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd import address, load_f32xL, splat_f32xL, store_f32xL
 from pymla.cpu.machine.simd_amx import (
     BLOCK,
@@ -23,6 +22,7 @@ from pymla.cpu.matmul.unpacked import CODES, NEXT_CODES, NEXT_SCALES, RESULT_BYT
 from pymla.cpu.matmul.unpacked import SUMS as SUMS_OF_TILES
 from pymla.cpu.memory import empty
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import AMX, LANES
 
 #: Columns of a tile.
 TILE_COLUMNS = 16

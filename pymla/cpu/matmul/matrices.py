@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from numba import types
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import fma, load_f32, load_f32x8, load_f32xL, splat_f32, store_f32, store_f32x8, store_f32xL
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import LANES
 from pymla.tensor import QTensor
 
 

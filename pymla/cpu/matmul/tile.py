@@ -7,10 +7,10 @@ take eight times as many bytes.
 
 import numpy as np
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import broadcast_f32xL, fma, load_f32xL, mul, splat_f32xL, store_f32xL
 from pymla.cpu.matmul.unpacked import MINIMA, NEXT_MINIMA, RESULT_BYTES
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES
 
 
 @helper

@@ -1,11 +1,11 @@
 """Tiles of codes of 8 bits, with a scale for 16 weights: two panels times three columns."""
 
-from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import address, load_f32xL, load_i8xL
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, dot8, finish8, start8
 from pymla.cpu.matmul.tile import begin, end, moved, scaled, three_columns
 from pymla.cpu.matmul.unpacked import CODES, NEXT_CODES, NEXT_SCALES, SCALES
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES
 
 #: Columns of a tile.
 WIDEST = 3

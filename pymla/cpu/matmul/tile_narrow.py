@@ -3,12 +3,12 @@ are 32 registers."""
 
 import functools
 
-from pymla.cpu.machine.isa import LANES, VNNI
 from pymla.cpu.machine.simd import address, load_f32xL, load_i8xL
 from pymla.cpu.machine.simd_panels import add_starts, broadcast_i8xL, dot4, finish4, start4, zero4
 from pymla.cpu.matmul.tile import begin, end, moved, scaled, three_columns
 from pymla.cpu.matmul.unpacked import CODES, NEXT_CODES, NEXT_SCALES, SCALES
 from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES, VNNI
 
 #: Columns of the widest tile: its sums, and as many results, take up the registers.
 WIDEST = 6 if LANES == 16 else 3

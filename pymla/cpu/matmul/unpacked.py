@@ -7,11 +7,11 @@ first-level cache.
 
 from typing import NamedTuple
 
-from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd import prefetch_l2
 from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_panels import panel_rows
 from pymla.cpu.runtime.compiling import helper
+from pymla.cpu.runtime.isa import AMX, LANES
 
 #: Rows of a product: those of two panels.
 PAIR_ROWS = 2 * LANES

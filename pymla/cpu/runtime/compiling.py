@@ -23,8 +23,8 @@ from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 from numba.core.typed_passes import NativeLowering
 
-from pymla.cpu.machine.isa import ISA, PYTHON
 from pymla.cpu.runtime.compiling_workers import compile_in_processes
+from pymla.cpu.runtime.isa import ISA, PYTHON
 from pymla.host.kernel_cache import KernelCache, take_warnings
 from pymla.host.source_key import is_part_of, source_key
 

@@ -30,10 +30,10 @@ from numba import types
 from numba.core.caching import NullCache
 
 from pymla import ggml
-from pymla.cpu.machine.isa import PYTHON
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.arguments import Packer, unpacker
 from pymla.cpu.runtime.compiling import Compiled, c_function, helper
+from pymla.cpu.runtime.isa import PYTHON
 from pymla.host.kernel_signature import kernel_signature
 
 __all__ = ["Kernel", "helper", "kernel", "variants"]

@@ -4,7 +4,6 @@ import threading
 
 import numpy as np
 
-from pymla.cpu.memory import empty
 from pymla.cpu.runtime.polling import (
     AWAKE,
     BUSY,
@@ -17,6 +16,7 @@ from pymla.cpu.runtime.polling import (
     run_alone,
     serve,
 )
+from pymla.host.arrays import empty_aligned
 
 #: Held while operations run, and while a process forks.
 LOCK = threading.RLock()
@@ -24,7 +24,7 @@ LOCK = threading.RLock()
 
 def zeros(words):
     """Zeroed int64 memory that begins at a cache line."""
-    memory = empty(words, np.int64)
+    memory = empty_aligned(words, np.int64)
     memory[:] = 0
     return memory
 

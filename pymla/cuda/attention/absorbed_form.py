@@ -21,6 +21,7 @@ import numpy as np
 from numba import cuda
 
 from pymla import ggml
+from pymla.constants import LOG2E
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
 from pymla.cuda.attention.products import (
     FACTORS,
@@ -32,7 +33,7 @@ from pymla.cuda.attention.products import (
     value_row,
     values_of,
 )
-from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO, online_softmax
+from pymla.cuda.attention.softmax import INFINITY, ZERO, online_softmax
 from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
 from pymla.cuda.attention.steps import (
     CACHE,

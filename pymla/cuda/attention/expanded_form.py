@@ -14,6 +14,7 @@ import numpy as np
 from numba import cuda
 
 from pymla import ggml
+from pymla.constants import LOG2E
 from pymla.cuda.attention.products import (
     FACTORS,
     NO_SCORES,
@@ -24,7 +25,7 @@ from pymla.cuda.attention.products import (
     value_row,
     values_of,
 )
-from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO, online_softmax
+from pymla.cuda.attention.softmax import INFINITY, ZERO, online_softmax
 from pymla.cuda.attention.steps import PLACE, place
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, fetch_rows, need_multiples_of_16
 from pymla.cuda.contract import check, need_any

@@ -10,9 +10,9 @@ import functools
 from numba import cuda
 
 from pymla import ggml
+from pymla.constants import LOG2E
 from pymla.cuda.attention.expanded_form import QUERIES, flash, tile_bytes
 from pymla.cuda.attention.full_token import full_token_kernel
-from pymla.cuda.attention.softmax import LOG2E
 from pymla.cuda.attention.splits import Partial, combine
 from pymla.cuda.attention.steps import (
     CACHE,

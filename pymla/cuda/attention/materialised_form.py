@@ -10,8 +10,9 @@ import numpy as np
 from numba import cuda
 
 from pymla import ggml
+from pymla.constants import LOG2E
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
-from pymla.cuda.attention.softmax import INFINITY, LOG2E, ZERO
+from pymla.cuda.attention.softmax import INFINITY, ZERO
 from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
 from pymla.cuda.attention.steps import (
     CACHE,

@@ -1,13 +1,9 @@
 """The online softmax (Milakov and Gimelshein, 2018) of scores to base 2, in float32."""
 
-import math
-
 import numpy as np
 
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device
-
-LOG2E = math.log2(math.e)
 
 ZERO = np.float32(0)
 

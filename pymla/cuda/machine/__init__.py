@@ -1,1 +1,1 @@
-"""Instructions of the GPU as functions, and the simulator that runs kernels as Python."""
+"""Instructions of the GPU as functions."""

@@ -1,17 +1,16 @@
 """The choice of experts: a warp takes a token."""
 
-import math
-
 import numpy as np
 from numba import cuda, types
 
+from pymla.constants import LOG2E
 from pymla.cuda.machine.ptx import WARP, ballot, div, exp2, lane, shfl_idx, syncwarp, warp_max, warp_sum
 from pymla.cuda.runtime.jit import device, kernel
 from pymla.cuda.runtime.kinds import F1, F2, I2
 
 _ZERO, _ONE, _INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 
-_LOG2E = np.float32(math.log2(math.e))
+_LOG2E = np.float32(LOG2E)
 
 
 @device

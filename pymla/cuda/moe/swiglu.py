@@ -1,10 +1,9 @@
 """The nonlinearity between gate, up and down."""
 
-import math
-
 import numpy as np
 from numba import cuda
 
+from pymla.constants import LOG2E
 from pymla.cuda.machine.ptx import div, exp2
 from pymla.cuda.matmul.operands import THREADS
 from pymla.cuda.runtime.jit import device, kernel
@@ -12,7 +11,7 @@ from pymla.cuda.runtime.kinds import F1
 
 _ONE = np.float32(1)
 
-_LOG2E = np.float32(math.log2(math.e))
+_LOG2E = np.float32(LOG2E)
 
 
 @device

@@ -21,7 +21,7 @@ from pymla.errors import PymlaError
 if TYPE_CHECKING:
     from pymla.cuda.graph import Graph
 
-#: Whether kernels run in Python (`pymla.cuda.machine.simulator`), as ``NUMBA_ENABLE_CUDASIM=1`` says.
+#: Whether kernels run in Python (`pymla.cuda.runtime.simulator`), as ``NUMBA_ENABLE_CUDASIM=1`` says.
 SIMULATED = bool(config.ENABLE_CUDASIM)
 #: Wait for every kernel.
 SYNC = os.environ.get("PYMLA_CUDA_SYNC", "0") not in ("", "0")

@@ -5,7 +5,7 @@ stream. Arguments are integers, floats, device arrays (`pymla.cuda.memory`), and
 come from cached factories (``gemv_kernel(qtype)``): a kernel is made for its type when something first asks for it, and
 the type's functions are constants of its closure.
 
-In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (`pymla.cuda.machine.simulator`).
+In the simulator (``NUMBA_ENABLE_CUDASIM=1``) the same function runs as Python (`pymla.cuda.runtime.simulator`).
 """
 
 import functools
@@ -25,7 +25,7 @@ from pymla.host.kernel_cache import take_warnings
 from pymla.host.kernel_signature import kernel_signature
 
 if SIMULATED:
-    from pymla.cuda.machine import simulated_memory, simulator
+    from pymla.cuda.runtime import simulated_memory, simulator
 
 __all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
 

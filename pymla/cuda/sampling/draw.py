@@ -7,7 +7,7 @@ from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, kernel
 from pymla.cuda.runtime.kinds import F2, I2, L2
 from pymla.cuda.sampling.philox import philox
-from pymla.cuda.sampling.rows import INFINITY, LOG2E, SEGMENT, THREADS, ZERO, block_sum, row_maximum, row_normaliser
+from pymla.cuda.sampling.rows import INFINITY, LOG2E_F32, SEGMENT, THREADS, ZERO, block_sum, row_maximum, row_normaliser
 
 #: Candidates under top-k that shared memory has room for; where there are more, the whole row is read again and again.
 CANDIDATES = 2048
@@ -158,7 +158,7 @@ def sample(logits, maxima, sums, top_k, top_p, floor, sharpness, state, out):
     kept = lowest, len(row)  # the last token that is kept
     for stage in range(3):
         # Top-k counts: every token has the same mass.
-        scale = ZERO if stage == 0 else LOG2E if stage == 1 else sharpness
+        scale = ZERO if stage == 0 else LOG2E_F32 if stage == 1 else sharpness
         weighing = most, scale, floor if stage == 2 else -INFINITY
         if (stage == 0 and top_k == 0) or (stage == 1 and top_p >> 32):
             continue

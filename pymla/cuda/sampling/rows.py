@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numba import cuda
 
+from pymla.constants import LOG2E
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, kernel
 from pymla.cuda.runtime.kinds import F2
@@ -22,7 +23,7 @@ ZERO = np.float32(0)
 
 INFINITY = np.float32(np.inf)
 
-LOG2E = np.float32(math.log2(math.e))
+LOG2E_F32 = np.float32(LOG2E)
 
 _LN2 = np.float32(math.log(2))
 
@@ -50,8 +51,8 @@ def segments(logits, maxima, sums):
     x2, x3 = _logit(logits, t, i + 64), _logit(logits, t, i + 96)
     most = ptx.warp_max(max(max(x0, x1), max(x2, x3)))
     base = most if most > -INFINITY else ZERO
-    total = ptx.exp2((x0 - base) * LOG2E) + ptx.exp2((x1 - base) * LOG2E)
-    total += ptx.exp2((x2 - base) * LOG2E) + ptx.exp2((x3 - base) * LOG2E)
+    total = ptx.exp2((x0 - base) * LOG2E_F32) + ptx.exp2((x1 - base) * LOG2E_F32)
+    total += ptx.exp2((x2 - base) * LOG2E_F32) + ptx.exp2((x3 - base) * LOG2E_F32)
     total = ptx.warp_sum(total)
     if ptx.lane() == 0:
         maxima[t, segment] = most
@@ -116,5 +117,5 @@ def row_normaliser(maxima, sums, t, most, parts):
     """The logarithm of the sum of exponentials of a row."""
     total = ZERO
     for s in range(cuda.threadIdx.x, maxima.shape[1], THREADS):
-        total += sums[t, s] * ptx.exp2((maxima[t, s] - most) * LOG2E)
+        total += sums[t, s] * ptx.exp2((maxima[t, s] - most) * LOG2E_F32)
     return most + ptx.log2(block_sum_f32(total, parts)) * _LN2

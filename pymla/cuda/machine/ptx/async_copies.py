@@ -7,7 +7,7 @@ from pymla.cuda.machine.ptx.shared_memory import write_shared
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulated_memory, simulator
+    from pymla.cuda.runtime import simulated_memory, simulator
 
 
 @instruction(types.void, I32, I64, I32, asm="cp.async.cg.shared.global [$0], [$1], 16, $2;", effects="memory")

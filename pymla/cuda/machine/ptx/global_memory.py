@@ -32,7 +32,7 @@ from pymla.cuda.machine.ptx.instruction import (
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulated_memory
+    from pymla.cuda.runtime import simulated_memory
 
 
 def _read(form, address):

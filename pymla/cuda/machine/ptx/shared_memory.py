@@ -21,7 +21,7 @@ from pymla.cuda.machine.ptx.instruction import (
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.runtime import simulator
 
 
 def _shared_address_typer(typingctx, array):

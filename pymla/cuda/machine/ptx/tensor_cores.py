@@ -10,7 +10,7 @@ from pymla.cuda.machine.ptx.instruction import F32, I32, WARP, float32, floats, 
 from pymla.cuda.runtime.driver import SIMULATED
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.runtime import simulator
 
 _G, _T = np.arange(WARP) >> 2, np.arange(WARP) & 3
 _C_ROWS = _G[:, None] + np.array([0, 0, 8, 8])

@@ -18,7 +18,7 @@ from pymla.cuda.runtime.driver import SIMULATED
 from pymla.cuda.runtime.jit import device
 
 if SIMULATED:
-    from pymla.cuda.machine import simulator
+    from pymla.cuda.runtime import simulator
 
 
 @instruction(I32, asm="mov.u32 $0, %laneid;")

@@ -4,7 +4,7 @@ numba-cuda's simulator gives the names of `cuda` a meaning on the host. It has n
 threads of the host. Here a thread is a coroutine (greenlet), which runs until it has to wait for others, so that a run
 always repeats; the order of the threads alternates from block to block, so that a result that depends on it shows.
 Where no thread can go on, the error says which threads wait where. The memory is in
-`pymla.cuda.machine.simulated_memory`.
+`pymla.cuda.runtime.simulated_memory`.
 """
 
 import sys
@@ -18,7 +18,7 @@ from numba.cuda import types
 from numba.cuda.np import numpy_support
 from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
 
-from pymla.cuda.machine.simulated_memory import Memory, buffer, inside
+from pymla.cuda.runtime.simulated_memory import Memory, buffer, inside
 from pymla.errors import PymlaError
 
 WARP = 32

@@ -2,7 +2,7 @@
 
 There are five levels: ``amx`` (and all of the next one), ``avx512vnni``, ``avxvnni``, ``avx2``, and ``portable`` vector
 code that LLVM lowers on any processor. All give the same integers. Kernels are compiled for the best level that this
-processor has and Numba compiles for (`pymla.cpu.machine.target`), or for the one that ``PYMLA_ISA`` names.
+processor has and Numba compiles for (`pymla.cpu.runtime.target`), or for the one that ``PYMLA_ISA`` names.
 
 With ``PYMLA_ISA=python`` nothing is compiled: kernels run as Python, at the portable level, with registers as NumPy
 arrays. ``python-amx``, or another level, runs the code of that level, whether or not this processor has it.
@@ -15,7 +15,7 @@ import sys
 
 import llvmlite.binding as llvm
 
-from pymla.cpu.machine import target
+from pymla.cpu.runtime import target
 from pymla.errors import PymlaError
 
 # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), <asm/prctl.h>; programs ask before they use tiles.
