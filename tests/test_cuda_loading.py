@@ -18,7 +18,7 @@ from pymla import cpu
 from pymla.cli import main
 from pymla.cpu.limits import Limits
 from pymla.cuda import backend, memory
-from pymla.cuda.runtime import simulator
+from pymla.cuda.runtime import simulated_memory
 from pymla.engine.planning import Planner
 from pymla.engine.split import Split
 from pymla.errors import PymlaError
@@ -122,7 +122,7 @@ def test_no_memory_ends_the_request_only(path, expected, monkeypatch):
     with pymla.load(path, device="cuda", ctx=64) as language_model:
         stream = language_model.stream("x", max_tokens=2, temperature=0)
         with monkeypatch.context() as patch:
-            patch.setattr(simulator, "buffer", full)
+            patch.setattr(simulated_memory, "buffer", full)
             with pytest.raises(PymlaError, match=r"the device has no .* for another array.*`ctx`"):
                 next(stream)
         assert language_model.model.cache.free_pages == 1
