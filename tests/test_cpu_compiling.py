@@ -16,7 +16,7 @@ from pymla.cpu.runtime import compiling, compiling_workers
 from pymla.host import kernel_cache
 
 SOURCE = """
-from pymla.cpu.array_types import F1
+from pymla.cpu.runtime.array_types import F1
 from pymla.cpu.runtime.jit import kernel
 
 

@@ -9,7 +9,6 @@ from compare import assert_close
 from test_gemv import multiplied, normal
 
 from pymla import ggml
-from pymla.cpu.experts import panels
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.matmul import kernels
 from pymla.cpu.matmul.activations import Activation, consecutive, counting
@@ -17,6 +16,7 @@ from pymla.cpu.matmul.gemm import tile_for
 from pymla.cpu.matmul.gemm_f32 import F32_CHUNK, F32_ROWS
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS
+from pymla.cpu.moe import grouped
 from pymla.cpu.runtime.isa import LANES
 from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
@@ -105,7 +105,7 @@ def test_columns_by_index(qtype):
         expected[begin:end] = multiplied(QTensor(qtype, w.data[e]), x[index[begin:end]]) * weights[begin:end]
     for add in (False, True):
         out = before.copy()
-        launch = panels.down_panels(qtype)[-(-matrices.rows // PAIR_ROWS)]
+        launch = grouped.down_panels(qtype)[-(-matrices.rows // PAIR_ROWS)]
         launch(matrices, matrices._replace(number=0), pairs, columns, starts, weights, made, add, out)
         assert_close(out, expected + before * add, **INT8)
 
@@ -119,7 +119,7 @@ def test_gate_and_up(qtype):
     hidden = np.full((len(x), rows), np.nan, np.float32)
     gates, ups = Matrices.of(gate), Matrices.of(up)
     none = gates._replace(number=0)
-    launch = panels.gate_up_panels(qtype)[3 * -(-rows // LANES)]
+    launch = grouped.gate_up_panels(qtype)[3 * -(-rows // LANES)]
     launch(gates, ups, none, none, columns, starts, made, hidden)
     seen = as_multiplied(x, qtype).astype(np.float64)
     for e, (begin, end) in enumerate(itertools.pairwise(starts)):

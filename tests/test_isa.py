@@ -10,19 +10,19 @@ import pytest
 
 from pymla import ggml
 from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
-from pymla.cpu.experts import panels, rows
 from pymla.cpu.matmul import kernels
+from pymla.cpu.moe import by_rows, grouped
 from pymla.cpu.runtime import isa
 
 HERE = Path(__file__).parent
 KERNELS = (
     *map(kernels.matmul_rows, ggml.QUANTISED),
     *map(kernels.matmul_panels, ggml.QUANTISED),
-    *map(panels.down_panels, ggml.QUANTISED),
-    rows.gate_up_rows(ggml.Q4_0, ggml.Q8_0),
-    panels.gate_up_panels(ggml.Q4_0),
-    panels.gate_up_panels(ggml.Q6_K),
-    rows.down_rows(ggml.Q4_1),
+    *map(grouped.down_panels, ggml.QUANTISED),
+    by_rows.gate_up_rows(ggml.Q4_0, ggml.Q8_0),
+    grouped.gate_up_panels(ggml.Q4_0),
+    grouped.gate_up_panels(ggml.Q6_K),
+    by_rows.down_rows(ggml.Q4_1),
     key_value_panels.expand_panels(ggml.Q4_0, ggml.Q8_0),
     expanded_form_int8.expanded_panels,
     absorbed_form_int8.absorbed_pages,

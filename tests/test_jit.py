@@ -10,10 +10,10 @@ from numba import types
 from pymla import ggml
 from pymla.cpu import norm, quant
 from pymla.cpu.attention import absorbed_form_int8
-from pymla.cpu.experts import panels
 from pymla.cpu.machine.simd import add, address, load_f32x8, splat_f32, store_f32x8
 from pymla.cpu.matmul import kernels as products
 from pymla.cpu.matmul.matrices import Matrices
+from pymla.cpu.moe import grouped
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel, helper, kernel
 from pymla.tensor import QTensor
@@ -64,7 +64,7 @@ def test_kernels_say_what_they_are():
 
 
 def test_kernels_of_the_package_say_what_they_are():
-    kernels = [products.matmul_rows(ggml.Q4_0), panels.gate_up_panels(ggml.Q6_K), absorbed_form_int8.absorbed_pages]
+    kernels = [products.matmul_rows(ggml.Q4_0), grouped.gate_up_panels(ggml.Q6_K), absorbed_form_int8.absorbed_pages]
     assert repr(kernels[0]).startswith(
         "<kernel pymla.cpu.matmul.kernels.matmul_rows[Q4_0](first: int, last: int, w: pymla.cpu.m"
     )

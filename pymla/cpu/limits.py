@@ -14,7 +14,6 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.array_types import F1, F2, I1
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.machine.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
 from pymla.cpu.machine.simd_amx import (
@@ -36,6 +35,7 @@ from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
 from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS, SCRATCH, Chunk
 from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.array_types import F1, F2, I1
 from pymla.cpu.runtime.isa import AMX, LANES
 from pymla.cpu.runtime.jit import helper, kernel
 

@@ -10,11 +10,11 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import A2, F2, WEIGHTS_F1
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import add as plus
 from pymla.cpu.machine.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
 from pymla.cpu.matmul.activations import Activation
+from pymla.cpu.runtime.array_types import A2, F2, WEIGHTS_F1
 from pymla.cpu.runtime.jit import Kernel, kernel
 
 

@@ -10,8 +10,8 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import A3, D1, F3, I1
 from pymla.cpu.contract import check
+from pymla.cpu.runtime.array_types import A3, D1, F3, I1
 from pymla.cpu.runtime.jit import Kernel, kernel
 
 

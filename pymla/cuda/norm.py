@@ -26,8 +26,8 @@ from pymla.cuda.machine.ptx import (
 )
 from pymla.cuda.matmul.activations import quantise_four
 from pymla.cuda.quant import Activation
+from pymla.cuda.runtime.array_types import F1, F2, STRIDED2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F1, F2, STRIDED2
 
 THREADS = 256
 _WARPS = THREADS // WARP

@@ -5,8 +5,8 @@ import math
 from numba import cuda, types
 
 from pymla.cuda.contract import check
+from pymla.cuda.runtime.array_types import D1, F3, I1, STRIDED3
 from pymla.cuda.runtime.jit import kernel
-from pymla.cuda.runtime.kinds import D1, F3, I1, STRIDED3
 
 #: Threads of a block: pairs, and heads.
 _PAIRS, _HEADS = 32, 4

@@ -10,7 +10,6 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
-from pymla.cpu.array_types import CACHE, F3, STEP
 from pymla.cpu.attention import absorbed_form_int8
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.attention.softmax import heads_softmax
@@ -20,6 +19,7 @@ from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.gemm_f32 import tile_f32, transpose_panel
 from pymla.cpu.quant import matmul_heads_transposed, matmul_heads_transposed_kernels
+from pymla.cpu.runtime.array_types import CACHE, F3, STEP
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor

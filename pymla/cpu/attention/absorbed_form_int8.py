@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import CACHE, F3, STEP
 from pymla.cpu.attention import page_products, page_products_amx
 from pymla.cpu.attention.codes import BLOCK_BYTES, quantise_weights_of_heads
 from pymla.cpu.attention.next_page import next_page, prefetch_lines
@@ -25,6 +24,7 @@ from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.machine.simd_words import WORD, widen
 from pymla.cpu.memory import allocate
+from pymla.cpu.runtime.array_types import CACHE, F3, STEP
 from pymla.cpu.runtime.isa import AMX, LANES
 from pymla.cpu.runtime.jit import helper, kernel
 from pymla.pages import PAGE

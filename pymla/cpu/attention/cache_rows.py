@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.array_types import A2, CACHE, F2, I1
 from pymla.cpu.attention.codes import even, quantise_i16
 from pymla.cpu.cache_types import I16_PAGES, Q8_PAGES, ROW_BYTES
 from pymla.cpu.contract import check
@@ -32,6 +31,7 @@ from pymla.cpu.machine.simd import (
     sub,
 )
 from pymla.cpu.memory import empty
+from pymla.cpu.runtime.array_types import A2, CACHE, F2, I1
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, LatentCache
 from pymla.tensor import QTensor

@@ -20,7 +20,6 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
-from pymla.cpu.array_types import A2, A3, F3, I1
 from pymla.cpu.attention import expanded_form_int8, key_value_panels
 from pymla.cpu.attention.key_value_panels import Panels
 from pymla.cpu.attention.query_blocks import (
@@ -36,6 +35,7 @@ from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.activations import Activation
 from pymla.cpu.quant import matmul, matmul_kernels
+from pymla.cpu.runtime.array_types import A2, A3, F3, I1
 from pymla.cpu.runtime.jit import Kernel, kernel
 from pymla.pages import PAGE
 from pymla.tensor import QTensor

@@ -12,7 +12,6 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
-from pymla.cpu.array_types import A3, F3, I1
 from pymla.cpu.attention.codes import BLOCK_BYTES, WEIGHT_GROUP, quantise_codes, quantise_weights
 from pymla.cpu.attention.key_value_panels import KEY_BLOCK, KEY_BLOCK_BYTES, KEY_TOKENS, PANELS, Panels
 from pymla.cpu.attention.query_blocks import rows_seen
@@ -24,6 +23,7 @@ from pymla.cpu.machine.simd import address, load_f32, splat_f32xL, store_f32, st
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.memory import allocate
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.array_types import A3, F3, I1
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel, helper, kernel
 

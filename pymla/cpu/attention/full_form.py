@@ -6,7 +6,6 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
-from pymla.cpu.array_types import A3, CACHE, F3, STEP
 from pymla.cpu.attention.query_blocks import (
     BLOCK_QUERIES,
     Page,
@@ -19,6 +18,7 @@ from pymla.cpu.attention.query_blocks import (
 from pymla.cpu.contract import check
 from pymla.cpu.formats.rows import dequantise_row_for
 from pymla.cpu.machine.simd import address
+from pymla.cpu.runtime.array_types import A3, CACHE, F3, STEP
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor

@@ -14,7 +14,6 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.array_types import A2, F2, F3, I1
 from pymla.cpu.attention.codes import BLOCK_BYTES, PANEL_BLOCK_BYTES, quantise_codes, store_panel
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
 from pymla.cpu.machine.simd import (
@@ -37,6 +36,7 @@ from pymla.cpu.matmul.matrices import MATRICES, Matrices
 from pymla.cpu.matmul.unpacked import PAIR_ROWS, SCRATCH
 from pymla.cpu.memory import allocate, allocate_f32, empty
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.array_types import A2, F2, F3, I1
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
 from pymla.tensor import QTensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import A3, CACHE, F2, F3, STEP
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.matrices import add_scaled
+from pymla.cpu.runtime.array_types import A3, CACHE, F2, F3, STEP
 from pymla.cpu.runtime.jit import Kernel, kernel, variants
 from pymla.ggml import F32
 from pymla.pages import PAGE, Step

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import A3, F3
 from pymla.cpu.attention.softmax import shrink
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
 from pymla.cpu.machine.simd import address, load_f32, store_f32
 from pymla.cpu.matmul.matrices import add_scaled
 from pymla.cpu.memory import empty
 from pymla.cpu.runtime import threads
+from pymla.cpu.runtime.array_types import A3, F3
 from pymla.cpu.runtime.jit import helper, kernel
 from pymla.pages import PAGE
 

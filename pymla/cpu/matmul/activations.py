@@ -7,7 +7,6 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.array_types import F2, I1, I2, INT8_2, INT16_2
 from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.formats.legacy import abs_max
@@ -28,6 +27,7 @@ from pymla.cpu.machine.simd_panels import store_start4
 from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS, empty_columns
 from pymla.cpu.matmul.matrices import copy
 from pymla.cpu.memory import empty
+from pymla.cpu.runtime.array_types import F2, I1, I2, INT8_2, INT16_2
 from pymla.cpu.runtime.jit import Kernel, helper, kernel
 
 

@@ -3,7 +3,6 @@ for each head."""
 
 from numba import types
 
-from pymla.cpu.array_types import A3, F2, F3, I1, WEIGHTS_BYTES
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.formats.rows import dequantise_row_for
 from pymla.cpu.machine.simd import address, load_f32x32, store_f32x32
@@ -15,6 +14,7 @@ from pymla.cpu.matmul.gemv import dot_rows_for
 from pymla.cpu.matmul.matrices import MATRICES, row_at
 from pymla.cpu.matmul.unpacked import PAIR_ROWS, SCRATCH
 from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
+from pymla.cpu.runtime.array_types import A3, F2, F3, I1, WEIGHTS_BYTES
 from pymla.cpu.runtime.compiling import inlined
 from pymla.cpu.runtime.jit import helper, kernel, variants
 

@@ -59,8 +59,8 @@ from pymla.cuda.attention.tiles import (
 )
 from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import F32, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
-from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
 
 __all__ = ["absorbed", "absorbed_in_splits", "absorbed_kernel"]
 

@@ -31,8 +31,8 @@ from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, fetch_rows, need_mu
 from pymla.cuda.contract import check, need_any
 from pymla.cuda.machine import ptx
 from pymla.cuda.machine.ptx import valid_index
+from pymla.cuda.runtime.array_types import F32, I1, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
-from pymla.cuda.runtime.kinds import F32, I1, I32, I64, addresses
 
 __all__ = ["QUERIES", "expanded", "expanded_kernel", "flash", "tile_bytes"]
 

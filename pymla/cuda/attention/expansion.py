@@ -4,8 +4,8 @@ from numba import cuda
 
 from pymla.cuda.attention.tiles import THREADS
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import I64, STRIDED3, addresses
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import I64, STRIDED3, addresses
 
 
 @kernel(STRIDED3, STRIDED3, max_threads=THREADS)

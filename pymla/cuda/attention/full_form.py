@@ -27,8 +27,8 @@ from pymla.cuda.attention.steps import (
 )
 from pymla.cuda.attention.tiles import THREADS, TILE, factor_type, fetch_rows, need_multiples_of_16, variant_of
 from pymla.cuda.contract import check, need_pages
+from pymla.cuda.runtime.array_types import F32, I32, I64
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F32, I32, I64
 
 __all__ = ["full", "full_in_splits", "full_kernel"]
 

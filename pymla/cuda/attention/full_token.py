@@ -16,8 +16,8 @@ from pymla.cuda.attention.splits import boundary, shares_of
 from pymla.cuda.attention.steps import CACHE, PLACE, STEP, first_slot, seen_by, sequence_of
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, variant_of
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import F32, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
-from pymla.cuda.runtime.kinds import F32, I32, I64, addresses
 
 #: Sums of four rows.
 NO_SUMS = (ZERO,) * 4

@@ -29,8 +29,8 @@ from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, need_multiples_of_1
 from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.memory import empty
+from pymla.cuda.runtime.array_types import F3, F32, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, kernel, unrolled
-from pymla.cuda.runtime.kinds import F3, F32, I32, I64, addresses
 
 __all__ = ["absorbed_materialised", "exponential_kernels", "materialised_in_splits", "materialised_kernels"]
 

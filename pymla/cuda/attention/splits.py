@@ -15,9 +15,9 @@ from pymla.cuda.attention.steps import PLACE, STEP, seen_by
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS
 from pymla.cuda.machine import ptx
 from pymla.cuda.memory import DeviceArray, empty
+from pymla.cuda.runtime.array_types import I32, addresses
 from pymla.cuda.runtime.driver import multiprocessors
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import I32, addresses
 
 #: Tiles that are worth a block of their own, whose result has to be combined with others.
 LEAST_TILES = 4

@@ -12,8 +12,8 @@ from numba import types
 
 from pymla.cuda.machine.ptx import valid_index
 from pymla.cuda.memory import DeviceArray
+from pymla.cuda.runtime.array_types import I1, I2, I64
 from pymla.cuda.runtime.jit import device
-from pymla.cuda.runtime.kinds import I1, I2, I64
 from pymla.errors import PymlaError
 from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor

@@ -8,8 +8,8 @@ from pymla import ggml
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
 from pymla.cuda.attention.tiles import THREADS
 from pymla.cuda.machine.ptx import valid_index
+from pymla.cuda.runtime.array_types import I1, I32, STRIDED2, addresses
 from pymla.cuda.runtime.jit import kernel
-from pymla.cuda.runtime.kinds import I1, I32, STRIDED2, addresses
 from pymla.pages import PAGE
 
 #: ggml types of the rows that are stored, by their NumPy type.

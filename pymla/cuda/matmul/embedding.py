@@ -8,8 +8,8 @@ from pymla import ggml
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.machine.ptx import valid_index
 from pymla.cuda.matmul.operands import MATRICES, THREADS, row_address
+from pymla.cuda.runtime.array_types import F2, I1
 from pymla.cuda.runtime.jit import kernel
-from pymla.cuda.runtime.kinds import F2, I1
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from pymla.cuda.machine.ptx import global_address, store_f32
 from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE
 from pymla.cuda.matmul.gemm_tiles import tile_of
 from pymla.cuda.matmul.operands import INPUT, MATRICES, THREADS, input_row, row_address
+from pymla.cuda.runtime.array_types import F2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F2
 
 
 @functools.cache

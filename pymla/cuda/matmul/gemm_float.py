@@ -10,8 +10,8 @@ from pymla.cuda.formats import FLOATS
 from pymla.cuda.machine.ptx import WARP, fma, lane, load_f32, load_f32x4, load_shared_f32x4, shared_address
 from pymla.cuda.matmul.few_tokens import WARP_ROWS, WARP_TOKENS, store_few, store_few_rows
 from pymla.cuda.matmul.operands import INPUT, MATRICES, THREADS, WARPS, four_rows, input_row, row_address
+from pymla.cuda.runtime.array_types import F2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F2
 
 #: Rows, and tokens, of a block's tile.
 FLOAT_TILE = 64

@@ -9,8 +9,8 @@ from pymla.cuda.machine.ptx import WARP, global_address, lane, store_f32, warp_s
 from pymla.cuda.matmul.few_tokens import WARP_ROWS, WARP_TOKENS, store_few_rows
 from pymla.cuda.matmul.operands import INPUT, MATRICES, THREADS, WARPS, four_rows, input_row
 from pymla.cuda.matmul.rows import row_products
+from pymla.cuda.runtime.array_types import F2
 from pymla.cuda.runtime.jit import kernel
-from pymla.cuda.runtime.kinds import F2
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from pymla import ggml
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.machine.ptx import WARP, fma, lane, shfl_xor
 from pymla.cuda.matmul.operands import MATRICES, THREADS, WARPS, row_address
+from pymla.cuda.runtime.array_types import STRIDED3
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import STRIDED3
 
 
 @functools.cache

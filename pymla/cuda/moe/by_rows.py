@@ -17,8 +17,8 @@ from pymla.cuda.matmul.rows import row_products, row_sums
 from pymla.cuda.memory import empty
 from pymla.cuda.moe.swiglu import silu
 from pymla.cuda.quant import Activation
+from pymla.cuda.runtime.array_types import F2, I2
 from pymla.cuda.runtime.jit import device, kernel, unrolled
-from pymla.cuda.runtime.kinds import F2, I2
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 

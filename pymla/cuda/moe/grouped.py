@@ -19,8 +19,8 @@ from pymla.cuda.memory import empty
 from pymla.cuda.moe.by_rows import BOTH, routed_and_shared
 from pymla.cuda.moe.swiglu import multiply_gated
 from pymla.cuda.quant import Activation
+from pymla.cuda.runtime.array_types import F2, F3, I1, I2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F2, F3, I1, I2
 
 #: Pairs of a tile, which are its activations.
 PAIRS = NARROW

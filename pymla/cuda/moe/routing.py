@@ -5,8 +5,8 @@ from numba import cuda, types
 
 from pymla.constants import LOG2E
 from pymla.cuda.machine.ptx import WARP, ballot, div, exp2, lane, shfl_idx, syncwarp, warp_max, warp_sum
+from pymla.cuda.runtime.array_types import F1, F2, I2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F1, F2, I2
 
 _ZERO, _ONE, _INFINITY = np.float32(0), np.float32(1), np.float32(np.inf)
 

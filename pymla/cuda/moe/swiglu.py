@@ -6,8 +6,8 @@ from numba import cuda
 from pymla.constants import LOG2E
 from pymla.cuda.machine.ptx import div, exp2
 from pymla.cuda.matmul.operands import THREADS
+from pymla.cuda.runtime.array_types import F1
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F1
 
 _ONE = np.float32(1)
 

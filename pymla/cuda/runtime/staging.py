@@ -23,7 +23,7 @@ class _Staging:
     def __init__(self) -> None:
         device()
         address = call(api.cuMemHostAlloc, STAGING, 0)
-        self._memory = np.frombuffer((ctypes.c_uint8 * STAGING).from_address(int(address)), np.uint8)
+        self._memory = np.frombuffer(memoryview((ctypes.c_uint8 * STAGING).from_address(int(address))), np.uint8)
         self._sent = call(api.cuEventCreate, api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
 
     def send(self, part: np.ndarray, address: int) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 from numba import cuda, types
 
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import F2, I2, L2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F2, I2, L2
 from pymla.cuda.sampling.philox import philox
 from pymla.cuda.sampling.rows import INFINITY, LOG2E_F32, SEGMENT, THREADS, ZERO, block_sum, row_maximum, row_normaliser
 

@@ -4,8 +4,8 @@ import numpy as np
 from numba import cuda
 
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import F2, I2
 from pymla.cuda.runtime.jit import kernel
-from pymla.cuda.runtime.kinds import F2, I2
 from pymla.cuda.sampling.rows import INFINITY, SEGMENT, THREADS, row_maximum, row_normaliser
 
 

@@ -7,8 +7,8 @@ from numba import cuda
 
 from pymla.constants import LOG2E
 from pymla.cuda.machine import ptx
+from pymla.cuda.runtime.array_types import F2
 from pymla.cuda.runtime.jit import device, kernel
-from pymla.cuda.runtime.kinds import F2
 
 #: Logits that a warp summarises.
 SEGMENT = 128

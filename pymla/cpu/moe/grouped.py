@@ -3,9 +3,6 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import F2, I1
-from pymla.cpu.experts.activation import silu_mul
-from pymla.cpu.experts.routing import most_tokens
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.activations import INPUT
 from pymla.cpu.matmul.gemm import Buffers, product_for, take_rows
@@ -13,6 +10,9 @@ from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
 from pymla.cpu.matmul.matrices import MATRICES, add_scaled, row_at
 from pymla.cpu.matmul.unpacked import PAIR_ROWS, RESULT_BYTES, SCRATCH, PairOfRows, two_groups
 from pymla.cpu.memory import allocate, allocate_f32
+from pymla.cpu.moe.routing import most_tokens
+from pymla.cpu.moe.swiglu import silu_mul
+from pymla.cpu.runtime.array_types import F2, I1
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import helper, kernel, variants
 

@@ -23,12 +23,12 @@ import numpy as np
 
 from pymla.cpu import norm
 from pymla.cpu.contract import check
-from pymla.cpu.experts import panels, routing, rows
-from pymla.cpu.experts.activation import silu_mul_tokens
 from pymla.cpu.matmul.activations import Activation, consecutive, counting
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.matmul.unpacked import PAIR_ROWS
 from pymla.cpu.memory import empty
+from pymla.cpu.moe import by_rows, grouped, routing
+from pymla.cpu.moe.swiglu import silu_mul_tokens
 from pymla.cpu.quant import GEMV_TOKENS, matmul, matmul_kernels
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel
@@ -96,25 +96,25 @@ def experts(
     if by_panels[0]:
         x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
         items = (len(starts) - 1) * -(-routed[0].rows // LANES)
-        launch = panels.gate_up_panels(gate.qtype)[items, GROUPS_AT_ONCE]
+        launch = grouped.gate_up_panels(gate.qtype)[items, GROUPS_AT_ONCE]
         launch(*routed[:2], *others[:2], index, starts, x, hidden)
     else:
         items = min(routed[0].number, ids.size) * routed[0].rows
         _gate_up_rows(activation, gate.qtype, up.qtype, items, (*routed[:2], tokens, starts), hidden)
     y = Activation(hidden)
     if by_panels[1]:
-        launch = panels.down_panels(down.qtype)[-(-routed[2].rows // PAIR_ROWS)]
+        launch = grouped.down_panels(down.qtype)[-(-routed[2].rows // PAIR_ROWS)]
         x, index = y.panels(down.qtype), counting(len(pairs))
         launch(routed[2], others[2], pairs, index, starts, weights, x, add, out)
     else:
-        launch = rows.down_rows(down.qtype)[routed[2].rows]
+        launch = by_rows.down_rows(down.qtype)[routed[2].rows]
         launch(routed[2], pairs, starts, weights, y.rows(down.qtype), add, out)
     return out
 
 
 def _gate_up_rows(activation, gate, up, items, arguments, hidden):
-    """Launch `rows.gate_up_rows` for matrices of two types."""
-    rows.gate_up_rows(gate, up)[items](*arguments, activation.rows(gate), activation.rows(up), hidden)
+    """Launch `by_rows.gate_up_rows` for matrices of two types."""
+    by_rows.gate_up_rows(gate, up)[items](*arguments, activation.rows(gate), activation.rows(up), hidden)
 
 
 def _shared_experts(routed, shared):
@@ -149,7 +149,7 @@ def ffn(
         arguments = Matrices.of(gate), Matrices.of(up), tokens, starts
         _gate_up_rows(activation, gate.qtype, up.qtype, len(gate.data), arguments, hidden)
         y = Activation(hidden).rows(down.qtype)
-        rows.down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
+        by_rows.down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
         return out
     other = np.empty_like(hidden)
     matmul(gate, activation, hidden)
@@ -162,16 +162,16 @@ def ffn(
 
 def experts_kernels(gate: int, up: int, down: int) -> list[Kernel]:
     """The kernels that `router` and `experts` launch for matrices of these types."""
-    many = [panels.gate_up_panels(gate)] if gate == up and gate in QUANTISED else []
-    many += [panels.down_panels(down)] if down in QUANTISED else []
-    return [routing.router, routing.sort_pairs, rows.gate_up_rows(gate, up), rows.down_rows(down), *many]
+    many = [grouped.gate_up_panels(gate)] if gate == up and gate in QUANTISED else []
+    many += [grouped.down_panels(down)] if down in QUANTISED else []
+    return [routing.router, routing.sort_pairs, by_rows.gate_up_rows(gate, up), by_rows.down_rows(down), *many]
 
 
 def ffn_kernels(gate: int, up: int, down: int) -> list[Kernel]:
     """The kernels that `ffn` launches for matrices of these types."""
     return [
-        rows.gate_up_rows(gate, up),
-        rows.down_rows(down),
+        by_rows.gate_up_rows(gate, up),
+        by_rows.down_rows(down),
         silu_mul_tokens,
         *(each for qtype in (gate, up, down) for each in matmul_kernels(qtype)),
     ]

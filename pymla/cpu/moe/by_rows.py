@@ -3,14 +3,14 @@
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import F2, I1
-from pymla.cpu.experts.activation import silu_mul
-from pymla.cpu.experts.routing import next_expert
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.activations import INPUT, parts
 from pymla.cpu.matmul.gemv import dot_rows_for
 from pymla.cpu.matmul.kernels import rows_at_once
 from pymla.cpu.matmul.matrices import MATRICES, add_scaled, copy, row_at
+from pymla.cpu.moe.routing import next_expert
+from pymla.cpu.moe.swiglu import silu_mul
+from pymla.cpu.runtime.array_types import F2, I1
 from pymla.cpu.runtime.jit import kernel, variants
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pymla.cpu.array_types import F2, I1, I2, WEIGHTS_F1
+from pymla.cpu.runtime.array_types import F2, I1, I2, WEIGHTS_F1
 from pymla.cpu.runtime.jit import helper, kernel
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pymla.cpu.array_types import F2
 from pymla.cpu.machine.simd import add, address, div, exp, load_f32x8, mul, splat_f32, store_f32x8, sub
+from pymla.cpu.runtime.array_types import F2
 from pymla.cpu.runtime.jit import helper, kernel
 
 

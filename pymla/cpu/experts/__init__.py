@@ -1,1 +1,0 @@
-"""The kernels of `pymla.cpu.moe`: choosing experts, and their products with few tokens (gemv) and with many (gemm)."""
