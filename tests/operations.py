@@ -6,11 +6,11 @@ import numpy as np
 
 from pymla import ggml
 from pymla.pages import CACHE_TYPES, PAGE, Step
-from pymla.reference.quant import quantise
+from pymla.reference.quant import QUANTISERS, quantise
 from pymla.tensor import QTensor
 
 #: Types of matrices that can be made here.
-MATRIX_TYPES = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q4_0, ggml.Q4_1, ggml.Q8_0)
+MATRIX_TYPES = tuple(map(ggml.ID.get, QUANTISERS))
 
 
 def tensor(rng, qtype, *shape):

@@ -59,7 +59,7 @@ def test_matmul_at_extreme_codes(qtype, byte):
     an eight, a four and one by itself."""
     count = 13 if ggml.BLOCK_SIZE[qtype] == 32 else 2
     block = np.full((3, count, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
-    for at in {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}[qtype]:
+    for at in ggml.TYPES[qtype].halves:
         block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
     w = QTensor(qtype, block.reshape(3, -1))
     size = count * ggml.BLOCK_SIZE[qtype]

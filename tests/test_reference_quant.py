@@ -15,8 +15,7 @@ def random_blocks(qtype, rows, columns, seed=0):
     if qtype in (ggml.F32, ggml.F16, ggml.BF16):
         return quant.quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
     blocks = rng.integers(0, 256, (rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]), dtype=np.uint8)
-    halves = {ggml.Q4_0: (0,), ggml.Q4_1: (0, 2), ggml.Q8_0: (0,), ggml.Q6_K: (208,)}[qtype]
-    for at in halves:
+    for at in ggml.TYPES[qtype].halves:
         scale = rng.standard_normal(blocks.shape[:2]).astype(np.float16)
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from pymla import ggml
 from pymla.files import values
 from pymla.files.gguf_reader import TensorInfo
-from pymla.reference.quant import dequantise, quantise
+from pymla.reference.quant import QUANTISERS, dequantise, quantise
 
 #: Columns of a tensor: some blocks of every type.
 COLUMNS = 1024
-#: Where a block has the float16 or float32 that all its weights hang on.
-SCALES = {ggml.F32: 0, ggml.F16: 0, ggml.BF16: 0, ggml.Q4_0: 0, ggml.Q4_1: 0, ggml.Q8_0: 0, ggml.Q6_K: 208}
-CODES = {ggml.Q4_0: slice(2, 18), ggml.Q4_1: slice(4, 20), ggml.Q8_0: slice(2, 34), ggml.Q6_K: slice(192)}
+#: The byte of a block at which the float16 or float32 begins that all its weights are multiples of.
+SCALES = {qtype: row.halves[0] if row.halves else 0 for qtype, row in ggml.TYPES.items()}
 NAN = {ggml.F32: "00 00 c0 7f", ggml.BF16: "c0 7f"}
 INFINITY = {ggml.F32: "00 00 80 ff", ggml.BF16: "80 ff"}
 types = pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
@@ -30,6 +29,13 @@ def tensor(qtype, *shape):
     if qtype not in ggml.QUANTISED:
         data = np.maximum(data, 1)
     return TensorInfo("t", qtype, shape, data, Path("t.gguf"))
+
+
+def codes_of(qtype):
+    """Numbers of the bytes of a block that hold codes: all but its scales and minima. Float types have none."""
+    row = ggml.TYPES[qtype]
+    scales = [byte for half in row.halves for byte in (half, half + 1)] + list(range(*(row.int8_scales or (0, 0))))
+    return [byte for byte in range(ggml.BLOCK_BYTES[qtype]) if byte not in scales] if row.is_quantised else []
 
 
 def holding(qtype, nan, infinite):
@@ -90,8 +96,8 @@ def test_zero_with_either_sign(qtype):
     size, at = ggml.BLOCK_BYTES[qtype], SCALES[qtype]
     sign = {ggml.F32: [0, 0, 0, 0x80]}.get(qtype, [0, 0x80])
     info.data.reshape(-1, size)[:, at : at + len(sign)] = sign
-    if qtype == ggml.Q4_1:
-        info.data.reshape(-1, size)[:, 2:4] = sign
+    for half in ggml.TYPES[qtype].halves:
+        info.data.reshape(-1, size)[:, half : half + 2] = sign
     assert not by_block(info).any()
     assert values.scan(info).is_zero
     assert values.may_have_hole(info)
@@ -112,7 +118,7 @@ def test_zeros_are_those_of_the_weights(qtype, holes, chunk, start):
         at = start.randrange(info.data.size)
         info.data[at : at + length] = 0
     coded = info._replace(data=info.data.copy())
-    coded.data.reshape(-1, ggml.BLOCK_BYTES[qtype])[:, CODES.get(qtype, slice(0))] = 0x11
+    coded.data.reshape(-1, ggml.BLOCK_BYTES[qtype])[:, codes_of(qtype)] = 0x11
     zero = ~by_block(coded).any(axis=1)
     empty = ~info.data.reshape(len(zero), -1).any(axis=1)
     edges = np.flatnonzero(np.diff(empty, prepend=False, append=False)).reshape(-1, 2)
@@ -158,9 +164,10 @@ def test_whole_rows_may_be_zero(qtype, first, stop):
 @pytest.mark.parametrize("value", [1e-9, 1e-12, 0.0])
 def test_weights_that_are_too_small_for_their_type(qtype, value):
     """Those of tokens that never occurred: zero in float16, from anywhere in one row to anywhere in another."""
-    if qtype == ggml.Q6_K:  # has no quantiser here; the scale of such a block is zero, and its codes are not
-        small = tensor(qtype, 1, COLUMNS).data.reshape(-1, 210)
-        small[:, 208:] = 0
+    if ggml.NAME[qtype] not in QUANTISERS:  # the scale of such a block is zero, and its codes are not
+        small = tensor(qtype, 1, COLUMNS).data.reshape(-1, ggml.BLOCK_BYTES[qtype])
+        for half in ggml.TYPES[qtype].halves:
+            small[:, half : half + 2] = 0
     else:
         x = np.full((1, COLUMNS), value, np.float32) * np.where(np.arange(COLUMNS) % 3, 1, -1)
         small = quantise(x, qtype).reshape(-1, ggml.BLOCK_BYTES[qtype])

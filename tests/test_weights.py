@@ -229,9 +229,8 @@ def test_tensors_of_another_shape(written):
 
 def test_tensors_of_another_type(written):
     file, config = written()
-    q5_0 = 6
     for name, qtype, words in (
-        ("blk.1.attn_output.weight", q5_0, r"has type Q5_0, which pymla does not run; it runs F32, .*Q6_K"),
+        ("blk.1.attn_output.weight", ggml.ID["I32"], r"has type I32, which pymla does not run; it runs F32, .*Q6_K"),
         ("blk.1.ffn_norm.weight", ggml.F16, "has type F16, expected F32"),
     ):
         info = file.tensors[name]

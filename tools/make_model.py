@@ -25,17 +25,9 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.reference.quant import dequantise, quantise
 
 LAYOUTS = ("kv_b", "split", "all")
-QTYPES = (ggml.Q4_0, ggml.Q4_1, ggml.Q8_0, ggml.Q6_K, ggml.F16, ggml.BF16, ggml.F32)
+QTYPES = ggml.SUPPORTED
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
-FILE_TYPES = {
-    ggml.F32: LlamaFileType.ALL_F32,
-    ggml.F16: LlamaFileType.MOSTLY_F16,
-    ggml.BF16: LlamaFileType.MOSTLY_BF16,
-    ggml.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-    ggml.Q4_1: LlamaFileType.MOSTLY_Q4_1,
-    ggml.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-    ggml.Q6_K: LlamaFileType.MOSTLY_Q6_K,
-}
+FILE_TYPES = {t: LlamaFileType["ALL_F32" if t == ggml.F32 else f"MOSTLY_{ggml.NAME[t]}"] for t in QTYPES}
 CHUNK_BYTES = 8 << 20
 
 
@@ -609,18 +601,15 @@ def _scales(size, signed):
 # amplifies far above the others; scales of random sign cancel it, and real files have scales of both signs too.
 
 
-def _blocks_q4_0(bits, count, qtype, std):
-    blocks = _raw(bits, count, 18)
-    d = _scales(std / np.sqrt(21.5), signed=True)[blocks[:, 0]]  # 21.5: mean square of -8..7
-    blocks[:, :2] = d[:, None].view(np.uint8)
-    return blocks
-
-
-def _blocks_q4_1(bits, count, qtype, std):
-    blocks = _raw(bits, count, 20)
-    d = _scales(std / np.sqrt(21.25), signed=False)[blocks[:, 0]]  # 21.25: variance of 0..15
-    m = (d.astype(np.float32) * np.float32(-7.5)).astype(np.float16)
-    blocks[:, :4] = np.stack([d, m], axis=1).view(np.uint8)
+def _blocks(bits, count, qtype, std, mean_square, minimum=None):
+    """Blocks of uniform codes of a mean square, or of a variance where each block has a minimum in units of its
+    scale."""
+    blocks = _raw(bits, count, ggml.BLOCK_BYTES[qtype])
+    d = _scales(std / np.sqrt(mean_square), signed=minimum is None)[blocks[:, 0]]
+    halves = [d]
+    if minimum is not None:
+        halves.append((d.astype(np.float32) * np.float32(minimum)).astype(np.float16))
+    blocks[:, : 2 * len(halves)] = np.stack(halves, axis=1).view(np.uint8)
     return blocks
 
 
@@ -648,8 +637,8 @@ _FILL = {
     ggml.F32: _floats,
     ggml.F16: _floats,
     ggml.BF16: _floats,
-    ggml.Q4_0: _blocks_q4_0,
-    ggml.Q4_1: _blocks_q4_1,
+    ggml.Q4_0: functools.partial(_blocks, mean_square=21.5),  # of -8..7
+    ggml.Q4_1: functools.partial(_blocks, mean_square=21.25, minimum=-7.5),  # the variance of 0..15
     ggml.Q8_0: _blocks_q8_0,
     ggml.Q6_K: _blocks_q6_k,
 }

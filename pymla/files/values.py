@@ -11,6 +11,7 @@ weights are zero throughout, or if a run of zero bytes, `HOLE_BYTES` in whole bl
 inside a block.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ CHUNK_BYTES = 4 << 20
 class _Scales(NamedTuple):
     """Where a block has its float numbers, as unsigned integers of their size."""
 
-    first: int  # byte of the first one
+    first: int  # byte of the first one; the others follow
     numbers: int
     dtype: str
     magnitude: int  # mask without the sign
@@ -44,12 +45,8 @@ _SCALES = {
     ggml.F32: _Scales(0, 1, "<u4", 0x7FFFFFFF, 0x7F800000),
     ggml.F16: _Scales(0, 1, *_FLOAT16),
     ggml.BF16: _Scales(0, 1, "<u2", 0x7FFF, 0x7F80),
-    ggml.Q4_0: _Scales(0, 1, *_FLOAT16),
-    ggml.Q4_1: _Scales(0, 2, *_FLOAT16),  # scale and minimum
-    ggml.Q8_0: _Scales(0, 1, *_FLOAT16),
-    ggml.Q6_K: _Scales(208, 1, *_FLOAT16),
+    **{t: _Scales(ggml.TYPES[t].halves[0], len(ggml.TYPES[t].halves), *_FLOAT16) for t in ggml.QUANTISED},
 }
-_Q6_K_SCALES = slice(192, 208)  # 16 int8, which the float16 behind them multiplies
 
 
 class Scan(NamedTuple):
@@ -148,9 +145,10 @@ def _magnitudes(data: np.ndarray, qtype: int) -> np.ndarray:
 def _zero_blocks(data: np.ndarray, magnitudes: np.ndarray, qtype: int) -> np.ndarray:
     """Which blocks are zero throughout: bool (n,)."""
     zero = (magnitudes == 0).all(axis=1) if magnitudes.shape[1] > 1 else magnitudes[:, 0] == 0
-    if qtype == ggml.Q6_K:
-        low, high = data[:, _Q6_K_SCALES].view("<u8").T
-        zero |= (low | high) == 0
+    int8_scales = ggml.TYPES[qtype].int8_scales
+    if int8_scales:
+        words = data[:, slice(*int8_scales)].view("<u8").T
+        zero |= functools.reduce(np.bitwise_or, words) == 0
     return zero
 
 

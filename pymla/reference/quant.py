@@ -1,14 +1,14 @@
-"""Quantised matrices: ggml blocks to numbers and back, and the products taken with them.
-
-Block layouts follow ``ggml-common.h`` and ``ggml-quants.c`` of llama.cpp; gguf-py's ``quants.py`` is the oracle of the
-tests: `dequantise` is bit-exact against it for every type, `quantise` byte-exact.
-"""
+"""Quantised matrices: ggml blocks to numbers and back, and the products taken with them."""
 
 import numpy as np
 
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.reference.contract import check
+from pymla.reference.formats import FORMATS
+
+#: Names of the types that `quantise` writes.
+QUANTISERS = tuple(ggml.NAME[qtype] for qtype, each in FORMATS.items() if each.quantise is not None)
 
 
 class Activation:
@@ -107,7 +107,7 @@ def embedding_rows(w, tokens, out):
     return out
 
 
-def dequantise(data, qtype):
+def dequantise(data: np.ndarray, qtype: int) -> np.ndarray:
     """Weights of ggml blocks as float32.
 
     Parameters
@@ -121,26 +121,20 @@ def dequantise(data, qtype):
     -------
     float32 array (..., K)
     """
-    shape = data.shape[:-1]
-    if qtype == ggml.F32:
-        return np.ascontiguousarray(data).view(np.float32)
-    if qtype == ggml.F16:
-        return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
-    if qtype == ggml.BF16:
-        return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    columns = data.shape[-1] // ggml.BLOCK_BYTES[qtype] * ggml.BLOCK_SIZE[qtype]
     blocks = np.ascontiguousarray(data).reshape(-1, ggml.BLOCK_BYTES[qtype])
-    return _DEQUANTISE[qtype](blocks).reshape(*shape, -1)
+    return FORMATS[qtype].dequantise(blocks).reshape(*data.shape[:-1], columns)
 
 
-def quantise(x, qtype):
+def quantise(x: np.ndarray, qtype: int) -> np.ndarray:
     """Float weights as ggml blocks.
 
     Parameters
     ----------
-    x : float32 array (..., K)
+    x : float array (..., K)
         K is a multiple of the type's block.
     qtype : int
-        F32, F16, BF16, Q4_0, Q4_1 or Q8_0.
+        A type whose name is one of `QUANTISERS`.
 
     Returns
     -------
@@ -153,99 +147,7 @@ def quantise(x, qtype):
     """
     x = np.ascontiguousarray(x, np.float32)
     width = ggml.row_bytes(qtype, x.shape[-1])
-    if qtype == ggml.F32:
-        return x.view(np.uint8)
-    if qtype == ggml.F16:
-        return x.astype(np.float16).view(np.uint8)
-    if qtype == ggml.BF16:
-        return _to_bf16(x).view(np.uint8)
-    if qtype not in _QUANTISE:
+    convert = FORMATS[qtype].quantise if qtype in FORMATS else None
+    if convert is None:
         raise PymlaError(f"weights cannot be quantised to {ggml.NAME[qtype]}; choose {', '.join(QUANTISERS)}")
-    return _QUANTISE[qtype](x.reshape(-1, ggml.BLOCK_SIZE[qtype])).reshape(*x.shape[:-1], width)
-
-
-def _half(column):
-    """A two-byte column (n, 2) as float32 (n, 1)."""
-    return np.ascontiguousarray(column).view(np.float16).astype(np.float32)
-
-
-def _nibbles(qs):
-    """Codes of 4 bits: the low halves of the bytes come first, then the high halves."""
-    return np.concatenate([qs & 15, qs >> 4], axis=-1)
-
-
-def _dequantise_q4_0(blocks):
-    return _half(blocks[:, :2]) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
-
-
-def _dequantise_q4_1(blocks):
-    return _half(blocks[:, :2]) * _nibbles(blocks[:, 4:]).astype(np.float32) + _half(blocks[:, 2:4])
-
-
-def _dequantise_q8_0(blocks):
-    return _half(blocks[:, :2]) * blocks[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _dequantise_q6_k(blocks):
-    low, high, scales, d = np.split(blocks, [128, 192, 208], axis=-1)
-    low, high = low.reshape(-1, 2, 1, 2, 32), high.reshape(-1, 2, 1, 32)
-    # A half of 128 weights has 64 bytes of low nibbles and 32 bytes that hold four times the two high bits.
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
-    high = np.concatenate([high >> s & 3 for s in (0, 2, 4, 6)], axis=2)
-    codes = (low | high << 4).astype(np.float32).reshape(-1, 16, 16) - 32
-    scale = _half(d) * scales.view(np.int8).astype(np.float32)
-    return (scale[..., None] * codes).reshape(len(blocks), 256)
-
-
-_DEQUANTISE = {
-    ggml.Q4_0: _dequantise_q4_0,
-    ggml.Q4_1: _dequantise_q4_1,
-    ggml.Q8_0: _dequantise_q8_0,
-    ggml.Q6_K: _dequantise_q6_k,
-}
-
-
-def _to_bf16(x):
-    bits = x.view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(nan, bits >> 16 | 64, rounded).astype(np.uint16)
-
-
-def _inverse(d):
-    with np.errstate(divide="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d).astype(np.float32)
-
-
-def _pack_nibbles(codes):
-    return codes[:, :16] | codes[:, 16:] << 4
-
-
-def _quantise_q4_0(blocks):
-    # The value of largest magnitude keeps its sign and becomes code 0, that is -8.
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[:, None], axis=-1)
-    d = extreme / np.float32(-8)
-    codes = np.trunc(blocks * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    return np.concatenate([d.astype(np.float16).view(np.uint8), _pack_nibbles(codes)], axis=-1)
-
-
-def _quantise_q4_1(blocks):
-    low = blocks.min(-1, keepdims=True)
-    d = (blocks.max(-1, keepdims=True) - low) / np.float32(15)
-    codes = np.trunc((blocks - low) * _inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
-    halves = [v.astype(np.float16).view(np.uint8) for v in (d, low)]
-    return np.concatenate([*halves, _pack_nibbles(codes)], axis=-1)
-
-
-def _quantise_q8_0(blocks):
-    d = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
-    scaled = blocks * _inverse(d)
-    # ggml rounds halves away from zero (roundf), NumPy to even.
-    codes = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))
-    return np.concatenate([d.astype(np.float16).view(np.uint8), codes.astype(np.int8).view(np.uint8)], axis=-1)
-
-
-_QUANTISE = {ggml.Q4_0: _quantise_q4_0, ggml.Q4_1: _quantise_q4_1, ggml.Q8_0: _quantise_q8_0}
-
-#: Names of the types that `quantise` writes.
-QUANTISERS = tuple(ggml.NAME[t] for t in (ggml.F32, ggml.F16, ggml.BF16, *_QUANTISE))
+    return convert(x.reshape(-1, ggml.BLOCK_SIZE[qtype])).reshape(*x.shape[:-1], width)
