@@ -1,7 +1,8 @@
-"""Types of tensors: block sizes of every ggml type, and a table of the types that pymla runs.
+"""Types of tensors: block sizes of every type that is known, and a table of the types that pymla runs.
 
-Block sizes come from the gguf package (``gguf.constants.GGML_QUANT_SIZES``), so that they have one definition. A type
-is added by a row of `TYPES`, its functions in the ``formats`` folder of each backend, and a row of test cases.
+Block sizes of ggml's types come from the gguf package (``gguf.constants.GGML_QUANT_SIZES``), so that they have one
+definition; those that older versions of it lack stand here, those of ik_llama.cpp in `pymla.ik_types`. A type is run
+once it has a row of `TYPES`, functions in the ``formats`` folder of each backend, and a row of test cases.
 """
 
 from typing import NamedTuple
@@ -9,11 +10,28 @@ from typing import NamedTuple
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pymla.errors import PymlaError
+from pymla.ik_types import IK_TYPES
 
-NAME = {int(t): t.name for t in GGMLQuantizationType}
+#: Types of ggml that came after gguf 0.17: name, weights and bytes of a block.
+_NEWER = {39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18)}
+_SIZES = (
+    {t: sizes for t, (_, *sizes) in _NEWER.items()}
+    | {int(t): list(sizes) for t, sizes in GGML_QUANT_SIZES.items()}
+    | {t.qtype: [t.block_size, t.block_bytes] for t in IK_TYPES}
+)
+
+NAME: dict[int, str] = (
+    {t: name for t, (name, *_) in _NEWER.items()}
+    | {int(t): t.name for t in GGMLQuantizationType}
+    | {t.qtype: t.name for t in IK_TYPES}
+)
 ID = {name: qtype for qtype, name in NAME.items()}
-BLOCK_SIZE = {int(t): size for t, (size, _) in GGML_QUANT_SIZES.items()}
-BLOCK_BYTES = {int(t): nbytes for t, (_, nbytes) in GGML_QUANT_SIZES.items()}
+BLOCK_SIZE = {qtype: size for qtype, (size, _) in _SIZES.items()}
+BLOCK_BYTES = {qtype: nbytes for qtype, (_, nbytes) in _SIZES.items()}
+#: Bytes in front of a row's blocks.
+ROW_HEADER = dict.fromkeys(NAME, 0) | {t.qtype: t.row_header for t in IK_TYPES}
+#: Rows whose blocks lie together: 1 but for types whose name ends in _R4, _R8 or _R16.
+ROWS_TOGETHER = dict.fromkeys(NAME, 1) | {t.qtype: t.rows for t in IK_TYPES}
 
 
 class Type(NamedTuple):
@@ -47,7 +65,7 @@ QUANTISED = tuple(qtype for qtype, row in TYPES.items() if row.is_quantised)
 
 
 def row_bytes(qtype: int, columns: int) -> int:
-    """Bytes of a row of `columns` weights.
+    """Bytes of a row of `columns` weights, its header included.
 
     Raises
     ------
@@ -56,4 +74,4 @@ def row_bytes(qtype: int, columns: int) -> int:
     """
     if columns % BLOCK_SIZE[qtype]:
         raise PymlaError(f"{columns} columns are no multiple of {NAME[qtype]}'s block of {BLOCK_SIZE[qtype]}")
-    return columns // BLOCK_SIZE[qtype] * BLOCK_BYTES[qtype]
+    return ROW_HEADER[qtype] + columns // BLOCK_SIZE[qtype] * BLOCK_BYTES[qtype]

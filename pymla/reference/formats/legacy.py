@@ -54,6 +54,19 @@ def _quantise_q4_1(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), half_bytes(m), _pack_nibbles(codes)], axis=-1)
 
 
+def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Codes of 5 bits, (n, 32), of the 32 bits above (n, 4) and of the nibbles' bytes (n, 16)."""
+    return _nibbles(low) | np.unpackbits(high, axis=-1, bitorder="little") << 4
+
+
+def _dequantise_q5_0(blocks: np.ndarray) -> np.ndarray:
+    return load_half(blocks, 0) * (_five_bits(blocks[:, 2:6], blocks[:, 6:]).astype(np.float32) - 16)
+
+
+def _dequantise_q5_1(blocks: np.ndarray) -> np.ndarray:
+    return load_half(blocks, 0) * _five_bits(blocks[:, 4:8], blocks[:, 8:]).astype(np.float32) + load_half(blocks, 2)
+
+
 def _dequantise_q8_0(blocks: np.ndarray) -> np.ndarray:
     return load_half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
@@ -68,4 +81,6 @@ def _quantise_q8_0(weights: np.ndarray) -> np.ndarray:
 
 Q4_0 = Format(_dequantise_q4_0, _quantise_q4_0)
 Q4_1 = Format(_dequantise_q4_1, _quantise_q4_1)
+Q5_0 = Format(_dequantise_q5_0)
+Q5_1 = Format(_dequantise_q5_1)
 Q8_0 = Format(_dequantise_q8_0, _quantise_q8_0)
