@@ -5,33 +5,34 @@ definition; those that older versions of it lack stand here, those of ik_llama.c
 once it has a row of `TYPES`, functions in the ``formats`` folder of each backend, and a row of test cases.
 """
 
+import math
 from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pymla.errors import PymlaError
-from pymla.ik_types import IK_TYPES
+from pymla.ik_types import IK_LAYOUTS, Layout
 
-#: Types of ggml that came after gguf 0.17: name, weights and bytes of a block.
-_NEWER = {39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18)}
-_SIZES = (
-    {t: sizes for t, (_, *sizes) in _NEWER.items()}
-    | {int(t): list(sizes) for t, sizes in GGML_QUANT_SIZES.items()}
-    | {t.qtype: [t.block_size, t.block_bytes] for t in IK_TYPES}
+_NEWER_THAN_GGUF_0_17 = (
+    Layout(39, "MXFP4", 32, 17),
+    Layout(40, "NVFP4", 64, 36),
+    Layout(41, "Q1_0", 128, 18),
+    Layout(42, "Q2_0", 64, 18),
+)
+_LAYOUTS = (
+    *_NEWER_THAN_GGUF_0_17,
+    *(Layout(int(t), t.name, *GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType),
+    *IK_LAYOUTS,
 )
 
-NAME: dict[int, str] = (
-    {t: name for t, (name, *_) in _NEWER.items()}
-    | {int(t): t.name for t in GGMLQuantizationType}
-    | {t.qtype: t.name for t in IK_TYPES}
-)
+NAME = {each.qtype: each.name for each in _LAYOUTS}
 ID = {name: qtype for qtype, name in NAME.items()}
-BLOCK_SIZE = {qtype: size for qtype, (size, _) in _SIZES.items()}
-BLOCK_BYTES = {qtype: nbytes for qtype, (_, nbytes) in _SIZES.items()}
+BLOCK_SIZE = {each.qtype: each.block_size for each in _LAYOUTS}
+BLOCK_BYTES = {each.qtype: each.block_bytes for each in _LAYOUTS}
 #: Bytes in front of a row's blocks.
-ROW_HEADER = dict.fromkeys(NAME, 0) | {t.qtype: t.row_header for t in IK_TYPES}
-#: Rows whose blocks lie together: 1 but for types whose name ends in _R4, _R8 or _R16.
-ROWS_TOGETHER = dict.fromkeys(NAME, 1) | {t.qtype: t.rows for t in IK_TYPES}
+ROW_HEADER = {each.qtype: each.row_header for each in _LAYOUTS}
+#: Rows whose blocks lie together: more than 1 in types whose name ends in _R4, _R8 or _R16.
+ROWS_TOGETHER = {each.qtype: each.rows_together for each in _LAYOUTS}
 
 
 class Type(NamedTuple):
@@ -75,3 +76,17 @@ def row_bytes(qtype: int, columns: int) -> int:
     if columns % BLOCK_SIZE[qtype]:
         raise PymlaError(f"{columns} columns are no multiple of {NAME[qtype]}'s block of {BLOCK_SIZE[qtype]}")
     return ROW_HEADER[qtype] + columns // BLOCK_SIZE[qtype] * BLOCK_BYTES[qtype]
+
+
+def tensor_bytes(qtype: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor whose rows have ``shape[-1]`` weights.
+
+    Raises
+    ------
+    PymlaError
+        Columns are no multiple of the type's block, or rows no multiple of those that lie together.
+    """
+    together, rows = ROWS_TOGETHER[qtype], shape[-2] if len(shape) > 1 else 1
+    if rows % together:
+        raise PymlaError(f"{rows} rows are no multiple of the {together} that lie together in {NAME[qtype]}")
+    return row_bytes(qtype, shape[-1]) * math.prod(shape[:-1])

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from pymla import ggml
-from pymla.ik_types import IK_TYPES
+from pymla.ik_types import IK_LAYOUTS
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 BLOCKS = 2
 #: Types of llama.cpp that gguf-py names and cannot read.
 LLAMA_TYPES = ("Q1_0", "Q2_0", "NVFP4")
-#: Interleaved types that ik_llama.cpp writes and cannot read: it has no function for BF16_R16, and that of MXFP4_R8 goes
-#: past the ends of its arrays. Their weights are those of the plain type.
+#: Interleaved types that ik_llama.cpp writes and cannot read: it has no function for BF16_R16, and that of MXFP4_R8
+#: goes past the ends of its arrays. Their weights are those of the plain type.
 PLAIN = {"BF16_R16": "BF16", "MXFP4_R8": "MXFP4"}
 SEED = 24
 
@@ -90,7 +90,7 @@ def blocks_of(program: str, qtype: int, rng: np.random.Generator) -> dict[str, n
 def main(ik_program: str, llama_program: str, ik_commit: str, llama_version: str) -> None:
     rng = np.random.default_rng(SEED)
     golden = {}
-    for each in IK_TYPES:
+    for each in IK_LAYOUTS:
         golden |= blocks_of(ik_program, each.qtype, rng)
     for name in LLAMA_TYPES:
         golden |= blocks_of(llama_program, ggml.ID[name], rng)

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import itertools
-import math
 import mmap
 import os
 import re
@@ -465,7 +464,7 @@ class _Part:
             self._fail(f"tensor {name} has a dimension of size 0: {dims}")
         qtype = self._u32()
         if qtype not in ggml.NAME:
-            self._fail(f"tensor {name} has the unknown type {qtype}; pymla reads ggml's own types only")
+            self._fail(f"tensor {name} has the unknown type {qtype}; pymla knows those of ggml and ik_llama.cpp")
         return name, tuple(reversed(dims)), qtype, self._u64()
 
     def _views(self, infos) -> list[TensorInfo]:
@@ -483,7 +482,7 @@ class _Part:
             if offset % alignment:
                 self._fail(f"tensor {name} lies at offset {offset}, which is no multiple of {alignment}")
             try:
-                nbytes = ggml.row_bytes(qtype, shape[-1]) * math.prod(shape[:-1])
+                nbytes = ggml.tensor_bytes(qtype, shape)
             except PymlaError as error:
                 self._fail(f"tensor {name}: {error}")
             start = data_start + offset

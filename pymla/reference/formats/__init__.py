@@ -1,8 +1,8 @@
 """Types of tensors in NumPy: a module for a family of types, and the table of all.
 
 Block layouts follow ``ggml-common.h`` and ``ggml-quants.c`` of llama.cpp; gguf-py's ``quants.py`` is the oracle of the
-tests: `Format.dequantise` is bit-exact against it, `Format.quantise` byte-exact. Types of ik_llama.cpp are compared with
-blocks that it dequantised itself.
+tests: `Format.dequantise` is bit-exact against it, `Format.quantise` byte-exact. Types of ik_llama.cpp are compared
+with blocks that it dequantised itself.
 
 In some of its types a row begins with a header, `ggml.ROW_HEADER` bytes. A `Format` then takes blocks each of which has
 the header of its row in front.

@@ -1,12 +1,12 @@
 """Row-interleaved types of ik_llama.cpp: blocks of 4, 8 or 16 rows lie together, their bytes mixed.
 
-A block of so many rows holds the bits of as many blocks of a plain type, in another order. `Interleaved.split` puts them
-back: nothing is rounded, and the size stays the same. Row headers need no function: those of a group of rows come
+A block of so many rows holds the bits of as many blocks of a plain type, in another order. `Interleaved.split` puts
+them back: nothing is rounded, and the size stays the same. Row headers need no function: those of a group of rows come
 first, one after the other, and then the group's blocks. Layouts follow ``ggml-common.h`` and ``iqk_quantize.cpp`` of
 ik_llama.cpp, commit 8337e4cd.
 
-Four bytes with the same place of four neighbouring weights, `quad` here, stay together in all types: quads of the rows
-follow each other.
+In most types the unit that is interleaved is a quad: four bytes, whose fields with the same shift belong to four
+neighbouring weights. A quad of the first row comes first, then one of the second row, and so on.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla.reference.formats import floats, ik_bitnet, ik_quants, iq_quants, k_quants, legacy, small_floats
-from pymla.reference.formats.bits import blockwise, fields, load, pack_fields, pack_planes, planes
+from pymla.reference.formats.bits import blockwise, fields, load, pack_fields, pack_planes
 from pymla.reference.formats.format import Format, load_half
 
 
@@ -56,7 +56,7 @@ def _row(rows: int = 4) -> np.ndarray:
 
 def _bits(number: np.ndarray, *which: int) -> np.ndarray:
     """An integer of bits of another one; the lowest is named first."""
-    return sum((number >> bit & 1) << i for i, bit in enumerate(which))
+    return np.bitwise_or.reduce([(number >> bit & 1) << i for i, bit in enumerate(which)])
 
 
 def _quads(first: int, rows: int, quad: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Types of ik_llama.cpp: nonlinear levels in two variants, of which a bit for every small block chooses one.
 
-The second variant of a table is the first one moved up a little. In the types whose name ends in S or L, and in Q8_KV, a
-row begins with a header, its float or half; here the header stands before every block. Layouts and tables follow
+The second variant of a table is the first one moved up a little. In the types whose name ends in S or L, and in Q8_KV,
+a row begins with its scale, a float or a half, which here stands before every block. Layouts and tables follow
 ``ggml-common.h`` and ``iqk_quantize.cpp`` of ik_llama.cpp, commit 8337e4cd.
 """
 
@@ -13,15 +13,19 @@ from pymla.reference.formats.iq_quants import IQ4_VALUES
 
 _IQ3_VALUES = np.array([-63, -40, -23, -10, 1, 13, 28, 47], np.int8)
 _IQ5_VALUES = np.array(
-    [-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6]
-    + [-1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121],
+    [
+        *(-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6),
+        *(-1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121),
+    ],
     np.int8,
 )
 _IQ6_VALUES = np.array(
-    [-127, -121, -115, -109, -104, -98, -93, -88, -84, -79, -74, -70, -66, -62, -58, -54]
-    + [-51, -47, -44, -40, -37, -34, -31, -28, -25, -22, -19, -16, -13, -11, -8, -5]
-    + [-2, 0, 3, 6, 9, 12, 14, 17, 20, 23, 27, 30, 33, 36, 40, 44]
-    + [47, 51, 55, 59, 63, 68, 72, 77, 82, 87, 92, 98, 103, 109, 115, 121],
+    [
+        *(-127, -121, -115, -109, -104, -98, -93, -88, -84, -79, -74, -70, -66, -62, -58, -54),
+        *(-51, -47, -44, -40, -37, -34, -31, -28, -25, -22, -19, -16, -13, -11, -8, -5),
+        *(-2, 0, 3, 6, 9, 12, 14, 17, 20, 23, 27, 30, 33, 36, 40, 44),
+        *(47, 51, 55, 59, 63, 68, 72, 77, 82, 87, 92, 98, 103, 109, 115, 121),
+    ],
     np.int8,
 )
 

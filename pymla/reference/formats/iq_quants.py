@@ -1,8 +1,9 @@
 """IQ types: codes that are looked up in a table, one by one or eight or four at once.
 
 A vector type holds indices of a codebook whose entries are the magnitudes of eight (IQ2) or four (IQ3) neighbouring
-weights, and their signs. A sign is a bit of its own, or one of seven: the eighth then makes their number even. IQ1 holds
-indices of vectors of -1, 0 and 1, which are shifted by an eighth up or down. Codebooks come from the gguf package.
+weights, and their signs. Eight signs are eight bits, or seven: the last sign then makes the number of negative ones
+even. IQ1 holds indices of vectors of -1, 0 and 1, which are shifted by an eighth up or down. Codebooks come from the
+gguf package.
 """
 
 import functools
@@ -31,7 +32,7 @@ def codebook(name: str) -> np.ndarray:
 
 
 def _signed(vectors: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Magnitudes (n, k, 8 or 4), with the signs of eight weights in a byte of (n, weights / 8): float32 (n, weights)."""
+    """Weights, float32 (n, weights), of magnitudes (n, k, 8 or 4) and of signs, eight in a byte: (n, weights / 8)."""
     magnitudes = vectors.reshape(len(vectors), -1)
     return np.where(fields(signs, 1) == 1, -magnitudes, magnitudes)
 
