@@ -8,6 +8,7 @@ from make_model import PRESETS, Shape, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cpu.machine.isa import AMX
+from pymla.cpu.matmul.activations import Input
 from pymla.pages import CACHE_TYPES, PAGE, LatentCache, Step
 from pymla.reference.quant import dequantise, quantise, quantise_activations
 from pymla.tensor import QTensor
@@ -47,10 +48,10 @@ def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
     if qtype not in ggml.QUANTISED:
         return x
     codes, scale = quantise_activations(x)
-    return (codes.reshape(len(x), -1, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
+    return (codes.reshape(*scale.shape, 32) * scale[..., None]).reshape(x.shape).astype(np.float32)
 
 
-def panel_codes(x: cpu.quant.Input) -> np.ndarray:
+def panel_codes(x: Input) -> np.ndarray:
     """The codes (T, K) of activations for panels of 4 bits."""
     tokens, k = x.x.shape
     return x.codes.reshape(k // 32, -1, 32)[:, :tokens].transpose(1, 0, 2).reshape(tokens, k) if AMX else x.codes

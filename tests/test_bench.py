@@ -19,8 +19,8 @@ from pymla.cli import main
 from pymla.cpu import limits
 from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd_panels import sum4
-from pymla.cpu.matmul.gemm import CHUNK, ROWS, SCRATCH
-from pymla.cpu.quant import Activation, counting
+from pymla.cpu.matmul.activations import Activation, counting
+from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS, SCRATCH
 from pymla.engine import costs
 from pymla.errors import PymlaError
 from pymla.measure import plot, sweep
@@ -103,16 +103,16 @@ def test_packed_products_are_those_of_the_panels():
     # Five columns: the last tile is not full. K is not a multiple of the panels' length.
     x = Activation(rng.standard_normal((5, CHUNK + 128), dtype=np.float32)).panels(ggml.Q4_0)
     scratch = np.zeros(SCRATCH, np.uint8)
-    codes = scratch[: ROWS * CHUNK].view(np.int8).reshape(2, CHUNK // 4, LANES, 4)
+    codes = scratch[: PAIR_ROWS * CHUNK].view(np.int8).reshape(2, CHUNK // 4, LANES, 4)
     zero_point = 0 if AMX else 8
     codes[:] = rng.integers(-8, 8, codes.shape) + zero_point
-    scales = scratch[ROWS * CHUNK :][: ROWS * CHUNK // 4].view(np.float32).reshape(2, -1, LANES)
+    scales = scratch[PAIR_ROWS * CHUNK :][: PAIR_ROWS * CHUNK // 4].view(np.float32).reshape(2, -1, LANES)
     scales[:] = rng.random(scales.shape)
-    out = np.full((2, ROWS), np.nan, np.float32)
+    out = np.full((2, PAIR_ROWS), np.nan, np.float32)
     limits._multiply_packed[2, 1](scratch, x, counting(5), out)
-    rows = codes.transpose(0, 2, 1, 3).reshape(ROWS, CHUNK).astype(np.float64) - zero_point
+    rows = codes.transpose(0, 2, 1, 3).reshape(PAIR_ROWS, CHUNK).astype(np.float64) - zero_point
     # The scales of both panels, one for each row and 32 columns.
-    rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(ROWS, -1), 32, axis=1)
+    rows *= np.repeat(scales[:, : CHUNK // 32].transpose(0, 2, 1).reshape(PAIR_ROWS, -1), 32, axis=1)
     column = panel_codes(x)[-1] * np.repeat(x.scale[-1].astype(np.float64), 32)
     expected = rows @ column[:CHUNK] + rows[:, :128] @ column[CHUNK:]
     np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-5, atol=1e-3)

@@ -18,8 +18,8 @@ from make_model import PRESETS, make_model
 import pymla
 from pymla.cli import main
 from pymla.cli.output import write_json
-from pymla.cpu import quant
 from pymla.cpu.limits import Limits
+from pymla.cpu.matmul import activations
 from pymla.cpu.runtime import threads
 from pymla.files.gguf_reader import ModelFile
 from pymla.host import cores
@@ -649,7 +649,7 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.setenv("PYMLA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     # A kernel that this process has not compiled yet, of those that are kept.
-    monkeypatch.setattr(quant._quantise_activations.compiled, "_result", None)
+    monkeypatch.setattr(activations.quantise_activations.compiled, "_result", None)
     code, out, err = run(*options)
     assert (code, out) == (0, expected)
     (line,) = err.splitlines()

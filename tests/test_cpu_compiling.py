@@ -11,12 +11,12 @@ import pytest
 
 from pymla import ggml
 from pymla.cpu import norm, quant, rope
+from pymla.cpu.matmul import activations
 from pymla.cpu.runtime import compiling
 from pymla.host import kernel_cache
 
 SOURCE = """
 from pymla.cpu.runtime.jit import kernel
-from pymla.cpu.quant import F1
 
 
 @kernel(F1)
@@ -50,7 +50,7 @@ def filled(path, value):
 
 def fresh():
     """A kernel of the package as a new process has it: neither compiled nor loaded."""
-    kernel = quant._quantise_activations
+    kernel = activations.quantise_activations
     return compiling.Compiled(kernel._function, kernel._build)
 
 
@@ -71,7 +71,7 @@ def test_kernels_of_the_package_are_kept(cache):
     assert kernel.result.address
     assert kernel.result.cache_hits == 0
     (path,) = cache.glob("*/*")
-    assert path.name == "pymla.cpu.quant._quantise_activations.kernel"
+    assert path.name == "pymla.cpu.matmul.activations.quantise_activations.kernel"
     again = fresh()
     assert again.is_ready
     assert again.result.cache_hits == 1
@@ -120,7 +120,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache, tmp_path):
 
 def small_kernels():
     """Kernels as if nothing had been compiled: (kernel, Compiled)."""
-    kernels = [*norm.kernels(), *rope.kernels(), quant._quantise_activations, *quant.embedding_rows_kernels(ggml.Q4_0)]
+    kernels = [*norm.kernels(), *rope.kernels(), activations.quantise_activations]
+    kernels += quant.embedding_rows_kernels(ggml.Q4_0)
     for kernel in kernels:
         made = compiling.Compiled(kernel._function, kernel._build)
         made.__name__, made.origin = kernel.compiled.__name__, kernel.compiled.origin
@@ -158,8 +159,8 @@ def test_another_process_ends_with_its_input():
 
 PROGRAM = """
 from numba.core.caching import NullCache
-from pymla.cpu import quant
-kernel = quant._quantise_activations
+from pymla.cpu.matmul import activations
+kernel = activations.quantise_activations
 print(*kernel._build(NullCache())._library._codegen._engine._defined_symbols, sep="\\n")
 """
 

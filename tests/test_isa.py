@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 from pymla import ggml
-from pymla.cpu import moe, quant
 from pymla.cpu.attention import absorbed_form, expanded_form
+from pymla.cpu.experts import panels, rows
 from pymla.cpu.machine import isa
+from pymla.cpu.matmul import kernels
 
 HERE = Path(__file__).parent
 KERNELS = (
-    *(make(qtype) for make in (quant._matmul_rows, quant._matmul_panels, moe._down_panels) for qtype in ggml.QUANTISED),
-    moe._gate_up_rows(ggml.Q4_0, ggml.Q8_0),
-    moe._gate_up_panels(ggml.Q4_0),
-    moe._gate_up_panels(ggml.Q6_K),
-    moe._down_rows(ggml.Q4_1),
+    *map(kernels.matmul_rows, ggml.QUANTISED),
+    *map(kernels.matmul_panels, ggml.QUANTISED),
+    *map(panels.down_panels, ggml.QUANTISED),
+    rows.gate_up_rows(ggml.Q4_0, ggml.Q8_0),
+    panels.gate_up_panels(ggml.Q4_0),
+    panels.gate_up_panels(ggml.Q6_K),
+    rows.down_rows(ggml.Q4_1),
     expanded_form._expand(ggml.Q4_0, ggml.Q8_0),
     expanded_form._expanded,
     absorbed_form.absorbed_pages,
@@ -41,6 +44,9 @@ def test_other_levels(level):
         "no:cacheprovider",
         "test_kernels.py",
         "test_faults.py",
+        "test_formats.py",
+        "test_gemv.py",
+        "test_gemm.py",
     ]
     environment = os.environ | {"PYMLA_ISA": level}
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)

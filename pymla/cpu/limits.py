@@ -14,6 +14,8 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
+from pymla.cpu.array_types import F1, F2, I1
+from pymla.cpu.formats import FORMATS
 from pymla.cpu.machine.isa import AMX, LANES
 from pymla.cpu.machine.simd import add, address, load_f32x8, load_i8xL, splat_f32, splat_f32xL, store_f32x8, store_f32xL
 from pymla.cpu.machine.simd_amx import (
@@ -29,10 +31,11 @@ from pymla.cpu.machine.simd_amx import (
     zero_rows,
 )
 from pymla.cpu.machine.simd_panels import broadcast_i8xL, dot4, finish4, zero4
-from pymla.cpu.matmul.gemm import CHUNK, ROWS, SCRATCH, WIDEST4, add_columns4, add_tiles
-from pymla.cpu.matmul.gemm_amx import COLUMNS, MARGIN
+from pymla.cpu.matmul.activations import INPUT, Activation, counting
+from pymla.cpu.matmul.gemm import tile_for
+from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
+from pymla.cpu.matmul.unpacked import CHUNK, PAIR_ROWS, SCRATCH, Chunk
 from pymla.cpu.memory import AHEAD, allocate, allocate_f32, fetch_ahead
-from pymla.cpu.quant import F1, F2, I1, INPUT, Activation, counting
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import helper, kernel
 
@@ -57,6 +60,8 @@ _TOKENS, _LENGTH = 512, 2048
 CODES = types.Array(types.int8, 1, "C")
 BYTES = types.Array(types.uint8, 1, "C")
 
+_sources, _add_columns, _widest = tile_for(FORMATS[ggml.Q4_0])
+
 
 class Limits(NamedTuple):
     """The machine's limits, all threads of `pymla.cpu` together."""
@@ -65,7 +70,7 @@ class Limits(NamedTuple):
     int8: float  # multiply-adds per second, of int8 activations with packed codes
 
 
-def measure(nbytes=STREAM_BYTES):
+def measure(nbytes: int = STREAM_BYTES) -> Limits:
     """Measure both limits, in some seconds.
 
     Parameters
@@ -80,7 +85,7 @@ def measure(nbytes=STREAM_BYTES):
     return Limits(read_rate(nbytes), int8_rate())
 
 
-def read_rate(nbytes=STREAM_BYTES):
+def read_rate(nbytes: int = STREAM_BYTES) -> float:
     """Bytes per second of a sum over an array of `nbytes`, which was written before."""
     stream = Stream(nbytes)
     return stream.nbytes / _fastest(stream.read)
@@ -89,17 +94,17 @@ def read_rate(nbytes=STREAM_BYTES):
 class Stream:
     """An array of about `nbytes` that is read from memory, by all threads."""
 
-    def __init__(self, nbytes=STREAM_BYTES):
+    def __init__(self, nbytes: int = STREAM_BYTES):
         blocks = max(1, nbytes // (4 * _BLOCK))
         self._data, self._sums = np.ones(blocks * _BLOCK, np.float32), np.empty((blocks, 8), np.float32)
         self.nbytes = self._data.nbytes
 
-    def read(self):
+    def read(self) -> None:
         """Sum all of it."""
         _read[len(self._sums)](self._data, self._sums)
 
 
-def int8_rate():
+def int8_rate() -> float:
     """Multiply-adds per second of the panels' dot instruction on codes and activations in the first-level cache."""
     items = 128 * threads.thread_count()
     codes = np.arange(2 * LANES * _DEPTH, dtype=np.int64).astype(np.int8) & 15
@@ -108,13 +113,13 @@ def int8_rate():
     return items * _ITEM_MACS / _fastest(lambda: _multiply[items](codes, activations, sums))
 
 
-def packed_rate():
-    """Multiply-adds per second of products with 4-bit codes that lie in panels already: those of `panels.product`, with
+def packed_rate() -> float:
+    """Multiply-adds per second of products with 4-bit codes that lie in panels already: those of `gemm.product`, with
     scales and results, but without reading and unpacking weights. Bounds what a product of many columns can reach."""
     items = 64 * threads.thread_count()
     x = Activation(np.ones((_TOKENS, _LENGTH), np.float32)).panels(ggml.Q4_0)
-    panels, out = np.zeros(SCRATCH, np.uint8), np.empty((items, ROWS), np.float32)
-    macs = items * ROWS * _TOKENS * _LENGTH
+    panels, out = np.zeros(SCRATCH, np.uint8), np.empty((items, PAIR_ROWS), np.float32)
+    macs = items * PAIR_ROWS * _TOKENS * _LENGTH
     return macs / _fastest(lambda: _multiply_packed[items, 1](panels, x, counting(_TOKENS), out))
 
 
@@ -149,7 +154,7 @@ def _read(first, last, data, sums):
 
 @kernel(CODES, CODES, F2)
 def _multiply(first, last, codes, activations, sums):
-    """The tile of `panels`, two panels × three columns, without scales: sums run on and wrap.
+    """A tile, two panels × three columns, as that of `tile_narrow`, without scales: sums run on and wrap.
 
     Even and odd groups have sums of their own, so that an instruction that takes several cycles does not wait for
     itself.
@@ -215,27 +220,20 @@ def _multiply_tiles(codes, activations, scratch, out):
 
 @kernel(BYTES, INPUT, I1, F2)
 def _multiply_packed(first, last, panels, x, index, out):
-    """`panels.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
+    """`gemm.product` with the same two panels for every `CHUNK` columns of K; keeps the last token's results."""
     tokens, k = x.x.shape
-    result = allocate_f32(tokens + MARGIN, ROWS)
-    # Tiles leave their sums behind the panels: each thread has its own.
+    results = allocate_f32(tokens + SPARE_COLUMNS, PAIR_ROWS)
+    # Tiles of AMX leave their sums behind the panels: each thread has its own.
     own = allocate(SCRATCH)
     own[:] = panels
     for item in range(first, last):
         if AMX:
             configure()
-            result[:] = 0
+            results[:] = 0
         for start in range(0, k, CHUNK):
-            if AMX:
-                for a in range(0, tokens, COLUMNS):
-                    xa, sa = address(x.codes[start // 32]) + 32 * a, address(x.scale[a, start // 32 :])
-                    blocks = min(CHUNK, k - start) // 32
-                    add_tiles(xa, x.codes.shape[1], sa, k // 8, blocks, address(own), address(result[a]))
-                continue
-            columns = address(x.codes), address(x.scale), address(x.starts)
-            for a in range(0, tokens, WIDEST4):
-                blocks = min(CHUNK, k - start) // 32
-                add_columns4(columns, index, a, tokens, -1, k, start, blocks, address(own), address(result))
+            chunk = Chunk(k, start, min(CHUNK, k - start) // 32)
+            for i in range(0, tokens, _widest):
+                _add_columns(_sources(x), index, i, tokens, chunk, address(own), address(results))
         if AMX:
             release()
-        out[item] = result[tokens - 1]
+        out[item] = results[tokens - 1]

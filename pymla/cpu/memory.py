@@ -1,5 +1,8 @@
-"""Where arrays lie, in the host's memory as for `pymla.reference.memory`, but from the beginning of a cache line on, as
-a vector that reaches over two lines takes twice as long; and what memory is asked for in advance."""
+"""Arrays in the host's memory, and prefetching.
+
+Arrays begin at a cache line, because a vector that reaches over two lines takes twice as long to load; otherwise this
+is `pymla.reference.memory`.
+"""
 
 import numpy as np
 
@@ -21,11 +24,11 @@ __all__ = [
 ]
 
 LINE = 64
-#: Bytes from what is read to what memory is asked for meanwhile.
+#: Bytes from the bytes that are read to those that are prefetched meanwhile.
 AHEAD = 1152
 
 
-def empty(shape, dtype):
+def empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """An array whose elements are not set, for Python."""
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(nbytes + LINE, np.uint8)
@@ -49,9 +52,9 @@ def allocate_f32(rows, columns):
 
 @inlined
 def fetch_ahead(address, nbytes):
-    """While so many bytes of a long row are read, ask memory for those that follow `AHEAD` bytes behind them.
+    """Prefetch as many bytes of a long row as are read now, `AHEAD` bytes behind them.
 
-    Only where a core does not fetch enough by itself (`isa.ASKS_AHEAD`). On another it cost up to 4 %.
+    Only where a core does not prefetch enough by itself (`isa.ASKS_AHEAD`). On another it cost up to 4 %.
     """
     if ASKS_AHEAD:
         for at in range(0, nbytes, LINE):

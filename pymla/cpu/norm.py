@@ -10,18 +10,15 @@
 import numpy as np
 from numba import types
 
+from pymla.cpu.array_types import A2, F2, WEIGHTS_F1
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import add as plus
 from pymla.cpu.machine.simd import address, fma, load_f32x8, mul, splat_f32, store_f32x8, total
-from pymla.cpu.quant import Activation
-from pymla.cpu.runtime.jit import kernel
-
-MATRIX = types.Array(types.float32, 2, "C")
-ROWS = types.Array(types.float32, 2, "A")
-VECTOR = types.Array(types.float32, 1, "C", readonly=True)
+from pymla.cpu.matmul.activations import Activation
+from pymla.cpu.runtime.jit import Kernel, kernel
 
 
-def rms_norm(x, weight, eps, out):
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
     """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis; float32 (T, K), `weight` float32 (K,).
 
     `x` may be columns of a wider array.
@@ -31,7 +28,7 @@ def rms_norm(x, weight, eps, out):
     return out
 
 
-def normed(x, weight, eps, out, y=None):
+def normed(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, y: np.ndarray | None = None) -> Activation:
     """``x += y``, then ``out = rms_norm(x)`` as an `Activation`, which is quantised where it is read: for rows or for
     panels. All float32 (T, K), `weight` float32 (K,)."""
     check.normed(x, weight, eps, out, y)
@@ -40,19 +37,19 @@ def normed(x, weight, eps, out, y=None):
     return Activation(rms_norm(x, weight, eps, out))
 
 
-def add(x, y):
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """``x += y``, both float32 (T, K)."""
     check.add(x, y)
     _add[len(x)](x, y)
     return x
 
 
-def kernels():
-    """What this module launches."""
+def kernels() -> list[Kernel]:
+    """The kernels that this module launches."""
     return [_rms_norm, _add]
 
 
-@kernel(ROWS, VECTOR, types.float64, MATRIX)
+@kernel(A2, WEIGHTS_F1, types.float64, F2)
 def _rms_norm(first, last, x, weight, eps, out):
     columns = x.shape[1]
     whole = columns // 8 * 8
@@ -73,7 +70,7 @@ def _rms_norm(first, last, x, weight, eps, out):
             out[t, i] = x[t, i] * scale * weight[i]
 
 
-@kernel(MATRIX, MATRIX)
+@kernel(F2, F2)
 def _add(first, last, x, y):
     columns = x.shape[1]
     whole = columns // 8 * 8

@@ -10,16 +10,12 @@
 import numpy as np
 from numba import types
 
+from pymla.cpu.array_types import A3, D1, F3, I1
 from pymla.cpu.contract import check
-from pymla.cpu.runtime.jit import kernel
-
-A3 = types.Array(types.float32, 3, "A")
-F3 = types.Array(types.float32, 3, "C")
-I1 = types.Array(types.int32, 1, "C")
-D1 = types.Array(types.float64, 1, "C")
+from pymla.cpu.runtime.jit import Kernel, kernel
 
 
-def angles(positions, inv_freq, magnitude, out):
+def angles(positions: np.ndarray, inv_freq: np.ndarray, magnitude: float, out: np.ndarray) -> np.ndarray:
     """Cosines and sines: ``out[t, i] = magnitude * (cos, sin)(positions[t] * inv_freq[i])``.
 
     `positions` int32 (T,), `inv_freq` float64 (n,), `out` float32 (T, n, 2).
@@ -29,15 +25,15 @@ def angles(positions, inv_freq, magnitude, out):
     return out
 
 
-def rope_interleaved(x, cos_sin):
+def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     """Rotate the last ``2 * cos_sin.shape[1]`` values of every head of x, float32 (T, H, D), in place."""
     check.rope_interleaved(x, cos_sin)
     _rope_interleaved[len(x)](x, cos_sin)
     return x
 
 
-def kernels():
-    """What this module launches."""
+def kernels() -> list[Kernel]:
+    """The kernels that this module launches."""
     return [_angles, _rope_interleaved]
 
 

@@ -38,7 +38,7 @@ def quantise_activations(x):
     scale : float32 array (T, K // 32)
         0 where all values are 0.
     """
-    blocks = np.asarray(x, np.float32).reshape(len(x), -1, 32)
+    blocks = np.asarray(x, np.float32).reshape(len(x), np.shape(x)[1] // 32, 32)
     largest = np.abs(blocks).max(-1)
     scale = largest / np.float32(127)
     with np.errstate(divide="ignore"):

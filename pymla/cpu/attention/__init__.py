@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from pymla.cpu.array_types import A2, A3, CACHE, F2, F3, I1, STEP
 from pymla.cpu.attention import absorbed_form, expanded_form
 from pymla.cpu.attention.absorbed_form import HEADS, take_item
 from pymla.cpu.attention.cache_rows import latent_cache, read_cache_row_for, write_cache_row_for
@@ -32,21 +33,15 @@ from pymla.cpu.attention.expanded_form import Panels
 from pymla.cpu.attention.softmax import LOG2E, heads_softmax, query_softmax, shrink
 from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.contract import check
-from pymla.cpu.formats import dequantise_row_for
+from pymla.cpu.formats import FORMATS
+from pymla.cpu.formats.rows import dequantise_row_for
 from pymla.cpu.machine.simd import address, load_f32, load_f32x8, store_f32, store_f32x8
-from pymla.cpu.matmul.gemm import ROWS, tile_f32, transpose_panel
-from pymla.cpu.matmul.gemv import dot_float_for
+from pymla.cpu.matmul.gemm_f32 import tile_f32, transpose_panel
+from pymla.cpu.matmul.matrices import add_scaled
+from pymla.cpu.matmul.unpacked import PAIR_ROWS as ROWS
 from pymla.cpu.memory import empty
 from pymla.cpu.quant import (
-    A2,
-    A3,
-    CACHE,
-    F2,
-    F3,
-    I1,
-    STEP,
     Activation,
-    add_scaled,
     matmul,
     matmul_heads_kernels,
     matmul_heads_transposed,
@@ -73,7 +68,7 @@ __all__ = [
     "store",
 ]
 
-_dot_f32 = dot_float_for(F32)
+_dot_f32 = FORMATS[F32].dot_row
 
 #: Queries of a head that share the reading of a page in the expanded and full forms.
 BLOCK = 64

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from pymla.cpu.array_types import CACHE, F3, STEP
 from pymla.cpu.attention import absorbed_form_amx
 from pymla.cpu.attention.cache_rows import even, quantise_i16
 from pymla.cpu.attention.softmax import heads_softmax
@@ -48,9 +49,8 @@ from pymla.cpu.machine.simd import (
 from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.machine.simd_words import BIAS, WORD, store_rescaled, widen
-from pymla.cpu.matmul.gemm import ROWS
+from pymla.cpu.matmul.unpacked import PAIR_ROWS as ROWS
 from pymla.cpu.memory import allocate, allocate_f32
-from pymla.cpu.quant import CACHE, F3, STEP
 from pymla.cpu.runtime.jit import helper, kernel
 from pymla.pages import PAGE
 

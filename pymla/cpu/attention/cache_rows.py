@@ -11,7 +11,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.cache_types import I16_PAGES, Q8_PAGES, ROW_BYTES
-from pymla.cpu.formats import dequantise_row_for, write_q8, write_row_for
+from pymla.cpu.formats.legacy import write_q8
+from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
 from pymla.cpu.machine.simd import (
     absolute,
     address,

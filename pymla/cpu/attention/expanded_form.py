@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
+from pymla.cpu.array_types import A2, A3, F2, F3, I1
 from pymla.cpu.attention.softmax import LOG2E, token_softmax
 from pymla.cpu.attention.tiles import (
     BLOCK_BYTES,
@@ -42,10 +43,14 @@ from pymla.cpu.machine.simd import (
     store_i32,
 )
 from pymla.cpu.machine.simd_words import BIAS, WORD, store_words
-from pymla.cpu.matmul.gemm import FLOAT_SCRATCH, ROWS, SCRATCH, product_float_for, product_for, two_groups
-from pymla.cpu.matmul.gemm_amx import MARGIN
+from pymla.cpu.matmul.activations import INPUT, Activation, counting
+from pymla.cpu.matmul.gemm import Buffers, multiply_rows_for
+from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
+from pymla.cpu.matmul.gemm_f32 import F32_ROWS, F32_SCRATCH, multiply_rows_f32_for
+from pymla.cpu.matmul.matrices import MATRICES, Matrices
+from pymla.cpu.matmul.unpacked import PAIR_ROWS as ROWS
+from pymla.cpu.matmul.unpacked import SCRATCH
 from pymla.cpu.memory import allocate, allocate_f32, empty
-from pymla.cpu.quant import A2, A3, F2, F3, I1, INPUT, MATRICES, Activation, Matrices, counting, take_rows
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import helper, kernel, variants
 
@@ -149,8 +154,8 @@ def _expand(key_type, value_type):
         tokens = len(k_pe)
         groups = (tokens + size - 1) // size
         blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
-        scratch = allocate(max(SCRATCH, FLOAT_SCRATCH))
-        result = allocate_f32(size + MARGIN, ROWS)
+        scratch = allocate(max(SCRATCH, F32_SCRATCH))
+        result = allocate_f32(size + SPARE_COLUMNS, ROWS)
         keys = np.zeros((size, KEY_BLOCK * blocks), np.float32)
         values = np.zeros((size, v), np.float32)
         codes = np.empty((size, blocks * _KEY_BYTES), np.uint8)
@@ -185,39 +190,22 @@ def multiply_head_for(qtype):
     """A function ``(w, h, x, index, begin, count, scratch, result, out)``: ``out[t, :rows] = W[h] @ x[begin + t]`` for
     `count` tokens."""
     if qtype not in ggml.QUANTISED:
-        product_float = product_float_for(qtype)
+        multiply_rows_f32 = multiply_rows_f32_for(qtype)
 
         @helper
         def multiply_head(w, h, x, index, begin, count, scratch, result, out):
-            matrix, tokens = w.address + h * w.matrix_stride, x.x[begin : begin + count]
-            for r in range(0, w.rows, 16):
-                row, rows = matrix + r * w.row_stride, min(16, w.rows - r)
-                product_float(row, rows, w.row_stride, x.x.shape[1], tokens, out[:, r:], address(scratch))
+            for r in range(0, w.rows, F32_ROWS):
+                multiply_rows_f32(w, h, r, x.x[begin : begin + count], out[:, r:], address(scratch))
 
         return multiply_head
-    product = product_for(take_rows, qtype)
+    multiply_rows = multiply_rows_for(qtype)
 
     @helper
     def multiply_head(w, h, x, index, begin, count, scratch, result, out):
-        matrix = w.address + h * w.matrix_stride
+        stride, buffers = 4 * out.shape[1], Buffers(address(scratch), address(result))
         for r in range(0, w.rows, ROWS):
-            row, rows = matrix + r * w.row_stride, min(ROWS, w.rows - r)
-            second, half, rest = two_groups(row, w.row_stride, rows)
-            product(
-                row,
-                second,
-                half,
-                rest,
-                w.row_stride,
-                x.x.shape[1],
-                ROWS * w.row_stride,
-                x,
-                index,
-                (begin, begin + count),
-                address(scratch),
-                address(result),
-                (address(out[0, r:]) - 4 * out.shape[1] * begin, 4 * out.shape[1], rows),
-            )
+            at = address(out[0, r:]) - stride * begin
+            multiply_rows(w, h, r, x, index, (begin, begin + count), buffers, at, stride)
 
     return multiply_head
 

@@ -6,7 +6,7 @@ of `LANES` rows side by side; words of the other operand are broadcast.
 
 import numpy as np
 
-from pymla.cpu.formats import store_columns
+from pymla.cpu.formats.panels import store_columns
 from pymla.cpu.machine.isa import LANES
 from pymla.cpu.machine.simd import (
     absolute,

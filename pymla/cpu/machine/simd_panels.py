@@ -169,6 +169,8 @@ def start4(builder, address):
     return builder.bitcast(word, ir_type(sum4))
 
 
+#: The sum of two registers that `start4` gave.
+add_starts = operation(sum4, sum4, sum4)(lambda builder, x, y: builder.add(x, y))
 zero4 = operation(sum4)(lambda builder: constant(ir_type(sum4), 0))
 
 

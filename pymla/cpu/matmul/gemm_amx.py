@@ -1,14 +1,12 @@
-"""Panels of 4-bit codes times sixteen columns of activations, by tiles of AMX: the part of `pymla.cpu.matmul.gemm` that
-multiplies.
+"""Tiles of AMX: two panels of codes of up to 5 bits times sixteen columns of activations.
 
-Codes have a sign here, so that sums begin with nothing. Those of activations lie as tiles take them
-(`empty_columns`).
+Codes have a sign here, so that sums begin with zero. Codes of activations lie as tiles take them (`empty_columns`).
 """
 
 import numpy as np
 
-from pymla.cpu.machine.isa import AMX
-from pymla.cpu.machine.simd import load_f32xL
+from pymla.cpu.machine.isa import AMX, LANES
+from pymla.cpu.machine.simd import address, load_f32xL, splat_f32xL, store_f32xL
 from pymla.cpu.machine.simd_amx import (
     BLOCK,
     SUMS,
@@ -21,31 +19,73 @@ from pymla.cpu.machine.simd_amx import (
     zero_rows,
     zero_tile,
 )
+from pymla.cpu.matmul.unpacked import CODES, NEXT_CODES, NEXT_SCALES, RESULT_BYTES, SCALES
+from pymla.cpu.matmul.unpacked import SUMS as SUMS_OF_TILES
 from pymla.cpu.memory import empty
 from pymla.cpu.runtime.compiling import helper, inlined
 
 #: Columns of a tile.
-COLUMNS = 16
-#: Columns behind the last one that are read, and whose results are written.
-MARGIN = COLUMNS - 1 if AMX else 0
+TILE_COLUMNS = 16
+#: Columns behind the last one that tiles read, and whose results they write.
+SPARE_COLUMNS = TILE_COLUMNS - 1 if AMX else 0
 
 _PANEL = 16 * BLOCK  # bytes of a block of sixteen rows
 _ROW = 64  # bytes of sixteen float32
 
 
-def empty_columns(columns, k):
+def empty_columns(columns: int, k: int) -> np.ndarray:
     """Memory for codes of so many columns, int8 (K / 32, bytes): block after block, and in a block column after column.
 
-    From block to block it is not a multiple of 4,096 bytes, nor near one, so that those of sixteen columns have room
-    side by side in the first-level cache.
+    The bytes from block to block are not a multiple of 4,096, nor near one, so that the blocks of sixteen columns have
+    room side by side in the first-level cache.
     """
-    lines = -(-BLOCK * (columns + MARGIN) // 64)
+    lines = -(-BLOCK * (columns + SPARE_COLUMNS) // 64)
     lines += (9 - lines) % 16
     return empty((k // BLOCK, 64 * lines), np.int8)
 
 
 @helper
-def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, scratch, out, out_bytes):
+def sources(x):
+    """What `add_columns` reads of an `activations.Input`: addresses of codes and scales, and the bytes from a block's
+    codes to the next block's."""
+    return address(x.codes), address(x.scale), x.codes.shape[1]
+
+
+@helper
+def clear(results, columns):
+    """Set the results of some columns, rounded up to whole tiles, to zero."""
+    nothing = splat_f32xL(np.float32(0))
+    tiles = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+    for at in range(0, tiles * TILE_COLUMNS * RESULT_BYTES, 4 * LANES):
+        store_f32xL(results + at, nothing)
+
+
+@helper
+def add_columns(x, index, i, last, chunk, scratch, out):
+    """Add two panels times the sixteen columns from the i-th on to the results, as `add_columns` of `tile_narrow`; but
+    results of the first chunk are added as well (`clear`), and activations follow each other
+    (`activations.consecutive`)."""
+    codes, scales, step = x
+    column = np.int64(index[i])
+    scale_bytes = chunk.k // 8
+    codes += chunk.start // 32 * step + BLOCK * column
+    scales += column * scale_bytes + chunk.start // 8
+    for half in range(2):
+        add_panel(
+            codes,
+            step,
+            scales,
+            scale_bytes,
+            chunk.blocks,
+            scratch + CODES + half * NEXT_CODES,
+            scratch + SCALES + half * NEXT_SCALES,
+            scratch + SUMS_OF_TILES,
+            out + RESULT_BYTES * i + half * 4 * LANES,
+        )
+
+
+@helper
+def add_panel(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, scratch, out):
     """Add a panel times sixteen columns to the results.
 
     Parameters
@@ -60,8 +100,8 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
         Addresses of the codes and of the scales, (blocks, 16), of sixteen rows of weights.
     scratch : int
         Address of `simd_amx.SCRATCH` bytes.
-    out, out_bytes : int
-        Address of the first column's results, float32 (16,), and bytes from column to column.
+    out : int
+        Address of the first column's results of this panel, float32 (16,).
     """
     rows, fours = zero_rows(), blocks // 4
     if fours:
@@ -84,7 +124,7 @@ def add_columns(x, x_bytes, scales, scale_bytes, blocks, panel, panel_scales, sc
         store_tile(0, scratch, 64)
         rows = add_scaled_sums(rows, scratch, load_f32xL(panel_scales), scales, scale_bytes)
         x, panel, panel_scales, scales = x + x_bytes, panel + _PANEL, panel_scales + _ROW, scales + 4
-    add_rows_to(out, out_bytes, rows)
+    add_rows_to(out, RESULT_BYTES, rows)
 
 
 @inlined

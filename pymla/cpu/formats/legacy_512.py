@@ -1,19 +1,17 @@
-"""Products of rows of weights with one activation vector in registers of 64 bytes, for AVX-512 with VNNI.
+"""Rows of legacy types times the activations of one token, in registers of 64 bytes, for AVX-512 with VNNI.
 
-Twice as wide as the registers of `pymla.cpu.formats`, and with bytes picked from anywhere in two registers by one
-instruction, so that a core keeps up with memory. Each register has sixteen codes of four blocks, which is the order of
-the activations (`place`); the scales of the four blocks are spread over its lanes. Blocks of Q4_0 go eight at a time,
-with eight codes of each in a register (`rows.EIGHTHS`): they lie so close that two loads have the bytes for each, and
-sums of all four registers meet in one, which takes scales once.
+Bytes are picked from anywhere in two registers by one instruction, so that a core keeps up with memory. Each register
+has sixteen codes of four blocks, which is the order of the activations (`orders.FOURS`); the scales of the four blocks
+are spread over its lanes. Blocks of Q4_0 go eight at a time, with eight codes of each in a register (`orders.EIGHTS`):
+they lie so close that two loads have the bytes for each, and the sums of all four registers meet in one, which takes
+scales once.
 """
 
 import numpy as np
 
 from pymla.cpu.machine.simd import (
-    bit_or,
     fma,
     high_nibbles,
-    load_f16,
     load_f32x4,
     load_f32x4_twice,
     load_f32x8,
@@ -23,57 +21,37 @@ from pymla.cpu.machine.simd import (
     low_nibbles,
     mul,
     splat_f32,
-    sub,
     totals,
 )
 from pymla.cpu.machine.simd_512 import (
     all_128,
     dot_u8x64,
     eighths_18,
-    even_quarters,
     first_quarters_20,
     flip_sign_bits,
     halve,
     halves_18,
     last_quarters_20,
-    load_bits_2,
     load_i8x64,
     load_quarters,
     load_starts,
-    odd_quarters,
     spread,
     spread_pairs,
     subtract_i32x16,
-    times_scales_8,
     to_f32x16,
     zero_f32x16,
     zero_i32x16,
 )
-from pymla.cpu.machine.simd_bytes import dot_i16, load_i8_as_i16, load_i16x16, times_32, to_f32
 from pymla.cpu.memory import fetch_ahead
-from pymla.cpu.runtime.compiling import helper, inlined
-
-
-@helper
-def place(block, blocks):
-    """Where the activations of a block stand, of whole fours of blocks: its first sixteen codes, and bytes from there
-    to the others."""
-    return block // 4 * 128 + block % 4 * 16, 64
-
-
-@helper
-def place_eights(block):
-    """Where they stand in `rows.EIGHTHS`, of whole eights of blocks: the first eight codes, and bytes from there to the
-    next eight and to the last sixteen."""
-    return block // 8 * 256 + block % 8 * 8, 128, 64
+from pymla.cpu.runtime.compiling import inlined
 
 
 @inlined
 def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q4_0, whose blocks have 18 bytes and a header of 2, or Q4_1, with 20 and 4.
 
-    Codes stay unsigned: Q4_0's zero point of 8 comes off by the sums of the activations, of eight blocks before their
-    products are added up, else like a minimum.
+    Codes stay unsigned. Q4_0's zero point of 8 is taken off by the sums of the activations: of eight blocks, the sums
+    of products begin with it; of the last four, it is subtracted like a minimum.
     """
     a, b, c, d = rows
     zero, none = zero_f32x16(), splat_f32(np.float32(0))
@@ -188,49 +166,3 @@ def _bytes_times(row, codes, offset):
     """Products of four blocks of Q8_0 with their activations."""
     low, high = flip_sign_bits(load_quarters(row, 34, 2)), flip_sign_bits(load_quarters(row, 34, 18))
     return dot_u8x64(dot_u8x64(offset, low, load_i8x64(codes)), high, load_i8x64(codes + 64))
-
-
-@inlined
-def dot_q6_k(rows, codes, scale, sum16, columns):
-    """Four rows of Q6_K. Codes stay unsigned, from 0 to 63; the zero point of 32 comes off by the sums of sixteen
-    activations."""
-    a, b, c, d = rows
-    zero, none = zero_f32x16(), splat_f32(np.float32(0))
-    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
-    off_a, off_b, off_c, off_d = none, none, none, none
-    for _ in range(columns // 256):
-        s, sums = load_f32x8(scale), load_i16x16(sum16)
-        acc_a, off_a = _add_q6_k(a, codes, s, sums, acc_a, off_a)
-        acc_b, off_b = _add_q6_k(b, codes, s, sums, acc_b, off_b)
-        acc_c, off_c = _add_q6_k(c, codes, s, sums, acc_c, off_c)
-        acc_d, off_d = _add_q6_k(d, codes, s, sums, acc_d, off_d)
-        a, b, c, d = a + 210, b + 210, c + 210, d + 210
-        codes, scale, sum16 = codes + 256, scale + 32, sum16 + 32
-    return totals(
-        sub(halve(acc_a), off_a), sub(halve(acc_b), off_b), sub(halve(acc_c), off_c), sub(halve(acc_d), off_d)
-    )
-
-
-@inlined
-def _add_q6_k(row, codes, s, sums, acc, offsets):
-    """Add products of a block of 256, and what comes off."""
-    fetch_ahead(row, 210)
-    factor = mul(splat_f32(load_f16(row + 208)), s)
-    products = _q6_times(row, row + 128, row + 192, codes)
-    others = _q6_times(row + 64, row + 160, row + 200, codes + 128)
-    offset = times_32(dot_i16(load_i8_as_i16(row + 192), sums))
-    acc = fma(to_f32x16(products), spread(factor, 0), acc)
-    acc = fma(to_f32x16(others), spread(factor, 1), acc)
-    return acc, fma(to_f32(offset), factor, offsets)
-
-
-@inlined
-def _q6_times(nibbles, high, scales, codes):
-    """Products of four blocks, times their two scales; addresses of their 64 bytes of nibbles, 32 bytes of high bits,
-    scales and activations."""
-    packed = load_i8x64(nibbles)
-    low_of_two, high_of_two = low_nibbles(packed), high_nibbles(packed)
-    first = bit_or(even_quarters(low_of_two, high_of_two), load_bits_2(high))
-    second = bit_or(odd_quarters(low_of_two, high_of_two), load_bits_2(high + 16))
-    products = dot_u8x64(zero_i32x16(), first, load_i8x64(codes))
-    return times_scales_8(products, dot_u8x64(zero_i32x16(), second, load_i8x64(codes + 64)), scales)

@@ -1,0 +1,42 @@
+"""Orders of a token's activations: where the codes of a block of 32 lie, so that they meet the codes of weights as a
+file has them.
+
+A block of activations is written as two runs of eight codes, and two more runs `apart` bytes behind these.
+"""
+
+from pymla.cpu.machine.isa import LANES
+from pymla.cpu.runtime.compiling import helper
+
+#: For panels: the order of the columns; that of the tiles of AMX, block after block, and in a block token after token.
+#: For rows: four blocks of weights in a register, or eight.
+COLUMNS, TILES, FOURS, EIGHTS = range(4)
+
+
+@helper
+def place(order, block, blocks):
+    """Where the activations of a block are written: their first eight codes, and the bytes from there to the next eight
+    and to the last sixteen. Blocks at the end of a row that make no whole four keep the order of the columns."""
+    if order <= TILES or block >= blocks // 4 * 4:
+        return 32 * block, 8, 16
+    if order == EIGHTS and block < blocks // 8 * 8:
+        return block // 8 * 256 + block % 8 * 8, 128, 64
+    low, apart = _place_in_fours(block, blocks // 4 * 4)
+    return low, 8, apart
+
+
+if LANES == 16:
+
+    @helper
+    def _place_in_fours(block, blocks):
+        """The first sixteen codes of four blocks lie side by side, then their last sixteen codes."""
+        return block // 4 * 128 + block % 4 * 16, 64
+
+else:
+
+    @helper
+    def _place_in_fours(block, blocks):
+        """The first sixteen codes of blocks i and i + 4 of eight lie side by side, then their last sixteen codes. Four
+        blocks behind the last eight keep the order of the columns."""
+        if block >= blocks // 8 * 8:
+            return 32 * block, 16
+        return block // 8 * 256 + block % 4 * 64 + block // 4 % 2 * 16, 32
