@@ -8,9 +8,11 @@ import pytest
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.reference.formats import FORMATS, INTERLEAVED, bits, dequantise_rows, ik_quants, split_rows
+from pymla.ik_types import IK_LAYOUTS
+from pymla.reference.formats import FORMATS, INTERLEAVED, bits, blocks_of_rows, dequantise_rows, ik_quants, split_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "types.npz"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "types.md"
 
 #: Types that gguf-py dequantises: the bytes of a block at which its halves begin.
 HALVES = {
@@ -23,8 +25,8 @@ HALVES = {
 #: Those that it quantises, too.
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 
-#: ik_llama.cpp adds a minimum to the products, which makes a zero positive that is negative here.
-POSITIVE_ZEROS = ("Q5_0_R4", "Q6_0_R4", "Q8_K_R16")
+#: Types whose zeros may have another sign than ik_llama.cpp's: it adds a minimum to products, or gives a zero a sign.
+ZEROS = ("Q5_0_R4", "Q6_0_R4", "Q8_K_R16", "IQ3_KT")
 #: Its reader of this type takes levels from a polynomial, not from the table that it quantises and multiplies with.
 APPROXIMATED = ("IQ6_K",)
 #: Types whose signs are encoded anew, each bit by two.
@@ -91,7 +93,7 @@ def test_golden_blocks(golden, name):
         scales = data.reshape(-1, 212)[:, :2].copy().view(np.float16).astype(np.float32)
         levels = np.abs(scales * data.reshape(-1, 212)[:, 4:20].view(np.int8)).repeat(16)
         assert (np.abs(actual - expected).reshape(-1) <= 0.488 * levels).all()
-    elif typename in POSITIVE_ZEROS:
+    elif typename in ZEROS:
         np.testing.assert_array_equal(actual, expected)
     else:
         same_bits(actual, expected)
@@ -187,3 +189,69 @@ def test_names_and_numbers_are_unique():
             listed.value,
             (ggml.BLOCK_SIZE[listed.value], ggml.BLOCK_BYTES[listed.value]),
         )
+
+
+# What docs/types.md says -----------------------------------------------------------------------------------------------
+
+
+def documented(*header: str) -> list[list[str]]:
+    """Rows of the tables of docs/types.md whose first columns have these headers."""
+    rows, wanted = [], False
+    for line in DOCUMENT.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            wanted = False
+        elif cells[: len(header)] == list(header):
+            wanted = True
+        elif wanted and not cells[0].startswith("---"):
+            rows.append(cells)
+    return rows
+
+
+def test_documented_sizes():
+    plain = documented("number", "name", "weights", "bytes", "bits")
+    interleaved = [
+        [*each[:2], *each[3:]] for each in documented("number", "name", "rows", "weights", "bytes", "header")
+    ]
+    assert [int(each[0]) for each in plain] == sorted(FORMATS)
+    assert [int(each[0]) for each in interleaved] == sorted(INTERLEAVED)
+    for number, name, weights, nbytes, *_ in plain + interleaved:
+        qtype = int(number)
+        sizes = (ggml.NAME[qtype], ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype])
+        assert sizes == (name, int(weights), int(nbytes))
+    for number, _, weights, nbytes, width, *_ in plain:
+        assert float(width) == round(8 * int(nbytes) / int(weights), 4), number
+    of_rows = documented("number", "name", "rows", "weights", "bytes", "header")
+    headers = {
+        each[0]: each[5] for each in documented("number", "name", "weights", "bytes", "bits", "header") + of_rows
+    }
+    assert {int(each): int(size) for each, size in headers.items()} == {t.qtype: t.row_header for t in IK_LAYOUTS}
+    assert all(ggml.ROWS_TOGETHER[int(each[0])] == int(each[2]) for each in of_rows)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("row", documented("name", "weights per scale", "codes from", "to"), ids=lambda row: row[0])
+def test_documented_codes(row):
+    """Groups of codes and their range, in random blocks."""
+    name, per_scale, lowest, highest, per_minimum, _ = row
+    qtype = ggml.ID[name]
+    data = np.random.default_rng(5).integers(0, 256, (512, ggml.row_bytes(qtype, 4 * ggml.BLOCK_SIZE[qtype])), np.uint8)
+    kind, blocks = blocks_of_rows(data, qtype)
+    found = kind.codes(blocks)
+    size = ggml.BLOCK_SIZE[qtype]
+    assert (found.codes.dtype, found.scales.dtype) == (np.int8, np.float32)
+    assert found.codes.shape == (len(blocks), size)
+    assert found.scales.shape == (len(blocks), size // int(per_scale))
+    assert (
+        found.minima is None if per_minimum == "no" else found.minima.shape == (len(blocks), size // int(per_minimum))
+    )
+    reached = int(found.codes.min()), int(found.codes.max())
+    assert int(lowest) <= reached[0]
+    assert reached[1] <= int(highest)
+    # The extreme levels of the trellis types are rare.
+    assert name.endswith("_KT") or reached == (int(lowest), int(highest))
+
+
+def test_every_type_of_integers_has_its_codes_documented():
+    integers = {ggml.NAME[qtype] for qtype, each in FORMATS.items() if each.codes}
+    assert {row[0] for row in documented("name", "weights per scale")} == integers

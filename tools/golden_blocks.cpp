@@ -3,18 +3,11 @@
 //   golden_blocks dequantise TYPE ROWS COLUMNS    bytes of rows on standard input, floats on standard output
 //   golden_blocks quantise TYPE ROWS COLUMNS      the other way round
 //
-// TYPE is a number of ggml.h. Build it with the sources of either (G is the folder of its `ggml`), without contraction
-// of products and sums, which makes results depend on the compiler:
+// TYPE is a number of ggml.h. Link it with the library of either (G is the folder of its `ggml`, B that of the built
+// library):
 //
-//   flags="-O1 -march=native -ffp-contract=off -DNDEBUG -D_GNU_SOURCE -I$G/include -I$G/src -DGGML_SCHED_MAX_COPIES=1"
-//   flags="$flags -IBUILD"                    # llama.cpp: BUILD has the ggml-version.h that its CMake writes
-//   flags="$flags -DIK -DGGML_USE_IQK_MULMAT -DGGML_EXPERT_CHUNKING"    # ik_llama.cpp
-//   cc -std=gnu17 $flags -c $G/src/ggml.c $G/src/ggml-quants.c
-//   c++ -std=gnu++20 $flags -c $G/src/ggml-threading.cpp                # llama.cpp
-//   c++ -std=gnu++20 $flags -c $G/src/iqk/iqk_quantize.cpp              # ik_llama.cpp
-//   c++ -std=gnu++20 $flags -no-pie -Wl,--unresolved-symbols=ignore-all -o golden_blocks tools/golden_blocks.cpp *.o
-//
-// Symbols stay unresolved because products of matrices are not needed.
+//   c++ -std=c++17 -DIK -I$G/include -o golden_blocks tools/golden_blocks.cpp -L$B -lggml        # ik_llama.cpp
+//   c++ -std=c++17 -I$G/include -o golden_blocks tools/golden_blocks.cpp -L$B -lggml-base        # llama.cpp
 
 #include <cstdint>
 #include <cstdio>

@@ -23,10 +23,19 @@ from pymla.reference.formats import (
     small_floats,
     ternary,
 )
-from pymla.reference.formats.format import Format
+from pymla.reference.formats.format import Codes, Format
 from pymla.reference.formats.ik_interleaved import Interleaved
 
-__all__ = ["FORMATS", "INTERLEAVED", "Format", "Interleaved", "dequantise_rows", "split_rows"]
+__all__ = [
+    "FORMATS",
+    "INTERLEAVED",
+    "Codes",
+    "Format",
+    "Interleaved",
+    "blocks_of_rows",
+    "dequantise_rows",
+    "split_rows",
+]
 
 FORMATS: dict[int, Format] = {
     ggml.F32: floats.F32,
@@ -104,16 +113,35 @@ def dequantise_rows(data: np.ndarray, qtype: int, columns: int) -> np.ndarray:
     -------
     float32 array (rows, columns)
     """
+    each, blocks = blocks_of_rows(data, qtype)
+    return each.dequantise(blocks).reshape(len(data), columns)
+
+
+def blocks_of_rows(data: np.ndarray, qtype: int) -> tuple[Format, np.ndarray]:
+    """The blocks of rows, interleaved rows apart and row headers in front of every block, and what takes them.
+
+    Parameters
+    ----------
+    data : uint8 array (rows, row_bytes)
+    qtype : int
+        A type of `FORMATS` or `INTERLEAVED`.
+
+    Returns
+    -------
+    format : Format
+        Of the plain type.
+    blocks : uint8 array (n, header and block bytes)
+    """
     header = ggml.ROW_HEADER[qtype]
     if qtype in INTERLEAVED:
-        data, convert = split_rows(data, qtype), INTERLEAVED[qtype].plain.dequantise
+        data, each = split_rows(data, qtype), INTERLEAVED[qtype].plain
     else:
-        convert = FORMATS[qtype].dequantise
+        each = FORMATS[qtype]
     blocks = np.ascontiguousarray(data[:, header:]).reshape(len(data), -1, ggml.BLOCK_BYTES[qtype])
     if header:
         heads = np.broadcast_to(data[:, None, :header], (*blocks.shape[:2], header))
         blocks = np.concatenate([heads, blocks], axis=-1)
-    return convert(blocks.reshape(-1, blocks.shape[-1])).reshape(len(data), columns)
+    return each, blocks.reshape(-1, blocks.shape[-1])
 
 
 def split_rows(data: np.ndarray, qtype: int) -> np.ndarray:

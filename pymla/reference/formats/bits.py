@@ -41,20 +41,3 @@ def load(blocks: np.ndarray, at: int, count: int, dtype: type[np.number]) -> np.
     """`count` little-endian numbers that begin at byte `at` of every block, uint8 (n, block_bytes), as (n, count)."""
     width = count * np.dtype(dtype).itemsize
     return np.ascontiguousarray(blocks[:, at : at + width]).view(dtype)
-
-
-def blockwise(scales: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """``scale * code`` in float32.
-
-    Parameters
-    ----------
-    scales : float32 array (n, s)
-    codes : array (n, ...) of n * s * size integers, or floats
-        In the order of the weights: each scale's codes are neighbours.
-
-    Returns
-    -------
-    float32 array (n, s * size)
-    """
-    values = codes.reshape(*scales.shape, -1).astype(np.float32)
-    return (scales[..., None] * values).reshape(len(scales), -1)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla.reference.formats import floats, ik_bitnet, ik_quants, iq_quants, k_quants, legacy, small_floats
-from pymla.reference.formats.bits import blockwise, fields, load, pack_fields, pack_planes
-from pymla.reference.formats.format import Format, load_half
+from pymla.reference.formats.bits import fields, load, pack_fields, pack_planes
+from pymla.reference.formats.format import Codes, Format, coded, format_of_codes, load_half
 
 
 class Interleaved(NamedTuple):
@@ -329,32 +329,34 @@ def _iq1_m_r4(blocks: np.ndarray) -> np.ndarray:
 # Rows of these types by themselves are no type of files.
 
 
-def _dequantise_q8_k_row(blocks: np.ndarray) -> np.ndarray:
+def _q8_k_row(blocks: np.ndarray) -> Codes:
     """Q8_K_R8 and Q8_K_R16: a half and 256 int8 codes."""
-    return blockwise(load_half(blocks, 0), blocks[:, 2:].view(np.int8))
+    return coded(load_half(blocks, 0), blocks[:, 2:].view(np.int8))
 
 
-def _dequantise_q8_kv_row(blocks: np.ndarray) -> np.ndarray:
+def _q8_kv_row(blocks: np.ndarray) -> Codes:
     """Q8_KV_R8: Q8_KV without the sum in its header."""
-    return blockwise(ik_quants.load_float(blocks), blocks[:, 4:].view(np.int8))
+    return coded(ik_quants.load_float(blocks), blocks[:, 4:].view(np.int8))
 
 
-def _dequantise_iq1_s_row(blocks: np.ndarray) -> np.ndarray:
+def _iq1_s_row(blocks: np.ndarray) -> Codes:
     """IQ1_S_R4: IQ1_S with its half once a row."""
     words = load(blocks, 6, 1, np.uint16)
     high = words >> np.array([0, 3, 6, 9], np.uint16) & 7
     scales = load_half(blocks, 0) * (2 * (words >> 12 & 7) + 1).astype(np.float32)
-    return blockwise(scales, iq_quants.shifted_vectors(blocks[:, 2:6] | high << 8, np.repeat(words >> 15, 4, -1) == 1))
+    vectors = iq_quants.shifted_vectors(blocks[:, 2:6] | high << 8, np.repeat(words >> 15, 4, axis=-1) == 1)
+    return coded(iq_quants.EIGHTH * scales, vectors)
 
 
-def _dequantise_iq1_m_row(blocks: np.ndarray) -> np.ndarray:
+def _iq1_m_row(blocks: np.ndarray) -> Codes:
     """IQ1_M_R4: IQ1_M's codes, with a half once a row and a nibble for 16 weights, which is the scale itself."""
     high = fields(blocks[:, 6:8], 4).astype(np.uint16)
     scales = load_half(blocks, 0) * fields(blocks[:, 8:], 4).astype(np.float32)
-    return blockwise(scales, iq_quants.shifted_vectors(blocks[:, 2:6] | (high & 7) << 8, high >> 3 == 1))
+    vectors = iq_quants.shifted_vectors(blocks[:, 2:6] | (high & 7) << 8, high >> 3 == 1)
+    return coded(iq_quants.EIGHTH * scales, vectors)
 
 
-_Q8_K_ROW = Format(_dequantise_q8_k_row)
+_Q8_K_ROW = format_of_codes(_q8_k_row)
 
 Q4_0_R8 = Interleaved(8, legacy.Q4_0, _q4_0_r8)
 Q5_0_R4 = Interleaved(4, legacy.Q5_0, _q5_0_r4)
@@ -368,12 +370,12 @@ Q6_K_R4 = Interleaved(4, k_quants.Q6_K, _q6_k_r4)
 IQ2_XXS_R4 = Interleaved(4, iq_quants.IQ2_XXS, _iq2_xxs_r4)
 IQ2_XS_R4 = Interleaved(4, iq_quants.IQ2_XS, _iq2_xs_r4)
 IQ3_XXS_R4 = Interleaved(4, iq_quants.IQ3_XXS, _iq3_xxs_r4)
-IQ1_S_R4 = Interleaved(4, Format(_dequantise_iq1_s_row), _iq1_s_r4)
+IQ1_S_R4 = Interleaved(4, format_of_codes(_iq1_s_row), _iq1_s_r4)
 IQ4_NL_R4 = Interleaved(4, iq_quants.IQ4_NL, _iq4_nl_r4)
 IQ3_S_R4 = Interleaved(4, iq_quants.IQ3_S, _iq3_s_r4)
 IQ2_S_R4 = Interleaved(4, iq_quants.IQ2_S, _iq2_s_r4)
 IQ4_XS_R8 = Interleaved(8, iq_quants.IQ4_XS, _iq4_xs_r8)
-IQ1_M_R4 = Interleaved(4, Format(_dequantise_iq1_m_row), _iq1_m_r4)
+IQ1_M_R4 = Interleaved(4, format_of_codes(_iq1_m_row), _iq1_m_r4)
 BF16_R16 = Interleaved(16, floats.BF16, _bf16_r16)
 IQ2_BN_R4 = Interleaved(4, ik_bitnet.IQ2_BN, _iq2_bn_r4)
 IQ2_K_R4 = Interleaved(4, ik_quants.IQ2_K, _iq2_k_r4)
@@ -384,5 +386,5 @@ IQ4_KS_R4 = Interleaved(4, ik_quants.IQ4_KS, _iq4_ks_r4)
 IQ5_KS_R4 = Interleaved(4, ik_quants.IQ5_KS, _iq5_ks_r4)
 MXFP4_R8 = Interleaved(8, small_floats.MXFP4, _mxfp4_r8)
 Q8_K_R16 = Interleaved(16, _Q8_K_ROW, _q8_k_r16)
-Q8_KV_R8 = Interleaved(8, Format(_dequantise_q8_kv_row), _q8_kv_r8)
+Q8_KV_R8 = Interleaved(8, format_of_codes(_q8_kv_row), _q8_kv_r8)
 Q8_K_R8 = Interleaved(8, _Q8_K_ROW, _q8_k_r8)

@@ -7,8 +7,8 @@ a row begins with its scale, a float or a half, which here stands before every b
 
 import numpy as np
 
-from pymla.reference.formats.bits import blockwise, fields, load, planes
-from pymla.reference.formats.format import Format, load_half
+from pymla.reference.formats.bits import fields, load, planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes, load_half
 from pymla.reference.formats.iq_quants import IQ4_VALUES
 
 _IQ3_VALUES = np.array([-63, -40, -23, -10, 1, 13, 28, 47], np.int8)
@@ -65,31 +65,31 @@ def load_float(blocks: np.ndarray) -> np.ndarray:
     return load(blocks, 0, 1, np.float32)
 
 
-def _dequantise_q6_0(blocks: np.ndarray) -> np.ndarray:
+def _q6_0(blocks: np.ndarray) -> Codes:
     # The four fields of a high byte belong to weights i, i + 16, i + 8 and i + 24.
     high = planes(blocks[:, 2:10], 2).reshape(-1, 2, 2, 8).swapaxes(1, 2).reshape(-1, 32)
     codes = planes(blocks[:, 10:], 4).reshape(-1, 32) | high << 4
-    return blockwise(load_half(blocks, 0), codes.astype(np.float32) - 32)
+    return coded(load_half(blocks, 0), codes.astype(np.int8) - 32)
 
 
-def _dequantise_iq2_k(blocks: np.ndarray) -> np.ndarray:
+def _iq2_k(blocks: np.ndarray) -> Codes:
     variants, codes = fields(blocks[:, 2:4], 1), planes(blocks[:, 12:].reshape(-1, 2, 32), 2)
     scales = load_half(blocks, 0) * (fields(blocks[:, 4:12], 4).astype(np.float32) - 8)
-    return blockwise(scales, _levels(2, codes, variants))
+    return coded(scales, _levels(2, codes, variants))
 
 
-def _dequantise_iq3_k(blocks: np.ndarray) -> np.ndarray:
+def _iq3_k(blocks: np.ndarray) -> Codes:
     variants, negative = fields(blocks[:, 2:4], 1), fields(blocks[:, 4:6], 1)
     low = planes(blocks[:, 14:78].reshape(-1, 2, 32), 2).reshape(-1, 256)
     codes = low | planes(blocks[:, 78:], 1).reshape(-1, 256) << 2
     odd = (2 * fields(blocks[:, 6:14], 4) + 1).astype(np.float32)
-    return blockwise(load_half(blocks, 0) * np.where(negative, -odd, odd), _levels(3, codes, variants))
+    return coded(load_half(blocks, 0) * np.where(negative, -odd, odd), _levels(3, codes, variants))
 
 
-def _dequantise_iq4_k(blocks: np.ndarray) -> np.ndarray:
+def _iq4_k(blocks: np.ndarray) -> Codes:
     variants, codes = fields(blocks[:, 2:4], 1), planes(blocks[:, 16:].reshape(-1, 8, 16), 4)
     scales = load_half(blocks, 0) * _six_bits(fields(blocks[:, 8:16], 4), fields(blocks[:, 4:8], 2))
-    return blockwise(scales, _levels(4, codes, variants))
+    return coded(scales, _levels(4, codes, variants))
 
 
 def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -97,80 +97,80 @@ def _five_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return planes(low.reshape(-1, 4, 32), 4).reshape(-1, 256) | planes(high, 1).reshape(-1, 256) << 4
 
 
-def _dequantise_iq5_k(blocks: np.ndarray) -> np.ndarray:
+def _iq5_k(blocks: np.ndarray) -> Codes:
     variants, codes = fields(blocks[:, 2:4], 1), _five_bits(blocks[:, 16:144], blocks[:, 144:])
     scales = load_half(blocks, 0) * _six_bits(fields(blocks[:, 8:16], 4), fields(blocks[:, 4:8], 2))
-    return blockwise(scales, _levels(5, codes, variants))
+    return coded(scales, _levels(5, codes, variants))
 
 
-def _dequantise_iq6_k(blocks: np.ndarray) -> np.ndarray:
+def _iq6_k(blocks: np.ndarray) -> Codes:
     """Levels are those of the table that ik_llama.cpp quantises, multiplies and, on the GPU, dequantises with. Its
     `dequantize_row_iq6_k` approximates them by a polynomial, which is up to half a level off."""
     variants, low = fields(blocks[:, 2:4], 1), planes(blocks[:, 20:148].reshape(-1, 4, 32), 4)
     high = planes(blocks[:, 148:].reshape(-1, 2, 32), 2)
     codes = low.reshape(-1, 256) | high.reshape(-1, 256) << 4
     scales = load_half(blocks, 0) * blocks[:, 4:20].view(np.int8).astype(np.float32)
-    return blockwise(scales, _levels(6, codes, variants))
+    return coded(scales, _levels(6, codes, variants))
 
 
-def _dequantise_iq4_ks(blocks: np.ndarray) -> np.ndarray:
+def _iq4_ks(blocks: np.ndarray) -> Codes:
     scales, variants = _eight_bits(blocks[:, 4:12])
     codes = planes(blocks[:, 12:].reshape(-1, 8, 16), 4)
-    return blockwise(load_float(blocks) * scales, _levels(4, codes, variants))
+    return coded(load_float(blocks) * scales, _levels(4, codes, variants))
 
 
-def _dequantise_iq5_ks(blocks: np.ndarray) -> np.ndarray:
+def _iq5_ks(blocks: np.ndarray) -> Codes:
     scales, variants = _eight_bits(blocks[:, 4:12])
     codes = _five_bits(blocks[:, 12:140], blocks[:, 140:])
-    return blockwise(load_float(blocks) * scales, _levels(5, codes, variants))
+    return coded(load_float(blocks) * scales, _levels(5, codes, variants))
 
 
-def _dequantise_iq4_kss(blocks: np.ndarray) -> np.ndarray:
+def _iq4_kss(blocks: np.ndarray) -> Codes:
     """The lowest bits of eight words of 16 are a scale; each word without its own, xor half of it, has four codes."""
     words = load(blocks, 4, 64, np.uint16).reshape(-1, 8, 8)
     scales, variants = _eight_bits(np.packbits((words & 1).astype(bool), axis=-1, bitorder="little")[..., 0])
     even = words & np.uint16(0xFFFE)
     codes = planes((even ^ even >> 1).view(np.uint8), 4)
-    return blockwise(load_float(blocks) * scales, _levels(4, codes, variants))
+    return coded(load_float(blocks) * scales, _levels(4, codes, variants))
 
 
-def _dequantise_iq2_ks(blocks: np.ndarray) -> np.ndarray:
+def _iq2_ks(blocks: np.ndarray) -> Codes:
     variants, high = fields(blocks[:, 2:3], 1), fields(blocks[:, 3:4], 1)
     codes = planes(blocks[:, 8:].reshape(-1, 2, 32), 2)
     scales = (fields(blocks[:, 4:8], 4) | high << 4).astype(np.float32) - 16
-    return blockwise(load_half(blocks, 0) * scales, _levels(2, codes, variants))
+    return coded(load_half(blocks, 0) * scales, _levels(2, codes, variants))
 
 
-def _dequantise_iq3_ks(blocks: np.ndarray) -> np.ndarray:
+def _iq3_ks(blocks: np.ndarray) -> Codes:
     high, variants = fields(blocks[:, 2:3], 1), fields(blocks[:, 3:4], 1)
     low = planes(blocks[:, 8:72].reshape(-1, 2, 32), 2).reshape(-1, 256)
     codes = low | planes(blocks[:, 72:], 1).reshape(-1, 256) << 2
     scales = (planes(blocks[:, 4:8], 4).reshape(-1, 8) | high << 4).astype(np.float32) - 16
-    return blockwise(load_half(blocks, 0) * scales, _levels(3, codes, variants))
+    return coded(load_half(blocks, 0) * scales, _levels(3, codes, variants))
 
 
-def _dequantise_iq2_kl(blocks: np.ndarray) -> np.ndarray:
+def _iq2_kl(blocks: np.ndarray) -> Codes:
     low = planes(blocks[:, 8:72].reshape(-1, 4, 16), 4).reshape(-1, 128)
     codes = low | planes(blocks[:, 72:], 1).reshape(-1, 128) << 4
     scales = _six_bits(planes(blocks[:, 4:8], 4).reshape(-1, 8), fields(blocks[:, 2:4], 2))
-    return blockwise(load_half(blocks, 0) * scales, PAIRS[codes])
+    return coded(load_half(blocks, 0) * scales, PAIRS[codes])
 
 
-def _dequantise_q8_kv(blocks: np.ndarray) -> np.ndarray:
+def _q8_kv(blocks: np.ndarray) -> Codes:
     """The header's second number, the sum of the row's codes, is there for products."""
-    return blockwise(load_float(blocks), blocks[:, 8:].view(np.int8))
+    return coded(load_float(blocks), blocks[:, 8:].view(np.int8))
 
 
-Q6_0 = Format(_dequantise_q6_0)
-IQ2_K = Format(_dequantise_iq2_k)
-IQ3_K = Format(_dequantise_iq3_k)
-IQ4_K = Format(_dequantise_iq4_k)
-IQ5_K = Format(_dequantise_iq5_k)
-IQ6_K = Format(_dequantise_iq6_k)
-IQ2_KS = Format(_dequantise_iq2_ks)
-IQ3_KS = Format(_dequantise_iq3_ks)
-IQ4_KS = Format(_dequantise_iq4_ks)
-IQ5_KS = Format(_dequantise_iq5_ks)
-IQ4_KSS = Format(_dequantise_iq4_kss)
-IQ2_KL = Format(_dequantise_iq2_kl)
-Q8_KV = Format(_dequantise_q8_kv)
+Q6_0 = format_of_codes(_q6_0)
+IQ2_K = format_of_codes(_iq2_k)
+IQ3_K = format_of_codes(_iq3_k)
+IQ4_K = format_of_codes(_iq4_k)
+IQ5_K = format_of_codes(_iq5_k)
+IQ6_K = format_of_codes(_iq6_k)
+IQ2_KS = format_of_codes(_iq2_ks)
+IQ3_KS = format_of_codes(_iq3_ks)
+IQ4_KS = format_of_codes(_iq4_ks)
+IQ5_KS = format_of_codes(_iq5_ks)
+IQ4_KSS = format_of_codes(_iq4_kss)
+IQ2_KL = format_of_codes(_iq2_kl)
+Q8_KV = format_of_codes(_q8_kv)

@@ -8,8 +8,8 @@ ik_llama.cpp, commit 8337e4cd.
 
 import numpy as np
 
-from pymla.reference.formats.bits import blockwise, load, planes
-from pymla.reference.formats.format import Format
+from pymla.reference.formats.bits import load, planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes
 from pymla.reference.formats.ik_quants import load_float
 from pymla.reference.formats.iq_quants import IQ4_VALUES
 
@@ -29,38 +29,38 @@ def _starts(indices: np.ndarray, offset: np.ndarray | int = _OFFSET) -> np.ndarr
     return indices.astype(np.uint32) + np.asarray(offset, np.uint32)
 
 
-def _dequantise_iq1_kt(blocks: np.ndarray) -> np.ndarray:
+def _iq1_kt(blocks: np.ndarray) -> Codes:
     heads, low, high = np.split(blocks[:, 4:], [8, 40], axis=-1)
     top = planes(heads[..., None], 1)[:, :, 4:].reshape(-1, 32).astype(np.uint16)
     indices = low | planes(high, 4).reshape(-1, 32).astype(np.uint16) << 8 | top << 12
     scales = load_float(blocks) * IQ4_VALUES[heads & 15].astype(np.float32)
-    return blockwise(scales, levels(_starts(indices), 8))
+    return coded(scales, levels(_starts(indices), 8))
 
 
-def _dequantise_iq2_kt(blocks: np.ndarray) -> np.ndarray:
+def _iq2_kt(blocks: np.ndarray) -> Codes:
     scales = load_float(blocks) * IQ4_VALUES[planes(blocks[:, 4:8], 4)].reshape(-1, 8).astype(np.float32)
-    return blockwise(scales, levels(_starts(load(blocks, 8, 32, np.uint16)), 8))
+    return coded(scales, levels(_starts(load(blocks, 8, 32, np.uint16)), 8))
 
 
-def _dequantise_iq3_kt(blocks: np.ndarray) -> np.ndarray:
+def _iq3_kt(blocks: np.ndarray) -> Codes:
     """Levels are magnitudes; signs are bits of their own."""
     scales = load_float(blocks) * planes(blocks[:, 4:8], 4).reshape(-1, 8).astype(np.float32)
     magnitudes = np.abs(levels(_starts(load(blocks, 8, 32, np.uint16)), 8)).reshape(-1, 256)
-    values = blockwise(scales, magnitudes)
-    return np.where(planes(blocks[:, 72:], 1).reshape(-1, 256) == 1, -values, values)
+    is_negative = planes(blocks[:, 72:], 1).reshape(-1, 256) == 1
+    return coded(scales, np.where(is_negative, -magnitudes, magnitudes))
 
 
-def _dequantise_iq4_kt(blocks: np.ndarray) -> np.ndarray:
+def _iq4_kt(blocks: np.ndarray) -> Codes:
     """A word for 32 weights has a bit that moves the generator's start, a scale, and the top three bits of indices."""
     words, low, high = load(blocks, 4, 8, np.uint32), blocks[:, 36:100], planes(blocks[:, 100:], 4).reshape(-1, 64)
     top = (words[..., None] >> np.arange(8, 32, 3, dtype=np.uint32) & 7).reshape(-1, 64)
     indices = low | high.astype(np.uint32) << 8 | top << 12
     offset = np.repeat(_OFFSET + (words & 1) * np.uint32(32768), 8, axis=-1)
     scales = load_float(blocks) * ((words >> 1 & 127).astype(np.float32) - 64)
-    return blockwise(scales, levels(_starts(indices, offset), 4))
+    return coded(scales, levels(_starts(indices, offset), 4))
 
 
-IQ1_KT = Format(_dequantise_iq1_kt)
-IQ2_KT = Format(_dequantise_iq2_kt)
-IQ3_KT = Format(_dequantise_iq3_kt)
-IQ4_KT = Format(_dequantise_iq4_kt)
+IQ1_KT = format_of_codes(_iq1_kt)
+IQ2_KT = format_of_codes(_iq2_kt)
+IQ3_KT = format_of_codes(_iq3_kt)
+IQ4_KT = format_of_codes(_iq4_kt)

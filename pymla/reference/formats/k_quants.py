@@ -6,23 +6,23 @@ rounded to float32 from left to right.
 
 import numpy as np
 
-from pymla.reference.formats.bits import blockwise, planes
-from pymla.reference.formats.format import Format, load_half
+from pymla.reference.formats.bits import planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes, load_half
 
 
-def _dequantise_q2_k(blocks: np.ndarray) -> np.ndarray:
+def _q2_k(blocks: np.ndarray) -> Codes:
     scales, codes = blocks[:, :16], planes(blocks[:, 16:80].reshape(-1, 2, 32), 2)
     d = load_half(blocks, 80) * (scales & 15).astype(np.float32)
     m = load_half(blocks, 82) * (scales >> 4).astype(np.float32)
-    return blockwise(d, codes) - np.repeat(m, 16, axis=-1)
+    return coded(d, codes, -m)
 
 
-def _dequantise_q3_k(blocks: np.ndarray) -> np.ndarray:
+def _q3_k(blocks: np.ndarray) -> Codes:
     low = planes(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     high = planes(blocks[:, :32], 1).reshape(-1, 256)
     low_scales, high_scales = planes(blocks[:, 96:104], 4), planes(blocks[:, 104:108], 2)
     scales = (low_scales.reshape(-1, 16) | high_scales.reshape(-1, 16) << 4).astype(np.float32) - 32
-    return blockwise(load_half(blocks, 108) * scales, (low | high << 2).astype(np.float32) - 4)
+    return coded(load_half(blocks, 108) * scales, (low | high << 2).astype(np.int8) - 4)
 
 
 def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,37 +38,34 @@ def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _dequantise_affine(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _with_minima(blocks: np.ndarray, codes: np.ndarray) -> Codes:
     """Q4_K and Q5_K: eight scales and minima, for 32 codes each."""
     scales, minima = _scales_and_minima(blocks[:, 4:16])
     d = load_half(blocks, 0) * scales.astype(np.float32)
     m = load_half(blocks, 2) * minima.astype(np.float32)
-    return blockwise(d, codes) - np.repeat(m, 32, axis=-1)
+    return coded(d, codes, -m)
 
 
-def _dequantise_q4_k(blocks: np.ndarray) -> np.ndarray:
-    return _dequantise_affine(blocks, planes(blocks[:, 16:].reshape(-1, 4, 32), 4))
+def _q4_k(blocks: np.ndarray) -> Codes:
+    return _with_minima(blocks, planes(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
-def _dequantise_q5_k(blocks: np.ndarray) -> np.ndarray:
+def _q5_k(blocks: np.ndarray) -> Codes:
     low = planes(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 256)
     high = planes(blocks[:, 16:48], 1).reshape(-1, 256)
-    return _dequantise_affine(blocks, low | high << 4)
+    return _with_minima(blocks, low | high << 4)
 
 
-def _dequantise_q6_k(blocks: np.ndarray) -> np.ndarray:
-    low, high, scales = blocks[:, :128], blocks[:, 128:192], blocks[:, 192:208]
-    low, high = low.reshape(-1, 2, 1, 2, 32), high.reshape(-1, 2, 1, 32)
+def _q6_k(blocks: np.ndarray) -> Codes:
     # A half of 128 weights has 64 bytes of low nibbles and 32 bytes that hold four times the two high bits.
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
-    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
-    codes = (low | high << 4).astype(np.float32).reshape(-1, 16, 16) - 32
-    scale = load_half(blocks, 208) * scales.view(np.int8).astype(np.float32)
-    return (scale[..., None] * codes).reshape(len(blocks), 256)
+    low = planes(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
+    high = planes(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    scales = load_half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    return coded(scales, (low | high << 4).astype(np.int8) - 32)
 
 
-Q2_K = Format(_dequantise_q2_k)
-Q3_K = Format(_dequantise_q3_k)
-Q4_K = Format(_dequantise_q4_k)
-Q5_K = Format(_dequantise_q5_k)
-Q6_K = Format(_dequantise_q6_k)
+Q2_K = format_of_codes(_q2_k)
+Q3_K = format_of_codes(_q3_k)
+Q4_K = format_of_codes(_q4_k)
+Q5_K = format_of_codes(_q5_k)
+Q6_K = format_of_codes(_q6_k)

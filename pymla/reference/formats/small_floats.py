@@ -5,8 +5,8 @@ Values are twice those of E2M1, so that they are integers; scales are halved.
 
 import numpy as np
 
-from pymla.reference.formats.bits import blockwise, planes
-from pymla.reference.formats.format import Format
+from pymla.reference.formats.bits import planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes
 
 #: Twice the numbers of E2M1: a sign, two bits of exponent, one of mantissa.
 E2M1_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
@@ -25,13 +25,13 @@ def _half_e4m3(codes: np.ndarray) -> np.ndarray:
     return np.where(codes == 127, np.float32(0), number * np.float32(0.5)).astype(np.float32)
 
 
-def _dequantise_mxfp4(blocks: np.ndarray) -> np.ndarray:
-    return blockwise(_half_e8m0(blocks[:, :1]), E2M1_VALUES[planes(blocks[:, 1:], 4)])
+def _mxfp4(blocks: np.ndarray) -> Codes:
+    return coded(_half_e8m0(blocks[:, :1]), E2M1_VALUES[planes(blocks[:, 1:], 4)])
 
 
-def _dequantise_nvfp4(blocks: np.ndarray) -> np.ndarray:
-    return blockwise(_half_e4m3(blocks[:, :4]), E2M1_VALUES[planes(blocks[:, 4:].reshape(-1, 4, 8), 4)])
+def _nvfp4(blocks: np.ndarray) -> Codes:
+    return coded(_half_e4m3(blocks[:, :4]), E2M1_VALUES[planes(blocks[:, 4:].reshape(-1, 4, 8), 4)])
 
 
-MXFP4 = Format(_dequantise_mxfp4)
-NVFP4 = Format(_dequantise_nvfp4)
+MXFP4 = format_of_codes(_mxfp4)
+NVFP4 = format_of_codes(_nvfp4)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pymla.reference.formats.bits import blockwise, fields, planes
-from pymla.reference.formats.format import Format, load_half
+from pymla.reference.formats.bits import fields, planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes, load_half
 
 _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 
@@ -28,27 +28,26 @@ def trits(packed: np.ndarray, count: int = 5) -> np.ndarray:
     return (moved.astype(np.uint16) * 3 >> 8).astype(np.uint8)
 
 
-def _dequantise_tq1_0(blocks: np.ndarray) -> np.ndarray:
+def _tq1_0(blocks: np.ndarray) -> Codes:
     parts = (trits(blocks[:, :32]), trits(blocks[:, 32:48]), trits(blocks[:, 48:52], 4))
     codes = np.concatenate([part.reshape(len(blocks), -1) for part in parts], axis=-1)
-    return blockwise(load_half(blocks, 52), codes.astype(np.int8) - 1)
+    return coded(load_half(blocks, 52), codes.astype(np.int8) - 1)
 
 
-def _dequantise_tq2_0(blocks: np.ndarray) -> np.ndarray:
+def _tq2_0(blocks: np.ndarray) -> Codes:
     codes = planes(blocks[:, :64].reshape(-1, 2, 32), 2)
-    return blockwise(load_half(blocks, 64), codes.astype(np.int8) - 1)
+    return coded(load_half(blocks, 64), codes.astype(np.int8) - 1)
 
 
-def _dequantise_q1_0(blocks: np.ndarray) -> np.ndarray:
-    d = load_half(blocks, 0)
-    return np.where(fields(blocks[:, 2:], 1) == 1, d, -d)
+def _q1_0(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), 2 * fields(blocks[:, 2:], 1).astype(np.int8) - 1)
 
 
-def _dequantise_q2_0(blocks: np.ndarray) -> np.ndarray:
-    return blockwise(load_half(blocks, 0), fields(blocks[:, 2:], 2).astype(np.int8) - 1)
+def _q2_0(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), fields(blocks[:, 2:], 2).astype(np.int8) - 1)
 
 
-TQ1_0 = Format(_dequantise_tq1_0)
-TQ2_0 = Format(_dequantise_tq2_0)
-Q1_0 = Format(_dequantise_q1_0)
-Q2_0 = Format(_dequantise_q2_0)
+TQ1_0 = format_of_codes(_tq1_0)
+TQ2_0 = format_of_codes(_tq2_0)
+Q1_0 = format_of_codes(_q1_0)
+Q2_0 = format_of_codes(_q2_0)
