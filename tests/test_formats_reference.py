@@ -9,7 +9,16 @@ import pytest
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.ik_types import IK_LAYOUTS
-from pymla.reference.formats import FORMATS, INTERLEAVED, bits, blocks_of_rows, dequantise_rows, ik_quants, split_rows
+from pymla.reference.formats import (
+    FORMATS,
+    INTERLEAVED,
+    bits,
+    blocks_of_rows,
+    dequantise_rows,
+    ik_quants,
+    ik_trellis,
+    split_rows,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "types.npz"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "types.md"
@@ -191,7 +200,7 @@ def test_names_and_numbers_are_unique():
         )
 
 
-# What docs/types.md says -----------------------------------------------------------------------------------------------
+# What docs/types.md says ----------------------------------------------------------------------------------------------
 
 
 def documented(*header: str) -> list[list[str]]:
@@ -210,46 +219,49 @@ def documented(*header: str) -> list[list[str]]:
 
 def test_documented_sizes():
     plain = documented("number", "name", "weights", "bytes", "bits")
-    interleaved = [
-        [*each[:2], *each[3:]] for each in documented("number", "name", "rows", "weights", "bytes", "header")
-    ]
-    assert [int(each[0]) for each in plain] == sorted(FORMATS)
-    assert [int(each[0]) for each in interleaved] == sorted(INTERLEAVED)
-    for number, name, weights, nbytes, *_ in plain + interleaved:
-        qtype = int(number)
-        sizes = (ggml.NAME[qtype], ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype])
-        assert sizes == (name, int(weights), int(nbytes))
-    for number, _, weights, nbytes, width, *_ in plain:
-        assert float(width) == round(8 * int(nbytes) / int(weights), 4), number
-    of_rows = documented("number", "name", "rows", "weights", "bytes", "header")
-    headers = {
-        each[0]: each[5] for each in documented("number", "name", "weights", "bytes", "bits", "header") + of_rows
-    }
-    assert {int(each): int(size) for each, size in headers.items()} == {t.qtype: t.row_header for t in IK_LAYOUTS}
-    assert all(ggml.ROWS_TOGETHER[int(each[0])] == int(each[2]) for each in of_rows)
+    of_ik = documented("number", "name", "weights", "bytes", "bits", "header")
+    interleaved = documented("number", "name", "rows", "weights", "bytes", "header")
+    assert [int(row[0]) for row in plain] == sorted(FORMATS)
+    assert [int(row[0]) for row in interleaved] == sorted(INTERLEAVED)
+    for number, name, weights, nbytes, *_ in plain + [[*row[:2], *row[3:]] for row in interleaved]:
+        assert ggml.ID[name] == int(number)
+        assert ggml.BLOCK_SIZE[int(number)] == int(weights)
+        assert ggml.BLOCK_BYTES[int(number)] == int(nbytes)
+    for _, name, weights, nbytes, width, *_ in plain:
+        assert float(width) == round(8 * int(nbytes) / int(weights), 4), name
+    headers = {row[1]: int(row[5]) for row in of_ik + interleaved}
+    assert headers == {each.name: each.row_header for each in IK_LAYOUTS}
+    assert all(ggml.ROWS_TOGETHER[int(row[0])] == int(row[2]) for row in interleaved)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("row", documented("name", "weights per scale", "codes from", "to"), ids=lambda row: row[0])
 def test_documented_codes(row):
-    """Groups of codes and their range, in random blocks."""
-    name, per_scale, lowest, highest, per_minimum, _ = row
+    """How many codes share a scale and a minimum, and the range of codes in random blocks."""
+    name, per_scale, lowest, highest, per_minimum, *_ = row
     qtype = ggml.ID[name]
-    data = np.random.default_rng(5).integers(0, 256, (512, ggml.row_bytes(qtype, 4 * ggml.BLOCK_SIZE[qtype])), np.uint8)
-    kind, blocks = blocks_of_rows(data, qtype)
-    found = kind.codes(blocks)
     size = ggml.BLOCK_SIZE[qtype]
-    assert (found.codes.dtype, found.scales.dtype) == (np.int8, np.float32)
-    assert found.codes.shape == (len(blocks), size)
-    assert found.scales.shape == (len(blocks), size // int(per_scale))
-    assert (
-        found.minima is None if per_minimum == "no" else found.minima.shape == (len(blocks), size // int(per_minimum))
-    )
-    reached = int(found.codes.min()), int(found.codes.max())
-    assert int(lowest) <= reached[0]
-    assert reached[1] <= int(highest)
-    # The extreme levels of the trellis types are rare.
-    assert name.endswith("_KT") or reached == (int(lowest), int(highest))
+    data = np.random.default_rng(5).integers(0, 256, (512, ggml.row_bytes(qtype, 4 * size)), np.uint8)
+    kind, blocks = blocks_of_rows(data, qtype)
+    scales, codes, minima = kind.codes(blocks)
+    assert (codes.dtype, scales.dtype) == (np.int8, np.float32)
+    assert (codes.shape, scales.shape) == ((len(blocks), size), (len(blocks), size // int(per_scale)))
+    assert per_minimum == ("no" if minima is None else str(size // minima.shape[1]))
+    if name.endswith("_KT"):  # their extremes are rare
+        assert int(lowest) <= codes.min() < codes.max() <= int(highest)
+    else:
+        assert (codes.min(), codes.max()) == (int(lowest), int(highest))
+
+
+@pytest.mark.parametrize(
+    ("name", "starts", "count"),
+    [("IQ1_KT", range(4096, 12288), 8), ("IQ2_KT", range(4096, 69632), 8), ("IQ4_KT", range(4096, 69632), 4)],
+)
+def test_documented_levels_of_the_trellis_types(name, starts, count):
+    ranges = {row[0]: (int(row[2]), int(row[3])) for row in documented("name", "weights per scale")}
+    levels = ik_trellis.levels(np.array(starts, np.uint32), count)
+    assert (levels.min(), levels.max()) == ranges[name]
+    assert ranges["IQ3_KT"] == (-ranges["IQ2_KT"][1], ranges["IQ2_KT"][1])
 
 
 def test_every_type_of_integers_has_its_codes_documented():

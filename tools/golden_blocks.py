@@ -89,7 +89,7 @@ def blocks_of(program: str, qtype: int, rng: np.random.Generator) -> dict[str, n
 
 def main(ik_program: str, llama_program: str, ik_commit: str, llama_version: str) -> None:
     rng = np.random.default_rng(SEED)
-    golden = {}
+    golden: dict[str, np.ndarray] = {}
     for each in IK_LAYOUTS:
         golden |= blocks_of(ik_program, each.qtype, rng)
     for name in LLAMA_TYPES:

@@ -22,10 +22,9 @@ from pymla.reference.formats.format import Codes, Format, coded, format_of_codes
 class Interleaved(NamedTuple):
     """A type whose blocks hold blocks of several rows."""
 
-    rows: int
-    #: The type of the rows by themselves.
+    #: The format of the rows by themselves.
     plain: Format
-    #: uint8 (n, rows * block_bytes) → uint8 (n, rows, block_bytes)
+    #: uint8 (n, rows * block_bytes) → uint8 (n, rows, block_bytes), rows being ``ggml.ROWS_TOGETHER``.
     split: Callable[[np.ndarray], np.ndarray]
 
 
@@ -54,9 +53,9 @@ def _row(rows: int = 4) -> np.ndarray:
     return np.arange(rows)[:, None]
 
 
-def _bits(number: np.ndarray, *which: int) -> np.ndarray:
-    """An integer of bits of another one; the lowest is named first."""
-    return np.bitwise_or.reduce([(number >> bit & 1) << i for i, bit in enumerate(which)])
+def _picked(numbers: np.ndarray, *bits: int) -> np.ndarray:
+    """Numbers made of some bits of others; the bit that becomes the lowest is named first."""
+    return np.bitwise_or.reduce([(numbers >> bit & 1) << i for i, bit in enumerate(bits)])
 
 
 def _quads(first: int, rows: int, quad: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -79,18 +78,18 @@ def _join(*parts: np.ndarray) -> np.ndarray:
 
 def _nibbles_of_4(blocks: np.ndarray, first: int, weights: int = 256) -> np.ndarray:
     w = _WEIGHTS[:weights]
-    return _take(blocks, _quads(first, 4, 4 * (w // 32) + _bits(w, 4, 2), w), 4 * _bits(w, 3), 4)
+    return _take(blocks, _quads(first, 4, 4 * (w // 32) + _picked(w, 4, 2), w), 4 * _picked(w, 3), 4)
 
 
 def _bits_of_4(blocks: np.ndarray, first: int, order: tuple[int, int, int], weights: int = 256) -> np.ndarray:
     """Bits above nibbles: `order` says which bits of a weight's number make the number of its bit in the byte."""
     w = _WEIGHTS[:weights]
-    return _take(blocks, _quads(first, 4, w // 32, w), _bits(w, *order), 1)
+    return _take(blocks, _quads(first, 4, w // 32, w), _picked(w, *order), 1)
 
 
 def _pairs_of_4(blocks: np.ndarray, first: int) -> np.ndarray:
     """Codes of 2 bits: a byte has those of four weights, four apart."""
-    return _take(blocks, _quads(first, 4, _WEIGHTS // 16, _WEIGHTS), 2 * _bits(_WEIGHTS, 2, 3), 2)
+    return _take(blocks, _quads(first, 4, _WEIGHTS // 16, _WEIGHTS), 2 * _picked(_WEIGHTS, 2, 3), 2)
 
 
 def _nibble_bytes(codes: np.ndarray, apart: int) -> np.ndarray:
@@ -146,7 +145,7 @@ def _q5_0_r4(blocks: np.ndarray) -> np.ndarray:
 
 def _q6_0_r4(blocks: np.ndarray) -> np.ndarray:
     w = _WEIGHTS[:32]
-    high = _take(blocks, _quads(8, 4, w // 16, w), 2 * _bits(w, 2, 3), 2)
+    high = _take(blocks, _quads(8, 4, w // 16, w), 2 * _picked(w, 2, 3), 2)
     # The plain type's fields belong to weights i, i + 16, i + 8 and i + 24.
     high = high.reshape(-1, 4, 2, 2, 8).swapaxes(2, 3).reshape(-1, 4, 4, 8)
     return _join(_halves(blocks, 4), pack_planes(high, 2), _nibble_bytes(_nibbles_of_4(blocks, 40, 32), 16))
@@ -186,7 +185,7 @@ def _q5_k_r4(blocks: np.ndarray) -> np.ndarray:
 def _q6_k_r4(blocks: np.ndarray) -> np.ndarray:
     scales, w = blocks[:, 8 + 4 * _SMALL + _row()], _WEIGHTS
     codes = _nibbles_of_4(blocks, 328)
-    top = _take(blocks, _quads(72, 4, w // 16, w), 2 * _bits(w, 3, 2), 2)
+    top = _take(blocks, _quads(72, 4, w // 16, w), 2 * _picked(w, 3, 2), 2)
     return _join(_nibble_bytes(codes, 64), _pair_bytes(top), scales, _halves(blocks, 4))
 
 
@@ -197,7 +196,7 @@ def _iq4_nl_r4(blocks: np.ndarray) -> np.ndarray:
 def _iq4_xs_r8(blocks: np.ndarray) -> np.ndarray:
     w = _WEIGHTS
     low, high = _numbers(blocks, 32, 8, 8, 32, 4), _numbers(blocks, 16, 8, 8, 16, 2)
-    codes = _take(blocks, _quads(64, 8, w // 8, w), 4 * _bits(w, 2), 4)
+    codes = _take(blocks, _quads(64, 8, w // 8, w), 4 * _picked(w, 2), 4)
     return _join(_halves(blocks, 8), pack_fields(high, 2), pack_fields(low, 4), _nibble_bytes(codes, 16))
 
 
@@ -288,7 +287,7 @@ def _iq3_s_r4(blocks: np.ndarray) -> np.ndarray:
 
 def _iq2_bn_r4(blocks: np.ndarray) -> np.ndarray:
     w = _WEIGHTS[:64]
-    codes = _take(blocks, _quads(0, 4, w // 16, w), 2 * _bits(w, 2, 3), 2)
+    codes = _take(blocks, _quads(0, 4, w // 16, w), 2 * _picked(w, 2, 3), 2)
     return pack_planes(codes.reshape(-1, 4, 4, 16), 2)
 
 
@@ -358,33 +357,33 @@ def _iq1_m_row(blocks: np.ndarray) -> Codes:
 
 _Q8_K_ROW = format_of_codes(_q8_k_row)
 
-Q4_0_R8 = Interleaved(8, legacy.Q4_0, _q4_0_r8)
-Q5_0_R4 = Interleaved(4, legacy.Q5_0, _q5_0_r4)
-Q6_0_R4 = Interleaved(4, ik_quants.Q6_0, _q6_0_r4)
-Q8_0_R8 = Interleaved(8, legacy.Q8_0, _q8_0_r8)
-Q2_K_R4 = Interleaved(4, k_quants.Q2_K, _q2_k_r4)
-Q3_K_R4 = Interleaved(4, k_quants.Q3_K, _q3_k_r4)
-Q4_K_R4 = Interleaved(4, k_quants.Q4_K, _q4_k_r4)
-Q5_K_R4 = Interleaved(4, k_quants.Q5_K, _q5_k_r4)
-Q6_K_R4 = Interleaved(4, k_quants.Q6_K, _q6_k_r4)
-IQ2_XXS_R4 = Interleaved(4, iq_quants.IQ2_XXS, _iq2_xxs_r4)
-IQ2_XS_R4 = Interleaved(4, iq_quants.IQ2_XS, _iq2_xs_r4)
-IQ3_XXS_R4 = Interleaved(4, iq_quants.IQ3_XXS, _iq3_xxs_r4)
-IQ1_S_R4 = Interleaved(4, format_of_codes(_iq1_s_row), _iq1_s_r4)
-IQ4_NL_R4 = Interleaved(4, iq_quants.IQ4_NL, _iq4_nl_r4)
-IQ3_S_R4 = Interleaved(4, iq_quants.IQ3_S, _iq3_s_r4)
-IQ2_S_R4 = Interleaved(4, iq_quants.IQ2_S, _iq2_s_r4)
-IQ4_XS_R8 = Interleaved(8, iq_quants.IQ4_XS, _iq4_xs_r8)
-IQ1_M_R4 = Interleaved(4, format_of_codes(_iq1_m_row), _iq1_m_r4)
-BF16_R16 = Interleaved(16, floats.BF16, _bf16_r16)
-IQ2_BN_R4 = Interleaved(4, ik_bitnet.IQ2_BN, _iq2_bn_r4)
-IQ2_K_R4 = Interleaved(4, ik_quants.IQ2_K, _iq2_k_r4)
-IQ3_K_R4 = Interleaved(4, ik_quants.IQ3_K, _iq3_k_r4)
-IQ4_K_R4 = Interleaved(4, ik_quants.IQ4_K, _iq4_k_r4)
-IQ5_K_R4 = Interleaved(4, ik_quants.IQ5_K, _iq5_k_r4)
-IQ4_KS_R4 = Interleaved(4, ik_quants.IQ4_KS, _iq4_ks_r4)
-IQ5_KS_R4 = Interleaved(4, ik_quants.IQ5_KS, _iq5_ks_r4)
-MXFP4_R8 = Interleaved(8, small_floats.MXFP4, _mxfp4_r8)
-Q8_K_R16 = Interleaved(16, _Q8_K_ROW, _q8_k_r16)
-Q8_KV_R8 = Interleaved(8, format_of_codes(_q8_kv_row), _q8_kv_r8)
-Q8_K_R8 = Interleaved(8, _Q8_K_ROW, _q8_k_r8)
+Q4_0_R8 = Interleaved(legacy.Q4_0, _q4_0_r8)
+Q5_0_R4 = Interleaved(legacy.Q5_0, _q5_0_r4)
+Q6_0_R4 = Interleaved(ik_quants.Q6_0, _q6_0_r4)
+Q8_0_R8 = Interleaved(legacy.Q8_0, _q8_0_r8)
+Q2_K_R4 = Interleaved(k_quants.Q2_K, _q2_k_r4)
+Q3_K_R4 = Interleaved(k_quants.Q3_K, _q3_k_r4)
+Q4_K_R4 = Interleaved(k_quants.Q4_K, _q4_k_r4)
+Q5_K_R4 = Interleaved(k_quants.Q5_K, _q5_k_r4)
+Q6_K_R4 = Interleaved(k_quants.Q6_K, _q6_k_r4)
+IQ2_XXS_R4 = Interleaved(iq_quants.IQ2_XXS, _iq2_xxs_r4)
+IQ2_XS_R4 = Interleaved(iq_quants.IQ2_XS, _iq2_xs_r4)
+IQ3_XXS_R4 = Interleaved(iq_quants.IQ3_XXS, _iq3_xxs_r4)
+IQ1_S_R4 = Interleaved(format_of_codes(_iq1_s_row), _iq1_s_r4)
+IQ4_NL_R4 = Interleaved(iq_quants.IQ4_NL, _iq4_nl_r4)
+IQ3_S_R4 = Interleaved(iq_quants.IQ3_S, _iq3_s_r4)
+IQ2_S_R4 = Interleaved(iq_quants.IQ2_S, _iq2_s_r4)
+IQ4_XS_R8 = Interleaved(iq_quants.IQ4_XS, _iq4_xs_r8)
+IQ1_M_R4 = Interleaved(format_of_codes(_iq1_m_row), _iq1_m_r4)
+BF16_R16 = Interleaved(floats.BF16, _bf16_r16)
+IQ2_BN_R4 = Interleaved(ik_bitnet.IQ2_BN, _iq2_bn_r4)
+IQ2_K_R4 = Interleaved(ik_quants.IQ2_K, _iq2_k_r4)
+IQ3_K_R4 = Interleaved(ik_quants.IQ3_K, _iq3_k_r4)
+IQ4_K_R4 = Interleaved(ik_quants.IQ4_K, _iq4_k_r4)
+IQ5_K_R4 = Interleaved(ik_quants.IQ5_K, _iq5_k_r4)
+IQ4_KS_R4 = Interleaved(ik_quants.IQ4_KS, _iq4_ks_r4)
+IQ5_KS_R4 = Interleaved(ik_quants.IQ5_KS, _iq5_ks_r4)
+MXFP4_R8 = Interleaved(small_floats.MXFP4, _mxfp4_r8)
+Q8_K_R16 = Interleaved(_Q8_K_ROW, _q8_k_r16)
+Q8_KV_R8 = Interleaved(format_of_codes(_q8_kv_row), _q8_kv_r8)
+Q8_K_R8 = Interleaved(_Q8_K_ROW, _q8_k_r8)

@@ -11,6 +11,7 @@ from pymla.reference.formats.bits import fields, load, planes
 from pymla.reference.formats.format import Codes, coded, format_of_codes, load_half
 from pymla.reference.formats.iq_quants import IQ4_VALUES
 
+_IQ2_VALUES = np.array([-31, -13, 1, 17], np.int8)
 _IQ3_VALUES = np.array([-63, -40, -23, -10, 1, 13, 28, 47], np.int8)
 _IQ5_VALUES = np.array(
     [
@@ -29,13 +30,16 @@ _IQ6_VALUES = np.array(
     np.int8,
 )
 
-#: Levels of a type by the bits of a code, in both variants: int8 (2, codes).
+#: Levels of a type by the bits of a code, in both variants: int8 (2, codes). The second one is moved up.
 LEVELS = {
-    2: np.array([[-31, -13, 1, 17], [-26, -8, 6, 22]], np.int8),
-    3: np.stack([_IQ3_VALUES, _IQ3_VALUES + np.int8(4)]),
-    4: np.stack([IQ4_VALUES, IQ4_VALUES + np.int8(4)]),
-    5: np.stack([_IQ5_VALUES, _IQ5_VALUES + np.int8(2)]),
-    6: np.stack([_IQ6_VALUES, _IQ6_VALUES + np.int8(1)]),
+    bits: np.stack([values, values + np.int8(moved)])
+    for bits, values, moved in (
+        (2, _IQ2_VALUES, 5),
+        (3, _IQ3_VALUES, 4),
+        (4, IQ4_VALUES, 4),
+        (5, _IQ5_VALUES, 2),
+        (6, _IQ6_VALUES, 1),
+    )
 }
 
 #: Pairs of neighbouring weights of IQ2_KL by code, as indices of the first variant's levels of 3 bits.
