@@ -665,7 +665,7 @@ def test_a_process_that_gets_no_more_threads(run, model, monkeypatch):
     def refused(thread):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads, "_pool", threads._Pool(2))
+    monkeypatch.setattr(threads, "_pool", threads.Pool(2))
     monkeypatch.setattr("threading.Thread.start", refused)
     code, out, err = run(*options, "--threads", min(2, cores.usable_cores()))
     assert (code, out) == (0, expected)

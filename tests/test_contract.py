@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from operations import calls, copied, floats, run, spoiled, tensor, unset
 
 from pymla import cpu, ggml, reference
-from pymla.cpu.runtime import threads
 from pymla.errors import PymlaError
 from pymla.tensor import QTensor
 
@@ -104,7 +103,7 @@ def test_a_norm_weight_of_the_wrong_length(backend, rng):
             refused(operation, *words, x=floats(rng, 2, 64), weight=floats(rng, count), eps=0.0, out=unset(2, 64))
 
 
-@pytest.mark.parametrize("qtype", [ggml.ID["Q4_K"], ggml.ID["IQ4_XS"], 7, 99, 12345])
+@pytest.mark.parametrize("qtype", [ggml.ID["I8"], ggml.ID["I32"], 99, 12345])
 def test_a_type_that_is_not_run(backend, rng, qtype):
     w = QTensor(qtype, np.zeros((32, 144), np.uint8))
     x = backend.quant.Activation(floats(rng, 2, 256))
@@ -150,7 +149,7 @@ def test_indices_of_a_recorded_step_are_not_looked_at(rng):
     """They are written before each replay: what lies there while it is recorded means nothing."""
     w, tokens = tensor(rng, ggml.F32, 8, 32), np.array([10**6], np.int32)
     out = unset(1, 32)
-    graph = threads.Graph(lambda: cpu.quant.embedding_rows(w, tokens, out))
+    graph = cpu.Graph(lambda: cpu.quant.embedding_rows(w, tokens, out))
     tokens[0] = 3
     graph.replay()
     np.testing.assert_array_equal(out[0], w.data.view(np.float32)[3])

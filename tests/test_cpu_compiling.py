@@ -12,7 +12,7 @@ import pytest
 from pymla import ggml
 from pymla.cpu import norm, quant, rope
 from pymla.cpu.matmul import activations
-from pymla.cpu.runtime import compiling
+from pymla.cpu.runtime import compiling, compiling_workers
 from pymla.host import kernel_cache
 
 SOURCE = """
@@ -51,7 +51,7 @@ def filled(path, value):
 def fresh():
     """A kernel of the package as a new process has it: neither compiled nor loaded."""
     kernel = activations.quantise_activations
-    return compiling.Compiled(kernel._function, kernel._build)
+    return compiling.Compiled(kernel.py_func, kernel._build)
 
 
 def test_a_kernel_that_was_edited_is_compiled_again(cache, tmp_path):
@@ -123,7 +123,7 @@ def small_kernels():
     kernels = [*norm.kernels(), *rope.kernels(), activations.quantise_activations]
     kernels += quant.embedding_rows_kernels(ggml.Q4_0)
     for kernel in kernels:
-        made = compiling.Compiled(kernel._function, kernel._build)
+        made = compiling.Compiled(kernel.py_func, kernel._build)
         made.__name__, made.origin = kernel.compiled.__name__, kernel.compiled.origin
         yield made
 
@@ -131,12 +131,12 @@ def small_kernels():
 @pytest.mark.parametrize("python", ["this", "none", "one that ends at once", "one that says nothing"])
 def test_several_processes_compile(cache, tmp_path, monkeypatch, python):
     """Whatever becomes of the processes, everything is compiled."""
-    monkeypatch.setattr(compiling, "usable_cores", lambda: 2)
-    monkeypatch.setattr(compiling, "_WORTH_A_PROCESS", 2)
+    monkeypatch.setattr(compiling_workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(compiling_workers, "WORTH_A_PROCESS", 2)
     if python == "one that says nothing":
         (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 100\n")
         (tmp_path / "python").chmod(0o755)
-        monkeypatch.setattr(compiling, "PATIENCE", 0.5)
+        monkeypatch.setattr(compiling_workers, "PATIENCE", 0.5)
     others = {"none": "/nowhere/python", "one that ends at once": shutil.which("true")}
     if python != "this":
         monkeypatch.setattr(sys, "executable", others.get(python, str(tmp_path / "python")))
@@ -153,7 +153,7 @@ def test_several_processes_compile(cache, tmp_path, monkeypatch, python):
 
 
 def test_another_process_ends_with_its_input():
-    command = [sys.executable, "-c", "from pymla.cpu.runtime import compiling; compiling.serve()"]
+    command = [sys.executable, "-c", "from pymla.cpu.runtime import compiling_workers; compiling_workers.serve()"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
 
 

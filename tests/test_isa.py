@@ -33,7 +33,8 @@ DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni"
 
 @pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
 def test_other_levels(level):
-    """The tests of kernels, which compare with the reference at extreme codes as well, pass at every level."""
+    """The tests of operations and of kernels, which compare with the reference at extreme codes as well and with
+    Python, pass at every level."""
     command = [
         sys.executable,
         "-m",
@@ -47,6 +48,8 @@ def test_other_levels(level):
         "test_formats.py",
         "test_gemv.py",
         "test_gemm.py",
+        "test_simd.py",
+        "test_python_level.py",
     ]
     environment = os.environ | {"PYMLA_ISA": level}
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numba import types
 
+from pymla.cpu.graph import Graph
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import kernel
 
@@ -56,7 +57,7 @@ def test_graph_replays_what_it_recorded():
         add_to_each[0](second, 5)
         return second
 
-    graph = threads.Graph(function)
+    graph = Graph(function)
     assert not first.any(), "recording runs nothing"
     assert graph.replay() is second
     second[3] = -1000
@@ -70,7 +71,7 @@ def test_graph_replays_what_it_recorded():
 
 def test_a_failed_recording_leaves_nothing_behind():
     with pytest.raises(TypeError):
-        threads.Graph(lambda: add_to_each[1](None, 1))
+        Graph(lambda: add_to_each[1](None, 1))
     counts = np.zeros(9, np.int64)
     add_to_each[9](counts, 1)
     assert (counts == 1).all()

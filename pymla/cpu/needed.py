@@ -6,7 +6,7 @@ with models of all kinds and finds none.
 """
 
 from pymla.cpu import attention, moe, norm, quant, rope
-from pymla.cpu.runtime import compiling, threads
+from pymla.cpu.runtime import compiling, polling
 
 
 def compile_for(model, progress=None, warn=None):
@@ -27,7 +27,7 @@ def kernels(model):
     from pymla import cpu
 
     place, weights = model.placement, model.weights
-    found, inputs = [*threads.FUNCTIONS], set()
+    found, inputs = [*polling.FUNCTIONS], set()
     layers = list(zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True))
     if cpu in place.layers:
         found += norm.kernels() + rope.kernels()

@@ -1,5 +1,4 @@
-"""Whole steps that the device repeats without the host: CUDA graphs. Twin of the CPU's
-`pymla.cpu.runtime.threads.Graph`."""
+"""Whole steps that the device repeats without the host: CUDA graphs. Twin of `pymla.cpu.graph`."""
 
 from cuda.bindings import driver as api
 

@@ -28,6 +28,8 @@ class KernelCache:
 
     def __init__(self, key):
         self._key = key
+        #: Contents of files that `__contains__` has read and `read` has not been asked for yet.
+        self._checked = {}
 
     @property
     def folder(self):
@@ -39,11 +41,19 @@ class KernelCache:
         return folder
 
     def __contains__(self, name):
-        """Whether there is a file for a kernel, and it is not damaged."""
-        return self.read(name) is not None
+        """Whether there is a file for a kernel, and it is not damaged. `read` then gives its bytes without another
+        look."""
+        data = self._read(name)
+        if data is not None:
+            self._checked[name] = data
+        return data is not None
 
     def read(self, name):
         """The bytes that were written for a kernel; None where there is no file, or a damaged one."""
+        data = self._checked.pop(name, None)
+        return self._read(name) if data is None else data
+
+    def _read(self, name):
         folder = self.folder
         if folder is None:
             return None
@@ -56,6 +66,7 @@ class KernelCache:
 
     def write(self, name, data):
         """Keep the bytes of a kernel. Other processes see the whole file or none; a failure is a warning."""
+        self._checked.pop(name, None)
         folder = self.folder
         if folder is None:
             return

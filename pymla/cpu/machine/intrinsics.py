@@ -1,14 +1,18 @@
 """How a vector register becomes a Numba value, and an instruction a function that kernels call.
 
-An operation is a Python function that emits LLVM IR: ``emit(builder, *values)``. `operation`, `elementwise` and
-`reduction` make Numba intrinsics of such functions; the helpers below emit what many of them need.
+An operation is defined twice: by a NumPy function, which says what it does and can be called from Python, and by a
+function that emits its LLVM IR, ``emit(builder, *values)``. `operation`, `elementwise` and `reduction` bring the
+two together. The helpers below emit the IR that many operations need.
 """
 
+import functools
+import inspect
 from inspect import Parameter, Signature
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.core.extending import _Intrinsic
+from numba.extending import models, register_model
 
 from pymla.cpu.machine.isa import ISA, LANES
 
@@ -51,46 +55,101 @@ i32xL = Vector("i32", LANES)
 i8xL = Vector("i8", 4 * LANES)
 
 
-def _intrinsic(typed, emit, arguments):
-    """An intrinsic that takes so many arguments; Numba reads the number from the signature."""
-    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
-    names = ["typingctx", *(f"argument_{i}" for i in range(arguments))]
-    typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
-    return intrinsic(typed)
+class Operation(_Intrinsic):
+    """An operation on registers that kernels call, made by `operation`, `elementwise` or `reduction`.
+
+    Numba puts the instructions that `emit` writes where a kernel calls it. Called from Python, the NumPy function runs
+    that was decorated, on arrays and addresses: so whole kernels can run as Python, and tests compare the two.
+
+    Attributes
+    ----------
+    py_func : function
+        The NumPy function; it has the operation's docstring and arguments.
+    signature : (Numba type, tuple) or None
+        Types of the result and of the arguments where they are always the same.
+    """
+
+    def __init__(self, py_func, typed, signature=None, prefer_literal=False):
+        names = ["typingctx", *inspect.signature(py_func).parameters]
+        # Numba reads the number of arguments here.
+        typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        super().__init__(py_func.__name__, typed, prefer_literal)
+        functools.update_wrapper(self, py_func)
+        self.__signature__ = inspect.signature(py_func)
+        self.py_func, self.signature = py_func, signature
+        self._register()
+        OPERATIONS[f"{self.__module__}.{self.__name__}"] = self
+
+    def __call__(self, *arguments):
+        return self.py_func(*arguments)
+
+    def __repr__(self):
+        return f"<operation {self.__module__}.{self.__name__}{self.__signature__}>"
+
+    def __get__(self, instance, owner=None):
+        # `help` takes objects with this method for routines, and shows their signature and docstring.
+        return self
 
 
-def operation(result, *arguments):
-    """Make an intrinsic of fixed types from a function that emits its IR: ``emit(builder, *values)``."""
+#: Every operation by the name of its module and its own.
+OPERATIONS = {}
 
-    def decorate(emit):
-        def typed(typingctx, *_):
-            def codegen(context, builder, signature, args):
-                value = emit(builder, *args)
-                return context.get_dummy_value() if result is types.void else value
 
-            return result(*arguments), codegen
+#: Stands for the type of an argument that must be a literal, which the instructions contain.
+LITERAL = object()
 
-        return _intrinsic(typed, emit, len(arguments))
 
-    return decorate
+def operation(result, *arguments, emit):
+    """Make an `Operation` of fixed types from a NumPy function.
+
+    Parameters
+    ----------
+    result : Numba type
+    *arguments : Numba types or `LITERAL`
+    emit : callable(builder, *values)
+        Emits the LLVM IR of the operation and returns its result: a value, several for a tuple, or None for void.
+        Literals are integers.
+    """
+    is_literal = [each is LITERAL for each in arguments]
+
+    def typed(typingctx, *given):
+        kinds = [own if literal else fixed for own, fixed, literal in zip(given, arguments, is_literal, strict=True)]
+
+        def codegen(context, builder, signature, args):
+            values = [
+                kind.literal_value if literal else arg
+                for kind, arg, literal in zip(kinds, args, is_literal, strict=True)
+            ]
+            return _returned(context, builder, result, emit(builder, *values))
+
+        return result(*kinds), codegen
+
+    return lambda py_func: Operation(py_func, typed, (result, arguments), prefer_literal=any(is_literal))
 
 
 def elementwise(emit):
-    """Make an intrinsic whose result has the type of its first argument."""
+    """Make an `Operation` whose result has the type of its first argument; `emit` as for `operation`."""
 
     def typed(typingctx, first, *rest):
         return first(first, *rest), lambda context, builder, signature, args: emit(builder, *args)
 
-    return _intrinsic(typed, emit, emit.__code__.co_argcount - 1)
+    return lambda py_func: Operation(py_func, typed)
 
 
 def reduction(emit):
-    """Make an intrinsic from float lanes to one number."""
+    """Make an `Operation` from float lanes to one number; `emit` as for `operation`."""
 
     def typed(typingctx, x):
         return types.float32(x), lambda context, builder, signature, args: emit(builder, *args)
 
-    return _intrinsic(typed, emit, 1)
+    return lambda py_func: Operation(py_func, typed)
+
+
+def _returned(context, builder, kind, value):
+    """What an operation emitted as the value that Numba expects of a type."""
+    if kind is types.void:
+        return context.get_dummy_value()
+    return context.make_tuple(builder, kind, value) if isinstance(kind, types.BaseTuple) else value
 
 
 def declare(builder, name, result, arguments):
@@ -118,29 +177,20 @@ def shuffle(builder, a, b, lanes):
 
 
 def read(builder, address, ir_type):
-    """A value from memory, whatever its alignment."""
+    """Read a value from memory, whatever its alignment."""
     value = builder.load(builder.inttoptr(address, ir_type.as_pointer()))
     value.align = 1
     return value
 
 
 def write(builder, address, value):
-    """A value to memory."""
+    """Write a value to memory, whatever its alignment."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
 
 
-def loader(vector):
-    """An operation that reads a register from an address."""
-    return operation(vector, types.int64)(lambda builder, address: read(builder, address, ir_type(vector)))
-
-
-def storer(kind):
-    """An operation that writes a register or number to an address."""
-    return operation(types.void, types.int64, kind)(write)
-
-
 def reduced(builder, value, combine):
-    """Halves combined with halves, so that the order does not depend on compiler flags."""
+    """All lanes combined to one: the upper half with the lower half, again and again, so that the order of the sums
+    does not depend on compiler flags."""
     count = value.type.count
     while count > 1:
         count //= 2

@@ -4,9 +4,9 @@ First, codes and scales of rows that lie apart come together in registers (`load
 codes meet activations (`dot4`, `dot8`).
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from pymla.cpu.machine.intrinsics import (
     F16,
@@ -33,63 +33,67 @@ from pymla.cpu.machine.intrinsics import (
     write,
 )
 from pymla.cpu.machine.isa import AMX, LANES, VNNI
+from pymla.cpu.machine.lanes import add_dots, read_lanes, read_number, write_lanes
 from pymla.cpu.machine.simd_bytes import add_pairs, dot_signed, madd_bytes, sum_of_bytes
 
 #: Sums of products with codes of 4 bits: a block of 32 fits the int16 lanes that `vpmaddubsw` makes.
 sum4 = i32xL if VNNI else Vector("i16", 2 * LANES)
+#: The same as an array, for the NumPy functions.
+_SUM4 = np.dtype((np.int32, LANES)) if VNNI else np.dtype((np.int16, 2 * LANES))
 #: Addresses of the rows of a panel.
 rowsL = types.UniTuple(types.int64, LANES)
 
 
-@intrinsic
-def panel_rows(typingctx, row, stride, count):
-    """Addresses of the rows of a panel, `stride` bytes apart; where there are fewer, of the last one again."""
+def _panel_rows(builder, row, stride, count):
+    last = builder.sub(count, ir.Constant(I64, 1))
+    numbers = (ir.Constant(I64, i) for i in range(LANES))
+    numbers = (builder.select(builder.icmp_signed("<", i, last), i, last) for i in numbers)
+    return [builder.add(row, builder.mul(i, stride)) for i in numbers]
 
-    def codegen(context, builder, signature, args):
-        row, stride, count = args
-        last = builder.sub(count, ir.Constant(I64, 1))
-        numbers = (ir.Constant(I64, i) for i in range(LANES))
-        numbers = (builder.select(builder.icmp_signed("<", i, last), i, last) for i in numbers)
-        return context.make_tuple(builder, rowsL, [builder.add(row, builder.mul(i, stride)) for i in numbers])
 
-    return rowsL(types.int64, types.int64, types.int64), codegen
+@operation(rowsL, types.int64, types.int64, types.int64, emit=_panel_rows)
+def panel_rows(row, stride, count):
+    """Addresses of the `LANES` rows of a panel, `stride` bytes apart; rows past `count` repeat the last row."""
+    return tuple(row + min(i, count - 1) * stride for i in range(LANES))
 
 
 def _addresses(builder, rows, offset):
     return [builder.add(builder.extract_value(rows, i), offset) for i in range(LANES)]
 
 
-@intrinsic
-def load_columns(typingctx, rows, offset):
-    """Sixteen bytes of each row of a panel, as four registers: bytes 0 to 3 of every row, then 4 to 7, and so on."""
-    result = types.UniTuple(i8xL, 4)
+def _of_fours(builder, a, b, lanes):
+    """Lanes of each four of two registers; those of the second have numbers from 4 on."""
+    order = [lane + 4 * i if lane < 4 else LANES + lane - 4 + 4 * i for i in range(LANES // 4) for lane in lanes]
+    return shuffle(builder, a, b, order)
 
-    def of_fours(builder, a, b, lanes):
-        """Lanes of each four of two registers; those of the second have numbers from 4 on."""
-        order = [lane + 4 * i if lane < 4 else LANES + lane - 4 + 4 * i for i in range(LANES // 4) for lane in lanes]
-        return shuffle(builder, a, b, order)
 
-    def joined(builder, parts):
-        """One register of two or four."""
-        while len(parts) > 1:
-            lanes = range(2 * parts[0].type.count)
-            parts = [shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+def _joined(builder, parts):
+    """One register of two or four."""
+    while len(parts) > 1:
+        lanes = range(2 * parts[0].type.count)
+        parts = [shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
-    def codegen(context, builder, signature, args):
-        sixteens = [read(builder, each, ir.VectorType(I32, 4)) for each in _addresses(builder, *args)]
-        # Each register has every fourth row; then the fours of its lanes are transposed.
-        registers = [joined(builder, sixteens[i::4]) for i in range(4)]
-        pairs = []
-        for a, b in (registers[:2], registers[2:]):
-            pairs.append((of_fours(builder, a, b, [0, 4, 1, 5]), of_fours(builder, a, b, [2, 6, 3, 7])))
-        columns = []
-        for a, b in zip(*pairs, strict=True):
-            columns += of_fours(builder, a, b, [0, 1, 4, 5]), of_fours(builder, a, b, [2, 3, 6, 7])
-        columns = [builder.bitcast(column, ir_type(i8xL)) for column in columns]
-        return context.make_tuple(builder, result, columns)
 
-    return result(rowsL, types.int64), codegen
+def _load_columns(builder, rows, offset):
+    sixteens = [read(builder, each, ir.VectorType(I32, 4)) for each in _addresses(builder, rows, offset)]
+    # Each register has every fourth row; then the fours of its lanes are transposed.
+    registers = [_joined(builder, sixteens[i::4]) for i in range(4)]
+    pairs = []
+    for a, b in (registers[:2], registers[2:]):
+        pairs.append((_of_fours(builder, a, b, [0, 4, 1, 5]), _of_fours(builder, a, b, [2, 6, 3, 7])))
+    columns = []
+    for a, b in zip(*pairs, strict=True):
+        columns += _of_fours(builder, a, b, [0, 1, 4, 5]), _of_fours(builder, a, b, [2, 3, 6, 7])
+    return [builder.bitcast(column, ir_type(i8xL)) for column in columns]
+
+
+@operation(types.UniTuple(i8xL, 4), rowsL, types.int64, emit=_load_columns)
+def load_columns(rows, offset):
+    """Sixteen bytes of each row of a panel, from `offset` on, as four registers: bytes 0 to 3 of every row, then 4 to
+    7, and so on (vpunpckldq, vpunpcklqdq)."""
+    words = np.array([read_lanes(row + offset, np.int32, 4) for row in rows])
+    return tuple(np.ascontiguousarray(column).view(np.int8) for column in words.T)
 
 
 def _gathered(builder, rows, offset, element):
@@ -116,39 +120,52 @@ def _words(builder, rows, offset):
 
 
 def _gather_halves(shift):
-    """Gathers IEEE halves, the bits from `shift` on of int32, as float32."""
+    """Emits the gather of IEEE halves, the bits from `shift` on of an int32 of each row."""
 
-    @operation(f32xL, rowsL, types.int64)
-    def gather(builder, rows, offset):
+    def emit(builder, rows, offset):
         words = _words(builder, rows, offset)
         halves = builder.trunc(builder.lshr(words, constant(words.type, shift)), ir.VectorType(I16, LANES))
         return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, LANES)), ir_type(f32xL))
 
-    return gather
+    return emit
 
 
-#: The first and the second one of the IEEE halves in four bytes of each row of a panel, as float32.
-gather_f16, gather_second_f16 = _gather_halves(0), _gather_halves(16)
+@operation(f32xL, rowsL, types.int64, emit=_gather_halves(0))
+def gather_f16(rows, offset):
+    """An IEEE half of each row of a panel, at `offset`, as float32. Four bytes of each row are read."""
+    return np.array([read_number(row + offset, np.float16) for row in rows], np.float32)
 
 
-@operation(f32xL, rowsL, types.int64)
-def gather_i8(builder, rows, offset):
-    """An int8 of each row of a panel as float32."""
+@operation(f32xL, rowsL, types.int64, emit=_gather_halves(16))
+def gather_second_f16(rows, offset):
+    """The second of two IEEE halves of each row of a panel, at `offset`, as float32."""
+    return gather_f16.py_func(rows, offset + 2)
+
+
+def _gather_i8(builder, rows, offset):
     return builder.sitofp(_gathered(builder, rows, offset, I8), ir_type(f32xL))
+
+
+@operation(f32xL, rowsL, types.int64, emit=_gather_i8)
+def gather_i8(rows, offset):
+    """An int8 of each row of a panel, at `offset`, as float32."""
+    return np.array([read_number(row + offset, np.int8) for row in rows], np.float32)
 
 
 # Codes of 4 bits. `broadcast_i8xL` gives every row the same four activations.
 
 
-@operation(i8xL, types.int64)
-def broadcast_i8xL(builder, address):
-    """Four bytes from memory, repeated."""
+def _broadcast_i8xL(builder, address):
     return builder.bitcast(splat(builder, read(builder, address, I32), LANES), ir_type(i8xL))
 
 
-@operation(types.void, types.int64, i8x32)
-def store_start4(builder, address, codes):
-    """What `start4` needs to take a zero point of 8 off: a word for 32 activations."""
+@operation(i8xL, types.int64, emit=_broadcast_i8xL)
+def broadcast_i8xL(address):
+    """Four bytes from memory, repeated (vpbroadcastd)."""
+    return np.tile(read_lanes(address, np.int8, 4), LANES)
+
+
+def _store_start4(builder, address, codes):
     if VNNI:
         write(builder, address, builder.mul(sum_of_bytes(builder, codes), ir.Constant(I32, -8)))
         return
@@ -162,56 +179,97 @@ def store_start4(builder, address, codes):
     write(builder, address, builder.or_(low, builder.shl(high, ir.Constant(I32, 16))))
 
 
-@operation(sum4, types.int64)
-def start4(builder, address):
-    """Sums of a block of 32 weights to begin with, so that codes from 0 to 15 count as -8 to 7."""
+@operation(types.void, types.int64, i8x32, emit=_store_start4)
+def store_start4(address, codes):
+    """For 32 activations, write the word to memory from which `start4` takes a zero point of 8 off: -8 times their sum,
+    int32; without VNNI two int16, of the pairs with even and with odd numbers."""
+    sums = codes.reshape(-1, 4) if VNNI else codes.reshape(-1, 2, 2)
+    sums = sums.sum(axis=(0, -1), dtype=np.int32) * -8
+    write_lanes(address, sums if VNNI else sums.astype(np.int16))
+
+
+def _start4(builder, address):
     word = splat(builder, read(builder, address, I32), LANES)
     return builder.bitcast(word, ir_type(sum4))
 
 
-#: The sum of two registers that `start4` gave.
-add_starts = operation(sum4, sum4, sum4)(lambda builder, x, y: builder.add(x, y))
-zero4 = operation(sum4)(lambda builder: constant(ir_type(sum4), 0))
+@operation(sum4, types.int64, emit=_start4)
+def start4(address):
+    """Sums of a block of 32 weights to begin with, so that codes from 0 to 15 count as -8 to 7: the word of
+    `store_start4` in every lane."""
+    return np.full(LANES, read_number(address, np.int32)).view(_SUM4.base)
 
 
-@operation(sum4, sum4, i8xL, i8xL)
-def dot4(builder, acc, codes, activations):
-    """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again."""
+@operation(sum4, sum4, sum4, emit=lambda builder, x, y: builder.add(x, y))
+def add_starts(x, y):
+    """The sum of two registers that `start4` gave: twice the same takes off a zero point of 16."""
+    return x + y
+
+
+@operation(sum4, emit=lambda builder: constant(ir_type(sum4), 0))
+def zero4():
+    """Sums of a block of 32 weights to begin with where codes have no zero point."""
+    return np.zeros(_SUM4.shape, _SUM4.base)
+
+
+def _dot4(builder, acc, codes, activations):
     if VNNI:
         return in_order(builder, dpbusd(builder, acc, codes, activations))
     return in_order(builder, builder.add(acc, madd_bytes(builder, codes, activations)))
 
 
-@operation(f32xL, sum4)
-def finish4(builder, acc):
-    """The sums as float32."""
+@operation(sum4, sum4, i8xL, i8xL, emit=_dot4)
+def dot4(acc, codes, activations):
+    """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again (vpdpbusd
+    or vpmaddubsw)."""
+    return add_dots(acc, codes, activations)
+
+
+def _finish4(builder, acc):
     return builder.sitofp(acc if VNNI else add_pairs(builder, acc), ir_type(f32xL))
+
+
+@operation(f32xL, sum4, emit=_finish4)
+def finish4(acc):
+    """The sums of `dot4` as float32, one for each row."""
+    return acc.reshape(LANES, -1).sum(axis=1, dtype=np.int32).astype(np.float32)
 
 
 # Codes of 8 bits: signed where there is no VNNI; unsigned, 128 more, where there is.
 
 
-@elementwise
-def panel_codes8(builder, codes):
-    """Signed codes as `dot8` wants them."""
-    return builder.xor(codes, constant(codes.type, -128)) if VNNI else codes
+@elementwise(lambda builder, codes: builder.xor(codes, constant(codes.type, -128)) if VNNI else codes)
+def panel_codes8(codes):
+    """Signed codes as `dot8` takes them: 128 more with VNNI, else as they are."""
+    return codes ^ np.int8(-128) if VNNI else codes
 
 
-@operation(i32xL, types.int64)
-def start8(builder, address):
-    """Sums to begin with, from the sum of the activations, int16, at `address`."""
+def _start8(builder, address):
     if not VNNI:
         return constant(ir_type(i32xL), 0)
     offset = builder.mul(builder.sext(read(builder, address, I16), I32), ir.Constant(I32, -128))
     return splat(builder, offset, LANES)
 
 
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot8(builder, acc, codes, activations):
-    """Add products with codes that `panel_codes8` gave."""
+@operation(i32xL, types.int64, emit=_start8)
+def start8(address):
+    """Sums to begin with, from the sum of the activations, int16, at `address`: with VNNI -128 times it, else 0."""
+    return np.full(LANES, int(read_number(address, np.int16)) * -128 if VNNI else 0, np.int32)
+
+
+def _dot8(builder, acc, codes, activations):
     if VNNI:
         return in_order(builder, dpbusd(builder, acc, codes, activations))
     return in_order(builder, dot_signed(builder, acc, codes, activations))
 
 
-finish8 = operation(f32xL, i32xL)(lambda builder, x: builder.sitofp(x, ir_type(f32xL)))
+@operation(i32xL, i32xL, i8xL, i8xL, emit=_dot8)
+def dot8(acc, codes, activations):
+    """Add products with codes that `panel_codes8` gave (vpdpbusd; or vpsignb and vpmaddubsw)."""
+    return add_dots(acc, codes.view(np.uint8) if VNNI else codes, activations)
+
+
+@operation(f32xL, i32xL, emit=lambda builder, x: builder.sitofp(x, ir_type(f32xL)))
+def finish8(x):
+    """`LANES` int32 as float32 (vcvtdq2ps)."""
+    return x.astype(np.float32)

@@ -4,6 +4,7 @@ A word has `WORD` codes of a column of K. One operand's codes are from 0 to 255 
 other's have a sign.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
@@ -27,20 +28,27 @@ from pymla.cpu.machine.intrinsics import (
     write,
 )
 from pymla.cpu.machine.isa import ISA, LANES, VNNI
+from pymla.cpu.machine.lanes import add_dots, read_lanes, read_number, truncated, write_lanes
 from pymla.cpu.machine.simd_bytes import dot_pairs_i16
 
-#: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. Bytes of a sign and
-#: others without are one instruction there; elsewhere int16 is as fast, and as exact.
+#: Columns of K in a word of attention's panels: bytes where VNNI multiplies them, else 16 bits. VNNI has one
+#: instruction for signed bytes times unsigned ones; elsewhere int16 is as fast, and as exact.
 WORD = 4 if VNNI else 2
 #: Added to the codes that VNNI takes as unsigned.
 BIAS = 128 if VNNI else 0
+#: The dtype of a code in a word.
+_CODE = np.int8 if VNNI else np.int16
 
 
-@operation(types.void, types.int64, f32xL)
-def store_codes(builder, address, value):
-    """`LANES` float32, whole numbers, as codes. NaN becomes any number."""
+def _store_codes(builder, address, value):
     codes = builder.fptosi(value, ir.VectorType(I32, LANES))
     write(builder, address, builder.trunc(codes, ir.VectorType(I8 if VNNI else I16, LANES)))
+
+
+@operation(types.void, types.int64, f32xL, emit=_store_codes)
+def store_codes(address, value):
+    """`LANES` float32, whole numbers, to memory as codes: bytes with VNNI, else int16. NaN becomes any number."""
+    write_lanes(address, truncated(value, _CODE))
 
 
 def _words(builder, columns):
@@ -58,45 +66,68 @@ def _words(builder, columns):
     return packed
 
 
-@operation(types.void, types.int64, types.int64, f32xL, f32xL, f32xL, f32xL)
-def store_words(builder, address, stride, *columns):
-    """Whole numbers of four columns as words, `stride` bytes from one to the next. NaN becomes any number."""
+def _store_words(builder, address, stride, *columns):
     for i, word in enumerate(_words(builder, columns)):
         write(builder, builder.add(address, builder.mul(stride, ir.Constant(I64, i))), word)
 
 
-zero_words = operation(i32xL)(lambda builder: constant(ir_type(i32xL), 0))
+@operation(types.void, types.int64, types.int64, f32xL, f32xL, f32xL, f32xL, emit=_store_words)
+def store_words(address, stride, a, b, c, d):
+    """Whole numbers of four columns to memory as words, `stride` bytes from one register of words to the next. NaN
+    becomes any number."""
+    codes = [truncated(column, _CODE) for column in (a, b, c, d)]
+    for i in range(0, 4, WORD):
+        write_lanes(address + stride * (i // WORD), np.stack(codes[i : i + WORD], axis=1))
 
 
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot_words(builder, acc, a, b):
-    """Add the products of words, of which `a` has the `BIAS`."""
+@operation(i32xL, emit=lambda builder: constant(ir_type(i32xL), 0))
+def zero_words():
+    """`LANES` int32 that are 0."""
+    return np.zeros(LANES, np.int32)
+
+
+def _add_i16_products(builder, acc, a, b):
+    """``acc`` plus sums of two products of int16, by multiplying and adding."""
+    words = ir.VectorType(I16, 2 * LANES)
+    products = dot_pairs_i16(builder, builder.bitcast(a, words), builder.bitcast(b, words))
+    return in_order(builder, builder.add(acc, products))
+
+
+def _dot_words(builder, acc, a, b):
     if VNNI:
         return in_order(builder, dpbusd(builder, acc, a, b))
-    words = ir.VectorType(I16, 2 * LANES)
-    return in_order(
-        builder, builder.add(acc, dot_pairs_i16(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
-    )
+    return _add_i16_products(builder, acc, a, b)
 
 
-@operation(i32xL, i32xL, i8xL, i8xL)
-def dot_i16_words(builder, acc, a, b):
-    """Add the products of words of two int16; sums must stay within int32."""
+@operation(i32xL, i32xL, i8xL, i8xL, emit=_dot_words)
+def dot_words(acc, a, b):
+    """Add the products of words, of which `a` has the `BIAS` (vpdpbusd or vpmaddwd)."""
+    return add_dots(acc, a.view(np.uint8 if VNNI else np.int16), b.view(_CODE))
+
+
+def _dot_i16_words(builder, acc, a, b):
     if VNNI:
         name = f"llvm.x86.avx512.vpdpwssd.{32 * LANES}"
         a, b = builder.bitcast(a, acc.type), builder.bitcast(b, acc.type)
         return in_order(builder, builder.call(declare(builder, name, acc.type, [acc.type] * 3), [acc, a, b]))
-    words = ir.VectorType(I16, 2 * LANES)
-    return in_order(
-        builder, builder.add(acc, dot_pairs_i16(builder, builder.bitcast(a, words), builder.bitcast(b, words)))
-    )
+    return _add_i16_products(builder, acc, a, b)
 
 
-@operation(types.void, types.int64, types.int64)
-def widen(builder, address, codes):
-    """Thirty-two bytes at `codes`, 128 more than codes, as codes of words of two."""
+@operation(i32xL, i32xL, i8xL, i8xL, emit=_dot_i16_words)
+def dot_i16_words(acc, a, b):
+    """Add the products of words of two int16; sums must stay within int32 (vpdpwssd or vpmaddwd)."""
+    return add_dots(acc, a.view(np.int16), b.view(np.int16))
+
+
+def _widen(builder, address, codes):
     value = read(builder, codes, ir.VectorType(I8, 32))
     write(builder, address, builder.sext(builder.xor(value, constant(value.type, -128)), ir.VectorType(I16, 32)))
+
+
+@operation(types.void, types.int64, types.int64, emit=_widen)
+def widen(address, codes):
+    """Thirty-two bytes at the address `codes`, 128 more than the codes, to memory as codes of 16 bits."""
+    write_lanes(address, read_lanes(codes, np.uint8, 32).astype(np.int16) - np.int16(128))
 
 
 def _scale_words(builder, words, factors):
@@ -109,10 +140,7 @@ def _scale_words(builder, words, factors):
     return builder.trunc(builder.ashr(product, constant(wide, 15)), words.type)
 
 
-@operation(types.void, *[types.int64] * 7)
-def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
-    """Thirty-two codes of each of four rows, bytes that are 128 more than the codes, as words of as many lanes of
-    panels, times int16 / 32768 at `factors`, `stride` bytes from row to row."""
+def _store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
     # Numbers at a time, and lanes of a store: a panel's.
     count, lanes = (32, 16) if LANES == 16 else (16, 8)
     words = ir.VectorType(I16, count)
@@ -134,3 +162,21 @@ def store_rescaled(builder, panel, row_0, row_1, row_2, row_3, factors, stride):
                 order = [lane for k in range(j, j + lanes) for lane in (k, count + k)]
                 offset = 4 * LANES * i + (first + j) // lanes * (4 * LANES * 32 // WORD)
                 write(builder, builder.add(panel, ir.Constant(I64, offset)), shuffle(builder, a, b, order))
+
+
+@operation(types.void, *[types.int64] * 7, emit=_store_rescaled)
+def store_rescaled(panel, row_0, row_1, row_2, row_3, factors, stride):
+    """Thirty-two codes of each of four rows, bytes that are 128 more than the codes, times int16 / 32768, rounded, to
+    memory as words of as many lanes of panels (vpmulhrsw).
+
+    The int16 lie at `factors`, `stride` bytes from row to row. `LANES` columns of the rows are a panel, whose word i
+    has the codes of rows `WORD` * i on; the next panel is 32 / `WORD` registers behind.
+    """
+    scaled = []
+    for i, row in enumerate((row_0, row_1, row_2, row_3)):
+        codes = read_lanes(row, np.uint8, 32).astype(np.int32) - 128
+        scaled.append((codes * read_number(factors + stride * i, np.int16) + (1 << 14) >> 15).astype(_CODE))
+    for i in range(0, 4, WORD):
+        for j in range(0, 32, LANES):
+            word = np.stack([row[j : j + LANES] for row in scaled[i : i + WORD]], axis=1)
+            write_lanes(panel + 4 * LANES * (i // WORD) + j // LANES * (4 * LANES * 32 // WORD), word)

@@ -31,7 +31,7 @@ def features():
 
 
 def check_jit():
-    """Refuse ``NUMBA_DISABLE_JIT``: kernels are machine code, and Python cannot run them.
+    """Refuse ``NUMBA_DISABLE_JIT``: Numba's functions then are no longer those that kernels are made of.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def check_jit():
     if config.DISABLE_JIT:
         raise PymlaError(
             f"NUMBA_DISABLE_JIT={os.environ.get('NUMBA_DISABLE_JIT', 1)}: kernels must be compiled; unset it, or "
-            "choose the device reference, which needs no compiler"
+            "set PYMLA_ISA=python to run kernels as Python, or choose the device reference, which needs no compiler"
         )
 
 

@@ -14,6 +14,8 @@ from numba.extending import intrinsic
 from numba.np import numpy_support
 from numba.np.arrayobj import populate_array
 
+from pymla.host.arguments import ArgumentWriter
+
 _WORD = ir.IntType(64)
 
 
@@ -28,8 +30,7 @@ class Packer:
     """
 
     def __init__(self, signature, name):
-        self._name = name
-        self._writers = [_writer(kind) for kind in signature]
+        self._write = ArgumentWriter(name, signature, _array, lambda value: value.flags.c_contiguous, _number)
 
     def __call__(self, arguments):
         """The words of `arguments`: int64 (n,).
@@ -39,50 +40,19 @@ class Packer:
         TypeError
             An argument does not have the type that the signature says.
         """
-        if len(arguments) != len(self._writers):
-            raise TypeError(f"{self._name} takes {len(self._writers)} arguments, not {len(arguments)}")
-        words = []
-        for position, (write, value) in enumerate(zip(self._writers, arguments, strict=True)):
-            try:
-                write(value, words)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise TypeError(f"argument {position} of {self._name}: {error}") from None
-        return np.array(words, np.int64)
+        return np.array(self._write(arguments), np.int64)
 
 
-def _writer(kind):
-    """A function (value, words) that appends a value of a Numba type."""
-    if isinstance(kind, types.Array):
-        dtype, dimensions, contiguous = numpy_support.as_dtype(kind.dtype), kind.ndim, kind.layout == "C"
+def _array(value):
+    return (value.__array_interface__["data"][0], *value.shape, *value.strides)
 
-        def write(value, words):
-            if value.dtype != dtype or value.ndim != dimensions or (contiguous and not value.flags.c_contiguous):
-                found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
-                raise TypeError(f"expected {kind}, got an array of {found}")
-            words.append(value.__array_interface__["data"][0])
-            words += value.shape
-            words += value.strides
 
-    elif isinstance(kind, types.BaseTuple):
-        writers = [_writer(each) for each in kind]
+def _number(kind):
+    return _bits_of_float if isinstance(kind, types.Float) else operator.index
 
-        def write(value, words):
-            if len(value) != len(writers):
-                raise TypeError(f"expected {len(writers)} values, got {len(value)}")
-            for each, part in zip(writers, value, strict=True):
-                each(part, words)
 
-    elif isinstance(kind, types.Float):
-
-        def write(value, words):
-            words.append(struct.unpack("q", struct.pack("d", float(value)))[0])
-
-    else:
-
-        def write(value, words):
-            words.append(operator.index(value))
-
-    return write
+def _bits_of_float(value):
+    return struct.unpack("q", struct.pack("d", float(value)))[0]
 
 
 def unpacker(signature):
@@ -109,7 +79,7 @@ def _unpack_all(context, builder, kinds, block, at):
 
 
 def _unpack(context, builder, kind, block, at):
-    """A value of type `kind` from word `at` on, and the number of the word behind it."""
+    """A value of type `kind` from word `at` on, and the number of the word after it."""
 
     def word(i):
         return builder.load(builder.gep(block, [ir.Constant(_WORD, at + i)]))

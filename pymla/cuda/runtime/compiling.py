@@ -9,14 +9,11 @@ import contextlib
 import functools
 import json
 import re
-import sys
 import threading
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import llvmlite
-import numba
 from numba import cuda, types
 
 from pymla.errors import PymlaError
@@ -58,7 +55,7 @@ def compile_kernel(kernel, capability):
     -------
     Code
     """
-    kept, name = is_part_of(_SOURCES, kernel.function), entry_name(kernel, capability)
+    kept, name = is_part_of(_SOURCES, kernel.py_func), entry_name(kernel, capability)
     data = CACHE.read(name) if kept else None
     if data is None:
         code = link(to_ptx(kernel, capability), capability, kernel)
@@ -95,7 +92,7 @@ def to_ptx(kernel, capability):
     """
     with _lock, _target(capability):
         ptx, _ = cuda.compile(
-            kernel.function,
+            kernel.py_func,
             types.void(*kernel.signature),
             device=False,
             cc=capability,
@@ -174,8 +171,7 @@ def _figures(ptx, log):
 def _key():
     from cuda.bindings import nvjitlink
 
-    tools = sys.version, numba.__version__, llvmlite.__version__, metadata.version("numba-cuda"), nvjitlink.version()
-    return source_key(_SOURCES, tools)
+    return source_key(_SOURCES, (metadata.version("numba-cuda"), nvjitlink.version()))
 
 
 #: Machine code for all GPUs.

@@ -19,7 +19,9 @@ from numba.np import numpy_support
 from pymla.cuda.runtime import driver
 from pymla.cuda.runtime.driver import SIMULATED
 from pymla.errors import PymlaError
+from pymla.host.arguments import ArgumentWriter
 from pymla.host.kernel_cache import take_warnings
+from pymla.host.kernel_signature import kernel_signature
 
 if SIMULATED:
     from pymla.cuda.machine import simulator
@@ -106,21 +108,24 @@ class Kernel:
 
     Attributes
     ----------
+    py_func : function
+        Its source.
     parameter_sizes : list of int
         Bytes of the compiled function's parameters.
     """
 
     def __init__(self, function, signature, variant, max_threads, min_blocks, max_registers, hot):
         self.__name__ = function.__name__.lstrip("_") + (f"[{variant}]" if variant is not None else "")
-        self.__doc__ = function.__doc__
+        self.__doc__, self.__module__ = function.__doc__, function.__module__
+        self.__signature__ = kernel_signature(function, signature, self.__name__)
         if self.__name__ in KERNELS:
             raise ValueError(f"there are two kernels {self.__name__}; give them variants")
         if min_blocks and not max_threads:
             raise ValueError(f"kernel {self.__name__}: min_blocks needs max_threads")
-        self.function, self.signature, self.hot = function, signature, hot
+        self.py_func, self.signature, self.hot = function, signature, hot
         self.max_threads, self.max_registers = max_threads, max_registers
         self.launch_bounds = (max_threads, min_blocks) if min_blocks else max_threads
-        self._writers = [_writer(kind) for kind in signature]
+        self._write = _writer(self.__name__, signature)
         self.parameter_sizes = [size for kind in signature for size in _sizes(kind)]
         # A launch takes the addresses of its parameters, of which each has a word here.
         self._form = struct.Struct("<" + "".join(map(_form, signature)))
@@ -133,6 +138,16 @@ class Kernel:
         KERNELS[self.__name__] = self
         if SIMULATED:
             simulator.register(function)
+
+    def __repr__(self):
+        return f"<kernel {self.__module__}.{self.__name__}{self.__signature__}>"
+
+    def __call__(self, *arguments):
+        raise TypeError(f"kernel {self.__name__} needs a grid: {self.__name__}[blocks, threads](*arguments)")
+
+    def __get__(self, instance, owner=None):
+        # `help` takes objects with this method for routines, and shows their signature and docstring.
+        return self
 
     def __getitem__(self, configuration):
         """The kernel for ``[blocks, threads]`` or ``[blocks, threads, shared_bytes]``: numbers or tuples of up to
@@ -168,7 +183,7 @@ class Kernel:
             self._function = driver.call(driver.api.cuModuleGetFunction, module, code.entry.encode())
 
     def _launch(self, grid, block, shared_bytes, arguments):
-        values = self._flat(arguments)
+        values = self._write(arguments)
         threads = block[0] * block[1] * block[2]
         if self.max_threads and threads > self.max_threads:
             raise ValueError(f"kernel {self.__name__} takes {self.max_threads} threads at most, not {threads}")
@@ -184,7 +199,7 @@ class Kernel:
             try:
                 if SIMULATED:
                     inside = tuple(map(_inside, self.signature, arguments))
-                    simulator.launch(self.function, grid, block, shared_bytes, inside)
+                    simulator.launch(self.py_func, grid, block, shared_bytes, inside)
                     return
                 self.load()
                 if shared_bytes > self._shared_bytes:
@@ -206,36 +221,13 @@ class Kernel:
                 raise PymlaError(f"kernel {self.__name__}, {shape}: {error}") from None
         driver.launched(self.__name__)
 
-    def _flat(self, arguments):
-        """The parameters' values, those of arrays and tuples one by one.
-
-        Raises
-        ------
-        TypeError
-            An argument does not have the type that the signature says.
-        """
-        if len(arguments) != len(self._writers):
-            raise TypeError(f"kernel {self.__name__} takes {len(self._writers)} arguments, not {len(arguments)}")
-        values = []
-        try:
-            for write, value in zip(self._writers, arguments, strict=True):
-                write(value, values)
-        except (TypeError, ValueError, AttributeError):
-            self._refuse(arguments)
-            raise
-        return values
-
     def _refuse(self, arguments):
-        """Say which argument is not of its type."""
-        for position, (kind, write, value) in enumerate(zip(self.signature, self._writers, arguments, strict=True)):
-            values = []
+        """Say which argument does not fit its type."""
+        for position, (kind, value) in enumerate(zip(self.signature, arguments, strict=True)):
             try:
-                write(value, values)
-                struct.pack("<" + _form(kind), *values)
+                struct.pack("<" + _form(kind), *_writer(self.__name__, [kind])([value]))
             except (struct.error, OverflowError):
                 raise TypeError(f"argument {position} of kernel {self.__name__}: {value} is no {kind}") from None
-            except (TypeError, ValueError, AttributeError) as error:
-                raise TypeError(f"argument {position} of kernel {self.__name__}: {error}") from None
 
 
 def compile_all(progress=None, warn=None):
@@ -284,34 +276,15 @@ def _form(kind):
     raise TypeError(f"kernels take no argument of type {kind}")
 
 
-def _writer(kind):
-    """A function (value, values) that appends what the parameters of a value of a Numba type are."""
-    if isinstance(kind, types.Array):
-        dtype, dimensions, contiguous = numpy_support.as_dtype(kind.dtype), kind.ndim, kind.layout == "C"
-        # Two words for what Numba knows about an array's memory; then the number of elements and the bytes of one.
-        itemsize = dtype.itemsize
+def _writer(name, signature):
+    """Writes the values of a kernel's parameters; `struct` refuses numbers that do not fit."""
+    return ArgumentWriter(name, signature, _array, lambda value: value.contiguous, lambda kind: lambda value: value)
 
-        def write(value, values):
-            if value.dtype != dtype or value.ndim != dimensions or (contiguous and not value.contiguous):
-                found = f"{value.dtype}, {value.ndim} dimensions, strides {value.strides}"
-                raise TypeError(f"expected {kind}, got an array of {found}")
-            values += 0, 0, value.size, itemsize, value.address, *value.shape, *value.strides
 
-    elif isinstance(kind, types.BaseTuple):
-        writers = [_writer(each) for each in kind]
-
-        def write(value, values):
-            if len(value) != len(writers):
-                raise TypeError(f"expected {len(writers)} values, got {len(value)}")
-            for each, part in zip(writers, value, strict=True):
-                each(part, values)
-
-    else:
-
-        def write(value, values):
-            values.append(value)
-
-    return write
+def _array(value):
+    """The parameters of an array: two words for what Numba knows about its memory, its elements and the bytes of one,
+    its address, shape and strides."""
+    return (0, 0, value.size, value.dtype.itemsize, value.address, *value.shape, *value.strides)
 
 
 def _inside(kind, value):
