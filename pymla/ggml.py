@@ -54,6 +54,8 @@ _ROWS = (
     Type(BF16 := 30, False),
     Type(Q4_0 := 2, True, halves=(0,)),
     Type(Q4_1 := 3, True, halves=(0, 2)),
+    Type(Q5_0 := 6, True, halves=(0,)),
+    Type(Q5_1 := 7, True, halves=(0, 2)),
     Type(Q8_0 := 8, True, halves=(0,)),
     Type(Q6_K := 14, True, halves=(208,), int8_scales=(192, 208)),
 )

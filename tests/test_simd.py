@@ -13,6 +13,7 @@ import pytest
 from llvmlite import ir
 from numba import types
 
+from pymla.cpu.formats import fifth_bits
 from pymla.cpu.machine import simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words
 from pymla.cpu.machine.intrinsics import (
     LITERAL,
@@ -29,7 +30,7 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.isa import AMX, ISA, LANES, VNNI
 from pymla.cpu.machine.lanes import fused, view
 
-MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words
+MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words, fifth_bits
 PACKAGE = {name: each for name, each in OPERATIONS.items() if name.startswith("pymla.")}
 #: Operations of the tiles, which need each other: `test_tiles`.
 TILES = "configure", "release", "zero_tile", "load_tile", "store_tile", "dot_tiles", "dot_tiles_u8"
@@ -47,6 +48,7 @@ ELEMENTWISE |= {"bits_2": [i8x32, types.int64], "subtract_i8": [i8x32, types.int
 
 #: Literals of operations, of which each set is a call.
 LITERALS = {"load_nibbles_f32": [(0,), (8,)], "load_quarters": [(18, 2), (20, 4), (34, 2), (34, 18)]}
+LITERALS |= {"quarters": [(22, 6), (24, 8)], "fifth_bits_4": [(22, 6), (24, 8)], "halves_4": [(22, 0), (24, 2)]}
 LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)]}
 
 #: Arguments of int64 that are addresses; for the others, the numbers that they may be.

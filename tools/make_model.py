@@ -639,6 +639,8 @@ _FILL = {
     ggml.BF16: _floats,
     ggml.Q4_0: functools.partial(_blocks, mean_square=21.5),  # of -8..7
     ggml.Q4_1: functools.partial(_blocks, mean_square=21.25, minimum=-7.5),  # the variance of 0..15
+    ggml.Q5_0: functools.partial(_blocks, mean_square=85.5),  # of -16..15
+    ggml.Q5_1: functools.partial(_blocks, mean_square=85.25, minimum=-15.5),  # the variance of 0..31
     ggml.Q8_0: _blocks_q8_0,
     ggml.Q6_K: _blocks_q6_k,
 }

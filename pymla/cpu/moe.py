@@ -49,18 +49,15 @@ GROUPS_AT_ONCE = 8
 def router(logits: np.ndarray, bias: np.ndarray | None, config, ids: np.ndarray, weights: np.ndarray) -> None:
     """Choose `num_experts_per_tok` experts for every token (`pymla.reference.moe.router`)."""
     check.router(logits, bias, config, ids, weights)
-    routing.router[len(logits), 16](
-        logits,
-        _NO_BIAS if bias is None else bias,
-        config.scoring_func == "sigmoid",
-        config.n_group,
-        config.topk_group,
-        1 if config.group_score == "max" else 2,
-        config.norm_topk_prob,
-        config.routed_scaling_factor,
-        ids,
-        weights,
+    rules = routing.Rules(
+        sigmoid=int(config.scoring_func == "sigmoid"),
+        groups=config.n_group,
+        kept=config.topk_group,
+        best=1 if config.group_score == "max" else 2,
+        normalise=int(config.norm_topk_prob),
     )
+    bias = _NO_BIAS if bias is None else bias
+    routing.router[len(logits), 16](logits, bias, rules, config.routed_scaling_factor, ids, weights)
 
 
 def experts(
@@ -102,9 +99,8 @@ def experts(
         launch = panels.gate_up_panels(gate.qtype)[items, GROUPS_AT_ONCE]
         launch(*routed[:2], *others[:2], index, starts, x, hidden)
     else:
-        inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
-        launch = rows.gate_up_rows(gate.qtype, up.qtype)[min(routed[0].count, ids.size) * routed[0].rows]
-        launch(*routed[:2], tokens, starts, *inputs, hidden)
+        items = min(routed[0].count, ids.size) * routed[0].rows
+        _gate_up_rows(activation, gate.qtype, up.qtype, items, (*routed[:2], tokens, starts), hidden)
     y = Activation(hidden)
     if by_panels[1]:
         launch = panels.down_panels(down.qtype)[-(-routed[2].rows // PAIR_ROWS)]
@@ -114,6 +110,11 @@ def experts(
         launch = rows.down_rows(down.qtype)[routed[2].rows]
         launch(routed[2], pairs, starts, weights, y.rows(down.qtype), add, out)
     return out
+
+
+def _gate_up_rows(activation, gate, up, items, arguments, hidden):
+    """Launch `rows.gate_up_rows` for matrices of two types."""
+    rows.gate_up_rows(gate, up)[items](*arguments, activation.rows(gate), activation.rows(up), hidden)
 
 
 def _shared_experts(routed, shared):
@@ -145,9 +146,8 @@ def ffn(
     if len(out) <= GEMV_TOKENS:
         # An expert that every token chose: two launches, where there would be five.
         tokens, starts, ones = counting(len(out)), np.array([0, len(out)], np.int32), np.ones((len(out), 1), np.float32)
-        inputs = activation.rows(gate.qtype), activation.rows(up.qtype)
-        launch = rows.gate_up_rows(gate.qtype, up.qtype)[len(gate.data)]
-        launch(Matrices.of(gate), Matrices.of(up), tokens, starts, *inputs, hidden)
+        arguments = Matrices.of(gate), Matrices.of(up), tokens, starts
+        _gate_up_rows(activation, gate.qtype, up.qtype, len(gate.data), arguments, hidden)
         y = Activation(hidden).rows(down.qtype)
         rows.down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
         return out

@@ -1,34 +1,43 @@
 """Choosing the experts of every token, and sorting the pairs of a token and an expert by expert."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import types
 
 from pymla.cpu.array_types import F2, I1, I2, WEIGHTS_F1
 from pymla.cpu.runtime.jit import helper, kernel
 
-_INT, _FLOAT = types.int64, types.float64
+
+class Rules(NamedTuple):
+    """How experts are chosen, as integers."""
+
+    sigmoid: int  # whether scores are sigmoids of logits, else their softmax
+    groups: int  # of experts
+    kept: int  # groups whose experts may be chosen: those that score highest
+    best: int  # experts of a group that its score is the sum of: 1 or 2
+    normalise: int  # whether weights are normalised to a sum of 1
 
 
-@kernel(F2, WEIGHTS_F1, _INT, _INT, _INT, _INT, _INT, _FLOAT, I2, F2)
-def router(first, last, logits, bias, sigmoid, groups, kept, best, normalise, factor, ids, weights):
-    """`router` over tokens.
+RULES = types.NamedUniTuple(types.int64, len(Rules._fields), Rules)
 
-    `sigmoid` and `normalise` are bools; of `groups` groups of experts those are `kept` whose `best` (1 or 2) best
-    experts score highest.
-    """
-    count = logits.shape[1]
+
+@kernel(F2, WEIGHTS_F1, RULES, types.float64, I2, F2)
+def router(first, last, logits, bias, rules, factor, ids, weights):
+    """`router` over tokens. An empty `bias` is none; weights are multiplied by a factor."""
+    count, groups = logits.shape[1], rules.groups
     scores = np.empty(count, np.float32)
     choice = np.empty(count, np.float32)
     group_scores = np.empty(groups, np.float32)
     for t in range(first, last):
-        _score(logits[t], sigmoid, scores)
+        _score(logits[t], rules.sigmoid, scores)
         for e in range(count):
             choice[e] = scores[e] + (bias[e] if len(bias) else np.float32(0))
         if groups > 1:
-            _score_groups(choice, best, group_scores)
-            _exclude_groups(group_scores, groups - kept, choice)
+            _score_groups(choice, rules.best, group_scores)
+            _exclude_groups(group_scores, groups - rules.kept, choice)
         _choose(choice, scores, ids[t], weights[t])
-        _weigh(weights[t], normalise, np.float32(factor))
+        _weigh(weights[t], rules.normalise, np.float32(factor))
 
 
 @helper

@@ -19,6 +19,8 @@ FORMATS: dict[int, Format] = {
     ggml.BF16: floats.BF16,
     ggml.Q4_0: legacy.Q4_0,
     ggml.Q4_1: legacy.Q4_1,
+    ggml.Q5_0: legacy.Q5_0,
+    ggml.Q5_1: legacy.Q5_1,
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
 }

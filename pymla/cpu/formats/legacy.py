@@ -6,6 +6,7 @@ The layouts are those of `pymla.reference.formats.legacy`.
 import numpy as np
 
 from pymla import ggml
+from pymla.cpu.formats.fifth_bits import add_fifth_bits_32, add_fifth_bits_of_rows, gather_words
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.orders import EIGHTS, FOURS
 from pymla.cpu.formats.panels import store_columns, store_columns8, store_twice
@@ -22,6 +23,7 @@ from pymla.cpu.machine.simd import (
     load_f32,
     load_f32x8,
     load_i8x32,
+    load_i32,
     load_nibbles,
     load_nibbles_f32,
     low_nibbles,
@@ -45,9 +47,10 @@ else:
     from pymla.cpu.formats import legacy_256 as wide
 
 Q4_0_BYTES, Q4_1_BYTES, Q8_0_BYTES = (ggml.BLOCK_BYTES[qtype] for qtype in (ggml.Q4_0, ggml.Q4_1, ggml.Q8_0))
+Q5_0_BYTES, Q5_1_BYTES = ggml.BLOCK_BYTES[ggml.Q5_0], ggml.BLOCK_BYTES[ggml.Q5_1]
 
 # Kernels see globals of a module as constants, but not attributes of another module.
-_dot_4_bits_of_fours, _dot_q8_0_of_fours = wide.dot_4_bits, wide.dot_q8_0
+_dot_4_bits_of_fours, _dot_5_bits_of_fours, _dot_q8_0_of_fours = wide.dot_4_bits, wide.dot_5_bits, wide.dot_q8_0
 
 
 @inlined
@@ -61,6 +64,26 @@ def _add_q4_1(row, block, weight, acc):
     at = row + Q4_1_BYTES * block
     acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
     return fma(load_nibbles_f32(at + 4, 0), splat_f32x32(weight * load_f16(at)), acc)
+
+
+@inlined
+def _add_q5_0(row, block, weight, acc):
+    at = row + Q5_0_BYTES * block
+    codes = subtract_i8(_codes_5(at + 2), 16)
+    return fma(bytes_to_f32(codes), splat_f32x32(weight * load_f16(at)), acc)
+
+
+@inlined
+def _add_q5_1(row, block, weight, acc):
+    at = row + Q5_1_BYTES * block
+    acc = add(acc, splat_f32x32(weight * load_f16(at + 2)))
+    return fma(bytes_to_f32(_codes_5(at + 4)), splat_f32x32(weight * load_f16(at)), acc)
+
+
+@inlined
+def _codes_5(word):
+    """Codes from 0 to 31 of a block, whose word of fifth bits and then nibbles begin at an address."""
+    return add_fifth_bits_32(load_nibbles(word + 4), load_i32(word))
 
 
 @inlined
@@ -122,6 +145,44 @@ def _store_columns4(size, out, a, b, c, d):
 
 
 @helper
+def unpack_q5_0(rows, first, count, codes, scales, minima):
+    """`unpack_q4_0` for Q5_0."""
+    _unpack_5_bits(Q5_0_BYTES, rows, first, count, codes, scales, minima)
+
+
+@helper
+def unpack_q5_1(rows, first, count, codes, scales, minima):
+    """`unpack_q4_0` for Q5_1."""
+    _unpack_5_bits(Q5_1_BYTES, rows, first, count, codes, scales, minima)
+
+
+@helper
+def _unpack_5_bits(size, rows, first, count, codes, scales, minima):
+    for block in range(first, first + count):
+        at = size * block
+        a, b, c, d = load_columns(rows, at + size - 16)
+        word = gather_words(rows, at + size - 20)
+        _store_columns5(size, codes, word, 0, low_nibbles(a), low_nibbles(b), low_nibbles(c), low_nibbles(d))
+        out = codes + 16 * LANES
+        _store_columns5(size, out, word, 16, high_nibbles(a), high_nibbles(b), high_nibbles(c), high_nibbles(d))
+        store_f32xL(scales, gather_f16(rows, at))
+        if size == Q5_1_BYTES:
+            store_f32xL(minima, gather_second_f16(rows, at))
+        codes, scales, minima = codes + 32 * LANES, scales + 4 * LANES, minima + 4 * LANES
+
+
+@helper
+def _store_columns5(size, out, word, first, a, b, c, d):
+    """Sixteen columns, the first of which is the `first` of a block, with the fifth bits of their codes; tiles of AMX
+    take Q5_0's codes with their sign."""
+    a, b = add_fifth_bits_of_rows(a, word, first), add_fifth_bits_of_rows(b, word, first + 4)
+    c, d = add_fifth_bits_of_rows(c, word, first + 8), add_fifth_bits_of_rows(d, word, first + 12)
+    if AMX and size == Q5_0_BYTES:
+        a, b, c, d = subtract_i8(a, 16), subtract_i8(b, 16), subtract_i8(c, 16), subtract_i8(d, 16)
+    store_columns(out, (a, b, c, d))
+
+
+@helper
 def unpack_q8_0(rows, first, count, codes, scales, minima):
     """`unpack_q4_0` for Q8_0."""
     for block in range(first, first + count):
@@ -172,6 +233,47 @@ def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
         products = dot_u7(zero_i32x8(), load_nibbles(row + header), load_i8x32(codes))
         result += total(to_f32(products)) * (d * load_f32(scale))
         result += (np.float32(-8) * d if size == Q4_0_BYTES else load_f16(row + 2)) * load_f32(sums)
+        row, codes, scale, sums = row + size, codes + 32, scale + 4, sums + 4
+    return result
+
+
+@inlined
+def dot_q5_0(rows, activations, columns):
+    """`dot_q4_0` for Q5_0."""
+    _, codes, scale, sums, _, _ = activations
+    return _dot_5_bits(Q5_0_BYTES, 6, rows, codes, scale, sums, columns)
+
+
+@inlined
+def dot_q5_1(rows, activations, columns):
+    """`dot_q4_0` for Q5_1."""
+    _, codes, scale, sums, _, _ = activations
+    return _dot_5_bits(Q5_1_BYTES, 8, rows, codes, scale, sums, columns)
+
+
+@inlined
+def _dot_5_bits(size, header, rows, codes, scale, sums, columns):
+    """Rows of blocks of `size` bytes, of which `header` come before the nibbles, with the word of fifth bits last."""
+    a, b, c, d = _dot_5_bits_of_fours(size, header, rows, codes, scale, sums, columns)
+    if columns % 128:
+        done = columns // 128 * 4
+        at, codes, scale, sums = size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done
+        a += _rest_5_bits(size, header, rows[0] + at, codes, scale, sums, columns % 128 // 32)
+        b += _rest_5_bits(size, header, rows[1] + at, codes, scale, sums, columns % 128 // 32)
+        c += _rest_5_bits(size, header, rows[2] + at, codes, scale, sums, columns % 128 // 32)
+        d += _rest_5_bits(size, header, rows[3] + at, codes, scale, sums, columns % 128 // 32)
+    return a, b, c, d
+
+
+@helper
+def _rest_5_bits(size, header, row, codes, scale, sums, blocks):
+    """`_rest_4_bits` for codes of 5 bits."""
+    result = np.float32(0)
+    for _ in range(blocks):
+        d = load_f16(row)
+        products = dot_u7(zero_i32x8(), _codes_5(row + header - 4), load_i8x32(codes))
+        result += total(to_f32(products)) * (d * load_f32(scale))
+        result += (np.float32(-16) * d if size == Q5_0_BYTES else load_f16(row + 2)) * load_f32(sums)
         row, codes, scale, sums = row + size, codes + 32, scale + 4, sums + 4
     return result
 
@@ -242,6 +344,8 @@ Q4_0 = Format(
     bytes_256=8 * Q4_0_BYTES,
 )
 Q4_1 = Format(_add_q4_1, dot_four=dot_q4_1, unpack=unpack_q4_1, code_bits=4, has_minimum=True, bytes_256=8 * Q4_1_BYTES)
+Q5_0 = Format(_add_q5_0, dot_four=dot_q5_0, unpack=unpack_q5_0, code_bits=5, zero_point=16, bytes_256=8 * Q5_0_BYTES)
+Q5_1 = Format(_add_q5_1, dot_four=dot_q5_1, unpack=unpack_q5_1, code_bits=5, has_minimum=True, bytes_256=8 * Q5_1_BYTES)
 Q8_0 = Format(
     _add_q8_0,
     dot_four=dot_q8_0,

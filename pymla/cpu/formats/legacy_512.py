@@ -9,6 +9,7 @@ scales once.
 
 import numpy as np
 
+from pymla.cpu.formats.fifth_bits import add_fifth_bits_64, fifth_bits_4, halves_4, quarters
 from pymla.cpu.machine.simd import (
     fma,
     high_nibbles,
@@ -120,6 +121,47 @@ def _add_four(size, header, row, codes, s, m, acc, minima):
 def _nibbles_times(packed, x, y):
     """Products of four blocks' nibbles with their activations."""
     return dot_u8x64(dot_u8x64(zero_i32x16(), low_nibbles(packed), x), high_nibbles(packed), y)
+
+
+@inlined
+def dot_5_bits(size, header, rows, codes, scale, sums, columns):
+    """Whole fours of blocks of four rows of Q5_0, whose blocks have 22 bytes and a header of 6, or Q5_1, with 24 and 8.
+    The last four bytes of the header are the fifth bits.
+
+    Codes stay unsigned; Q5_0's zero point of 16 is subtracted like a minimum.
+    """
+    a, b, c, d = rows
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    min_a, min_b, min_c, min_d = none, none, none, none
+    for _ in range(columns // 128):
+        x, s, m = (load_i8x64(codes), load_i8x64(codes + 64)), load_f32x4_twice(scale), load_f32x4(sums)
+        acc_a, min_a = _add_four_5_bits(size, header, a, x, s, m, acc_a, min_a)
+        acc_b, min_b = _add_four_5_bits(size, header, b, x, s, m, acc_b, min_b)
+        acc_c, min_c = _add_four_5_bits(size, header, c, x, s, m, acc_c, min_c)
+        acc_d, min_d = _add_four_5_bits(size, header, d, x, s, m, acc_d, min_d)
+        a, b, c, d = a + 4 * size, b + 4 * size, c + 4 * size, d + 4 * size
+        codes, scale, sums = codes + 128, scale + 16, sums + 16
+    w = splat_f32(np.float32(-16 if size == 22 else 1))
+    return totals(
+        fma(min_a, w, halve(acc_a)),
+        fma(min_b, w, halve(acc_b)),
+        fma(min_c, w, halve(acc_c)),
+        fma(min_d, w, halve(acc_d)),
+    )
+
+
+@inlined
+def _add_four_5_bits(size, header, row, x, s, m, acc, minima):
+    """Add products of four blocks and of their minima. Two loads have all of their bytes."""
+    fetch_ahead(row, 4 * size)
+    first, last = load_i8x64(row), load_i8x64(row + 4 * size - 64)
+    packed, (low_bits, high_bits) = quarters(first, last, size, header), fifth_bits_4(first, last, size, header)
+    products = dot_u8x64(zero_i32x16(), add_fifth_bits_64(low_nibbles(packed), low_bits), x[0])
+    products = dot_u8x64(products, add_fifth_bits_64(high_nibbles(packed), high_bits), x[1])
+    d = halves_4(first, last, size, 0)
+    acc = fma(to_f32x16(products), spread(mul(d, s), 0), acc)
+    return acc, fma(d if size == 22 else halves_4(first, last, size, 2), m, minima)
 
 
 @inlined

@@ -27,6 +27,39 @@ def add_columns_for(code_bits, zero_point):
     # Without VNNI, sums of products are int16, which hold those of 32 codes of 4 bits, or of 16 codes of 5 bits.
     in_halves = code_bits > 4 and not VNNI
 
+    tile, tile_six = _tile_for(start, in_halves), _tile_six_for(start)
+
+    @helper
+    def add_columns(x, index, i, last, chunk, scratch, out):
+        """Add two panels times up to `WIDEST` columns from the i-th on, but none from the one at `last` on, to the
+        results. The first chunk's products are stored, whatever the results were.
+
+        Parameters
+        ----------
+        x : tuple of 3 int
+            From `sources`.
+        index : int32 array
+            The activations of each column.
+        chunk : Chunk
+            The panels' columns of K.
+        scratch : int
+            The panels, as `unpacked` lays them out.
+        out : int
+            Address of the results of column 0.
+        """
+        three, results = three_columns(index, i, last, chunk, out)
+        if WIDEST == 6 and last - i > 3:
+            more, further = three_columns(index, i + 3, last, chunk, out)
+            tile_six(x, three, more, chunk.blocks, scratch, chunk.start > 0, results, further)
+        else:
+            tile(x, three, chunk.blocks, scratch, chunk.start > 0, results)
+
+    return add_columns
+
+
+def _tile_for(start, in_halves):
+    """Make `tile`; `start` is from `_start_for`. With `in_halves`, sums of products go into results every 16 codes."""
+
     @helper
     def tile(x, columns, blocks, scratch, onto, results):
         """Two panels times three columns.
@@ -62,34 +95,7 @@ def add_columns_for(code_bits, zero_point):
             columns = moved(columns, 4)
         end(out, results)
 
-    tile_six = _tile_six_for(start)
-
-    @helper
-    def add_columns(x, index, i, last, chunk, scratch, out):
-        """Add two panels times up to `WIDEST` columns from the i-th on, but none from the one at `last` on, to the
-        results. The first chunk's products are stored, whatever the results were.
-
-        Parameters
-        ----------
-        x : tuple of 3 int
-            From `sources`.
-        index : int32 array
-            The activations of each column.
-        chunk : Chunk
-            The panels' columns of K.
-        scratch : int
-            The panels, as `unpacked` lays them out.
-        out : int
-            Address of the results of column 0.
-        """
-        three, results = three_columns(index, i, last, chunk, out)
-        if WIDEST == 6 and last - i > 3:
-            more, further = three_columns(index, i + 3, last, chunk, out)
-            tile_six(x, three, more, chunk.blocks, scratch, chunk.start > 0, results, further)
-        else:
-            tile(x, three, chunk.blocks, scratch, chunk.start > 0, results)
-
-    return add_columns
+    return tile
 
 
 def _tile_six_for(start):

@@ -54,17 +54,33 @@ def _quantise_q4_1(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), half_bytes(m), _pack_nibbles(codes)], axis=-1)
 
 
-def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Codes of 5 bits, (n, 32), of the 32 bits above (n, 4) and of the nibbles' bytes (n, 16)."""
-    return _nibbles(low) | np.unpackbits(high, axis=-1, bitorder="little") << 4
+def _codes_5(qh_and_qs: np.ndarray) -> np.ndarray:
+    """Codes of 5 bits, (n, 32), of a word ``qh``, whose bit i is the fifth bit of code i, and the nibbles ``qs``
+    behind it, (n, 20)."""
+    fifth = np.unpackbits(qh_and_qs[:, :4], axis=-1, bitorder="little")
+    return _nibbles(qh_and_qs[:, 4:]) | fifth << 4
+
+
+def _pack_5(codes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.packbits(codes >> 4, axis=-1, bitorder="little"), _pack_nibbles(codes & 15)], axis=-1)
 
 
 def _q5_0(blocks: np.ndarray) -> Codes:
-    return coded(load_half(blocks, 0), _five_bits(blocks[:, 2:6], blocks[:, 6:]).astype(np.int8) - 16)
+    return coded(load_half(blocks, 0), _codes_5(blocks[:, 2:]).astype(np.int8) - 16)
+
+
+def _quantise_q5_0(weights: np.ndarray) -> np.ndarray:
+    d, codes = _symmetric_codes(weights, 5)
+    return np.concatenate([half_bytes(d), _pack_5(codes)], axis=-1)
 
 
 def _q5_1(blocks: np.ndarray) -> Codes:
-    return coded(load_half(blocks, 0), _five_bits(blocks[:, 4:8], blocks[:, 8:]), load_half(blocks, 2))
+    return coded(load_half(blocks, 0), _codes_5(blocks[:, 4:]), load_half(blocks, 2))
+
+
+def _quantise_q5_1(weights: np.ndarray) -> np.ndarray:
+    d, m, codes = _affine_codes(weights, 5)
+    return np.concatenate([half_bytes(d), half_bytes(m), _pack_5(codes)], axis=-1)
 
 
 def _q8_0(blocks: np.ndarray) -> Codes:
@@ -81,6 +97,6 @@ def _quantise_q8_0(weights: np.ndarray) -> np.ndarray:
 
 Q4_0 = format_of_codes(_q4_0, _quantise_q4_0)
 Q4_1 = format_of_codes(_q4_1, _quantise_q4_1)
-Q5_0 = format_of_codes(_q5_0)
-Q5_1 = format_of_codes(_q5_1)
+Q5_0 = format_of_codes(_q5_0, _quantise_q5_0)
+Q5_1 = format_of_codes(_q5_1, _quantise_q5_1)
 Q8_0 = format_of_codes(_q8_0, _quantise_q8_0)
