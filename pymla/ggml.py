@@ -1,19 +1,38 @@
-"""Types of tensors: block sizes of every ggml type, and a table of the types that pymla runs.
+"""Types of tensors: block sizes of every type that is known, and a table of the types that pymla runs.
 
-Block sizes come from the gguf package (``gguf.constants.GGML_QUANT_SIZES``), so that they have one definition. A type
-is added by a row of `TYPES`, its functions in the ``formats`` folder of each backend, and a row of test cases.
+Block sizes of ggml's types come from the gguf package (``gguf.constants.GGML_QUANT_SIZES``), so that they have one
+definition; those that older versions of it lack stand here, those of ik_llama.cpp in `pymla.ik_types`. A type is run
+once it has a row of `TYPES`, functions in the ``formats`` folder of each backend, and a row of test cases.
 """
 
+import math
 from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pymla.errors import PymlaError
+from pymla.ik_types import IK_LAYOUTS, Layout
 
-NAME = {int(t): t.name for t in GGMLQuantizationType}
+_NEWER_THAN_GGUF_0_17 = (
+    Layout(39, "MXFP4", 32, 17),
+    Layout(40, "NVFP4", 64, 36),
+    Layout(41, "Q1_0", 128, 18),
+    Layout(42, "Q2_0", 64, 18),
+)
+_LAYOUTS = (
+    *_NEWER_THAN_GGUF_0_17,
+    *(Layout(int(t), t.name, *GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType),
+    *IK_LAYOUTS,
+)
+
+NAME = {each.qtype: each.name for each in _LAYOUTS}
 ID = {name: qtype for qtype, name in NAME.items()}
-BLOCK_SIZE = {int(t): size for t, (size, _) in GGML_QUANT_SIZES.items()}
-BLOCK_BYTES = {int(t): nbytes for t, (_, nbytes) in GGML_QUANT_SIZES.items()}
+BLOCK_SIZE = {each.qtype: each.block_size for each in _LAYOUTS}
+BLOCK_BYTES = {each.qtype: each.block_bytes for each in _LAYOUTS}
+#: Bytes in front of a row's blocks.
+ROW_HEADER = {each.qtype: each.row_header for each in _LAYOUTS}
+#: Rows whose blocks lie together: more than 1 in types whose name ends in _R4, _R8 or _R16.
+ROWS_TOGETHER = {each.qtype: each.rows_together for each in _LAYOUTS}
 
 
 class Type(NamedTuple):
@@ -49,7 +68,7 @@ QUANTISED = tuple(qtype for qtype, row in TYPES.items() if row.is_quantised)
 
 
 def row_bytes(qtype: int, columns: int) -> int:
-    """Bytes of a row of `columns` weights.
+    """Bytes of a row of `columns` weights, its header included.
 
     Raises
     ------
@@ -58,4 +77,18 @@ def row_bytes(qtype: int, columns: int) -> int:
     """
     if columns % BLOCK_SIZE[qtype]:
         raise PymlaError(f"{columns} columns are no multiple of {NAME[qtype]}'s block of {BLOCK_SIZE[qtype]}")
-    return columns // BLOCK_SIZE[qtype] * BLOCK_BYTES[qtype]
+    return ROW_HEADER[qtype] + columns // BLOCK_SIZE[qtype] * BLOCK_BYTES[qtype]
+
+
+def tensor_bytes(qtype: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor whose rows have ``shape[-1]`` weights.
+
+    Raises
+    ------
+    PymlaError
+        Columns are no multiple of the type's block, or rows no multiple of those that lie together.
+    """
+    together, rows = ROWS_TOGETHER[qtype], shape[-2] if len(shape) > 1 else 1
+    if rows % together:
+        raise PymlaError(f"{rows} rows are no multiple of the {together} that lie together in {NAME[qtype]}")
+    return row_bytes(qtype, shape[-1]) * math.prod(shape[:-1])

@@ -145,5 +145,6 @@ class Mutator:
 
 def _sized(tensor: TensorInfo, qtype: int, shape: tuple[int, ...]) -> TensorInfo:
     """A tensor with another type and shape, and as many bytes as they need."""
-    nbytes = -(-shape[-1] // ggml.BLOCK_SIZE[qtype]) * ggml.BLOCK_BYTES[qtype] * math.prod(shape[:-1])
+    row = ggml.ROW_HEADER[qtype] + -(-shape[-1] // ggml.BLOCK_SIZE[qtype]) * ggml.BLOCK_BYTES[qtype]
+    nbytes = row * math.prod(shape[:-1])
     return tensor._replace(qtype=qtype, shape=shape, data=np.resize(tensor.data, nbytes))

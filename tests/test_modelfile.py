@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import math
 import os
 import struct
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import gguf
 import gguf_files
+import mutations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -17,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files import mapped_file
-from pymla.files.gguf_reader import ModelFile
+from pymla.files.gguf_reader import ModelFile, TensorInfo
 
 VOCABULARY = Path(__file__).parents[1].parent / "shared" / "data" / "ggml-vocab-deepseek-llm.gguf"
 SCALARS = {
@@ -34,6 +36,15 @@ SCALARS = {
     "i64": (GGUFValueType.INT64, -(2**63)),
     "f64": (GGUFValueType.FLOAT64, 1e300),
 }
+OF_IK = [
+    ("Q6_0", (3, 96), None),
+    ("IQ4_KS", (3, 512), None),
+    ("IQ2_KL", (2, 3, 256), None),
+    ("IQ4_K_R4", (8, 256), None),
+    ("IQ5_KS_R4", (2, 4, 256), None),
+    ("IQ4_K_R4", (6, 256), "6 rows are no multiple of the 4"),
+    ("Q8_K_R16", (16, 128), "128 columns"),
+]
 TOKENS = ["", "a", "Ġb", "｜", "x" * 300]
 
 
@@ -312,10 +323,25 @@ def test_dimensions(small, dims, words):
     refused(small, "tensor matrix", words)
 
 
-@pytest.mark.parametrize("qtype", [4, 99, 144, 2**32 - 1])
+@pytest.mark.parametrize("qtype", [4, 99, 142, 2**32 - 1])
 def test_unknown_type(small, qtype):
     patch(small, offset_after(small, "matrix") + 20, "<I", qtype)
     refused(small, "tensor matrix", f"unknown type {qtype}")
+
+
+@pytest.mark.parametrize(("name", "shape", "words"), OF_IK)
+def test_types_of_ik_llama(tmp_path, name, shape, words):
+    """gguf-py refuses their numbers. Rows have headers in some types, and in some several lie together."""
+    qtype = ggml.ID[name]
+    row = ggml.ROW_HEADER[qtype] + shape[-1] // ggml.BLOCK_SIZE[qtype] * ggml.BLOCK_BYTES[qtype]
+    data = np.random.default_rng(0).integers(0, 256, row * math.prod(shape[:-1]), np.uint8)
+    path = mutations.write(tmp_path / "ik.gguf", {}, [TensorInfo("matrix", qtype, shape, data, tmp_path)])
+    if words:
+        refused(path, "tensor matrix", words)
+    else:
+        found = ModelFile.open(path).tensors["matrix"]
+        assert (found.qtype, found.shape) == (qtype, shape)
+        np.testing.assert_array_equal(found.data, data)
 
 
 @pytest.mark.parametrize(("offset", "words"), [(2**20, "truncated"), (2**64 - 32, "truncated"), (33, "multiple of 32")])

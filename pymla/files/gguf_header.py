@@ -6,7 +6,6 @@ size a file claims. Here each size is compared with the rest of the file before 
 """
 
 import itertools
-import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -244,7 +243,7 @@ class Part:
             self._fail(f"tensor {name} has a dimension of size 0: {dims}")
         qtype = self._u32()
         if qtype not in ggml.NAME:
-            self._fail(f"tensor {name} has the unknown type {qtype}; pymla reads ggml's own types only")
+            self._fail(f"tensor {name} has the unknown type {qtype}; pymla knows those of ggml and ik_llama.cpp")
         return _Entry(name, tuple(reversed(dims)), qtype, self._u64())
 
     def _views(self, infos: list[_Entry]) -> list[TensorInfo]:
@@ -273,7 +272,7 @@ class Part:
         if offset % alignment:
             self._fail(f"tensor {name} lies at offset {offset}, which is no multiple of {alignment}")
         try:
-            nbytes = ggml.row_bytes(qtype, shape[-1]) * math.prod(shape[:-1])
+            nbytes = ggml.tensor_bytes(qtype, shape)
         except PymlaError as error:
             self._fail(f"tensor {name}: {error}")
         start = data_start + offset

@@ -1,14 +1,41 @@
 """Types of tensors in NumPy: a module for a family of types, and the table of all.
 
 Block layouts follow ``ggml-common.h`` and ``ggml-quants.c`` of llama.cpp; gguf-py's ``quants.py`` is the oracle of the
-tests: `Format.dequantise` is bit-exact against it, `Format.quantise` byte-exact.
+tests: `Format.dequantise` is bit-exact against it, `Format.quantise` byte-exact. Types of ik_llama.cpp are compared
+with blocks that it dequantised itself.
+
+In some of its types a row begins with a header, `ggml.ROW_HEADER` bytes. A `Format` then takes blocks each of which has
+the header of its row in front.
 """
 
-from pymla import ggml
-from pymla.reference.formats import floats, k_quants, legacy
-from pymla.reference.formats.format import Format
+import numpy as np
 
-__all__ = ["FORMATS", "Format"]
+from pymla import ggml
+from pymla.reference.formats import (
+    floats,
+    ik_bitnet,
+    ik_interleaved,
+    ik_quants,
+    ik_trellis,
+    iq_quants,
+    k_quants,
+    legacy,
+    small_floats,
+    ternary,
+)
+from pymla.reference.formats.format import Codes, Format
+from pymla.reference.formats.ik_interleaved import Interleaved
+
+__all__ = [
+    "FORMATS",
+    "INTERLEAVED",
+    "Codes",
+    "Format",
+    "Interleaved",
+    "blocks_of_rows",
+    "dequantise_rows",
+    "split_rows",
+]
 
 FORMATS: dict[int, Format] = {
     ggml.F32: floats.F32,
@@ -21,3 +48,119 @@ FORMATS: dict[int, Format] = {
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
 }
+
+#: Types that are read here and not run yet, by name.
+_KNOWN = {
+    "Q2_K": k_quants.Q2_K,
+    "Q3_K": k_quants.Q3_K,
+    "Q4_K": k_quants.Q4_K,
+    "Q5_K": k_quants.Q5_K,
+    "IQ1_S": iq_quants.IQ1_S,
+    "IQ1_M": iq_quants.IQ1_M,
+    "IQ2_XXS": iq_quants.IQ2_XXS,
+    "IQ2_XS": iq_quants.IQ2_XS,
+    "IQ2_S": iq_quants.IQ2_S,
+    "IQ3_XXS": iq_quants.IQ3_XXS,
+    "IQ3_S": iq_quants.IQ3_S,
+    "IQ4_NL": iq_quants.IQ4_NL,
+    "IQ4_XS": iq_quants.IQ4_XS,
+    "TQ1_0": ternary.TQ1_0,
+    "TQ2_0": ternary.TQ2_0,
+    "Q1_0": ternary.Q1_0,
+    "Q2_0": ternary.Q2_0,
+    "MXFP4": small_floats.MXFP4,
+    "NVFP4": small_floats.NVFP4,
+    "Q6_0": ik_quants.Q6_0,
+    "IQ2_K": ik_quants.IQ2_K,
+    "IQ3_K": ik_quants.IQ3_K,
+    "IQ4_K": ik_quants.IQ4_K,
+    "IQ5_K": ik_quants.IQ5_K,
+    "IQ6_K": ik_quants.IQ6_K,
+    "IQ2_KS": ik_quants.IQ2_KS,
+    "IQ3_KS": ik_quants.IQ3_KS,
+    "IQ4_KS": ik_quants.IQ4_KS,
+    "IQ5_KS": ik_quants.IQ5_KS,
+    "IQ4_KSS": ik_quants.IQ4_KSS,
+    "IQ2_KL": ik_quants.IQ2_KL,
+    "Q8_KV": ik_quants.Q8_KV,
+    "IQ1_KT": ik_trellis.IQ1_KT,
+    "IQ2_KT": ik_trellis.IQ2_KT,
+    "IQ3_KT": ik_trellis.IQ3_KT,
+    "IQ4_KT": ik_trellis.IQ4_KT,
+    "IQ1_BN": ik_bitnet.IQ1_BN,
+    "IQ2_BN": ik_bitnet.IQ2_BN,
+}
+FORMATS |= {ggml.ID[name]: each for name, each in _KNOWN.items()}
+
+INTERLEAVED: dict[int, Interleaved] = {
+    qtype: getattr(ik_interleaved, ggml.NAME[qtype]) for qtype, rows in ggml.ROWS_TOGETHER.items() if rows > 1
+}
+
+
+def dequantise_rows(data: np.ndarray, qtype: int, columns: int) -> np.ndarray:
+    """Rows of any known type as float32.
+
+    Parameters
+    ----------
+    data : uint8 array (rows, ``ggml.row_bytes(qtype, columns)``)
+        Of an interleaved type a multiple of its rows.
+    qtype : int
+        A type of `FORMATS` or `INTERLEAVED`.
+    columns : int
+        A multiple of the type's block.
+
+    Returns
+    -------
+    float32 array (rows, columns)
+    """
+    each, blocks = blocks_of_rows(data, qtype)
+    return each.dequantise(blocks).reshape(len(data), columns)
+
+
+def blocks_of_rows(data: np.ndarray, qtype: int) -> tuple[Format, np.ndarray]:
+    """The blocks of rows, interleaved rows apart and row headers in front of every block, and what takes them.
+
+    Parameters
+    ----------
+    data : uint8 array (rows, row_bytes)
+    qtype : int
+        A type of `FORMATS` or `INTERLEAVED`.
+
+    Returns
+    -------
+    format : Format
+        Of the plain type.
+    blocks : uint8 array (n, header and block bytes)
+    """
+    header = ggml.ROW_HEADER[qtype]
+    if qtype in INTERLEAVED:
+        data, each = split_rows(data, qtype), INTERLEAVED[qtype].plain
+    else:
+        each = FORMATS[qtype]
+    blocks = np.ascontiguousarray(data[:, header:]).reshape(len(data), -1, ggml.BLOCK_BYTES[qtype])
+    if header:
+        heads = np.broadcast_to(data[:, None, :header], (*blocks.shape[:2], header))
+        blocks = np.concatenate([heads, blocks], axis=-1)
+    return each, blocks.reshape(-1, blocks.shape[-1])
+
+
+def split_rows(data: np.ndarray, qtype: int) -> np.ndarray:
+    """Rows of an interleaved type as rows of their plain type: the same bits, in another order.
+
+    Parameters
+    ----------
+    data : uint8 array (rows, row_bytes)
+        A multiple of the type's rows.
+    qtype : int
+        A type of `INTERLEAVED`.
+
+    Returns
+    -------
+    uint8 array (rows, row_bytes)
+    """
+    together, header, nbytes = ggml.ROWS_TOGETHER[qtype], ggml.ROW_HEADER[qtype], ggml.BLOCK_BYTES[qtype]
+    groups = np.ascontiguousarray(data).reshape(len(data) // together, -1)
+    heads, mixed = groups[:, : together * header], groups[:, together * header :]
+    blocks = INTERLEAVED[qtype].split(np.ascontiguousarray(mixed).reshape(-1, together * nbytes))
+    rows = blocks.reshape(len(groups), -1, together, nbytes).swapaxes(1, 2).reshape(len(data), -1)
+    return np.concatenate([heads.reshape(len(data), header), rows], axis=-1)

@@ -13,6 +13,36 @@ class Format(NamedTuple):
 
     dequantise: Convert  # uint8 (n, block_bytes) → float32 (n, block_size)
     quantise: Convert | None = None  # float32 (n, block_size) → uint8 (n, block_bytes); None: not defined here
+    codes: Callable[[np.ndarray], "Codes"] | None = None  # uint8 (n, block_bytes) → integers and their scales
+
+
+class Codes(NamedTuple):
+    """Weights of blocks as integers: ``scale * code``, or ``scale * code + minimum``.
+
+    Scales and minima are of equally many neighbouring codes each.
+    """
+
+    scales: np.ndarray  # float32 (n, s)
+    codes: np.ndarray  # int8 (n, block_size)
+    minima: np.ndarray | None = None  # float32 (n, s)
+
+    def weights(self) -> np.ndarray:
+        """Float32 (n, block_size). A product is rounded before its minimum is added."""
+        codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
+        weights = self.scales[..., None] * codes
+        if self.minima is not None:
+            weights += self.minima[..., None]
+        return weights.reshape(len(weights), -1)
+
+
+def coded(scales: np.ndarray, codes: np.ndarray, minima: np.ndarray | None = None) -> Codes:
+    """Codes of any integer type and any shape (n, ...), in the order of the weights."""
+    return Codes(scales, codes.reshape(len(codes), -1).astype(np.int8), minima)
+
+
+def format_of_codes(convert: Callable[[np.ndarray], Codes], quantise: Convert | None = None) -> Format:
+    """The format of a type of integers: `convert` takes blocks, uint8 (n, block_bytes)."""
+    return Format(lambda blocks: convert(blocks).weights(), quantise, convert)
 
 
 def load_half(blocks: np.ndarray, at: int) -> np.ndarray:

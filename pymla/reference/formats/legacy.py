@@ -5,7 +5,7 @@ Byte i of the codes of 4 bits has the code of weight i in its low half and that 
 
 import numpy as np
 
-from pymla.reference.formats.format import Format, half_bytes, inverse, load_half
+from pymla.reference.formats.format import Codes, coded, format_of_codes, half_bytes, inverse, load_half
 
 
 def _nibbles(qs: np.ndarray) -> np.ndarray:
@@ -36,8 +36,8 @@ def _affine_codes(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarra
     return d, m, codes.clip(0, largest_code)
 
 
-def _dequantise_q4_0(blocks: np.ndarray) -> np.ndarray:
-    return load_half(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
+def _q4_0(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), _nibbles(blocks[:, 2:]).astype(np.int8) - 8)
 
 
 def _quantise_q4_0(weights: np.ndarray) -> np.ndarray:
@@ -45,8 +45,8 @@ def _quantise_q4_0(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), _pack_nibbles(codes)], axis=-1)
 
 
-def _dequantise_q4_1(blocks: np.ndarray) -> np.ndarray:
-    return load_half(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32) + load_half(blocks, 2)
+def _q4_1(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), _nibbles(blocks[:, 4:]), load_half(blocks, 2))
 
 
 def _quantise_q4_1(weights: np.ndarray) -> np.ndarray:
@@ -65,8 +65,8 @@ def _pack_5(codes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.packbits(codes >> 4, axis=-1, bitorder="little"), _pack_nibbles(codes & 15)], axis=-1)
 
 
-def _dequantise_q5_0(blocks: np.ndarray) -> np.ndarray:
-    return load_half(blocks, 0) * (_codes_5(blocks[:, 2:]).astype(np.float32) - 16)
+def _q5_0(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), _codes_5(blocks[:, 2:]).astype(np.int8) - 16)
 
 
 def _quantise_q5_0(weights: np.ndarray) -> np.ndarray:
@@ -74,8 +74,8 @@ def _quantise_q5_0(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), _pack_5(codes)], axis=-1)
 
 
-def _dequantise_q5_1(blocks: np.ndarray) -> np.ndarray:
-    return load_half(blocks, 0) * _codes_5(blocks[:, 4:]).astype(np.float32) + load_half(blocks, 2)
+def _q5_1(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), _codes_5(blocks[:, 4:]), load_half(blocks, 2))
 
 
 def _quantise_q5_1(weights: np.ndarray) -> np.ndarray:
@@ -83,8 +83,8 @@ def _quantise_q5_1(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), half_bytes(m), _pack_5(codes)], axis=-1)
 
 
-def _dequantise_q8_0(blocks: np.ndarray) -> np.ndarray:
-    return load_half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
+def _q8_0(blocks: np.ndarray) -> Codes:
+    return coded(load_half(blocks, 0), blocks[:, 2:].view(np.int8))
 
 
 def _quantise_q8_0(weights: np.ndarray) -> np.ndarray:
@@ -95,8 +95,8 @@ def _quantise_q8_0(weights: np.ndarray) -> np.ndarray:
     return np.concatenate([half_bytes(d), codes.astype(np.int8).view(np.uint8)], axis=-1)
 
 
-Q4_0 = Format(_dequantise_q4_0, _quantise_q4_0)
-Q4_1 = Format(_dequantise_q4_1, _quantise_q4_1)
-Q5_0 = Format(_dequantise_q5_0, _quantise_q5_0)
-Q5_1 = Format(_dequantise_q5_1, _quantise_q5_1)
-Q8_0 = Format(_dequantise_q8_0, _quantise_q8_0)
+Q4_0 = format_of_codes(_q4_0, _quantise_q4_0)
+Q4_1 = format_of_codes(_q4_1, _quantise_q4_1)
+Q5_0 = format_of_codes(_q5_0, _quantise_q5_0)
+Q5_1 = format_of_codes(_q5_1, _quantise_q5_1)
+Q8_0 = format_of_codes(_q8_0, _quantise_q8_0)
