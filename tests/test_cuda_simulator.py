@@ -1,5 +1,5 @@
 """Runs the files of tests that import `simulated`, and those of all backends' operations (`tested`), in the CUDA
-simulator, each in a process of its own."""
+simulator, each in a process of its own, as many at a time as there are cores."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import side_by_side
 
 HERE = Path(__file__).parent
 SIMULATED = re.compile(r"^(import simulated\b|pytestmark = .*\beach_backend\b)", re.MULTILINE)
@@ -20,10 +21,20 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_in_simulator(name):
+def run(name):
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    with side_by_side.started(request, "test_in_simulator", run) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_simulator(name, runs):
+    done = runs[name].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout, done.stdout

@@ -319,15 +319,15 @@ def test_problems_come_in_their_order(sound, changed):
 def test_types_that_are_not_run_are_told_once_each(sound, changed, refused):
     names = [f"blk.{i}.attn_output.weight" for i in range(4)]
     shape = sound.tensors[names[0]].shape
-    kinds = [ggml.ID["IQ4_NL"]] * 2 + [ggml.ID["Q8_KV_R8"]] * 2
-    sizes = [np.ones(ggml.tensor_bytes(kind, shape), np.uint8) for kind in kinds]
+    kinds = [ggml.ID["I8"]] * 2 + [ggml.ID["I16"]] * 2
+    sizes = [np.ones(int(np.prod(shape[:-1])) * ggml.row_bytes(kind, shape[-1]), np.uint8) for kind in kinds]
     tensors = {n: (data, kind, shape) for n, data, kind in zip(names, sizes, kinds, strict=True)}
     # A tensor that the model does not use may be of any type.
     tensors["other.weight"] = tensors[names[0]]
-    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type IQ4_NL", "it runs F32")
+    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type I8", "it runs F32")
     assert [problem.split(", which")[0] for problem in problems] == [
-        "tensor blk.0.attn_output.weight has type IQ4_NL",
-        "tensor blk.2.attn_output.weight has type Q8_KV_R8",
+        "tensor blk.0.attn_output.weight has type I8",
+        "tensor blk.2.attn_output.weight has type I16",
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import side_by_side
 
 from pymla import ggml
 from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
@@ -31,33 +32,36 @@ KERNELS = (
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
 
 
-@pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
-def test_other_levels(level):
-    """The tests of operations and of kernels, which compare with the reference at extreme codes as well and with
-    Python, pass at every level."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not reference]",
-        "test_matrices.py",
-        "test_experts.py",
-        "test_attention.py",
-        "test_cpu_attention.py",
-        "test_faults.py",
-        "test_formats.py",
-        "test_gemv.py",
-        "test_gemm.py",
-        "test_simd.py",
-        "test_python_level.py",
-    ]
+#: The tests of operations and of kernels, which compare with the reference at extreme codes as well and with Python.
+FILES = (
+    "test_matrices.py",
+    "test_experts.py",
+    "test_attention.py",
+    "test_cpu_attention.py",
+    "test_faults.py",
+    "test_formats.py",
+    "test_gemv.py",
+    "test_gemm.py",
+    "test_simd.py",
+    "test_python_level.py",
+)
+
+
+def run(level):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference]", *FILES]
     environment = os.environ | {"PYMLA_ISA": level}
-    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    with side_by_side.started(request, "test_other_levels", run) as found:
+        yield found
+
+
+@pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
+def test_other_levels(level, runs):
+    result = runs[level].result()
     assert result.returncode == 0, result.stdout[-3000:]
 
 
