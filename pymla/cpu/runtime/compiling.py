@@ -29,7 +29,7 @@ from pymla.host.kernel_cache import KernelCache, take_warnings
 from pymla.host.source_key import is_part_of, source_key
 
 #: Every `Compiled` that modules have made so far.
-COMPILED = []
+COMPILED: list["Compiled"] = []
 _SOURCES = Path(__file__).resolve().parents[1]
 
 

@@ -30,7 +30,7 @@ if SIMULATED:
 __all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
 
 #: Every kernel that was made so far, by name.
-KERNELS = {}
+KERNELS: dict[str, "Kernel"] = {}
 
 
 def kernel(*signature, variant=None, max_threads=None, min_blocks=None, max_registers=None, hot=True):
