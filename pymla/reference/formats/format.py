@@ -1,5 +1,6 @@
 """What a type of tensors is in NumPy, and what several families of types share."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,16 +29,16 @@ class Codes(NamedTuple):
 
     def weights(self) -> np.ndarray:
         """Float32 (n, block_size). A product is rounded before its minimum is added."""
-        codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
+        codes = self.codes.reshape(*self.scales.shape, self.codes.shape[1] // self.scales.shape[1]).astype(np.float32)
         weights = self.scales[..., None] * codes
         if self.minima is not None:
             weights += self.minima[..., None]
-        return weights.reshape(len(weights), -1)
+        return weights.reshape(self.codes.shape)
 
 
 def coded(scales: np.ndarray, codes: np.ndarray, minima: np.ndarray | None = None) -> Codes:
     """Codes of any integer type and any shape (n, ...), in the order of the weights."""
-    return Codes(scales, codes.reshape(len(codes), -1).astype(np.int8), minima)
+    return Codes(scales, codes.reshape(len(codes), math.prod(codes.shape[1:])).astype(np.int8), minima)
 
 
 def format_of_codes(convert: Callable[[np.ndarray], Codes], quantise: Convert | None = None) -> Format:
