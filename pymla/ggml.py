@@ -34,6 +34,87 @@ ROW_HEADER = {each.qtype: each.row_header for each in _LAYOUTS}
 #: Rows whose blocks lie together: more than 1 in types whose name ends in _R4, _R8 or _R16.
 ROWS_TOGETHER = {each.qtype: each.rows_together for each in _LAYOUTS}
 
+# The numbers are plain integers, because Numba compiles them into kernels.
+F32 = 0
+F16 = 1
+Q4_0 = 2
+Q4_1 = 3
+Q5_0 = 6
+Q5_1 = 7
+Q8_0 = 8
+Q2_K = 10
+Q3_K = 11
+Q4_K = 12
+Q5_K = 13
+Q6_K = 14
+IQ2_XXS = 16
+IQ2_XS = 17
+IQ3_XXS = 18
+IQ1_S = 19
+IQ4_NL = 20
+IQ3_S = 21
+IQ2_S = 22
+IQ4_XS = 23
+IQ1_M = 29
+BF16 = 30
+TQ1_0 = 34
+TQ2_0 = 35
+MXFP4 = 39
+NVFP4 = 40
+Q1_0 = 41
+Q2_0 = 42
+# Of ik_llama.cpp.
+Q6_0 = 133
+IQ1_BN = 134
+IQ2_BN = 135
+IQ2_K = 137
+IQ3_K = 138
+IQ4_K = 139
+IQ5_K = 140
+IQ6_K = 141
+IQ4_KS = 144
+IQ2_KS = 145
+IQ4_KSS = 146
+Q8_KV = 151
+IQ5_KS = 152
+IQ2_KT = 153
+IQ3_KT = 154
+IQ4_KT = 155
+IQ3_KS = 156
+IQ2_KL = 157
+IQ1_KT = 158
+# Of ik_llama.cpp, with the blocks of several rows together.
+Q4_0_R8 = 202
+Q5_0_R4 = 206
+Q8_0_R8 = 208
+Q2_K_R4 = 210
+Q3_K_R4 = 211
+Q4_K_R4 = 212
+Q5_K_R4 = 213
+Q6_K_R4 = 214
+IQ2_XXS_R4 = 216
+IQ2_XS_R4 = 217
+IQ3_XXS_R4 = 218
+IQ1_S_R4 = 219
+IQ4_NL_R4 = 220
+IQ3_S_R4 = 221
+IQ2_S_R4 = 222
+IQ4_XS_R8 = 223
+IQ1_M_R4 = 229
+BF16_R16 = 230
+Q6_0_R4 = 233
+IQ2_BN_R4 = 335
+IQ2_K_R4 = 337
+IQ3_K_R4 = 338
+IQ4_K_R4 = 339
+IQ5_K_R4 = 340
+IQ4_KS_R4 = 344
+IQ5_KS_R4 = 352
+MXFP4_R8 = 353
+Q8_K_R16 = 397
+Q8_KV_R8 = 398
+Q8_K_R8 = 399
+
 
 class Type(NamedTuple):
     """What programs besides the backends' kernels have to know of a type."""
@@ -47,17 +128,16 @@ class Type(NamedTuple):
     int8_scales: tuple[int, int] | None = None
 
 
-# The numbers are plain integers, because Numba compiles them into kernels.
 _ROWS = (
-    Type(F32 := 0, False),
-    Type(F16 := 1, False),
-    Type(BF16 := 30, False),
-    Type(Q4_0 := 2, True, halves=(0,)),
-    Type(Q4_1 := 3, True, halves=(0, 2)),
-    Type(Q5_0 := 6, True, halves=(0,)),
-    Type(Q5_1 := 7, True, halves=(0, 2)),
-    Type(Q8_0 := 8, True, halves=(0,)),
-    Type(Q6_K := 14, True, halves=(208,), int8_scales=(192, 208)),
+    Type(F32, False),
+    Type(F16, False),
+    Type(BF16, False),
+    Type(Q4_0, True, halves=(0,)),
+    Type(Q4_1, True, halves=(0, 2)),
+    Type(Q5_0, True, halves=(0,)),
+    Type(Q5_1, True, halves=(0, 2)),
+    Type(Q8_0, True, halves=(0,)),
+    Type(Q6_K, True, halves=(208,), int8_scales=(192, 208)),
 )
 
 #: The types that every backend runs, by number.

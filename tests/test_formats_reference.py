@@ -69,6 +69,11 @@ def test_every_type_is_compared():
     assert compared == {ggml.NAME[qtype] for qtype in FORMATS.keys() | INTERLEAVED.keys()}
 
 
+@pytest.mark.parametrize("qtype", FORMATS.keys() | INTERLEAVED.keys(), ids=ggml.NAME.get)
+def test_numbers_have_names(qtype):
+    assert getattr(ggml, ggml.NAME[qtype]) == qtype
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", HALVES)
 def test_random_bytes_are_as_in_gguf(name):
