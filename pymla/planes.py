@@ -162,8 +162,8 @@ _LLAMA_CPP: dict[int, Layout] = {
         Codes((Plane(16, 2, 32),)),
         16,
         scale_at=80,
-        scales=Scales((Places(4, tuple((byte, 0) for byte in range(16))),)),
-        minima=Scales((Places(4, tuple((byte, 4) for byte in range(16))),)),
+        scales=Scales((Plane(0, 4, 16),)),
+        minima=Scales((Plane(0, 4, 16, order=(1, 0)),)),
         minimum_at=82,
     ),
     ggml.Q3_K: Layout(
