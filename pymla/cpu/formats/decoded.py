@@ -12,7 +12,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import COLUMNS
+from pymla.cpu.formats.orders import COLUMNS, EIGHTS
 from pymla.cpu.formats.panels import DECODED_ROW, store_columns, store_columns_twice
 from pymla.cpu.machine.simd import (
     add,
@@ -22,6 +22,7 @@ from pymla.cpu.machine.simd import (
     load_f32x8,
     load_i8x32,
     load_i8xL,
+    load_i16,
     mul,
     splat_f32,
     splat_f32xL,
@@ -33,6 +34,7 @@ from pymla.cpu.machine.simd import (
     total,
     totals,
 )
+from pymla.cpu.machine.simd_512 import spread_pairs
 from pymla.cpu.machine.simd_bytes import dot_i8, to_f32, zero_i32x8
 from pymla.cpu.machine.simd_decoded import (
     add_i8,
@@ -40,10 +42,12 @@ from pymla.cpu.machine.simd_decoded import (
     dot_unsigned,
     folded,
     folded_products,
+    halves_of_blocks,
     load_f32x8_pairs,
     load_i16_as_f32,
     no_sums_16,
     splat_fours,
+    splat_quarters,
     spread_16,
     spread_32,
     store_f32x16,
@@ -68,7 +72,7 @@ class Decoder(NamedTuple):
     lowest: int  # the smallest code, and the largest
     highest: int
     offset: int  # what the codes of `load_codes` are more than codes are
-    #: (address, r), a literal: the r-th register of codes of 256 weights, i8xL.
+    #: (address, r), a literal: the r-th register of codes of 256 weights in the order of the columns, i8xL.
     load_codes: Callable
     #: (address, block): codes of the weights from ``32 * block`` on, i8x32.
     load_codes_32: Callable
@@ -79,6 +83,10 @@ class Decoder(NamedTuple):
     #: The same for minima of a type that has them: (address), and (address, block).
     load_minima: Callable | None = None
     load_minimum: Callable | None = None
+    #: With registers of 64 bytes also `load_codes` in the order `EIGHTS`, and, of types with blocks of less than 256
+    #: weights, of 128 weights in the order `FOURS`.
+    load_eights: Callable | None = None
+    load_fours: Callable | None = None
 
 
 def offset_of(lowest, highest, each):
@@ -103,7 +111,7 @@ def format_of(decoder):
     return Format(
         _add_block_for(decoder),
         dot_four=_dot_four_for(decoder),
-        order=COLUMNS,
+        order=COLUMNS if decoder.load_eights is None else EIGHTS,
         unpack=_unpack_for(decoder),
         code_bits=(4 if width < 16 else 5) if narrow else 8,
         zero_point=-decoder.lowest if narrow else 0,
@@ -273,11 +281,9 @@ def _finish_for(decoder):
 
 def _add_256_for(decoder):
     """Make a function that adds the products of 256 weights of a row."""
-    load_codes, load_scales, load_minima = decoder.load_codes, decoder.load_scales, decoder.load_minima
-    has_minima, needs_sums, nbytes = load_minima is not None, _needs_sums(decoder), format_bytes(decoder.qtype)
-    load_minima = load_minima or _no_minima
-    spread = spread_32 if decoder.each == 32 else spread_16
-    dot = dot_signed_codes if decoder.lowest + decoder.offset < 0 else dot_unsigned
+    load_scales, load_minima = decoder.load_scales, decoder.load_minima or _no_minima
+    has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
+    nbytes, add_products = format_bytes(decoder.qtype), _add_products_for(decoder)
 
     @inlined
     def add_256(row, address, codes, x, acc):
@@ -285,11 +291,25 @@ def _add_256_for(decoder):
         s, m = x
         products, sums = acc
         scales = load_scales(row, address)
-        factor = mul(scales, s)
         if has_minima:
             sums = fma(load_minima(address), m, sums)
         elif needs_sums:
             sums = fma(scales, m, sums)
+        return add_products(address, codes, mul(scales, s), products), sums
+
+    return add_256
+
+
+def _add_products_for(decoder):
+    """Make a function ``(address, codes, factor, products)``: add the products of 256 weights to lanes of `products`,
+    with a factor for each small block."""
+    if decoder.load_eights is not None:
+        return _add_eights_for(decoder)
+    load_codes, spread = decoder.load_codes, spread_32 if decoder.each == 32 else spread_16
+    dot = dot_signed_codes if decoder.lowest + decoder.offset < 0 else dot_unsigned
+
+    @inlined
+    def add_products(address, codes, factor, products):
         zero = zero_words()
         dots = dot(zero, load_codes(address, 0), load_i8xL(codes))
         products = fma(finish8(dots), spread(factor, 0), products)
@@ -308,9 +328,28 @@ def _add_256_for(decoder):
             products = fma(finish8(dots), spread(factor, 6), products)
             dots = dot(zero, load_codes(address, 7), load_i8xL(codes + 7 * REGISTER))
             products = fma(finish8(dots), spread(factor, 7), products)
-        return products, sums
+        return products
 
-    return add_256
+    return add_products
+
+
+def _add_eights_for(decoder):
+    """`_add_products_for` of registers that have eight codes of each of eight blocks: a lane has a block's products
+    from all four registers, or where small blocks have 16 weights from two of them."""
+    load_eights, in_halves = decoder.load_eights, decoder.each == 16
+
+    @inlined
+    def add_products(address, codes, factor, products):
+        dots = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
+        dots = dot_unsigned(dots, load_eights(address, 2), load_i8xL(codes + 128))
+        if in_halves:
+            products = fma(finish8(dots), halves_of_blocks(factor, 0), products)
+            dots = zero_words()
+        dots = dot_unsigned(dots, load_eights(address, 1), load_i8xL(codes + 64))
+        dots = dot_unsigned(dots, load_eights(address, 3), load_i8xL(codes + 192))
+        return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
+
+    return add_products
 
 
 @inlined
@@ -322,20 +361,62 @@ def _no_minima(address):
 def _rest_for(decoder):
     """Make a function for the blocks of a row behind the last 256 columns, of types with smaller blocks."""
     header, load_codes_32, load_scale = ggml.ROW_HEADER[decoder.qtype], decoder.load_codes_32, decoder.load_scale
+    in_fours, nbytes = decoder.load_fours is not None, format_bytes(decoder.qtype)
+    dot_fours = _dot_fours_for(decoder) if in_fours else _no_fours
 
     @helper
     def rest(row, activations, columns):
-        _, codes, scale, _, _, _ = activations
-        acc = splat_f32(np.float32(0))
-        for block in range(columns // 256 * 8, columns // 32):
+        _, codes, scale, _, _, sum16 = activations
+        acc, result, first = splat_f32(np.float32(0)), np.float32(0), columns // 256 * 8
+        if in_fours and columns % 256 >= 128:
+            result = dot_fours(row, row + header + first // 8 * nbytes, first, codes, scale, sum16)
+            first += 4
+        for block in range(first, columns // 32):
             low, high = load_scale(row, row + header, block)
             s = load_f32(scale + 4 * block)
             weights = load_codes_32(row + header, block)
             products = dot_i8(zero_i32x8(), weights, load_i8x32(codes + 32 * block))
             acc = fma(to_f32(products), splat_fours(low * s, high * s), acc)
-        return total(acc)
+        return result + total(acc)
 
     return rest
+
+
+@inlined
+def _no_fours(row, address, first, codes, scale, sum16):
+    """Stands for the function of `_dot_fours_for` where no branch that is left calls it."""
+    return np.float32(0)
+
+
+def _dot_fours_for(decoder):
+    """Make a function for four blocks of a row, from block `first` on, of which registers have sixteen codes each
+    (`FOURS`). `address` is that of the blocks."""
+    header, load_fours, load_scale = ggml.ROW_HEADER[decoder.qtype], decoder.load_fours, decoder.load_scale
+    offset = np.float32(decoder.offset)
+
+    @inlined
+    def scales_of(row, block, codes, scale, sum16):
+        """Of a block: the scales of its halves times that of the activations, and what is taken off its products."""
+        low, high = load_scale(row, row + header, block)
+        s = load_f32(scale + 4 * block)
+        low, high = low * s, high * s
+        sums = np.float32(load_i16(sum16 + 4 * block)), np.float32(load_i16(sum16 + 4 * block + 2))
+        return low, high, offset * (low * sums[0] + high * sums[1])
+
+    @inlined
+    def dot_fours(row, address, first, codes, scale, sum16):
+        a, a_high, off_a = scales_of(row, first, codes, scale, sum16)
+        b, b_high, off_b = scales_of(row, first + 1, codes, scale, sum16)
+        c, c_high, off_c = scales_of(row, first + 2, codes, scale, sum16)
+        d, d_high, off_d = scales_of(row, first + 3, codes, scale, sum16)
+        at = codes + 32 * first
+        dots = dot_unsigned(zero_words(), load_fours(address, 0), load_i8xL(at))
+        products = mul(finish8(dots), splat_quarters(a, b, c, d))
+        dots = dot_unsigned(zero_words(), load_fours(address, 1), load_i8xL(at + 64))
+        products = fma(finish8(dots), splat_quarters(a_high, b_high, c_high, d_high), products)
+        return total(products) - (off_a + off_b + off_c + off_d)
+
+    return dot_fours
 
 
 # Panels

@@ -78,6 +78,17 @@ def spread_16(scales, r):
     return np.repeat(scales, 4)[LANES * r : LANES * (r + 1)]
 
 
+def _halves_of_blocks(builder, scales, half):
+    return shuffle(builder, scales, scales, [i // 2 * 2 + half for i in range(16)])
+
+
+@operation(f32x16, f32x16, LITERAL, emit=_halves_of_blocks)
+def halves_of_blocks(scales, half):
+    """Of the scales of sixteen blocks of 16 every second one, the first or, with `half` 1 (a literal), the second of
+    the halves of eight blocks of 32, each in two lanes (vpermps)."""
+    return np.repeat(scales[half::2], 2)
+
+
 def _load_f32x8_pairs(builder, address):
     eight = read(builder, address, ir_type(f32x8))
     return shuffle(builder, eight, eight, [i // 2 for i in range(16)])
@@ -136,3 +147,17 @@ def _halves(builder, low, high):
 def splat_fours(low, high):
     """One float32 in the first four lanes, another one in the last four."""
     return np.repeat(np.array([low, high], np.float32), 4)
+
+
+def _splat_quarters(builder, *numbers):
+    low, high = (
+        shuffle(builder, splat(builder, numbers[i], 8), splat(builder, numbers[i + 1], 8), [*range(4), *range(8, 12)])
+        for i in (0, 2)
+    )
+    return shuffle(builder, low, high, range(16))
+
+
+@operation(f32x16, *[types.float32] * 4, emit=_splat_quarters)
+def splat_quarters(a, b, c, d):
+    """Four float32, each in a quarter of sixteen lanes."""
+    return np.repeat(np.array([a, b, c, d], np.float32), 4)

@@ -1,8 +1,7 @@
 """Bit planes (`pymla.planes`) in registers: codes of weights as bytes, and numbers of small blocks as int32.
 
-The functions here make operations for planes. `load_codes_for` takes as many columns as a register has bytes, which
-begin at a literal, so that LLVM sees where each byte comes from; `load_codes_32_for` takes 32 columns that begin
-anywhere.
+The functions here make operations for planes. `load_codes_for` fills a register whose number is a literal, so that LLVM
+sees where each byte comes from; `load_codes_32_for` takes 32 columns that begin anywhere.
 """
 
 import numpy as np
@@ -31,46 +30,70 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes, read_number
-from pymla.cpu.runtime.isa import ISA, LANES
-from pymla.planes import E4M3, E8M0, HALF, ROW_FLOAT, ROW_HALF, Places
+from pymla.cpu.formats.orders import COLUMNS, EIGHTS, FOURS
+from pymla.cpu.runtime import target
+from pymla.cpu.runtime.isa import ISA, LANES, PYTHON
+from pymla.planes import E4M3, E8M0, HALF, K_MINIMA, K_SCALES, ROW_FLOAT, ROW_HALF, Places, Plane
 
-#: Columns whose codes fill a register.
-COLUMNS = 4 * LANES
+#: Bytes of a register, which are codes of as many weights.
+REGISTER_BYTES = 4 * LANES
+#: Whether one instruction moves fields of bytes anywhere else in them.
+_GFNI = LANES == 16 and not PYTHON and "gfni" in target.features()
 
 
 # Reading bytes that lie anywhere
 
 
-def _load_bytes(builder, address, wanted):
-    """Bytes at literal distances from an address, in a register: each run of bytes that follow each other is one
-    load."""
-    runs = []
+def _load_bytes(builder, address, wanted, total, begin=0):
+    """Bytes at literal distances from an address, in a register: of one or two loads, none of which reaches over the
+    `total` bytes that are there. Loads of whole registers begin at `begin` where they can, so that they are shared."""
+    windows = _windows(wanted, total, begin)
+    if len(windows) > 2:
+        half = len(wanted) // 2
+        parts = [_load_bytes(builder, address, each, total) for each in (wanted[:half], wanted[half:])]
+        return shuffle(builder, *parts, range(len(wanted)))
+    loads = [read(builder, _moved(builder, address, start), ir.VectorType(I8, size)) for start, size in windows]
+    lanes = []
+    for at in wanted:
+        behind = 0
+        for start, size in windows:
+            if start <= at < start + size:
+                lanes.append(behind + at - start)
+                break
+            behind += size
+    if lanes == list(range(loads[0].type.count)):
+        return loads[0]
+    if len(loads) == 1:
+        loads[0] = _as_loaded(builder, loads[0])
+    return shuffle(builder, loads[0], loads[-1], lanes)
+
+
+def _as_loaded(builder, value):
+    """A register that was loaded as a whole. LLVM would load the bytes that are used, piece by piece, and put them
+    together by more instructions."""
+    if LANES != 16 or value.type.count != REGISTER_BYTES:
+        return value
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
+
+
+def _windows(wanted, total, begin):
+    """Loads, as (first byte, size), that together have the bytes: one of no more than 8 bytes, or as few of a register
+    as will do."""
+    first, last = min(wanted), max(wanted)
+    if last - first < 8:
+        return [(first, last - first + 1)]
+    size = REGISTER_BYTES
+    if begin + size <= total and begin <= first and last < begin + size:
+        return [(begin, size)]
+    if begin + 2 * size <= total and begin <= first and last < begin + 2 * size:
+        return [(begin, size), (begin + size, size)]
+    starts = []
     for at in sorted(set(wanted)):
-        if runs and at == runs[-1][-1] + 1:
-            runs[-1].append(at)
-        else:
-            runs.append([at])
-    loaded, lanes = None, {}
-    for run in runs:
-        part = read(builder, _moved(builder, address, run[0]), ir.VectorType(I8, len(run)))
-        behind = loaded.type.count if loaded else 0
-        lanes |= {at: behind + i for i, at in enumerate(run)}
-        loaded = _behind(builder, loaded, part) if loaded else part
-    picked = [lanes[at] for at in wanted]
-    if picked == list(range(loaded.type.count)):
-        return loaded
-    return shuffle(builder, loaded, loaded, picked)
-
-
-def _behind(builder, x, y):
-    """The lanes of two registers, those of `y` behind those of `x`."""
-    m, n = x.type.count, y.type.count
-    if n < m:
-        y = shuffle(builder, y, y, [i % n for i in range(m)])
-    elif m < n:
-        x = shuffle(builder, x, x, [i % m for i in range(n)])
-    most = max(m, n)
-    return shuffle(builder, x, y, [*range(m), *range(most, most + n)])
+        if not starts or at >= starts[-1] + size:
+            starts.append(at)
+    if len(starts) == 1:
+        return [(first, last + 1 - first)]
+    return [(min(start, total - size), size) for start in starts]
 
 
 # Codes
@@ -83,19 +106,7 @@ def _fields(builder, packed, shifts, bits, place):
         return packed
     eights = [shifts[i : i + 8] for i in range(0, count, 8)]
     if all(len(set(eight)) == 1 for eight in eights):
-        wide = ir.VectorType(I64, count // 8)
-        by = [eight[0] - place for eight in eights]
-        moved = builder.bitcast(packed, wide)
-        # One direction at a time: fields that go up and others that go down are shifted down first.
-        down, up = (place, by) if min(by) < 0 < max(by) else (0, by)
-        if down:
-            moved = builder.lshr(moved, ir.Constant(wide, [eight[0] for eight in eights]))
-            moved = builder.shl(moved, constant(wide, place))
-        elif min(up) < 0:
-            moved = builder.shl(moved, ir.Constant(wide, [-each for each in up]))
-        elif max(up) > 0:
-            moved = builder.lshr(moved, ir.Constant(wide, up))
-        return builder.and_(builder.bitcast(moved, packed.type), constant(packed.type, mask))
+        return _fields_of_eights(builder, packed, [eight[0] for eight in eights], bits, place)
     if bits == 1:
         tested = builder.and_(packed, ir.Constant(packed.type, [1 << each for each in shifts]))
         is_set = builder.icmp_unsigned("!=", tested, constant(packed.type, 0))
@@ -107,6 +118,30 @@ def _fields(builder, packed, shifts, bits, place):
         here = ir.Constant(packed.type, [mask if each == shift else 0 for each in shifts])
         result = builder.or_(result, builder.and_(moved, here))
     return result
+
+
+def _fields_of_eights(builder, packed, shifts, bits, place):
+    """The same where eight bytes have their fields at one bit."""
+    mask = ((1 << bits) - 1) << place
+    if set(shifts) == {place}:
+        return builder.and_(packed, constant(packed.type, mask))
+    wide = ir.VectorType(I64, len(shifts))
+    if _GFNI and packed.type.count == 64:
+        # Row 7 - j of a matrix of bits has the bit of the byte that becomes bit j.
+        rows = [
+            sum(1 << (shift + j - place) << 8 * (7 - j) for j in range(place, place + bits)) for shift in shifts
+        ]
+        matrices = builder.bitcast(ir.Constant(wide, rows), packed.type)
+        move = declare(builder, "llvm.x86.vgf2p8affineqb.512", packed.type, [packed.type, packed.type, I8])
+        return builder.call(move, [packed, matrices, ir.Constant(I8, 0)])
+    moved = builder.bitcast(packed, wide)
+    if all(shift >= place for shift in shifts):
+        moved = builder.lshr(moved, ir.Constant(wide, [shift - place for shift in shifts]))
+    elif all(shift <= place for shift in shifts):
+        moved = builder.shl(moved, ir.Constant(wide, [place - shift for shift in shifts]))
+    else:
+        moved = builder.shl(builder.lshr(moved, ir.Constant(wide, shifts)), constant(wide, place))
+    return builder.and_(builder.bitcast(moved, packed.type), constant(packed.type, mask))
 
 
 def _look_up(builder, codes, table):
@@ -154,7 +189,7 @@ class _Finish:
             numbers = numbers ^ 128
         if self.table:
             return np.array(self.table, np.int8)[numbers]
-        return (numbers + self.add).astype(np.uint8).view(np.int8)
+        return (numbers.astype(np.int16) + self.add).astype(np.int8)
 
 
 def _numbers(planes, blocks, columns):
@@ -168,43 +203,52 @@ def _numbers(planes, blocks, columns):
     return result
 
 
-def _columns(layout_size, first, count):
-    """Columns as (block, column of the block)."""
-    return [divmod(column, layout_size) for column in range(first, first + count)]
+def columns_of(order, r):
+    """The columns whose codes are in the r-th register of an order (`pymla.cpu.formats.orders`)."""
+    if order == EIGHTS:
+        return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
+    if order == FOURS:
+        return [32 * (i // 16) + 16 * r + i % 16 for i in range(64)]
+    return [REGISTER_BYTES * r + i for i in range(REGISTER_BYTES)]
 
 
-def load_codes_for(qtype, layout, offset):
-    """Make ``load_codes(address, r)``: the codes of the r-th `COLUMNS` weights of 256, `offset` more than they are, int8
-    or uint8. `r` is a literal; blocks begin at the address."""
+def load_codes_for(qtype, layout, offset, order=COLUMNS):
+    """Make ``load_codes(address, r)``: the codes of the r-th register of 256 weights, or with `FOURS` of 128, `offset`
+    more than they are, int8 or uint8. `r` is a literal; blocks begin at the address."""
     size, nbytes, finish = ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype], _Finish(layout, offset)
-    codes = layout.codes
+    codes, total = layout.codes, (128 if order == FOURS else 256) // size * nbytes
+
+    def place(plane, column):
+        """The byte behind the address, and the bit of it, at which a plane has a number."""
+        byte, bit = plane.place(column % size if plane is not codes.variants else column % size // layout.each)
+        return column // size * nbytes + byte, bit
+
+    def packed(builder, plane, address, columns):
+        """The bytes that have the numbers of some columns, and the bits of them."""
+        places = [place(plane, column) for column in columns]
+        begin = plane.at if isinstance(plane, Plane) else 0
+        found = _load_bytes(builder, address, [byte for byte, _ in places], total, begin)
+        return found, [bit for _, bit in places]
 
     def emit(builder, address, r):
-        columns = _columns(size, COLUMNS * r, COLUMNS)
-        numbers = None
+        columns, numbers = columns_of(order, r), None
         for plane in codes.planes:
-            places = [plane.place(column) for _, column in columns]
-            wanted = [nbytes * block + byte for (block, _), (byte, _) in zip(columns, places, strict=True)]
-            packed = _load_bytes(builder, address, wanted)
-            part = _fields(builder, packed, [shift for _, shift in places], plane.bits, plane.shift)
+            part = _fields(builder, *packed(builder, plane, address, columns), plane.bits, plane.shift)
             numbers = builder.or_(numbers, part) if numbers else part
         result = finish.emit(builder, numbers)
         if codes.variants:
-            small = [(block, column // layout.each) for block, column in columns]
-            places = [codes.variants.place(each) for _, each in small]
-            wanted = [nbytes * block + byte for (block, _), (byte, _) in zip(small, places, strict=True)]
-            packed = _load_bytes(builder, address, wanted)
-            tested = builder.and_(packed, ir.Constant(packed.type, [1 << shift for _, shift in places]))
-            is_set = builder.icmp_unsigned("!=", tested, constant(packed.type, 0))
-            moved = builder.select(is_set, constant(packed.type, codes.moved), constant(packed.type, 0))
+            found, bits = packed(builder, codes.variants, address, columns)
+            tested = builder.and_(found, ir.Constant(found.type, [1 << bit for bit in bits]))
+            is_set = builder.icmp_unsigned("!=", tested, constant(found.type, 0))
+            moved = builder.select(is_set, constant(found.type, codes.moved), constant(found.type, 0))
             result = builder.add(result, moved)
         return result
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)
     def load_codes(address, r):
         """Codes of weights of 256 that planes hold."""
-        blocks = read_lanes(address, np.uint8, 256 // size * nbytes).reshape(-1, nbytes)
-        columns = _columns(size, COLUMNS * r, COLUMNS)
+        blocks = read_lanes(address, np.uint8, total).reshape(-1, nbytes)
+        columns = [divmod(column, size) for column in columns_of(order, r)]
         result = finish.numpy(_numbers(codes.planes, blocks, columns))
         if codes.variants:
             small = [(block, column // layout.each) for block, column in columns]
@@ -223,7 +267,8 @@ def _plane_32(builder, plane, address, sub):
     start = _times(builder, whole, plane.run if in_run > 1 else 4 * plane.bits)
     start = builder.add(start, _times(builder, group, 32))
     places = [plane.place(column) for column in range(32)]
-    packed = _load_bytes(builder, builder.add(address, start), [byte for byte, _ in places])
+    wanted = [byte for byte, _ in places]
+    packed = _load_bytes(builder, builder.add(address, start), wanted, max(wanted) + 1)
     if in_run > 1 and plane.bits < 8:
         shift = splat(builder, _times(builder, field, plane.bits * max(1, 32 // plane.run)), 4)
         packed = builder.bitcast(builder.lshr(builder.bitcast(packed, shift.type), shift), packed.type)
@@ -294,6 +339,27 @@ def _all_numbers(builder, planes, address, count, nbytes):
         value = builder.shl(value, _like(value, plane.shift))
         result = builder.or_(result, value) if result else value
     return result
+
+
+def _k_numbers(builder, address, minima):
+    """`_all_numbers` of the eight scales or minima of Q4_K and Q5_K: they are put together in two words, for which the
+    processor has instructions to spare while it multiplies registers."""
+
+    def bytes_of(number):
+        return ir.Constant(I64, number * 0x0101010101010101)
+
+    first = read(builder, _moved(builder, address, 4), I64)
+    last = builder.zext(read(builder, _moved(builder, address, 12), I32), I64)
+    nibbles = builder.or_(last, builder.shl(last, ir.Constant(I64, 28)))
+    low = builder.and_(first, bytes_of(0x3F))
+    high = builder.and_(builder.lshr(first, ir.Constant(I64, 2)), bytes_of(0x30))
+    high = builder.or_(high, builder.and_(nibbles, bytes_of(0x0F)))
+    words = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+    for i, word in enumerate((low, high)):
+        words = builder.insert_element(words, word, ir.Constant(I32, i))
+    numbers = builder.bitcast(words, ir.VectorType(I8, 16))
+    numbers = shuffle(builder, numbers, numbers, [8 * (i // 4) + 4 * minima + i % 4 for i in range(8)])
+    return builder.zext(numbers, ir.VectorType(I32, 8))
 
 
 def _number(builder, planes, address, i):
@@ -413,25 +479,37 @@ def _half(builder, address):
     return builder.fpext(read(builder, address, F16), F32)
 
 
+def _halves(builder, address, lanes):
+    """A half from memory in so many lanes, as float32."""
+    halves = builder.bitcast(splat(builder, read(builder, address, I16), lanes), ir.VectorType(F16, lanes))
+    return builder.fpext(halves, ir.VectorType(F32, lanes))
+
+
 def _float_numbers(builder, layout, qtype, row, address):
-    """The float numbers of the small blocks of 256 weights, or one where all have the same."""
-    if layout.scale in (ROW_FLOAT, ROW_HALF):
-        return read(builder, row, F32) if layout.scale == ROW_FLOAT else _half(builder, row)
-    size, nbytes = ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]
+    """The float numbers of the small blocks of 256 weights."""
+    lanes, size, nbytes = 256 // layout.each, ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]
+    if layout.scale == ROW_FLOAT:
+        return splat(builder, read(builder, row, F32), lanes)
+    if layout.scale == ROW_HALF:
+        return _halves(builder, row, lanes)
     if size == 256:
-        return _half(builder, _moved(builder, address, layout.scale_at))
+        return _halves(builder, _moved(builder, address, layout.scale_at), lanes)
     blocks, small = 256 // size, size // layout.each
     if layout.scale == HALF:
-        halves = ir.Constant(ir.VectorType(I16, blocks), ir.Undefined)
-        for i in range(blocks):
-            half = read(builder, _moved(builder, address, nbytes * i + layout.scale_at), I16)
-            halves = builder.insert_element(halves, half, ir.Constant(I32, i))
-        halves = shuffle(builder, halves, halves, [i // small for i in range(blocks * small)])
-        halves = builder.bitcast(halves, ir.VectorType(F16, halves.type.count))
-        return builder.fpext(halves, ir.VectorType(F32, halves.type.count))
+        places = [nbytes * (i // small) + layout.scale_at for i in range(lanes)]
+        if LANES == 16:
+            wanted = [place + byte for place in places for byte in (0, 1)]
+            halves = builder.bitcast(_load_bytes(builder, address, wanted, nbytes * blocks), ir.VectorType(F16, lanes))
+        else:
+            halves = ir.Constant(ir.VectorType(I16, lanes), ir.Undefined)
+            for i, place in enumerate(places):
+                half = read(builder, _moved(builder, address, place), I16)
+                halves = builder.insert_element(halves, half, ir.Constant(I32, i))
+            halves = builder.bitcast(halves, ir.VectorType(F16, lanes))
+        return builder.fpext(halves, ir.VectorType(F32, lanes))
     count = small if layout.scale == E4M3 else 1
     wanted = [nbytes * block + layout.scale_at + i for block in range(blocks) for i in range(count)]
-    codes = _load_bytes(builder, address, wanted)
+    codes = _load_bytes(builder, address, wanted, nbytes * blocks)
     return _BYTE_FLOATS[layout.scale](builder, builder.zext(codes, ir.VectorType(I32, len(wanted))))
 
 
@@ -453,12 +531,8 @@ def _numpy_halves(blocks, at):
 
 
 def _products(builder, number, values):
-    """A float number, or one of each small block, times the scales of small blocks, None for 1."""
-    if values is None:
-        return number
-    if isinstance(values.type, ir.VectorType) and not isinstance(number.type, ir.VectorType):
-        number = splat(builder, number, values.type.count)
-    return builder.fmul(number, values)
+    """Float numbers times the scales of small blocks, None for 1."""
+    return number if values is None else builder.fmul(number, values)
 
 
 def _emit_values(builder, qtype, scales, address, lanes):
@@ -466,7 +540,10 @@ def _emit_values(builder, qtype, scales, address, lanes):
     if scales is None:
         return None
     nbytes = ggml.BLOCK_BYTES[qtype]
-    numbers = _all_numbers(builder, scales.planes, address, lanes, nbytes)
+    if scales in (K_SCALES, K_MINIMA):
+        numbers = _k_numbers(builder, address, scales is K_MINIMA)
+    else:
+        numbers = _all_numbers(builder, scales.planes, address, lanes, nbytes)
     negative = _all_numbers(builder, (scales.negative,), address, lanes, nbytes) if scales.negative else None
     return _scale_values(builder, scales, numbers, negative)
 
@@ -477,9 +554,8 @@ def load_scales_for(qtype, layout):
     lanes = 256 // layout.each
 
     def emit(builder, row, address):
-        number = _float_numbers(builder, layout, qtype, row, address)
-        result = _products(builder, number, _emit_values(builder, qtype, layout.scales, address, lanes))
-        return result if isinstance(result.type, ir.VectorType) else splat(builder, result, lanes)
+        numbers = _float_numbers(builder, layout, qtype, row, address)
+        return _products(builder, numbers, _emit_values(builder, qtype, layout.scales, address, lanes))
 
     @operation(_register(lanes), types.int64, types.int64, emit=emit)
     def load_scales(row, address):
@@ -497,8 +573,8 @@ def load_minima_for(qtype, layout):
     lanes = 256 // layout.each
 
     def emit(builder, address):
-        number = builder.fneg(_half(builder, _moved(builder, address, layout.minimum_at)))
-        return _products(builder, number, _emit_values(builder, qtype, layout.minima, address, lanes))
+        numbers = builder.fneg(_halves(builder, _moved(builder, address, layout.minimum_at), lanes))
+        return _products(builder, numbers, _emit_values(builder, qtype, layout.minima, address, lanes))
 
     @operation(_register(lanes), types.int64, emit=emit)
     def load_minima(address):
