@@ -140,21 +140,21 @@ class Scales(NamedTuple):
     first: int = 0
     #: Numbers, one behind the other: of a type with minima scale and minimum. Where rows lie together, all of their
     #: scales come before all of their minima.
-    count: int = 1
+    numbers: int = 1
 
 
 _SCALES = {
     F32: Scales("f32"),
     BF16: Scales("bf16"),
-    Q2_K: Scales(first=80, count=2),
+    Q2_K: Scales(first=80, numbers=2),
     Q3_K: Scales(first=108),
     Q6_K: Scales(first=208),
     IQ1_M: Scales("nibbles", first=48),
     TQ1_0: Scales(first=52),
     TQ2_0: Scales(first=64),
     MXFP4: Scales("e8m0"),
-    NVFP4: Scales("e4m3", count=4),
-    **dict.fromkeys((Q4_1, Q5_1, Q4_K, Q5_K), Scales(count=2)),
+    NVFP4: Scales("e4m3", numbers=4),
+    **dict.fromkeys((Q4_1, Q5_1, Q4_K, Q5_K), Scales(numbers=2)),
 }
 
 
@@ -165,12 +165,12 @@ PLAIN |= {Q8_K_R8: Q8_0, Q8_K_R16: Q8_0}
 
 def _scales(each: Layout) -> Scales:
     if each.row_header:
-        return Scales("f16" if each.row_header == 2 else "f32", count=each.rows_together)
+        return Scales("f16" if each.row_header == 2 else "f32", numbers=each.rows_together)
     if each.rows_together == 1:
         return _SCALES.get(each.qtype, Scales())
     plain = PLAIN[each.qtype]
-    kind, _, count = _SCALES.get(plain, Scales())
-    return Scales(kind, 0, each.rows_together * (each.block_size if plain in FLOATS else count))
+    kind, _, numbers = _SCALES.get(plain, Scales())
+    return Scales(kind, 0, each.rows_together * (each.block_size if plain in FLOATS else numbers))
 
 
 #: The scales of every type, of IEEE halves at the beginning of a block where nothing else is said.

@@ -200,7 +200,7 @@ def test_weights_that_are_too_small_for_their_type(qtype, value):
     """Those of tokens that never occurred: zero in float16, from anywhere in one row to anywhere in another."""
     if ggml.NAME[qtype] not in QUANTISERS:  # the scale of such a block is zero, and its codes are not
         row = tensor(qtype, 1, COLUMNS)
-        put(row, slice(None), MINUS_ZERO[ggml.SCALES[qtype].kind], ggml.SCALES[qtype].count)
+        put(row, slice(None), MINUS_ZERO[ggml.SCALES[qtype].kind], ggml.SCALES[qtype].numbers)
         small = blocks_of(row)
     else:
         x = np.full((1, COLUMNS), value, np.float32) * np.where(np.arange(COLUMNS) % 3, 1, -1)

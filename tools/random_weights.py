@@ -112,7 +112,7 @@ def _set_scales(units: np.ndarray, qtype: int, std: float) -> np.ndarray:
 
 def _has_minima(qtype: int) -> bool:
     scales = ggml.SCALES[ggml.PLAIN.get(qtype, qtype)]
-    return (scales.kind, scales.count) == ("f16", 2)
+    return (scales.kind, scales.numbers) == ("f16", 2)
 
 
 def put_scales(units: np.ndarray, qtype: int, table: np.ndarray, minimum: float) -> np.ndarray:
@@ -175,7 +175,7 @@ def _eight_bits(kind: str) -> np.ndarray:
     """The scales that bytes stand for, ascending, but infinity and NaN."""
     qtype, codes = {"e8m0": (ggml.MXFP4, 255), "e4m3": (ggml.NVFP4, 127)}[kind]
     blocks = np.full((codes, ggml.BLOCK_BYTES[qtype]), 0x22, np.uint8)  # codes of 1
-    blocks[:, : ggml.SCALES[qtype].count] = np.arange(codes)[:, None]
+    blocks[:, : ggml.SCALES[qtype].numbers] = np.arange(codes)[:, None]
     return dequantise_rows(blocks, qtype, ggml.BLOCK_SIZE[qtype])[:, 0].astype(np.float64)
 
 
