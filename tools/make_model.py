@@ -5,7 +5,7 @@ load the file too. A seed gives the same model in all three kv_b layouts.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
 from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
+from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = ggml.SUPPORTED
+QTYPES = (*FORMATS, *INTERLEAVED)
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
@@ -56,7 +57,7 @@ def make_model(
     shape : a name in `PRESETS`, or a Shape
     layers : number of layers instead of the shape's
     layout : "kv_b", "split" (k_b and v_b, as llama.cpp writes now) or "all" (as ik_llama.cpp writes)
-    qtype : type of the matrices; one whose block does not fit a row falls back to Q8_0, then F16, as llama.cpp does
+    qtype : type of the matrices; one that does not fit a matrix falls back to another (`fitting_type`)
     output_type : type of the output matrix; by default Q6_K where `qtype` is quantised, as real files have it
     seed : any non-negative integer
     vocab : a GGUF file whose tokenizer is copied; by default a synthetic byte-level BPE
@@ -76,7 +77,7 @@ def make_model(
         raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
     qtype = _type_id(qtype)
     if output_type is None:
-        output_type = ggml.Q6_K if qtype in ggml.QUANTISED else qtype
+        output_type = qtype if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS else ggml.Q6_K
     tensors = list(model_tensors(shape, layout, qtype, _type_id(output_type), seed))
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
@@ -174,16 +175,17 @@ def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int
     """Every tensor of the file, in llama.cpp's order; weights are drawn when `NewTensor.pieces` is called."""
 
     def matrix(name, *shape, qtype=qtype, std=None):
-        qtype = fitting_type(qtype, shape[-1])
+        qtype = fitting_type(qtype, shape)
         std = shape[-1] ** -0.5 if std is None else std
-        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, int(np.prod(shape)), qtype, std))
+        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, shape, qtype, std))
 
     def norm(name, size):
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
-    yield matrix("token_embd.weight", s.vocab_size, hidden, std=1.0)
+    # Neither engine looks up rows that lie together with others.
+    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=ggml.PLAIN.get(qtype, qtype), std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden, qtype=output_type)
@@ -224,18 +226,38 @@ def _ffn(
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 
 
-def fitting_type(qtype: int, columns: int) -> int:
-    """`qtype`, or the type that llama.cpp falls back to where the block does not divide the row."""
-    for candidate in (qtype, ggml.Q8_0):
-        if columns % ggml.BLOCK_SIZE[candidate] == 0:
+#: Types that llama.cpp and ik_llama.cpp write where rows are no multiple of 256 or 64.
+_FALLBACKS = {
+    **dict.fromkeys((ggml.Q2_0, ggml.Q2_K, ggml.Q3_K, ggml.TQ1_0, ggml.TQ2_0), ggml.Q4_0),
+    **dict.fromkeys((ggml.Q4_K, ggml.IQ4_K, ggml.IQ5_KS), ggml.Q5_0),
+    ggml.Q5_K: ggml.Q5_1,
+    ggml.IQ5_K: ggml.Q6_0,
+    **dict.fromkeys((ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ3_S, ggml.IQ4_XS, ggml.IQ2_K, ggml.IQ3_K, ggml.IQ2_KS, ggml.IQ3_KS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ4_KS, ggml.IQ4_KSS, ggml.IQ2_KL), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ1_KT, ggml.IQ2_KT, ggml.IQ3_KT, ggml.IQ4_KT), ggml.IQ4_NL),
+}
+
+
+def fitting_type(qtype: int, shape: Sequence[int]) -> int:
+    """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
+    rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
+        qtype = ggml.PLAIN.get(qtype, qtype)
+    for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
+        if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate
     return ggml.F16
 
 
 def _split_kv_b(s: Shape, kv_b: NewTensor, blk: str, flat: bool) -> Iterator[NewTensor]:
-    """k_b [H, rank, nope] and v_b [H, v, rank], the same weights as `kv_b`; two-dimensional if `flat`."""
+    """k_b [H, rank, nope] and v_b [H, v, rank], the same weights as `kv_b`; two-dimensional if `flat`. k_b is Q8_0 if
+    its type is one that weights cannot be quantised to here."""
     heads, nope, rank = s.num_attention_heads, s.qk_nope_head_dim, s.kv_lora_rank
-    k_type = fitting_type(kv_b.qtype, nope)
+    k_type = fitting_type(kv_b.qtype, (rank, nope))
+    if k_type in INTERLEAVED or FORMATS[k_type].quantise is None:
+        k_type = fitting_type(ggml.Q8_0, (rank, nope))
 
     def rows():
         data = np.concatenate([piece.view(np.uint8).reshape(-1) for piece in kv_b.pieces()])
