@@ -58,13 +58,13 @@ class Shape:
     tie_word_embeddings: bool = False
 
 
-def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
+def model_metadata(shape: Shape, layout: str, file_type: int) -> dict[str, Value]:
     """The keys of a model but ``general.architecture`` and those of its tokenizer.
 
     Parameters
     ----------
     layout : one of `LAYOUTS`
-    qtype : ggml type of most matrices
+    file_type : ``general.file_type``, by convention that of most matrices: a number of `FILE_TYPES`, for one
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
@@ -82,7 +82,7 @@ def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
     }
     general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
     return general | {
-        Keys.General.FILE_TYPE: int(FILE_TYPES[qtype]),
+        Keys.General.FILE_TYPE: int(file_type),
         Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
     }
 
