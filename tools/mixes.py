@@ -55,7 +55,7 @@ def uniform(qtype: int, output_type: int) -> Mix:
 
 # llama-quantize -------------------------------------------------------------------------------------------------------
 #
-# Rules are those of src/llama-quant.cpp, `llama_tensor_get_type_impl`, of llama.cpp 0.3.36's commit (August 2026), for
+# Rules are those of `llama_tensor_get_type_impl` in src/llama-quant.cpp, llama.cpp commit 0c1e570 (October 2026), for
 # models with MLA, more than 8 experts and an importance matrix. tests/golden/mixes.json has what the program chose.
 
 
@@ -158,7 +158,7 @@ def _of_61(*numbers: int) -> Layers:
     return lambda layer, count: layer * 61 // count in numbers
 
 
-#: The layers with experts of 61 that unsloth's files give more bits, from the most precise on, in an assumed order.
+#: Layers with experts of 61, in the order in which more bits are given to them: the last ones, then from the first on.
 _EDGES = (*range(50, 61), *range(3, 50))
 
 
