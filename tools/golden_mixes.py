@@ -40,7 +40,7 @@ def write_sparse_model(path: Path, layout: str) -> None:
 
 
 def write_imatrix(path: Path) -> None:
-    """An importance matrix of one tensor, whose columns weigh the same, in the format that llama.cpp had before GGUF."""
+    """An importance matrix of one tensor, whose columns weigh the same, in llama.cpp's format before GGUF."""
     name, columns = b"blk.0.attn_q.weight", SHAPE.hidden_size
     counts = struct.pack("<i", 1), struct.pack("<i", len(name)), struct.pack("<ii", 1, columns)
     path.write_bytes(counts[0] + counts[1] + name + counts[2] + struct.pack(f"<{columns}f", *[1.0] * columns))
