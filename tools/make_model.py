@@ -109,7 +109,8 @@ def _type_id(qtype: int | str) -> int:
         qtype = ggml.ID.get(qtype.upper(), qtype)
     if qtype not in QTYPES:
         raise PymlaError(
-            f"no random weights of type {qtype!r}; choose {', '.join(ggml.NAME[t].lower() for t in QTYPES)}"
+            f"no random weights of type {ggml.NAME.get(qtype, qtype)}; choose "
+            + ", ".join(ggml.NAME[t].lower() for t in QTYPES)
         )
     return qtype
 
