@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 from make_golden import SHAPES
-from make_model import PRESETS, Shape, random_blocks
+from make_model import PRESETS, Shape
+from random_weights import ONE, put_scales, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cpu.matmul.activations import Input
@@ -37,10 +38,23 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     qtype : a type of ``ggml.SUPPORTED``
     shape : (rows, columns) or (matrices, rows, columns)
     """
-    pieces = random_blocks(seed, "case", int(np.prod(shape)), qtype, shape[-1] ** -0.5)
+    pieces = random_blocks(seed, "case", shape, qtype, shape[-1] ** -0.5)
     data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
     data.flags.writeable = False
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
+
+
+def with_scales(data: np.ndarray, qtype: int, columns: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Rows of random bytes (..., row_bytes), with scales and minima that are finite: random numbers, or 1."""
+    one = ONE[ggml.SCALES[qtype].kind]
+    if rng is None:
+        table = np.full(256, one)
+    elif one.dtype == np.uint8:
+        table = rng.integers(one - 20, one + 20, 256, np.uint8)
+    else:
+        table = rng.standard_normal(256).astype(one.dtype)
+    put_scales(data.reshape(-1, ggml.unit_bytes(qtype, columns)), qtype, table, 1.0 if rng is None else 0.7)
+    return data
 
 
 def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:

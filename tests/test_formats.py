@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 import pytest
-from cases import columns, random_qtensor
+from cases import columns, random_qtensor, with_scales
 from compare import assert_close
 
 from pymla import cpu, ggml, reference
@@ -21,11 +21,8 @@ def random_bytes(qtype, rows, columns, seed=0):
     rng = np.random.default_rng(seed)
     if qtype not in ggml.QUANTISED:
         return quant.quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
-    blocks = rng.integers(0, 256, (rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]), dtype=np.uint8)
-    for at in ggml.TYPES[qtype].halves:
-        scale = rng.standard_normal(blocks.shape[:2]).astype(np.float16)
-        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
-    return blocks.reshape(rows, -1)
+    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
+    return with_scales(data, qtype, columns, rng)
 
 
 def test_every_type_has_a_row_everywhere():
@@ -33,7 +30,7 @@ def test_every_type_has_a_row_everywhere():
     assert tuple(formats.FORMATS)[: len(ggml.SUPPORTED)] == tuple(cpu_formats.FORMATS) == ggml.SUPPORTED
     for qtype, form in cpu_formats.FORMATS.items():
         assert form.bytes_256 == ggml.row_bytes(qtype, 256)
-        assert bool(form.code_bits) == ggml.TYPES[qtype].is_quantised
+        assert bool(form.code_bits) == (qtype in ggml.QUANTISED)
         assert (form.dot_four is None) == (form.unpack is None) == (form.load_one is not None) == (not form.code_bits)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import ROWS, TOKENS, columns, random_qtensor, rows_to_norm
+from cases import ROWS, TOKENS, columns, random_qtensor, rows_to_norm, with_scales
 from compare import assert_close
 from definitions import dense, rms_norm, rotated
 from tested import SIMULATED, assert_quantised, each_backend
@@ -62,11 +62,8 @@ def test_matmul_at_extreme_codes(backend, qtype, byte):
     """All codes alike, against activations of ±127: where 16-bit sums of products would overflow. Blocks of 32 come in
     an eight, a four and one by itself, which the CPU's kernels take apart."""
     count = 13 if ggml.BLOCK_SIZE[qtype] == 32 and not SIMULATED else 2
-    block = np.full((3, count, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
-    for at in ggml.TYPES[qtype].halves:
-        block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
-    w = QTensor(qtype, block.reshape(3, -1))
     size = count * ggml.BLOCK_SIZE[qtype]
+    w = QTensor(qtype, with_scales(np.full((3, ggml.row_bytes(qtype, size)), byte, np.uint8), qtype, size))
     signs = np.stack([np.ones(size), -np.ones(size), np.resize([1, -1], size)]).astype(backend.dtype)
     for x in (signs, np.tile(signs, (3, 1))):
         actual = backend.result(backend.quant.matmul, w, backend.activation(x), shape=(len(x), 3))

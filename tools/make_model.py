@@ -5,7 +5,7 @@ load the file too. A seed gives the same model in all three kv_b layouts.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
 from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
+from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = ggml.SUPPORTED
+QTYPES = (*FORMATS, *INTERLEAVED)
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
@@ -58,7 +59,7 @@ def make_model(
     shape : a name in `PRESETS`, or a Shape
     layers : number of layers instead of the shape's
     layout : "kv_b", "split" (k_b and v_b, as llama.cpp writes now) or "all" (as ik_llama.cpp writes)
-    qtype : type of the matrices; one whose block does not fit a row falls back to Q8_0, then F16, as llama.cpp does
+    qtype : type of the matrices; one that does not fit a matrix falls back to another (`fitting_type`)
     output_type : type of the output matrix; by default Q6_K where `qtype` is quantised, as real files have it
     mix : a name in `MIXES`, whose types count instead of `qtype` and `output_type`
     seed : any non-negative integer
@@ -78,10 +79,8 @@ def make_model(
     shape = _resolve(shape, layers)
     if layout not in LAYOUTS:
         raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
-    types = _named_mix(mix) if mix else _uniform(_type_id(qtype), output_type)
+    types = _named_mix(mix) if mix else _uniform(shape, _type_id(qtype), output_type)
     tensors = list(model_tensors(shape, layout, types, seed))
-    for tensor in tensors:
-        _type_id(tensor.qtype)
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
     path = Path(path)
@@ -121,10 +120,12 @@ def _named_mix(name: str) -> Mix:
     return MIXES[name]
 
 
-def _uniform(qtype: int, output_type: int | str | None) -> Mix:
+def _uniform(shape: Shape, qtype: int, output_type: int | str | None) -> Mix:
     if output_type is None:
-        output_type = ggml.Q6_K if qtype in ggml.QUANTISED else qtype
-    return uniform(qtype, _type_id(output_type))
+        output_type = qtype if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS else ggml.Q6_K
+    # k_b holds the weights of kv_b in every layout.
+    k_type = fitting_type(qtype, (shape.kv_lora_rank, shape.qk_nope_head_dim))
+    return uniform(qtype, _type_id(output_type), k_type if ggml.NAME[k_type] in QUANTISERS else ggml.Q8_0)
 
 
 def _copied_tokenizer(path: str | Path, vocab_size: int) -> dict[str, Value]:
@@ -193,9 +194,9 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
 
     def matrix(name, *shape, qtype=None, std=None):
         if qtype is None:
-            qtype = fitting_type(types.type_of(name, s.num_hidden_layers), shape[-1])
+            qtype = fitting_type(types.type_of(name, s.num_hidden_layers), shape)
         std = shape[-1] ** -0.5 if std is None else std
-        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, int(np.prod(shape)), qtype, std))
+        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, shape, qtype, std))
 
     def norm(name, size):
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
@@ -243,10 +244,27 @@ def _ffn(
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 
 
-def fitting_type(qtype: int, columns: int) -> int:
-    """`qtype`, or the type that llama.cpp falls back to where the block does not divide the row."""
-    for candidate in (qtype, ggml.Q8_0):
-        if columns % ggml.BLOCK_SIZE[candidate] == 0:
+#: Types that llama.cpp and ik_llama.cpp write where rows are no multiple of 256 or 64.
+_FALLBACKS = {
+    **dict.fromkeys((ggml.Q2_0, ggml.Q2_K, ggml.Q3_K, ggml.TQ1_0, ggml.TQ2_0), ggml.Q4_0),
+    **dict.fromkeys((ggml.Q4_K, ggml.IQ4_K, ggml.IQ5_KS), ggml.Q5_0),
+    ggml.Q5_K: ggml.Q5_1,
+    ggml.IQ5_K: ggml.Q6_0,
+    **dict.fromkeys((ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ3_S, ggml.IQ4_XS, ggml.IQ2_K, ggml.IQ3_K, ggml.IQ2_KS, ggml.IQ3_KS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ4_KS, ggml.IQ4_KSS, ggml.IQ2_KL), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ1_KT, ggml.IQ2_KT, ggml.IQ3_KT, ggml.IQ4_KT), ggml.IQ4_NL),
+}
+
+
+def fitting_type(qtype: int, shape: Sequence[int]) -> int:
+    """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
+    rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
+        qtype = ggml.PLAIN.get(qtype, qtype)
+    for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
+        if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate
     return ggml.F16
 

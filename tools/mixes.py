@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 class Mix(NamedTuple):
     """The types of a file's matrices. The last rule matches every tensor."""
 
-    file_type: int  # general.file_type
+    file_type: int | None  # general.file_type, where there is a number for the mix
     rules: tuple[Rule, ...]
 
     def type_of(self, name: str, layer_count: int) -> int:
@@ -48,9 +48,12 @@ class Mix(NamedTuple):
         raise ValueError(f"no rule of the mix matches {name}")
 
 
-def uniform(qtype: int, output_type: int) -> Mix:
-    """One type for all matrices but the output."""
-    return Mix(FILE_TYPES[qtype], (Rule("output", ggml.NAME[output_type]), Rule("*", ggml.NAME[qtype])))
+def uniform(qtype: int, output_type: int, k_type: int | None = None) -> Mix:
+    """One type for all matrices but the output, and k_b where `k_type` is given."""
+    types = {"output": output_type, "attn_k_b": qtype if k_type is None else k_type}
+    # Neither engine looks up rows that lie together with others.
+    types |= {"token_embd": ggml.PLAIN.get(qtype, qtype), "*": qtype}
+    return Mix(FILE_TYPES.get(qtype), tuple(Rule(stem, ggml.NAME[each]) for stem, each in types.items()))
 
 
 # llama-quantize -------------------------------------------------------------------------------------------------------
