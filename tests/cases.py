@@ -16,6 +16,15 @@ from pymla.tensor import QTensor
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 
+#: Types for tests of whole operations: one of each structure that kernels of products have (`structure`). What differs
+#: between types of a structure are the functions that read their blocks; tests/test_cpu_formats.py and
+#: tests/test_cuda_formats.py test all of these for every type.
+REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q8_0, ggml.Q6_K)
+
+#: The representatives whose products are taken on integers, and those whose products are taken in float32.
+QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
+FLOAT_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype not in ggml.QUANTISED)
+
 #: Rows of a matrix: one, fewer than a panel of 16, whole panels, and a panel with a rest.
 ROWS = (1, 5, 16, 33)
 
@@ -23,10 +32,20 @@ ROWS = (1, 5, 16, 33)
 TOKENS = (1, 3, 17, 65)
 
 
+def structure(qtype: int) -> tuple:
+    """The code around a type's functions in products on the CPU: a float's bytes, or the kind of its panels and whether
+    it has a zero point, minima and blocks of 256."""
+    form = cpu.formats.FORMATS[qtype]
+    if not form.code_bits:
+        return (form.number_bytes,)
+    panel = "bytes" if form.code_bits == 8 else "narrow"
+    return panel, form.zero_point > 0, form.has_minimum, ggml.BLOCK_SIZE[qtype] == 256
+
+
 def columns(qtype: int) -> tuple[int, ...]:
     """Row lengths that the type's block divides, beginning with a single block."""
-    block = ggml.BLOCK_SIZE[qtype]
-    return (256, 768) if block == 256 else (32, 96, 1408)
+    block = max(32, ggml.BLOCK_SIZE[qtype])
+    return (256, 768) if block == 256 else (block, 3 * block, 1408)
 
 
 def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
@@ -41,6 +60,28 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
     data.flags.writeable = False
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
+
+
+def random_bytes(qtype: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bytes as rows of blocks, with scales and minima that are finite numbers."""
+    rng = np.random.default_rng(seed)
+    if qtype not in ggml.QUANTISED:
+        return quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
+    blocks = rng.integers(0, 256, (rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]), dtype=np.uint8)
+    return _with_scales(qtype, blocks, rng.standard_normal(blocks.shape[:2]).astype(np.float16))
+
+
+def bytes_alike(qtype: int, rows: int, columns: int, byte: int) -> np.ndarray:
+    """Rows of blocks whose bytes are all `byte`, but for scales and minima, which are 1."""
+    shape = rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]
+    return _with_scales(qtype, np.full(shape, byte, np.uint8), np.ones(shape[:2], np.float16))
+
+
+def _with_scales(qtype: int, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Blocks (rows, count, bytes) as rows, whose scales and minima are those of `scales` (rows, count)."""
+    for at in ggml.TYPES[qtype].halves:
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(len(blocks), -1)
 
 
 def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
