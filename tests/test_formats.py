@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 import pytest
-from cases import columns, random_qtensor, with_scales
+from cases import QUANTISED_REPRESENTATIVES, REPRESENTATIVES, columns, random_bytes, random_qtensor
 from compare import assert_close
 
 from pymla import cpu, ggml, reference
@@ -13,16 +13,6 @@ from pymla.reference import formats, quant
 from pymla.tensor import QTensor
 
 TYPES = pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
-QUANTISED = pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
-
-
-def random_bytes(qtype, rows, columns, seed=0):
-    """Random bytes as blocks, with scales and minima that are finite numbers."""
-    rng = np.random.default_rng(seed)
-    if qtype not in ggml.QUANTISED:
-        return quant.quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
-    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
-    return with_scales(data, qtype, columns, rng)
 
 
 def test_every_type_has_a_row_everywhere():
@@ -97,7 +87,7 @@ def test_quantise_refuses():
         quant.quantise(np.zeros((1, 33), np.float32), ggml.Q8_0)
 
 
-@TYPES
+@pytest.mark.parametrize("qtype", REPRESENTATIVES, ids=ggml.NAME.get)
 def test_rows_on_the_cpu_are_those_of_the_reference(qtype):
     """`dequantise_row`, which adds blocks to zero."""
     for k in (*columns(qtype), *(() if qtype in ggml.QUANTISED else (1, 31))):
@@ -110,7 +100,7 @@ def test_rows_on_the_cpu_are_those_of_the_reference(qtype):
         assert_close(actual, expected, **{"reason": "the same product"} | tolerance)
 
 
-@QUANTISED
+@pytest.mark.parametrize("qtype", QUANTISED_REPRESENTATIVES, ids=ggml.NAME.get)
 @pytest.mark.parametrize("tokens", ["one", "all"])
 def test_every_weight_is_in_its_place(qtype, tokens):
     """Products with activations of which all but one are zero: by rows of weights, and by panels."""
