@@ -14,7 +14,8 @@ exactly.
 """
 
 from pymla import ggml
-from pymla.cuda.formats import floats, k_quants, legacy
+from pymla.planes import LAYOUTS as PLANES
+from pymla.cuda.formats import floats, k_quants, legacy, planes
 from pymla.cuda.formats.format import FloatFormat, Format
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
@@ -27,6 +28,7 @@ FORMATS = {
     ggml.Q5_1: legacy.Q5_1,
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
+    **{qtype: planes.format_of(qtype) for qtype in PLANES},
 }
 
 #: Float types.
