@@ -20,7 +20,20 @@ TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 #: Types for tests of whole operations: one of each structure that kernels of products have (`structure`). What differs
 #: between types of a structure are the functions that read their blocks; tests/test_cpu_formats.py and
 #: tests/test_cuda_formats.py test all of these for every type.
-REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q8_0, ggml.Q6_K)
+REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q5_0,
+    ggml.Q8_0,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.Q4_K,
+    ggml.Q3_K,
+    ggml.IQ4_NL,
+    ggml.IQ4_KS,
+)
 
 #: The representatives whose products are taken on integers, and those whose products are taken in float32.
 QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
@@ -40,7 +53,7 @@ def structure(qtype: int) -> tuple:
     if not form.code_bits:
         return (form.number_bytes,)
     panel = "bytes" if form.code_bits == 8 else "narrow"
-    return panel, form.zero_point > 0, form.has_minimum, ggml.BLOCK_SIZE[qtype] == 256
+    return panel, form.zero_point > 0, form.minimum_each, ggml.BLOCK_SIZE[qtype] == 256
 
 
 def columns(qtype: int) -> tuple[int, ...]:
