@@ -5,13 +5,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from golden_mixes import by_stem
-from make_model import PRESETS, make_model, model_tensors
+from make_model import PRESETS, main, make_model, model_tensors
 from mixes import LLAMA_QUANTIZE, MIXES, PUBLIC_FILES
 from test_make_model import TINY, read
 
 from pymla import ggml
 from pymla.errors import PymlaError
+from pymla.files.gguf_reader import ModelFile
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mixes.json").read_text())["mixes"]
 
@@ -42,6 +44,15 @@ def test_a_mixed_model_is_written(tmp_path):
     tensors, metadata = read(make_model(tmp_path / "m.gguf", TINY, mix="q8_0", layout="split"))
     assert {each.tensor_type for each in tensors.values()} == {ggml.F32, ggml.Q8_0}
     assert metadata["general.file_type"] == MIXES["q8_0"].file_type
+
+
+def test_a_mix_is_an_option_of_the_command(tmp_path):
+    path = tmp_path / "m.gguf"
+    done = CliRunner().invoke(main, ["tiny", str(path), "--mix", "iq2_k_r4", "--layout", "all", "--layers", "2"])
+    assert done.exit_code == 0, done.output
+    file = ModelFile.open(path)
+    assert ggml.NAME[file.tensors["blk.1.ffn_gate_exps.weight"].qtype] == "IQ2_K_R4"
+    assert file.metadata["general.file_type"] == 338
 
 
 def test_an_unknown_mix_is_named(tmp_path):

@@ -9,9 +9,6 @@ from click.testing import CliRunner
 
 from pymla import ggml
 from pymla.cpu import limits
-from pymla.cpu.runtime.isa import PYTHON
-
-pytestmark = pytest.mark.skipif(PYTHON, reason="kernels as Python take minutes")
 
 
 @pytest.fixture

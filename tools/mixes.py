@@ -166,7 +166,7 @@ _EDGES = (*range(50, 61), *range(3, 50))
 
 
 def _unsloth(qtype: str, down: tuple[Rule, ...], shared_down: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Counts of types are recorded; that the types of the down matrices grow at both ends of the model is assumed."""
+    """Rules of unsloth's dynamic files. Counts of types are on record; which tensors have which type is assumed."""
     return (
         Rule("output", "Q6_K"),
         Rule("attn_[kv]_b", "Q8_0"),
@@ -244,7 +244,8 @@ class PublicFile(NamedTuple):
     counts: dict[str, int]
 
 
-#: Counts are those that ``llama_model_loader`` printed, without F32; of the last file only the types are on record.
+#: Counts are those that ``llama_model_loader`` printed, without F32. Of the last file types alone are on record: its
+#: counts follow from the rules.
 PUBLIC_FILES: dict[str, PublicFile] = {
     "DeepSeek-R1 Q4_K_M": PublicFile("v3", "kv_b", "q4_k_m-2024", {"Q4_K": 606, "Q6_K": 58}),
     "DeepSeek-Coder-V2-Lite Q4_K_M": PublicFile(
