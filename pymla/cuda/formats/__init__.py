@@ -14,9 +14,9 @@ exactly.
 """
 
 from pymla import ggml
-from pymla.planes import LAYOUTS as PLANES
 from pymla.cuda.formats import floats, k_quants, legacy, planes
 from pymla.cuda.formats.format import FloatFormat, Format
+from pymla.planes import LAYOUTS as PLANES
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
 

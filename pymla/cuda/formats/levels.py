@@ -37,9 +37,7 @@ def looked_up(levels):
         three = low & 0x77777777
         third = low >> 1 & 0x44444444 | FIRST_WORD
         fourth, fifth = high << 2 & 0x44444444 | FIRST_WORD, high << 1 & 0x44444444 | FIRST_WORD
-        return _in_order(
-            table(three, third, fourth, fifth), table(three >> 16, third >> 16, fourth >> 16, fifth >> 16)
-        )
+        return _in_order(table(three, third, fourth, fifth), table(three >> 16, third >> 16, fourth >> 16, fifth >> 16))
 
     return pair
 
