@@ -42,7 +42,7 @@ def test_weights_have_the_asked_type(tmp_path, qtype):
     """Read by pymla, because gguf-py refuses ik_llama.cpp's types."""
     shape = dataclasses.replace(TINY, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=304)
     file = ModelFile.open(make_model(tmp_path / "m.gguf", shape, qtype=qtype))
-    plain = ggml.PLAIN.get(qtype, qtype)
+    plain = ggml.plain_type(qtype)
     assert file.tensors["blk.0.ffn_gate_exps.weight"].qtype == qtype
     assert file.tensors["blk.0.ffn_gate_inp.weight"].qtype == ggml.F32
     assert file.tensors["output.weight"].qtype == (qtype if plain in ggml.FLOATS else ggml.Q6_K)

@@ -77,7 +77,7 @@ def make_model(
         raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
     qtype = _type_id(qtype)
     if output_type is None:
-        output_type = qtype if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS else ggml.Q6_K
+        output_type = qtype if ggml.plain_type(qtype) in ggml.FLOATS else ggml.Q6_K
     tensors = list(model_tensors(shape, layout, qtype, _type_id(output_type), seed))
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
@@ -185,7 +185,7 @@ def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
     # Neither engine looks up rows that lie together with others.
-    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=ggml.PLAIN.get(qtype, qtype), std=1.0)
+    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=ggml.plain_type(qtype), std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden, qtype=output_type)
@@ -244,7 +244,7 @@ def fitting_type(qtype: int, shape: Sequence[int]) -> int:
     rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
     rows = shape[-2] if len(shape) > 1 else 1
     if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
-        qtype = ggml.PLAIN.get(qtype, qtype)
+        qtype = ggml.plain_type(qtype)
     for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
         if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate
