@@ -25,7 +25,7 @@ from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = (*FORMATS, *INTERLEAVED)
+QTYPES = tuple(qtype for qtype in (*FORMATS, *INTERLEAVED) if qtype != ggml.IQ1_M_R1)  # which no file has
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
@@ -185,7 +185,7 @@ def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
     # Neither engine looks up rows that lie together with others.
-    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=ggml.plain_type(qtype), std=1.0)
+    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=rows_apart(qtype), std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden, qtype=output_type)
@@ -239,12 +239,18 @@ _FALLBACKS = {
 }
 
 
+def rows_apart(qtype: int) -> int:
+    """The type of files nearest to an interleaved one, and any other type itself."""
+    plain = ggml.plain_type(qtype)
+    return ggml.IQ1_M if plain == ggml.IQ1_M_R1 else plain
+
+
 def fitting_type(qtype: int, shape: Sequence[int]) -> int:
     """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
     rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
     rows = shape[-2] if len(shape) > 1 else 1
     if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
-        qtype = ggml.plain_type(qtype)
+        qtype = rows_apart(qtype)
     for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
         if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate
