@@ -38,6 +38,10 @@ def random_rows(qtype, rows, columns):
         blocks[..., at : at + 2] = number.astype("f2")[..., None].view(np.uint8)
     if qtype == ggml.MXFP4:
         blocks[..., 0] = rng.integers(120, 136, (rows, count))
+    if qtype == ggml.IQ1_M:
+        # The highest nibbles of four halves are a float16.
+        bits = number.astype("f2").view(np.uint16)[..., None] >> np.arange(0, 16, 4) & 15
+        blocks[..., 49::2] = blocks[..., 49::2] & 15 | bits << 4
     return QTensor(qtype, data)
 
 
@@ -45,6 +49,8 @@ def halves_of(qtype):
     """Bytes of a block at which float16 numbers begin."""
     if qtype in ggml.TYPES:
         return ggml.TYPES[qtype].halves
+    if qtype not in planes.LAYOUTS:
+        return {ggml.TQ1_0: (52,), ggml.IQ1_M: ()}.get(qtype, () if ggml.ROW_HEADER[qtype] else (0,))
     layout = planes.LAYOUTS[qtype]
     minimum = (layout.minimum_at,) if layout.minima else ()
     return ((layout.scale_at,) if layout.scale == planes.HALF else ()) + minimum

@@ -15,7 +15,7 @@ exactly.
 
 from pymla import ggml
 from pymla.planes import LAYOUTS as PLANES
-from pymla.cuda.formats import floats, k_quants, legacy, planes
+from pymla.cuda.formats import floats, iq_quants, k_quants, legacy, planes
 from pymla.cuda.formats.format import FloatFormat, Format
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
@@ -28,6 +28,13 @@ FORMATS = {
     ggml.Q5_1: legacy.Q5_1,
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
+    ggml.IQ1_S: iq_quants.IQ1_S,
+    ggml.IQ1_M: iq_quants.IQ1_M,
+    ggml.IQ2_XXS: iq_quants.IQ2_XXS,
+    ggml.IQ2_XS: iq_quants.IQ2_XS,
+    ggml.IQ2_S: iq_quants.IQ2_S,
+    ggml.IQ3_XXS: iq_quants.IQ3_XXS,
+    ggml.IQ3_S: iq_quants.IQ3_S,
     **{qtype: planes.format_of(qtype) for qtype in PLANES},
 }
 

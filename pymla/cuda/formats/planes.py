@@ -8,15 +8,7 @@ import functools
 import math
 
 from pymla import ggml, planes
-from pymla.cuda.formats.codes import (
-    dot,
-    dot_of_halves,
-    dot_with_minima,
-    dot_with_minimum,
-    weights_of,
-    weights_with_minima,
-)
-from pymla.cuda.formats.format import Format
+from pymla.cuda.formats.blocks import alignment_of, format_of_blocks
 from pymla.cuda.formats.levels import looked_up
 from pymla.cuda.formats.loads import GLOBAL, SHARED, linear, words_of
 from pymla.cuda.formats.numbers import bits_of, numbers_of, row_scale_of
@@ -32,52 +24,36 @@ _SIGNS = 0x80808080
 def format_of(qtype):
     """The `Format` of a type of `pymla.planes.LAYOUTS`."""
     layout = planes.LAYOUTS[qtype]
-    header, nbytes, blocks = ggml.ROW_HEADER[qtype], ggml.BLOCK_BYTES[qtype], ggml.BLOCK_SIZE[qtype] // 32
-    alignment, lift = math.gcd(16, header, nbytes), _lift(layout.codes)
-    shift, last = blocks.bit_length() - 1, blocks - 1
+    blocks, alignment, lift = ggml.BLOCK_SIZE[qtype] // 32, alignment_of(qtype), _lift(layout.codes)
     numbers, codes = numbers_of(layout, blocks, SHARED, lift), _eight_words(layout, blocks, alignment, lift)
     own_numbers, own_codes = numbers_of(layout, blocks, GLOBAL, lift), _two_words(layout, blocks, alignment, lift)
-    row_scale = row_scale_of(layout)
 
     @device
-    def block(at, i):
-        at, i = at + nbytes * (i >> shift), i & last
-        d, other = numbers(at, i)
-        return codes(at, i), d, other
+    def whole(block, i):
+        d, other = numbers(block, i)
+        return codes(block, i), d, other
 
     @device
-    def piece(row, block, w):
-        at, i = row + header + nbytes * (block >> shift), block & last
-        c0, c1 = own_codes(at, i, w)
-        d, other = own_numbers(at, i)
+    def piece(block, i, w):
+        c0, c1 = own_codes(block, i, w)
+        d, other = own_numbers(block, i)
         return c0, c1, d, other
 
-    if row_scale:
-        piece = _in_scaled_row(piece, row_scale)
-    if _has_minima_of_halves(layout):
-        return Format(piece, weights_with_minima, block, dot_with_minima, minima=True)
-    if layout.each == 16:
-        return Format(piece, weights_of(halves=True), block, dot_of_halves, halves=True, row_scale=row_scale)
-    if layout.minima:
-        return Format(piece, weights_of(minimum=True), block, dot_with_minimum, minimum=True)
-    return Format(piece, weights_of(), block, dot, row_scale=row_scale)
+    minima = _has_minima_of_halves(layout)
+    return format_of_blocks(
+        qtype,
+        piece,
+        whole,
+        halves=layout.each == 16 and not minima,
+        minimum=layout.each == 32 and layout.minima is not None,
+        minima=minima,
+        row_scale=row_scale_of(layout),
+    )
 
 
 def _has_minima_of_halves(layout):
     """Whether 16 weights have a minimum. Codes are then multiplied with their integer scales, so that 32 have one scale."""
     return layout.each == 16 and layout.minima is not None
-
-
-def _in_scaled_row(piece, row_scale):
-    """`Format.piece`, of one that leaves the row's scale out."""
-
-    @device
-    def scaled(row, block, w):
-        c0, c1, d, other = piece(row, block, w)
-        scale = row_scale(row)
-        return c0, c1, scale * d, scale * other
-
-    return scaled
 
 
 def _lift(codes):
