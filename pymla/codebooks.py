@@ -1,5 +1,5 @@
 """Codebooks of types whose codes are indices of vectors, IQ1 to IQ3: facts that the kernels of all fast backends are made
-from. They come from the gguf package."""
+from. Those of llama.cpp come from the gguf package."""
 
 import functools
 
@@ -26,3 +26,9 @@ def codebook(name: str) -> np.ndarray:
     source.init_grid()
     vectors: np.ndarray = source.grid.reshape(source.grid_shape).astype(np.int8)
     return vectors
+
+
+_LEVELS = (-63, -40, -23, -10, 1, 13, 28, 47)
+_PLACES = "02 05 10 13 15 17 21 22 24 25 26 30 34 35 37 42 43 44 45 46 51 52 53 54 55 60 62 64 66 67 72 75"
+#: Two neighbouring weights of ik_llama.cpp's IQ2_KL, by their code.
+PAIRS = tuple((_LEVELS[int(first)], _LEVELS[int(second)]) for first, second in _PLACES.split())

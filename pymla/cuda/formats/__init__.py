@@ -15,7 +15,7 @@ exactly.
 
 from pymla import ggml
 from pymla.planes import LAYOUTS as PLANES
-from pymla.cuda.formats import floats, iq_quants, k_quants, legacy, planes
+from pymla.cuda.formats import floats, ik_quants, ik_trellis, iq_quants, k_quants, legacy, planes, ternary
 from pymla.cuda.formats.format import FloatFormat, Format
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
@@ -35,6 +35,14 @@ FORMATS = {
     ggml.IQ2_S: iq_quants.IQ2_S,
     ggml.IQ3_XXS: iq_quants.IQ3_XXS,
     ggml.IQ3_S: iq_quants.IQ3_S,
+    ggml.TQ1_0: ternary.TQ1_0,
+    ggml.IQ1_BN: ternary.IQ1_BN,
+    ggml.IQ4_KSS: ik_quants.IQ4_KSS,
+    ggml.IQ2_KL: ik_quants.IQ2_KL,
+    ggml.IQ1_KT: ik_trellis.IQ1_KT,
+    ggml.IQ2_KT: ik_trellis.IQ2_KT,
+    ggml.IQ3_KT: ik_trellis.IQ3_KT,
+    ggml.IQ4_KT: ik_trellis.IQ4_KT,
     **{qtype: planes.format_of(qtype) for qtype in PLANES},
 }
 

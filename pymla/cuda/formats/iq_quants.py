@@ -41,15 +41,15 @@ def _format_of(qtype, read_from, group, word, halves=False):
     """The `Format` of a type.
 
     ``read_from(memory)`` is a device function (block, i) -> (source, scale, other): what is read of 32 weights, and
-    their two numbers. ``group(source, g)`` gives the nibbles of eight weights, and their signs in bits 2 of as many,
-    and ``word(nibbles, signs)`` the codes of the lower four.
+    their two numbers. ``group(source, g)`` gives two selectors of eight weights, and ``word(selector)`` the codes of the
+    four that its low nibbles stand for.
     """
     read_shared, read_global = read_from(SHARED), read_from(GLOBAL)
 
     @device
     def two_words(_, g, source):
-        nibbles, signs = group(source, g)
-        return word(nibbles, signs), word(nibbles >> 16, signs >> 16)
+        first, second = group(source, g)
+        return word(first), word(second)
 
     four_groups, nowhere = unrolled(two_words, 4), (0,) * 4
 
@@ -62,10 +62,9 @@ def _format_of(qtype, read_from, group, word, halves=False):
     @device
     def piece(block, i, w):
         source, d, other = read_global(block, i)
-        half = 16 * (w & 1)
-        nibbles, signs = group(source, w >> 1)
-        more, others = group(source, 2 + (w >> 1))
-        return word(nibbles >> half, signs >> half), word(more >> half, others >> half), d, other
+        (first, second), (third, fourth) = group(source, w >> 1), group(source, 2 + (w >> 1))
+        is_second = w & 1
+        return word(second if is_second else first), word(fourth if is_second else third), d, other
 
     return format_of_blocks(qtype, piece, whole, halves)
 
@@ -78,18 +77,19 @@ def _word_of_few(levels, others):
     first, second = packed(levels), packed(others)
 
     @device
-    def word(nibbles, signs):
-        return prmt(first, second, nibbles | signs)
+    def word(selector):
+        return prmt(first, second, selector)
 
     return word
 
 
 def _word_of_eight(levels):
-    """`word` of eight positive levels, which signs make negative."""
+    """`word` of eight positive levels: a selector is nibbles, and bits 2 of nibbles that make them negative."""
     first, second = packed(levels[:4]), packed(levels[4:])
 
     @device
-    def word(nibbles, signs):
+    def word(selector):
+        nibbles, signs = selector
         positive = prmt(first, second, nibbles)
         # Each byte is the negative one: 256 less the positive one, which is not 0, so that nothing is borrowed.
         return prmt(positive, 0x01010100 - positive, FIRST_WORD | signs)
@@ -103,6 +103,13 @@ def _spread(bits):
     pairs = (bits | bits << 12) & 0x000F000F
     pairs = (pairs | pairs << 6) & 0x03030303
     return ((pairs | pairs << 3) & 0x11111111) << 2
+
+
+@device
+def _with_signs(nibbles, bits):
+    """Two selectors of eight nibbles and as many bits of signs."""
+    selector = nibbles | _spread(bits)
+    return selector, selector >> 16
 
 
 @device
@@ -166,21 +173,21 @@ def _iq2_s(memory):
 @device
 def _group_of_iq2_xxs(source, g):
     indices, signs = source
-    return load_u32(_ENTRIES_OF_IQ2_XXS() + 4 * (indices >> 8 * g & 255)), _spread(signs >> 8 * g & 255)
+    return _with_signs(load_u32(_ENTRIES_OF_IQ2_XXS() + 4 * (indices >> 8 * g & 255)), signs >> 8 * g & 255)
 
 
 @device
 def _group_of_iq2_xs(source, g):
     first, second, signs = source
     word = first if g < 2 else second
-    return load_u32(_ENTRIES_OF_IQ2_XS() + 4 * (word >> 16 * (g & 1) & 511)), _spread(signs >> 8 * g & 255)
+    return _with_signs(load_u32(_ENTRIES_OF_IQ2_XS() + 4 * (word >> 16 * (g & 1) & 511)), signs >> 8 * g & 255)
 
 
 @device
 def _group_of_iq2_s(source, g):
     low, high, signs = source
     index = low >> 8 * g & 255 | (high >> 2 * g & 3) << 8
-    return load_u32(_ENTRIES_OF_IQ2_S() + 4 * index), _spread(signs >> 8 * g & 255)
+    return _with_signs(load_u32(_ENTRIES_OF_IQ2_S() + 4 * index), signs >> 8 * g & 255)
 
 
 IQ2_XXS = _format_of(ggml.IQ2_XXS, _iq2_xxs, _group_of_iq2_xxs, _IQ2_WORD)
@@ -225,8 +232,8 @@ def _group_of_iq3(entries):
         first, second, high, signs = source
         low, ninth = (first if g < 2 else second) >> 16 * (g & 1), high >> 2 * g
         one, other = low & 255 | (ninth & 1) << 8, low >> 8 & 255 | (ninth & 2) << 7
-        nibbles = load_u16(entries() + 2 * one) | load_u16(entries() + 2 * other) << 16
-        return nibbles, _spread(signs >> 8 * g & 255)
+        spread = _spread(signs >> 8 * g & 255)
+        return (load_u16(entries() + 2 * one), spread), (load_u16(entries() + 2 * other), spread >> 16)
 
     return group
 
@@ -271,7 +278,8 @@ def _iq1_m(memory):
 def _group_of_iq1_s(source, g):
     low, word = source
     index = low >> 8 * g & 255 | (word >> 3 * g & 7) << 8
-    return load_u32(_ENTRIES_OF_IQ1() + 4 * index), (word >> 15 & 1) * _ALL_SIGNS
+    selector = load_u32(_ENTRIES_OF_IQ1() + 4 * index) | (word >> 15 & 1) * _ALL_SIGNS
+    return selector, selector >> 16
 
 
 @device
@@ -279,7 +287,8 @@ def _group_of_iq1_m(source, g):
     low, nibbles = source
     nibble = nibbles >> 4 * g
     index = low >> 8 * g & 255 | (nibble & 7) << 8
-    return load_u32(_ENTRIES_OF_IQ1() + 4 * index), (nibble >> 3 & 1) * _ALL_SIGNS
+    selector = load_u32(_ENTRIES_OF_IQ1() + 4 * index) | (nibble >> 3 & 1) * _ALL_SIGNS
+    return selector, selector >> 16
 
 
 _IQ1_WORD = _word_of_few((-7, 1, 9, 0), (-9, -1, 7))

@@ -9,16 +9,11 @@ import math
 
 from pymla import ggml, planes
 from pymla.cuda.formats.blocks import alignment_of, format_of_blocks
-from pymla.cuda.formats.levels import looked_up
+from pymla.cuda.formats.levels import ONES, SIGNS, looked_up, variants_looked_up
 from pymla.cuda.formats.loads import GLOBAL, SHARED, linear, words_of
 from pymla.cuda.formats.numbers import bits_of, numbers_of, row_scale_of
 from pymla.cuda.machine.ptx import funnel_shift_r
 from pymla.cuda.runtime.jit import device, unrolled
-
-#: One, in each byte of a word.
-_ONES = 0x01010101
-#: The highest bits of the bytes of a word.
-_SIGNS = 0x80808080
 
 
 def format_of(qtype):
@@ -182,7 +177,7 @@ def _picked(a, b, c, d, e, f, g, h):
 def _field(plane, lift, is_fixed):
     """A device function (word, bit): a plane's bits of four codes, from a bit of a word on, at their place in the four
     bytes of a word. `is_fixed`: the bit is a constant."""
-    place, mask = plane.shift + lift, _ONES * ((1 << plane.bits) - 1)
+    place, mask = plane.shift + lift, ONES * ((1 << plane.bits) - 1)
     if plane.run == 1:
         return _field_in_order(plane.bits, place)
 
@@ -203,7 +198,7 @@ def _field_in_order(bits, place):
     @device
     def one_bit(word, bit):
         # Four copies, seven bits apart, have no bit in common.
-        return ((word >> bit & 15) * 0x00204081 & _ONES) << place
+        return ((word >> bit & 15) * 0x00204081 & ONES) << place
 
     @device
     def two_bits(word, bit):
@@ -219,7 +214,7 @@ def _for_halves(layout, blocks, memory):
     their levels, in each byte of a word; in a type whose codes are multiplied with their scales, these."""
     codes, step = layout.codes, 32 // layout.each
     if codes.variants:
-        parts, factor = (codes.variants,), codes.moved * _ONES
+        parts, factor = (codes.variants,), codes.moved * ONES
     elif _has_minima_of_halves(layout):
         parts, factor = layout.scales.planes, 1
     else:
@@ -244,15 +239,8 @@ def _finish(layout):
     codes = layout.codes
     levels, minus = codes.levels, codes.minus
     if codes.variants:
-        look_up = looked_up(tuple(level + 128 for level in levels))
-
-        @device
-        def finish(first, second, moved):
-            # Levels are bytes from 0 on here, so that a sum of them stays in its byte.
-            first, second = look_up(first, second)
-            return (first + moved[0]) ^ _SIGNS, (second + moved[1]) ^ _SIGNS
-
-    elif levels:
+        return variants_looked_up(levels)
+    if levels:
         look_up = looked_up(levels)
 
         @device
@@ -266,11 +254,11 @@ def _finish(layout):
             return first * factors[0], second * factors[1]
 
     elif minus:
-        more = 0 if _lift(codes) else (128 - minus) * _ONES
+        more = 0 if _lift(codes) else (128 - minus) * ONES
 
         @device
         def finish(first, second, _):
-            return (first + more) ^ _SIGNS, (second + more) ^ _SIGNS
+            return (first + more) ^ SIGNS, (second + more) ^ SIGNS
 
     else:
 

@@ -44,7 +44,7 @@ def table(name: str, make: Callable[[], np.ndarray]):
             kind = ir.ArrayType(ir.IntType(8 * numbers.itemsize), numbers.size)
             found = ir.GlobalVariable(builder.module, kind, name, addrspace=GLOBAL)
             found.initializer = ir.Constant(kind, numbers.reshape(-1).tolist())
-            found.linkage, found.global_constant, found.align = "internal", True, 16
+            found.linkage, found.global_constant, found.align = "linkonce_odr", True, 16
         return builder.ptrtoint(found, LLVM[I64])
 
     @instruction(I64, emit=emit)
