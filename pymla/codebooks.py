@@ -1,5 +1,7 @@
-"""Codebooks of types whose codes are indices of vectors, IQ1 to IQ3: facts that the kernels of all fast backends are made
-from. Those of llama.cpp come from the gguf package."""
+"""Codebooks of types whose codes are indices of vectors: facts that the kernels of all fast backends are made from.
+
+Those of llama.cpp, IQ1 to IQ3, come from the gguf package.
+"""
 
 import functools
 

@@ -14,9 +14,9 @@ exactly.
 """
 
 from pymla import ggml
-from pymla.planes import LAYOUTS as PLANES
 from pymla.cuda.formats import floats, ik_quants, ik_trellis, iq_quants, k_quants, legacy, planes, ternary
 from pymla.cuda.formats.format import FloatFormat, Format
+from pymla.planes import LAYOUTS as PLANES
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
 

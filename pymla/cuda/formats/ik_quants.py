@@ -1,5 +1,5 @@
-"""Types of ik_llama.cpp that are no bit planes: IQ4_KSS, whose words hide a bit of the scale, and IQ2_KL, whose codes stand
-for two weights."""
+"""Types of ik_llama.cpp that are no bit planes: IQ4_KSS, with a bit of the scale in each word, and IQ2_KL, where a code
+stands for two weights."""
 
 from pymla import ggml, planes
 from pymla.codebooks import PAIRS
@@ -108,10 +108,10 @@ def _sixteen(codes, others):
 def _iq2_kl_block(block, i):
     l0, l1, l2, l3 = _four_words(block + 6 + 16 * (i >> 1))
     h0, h1, h2, h3 = _four_words(block + 70)
-    codes = _sixteen(_pair_codes(l0, h0, i), _pair_codes(l1, h1, i))
-    codes += _sixteen(_pair_codes(l2, h2, i), _pair_codes(l3, h3, i))
+    first = _sixteen(_pair_codes(l0, h0, i), _pair_codes(l1, h1, i))
+    second = _sixteen(_pair_codes(l2, h2, i), _pair_codes(l3, h3, i))
     d = _scale_shared(block, i)
-    return codes, d, d
+    return first + second, d, d
 
 
 @device

@@ -1,7 +1,8 @@
 """Trellis types of ik_llama.cpp: levels come from a random number generator, which an index starts.
 
-A group of eight or four weights has an index. The generator multiplies modulo ``2 ** 32``, once for a weight; the level is
-the sum of the four bytes of the number, six bits of each, less 126. A row begins with a float, the scale of its scales.
+A group of eight or four weights has an index. The generator multiplies it modulo ``2 ** 32``, once for a weight; the
+level is the sum of the four bytes of the number, six bits of each, less 126. A row begins with a float, of which its
+scales are multiples.
 """
 
 from pymla import ggml, planes

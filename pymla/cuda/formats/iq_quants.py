@@ -1,8 +1,8 @@
 """Types whose codes are vectors of a codebook: IQ1, IQ2 and IQ3.
 
-A table has for each vector its codes as nibbles, which a ``prmt`` takes as they are to look up levels: half or a quarter
-of the bytes that the levels would take, so that it stays in the first cache. Signs are in the highest bit of the three
-that choose a byte: it chooses a level and its negative.
+A table has a nibble for each number of a vector, its place among the levels: a selector, with which ``prmt`` looks up
+four of them. That is half of the bytes of the levels, so that fewer lines of the first cache are read. In selectors of
+few levels, the highest bit of the three that choose a byte is the sign: it chooses a level or its negative.
 """
 
 import numpy as np
@@ -41,8 +41,8 @@ def _format_of(qtype, read_from, group, word, halves=False):
     """The `Format` of a type.
 
     ``read_from(memory)`` is a device function (block, i) -> (source, scale, other): what is read of 32 weights, and
-    their two numbers. ``group(source, g)`` gives two selectors of eight weights, and ``word(selector)`` the codes of the
-    four that its low nibbles stand for.
+    their two numbers. ``group(source, g)`` gives the two selectors of eight weights, ``word(selector)`` the codes of
+    four.
     """
     read_shared, read_global = read_from(SHARED), read_from(GLOBAL)
 

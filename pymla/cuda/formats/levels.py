@@ -11,7 +11,7 @@ from pymla.cuda.runtime.jit import device
 
 #: One, and the highest bit, in each byte of a word.
 ONES, SIGNS = 0x01010101, 0x80808080
-#: Selectors of a ``prmt`` that keeps the four bytes of its first word. With bit 2 set, a byte comes from its second word.
+#: Two selectors of a ``prmt`` that keep its first word. With bit 2 of a nibble set, a byte comes from the second word.
 FIRST_WORD = 0x32103210
 
 

@@ -47,7 +47,8 @@ def format_of(qtype):
 
 
 def _has_minima_of_halves(layout):
-    """Whether 16 weights have a minimum. Codes are then multiplied with their integer scales, so that 32 have one scale."""
+    """Whether 16 weights have a minimum. Codes are then multiplied with their integer scales, so that one scale is left
+    for 32."""
     return layout.each == 16 and layout.minima is not None
 
 

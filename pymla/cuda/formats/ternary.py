@@ -1,7 +1,7 @@
 """Types of ternary digits, five in a byte: TQ1_0, and IQ1_BN of ik_llama.cpp.
 
-A byte is the number times 256 / 243, rounded up: multiplied with a power of 3 modulo 256, its leading digit is what three
-times it carries over.
+A byte is the number times 256 / 243, rounded up: multiplied with a power of 3 modulo 256, its leading digit is what
+three times it carries over.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from pymla import ggml
 from pymla.cuda.formats.blocks import format_of_blocks
 from pymla.cuda.formats.levels import ONES, SIGNS, packed
 from pymla.cuda.formats.loads import GLOBAL, SHARED, words_of
-from pymla.cuda.machine.ptx import f16_value, load_u8
+from pymla.cuda.machine.ptx import f16_value, load_f16, load_shared_u16, load_u8
 from pymla.cuda.runtime.jit import device, unrolled
 
 _LOW_BYTES = 0x00FF00FF  # of the halves of a word
@@ -29,8 +29,8 @@ def _codes_of_word(word, power):
     return _codes((word & _LOW_BYTES) * power, (word >> 8 & _LOW_BYTES) * power)
 
 
-# TQ1_0. Its 256 weights are, 32 at a time: five times the digits of 32 bytes, then five times those of 16 bytes, and the
-# four digits of four bytes.
+# TQ1_0. Its 256 weights are the first digits of 32 bytes, their second digits, and so on to the fifth; then likewise
+# those of 16 bytes, and four digits of four bytes.
 
 
 def _eight_bytes(*numbers):
@@ -76,7 +76,7 @@ _four_first, _four_second = unrolled(_first_codes, 4), unrolled(_second_codes, 4
 @device
 def _tq1_0_block(block, i):
     (first, power), (second, other_power) = _first_bytes(i), _second_bytes(i)
-    words, d = _four_words(block + second), f16_value(SHARED.half(block + 52))
+    words, d = _four_words(block + second), f16_value(load_shared_u16(block + 52))
     codes = _four_first(0, _four_words(block + first), power)
     return codes + _four_second(0, words, (words[3], i == 7, other_power)), d, d
 
@@ -85,7 +85,7 @@ def _tq1_0_block(block, i):
 def _tq1_0_piece(block, i, w):
     (first, power), (second, other_power) = _first_bytes(i), _second_bytes(i)
     (word,), (last,) = _one_word(block + first + 4 * w), _one_word(block + _LAST)
-    (other,), d = _one_word(block + second + 4 * w), f16_value(GLOBAL.half(block + 52))
+    (other,), d = _one_word(block + second + 4 * w), load_f16(block + 52)
     return _first_codes(word, w, power), _second_codes(other, w, (last, i == 7, other_power)), d, d
 
 

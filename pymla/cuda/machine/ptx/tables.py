@@ -1,5 +1,5 @@
-"""Constant tables in the device's memory, which kernels contain: for numbers that every thread looks up at a place of its
-own. (Constant memory is read at one place at a time.)"""
+"""Constant tables in global memory, which kernels contain. Threads look up numbers at places of their own there, where
+constant memory is read at one place at a time."""
 
 from collections.abc import Callable
 
