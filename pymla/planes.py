@@ -125,13 +125,13 @@ _E2M1_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # bytes 4 to 7 the first four minima, with the two high bits of the last four in their own high bits; bytes 8 to 11 the
 # low nibbles of the last four, scales in the lower half.
 _FIRST, _LAST = range(4, 8), range(12, 16)
-_K_SCALES = Scales(
+K_SCALES = Scales(
     (
         Places(4, (*((byte, 0) for byte in _FIRST), *((byte, 0) for byte in _LAST))),
         Places(2, (*((byte, 4) for byte in _FIRST), *((byte, 6) for byte in _FIRST)), 4),
     )
 )
-_K_MINIMA = Scales(
+K_MINIMA = Scales(
     (
         Places(4, (*((byte + 4, 0) for byte in _FIRST), *((byte, 4) for byte in _LAST))),
         Places(2, (*((byte + 4, 4) for byte in _FIRST), *((byte + 4, 6) for byte in _FIRST)), 4),
@@ -162,8 +162,8 @@ _LLAMA_CPP: dict[int, Layout] = {
         Codes((Plane(16, 2, 32),)),
         16,
         scale_at=80,
-        scales=Scales((Places(4, tuple((byte, 0) for byte in range(16))),)),
-        minima=Scales((Places(4, tuple((byte, 4) for byte in range(16))),)),
+        scales=Scales((Plane(0, 4, 16),)),
+        minima=Scales((Plane(0, 4, 16, order=(1, 0)),)),
         minimum_at=82,
     ),
     ggml.Q3_K: Layout(
@@ -172,9 +172,9 @@ _LLAMA_CPP: dict[int, Layout] = {
         scale_at=108,
         scales=Scales((Plane(96, 4, 8), Plane(104, 2, 4, 4)), minus=32),
     ),
-    ggml.Q4_K: Layout(Codes((Plane(16, 4, 32),)), 32, scales=_K_SCALES, minima=_K_MINIMA, minimum_at=2),
+    ggml.Q4_K: Layout(Codes((Plane(16, 4, 32),)), 32, scales=K_SCALES, minima=K_MINIMA, minimum_at=2),
     ggml.Q5_K: Layout(
-        Codes((Plane(48, 4, 32), Plane(16, 1, 32, 4))), 32, scales=_K_SCALES, minima=_K_MINIMA, minimum_at=2
+        Codes((Plane(48, 4, 32), Plane(16, 1, 32, 4))), 32, scales=K_SCALES, minima=K_MINIMA, minimum_at=2
     ),
     ggml.IQ4_NL: Layout(Codes((Plane(2, 4, 16),), levels=IQ4_LEVELS), 32),
     ggml.IQ4_XS: Layout(

@@ -15,10 +15,13 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 import numpy as np
-from cuda_report import CAPABILITIES, TABLE, kernels, report
+from cuda_functions import functions
+from cuda_report import CAPABILITIES, TABLE, recorded, report
 from numba import cuda, types
 
+from pymla import ggml
 from pymla.cuda import norm
+from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime import compiling
 from pymla.cuda.runtime.jit import KERNELS, device, kernel
@@ -29,7 +32,7 @@ F2 = types.Array(types.float32, 2, "A")
 
 @pytest.fixture(scope="module")
 def table():
-    return report(CAPABILITIES, sorted(kernels())) if kernels() else {}
+    return report(CAPABILITIES, sorted(recorded()))
 
 
 def test_figures(table):
@@ -44,6 +47,14 @@ def test_hot_kernels_keep_everything_in_registers(table):
             for capability, each in by_capability.items():
                 for figure in ("spills", "float64", "divisions", "calls"):
                     assert each[figure] == 0, (name, capability, figure)
+
+
+@pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+def test_functions_of_every_type(qtype):
+    """In a small kernel of their own, which needs no more than registers either."""
+    code = compiling.link(compiling.to_ptx(functions(qtype), (8, 0)), (8, 0), functions(qtype))
+    figures = code.figures
+    assert figures.spills == figures.float64 == figures.divisions == figures.calls == 0
 
 
 def compiled(body, *signature, **options):

@@ -137,7 +137,8 @@ def blocks_of_rows(data: np.ndarray, qtype: int) -> tuple[Format, np.ndarray]:
         data, each = split_rows(data, qtype), INTERLEAVED[qtype].plain
     else:
         each = FORMATS[qtype]
-    blocks = np.ascontiguousarray(data[:, header:]).reshape(len(data), -1, ggml.BLOCK_BYTES[qtype])
+    nbytes = ggml.BLOCK_BYTES[qtype]
+    blocks = np.ascontiguousarray(data[:, header:]).reshape(len(data), (data.shape[1] - header) // nbytes, nbytes)
     if header:
         heads = np.broadcast_to(data[:, None, :header], (*blocks.shape[:2], header))
         blocks = np.concatenate([heads, blocks], axis=-1)
@@ -159,8 +160,9 @@ def split_rows(data: np.ndarray, qtype: int) -> np.ndarray:
     uint8 array (rows, row_bytes)
     """
     together, header, nbytes = ggml.ROWS_TOGETHER[qtype], ggml.ROW_HEADER[qtype], ggml.BLOCK_BYTES[qtype]
-    groups = np.ascontiguousarray(data).reshape(len(data) // together, -1)
-    heads, mixed = groups[:, : together * header], groups[:, together * header :]
-    blocks = INTERLEAVED[qtype].split(np.ascontiguousarray(mixed).reshape(-1, together * nbytes))
-    rows = blocks.reshape(len(groups), -1, together, nbytes).swapaxes(1, 2).reshape(len(data), -1)
+    groups, count = len(data) // together, (data.shape[1] - header) // nbytes
+    whole = np.ascontiguousarray(data).reshape(groups, together * data.shape[1])
+    heads, mixed = whole[:, : together * header], whole[:, together * header :]
+    blocks = INTERLEAVED[qtype].split(np.ascontiguousarray(mixed).reshape(groups * count, together * nbytes))
+    rows = blocks.reshape(groups, count, together, nbytes).swapaxes(1, 2).reshape(len(data), count * nbytes)
     return np.concatenate([heads.reshape(len(data), header), rows], axis=-1)

@@ -94,13 +94,14 @@ def _pairs_of_4(blocks: np.ndarray, first: int) -> np.ndarray:
 
 def _nibble_bytes(codes: np.ndarray, apart: int) -> np.ndarray:
     """Codes of 4 bits, (n, rows, weights), as the bytes of a plain type that puts `apart` weights between nibbles."""
-    packed = pack_planes(codes.reshape(*codes.shape[:2], -1, 2, apart), 4)
-    return packed.reshape(*codes.shape[:2], -1)
+    n, rows, weights = codes.shape
+    packed = pack_planes(codes.reshape(n, rows, weights // (2 * apart), 2, apart), 4)
+    return packed.reshape(n, rows, weights // 2)
 
 
 def _pair_bytes(codes: np.ndarray) -> np.ndarray:
     """Codes of 2 bits, (n, rows, 256), as the bytes of plain types: those of a byte are 32 weights apart."""
-    return pack_planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).reshape(*codes.shape[:2], -1)
+    return pack_planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).reshape(*codes.shape[:2], 64)
 
 
 def _bit_bytes(codes: np.ndarray) -> np.ndarray:

@@ -33,14 +33,14 @@ def codebook(name: str) -> np.ndarray:
 
 def _signed(vectors: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """Codes (n, weights) of magnitudes (n, k, 8 or 4) and of signs, eight in a byte: (n, weights / 8)."""
-    magnitudes = vectors.reshape(len(vectors), -1)
+    magnitudes = vectors.reshape(len(vectors), vectors.shape[1] * vectors.shape[2])
     return np.where(fields(signs, 1) == 1, -magnitudes, magnitudes)
 
 
 def _even_signs(words: np.ndarray) -> np.ndarray:
     """Signs of the vector types with a word of 32 bits for 32 weights, four times seven bits: bytes (n, 4 * words)."""
     seven = words[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127
-    return EVEN_SIGNS[seven].reshape(len(words), -1)
+    return EVEN_SIGNS[seven].reshape(len(words), 4 * words.shape[1])
 
 
 def _half_steps(d: np.ndarray, scales: np.ndarray, unit: float) -> np.ndarray:

@@ -1,0 +1,40 @@
+"""Types whose blocks are bit planes (`pymla.planes`) for kernels."""
+
+from pymla import ggml
+from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
+from pymla.cpu.formats.format import Format
+from pymla.cpu.formats.orders import EIGHTS, FOURS
+from pymla.cpu.machine.simd_planes import (
+    load_codes_32_for,
+    load_codes_for,
+    load_minima_for,
+    load_minimum_for,
+    load_scale_for,
+    load_scales_for,
+)
+from pymla.cpu.runtime.isa import LANES
+from pymla.planes import LAYOUTS
+
+
+def format_of_planes(qtype: int) -> Format:
+    """The row of `FORMATS` of a type of ``planes.LAYOUTS``."""
+    layout = LAYOUTS[qtype]
+    lowest, highest = layout.codes.lowest, layout.codes.highest
+    offset = offset_of(lowest, highest, layout.each)
+    return format_of(
+        Decoder(
+            qtype,
+            layout.each,
+            lowest,
+            highest,
+            offset,
+            load_codes_for(qtype, layout, offset),
+            load_codes_32_for(qtype, layout),
+            load_scales_for(qtype, layout),
+            load_scale_for(qtype, layout),
+            load_minima_for(qtype, layout) if layout.minima else None,
+            load_minimum_for(qtype, layout) if layout.minima else None,
+            load_codes_for(qtype, layout, offset, EIGHTS) if LANES == 16 else None,
+            load_codes_for(qtype, layout, offset, FOURS) if LANES == 16 and ggml.BLOCK_SIZE[qtype] < 256 else None,
+        )
+    )
