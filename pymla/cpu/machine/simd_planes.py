@@ -128,7 +128,9 @@ def _fields_of_eights(builder, packed, shifts, bits, place):
     wide = ir.VectorType(I64, len(shifts))
     if _GFNI and packed.type.count == 64:
         # Row 7 - j of a matrix of bits has the bit of the byte that becomes bit j.
-        rows = [sum(1 << (shift + j - place) << 8 * (7 - j) for j in range(place, place + bits)) for shift in shifts]
+        rows = [
+            sum(1 << (shift + j - place) << 8 * (7 - j) for j in range(place, place + bits)) for shift in shifts
+        ]
         matrices = builder.bitcast(ir.Constant(wide, rows), packed.type)
         move = declare(builder, "llvm.x86.vgf2p8affineqb.512", packed.type, [packed.type, packed.type, I8])
         return builder.call(move, [packed, matrices, ir.Constant(I8, 0)])
@@ -290,7 +292,10 @@ def load_codes_32_for(qtype, layout):
         if codes.variants:
             small = 32 // layout.each
             first = _times(builder, sub, small)
-            bits = [_number(builder, (codes.variants,), address, _moved(builder, first, i)) for i in range(small)]
+            bits = [
+                _number(builder, (codes.variants,), address, _moved(builder, first, i))
+                for i in range(small)
+            ]
             moved = [builder.mul(builder.trunc(bit, I8), ir.Constant(I8, codes.moved)) for bit in bits]
             halves = [splat(builder, each, 32) for each in moved]
             lanes = [i if i < 32 // small else 32 + i for i in range(32)]
