@@ -5,11 +5,12 @@ import functools
 import numpy as np
 import pytest
 import simulated  # noqa: F401
+from cases import random_bytes
 from compare import assert_close
 from numba import cuda, types
 from tested import BACKENDS
 
-from pymla import ggml, planes
+from pymla import ggml
 from pymla.cuda import memory, quant
 from pymla.cuda.formats import FORMATS
 from pymla.cuda.formats.runs import Run, copying
@@ -25,37 +26,6 @@ CUDA = BACKENDS[0]
 TYPES = pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
 
 
-def random_rows(qtype, rows, columns):
-    """Rows of random bytes, with scales and minima that are finite numbers near 1."""
-    rng = np.random.default_rng(qtype)
-    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
-    header, count = ggml.ROW_HEADER[qtype], columns // ggml.BLOCK_SIZE[qtype]
-    blocks, number = data[:, header:].reshape(rows, count, -1), rng.uniform(-2, 2, (rows, count))
-    if header:
-        scale = number[:, :1].astype("f2" if header == 2 else "f4").view(np.uint8)
-        data[:, : scale.shape[1]] = scale
-    for at in halves_of(qtype):
-        blocks[..., at : at + 2] = number.astype("f2")[..., None].view(np.uint8)
-    if qtype == ggml.MXFP4:
-        blocks[..., 0] = rng.integers(120, 136, (rows, count))
-    if qtype == ggml.IQ1_M:
-        # The highest nibbles of four halves are a float16.
-        bits = number.astype("f2").view(np.uint16)[..., None] >> np.arange(0, 16, 4) & 15
-        blocks[..., 49::2] = blocks[..., 49::2] & 15 | bits << 4
-    return QTensor(qtype, data)
-
-
-def halves_of(qtype):
-    """Bytes of a block at which float16 numbers begin."""
-    if qtype in ggml.TYPES:
-        return ggml.TYPES[qtype].halves
-    if qtype not in planes.LAYOUTS:
-        return {ggml.TQ1_0: (52,), ggml.IQ1_M: ()}.get(qtype, () if ggml.ROW_HEADER[qtype] else (0,))
-    layout = planes.LAYOUTS[qtype]
-    minimum = (layout.minimum_at,) if layout.minima else ()
-    return ((layout.scale_at,) if layout.scale == planes.HALF else ()) + minimum
-
-
 def columns_of(qtype):
     """Two blocks of the type, and 64 weights at least."""
     return max(64, 2 * ggml.BLOCK_SIZE[qtype])
@@ -63,7 +33,7 @@ def columns_of(qtype):
 
 @TYPES
 def test_pieces(qtype):
-    w = random_rows(qtype, 3, columns_of(qtype))
+    w = QTensor(qtype, random_bytes(qtype, 3, columns_of(qtype)))
     expected = dequantise_rows(w.data, qtype, columns_of(qtype))
     out = memory.to_device(np.full(expected.shape, np.nan, np.float32))
     tokens = memory.to_device(np.arange(3, dtype=np.int32))
@@ -103,7 +73,7 @@ def dot_kernel(qtype, columns):
 def test_blocks(qtype):
     """In rows that begin at several places of 16 bytes, behind each other."""
     columns, rows = columns_of(qtype), 5
-    w = random_rows(qtype, rows, columns)
+    w = QTensor(qtype, random_bytes(qtype, rows, columns))
     put, codes = CUDA.put(w), np.random.default_rng(1).integers(-127, 128, (columns // 32, 32), dtype=np.int8)
     for row in range(rows):
         out = memory.to_device(np.full(columns // 32, np.nan, np.float32))
@@ -121,7 +91,7 @@ def multiply(w, activation, out):
 
 
 def check_products(qtype, tokens, columns):
-    w, x = random_rows(qtype, 5, columns), CUDA.normal(tokens, columns)
+    w, x = QTensor(qtype, random_bytes(qtype, 5, columns)), CUDA.normal(tokens, columns)
     actual = CUDA.result(multiply, w, CUDA.activation(x), shape=(tokens, 5))
     expected = CUDA.seen(x, ggml.Q8_0).astype(np.float64) @ dequantise_rows(w.data, qtype, columns).T.astype(np.float64)
     assert_close(actual, expected, rtol_max=5e-6, reason="the same int8 activations are multiplied, in float64")

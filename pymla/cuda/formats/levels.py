@@ -9,7 +9,9 @@ import functools
 from pymla.cuda.machine.ptx import prmt
 from pymla.cuda.runtime.jit import device
 
-#: Selectors of a ``prmt`` that keeps the four bytes of its first word. With bit 2 set, a byte comes from its second word.
+#: One, and the highest bit, in each byte of a word.
+ONES, SIGNS = 0x01010101, 0x80808080
+#: Two selectors of a ``prmt`` that keep its first word. With bit 2 of a nibble set, a byte comes from the second word.
 FIRST_WORD = 0x32103210
 
 
@@ -40,6 +42,34 @@ def looked_up(levels):
         return _in_order(table(three, third, fourth, fifth), table(three >> 16, third >> 16, fourth >> 16, fifth >> 16))
 
     return pair
+
+
+@functools.cache
+def variants_looked_up(levels):
+    """A device function (first, second, moved): as `looked_up`, with all of a word's levels moved up by the bytes of a
+    word of `moved`, which has one for each of the two."""
+    # Levels are bytes from 0 on here, so that a sum of them stays in its byte.
+    look_up = looked_up(tuple(level + 128 for level in levels))
+
+    @device
+    def pair(first, second, moved):
+        first, second = look_up(first, second)
+        return (first + moved[0]) ^ SIGNS, (second + moved[1]) ^ SIGNS
+
+    return pair
+
+
+def level_of(levels):
+    """A device function (code): one of 16 levels, which are int8."""
+    w0, w1, w2, w3 = (packed(levels[i : i + 4]) for i in range(0, 16, 4))
+
+    @device
+    def level(code):
+        # The byte, and three times its sign.
+        selector = (code & 7) * 0x1111 | 0x8880
+        return prmt(w2, w3, selector) if code & 8 else prmt(w0, w1, selector)
+
+    return level
 
 
 @device

@@ -1,7 +1,7 @@
 """Loads of a type's bytes, from global memory and from shared memory alike, and where these bytes lie.
 
-Functions that read a block are made once for each of the two memories. The place of a block's bytes is a sum of the bits
-of its number, each times a constant, in every type: `linear` makes a function of it.
+Functions that read a block are made once for each of the two memories. Where bytes of 32 weights lie is a sum of the
+bits of their number, each times a constant, in every type: `linear` makes a function of it.
 """
 
 import functools
@@ -55,8 +55,8 @@ def words_of(memory, alignment, count):
         def words(address):
             # The last one is read again where the address is a multiple of 4: behind it may be nothing.
             first = aligned(0, nowhere, address & -4)
-            last = word(address + (4 * count - 1) & -4)
-            return between(0, first, (first[1:] + (last,), address << 3))
+            last = (word(address + (4 * count - 1) & -4),)
+            return between(0, first, (first[1:] + last, address << 3))
 
         return words
     return _aligned_words(memory, alignment, count)

@@ -8,76 +8,48 @@ import functools
 import math
 
 from pymla import ggml, planes
-from pymla.cuda.formats.codes import (
-    dot,
-    dot_of_halves,
-    dot_with_minima,
-    dot_with_minimum,
-    weights_of,
-    weights_with_minima,
-)
-from pymla.cuda.formats.format import Format
-from pymla.cuda.formats.levels import looked_up
+from pymla.cuda.formats.blocks import alignment_of, format_of_blocks
+from pymla.cuda.formats.levels import ONES, SIGNS, looked_up, variants_looked_up
 from pymla.cuda.formats.loads import GLOBAL, SHARED, linear, words_of
 from pymla.cuda.formats.numbers import bits_of, numbers_of, row_scale_of
 from pymla.cuda.machine.ptx import funnel_shift_r
 from pymla.cuda.runtime.jit import device, unrolled
 
-#: One, in each byte of a word.
-_ONES = 0x01010101
-#: The highest bits of the bytes of a word.
-_SIGNS = 0x80808080
-
 
 def format_of(qtype):
     """The `Format` of a type of `pymla.planes.LAYOUTS`."""
     layout = planes.LAYOUTS[qtype]
-    header, nbytes, blocks = ggml.ROW_HEADER[qtype], ggml.BLOCK_BYTES[qtype], ggml.BLOCK_SIZE[qtype] // 32
-    alignment, lift = math.gcd(16, header, nbytes), _lift(layout.codes)
-    shift, last = blocks.bit_length() - 1, blocks - 1
+    blocks, alignment, lift = ggml.BLOCK_SIZE[qtype] // 32, alignment_of(qtype), _lift(layout.codes)
     numbers, codes = numbers_of(layout, blocks, SHARED, lift), _eight_words(layout, blocks, alignment, lift)
     own_numbers, own_codes = numbers_of(layout, blocks, GLOBAL, lift), _two_words(layout, blocks, alignment, lift)
-    row_scale = row_scale_of(layout)
 
     @device
-    def block(at, i):
-        at, i = at + nbytes * (i >> shift), i & last
-        d, other = numbers(at, i)
-        return codes(at, i), d, other
+    def whole(block, i):
+        d, other = numbers(block, i)
+        return codes(block, i), d, other
 
     @device
-    def piece(row, block, w):
-        at, i = row + header + nbytes * (block >> shift), block & last
-        c0, c1 = own_codes(at, i, w)
-        d, other = own_numbers(at, i)
+    def piece(block, i, w):
+        c0, c1 = own_codes(block, i, w)
+        d, other = own_numbers(block, i)
         return c0, c1, d, other
 
-    if row_scale:
-        piece = _in_scaled_row(piece, row_scale)
-    if _has_minima_of_halves(layout):
-        return Format(piece, weights_with_minima, block, dot_with_minima, minima=True)
-    if layout.each == 16:
-        return Format(piece, weights_of(halves=True), block, dot_of_halves, halves=True, row_scale=row_scale)
-    if layout.minima:
-        return Format(piece, weights_of(minimum=True), block, dot_with_minimum, minimum=True)
-    return Format(piece, weights_of(), block, dot, row_scale=row_scale)
+    minima = _has_minima_of_halves(layout)
+    return format_of_blocks(
+        qtype,
+        piece,
+        whole,
+        halves=layout.each == 16 and not minima,
+        minimum=layout.each == 32 and layout.minima is not None,
+        minima=minima,
+        row_scale=row_scale_of(layout),
+    )
 
 
 def _has_minima_of_halves(layout):
-    """Whether 16 weights have a minimum. Codes are then multiplied with their integer scales, so that 32 have one scale."""
+    """Whether 16 weights have a minimum. Codes are then multiplied with their integer scales, so that one scale is left
+    for 32."""
     return layout.each == 16 and layout.minima is not None
-
-
-def _in_scaled_row(piece, row_scale):
-    """`Format.piece`, of one that leaves the row's scale out."""
-
-    @device
-    def scaled(row, block, w):
-        c0, c1, d, other = piece(row, block, w)
-        scale = row_scale(row)
-        return c0, c1, scale * d, scale * other
-
-    return scaled
 
 
 def _lift(codes):
@@ -206,7 +178,7 @@ def _picked(a, b, c, d, e, f, g, h):
 def _field(plane, lift, is_fixed):
     """A device function (word, bit): a plane's bits of four codes, from a bit of a word on, at their place in the four
     bytes of a word. `is_fixed`: the bit is a constant."""
-    place, mask = plane.shift + lift, _ONES * ((1 << plane.bits) - 1)
+    place, mask = plane.shift + lift, ONES * ((1 << plane.bits) - 1)
     if plane.run == 1:
         return _field_in_order(plane.bits, place)
 
@@ -227,7 +199,7 @@ def _field_in_order(bits, place):
     @device
     def one_bit(word, bit):
         # Four copies, seven bits apart, have no bit in common.
-        return ((word >> bit & 15) * 0x00204081 & _ONES) << place
+        return ((word >> bit & 15) * 0x00204081 & ONES) << place
 
     @device
     def two_bits(word, bit):
@@ -243,7 +215,7 @@ def _for_halves(layout, blocks, memory):
     their levels, in each byte of a word; in a type whose codes are multiplied with their scales, these."""
     codes, step = layout.codes, 32 // layout.each
     if codes.variants:
-        parts, factor = (codes.variants,), codes.moved * _ONES
+        parts, factor = (codes.variants,), codes.moved * ONES
     elif _has_minima_of_halves(layout):
         parts, factor = layout.scales.planes, 1
     else:
@@ -268,15 +240,8 @@ def _finish(layout):
     codes = layout.codes
     levels, minus = codes.levels, codes.minus
     if codes.variants:
-        look_up = looked_up(tuple(level + 128 for level in levels))
-
-        @device
-        def finish(first, second, moved):
-            # Levels are bytes from 0 on here, so that a sum of them stays in its byte.
-            first, second = look_up(first, second)
-            return (first + moved[0]) ^ _SIGNS, (second + moved[1]) ^ _SIGNS
-
-    elif levels:
+        return variants_looked_up(levels)
+    if levels:
         look_up = looked_up(levels)
 
         @device
@@ -290,11 +255,11 @@ def _finish(layout):
             return first * factors[0], second * factors[1]
 
     elif minus:
-        more = 0 if _lift(codes) else (128 - minus) * _ONES
+        more = 0 if _lift(codes) else (128 - minus) * ONES
 
         @device
         def finish(first, second, _):
-            return (first + more) ^ _SIGNS, (second + more) ^ _SIGNS
+            return (first + more) ^ SIGNS, (second + more) ^ SIGNS
 
     else:
 

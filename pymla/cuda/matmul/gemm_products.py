@@ -158,8 +158,9 @@ def products_of(qtype, activations):
 
 
 def row_scaling_of(qtype, activations):
-    """A device function (sums, base, warp, me, row): a lane's sums, as `products_of` describes them, times the scales in
-    the headers of rows, where rows of the type have one. `row` is the address behind the header of the thread's row."""
+    """A device function (sums, base, warp, me, row): a lane's sums, as `products_of` describes them, times the scales
+    in the headers of rows, where rows of the type have one. `row` is the address behind the header of the thread's
+    row."""
     row_scale, header, layout = FORMATS[qtype].row_scale, ggml.ROW_HEADER[qtype], layout_of(qtype, activations)
     strips, warps_along_rows, numbers = layout.strips, layout.warps_along_rows, layout.numbers
     if row_scale is None:

@@ -120,8 +120,8 @@ def row_products(qtype, rows, tokens):
 
 
 def _scaling(qtype, rows, tokens):
-    """A device function (0, sums, addresses): `tokens` sums for each of `rows` rows, times the scale in the row's header,
-    where rows of the type have one. `addresses` are those behind the headers."""
+    """A device function (0, sums, addresses): `tokens` sums for each of `rows` rows, times the scale in the row's
+    header, where rows of the type have one. `addresses` are those behind the headers."""
     row_scale, header = FORMATS[qtype].row_scale, ggml.ROW_HEADER[qtype]
     if row_scale is None:
 

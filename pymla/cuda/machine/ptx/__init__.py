@@ -107,6 +107,9 @@ from pymla.cuda.machine.ptx.shared_memory import (
     store_shared_u32x4,
     store_shared_u64,
 )
+from pymla.cuda.machine.ptx.tables import (
+    table,
+)
 from pymla.cuda.machine.ptx.tensor_cores import (
     ldmatrix_x2,
     ldmatrix_x2_trans,
@@ -226,6 +229,7 @@ __all__ = [
     "stream_u32x2",
     "stream_u32x4",
     "syncwarp",
+    "table",
     "to_f32",
     "unpack_bf16x2",
     "unpack_f16x2",
