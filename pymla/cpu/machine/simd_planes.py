@@ -446,8 +446,8 @@ def _half_e8m0(builder, codes):
 
 
 def _half_e4m3(builder, codes):
-    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other bytes
-    counts for nothing."""
+    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other
+    bytes counts for nothing."""
     seven = builder.and_(codes, _like(codes, 127))
     bits = builder.add(builder.shl(seven, _like(codes, 20)), _like(codes, 119 << 23))
     number = builder.bitcast(bits, _floats_like(codes))
