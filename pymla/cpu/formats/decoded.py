@@ -12,8 +12,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import COLUMNS, EIGHTS
 from pymla.cpu.formats.panels import DECODED_ROW, store_columns, store_columns_twice
+from pymla.cpu.machine.orders import COLUMNS, EIGHTS
 from pymla.cpu.machine.simd import (
     add,
     bytes_to_f32,

@@ -2,7 +2,7 @@
 
 from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS
+from pymla.cpu.machine.orders import EIGHTS
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_vectors import load_codes_32_for, load_codes_for
 from pymla.cpu.runtime.isa import LANES

@@ -10,7 +10,6 @@ from numba import types
 
 from pymla import ggml
 from pymla.codebooks import codebook
-from pymla.cpu.formats.orders import COLUMNS
 from pymla.cpu.machine.intrinsics import (
     I1,
     I8,
@@ -24,8 +23,9 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
 )
 from pymla.cpu.machine.lanes import read_lanes
+from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _times, columns_of
+from pymla.cpu.machine.simd_planes import _divided, _times
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):

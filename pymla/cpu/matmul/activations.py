@@ -1,5 +1,5 @@
 """Activations as products read them: for quantised types int8 with a scale per 32 values, in the order that the weights
-of a type are met in (`pymla.cpu.formats.orders`)."""
+of a type are met in (`pymla.cpu.machine.orders`)."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from pymla import ggml
 from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.formats.legacy import abs_max
-from pymla.cpu.formats.orders import COLUMNS, TILES, place
+from pymla.cpu.machine.orders import COLUMNS, TILES, place
 from pymla.cpu.machine.simd import (
     address,
     load_eights,
