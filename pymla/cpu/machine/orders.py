@@ -13,8 +13,8 @@ COLUMNS, TILES, FOURS, EIGHTS = range(4)
 
 
 def columns_of(order, r):
-    """The columns whose codes are in the r-th register of an order. Other orders than `COLUMNS` are those of registers of
-    64 bytes."""
+    """The columns whose codes are in the r-th register of an order. Other orders than `COLUMNS` are those of registers
+    of 64 bytes."""
     if order == EIGHTS:
         return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
     if order == FOURS:
