@@ -275,7 +275,7 @@ def times_integers(first, second, integers):
     (vpackssdw, vpmaddwd).
     """
     scales = integers.reshape(4, 2, 2).astype(np.int32)
-    both = np.stack([each.reshape(4, 2, 2).sum(axis=2) for each in (first, second)], axis=2)
+    both = np.stack([each.reshape(4, 2, 2).sum(axis=2, dtype=np.int32) for each in (first, second)], axis=2)
     return (both * scales).transpose(0, 2, 1).reshape(-1)
 
 
