@@ -26,8 +26,8 @@ TOKENS = (1, 3, 17, 65)
 
 def columns(qtype: int) -> tuple[int, ...]:
     """Row lengths that the type's block divides, beginning with a single block."""
-    block = ggml.BLOCK_SIZE[qtype]
-    return (256, 768) if block == 256 else (32, 96, 1408)
+    block = max(32, ggml.BLOCK_SIZE[qtype])
+    return (256, 768) if block == 256 else (block, 3 * block, 1408)
 
 
 def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:

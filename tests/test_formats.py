@@ -26,16 +26,17 @@ def random_bytes(qtype, rows, columns, seed=0):
 
 
 def test_every_type_has_a_row_everywhere():
-    # The reference also reads types that are not run; they come behind those that are.
-    assert tuple(formats.FORMATS)[: len(ggml.SUPPORTED)] == tuple(cpu_formats.FORMATS) == ggml.SUPPORTED
+    assert tuple(cpu_formats.FORMATS) == ggml.SUPPORTED
+    assert set(ggml.SUPPORTED) <= formats.FORMATS.keys()  # which also has types that are not run
     for qtype, form in cpu_formats.FORMATS.items():
         assert form.bytes_256 == ggml.row_bytes(qtype, 256)
         assert bool(form.code_bits) == (qtype in ggml.QUANTISED)
         assert (form.dot_four is None) == (form.unpack is None) == (form.load_one is not None) == (not form.code_bits)
 
 
-@TYPES
-def test_dequantise_is_bit_exact(qtype):
+@pytest.mark.parametrize("qtype", ggml.FLOATS, ids=ggml.NAME.get)
+def test_floats_are_bit_exact(qtype):
+    """Other types are compared in `test_formats_reference`."""
     data = random_bytes(qtype, 33, 512)
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(qtype))
     actual = quant.dequantise(data, qtype)
@@ -114,7 +115,7 @@ def test_rows_on_the_cpu_are_those_of_the_reference(qtype):
 @pytest.mark.parametrize("tokens", ["one", "all"])
 def test_every_weight_is_in_its_place(qtype, tokens):
     """Products with activations of which all but one are zero: by rows of weights, and by panels."""
-    k = 1280 if ggml.BLOCK_SIZE[qtype] == 256 else 800  # more than the columns that are unpacked at a time
+    k = 1280 if ggml.BLOCK_SIZE[qtype] > 32 else 800  # more than the columns that are unpacked at a time
     w, x = random_qtensor(qtype, 19, k), np.eye(k, dtype=np.float32)
     out = np.full((k, 19), np.nan, np.float32)
     for at in range(k) if tokens == "one" else [slice(None)]:
