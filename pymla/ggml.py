@@ -124,7 +124,12 @@ Q8_K_R8 = 399
 FLOATS = (F32, F16, BF16)
 
 #: The types that every backend runs.
-SUPPORTED = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_K)
+SUPPORTED = (
+    *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_K),
+    *(Q2_K, Q3_K, Q4_K, Q5_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ2_0, Q1_0, Q2_0),
+    *(IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S),
+    *(Q6_0, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, Q8_KV, IQ2_BN),
+)
 
 #: Those whose products are taken on integers.
 QUANTISED = tuple(qtype for qtype in SUPPORTED if qtype not in FLOATS)

@@ -17,11 +17,44 @@ from pymla.tensor import QTensor
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 
+#: Types for tests of whole operations: one of each structure that kernels of products have (`structure`). What differs
+#: between types of a structure are the functions that read their blocks; tests/test_cpu_formats.py and
+#: tests/test_cuda_formats.py test all of these for every type.
+REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q5_0,
+    ggml.Q8_0,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.Q4_K,
+    ggml.Q3_K,
+    ggml.IQ4_NL,
+    ggml.IQ4_KS,
+    ggml.TQ2_0,
+)
+
+#: The representatives whose products are taken on integers, and those whose products are taken in float32.
+QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
+FLOAT_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype not in ggml.QUANTISED)
+
 #: Rows of a matrix: one, fewer than a panel of 16, whole panels, and a panel with a rest.
 ROWS = (1, 5, 16, 33)
 
 #: Tokens of a step: generation, a small batch, a batch with a rest, more than a page of 64.
 TOKENS = (1, 3, 17, 65)
+
+
+def structure(qtype: int) -> tuple:
+    """The code around a type's functions in products on the CPU: a float's bytes, or the kind of its panels and whether
+    it has a zero point, minima and blocks of 256."""
+    form = cpu.formats.FORMATS[qtype]
+    if not form.code_bits:
+        return (form.number_bytes,)
+    panel = "bytes" if form.code_bits == 8 else "narrow"
+    return panel, form.zero_point > 0, form.minimum_each, ggml.BLOCK_SIZE[qtype] == 256
 
 
 def columns(qtype: int) -> tuple[int, ...]:
@@ -55,6 +88,20 @@ def with_scales(data: np.ndarray, qtype: int, columns: int, rng: np.random.Gener
         table = rng.standard_normal(256).astype(one.dtype)
     put_scales(data.reshape(-1, ggml.unit_bytes(qtype, columns)), qtype, table, 1.0 if rng is None else 0.7)
     return data
+
+
+def random_bytes(qtype: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bytes as rows of blocks, with scales and minima that are finite numbers."""
+    rng = np.random.default_rng(seed)
+    if qtype in ggml.FLOATS:
+        return quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
+    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
+    return with_scales(data, qtype, columns, rng)
+
+
+def bytes_alike(qtype: int, rows: int, columns: int, byte: int) -> np.ndarray:
+    """Rows of blocks whose bytes are all `byte`, but for scales and minima, which are 1."""
+    return with_scales(np.full((rows, ggml.row_bytes(qtype, columns)), byte, np.uint8), qtype, columns)
 
 
 def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:

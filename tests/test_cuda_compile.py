@@ -6,6 +6,7 @@
 import importlib.util
 import json
 import os
+import sys
 
 import pytest
 
@@ -15,10 +16,14 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 import numpy as np
-from cuda_report import CAPABILITIES, TABLE, kernels, report
+import side_by_side
+from cuda_functions import functions
+from cuda_report import TABLE, recorded
 from numba import cuda, types
 
+from pymla import ggml
 from pymla.cuda import norm
+from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime import compiling
 from pymla.cuda.runtime.jit import KERNELS, device, kernel
@@ -27,23 +32,41 @@ F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "A")
 
 
-@pytest.fixture(scope="module")
 def table():
-    return report(CAPABILITIES, sorted(kernels())) if kernels() else {}
+    """The figures of the kernels that are recorded, from a process of its own."""
+    program = (
+        "import json, sys, cuda_report as each;"
+        "json.dump(each.report(each.CAPABILITIES, sorted(each.recorded())), sys.stdout)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = side_by_side.run([sys.executable, "-c", program], env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_figures(table):
+@pytest.mark.side_by_side(run=table)
+def test_figures(beside):
     known = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    changed = sorted(name for name in table.keys() | known.keys() if table.get(name) != known.get(name))
+    changed = sorted(name for name in beside.keys() | known.keys() if beside.get(name) != known.get(name))
     assert not changed, f"other figures than in {TABLE.name}; see tools/cuda_report.py --write"
 
 
-def test_hot_kernels_keep_everything_in_registers(table):
-    for name, by_capability in table.items():
-        if KERNELS[name].hot:
+@pytest.mark.side_by_side(run=table)
+def test_hot_kernels_keep_everything_in_registers(beside):
+    made = recorded()
+    for name, by_capability in beside.items():
+        if made[name].hot:
             for capability, each in by_capability.items():
                 for figure in ("spills", "float64", "divisions", "calls"):
                     assert each[figure] == 0, (name, capability, figure)
+
+
+@pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+def test_functions_of_every_type(qtype):
+    """In a small kernel of their own, which needs no more than registers either."""
+    code = compiling.link(compiling.to_ptx(functions(qtype), (8, 0)), (8, 0), functions(qtype))
+    figures = code.figures
+    assert figures.spills == figures.float64 == figures.divisions == figures.calls == 0
 
 
 def compiled(body, *signature, **options):
@@ -105,7 +128,7 @@ def all_shared(a, out):
     d0, d1 = ptx.load_shared_u64x2(at)
     f0, f1, f2, f3 = ptx.load_shared_f32x4(at)
     words = a0 ^ a1 ^ a2 ^ a3 ^ t0 ^ t1 ^ t2 ^ t3 ^ b0 ^ b1 ^ u0 ^ u1 ^ w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ d0 ^ d1
-    ptx.store_u32(out, words ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
+    ptx.store_u32(out, words ^ ptx.load_shared_u8(at) ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
     ptx.store_f32(out + 4, f0 + f1 + f2 + f3 + ptx.load_shared_f32(at))
 
 

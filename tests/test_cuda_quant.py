@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import random_qtensor
+from cases import QUANTISED_REPRESENTATIVES, random_qtensor
 from test_matrices import check_matmul
 from tested import BACKENDS
 
 from pymla import ggml
 from pymla.cuda import memory, quant
-from pymla.cuda.formats import FORMATS
 from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, tile_widths
 from pymla.errors import PymlaError
 
@@ -27,7 +26,7 @@ def test_matmul_of_several_tiles(qtype, enough, monkeypatch):
     check_matmul(CUDA, random_qtensor(qtype, rows, k), CUDA.normal(tokens, k))
 
 
-@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", QUANTISED_REPRESENTATIVES, ids=ggml.NAME.get)
 def test_matmul_of_long_rows(qtype):
     """More blocks than a warp reads at a time, and in tiles more slices than are in shared memory."""
     for k, many in ((1408 if qtype != ggml.Q6_K else 1536, 9), (2048, 3)):
@@ -37,7 +36,7 @@ def test_matmul_of_long_rows(qtype):
 
 @pytest.mark.parametrize(
     ("qtype", "activations"),
-    [(qtype, activations) for qtype in FORMATS for activations in tile_widths(qtype)],
+    [(qtype, activations) for qtype in QUANTISED_REPRESENTATIVES for activations in tile_widths(qtype)],
     ids=lambda x: ggml.NAME.get(x, x),
 )
 def test_matmul_in_tiles(qtype, activations, monkeypatch):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from make_model import PRESETS, make_model, model_tensors
+from mixes import uniform
 from test_costs import V2_LITE, v2_lite_tensors
 
 from pymla import ggml
@@ -36,7 +37,7 @@ def v3():
     shape = PRESETS["v3"]
     common = {field.name for field in dataclasses.fields(ModelConfig)} & set(shape.__dataclass_fields__)
     config = dataclasses.replace(V2_LITE, **{name: getattr(shape, name) for name in common})
-    tensors = model_tensors(shape, "split", ggml.Q4_0, ggml.Q6_K, 0)
+    tensors = model_tensors(shape, "split", uniform(ggml.Q4_0, ggml.Q6_K), 0)
     return Planner(
         config, file_of({t.name: TensorInfo(t.name, t.qtype, t.shape, None, None) for t in tensors}), "q8_0", "auto"
     )

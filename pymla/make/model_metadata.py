@@ -64,13 +64,13 @@ class Shape:
     tie_word_embeddings: bool = False
 
 
-def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
+def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
     """The keys of a model but ``general.architecture`` and those of its tokenizer.
 
     Parameters
     ----------
     layout : one of `LAYOUTS`
-    qtype : ggml type of most matrices
+    file_type : ``general.file_type``, a number of `FILE_TYPES` or of a mix of types; None: left out
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
@@ -87,8 +87,8 @@ def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
         **_rope(shape),
     }
     general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
-    if qtype in FILE_TYPES:
-        general[Keys.General.FILE_TYPE] = int(FILE_TYPES[qtype])
+    if file_type is not None:
+        general[Keys.General.FILE_TYPE] = int(file_type)
     return general | {Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION}
 
 

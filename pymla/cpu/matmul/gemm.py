@@ -58,7 +58,7 @@ def product_for(take, qtype):
     a cache has them."""
     form = FORMATS[qtype]
     sources, add_columns, widest = tile_for(form)
-    tiles, has_minimum, chunk_bytes = form.takes_tiles, form.has_minimum, CHUNK // 256 * form.bytes_256
+    tiles, minimum_each, chunk_bytes = form.takes_tiles, form.minimum_each, CHUNK // 256 * form.bytes_256
     unpack_pair = unpack_pair_for(form.unpack)
 
     @helper
@@ -97,10 +97,11 @@ def product_for(take, qtype):
                 asked = prefetch_rows(rows, asked, rows_a_tile, ahead, chunk_bytes)
                 add_columns(read, index, i, end, chunk, buffers.scratch, out)
                 stop = min(i + widest, end)
-                if has_minimum:
+                if minimum_each > 0:
                     for j in range(i, stop, 3):
                         three, results = three_columns(index, j, stop, chunk, out)
-                        add_minima(address(x.sums), three, chunk.blocks, buffers.scratch, results)
+                        sums = address(x.half_sums) if minimum_each == 16 else address(x.sums)
+                        add_minima(sums, minimum_each, three, chunk.blocks, buffers.scratch, results)
                 if start + CHUNK >= k:
                     take(out + RESULT_BYTES * i, i, stop, where)
                 i = stop

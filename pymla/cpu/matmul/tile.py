@@ -7,7 +7,14 @@ take eight times as many bytes.
 
 import numpy as np
 
-from pymla.cpu.machine.simd import broadcast_f32xL, fma, load_f32xL, mul, splat_f32xL, store_f32xL
+from pymla.cpu.machine.simd import (
+    broadcast_f32xL,
+    fma,
+    load_f32xL,
+    mul,
+    splat_f32xL,
+    store_f32xL,
+)
 from pymla.cpu.matmul.unpacked import MINIMA, NEXT_MINIMA, RESULT_BYTES
 from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.cpu.runtime.isa import LANES
@@ -89,20 +96,21 @@ def scaled(products, u, v, scales, columns, out):
 
 
 @helper
-def add_minima(sums, columns, blocks, scratch, results):
-    """Add minimum times sum of activations to the results of three columns. `sums` is the address of those sums, the
-    others are as in `tile_narrow`."""
+def add_minima(sums, each, columns, blocks, scratch, results):
+    """Add minimum times sum of activations to the results of three columns, for minima of 32 or 16 weights. `sums` is
+    the address of those sums, the others are as in `tile_narrow`."""
     m, n = scratch + MINIMA, scratch + MINIMA + NEXT_MINIMA
-    out = begin(True, results)
-    for block in range(blocks):
-        u, v = load_f32xL(m + 4 * LANES * block), load_f32xL(n + 4 * LANES * block)
-        fa, ga, fb, gb, fc, gc = out
-        a, b, c = columns
-        s = broadcast_f32xL(sums + a)
+    many = 32 // each
+    a, b, c = columns
+    a, b, c = sums + many * a, sums + many * b, sums + many * c
+    fa, ga, fb, gb, fc, gc = begin(True, results)
+    for _ in range(many * blocks):
+        u, v = load_f32xL(m), load_f32xL(n)
+        s = broadcast_f32xL(a)
         fa, ga = fma(u, s, fa), fma(v, s, ga)
-        s = broadcast_f32xL(sums + b)
+        s = broadcast_f32xL(b)
         fb, gb = fma(u, s, fb), fma(v, s, gb)
-        s = broadcast_f32xL(sums + c)
-        out = fa, ga, fb, gb, fma(u, s, fc), fma(v, s, gc)
-        columns = moved(columns, 4)
-    end(out, results)
+        s = broadcast_f32xL(c)
+        fc, gc = fma(u, s, fc), fma(v, s, gc)
+        m, n, a, b, c = m + 4 * LANES, n + 4 * LANES, a + 4, b + 4, c + 4
+    end((fa, ga, fb, gb, fc, gc), results)
