@@ -38,7 +38,8 @@ def shapes(qtype):
         return itertools.product(ROWS, columns(qtype))
     if qtype not in ggml.QUANTISED:
         return (1, 7), (5, 96), (6, 132)
-    return ((1, 256), (5, 768)) if ggml.BLOCK_SIZE[qtype] == 256 else ((1, 32), (5, 96), (6, 352))
+    block = ggml.BLOCK_SIZE[qtype]
+    return ((1, 256), (5, 768)) if block == 256 else ((1, block), (5, 3 * block), (6, 11 * block))
 
 
 def check_matmul(backend, w, x):

@@ -80,6 +80,7 @@ def examine(
         problems += _layer_problems(file, config)
         tensors, found = _find_tensors(file, config)
         problems += found
+        problems += _factor_problems(file, tensors)
         problems += _value_problems(file, tensors, check_tensors, progress)
     return Examined(config, tokenizer, problems)
 
@@ -154,6 +155,19 @@ def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], li
             if info and not is_run(info.qtype):
                 types.add(info.qtype)
     return tensors, problems
+
+
+def _factor_problems(file: ModelFile, tensors: list[Found]) -> Iterator[PymlaError]:
+    """A tensor of factors that a matrix has to be multiplied by, as files of NVFP4 have them; only factors of 1 can be
+    left out."""
+    for spec, _ in tensors:
+        factors = file.tensors.get(f"{spec.name.removesuffix('.weight')}.scale")
+        if factors is not None and not (factors.qtype == ggml.F32 and (factors.data.view(np.float32) == 1).all()):
+            yield PymlaError(
+                f"{factors.path}: tensor {factors.name} holds factors of tensor {spec.name}, which pymla does not "
+                "apply; take a file of the model without such tensors"
+            )
+            break
 
 
 def _value_problems(

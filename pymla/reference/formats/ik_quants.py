@@ -164,7 +164,7 @@ def _iq2_kl(blocks: np.ndarray) -> Codes:
 
 
 def _q8_kv(blocks: np.ndarray) -> Codes:
-    """The header's second number, the sum of the row's codes, is there for products."""
+    """The header's second number, the sum of the row's codes, an int32, is there for products."""
     return coded(load_float(blocks), blocks[:, 8:].view(np.int8))
 
 
