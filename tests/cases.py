@@ -21,6 +21,9 @@ TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 #: tests/test_cuda_formats.py test all of these for every type.
 REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q8_0, ggml.Q6_K)
 
+#: The same for the GPU, whose kernels have fewer structures, and which is simulated.
+GPU_REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q6_K)
+
 #: The representatives whose products are taken on integers, and those whose products are taken in float32.
 QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
 FLOAT_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype not in ggml.QUANTISED)

@@ -1,11 +1,11 @@
 """Every quantised type on the GPU: all functions of its `Format`, in a kernel that calls each of them once, against the
-reference. Operations are tested with a few types (`cases.REPRESENTATIVES`)."""
+reference. Operations are tested with a few types (`cases.GPU_REPRESENTATIVES`)."""
 
 import cuda_functions
 import numpy as np
 import pytest
 import simulated  # noqa: F401 - skips this file where kernels are not simulated
-from cases import REPRESENTATIVES, random_bytes, random_qtensor
+from cases import GPU_REPRESENTATIVES, random_bytes, random_qtensor
 from cuda_functions import BLOCKS
 from test_cpu_formats import assert_blocks_close
 
@@ -62,6 +62,6 @@ def structure(qtype):
 
 
 def test_every_structure_has_a_representative():
-    found = {structure(qtype) for qtype in REPRESENTATIVES if qtype in FORMATS}
+    found = {structure(qtype) for qtype in GPU_REPRESENTATIVES if qtype in FORMATS}
     missing = [ggml.NAME[qtype] for qtype in FORMATS if structure(qtype) not in found]
-    assert not missing, "add one type of each structure to cases.REPRESENTATIVES"
+    assert not missing, "add one type of each structure to cases.GPU_REPRESENTATIVES"
