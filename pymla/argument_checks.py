@@ -147,7 +147,7 @@ class Call:
             kind = ggml.NAME[w.qtype]
             self.refuse(name, f"{kind}, in blocks of {block}", f"a type whose blocks divide {columns} columns")
         if row != ggml.row_bytes(w.qtype, columns):
-            have = row // ggml.BLOCK_BYTES[w.qtype] * block
+            have = ggml.columns(w.qtype, row)
             got = f"{ggml.NAME[w.qtype]} with rows of {have} columns ({row} bytes)"
             self.refuse(name, got, f"a matrix of {columns} columns")
         wanted: Shape = (rows, row) if matrices is None else (matrices, rows, row)

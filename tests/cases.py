@@ -1,10 +1,12 @@
 """Inputs shared by tests and benchmarks."""
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import numpy as np
 from make_golden import SHAPES
-from make_model import PRESETS, Shape, random_blocks
+from make_model import PRESETS, Shape
+from random_weights import ONE, put_scales, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cpu.matmul.activations import Input
@@ -16,13 +18,32 @@ from pymla.tensor import QTensor
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 
-#: Types for tests of whole operations: one of each structure that kernels of products have (`structure`). What differs
-#: between types of a structure are the functions that read their blocks; tests/test_cpu_formats.py and
-#: tests/test_cuda_formats.py test all of these for every type.
-REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q8_0, ggml.Q6_K)
+#: Types for tests of whole operations. Among them is one with each value of each of their `features`, which is what the
+#: code around a type's own functions knows of it; the functions themselves are tested for every type
+#: (tests/test_cpu_formats.py, tests/test_cuda_functions.py).
+REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q5_0,
+    ggml.Q8_0,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.Q4_K,
+    ggml.IQ4_KS,
+)
 
-#: The same for the GPU, whose kernels have fewer structures, and which is simulated.
-GPU_REPRESENTATIVES: tuple[int, ...] = (ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q4_1, ggml.Q6_K)
+#: The same for the GPU, whose kernels know less, and which is simulated.
+GPU_REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.IQ4_KS,
+)
 
 #: The representatives whose products are taken on integers, and those whose products are taken in float32.
 QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
@@ -35,14 +56,31 @@ ROWS = (1, 5, 16, 33)
 TOKENS = (1, 3, 17, 65)
 
 
-def structure(qtype: int) -> tuple:
-    """The code around a type's functions in products on the CPU: a float's bytes, or the kind of its panels and whether
-    it has a zero point, minima and blocks of 256."""
+def features(qtype: int) -> dict[str, object]:
+    """What products on the CPU know of a type besides its functions."""
     form = cpu.formats.FORMATS[qtype]
-    if not form.code_bits:
-        return (form.number_bytes,)
-    panel = "bytes" if form.code_bits == 8 else "narrow"
-    return panel, form.zero_point > 0, form.has_minimum, ggml.BLOCK_SIZE[qtype] == 256
+    return {
+        "bytes of a float": form.number_bytes if qtype in ggml.FLOATS else None,
+        "bits of a panel's codes": form.code_bits,
+        "zero point": form.zero_point > 0,
+        "weights per minimum": form.minimum_each,
+        "order of activations": form.order,
+        "super-blocks": ggml.BLOCK_SIZE[qtype] == 256,
+        "row header": ggml.ROW_HEADER[qtype] > 0,
+    }
+
+
+def unrepresented(
+    qtypes: Iterable[int], representatives: Iterable[int], features: Callable[[int], dict[str, object]]
+) -> list[str]:
+    """The types that have a feature which none of the representatives has: their names and the feature."""
+    found = {feature for qtype in representatives for feature in features(qtype).items()}
+    return [
+        f"{ggml.NAME[qtype]}: {name} {value}"
+        for qtype in qtypes
+        for name, value in features(qtype).items()
+        if (name, value) not in found
+    ]
 
 
 def columns(qtype: int) -> tuple[int, ...]:
@@ -59,32 +97,37 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     qtype : a type of ``ggml.SUPPORTED``
     shape : (rows, columns) or (matrices, rows, columns)
     """
-    pieces = random_blocks(seed, "case", int(np.prod(shape)), qtype, shape[-1] ** -0.5)
+    pieces = random_blocks(seed, "case", shape, qtype, shape[-1] ** -0.5)
     data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
     data.flags.writeable = False
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
 
 
+def with_scales(data: np.ndarray, qtype: int, columns: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Rows of random bytes (..., row_bytes), with scales and minima that are finite: random numbers, or 1."""
+    one = ONE[ggml.SCALES[qtype].kind]
+    if rng is None:
+        table = np.full(256, one)
+    elif one.dtype == np.uint8:
+        table = rng.integers(one - 20, one + 20, 256, np.uint8)
+    else:
+        table = rng.standard_normal(256).astype(one.dtype)
+    put_scales(data.reshape(-1, ggml.unit_bytes(qtype, columns)), qtype, table, 1.0 if rng is None else 0.7)
+    return data
+
+
 def random_bytes(qtype: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Random bytes as rows of blocks, with scales and minima that are finite numbers."""
     rng = np.random.default_rng(seed)
-    if qtype not in ggml.QUANTISED:
+    if qtype in ggml.FLOATS:
         return quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
-    blocks = rng.integers(0, 256, (rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]), dtype=np.uint8)
-    return _with_scales(qtype, blocks, rng.standard_normal(blocks.shape[:2]).astype(np.float16))
+    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
+    return with_scales(data, qtype, columns, rng)
 
 
 def bytes_alike(qtype: int, rows: int, columns: int, byte: int) -> np.ndarray:
     """Rows of blocks whose bytes are all `byte`, but for scales and minima, which are 1."""
-    shape = rows, columns // ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype]
-    return _with_scales(qtype, np.full(shape, byte, np.uint8), np.ones(shape[:2], np.float16))
-
-
-def _with_scales(qtype: int, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Blocks (rows, count, bytes) as rows, whose scales and minima are those of `scales` (rows, count)."""
-    for at in ggml.TYPES[qtype].halves:
-        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
-    return blocks.reshape(len(blocks), -1)
+    return with_scales(np.full((rows, ggml.row_bytes(qtype, columns)), byte, np.uint8), qtype, columns)
 
 
 def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:

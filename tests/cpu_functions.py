@@ -12,15 +12,20 @@ from numba import types
 
 from pymla import ggml
 from pymla.cpu.formats import FORMATS
+from pymla.cpu.formats.panels import DECODED_ROW
 from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
 from pymla.cpu.machine.simd import address, load_f32x32, store_f32x32
 from pymla.cpu.machine.simd_panels import panel_codes8, panel_rows
 from pymla.cpu.matmul.activations import INPUT, Activation, parts
 from pymla.cpu.matmul.gemv import dot_rows_for
+from pymla.cpu.memory import allocate
 from pymla.cpu.runtime.array_types import F2, INT8_2, WEIGHTS_BYTES
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import kernel, variants
 from pymla.tensor import QTensor
+
+#: Scales and minima behind the last ones that `unpack` may write: those of four blocks at a time.
+SPARE = 6
 
 
 class Results(NamedTuple):
@@ -30,8 +35,8 @@ class Results(NamedTuple):
     products: np.ndarray  # float32 (1, N), by `dot_four` or `dot_row`
     sums: np.ndarray  # float32 (N, K), to which `add_block` adds blocks of 32 weights
     codes: np.ndarray  # int8 (K // 4, 4 * LANES), by `unpack`
-    scales: np.ndarray  # float32 (K // 16, LANES), by `unpack`
-    minima: np.ndarray  # float32 (K // 32, LANES), by `unpack`
+    scales: np.ndarray  # float32 (K // 16 + SPARE, LANES), by `unpack`
+    minima: np.ndarray  # float32 (K // 16 + SPARE, LANES), by `unpack`
     weights: np.ndarray  # float32 (N, K), of float types, by `load_eight` and `load_one`
     written: np.ndarray  # uint8 (1, row bytes), of types of caches: the activation as a row
 
@@ -47,8 +52,8 @@ class Results(NamedTuple):
             nan(1, rows),
             sums.copy(),
             np.full((k // 4, 4 * LANES), 85, np.int8),
-            nan(k // 16, LANES),
-            nan(k // 32, LANES),
+            nan(k // 16 + SPARE, LANES),
+            nan(k // 16 + SPARE, LANES),
             nan(rows, k),
             np.full((1, ggml.row_bytes(qtype, k)), 85, np.uint8),
         )
@@ -77,7 +82,9 @@ def functions(qtype):
         if unpack is not None:
             panel = address(out.codes), address(out.scales), address(out.minima)
             blocks = (columns - start) // 32
-            unpack(panel_rows(row, stride, rows), start // 32, blocks, panel[0], panel[1], panel[2])
+            scratch = allocate(LANES * DECODED_ROW)
+            rows_of_panel = panel_rows(row, stride, rows)
+            unpack(rows_of_panel, start // 32, blocks, panel[0], panel[1], panel[2], address(scratch))
         if load_one is not None:
             for i in range(rows):
                 dequantise_row(row + i * stride, address(out.weights[i]), columns)
@@ -116,6 +123,7 @@ def panel_weights(qtype: int, results: Results, start: int) -> np.ndarray:
         assert 0 <= codes.min() + form.zero_point <= codes.max() + form.zero_point < 1 << form.code_bits
     scales = results.scales[: (k - start) // per_scale, :rows].T.repeat(per_scale, axis=1)
     weights = scales.astype(np.float64) * codes
-    if form.has_minimum:
-        weights += results.minima[: (k - start) // 32, :rows].T.repeat(32, axis=1)
+    if form.minimum_each:
+        minima = results.minima[: (k - start) // form.minimum_each, :rows]
+        weights += minima.T.repeat(form.minimum_each, axis=1)
     return weights

@@ -131,7 +131,7 @@ def all_shared(a, out):
     d0, d1 = ptx.load_shared_u64x2(at)
     f0, f1, f2, f3 = ptx.load_shared_f32x4(at)
     words = a0 ^ a1 ^ a2 ^ a3 ^ t0 ^ t1 ^ t2 ^ t3 ^ b0 ^ b1 ^ u0 ^ u1 ^ w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ d0 ^ d1
-    ptx.store_u32(out, words ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
+    ptx.store_u32(out, words ^ ptx.load_shared_u8(at) ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
     ptx.store_f32(out + 4, f0 + f1 + f2 + f3 + ptx.load_shared_f32(at))
 
 

@@ -9,6 +9,7 @@ import pytest
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.ik_types import IK_LAYOUTS
+from pymla.reference import quant
 from pymla.reference.formats import (
     FORMATS,
     INTERLEAVED,
@@ -69,6 +70,11 @@ def test_every_type_is_compared():
     assert compared == {ggml.NAME[qtype] for qtype in FORMATS.keys() | INTERLEAVED.keys()}
 
 
+@pytest.mark.parametrize("qtype", FORMATS.keys() | INTERLEAVED.keys(), ids=ggml.NAME.get)
+def test_numbers_have_names(qtype):
+    assert getattr(ggml, ggml.NAME[qtype]) == qtype
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", HALVES)
 def test_random_bytes_are_as_in_gguf(name):
@@ -112,6 +118,13 @@ def test_levels_of_iq6_k_are_the_polynomial_rounded():
     q = np.arange(64)
     polynomial = -127 + q * (6.2568 + q * (-0.11218 + q * 0.0011972))
     np.testing.assert_array_equal(ik_quants.LEVELS[6], [np.rint(polynomial), np.rint(polynomial + 1)])
+
+
+@pytest.mark.parametrize("qtype", FORMATS.keys() | INTERLEAVED.keys(), ids=ggml.NAME.get)
+def test_no_rows(qtype):
+    nothing = np.empty((0, ggml.row_bytes(qtype, 512)), np.uint8)
+    assert dequantise_rows(nothing, qtype, 512).shape == (0, 512)
+    assert quant.dequantise(nothing.reshape(2, 0, nothing.shape[1]), qtype).shape == (2, 0, 512)
 
 
 @pytest.mark.parametrize("qtype", INTERLEAVED, ids=ggml.NAME.get)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from pymla.cpu.formats import fifth_bits
-from pymla.cpu.machine import simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words
+from pymla.cpu.machine import simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_rows, simd_words
 from pymla.cpu.machine.intrinsics import (
     LITERAL,
     OPERATIONS,
@@ -30,7 +30,7 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import fused, view
 from pymla.cpu.runtime.isa import AMX, ISA, LANES, VNNI
 
-MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words, fifth_bits
+MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_rows, simd_words, fifth_bits
 PACKAGE = {name: each for name, each in OPERATIONS.items() if name.startswith("pymla.")}
 #: Operations of the tiles, which need each other: `test_tiles`.
 TILES = "configure", "release", "zero_tile", "load_tile", "store_tile", "dot_tiles", "dot_tiles_u8"
@@ -55,7 +55,8 @@ LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)]}
 ADDRESSES = {"address", "codes", "first", "second", "panel", "row", "factors", "sums"}
 ADDRESSES |= {f"row_{i}" for i in range(4)} | set("abcd")
 NUMBERS = {"stride": [18, 20, 34, 64], "factor_stride": [4, 12], "offset": [0, 2, 33], "value": [8, 32, 200]}
-NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6]}
+NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6], "right": [0, 3, 31], "left": [0, 5, 31]}
+NUMBERS |= {"mask": [0x0F0F0F0F, 0xFFFFFFFF, 0x80000001]}
 
 EDGES = np.array([0, -0.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997, 1e-40, -1e-45, 3e38, -3e38, np.inf, -np.inf, np.nan])
 EDGES = np.concatenate(

@@ -23,16 +23,16 @@ class Format(NamedTuple):
     dot_four: Callable | None = None
     #: The order of codes of activations that `dot_four` reads.
     order: int = FOURS
-    #: ``unpack(rows, first, count, codes, scales, minima)`` of quantised types: see `legacy.unpack_q4_0`.
+    #: ``unpack(rows, first, count, codes, scales, minima, scratch)`` of quantised types: see `legacy.unpack_q4_0`.
     unpack: Callable | None = None
     #: Bits of the codes that `unpack` gives: up to 5 with a scale for 32 weights, 8 with a scale for 16; 0 for float
     #: types.
     code_bits: int = 0
     #: What is taken off the codes that `unpack` gives where they have up to 5 bits; tiles of AMX take codes without it.
     zero_point: int = 0
-    #: Whether blocks have a minimum beside their scale.
-    has_minimum: bool = False
-    #: Bytes of 256 weights.
+    #: Weights that have a minimum beside their scale: 32, or 16; 0 where there are no minima.
+    minimum_each: int = 0
+    #: Bytes of the blocks of 256 weights.
     bytes_256: int = 0
     #: ``write_block(x, block)``: thirty-two float32 at `x` as a block, of types that a cache may have.
     write_block: Callable | None = None

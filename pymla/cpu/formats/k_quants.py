@@ -69,7 +69,7 @@ def _code_6(nibbles, high, shift):
 
 
 @helper
-def unpack_q6_k(rows, first, count, codes, scales, minima):
+def unpack_q6_k(rows, first, count, codes, scales, minima, scratch):
     """`legacy.unpack_q4_0` for Q6_K."""
     for block in range(first // 8, (first + count) // 8):
         _unpack_q6_k_block(rows, Q6_K_BYTES * block, codes, scales)

@@ -96,7 +96,7 @@ def _add_q8_0(row, block, weight, acc):
 
 
 @helper
-def unpack_q4_0(rows, first, count, codes, scales, minima):
+def unpack_q4_0(rows, first, count, codes, scales, minima, scratch):
     """Unpack blocks of 32 weights of each row of a panel, as `unpack` of each quantised type does.
 
     Parameters
@@ -111,13 +111,15 @@ def unpack_q4_0(rows, first, count, codes, scales, minima):
     scales : int
         Address for float32 of the rows: a scale for each block, or for codes of 8 bits a scale for 16 weights.
     minima : int
-        Address for a minimum for each block, written where the type has minima.
+        Address for a minimum for each block, or for 16 weights, written where the type has minima.
+    scratch : int
+        Address of memory that types may use (`panels.DECODED_ROW` bytes a row).
     """
     _unpack_4_bits(Q4_0_BYTES, rows, first, count, codes, scales, minima)
 
 
 @helper
-def unpack_q4_1(rows, first, count, codes, scales, minima):
+def unpack_q4_1(rows, first, count, codes, scales, minima, scratch):
     """`unpack_q4_0` for Q4_1."""
     _unpack_4_bits(Q4_1_BYTES, rows, first, count, codes, scales, minima)
 
@@ -145,13 +147,13 @@ def _store_columns4(size, out, a, b, c, d):
 
 
 @helper
-def unpack_q5_0(rows, first, count, codes, scales, minima):
+def unpack_q5_0(rows, first, count, codes, scales, minima, scratch):
     """`unpack_q4_0` for Q5_0."""
     _unpack_5_bits(Q5_0_BYTES, rows, first, count, codes, scales, minima)
 
 
 @helper
-def unpack_q5_1(rows, first, count, codes, scales, minima):
+def unpack_q5_1(rows, first, count, codes, scales, minima, scratch):
     """`unpack_q4_0` for Q5_1."""
     _unpack_5_bits(Q5_1_BYTES, rows, first, count, codes, scales, minima)
 
@@ -183,7 +185,7 @@ def _store_columns5(size, out, word, first, a, b, c, d):
 
 
 @helper
-def unpack_q8_0(rows, first, count, codes, scales, minima):
+def unpack_q8_0(rows, first, count, codes, scales, minima, scratch):
     """`unpack_q4_0` for Q8_0."""
     for block in range(first, first + count):
         at = Q8_0_BYTES * block
@@ -343,9 +345,9 @@ Q4_0 = Format(
     zero_point=8,
     bytes_256=8 * Q4_0_BYTES,
 )
-Q4_1 = Format(_add_q4_1, dot_four=dot_q4_1, unpack=unpack_q4_1, code_bits=4, has_minimum=True, bytes_256=8 * Q4_1_BYTES)
+Q4_1 = Format(_add_q4_1, dot_four=dot_q4_1, unpack=unpack_q4_1, code_bits=4, minimum_each=32, bytes_256=8 * Q4_1_BYTES)
 Q5_0 = Format(_add_q5_0, dot_four=dot_q5_0, unpack=unpack_q5_0, code_bits=5, zero_point=16, bytes_256=8 * Q5_0_BYTES)
-Q5_1 = Format(_add_q5_1, dot_four=dot_q5_1, unpack=unpack_q5_1, code_bits=5, has_minimum=True, bytes_256=8 * Q5_1_BYTES)
+Q5_1 = Format(_add_q5_1, dot_four=dot_q5_1, unpack=unpack_q5_1, code_bits=5, minimum_each=32, bytes_256=8 * Q5_1_BYTES)
 Q8_0 = Format(
     _add_q8_0,
     dot_four=dot_q8_0,

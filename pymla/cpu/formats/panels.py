@@ -8,6 +8,9 @@ from pymla.cpu.machine.simd_panels import panel_codes8
 from pymla.cpu.runtime.compiling import helper
 from pymla.cpu.runtime.isa import LANES
 
+#: Bytes of a row of a panel that is decoded before it is transposed: codes of 256 columns, and their scales and minima.
+DECODED_ROW = 256 + 64 + 64
+
 
 @helper
 def store_columns(out, columns):
@@ -31,3 +34,11 @@ def store_twice(out, scales):
     """Write the scales of a block of 32 weights as those of its two sixteens."""
     store_f32xL(out, scales)
     store_f32xL(out + 4 * LANES, scales)
+
+
+@helper
+def store_columns_twice(out, columns):
+    """Write four registers, each of them twice: scales of blocks of 32 weights as those of their two sixteens."""
+    a, b, c, d = columns
+    store_columns(out, (a, a, b, b))
+    store_columns(out + 16 * LANES, (c, c, d, d))

@@ -215,6 +215,12 @@ def store_f32xL(address, value):
     write_lanes(address, value)
 
 
+@operation(types.void, types.int64, i8x32, emit=write)
+def store_i8x32(address, value):
+    """Thirty-two bytes to memory."""
+    write_lanes(address, value)
+
+
 @operation(types.void, types.int64, i8xL, emit=write)
 def store_i8xL(address, value):
     """4 * `LANES` bytes to memory."""

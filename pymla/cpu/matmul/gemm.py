@@ -13,7 +13,7 @@ from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.matmul import gemm_amx, tile_bytes, tile_narrow
 from pymla.cpu.matmul.matrices import copy, row_at
-from pymla.cpu.matmul.tile import add_minima, three_columns
+from pymla.cpu.matmul.tile import add_minima, add_minima_16, three_columns
 from pymla.cpu.matmul.unpacked import (
     CHUNK,
     PAIR_ROWS,
@@ -58,7 +58,7 @@ def product_for(take, qtype):
     a cache has them."""
     form = FORMATS[qtype]
     sources, add_columns, widest = tile_for(form)
-    tiles, has_minimum, chunk_bytes = form.takes_tiles, form.has_minimum, CHUNK // 256 * form.bytes_256
+    tiles, minimum_each, chunk_bytes = form.takes_tiles, form.minimum_each, CHUNK // 256 * form.bytes_256
     unpack_pair = unpack_pair_for(form.unpack)
 
     @helper
@@ -97,10 +97,14 @@ def product_for(take, qtype):
                 asked = prefetch_rows(rows, asked, rows_a_tile, ahead, chunk_bytes)
                 add_columns(read, index, i, end, chunk, buffers.scratch, out)
                 stop = min(i + widest, end)
-                if has_minimum:
+                if minimum_each > 0:
                     for j in range(i, stop, 3):
                         three, results = three_columns(index, j, stop, chunk, out)
-                        add_minima(address(x.sums), three, chunk.blocks, buffers.scratch, results)
+                        if minimum_each == 32:
+                            add_minima(address(x.sums), three, chunk.blocks, buffers.scratch, results)
+                        else:
+                            sums, scales = address(x.sum16), address(x.scale)
+                            add_minima_16(sums, scales, three, chunk.blocks, buffers.scratch, results)
                 if start + CHUNK >= k:
                     take(out + RESULT_BYTES * i, i, stop, where)
                 i = stop

@@ -4,7 +4,7 @@ are 32 registers."""
 import functools
 
 from pymla.cpu.machine.simd import address, load_f32xL, load_i8xL
-from pymla.cpu.machine.simd_panels import add_starts, broadcast_i8xL, dot4, finish4, start4, zero4
+from pymla.cpu.machine.simd_panels import broadcast_i8xL, dot4, finish4, start4, times_eighths, zero4
 from pymla.cpu.matmul.tile import begin, end, moved, scaled, three_columns
 from pymla.cpu.matmul.unpacked import CODES, NEXT_CODES, NEXT_SCALES, SCALES
 from pymla.cpu.runtime.compiling import helper, inlined
@@ -22,7 +22,7 @@ def sources(x):
 
 @functools.cache
 def add_columns_for(code_bits, zero_point):
-    """Make `add_columns` for codes of 4 or 5 bits, from which the zero point, 0, 8 or 16, is taken off."""
+    """Make `add_columns` for codes of 4 or 5 bits, from which the zero point, 0 to 16, is taken off."""
     start = _start_for(zero_point)
     # Without VNNI, sums of products are int16, which hold those of 32 codes of 4 bits, or of 16 codes of 5 bits.
     in_halves = code_bits > 4 and not VNNI
@@ -134,8 +134,12 @@ def _start_for(zero_point):
             return _zeros()
         a, b, c = columns
         ia, ib, ic = start4(starts + a), start4(starts + b), start4(starts + c)
-        if zero_point == 16:  # the words are made for 8
-            ia, ib, ic = add_starts(ia, ia), add_starts(ib, ib), add_starts(ic, ic)
+        if zero_point != 8:  # the words are made for 8
+            ia, ib, ic = (
+                times_eighths(ia, zero_point),
+                times_eighths(ib, zero_point),
+                times_eighths(ic, zero_point),
+            )
         return ia, ia, ib, ib, ic, ic
 
     return start

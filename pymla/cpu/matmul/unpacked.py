@@ -7,6 +7,7 @@ first-level cache.
 
 from typing import NamedTuple
 
+from pymla.cpu.formats.panels import DECODED_ROW
 from pymla.cpu.machine.simd import prefetch_l2
 from pymla.cpu.machine.simd_amx import SCRATCH as TILE_SCRATCH
 from pymla.cpu.machine.simd_panels import panel_rows
@@ -20,13 +21,15 @@ RESULT_BYTES = 4 * PAIR_ROWS
 #: Columns of K that are unpacked at a time: two panels and their scales stay in the first-level cache, beside what
 #: tiles of AMX need there.
 CHUNK = 256 if AMX else 512
-#: Bytes of scratch of a product: codes, scales and minima of two panels, and sums of tiles.
-SCRATCH = PAIR_ROWS * (CHUNK + 4 * CHUNK // 16 + 4 * CHUNK // 32) + TILE_SCRATCH
-#: Where the first panel's codes, scales and minima and the sums of tiles begin in scratch, and how far behind them
-#: those of the second panel.
+#: Bytes of scratch of a product: codes, scales and minima of two panels, sums of tiles, and rows of a panel that are
+#: decoded before they are transposed.
+SCRATCH = PAIR_ROWS * (CHUNK + 2 * 4 * CHUNK // 16) + TILE_SCRATCH + LANES * DECODED_ROW
+#: Where the first panel's codes, scales and minima, the sums of tiles and decoded rows begin in scratch, and how far
+#: behind them those of the second panel.
 CODES, SCALES, MINIMA = 0, PAIR_ROWS * CHUNK, PAIR_ROWS * (CHUNK + CHUNK // 4)
-SUMS = PAIR_ROWS * (CHUNK + CHUNK // 4 + CHUNK // 8)
-NEXT_CODES, NEXT_SCALES, NEXT_MINIMA = LANES * CHUNK, LANES * (CHUNK // 4), LANES * (CHUNK // 8)
+SUMS = PAIR_ROWS * (CHUNK + 2 * CHUNK // 4)
+DECODED = SUMS + TILE_SCRATCH
+NEXT_CODES, NEXT_SCALES, NEXT_MINIMA = LANES * CHUNK, LANES * (CHUNK // 4), LANES * (CHUNK // 4)
 
 
 class PairOfRows(NamedTuple):
@@ -74,6 +77,7 @@ def unpack_pair_for(unpack):
                 scratch + CODES + half * NEXT_CODES,
                 scratch + SCALES + half * NEXT_SCALES,
                 scratch + MINIMA + half * NEXT_MINIMA,
+                scratch + DECODED,
             )
 
     return unpack_pair

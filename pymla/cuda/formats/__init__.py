@@ -14,8 +14,9 @@ exactly.
 """
 
 from pymla import ggml
-from pymla.cuda.formats import floats, k_quants, legacy
+from pymla.cuda.formats import floats, ik_quants, ik_trellis, iq_quants, k_quants, legacy, planes, ternary
 from pymla.cuda.formats.format import FloatFormat, Format
+from pymla.planes import LAYOUTS as PLANES
 
 __all__ = ["FLOATS", "FORMATS", "FloatFormat", "Format"]
 
@@ -27,6 +28,22 @@ FORMATS = {
     ggml.Q5_1: legacy.Q5_1,
     ggml.Q8_0: legacy.Q8_0,
     ggml.Q6_K: k_quants.Q6_K,
+    ggml.IQ1_S: iq_quants.IQ1_S,
+    ggml.IQ1_M: iq_quants.IQ1_M,
+    ggml.IQ2_XXS: iq_quants.IQ2_XXS,
+    ggml.IQ2_XS: iq_quants.IQ2_XS,
+    ggml.IQ2_S: iq_quants.IQ2_S,
+    ggml.IQ3_XXS: iq_quants.IQ3_XXS,
+    ggml.IQ3_S: iq_quants.IQ3_S,
+    ggml.TQ1_0: ternary.TQ1_0,
+    ggml.IQ1_BN: ternary.IQ1_BN,
+    ggml.IQ4_KSS: ik_quants.IQ4_KSS,
+    ggml.IQ2_KL: ik_quants.IQ2_KL,
+    ggml.IQ1_KT: ik_trellis.IQ1_KT,
+    ggml.IQ2_KT: ik_trellis.IQ2_KT,
+    ggml.IQ3_KT: ik_trellis.IQ3_KT,
+    ggml.IQ4_KT: ik_trellis.IQ4_KT,
+    **{qtype: planes.format_of(qtype) for qtype in PLANES},
 }
 
 #: Float types.

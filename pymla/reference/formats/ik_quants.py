@@ -5,6 +5,8 @@ a row begins with its scale, a float or a half, which here stands before every b
 ``ggml-common.h`` and ``iqk_quantize.cpp`` of ik_llama.cpp, commit 8337e4cd.
 """
 
+import math
+
 import numpy as np
 
 from pymla.reference.formats.bits import fields, load, planes
@@ -51,7 +53,8 @@ PAIRS = np.array([[_IQ3_VALUES[int(digit)] for digit in pair] for pair in _PAIR_
 
 def _levels(bits: int, codes: np.ndarray, variants: np.ndarray) -> np.ndarray:
     """Levels of codes (n, ...) in the order of the weights, by the variant of each small block, (n, small blocks)."""
-    return LEVELS[bits][variants[..., None], codes.reshape(*variants.shape, -1)]
+    each = math.prod(codes.shape[1:]) // variants.shape[1]
+    return LEVELS[bits][variants[..., None], codes.reshape(*variants.shape, each)]
 
 
 def _six_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:

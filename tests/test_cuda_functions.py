@@ -1,0 +1,72 @@
+"""Every quantised type on the GPU: all functions of its `Format`, in a kernel that calls each of them once, against the
+reference. Operations are tested with a few types (`cases.GPU_REPRESENTATIVES`)."""
+
+import cuda_functions
+import numpy as np
+import pytest
+import simulated  # noqa: F401 - skips this file where kernels are not simulated
+from cases import GPU_REPRESENTATIVES, random_bytes, random_qtensor, unrepresented
+from cuda_functions import BLOCKS
+from test_cpu_formats import assert_blocks_close
+
+from pymla import ggml
+from pymla.cuda import memory
+from pymla.cuda.formats import FLOATS, FORMATS
+from pymla.reference.formats import dequantise_rows
+from pymla.reference.quant import dequantise, quantise_activations
+
+COLUMNS = 32 * BLOCKS
+
+
+def test_every_type_has_its_functions():
+    assert set(FORMATS) >= set(ggml.QUANTISED)
+    assert set(FLOATS) == set(ggml.SUPPORTED) - set(ggml.QUANTISED)
+
+
+@pytest.mark.parametrize("qtype", FLOATS, ids=ggml.NAME.get)
+def test_floats(qtype):
+    data, form = random_bytes(qtype, 1, 16), FLOATS[qtype]
+    there, expected = memory.to_device(data), dequantise(data, qtype)[0]
+    assert form.nbytes == ggml.BLOCK_BYTES[qtype]
+    assert [form.one(there.address + form.nbytes * i) for i in range(16)] == expected.tolist()
+    fours = [form.four(there.address + form.nbytes * i) for i in range(0, 16, 4)]
+    np.testing.assert_array_equal(np.concatenate(fours), expected)
+
+
+def rows_of(qtype, kind):
+    """As many rows as there are places where one begins."""
+    rows = cuda_functions.starts(qtype)
+    if kind == "random bytes":
+        return random_bytes(qtype, rows, COLUMNS)
+    return random_qtensor(qtype, rows, COLUMNS).data
+
+
+@pytest.mark.parametrize("kind", ["weights", "random bytes"])
+@pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+def test_functions(qtype, kind):
+    data = rows_of(qtype, kind)
+    weights = dequantise_rows(data, qtype, COLUMNS)
+    x, scale = quantise_activations(np.random.default_rng(0).standard_normal((1, COLUMNS), dtype=np.float32))
+    results = cuda_functions.call(qtype, data, x[0], scale[0])
+    assert_blocks_close(results.weights, weights)
+    products = (weights.astype(np.float64) * x * scale.repeat(32, axis=1)).reshape(-1, BLOCKS, 32).sum(axis=2)
+    terms = np.abs(weights * x * scale.repeat(32, axis=1)).reshape(-1, BLOCKS, 32).sum(axis=2)
+    expected = np.arange(len(data))[:, None] + products
+    assert (np.abs(results.products - expected) <= 1e-6 * (terms + np.arange(len(data))[:, None])).all()
+
+
+def features(qtype):
+    """What kernels know of a type besides its functions."""
+    form = FORMATS[qtype]
+    return {
+        "scales of halves": form.halves,
+        "minimum": form.minimum,
+        "minima of halves": form.minima,
+        "row header": form.row_scale is not None,
+        "super-blocks": ggml.BLOCK_SIZE[qtype] == 256,
+    }
+
+
+def test_every_feature_has_a_representative():
+    missing = unrepresented(FORMATS, [qtype for qtype in GPU_REPRESENTATIVES if qtype in FORMATS], features)
+    assert not missing, "add a type with this feature to cases.GPU_REPRESENTATIVES"
