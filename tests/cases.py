@@ -1,5 +1,6 @@
 """Inputs shared by tests and benchmarks."""
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +18,9 @@ from pymla.tensor import QTensor
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 
-#: Types for tests of whole operations: one of each structure that kernels of products have (`structure`). What differs
-#: between types of a structure are the functions that read their blocks; tests/test_cpu_formats.py and
-#: tests/test_cuda_formats.py test all of these for every type.
+#: Types for tests of whole operations. Among them is one with each value of each of their `features`, which is what the
+#: code around a type's own functions knows of it; the functions themselves are tested for every type
+#: (tests/test_cpu_formats.py, tests/test_cuda_functions.py).
 REPRESENTATIVES: tuple[int, ...] = (
     ggml.F32,
     ggml.F16,
@@ -30,10 +31,18 @@ REPRESENTATIVES: tuple[int, ...] = (
     ggml.Q6_K,
     ggml.Q2_K,
     ggml.Q4_K,
-    ggml.Q3_K,
-    ggml.IQ4_NL,
     ggml.IQ4_KS,
-    ggml.TQ2_0,
+)
+
+#: The same for the GPU, whose kernels know less, and which is simulated.
+GPU_REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.IQ4_KS,
 )
 
 #: The representatives whose products are taken on integers, and those whose products are taken in float32.
@@ -47,14 +56,31 @@ ROWS = (1, 5, 16, 33)
 TOKENS = (1, 3, 17, 65)
 
 
-def structure(qtype: int) -> tuple:
-    """The code around a type's functions in products on the CPU: a float's bytes, or the kind of its panels and whether
-    it has a zero point, minima and blocks of 256."""
+def features(qtype: int) -> dict[str, object]:
+    """What products on the CPU know of a type besides its functions."""
     form = cpu.formats.FORMATS[qtype]
-    if not form.code_bits:
-        return (form.number_bytes,)
-    panel = "bytes" if form.code_bits == 8 else "narrow"
-    return panel, form.zero_point > 0, form.minimum_each, ggml.BLOCK_SIZE[qtype] == 256
+    return {
+        "bytes of a float": form.number_bytes if qtype in ggml.FLOATS else None,
+        "bits of a panel's codes": form.code_bits,
+        "zero point": form.zero_point > 0,
+        "weights per minimum": form.minimum_each,
+        "order of activations": form.order,
+        "super-blocks": ggml.BLOCK_SIZE[qtype] == 256,
+        "row header": ggml.ROW_HEADER[qtype] > 0,
+    }
+
+
+def unrepresented(
+    qtypes: Iterable[int], representatives: Iterable[int], features: Callable[[int], dict[str, object]]
+) -> list[str]:
+    """The types that have a feature which none of the representatives has: their names and the feature."""
+    found = {feature for qtype in representatives for feature in features(qtype).items()}
+    return [
+        f"{ggml.NAME[qtype]}: {name} {value}"
+        for qtype in qtypes
+        for name, value in features(qtype).items()
+        if (name, value) not in found
+    ]
 
 
 def columns(qtype: int) -> tuple[int, ...]:

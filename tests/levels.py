@@ -16,7 +16,7 @@ def normal(*shape):
 
 
 def products():
-    """(name, result) of products with types of every structure, of few and of many tokens."""
+    """(name, result) of products with types of every feature, of few and of many tokens."""
     for qtype in REPRESENTATIVES:
         name = ggml.NAME[qtype]
         w, heads = random_qtensor(qtype, 5, 256), random_qtensor(qtype, 2, 6, 256)

@@ -5,7 +5,7 @@ import assembly
 import cpu_functions
 import numpy as np
 import pytest
-from cases import REPRESENTATIVES, as_multiplied, bytes_alike, random_bytes, random_qtensor, structure
+from cases import REPRESENTATIVES, as_multiplied, bytes_alike, features, random_bytes, random_qtensor, unrepresented
 from compare import assert_close
 
 from pymla import ggml
@@ -101,11 +101,9 @@ def test_dot_instructions_without_spills(qtype):
     assembly.check_dot_loops(cpu_functions.assembly(qtype), most=0.06 if is_decoded else 0)
 
 
-def test_every_structure_has_a_representative():
-    for what in (structure, lambda qtype: FORMATS[qtype].code_bits, lambda qtype: FORMATS[qtype].order):
-        found = set(map(what, REPRESENTATIVES))
-        missing = [ggml.NAME[qtype] for qtype in ggml.SUPPORTED if what(qtype) not in found]
-        assert not missing, "add one type of each structure to cases.REPRESENTATIVES"
+def test_every_feature_has_a_representative():
+    missing = unrepresented(ggml.SUPPORTED, REPRESENTATIVES, features)
+    assert not missing, "add a type with this feature to cases.REPRESENTATIVES"
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 4, 7, 8, 12, 13, 17])

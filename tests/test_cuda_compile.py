@@ -1,4 +1,5 @@
-"""Kernels become machine code for three generations of cards, without a GPU, and keep the figures they had.
+"""Kernels become machine code for three generations of cards, without a GPU, and keep the figures they had: those of
+some types. Products of every type need no more than registers.
 
 `tools/cuda_report.py --write` updates the table; a changed figure is looked at before it is committed.
 """
@@ -18,7 +19,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 import numpy as np
 import side_by_side
 from cuda_functions import functions
-from cuda_report import TABLE, recorded
+from cuda_report import TABLE, products, recorded
 from numba import cuda, types
 
 from pymla import ggml
@@ -33,10 +34,11 @@ F2 = types.Array(types.float32, 2, "A")
 
 
 def table():
-    """The figures of the kernels that are recorded, from a process of its own."""
+    """The figures of the kernels that are recorded, and those of every type's products for the oldest generation."""
     program = (
-        "import json, sys, cuda_report as each;"
-        "json.dump(each.report(each.CAPABILITIES, sorted(each.recorded())), sys.stdout)"
+        "import json, sys, cuda_report as each; first, *_ = every = each.CAPABILITIES;"
+        "tables = each.report(every, sorted(each.recorded())), each.report([first], sorted(each.products()));"
+        "json.dump(tables, sys.stdout)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = side_by_side.run([sys.executable, "-c", program], env=environment)
@@ -47,14 +49,15 @@ def table():
 @pytest.mark.side_by_side(run=table)
 def test_figures(beside):
     known = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    changed = sorted(name for name in beside.keys() | known.keys() if beside.get(name) != known.get(name))
+    table, _ = beside
+    changed = sorted(name for name in table.keys() | known.keys() if table.get(name) != known.get(name))
     assert not changed, f"other figures than in {TABLE.name}; see tools/cuda_report.py --write"
 
 
 @pytest.mark.side_by_side(run=table)
 def test_hot_kernels_keep_everything_in_registers(beside):
-    made = recorded()
-    for name, by_capability in beside.items():
+    made, (table, of_products) = recorded() | products(), beside
+    for name, by_capability in (*table.items(), *of_products.items()):
         if made[name].hot:
             for capability, each in by_capability.items():
                 for figure in ("spills", "float64", "divisions", "calls"):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import QUANTISED_REPRESENTATIVES, random_qtensor
+from cases import GPU_REPRESENTATIVES, random_qtensor
 from test_matrices import check_matmul
 from tested import BACKENDS
 
@@ -15,6 +15,7 @@ from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, tile_widths
 from pymla.errors import PymlaError
 
 CUDA = BACKENDS[0]
+QUANTISED = [qtype for qtype in GPU_REPRESENTATIVES if qtype in ggml.QUANTISED]
 
 
 @pytest.mark.parametrize("enough", [1, 1000])
@@ -26,7 +27,7 @@ def test_matmul_of_several_tiles(qtype, enough, monkeypatch):
     check_matmul(CUDA, random_qtensor(qtype, rows, k), CUDA.normal(tokens, k))
 
 
-@pytest.mark.parametrize("qtype", QUANTISED_REPRESENTATIVES, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", QUANTISED, ids=ggml.NAME.get)
 def test_matmul_of_long_rows(qtype):
     """More blocks than a warp reads at a time, and in tiles more slices than are in shared memory."""
     for k, many in ((1408 if qtype != ggml.Q6_K else 1536, 9), (2048, 3)):
@@ -36,7 +37,7 @@ def test_matmul_of_long_rows(qtype):
 
 @pytest.mark.parametrize(
     ("qtype", "activations"),
-    [(qtype, activations) for qtype in QUANTISED_REPRESENTATIVES for activations in tile_widths(qtype)],
+    [(qtype, activations) for qtype in QUANTISED for activations in tile_widths(qtype)],
     ids=lambda x: ggml.NAME.get(x, x),
 )
 def test_matmul_in_tiles(qtype, activations, monkeypatch):

@@ -1,4 +1,4 @@
-"""Products of weights with many columns of activations, of types of every structure, against NumPy."""
+"""Products of weights with many columns of activations, of types of every feature, against NumPy."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Products of rows of weights with the activations of one or few tokens, of types of every structure, against NumPy."""
+"""Products of rows of weights with the activations of one or few tokens, of types of every feature, against NumPy."""
 
 import numpy as np
 import pytest

@@ -31,11 +31,22 @@ def kernels():
 def recorded():
     """Those of them that the table has: of the types that tests of whole operations run over."""
     sys.path.append(str(TESTS))
-    from cases import REPRESENTATIVES
+    from cases import GPU_REPRESENTATIVES
 
     from pymla.cuda import needed
 
-    return needed.everything(REPRESENTATIVES)
+    return needed.everything(GPU_REPRESENTATIVES)
+
+
+def products():
+    """The products of every type with one and with many activations, whose registers the type's functions fill."""
+    from pymla import ggml
+    from pymla.cuda.matmul.gemm import gemm_kernel
+    from pymla.cuda.matmul.gemm_layout import NARROW
+    from pymla.cuda.matmul.gemv import gemv_kernel
+
+    made = [kernel for qtype in ggml.QUANTISED for kernel in (gemv_kernel(qtype), gemm_kernel(qtype, NARROW))]
+    return {kernel.__name__: kernel for kernel in made}
 
 
 def figures(name, capabilities):
