@@ -263,8 +263,11 @@ class Contract:
         call.array("values", values, self._abilities.expanded_floats, (length, heads, None), contiguous=True)
         return length, heads, size, values.shape[2]
 
-    def expand(self, c_kv: Array, k_pe: Array, k_b: QTensor, v_b: QTensor, sizes: Sizes) -> None:
-        """`sizes` are those of the keys and values to be made."""
+    def expand(
+        self, c_kv: Array, k_pe: Array, k_b: QTensor, v_b: QTensor, sizes: Sizes, rotated: int | None = None
+    ) -> None:
+        """`sizes` are those of the keys and values to be made; `rotated` the rotated numbers of a key, where it has a
+        place of their own for them."""
         call = self._call("expand")
         length, heads, size, v = sizes
         call.float("c_kv", c_kv, (length, None), contiguous=True)
@@ -275,6 +278,8 @@ class Contract:
         if nope + k_pe.shape[1] != size:
             wanted = f"{size - nope}, what keys have beside k_b's {nope},"
             call.refuse("k_pe", f"of {k_pe.shape[1]} numbers", wanted)
+        if rotated not in (None, k_pe.shape[1]):
+            call.refuse("k_pe", f"of {k_pe.shape[1]} numbers", f"{rotated}, as `keys_values` was told,")
 
     def expanded(self, q: Array, sizes: Sizes, positions: Array, out: Array) -> None:
         """`sizes` are those of the keys and values."""

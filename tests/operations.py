@@ -205,7 +205,7 @@ def _attention(rng, backend, s):
     yield attention.full, {"q": q, **whole, "step": step, "scale": 0.1, "out": out}
     v_b = tensor(rng, s.other, s.heads, s.v, s.rank)
     for exact in (True, False):
-        made = attention.keys_values(length, s.heads, size, s.v, exact)
+        made = attention.keys_values(length, s.heads, s.nope, s.rope, s.v, exact)
         filling = {"c_kv": floats(rng, length, s.rank), "k_pe": floats(rng, length, s.rope), "k_b": k_b, "v_b": v_b}
         yield attention.expand, {**filling, "out": made}
         attention.expand(*(on(backend, each) for each in filling.values()), made)

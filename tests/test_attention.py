@@ -121,7 +121,7 @@ def test_expanded(backend, case):
     rows = [backend.normal(length, heads, width, seed=1 + width).astype(np.float16) for width in (size, v)]
     positions = np.arange(length - tokens, length, dtype=np.int32)
     expected = expanded(q, *rows, positions, 0.2)
-    made = backend.attention.keys_values(length + 40, heads, size, v, True, backend.dtype)
+    made = backend.attention.keys_values(length + 40, heads, size - 16, 16, v, True, backend.dtype)
     for target, source in zip(made, rows, strict=True):
         whole = np.full(target.shape, np.nan, target.dtype)
         whole[:length] = source
@@ -135,7 +135,7 @@ def test_scores_of_any_height(backend):
     size = 16  # of a key, the numbers of which are all alike; powers of two that float16 holds
     heights, values = np.array([0.0, 16_384, -16_384]), backend.normal(3, 3, size).astype(np.float16)
     keys = (heights[None, :, None] + np.array([0, 16, 0])[:, None, None] + np.zeros(size)).astype(np.float16)
-    made = backend.attention.keys_values(3, 3, size, size, True, backend.dtype)
+    made = backend.attention.keys_values(3, 3, 8, size - 8, size, True, backend.dtype)
     for target, source in zip(made, (keys, values), strict=True):
         backend.memory.write(target, source.astype(target.dtype))
     q, positions = np.ones((1, 3, size), backend.dtype), np.array([2], np.int32)
@@ -145,6 +145,39 @@ def test_scores_of_any_height(backend):
     for head in range(3):  # each by itself: scores of a thousand have fewer digits behind the point
         tolerance = {"cpu": {"rtol_max": 1e-4, "reason": "float32 scores of 1024"}, "cuda": HALF}
         assert_close(actual[0, head], expected[head], **backend.tolerance(**tolerance))
+
+
+#: Numbers of a key that are not rotated, and that are, and of a value: those of tiny models, V2 and V3, GLM-4.7-Flash.
+HEAD_SIZES = [(32, 32, 32), (128, 64, 128), (192, 64, 256)]
+CODES_OF_KEYS = {"rtol_max": 0.03, "reason": "queries, keys, values and softmax weights have 8 bits"}
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@pytest.mark.parametrize("outliers", ["rotated", "other"])
+@pytest.mark.parametrize("sizes", HEAD_SIZES[:1] if SIMULATED else HEAD_SIZES, ids=str)
+def test_keys_with_a_few_large_dimensions(backend, sizes, outliers, exact):
+    """Trained models have some dimensions in which keys are far larger than in the others, and queries far smaller. The
+    scores are those of keys and queries that are all alike."""
+    (nope, rope, v), heads, rank, length, tokens = sizes, 2, 64, *((40, 9) if SIMULATED else (200, 70))
+    k_b, v_b = random_qtensor(ggml.F32, heads, nope, rank), random_qtensor(ggml.F32, heads, v, rank, seed=1)
+    c_kv, k_pe = backend.normal(length, rank), backend.normal(length, rope, seed=1)
+    q, positions = (
+        backend.normal(tokens, heads, nope + rope, seed=2),
+        np.arange(length - tokens, length, dtype=np.int32),
+    )
+    if outliers == "rotated":
+        k_pe[:, 4:8] *= 100
+        q[..., nope + 4 : nope + 8] /= 100
+    else:
+        k_b = QTensor(ggml.F32, k_b.data.copy())
+        k_b.data.view(np.float32)[:, 4:8] *= 10
+        q[..., 4:8] /= 10
+    scale = (nope + rope) ** -0.5
+    expected = expanded(q, *expand(c_kv, k_pe, k_b, v_b), positions, scale)
+    made = backend.attention.keys_values(length, heads, nope, rope, v, exact, backend.dtype)
+    backend.attention.expand(*map(backend.put, (c_kv, k_pe, k_b, v_b)), made)
+    actual = backend.result(backend.attention.expanded, q, made, positions, scale, shape=expected.shape)
+    assert_close(actual, expected, **backend.tolerance(cpu=EXACT if exact else CODES_OF_KEYS, cuda=HALF))
 
 
 #: Type of the matrices, heads, rank, numbers of a key that are not rotated and that are, of a value, tokens.
@@ -157,7 +190,7 @@ def test_expand_and_absorb(backend, case):
     qtype, heads, rank, nope, rope, v, length = case
     k_b, v_b = random_qtensor(qtype, heads, nope, rank), random_qtensor(qtype, heads, v, rank, seed=1)
     c_kv, k_pe = backend.seen(backend.normal(length, rank), qtype), backend.normal(length, rope, seed=1)
-    made = backend.attention.keys_values(length, heads, nope + rope, v, True, backend.dtype)
+    made = backend.attention.keys_values(length, heads, nope, rope, v, True, backend.dtype)
     for target in made:
         backend.memory.write(target, np.full(target.shape, np.nan, target.dtype))
     assert backend.attention.expand(*map(backend.put, (c_kv, k_pe, k_b, v_b)), made) is made

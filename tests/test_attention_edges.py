@@ -48,7 +48,7 @@ def test_no_tokens(backend, cache_type):
     k_b, v_b = random_qtensor(ggml.Q4_0, heads, 32, rank), random_qtensor(ggml.Q4_0, heads, v, rank)
     assert attention.absorb(poisoned(0, heads, 64), k_b, poisoned(0, heads, rank + 32)).shape[0] == 0
     for exact in (True, False):
-        made = attention.keys_values(0, heads, 64, v, exact)
+        made = attention.keys_values(0, heads, 32, 32, v, exact)
         assert attention.expand(poisoned(0, rank), poisoned(0, 32), k_b, v_b, made) is made
         out = attention.expanded(poisoned(0, heads, 64), made, none, 0.1, poisoned(0, heads, v))
         assert out.shape == (0, heads, v)
@@ -59,7 +59,7 @@ def test_expanded_at_positions_in_any_order(backend, exact):
     """A query sees the rows up to its own position, wherever it stands among the others."""
     heads, rank, nope, rope, v, length = 2, 64, 48, 16, 32, 300
     k_b, v_b = random_qtensor(ggml.F32, heads, nope, rank), random_qtensor(ggml.F32, heads, v, rank, seed=1)
-    made = backend.attention.keys_values(length, heads, nope + rope, v, exact)
+    made = backend.attention.keys_values(length, heads, nope, rope, v, exact)
     backend.attention.expand(normal(length, rank), normal(length, rope, seed=1), k_b, v_b, made)
     q = normal(length, heads, nope + rope, seed=2)
     ascending = np.arange(length, dtype=np.int32)

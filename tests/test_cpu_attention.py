@@ -37,7 +37,7 @@ def attended(be, length, tokens, *, qtypes=(ggml.Q4_0, ggml.Q4_0), fault=None, s
     c_kv, k_pe = normal(length, rank), normal(length, rope, seed=1)
     if fault is not None:
         c_kv[fault] = np.nan
-    kv = be.attention.expand(c_kv, k_pe, k_b, v_b, be.attention.keys_values(length, heads, nope + rope, v, exact))
+    kv = be.attention.expand(c_kv, k_pe, k_b, v_b, be.attention.keys_values(length, heads, nope, rope, v, exact))
     positions = np.arange(length - tokens, length, dtype=np.int32)
     q = normal(tokens, heads, nope + rope, seed=2)
     return be.attention.expanded(q, kv, positions, (nope + rope) ** -0.5, poisoned(tokens, heads, v))

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla.cpu.attention.codes import BLOCK_BYTES, even, quantise_codes, quantise_i16, store_panel
+from pymla.cpu.attention.codes import BLOCK_BYTES, even, quantise_codes, quantise_i16, store_i16_panel, store_panel
 from pymla.cpu.attention.splits import HEAD_GROUP
-from pymla.cpu.machine.simd import address, load_f32, store_f32, store_i32
+from pymla.cpu.machine.simd import address, store_f32, store_i32
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import helper
@@ -64,12 +64,4 @@ def take_queries(q, scale, out):
         store_f32(out.rope_scales + 4 * h, rope_scale)
     for h in range(0, HEAD_GROUP, LANES):
         store_panel(address(codes[h]), out.row_bytes, out.codes + out.row_bytes * h)
-        _store_i16_panel(address(rope_codes[h]), out.rope_bytes, out.rope + out.rope_bytes * h)
-
-
-@helper
-def _store_i16_panel(codes, row_bytes, panel):
-    """`LANES` rows of int16 codes as a panel of words of two; `codes` and `panel` are addresses."""
-    for lane in range(LANES):
-        for i in range(0, row_bytes, 4):
-            store_f32(panel + LANES * i + 4 * lane, load_f32(codes + row_bytes * lane + i))
+        store_i16_panel(address(rope_codes[h]), out.rope_bytes, out.rope + out.rope_bytes * h)

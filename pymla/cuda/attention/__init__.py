@@ -102,9 +102,11 @@ class KeysValues(NamedTuple):
     values: memory.DeviceArray
 
 
-def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
-    """Memory for the expanded keys, of `size` numbers, and values of some heads: always float16 here."""
-    return KeysValues(memory.empty((tokens, heads, size), np.float16), memory.empty((tokens, heads, v), np.float16))
+def keys_values(tokens, heads, nope, rotated, v, exact, dtype=np.float32):
+    """Memory for the expanded keys and values of some heads: always float16 here, so that a large number makes no other
+    number coarse."""
+    keys = memory.empty((tokens, heads, nope + rotated), np.float16)
+    return KeysValues(keys, memory.empty((tokens, heads, v), np.float16))
 
 
 def expand(c_kv, k_pe, k_b, v_b, out):
