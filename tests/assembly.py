@@ -19,11 +19,12 @@ def inner_loops(assembly: str) -> Iterator[list[str]]:
 
 
 def check_dot_loops(assembly: str) -> None:
-    """Fail where no loop multiplies codes, or one that does moves a vector register to the stack or from it."""
+    """Fail where no loop multiplies codes, or one that does moves a vector register to the stack. Constants may be read
+    from there: types with more of them than there are registers read them from memory anyhow."""
     dot = re.compile(rf"\s{DOTS[isa.ISA]}\s")
     loops = [lines for lines in inner_loops(assembly) if sum(bool(dot.search(line)) for line in lines) >= 4]
     assert loops, "no loop has the dot instruction"
     for lines in loops:
         # %rbp is a register as any other here.
-        spills = [line for line in lines if re.search(r"\svmov\w+\s.*\(%rsp\)", line)]
+        spills = [line for line in lines if re.search(r"\svmov\w+\s+%[xyz]mm\d+, .*\(%rsp\)", line)]
         assert not spills, "\n".join(lines)

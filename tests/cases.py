@@ -33,6 +33,7 @@ REPRESENTATIVES: tuple[int, ...] = (
     ggml.Q3_K,
     ggml.IQ4_NL,
     ggml.IQ4_KS,
+    ggml.TQ2_0,
 )
 
 #: The representatives whose products are taken on integers, and those whose products are taken in float32.

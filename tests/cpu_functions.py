@@ -24,7 +24,6 @@ from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import kernel, variants
 from pymla.tensor import QTensor
 
-
 #: Scales and minima behind the last ones that `unpack` may write: those of four blocks at a time.
 SPARE = 6
 

@@ -49,6 +49,14 @@ def test_matmul_in_tiles(qtype, activations, monkeypatch):
     check_matmul(CUDA, w, CUDA.normal(activations + 2, k))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("qtype", [ggml.MXFP4, ggml.NVFP4, ggml.Q1_0, ggml.IQ2_BN, ggml.Q8_KV], ids=ggml.NAME.get)
+def test_matmul_of_other_blocks(qtype, tokens):
+    """Blocks of 17 bytes, which begin at any byte; of 64 and 128 weights; behind headers of 4 and 8 bytes."""
+    columns = 3 * max(32, ggml.BLOCK_SIZE[qtype])
+    check_matmul(CUDA, random_qtensor(qtype, 5, columns), CUDA.normal(tokens, columns))
+
+
 @pytest.mark.parametrize("fault", [np.nan, np.inf])
 def test_a_fault_shows_in_its_token(fault):
     x = CUDA.normal(10, 64)

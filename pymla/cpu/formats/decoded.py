@@ -35,7 +35,7 @@ from pymla.cpu.machine.simd import (
     totals,
 )
 from pymla.cpu.machine.simd_512 import spread_pairs
-from pymla.cpu.machine.simd_bytes import dot_i8, to_f32, zero_i32x8
+from pymla.cpu.machine.simd_bytes import dot_i8, dot_i16, load_i16x16, to_f32, zero_i32x8
 from pymla.cpu.machine.simd_decoded import (
     add_i8,
     dot_signed_codes,
@@ -51,6 +51,8 @@ from pymla.cpu.machine.simd_decoded import (
     spread_16,
     spread_32,
     store_f32x16,
+    times_integers,
+    twice_in_quarters,
 )
 from pymla.cpu.machine.simd_panels import finish8, load_columns, panel_rows
 from pymla.cpu.machine.simd_words import zero_words
@@ -62,6 +64,18 @@ from pymla.cpu.runtime.isa import AMX, LANES, VNNI
 REGISTER, REGISTERS = 4 * LANES, 64 // LANES
 #: Scratch memory of `unpack`: for each row of a panel the codes of 256 columns, then their scales and minima, float32.
 ROW_SCALES, ROW_MINIMA = 256, 256 + 64
+
+#: The largest of unsigned codes of which sums of eight products with activations fit an int16.
+MOST_OF_INTEGERS = 32767 // (8 * 127)
+
+
+class Integers(NamedTuple):
+    """Scales of sixteen blocks of 16 that are integers times a number, for sums of few small codes."""
+
+    load_scales: Callable  # (address): sixteen int16
+    load_unit: Callable  # (address): the number that they are multiples of, in eight lanes
+    load_minima: Callable | None = None  # the same for what is taken off
+    load_minimum_unit: Callable | None = None
 
 
 class Decoder(NamedTuple):
@@ -87,6 +101,8 @@ class Decoder(NamedTuple):
     #: weights, of 128 weights in the order `FOURS`.
     load_eights: Callable | None = None
     load_fours: Callable | None = None
+    #: Then also, where products of eight codes and of activations fit an int16, integer scales.
+    integers: Integers | None = None
 
 
 def offset_of(lowest, highest, each):
@@ -223,7 +239,13 @@ def _needs_sums(decoder):
 
 def _inputs_for(decoder):
     """Make a function that loads the scales of 256 activations, and the sums of those of each small block."""
-    if decoder.each == 32:
+    if decoder.integers is not None:
+
+        @inlined
+        def inputs(scale, sums, sum16):
+            return load_f32x8(scale), load_i16x16(sum16)
+
+    elif decoder.each == 32:
 
         @inlined
         def inputs(scale, sums, sum16):
@@ -242,7 +264,7 @@ def _inputs_for(decoder):
 def _begin_for(decoder):
     """Make a function that gives the sums to begin with: of products, and of minima or offsets."""
     zero = np.float32(0)
-    if decoder.each == 32:
+    if decoder.each == 32 or decoder.integers is not None:
 
         @inlined
         def begin():
@@ -260,7 +282,9 @@ def _begin_for(decoder):
 def _finish_for(decoder):
     """Make a function that gives eight numbers whose sum is the result."""
     factor, needs_sums = np.float32(1 if decoder.load_minima else -decoder.offset), _needs_sums(decoder)
-    if decoder.each == 32:
+    if decoder.integers is not None and decoder.load_minima is not None:
+        factor = np.float32(-1)  # integers are what is taken off
+    if decoder.each == 32 or decoder.integers is not None:
 
         @inlined
         def finish(acc):
@@ -281,6 +305,8 @@ def _finish_for(decoder):
 
 def _add_256_for(decoder):
     """Make a function that adds the products of 256 weights of a row."""
+    if decoder.integers is not None:
+        return _add_integers_for(decoder)
     load_scales, load_minima = decoder.load_scales, decoder.load_minima or _no_minima
     has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
     nbytes, add_products = format_bytes(decoder.qtype), _add_products_for(decoder)
@@ -350,6 +376,33 @@ def _add_eights_for(decoder):
         return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
 
     return add_products
+
+
+def _add_integers_for(decoder):
+    """`_add_256_for` of types whose small blocks have integer scales, in registers of the order `EIGHTS`."""
+    load_eights, nbytes = decoder.load_eights, format_bytes(decoder.qtype)
+    load_scales, load_unit, load_minima, load_minimum_unit = decoder.integers
+    has_minima, needs_sums = load_minima is not None, _needs_sums(decoder)
+    load_minima, load_minimum_unit = load_minima or load_scales, load_minimum_unit or load_unit
+
+    @inlined
+    def add_256(row, address, codes, x, acc):
+        fetch_ahead(address, nbytes)
+        s, sum16 = x
+        products, sums = acc
+        scales, factor = load_scales(address), mul(load_unit(address), s)
+        if has_minima:
+            sums = fma(to_f32(dot_i16(load_minima(address), sum16)), mul(load_minimum_unit(address), s), sums)
+        elif needs_sums:
+            sums = fma(to_f32(dot_i16(scales, sum16)), factor, sums)
+        first = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
+        first = dot_unsigned(first, load_eights(address, 2), load_i8xL(codes + 128))
+        second = dot_unsigned(zero_words(), load_eights(address, 1), load_i8xL(codes + 64))
+        second = dot_unsigned(second, load_eights(address, 3), load_i8xL(codes + 192))
+        dots = times_integers(first, second, scales)
+        return fma(finish8(dots), twice_in_quarters(factor), products), sums
+
+    return add_256
 
 
 @inlined

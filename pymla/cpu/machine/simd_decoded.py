@@ -9,12 +9,15 @@ from pymla.cpu.machine.intrinsics import (
     I16,
     LITERAL,
     constant,
+    declare,
     dpbusd,
     elementwise,
     f32x8,
     f32x16,
     f32xL,
     i8xL,
+    i16x16,
+    i32x16,
     i32xL,
     ir_type,
     operation,
@@ -87,6 +90,38 @@ def halves_of_blocks(scales, half):
     """Of the scales of sixteen blocks of 16 every second one, the first or, with `half` 1 (a literal), the second of
     the halves of eight blocks of 32, each in two lanes (vpermps)."""
     return np.repeat(scales[half::2], 2)
+
+
+def _times_integers(builder, first, second, integers):
+    words = ir.VectorType(I16, 32)
+    pack = declare(builder, "llvm.x86.avx512.packssdw.512", words, [first.type] * 2)
+    multiply = declare(builder, "llvm.x86.avx512.pmaddw.d.512", first.type, [words] * 2)
+    order = [4 * lane + each for lane in range(4) for each in (0, 0, 2, 2, 1, 1, 3, 3)]
+    scales = shuffle(builder, integers, integers, order)
+    return builder.call(multiply, [builder.call(pack, [first, second]), scales])
+
+
+@operation(i32x16, i32x16, i32x16, i16x16, emit=_times_integers)
+def times_integers(first, second, integers):
+    """Products of eight blocks of 32 times the integer scales of their halves.
+
+    Two lanes of `first` belong to each block, with products of its first sixteen codes, and two of `second`; none of
+    them is over 32767. A quarter of the result has those of a block, of the next one, and of both second halves
+    (vpackssdw, vpmaddwd).
+    """
+    scales = integers.reshape(4, 2, 2).astype(np.int32)
+    both = np.stack([each.reshape(4, 2, 2).sum(axis=2) for each in (first, second)], axis=2)
+    return (both * scales).transpose(0, 2, 1).reshape(-1)
+
+
+def _twice_in_quarters(builder, x):
+    return shuffle(builder, x, x, [i // 4 * 2 + i % 2 for i in range(16)])
+
+
+@operation(f32x16, f32x8, emit=_twice_in_quarters)
+def twice_in_quarters(x):
+    """Of eight float32 two in each quarter of sixteen lanes, twice (vpermps)."""
+    return x.reshape(4, 1, 2).repeat(2, axis=1).reshape(-1)
 
 
 def _load_f32x8_pairs(builder, address):
