@@ -2,8 +2,8 @@
 
 Tables of up to 32 are looked up in registers. A ``prmt`` picks four of eight bytes. Of longer tables every eight are
 looked up with the low three bits of the codes, and the others choose among the results, two at a time. With 64 levels
-that would be 15 ``prmt`` for four codes, and as many moves of the table's words. Four loads and three ``prmt`` are fewer
-(a gemv has 21 % fewer instructions); all of the table is in one line of the first cache.
+that would be 15 ``prmt`` for four codes, and as many moves of the table's words. Four loads and three ``prmt`` are less
+(a gemv has 21 % fewer instructions); the table is one line of the first cache.
 """
 
 import functools
