@@ -2,9 +2,9 @@
 
 A type is one set of functions (`Format`, `FloatFormat`). Kernels take the set from the table here when they are made,
 and know nothing else of a type. Types whose blocks are bit planes are made from their layouts (`planes`). Other modules
-hold a family each: types with codebooks (`iq_quants`), ternary digits (`ternary`) and generators (`ik_trellis`), two more
-of ik_llama.cpp (`ik_quants`), and types whose planes are read by functions of their own (`legacy`, `k_quants`). They
-share loads from both memories (`loads`), scales and minima (`numbers`), and tables of levels (`levels`).
+hold a family each: types with codebooks (`iq_quants`), ternary digits (`ternary`) and generators (`ik_trellis`), two
+more of ik_llama.cpp (`ik_quants`), and types whose planes are read by functions of their own (`legacy`, `k_quants`).
+They share loads from both memories (`loads`), scales and minima (`numbers`), and tables of levels (`levels`).
 
 Kernels of products copy a *run* of blocks to shared memory (`pymla.cuda.formats.runs`) and read whole blocks of 32
 weights there. Kernels that read few blocks take *pieces* of them from global memory: four neighbouring lanes share 32
