@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pymla.errors import PymlaError
-from pymla.ik_types import IK_LAYOUTS, Layout
+from pymla.ik_types import IK_LAYOUTS, IQ1_M_ROWS, Layout
 
 _NEWER_THAN_GGUF_0_17 = (
     Layout(39, "MXFP4", 32, 17),
@@ -23,6 +23,7 @@ _LAYOUTS = (
     *_NEWER_THAN_GGUF_0_17,
     *(Layout(int(t), t.name, *GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType),
     *IK_LAYOUTS,
+    IQ1_M_ROWS,
 )
 
 NAME = {each.qtype: each.name for each in _LAYOUTS}
@@ -83,6 +84,8 @@ IQ4_KT = 155
 IQ3_KS = 156
 IQ2_KL = 157
 IQ1_KT = 158
+# Of no file: rows of IQ1_M_R4 by themselves.
+IQ1_M_R1 = -229
 # Of ik_llama.cpp, with the blocks of several rows together.
 Q4_0_R8 = 202
 Q5_0_R4 = 206
@@ -124,6 +127,7 @@ FLOATS = (F32, F16, BF16)
 SUPPORTED = (
     *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_K),
     *(Q2_K, Q3_K, Q4_K, Q5_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ2_0, Q1_0, Q2_0),
+    *(IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S),
     *(Q6_0, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, Q8_KV, IQ2_BN),
 )
 
@@ -154,6 +158,7 @@ _SCALES = {
     Q3_K: Scales(first=108),
     Q6_K: Scales(first=208),
     IQ1_M: Scales("nibbles", first=48),
+    IQ1_M_R1: Scales(first=56),
     TQ1_0: Scales(first=52),
     TQ2_0: Scales(first=64),
     MXFP4: Scales("e8m0"),
@@ -162,9 +167,14 @@ _SCALES = {
 }
 
 
-#: The plain types that interleaved rows become when they are loaded (`pymla.reference.formats.plain_rows`).
+#: The plain types that interleaved rows become when they are loaded (`pymla.models.interleaved`).
 PLAIN = {each.qtype: ID[each.name.rpartition("_")[0]] for each in _LAYOUTS if each.rows_together > 1}
-PLAIN |= {Q8_K_R8: Q8_0, Q8_K_R16: Q8_0}
+PLAIN |= {Q8_K_R8: Q8_0, Q8_K_R16: Q8_0, IQ1_M_R4: IQ1_M_R1}
+
+
+def plain_type(qtype: int) -> int:
+    """The type as which weights of a file are loaded: another one where rows lie together."""
+    return PLAIN.get(qtype, qtype)
 
 
 def _scales(each: Layout) -> Scales:

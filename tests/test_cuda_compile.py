@@ -6,6 +6,7 @@
 import importlib.util
 import json
 import os
+import sys
 
 import pytest
 
@@ -15,8 +16,9 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 import numpy as np
+import side_by_side
 from cuda_functions import functions
-from cuda_report import CAPABILITIES, TABLE, recorded, report
+from cuda_report import TABLE, recorded
 from numba import cuda, types
 
 from pymla import ggml
@@ -30,20 +32,30 @@ F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "A")
 
 
-@pytest.fixture(scope="module")
 def table():
-    return report(CAPABILITIES, sorted(recorded()))
+    """The figures of the kernels that are recorded, from a process of its own."""
+    program = (
+        "import json, sys, cuda_report as each;"
+        "json.dump(each.report(each.CAPABILITIES, sorted(each.recorded())), sys.stdout)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = side_by_side.run([sys.executable, "-c", program], env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_figures(table):
+@pytest.mark.side_by_side(run=table)
+def test_figures(beside):
     known = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    changed = sorted(name for name in table.keys() | known.keys() if table.get(name) != known.get(name))
+    changed = sorted(name for name in beside.keys() | known.keys() if beside.get(name) != known.get(name))
     assert not changed, f"other figures than in {TABLE.name}; see tools/cuda_report.py --write"
 
 
-def test_hot_kernels_keep_everything_in_registers(table):
-    for name, by_capability in table.items():
-        if KERNELS[name].hot:
+@pytest.mark.side_by_side(run=table)
+def test_hot_kernels_keep_everything_in_registers(beside):
+    made = recorded()
+    for name, by_capability in beside.items():
+        if made[name].hot:
             for capability, each in by_capability.items():
                 for figure in ("spills", "float64", "divisions", "calls"):
                     assert each[figure] == 0, (name, capability, figure)

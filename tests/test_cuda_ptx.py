@@ -14,6 +14,8 @@ from numba import cuda, types
 from pymla.cuda import available, describe, memory
 from pymla.cuda.graph import Graph
 from pymla.cuda.machine import ptx
+from pymla.cuda.machine.ptx import warps
+from pymla.cuda.machine.ptx.instruction import word_of
 from pymla.cuda.runtime.jit import KERNELS, device, kernel
 from pymla.errors import PymlaError
 
@@ -319,6 +321,22 @@ def test_reductions():
     np.testing.assert_array_equal(actual, np.repeat(values.reshape(8, 4).max(1), 4))
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32])
+def test_reductions_are_those_by_shuffles(width):
+    """The functions that are compiled give the bits that the simulator's give."""
+    floats, values = RNG.standard_normal(32).astype(np.float32), random_words(32)
+    for together, by_shuffles in (
+        (ptx.group_sum, warps.sum_by_shuffles),
+        (ptx.group_max, warps.max_by_shuffles),
+    ):
+        actual = of_warp(lambda x, reduce=together: reduce(x, width), floats, dtype=np.float32)
+        expected = of_warp(lambda x, reduce=by_shuffles: reduce(x, width), floats, dtype=np.float32)
+        np.testing.assert_array_equal(actual, expected)
+        actual = of_warp(lambda x, reduce=together: word_of(reduce(x, width)), values)
+        expected = of_warp(lambda x, reduce=by_shuffles: word_of(reduce(x, width)), values)
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_ballot_and_lane():
     ballots = of_warp(lambda x: ptx.ballot(x % 3 == 0), np.arange(32))[:, 0]
     assert set(ballots.view(np.uint32)) == {sum(1 << i for i in range(0, 32, 3))}
@@ -351,7 +369,7 @@ def test_diverged_warps_are_errors():
         if cuda.threadIdx.x != 7:
             ptx.warp_sum(1)
 
-    with pytest.raises(RuntimeError, match="0–6, 8–31 wait in shfl_xor; 7 have ended"):
+    with pytest.raises(RuntimeError, match="0–6, 8–31 wait in group_sum; 7 have ended"):
         run_kernel(ends_early, (), 32)
 
     def differs():
@@ -360,7 +378,7 @@ def test_diverged_warps_are_errors():
         else:
             ptx.syncwarp()
 
-    with pytest.raises(RuntimeError, match="comes to syncwarp, and lanes 0–15 of its warp wait in shfl_xor"):
+    with pytest.raises(RuntimeError, match="comes to syncwarp, and lanes 0–15 of its warp wait in group_sum"):
         run_kernel(differs, (), 32)
     with pytest.raises(RuntimeError, match="whole warps"):
         run_kernel(lambda: ptx.syncwarp(), (), 48)

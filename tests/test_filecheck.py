@@ -324,7 +324,7 @@ def test_types_that_are_not_run_are_told_once_each(sound, changed, refused):
     tensors = {n: (data, kind, shape) for n, data, kind in zip(names, sizes, kinds, strict=True)}
     # A tensor that the model does not use may be of any type.
     tensors["other.weight"] = tensors[names[0]]
-    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type I8", "it runs F32")
+    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type I8", "runs F32")
     assert [problem.split(", which")[0] for problem in problems] == [
         "tensor blk.0.attn_output.weight has type I8",
         "tensor blk.2.attn_output.weight has type I16",

@@ -140,6 +140,20 @@ def test_type_that_is_not_run(tiny, tmp_path):
     assert found["memory"] is not None
 
 
+def test_interleaved_type(tmp_path):
+    path = make_model(tmp_path / "m.gguf", "tiny", qtype="q8_0_r8")
+    text = output(path)
+    assert "Not run" not in text
+    assert "Q8_0_R8 (loaded as Q8_0)" in text
+    assert "plain copies of interleaved weights" in text
+    assert "plain copies" not in output(make_model(tmp_path / "plain.gguf", "tiny", qtype="q8_0"))
+    found = json.loads(output(path, "--json"))
+    entry = next(entry for entry in found["types"] if entry["type"] == "Q8_0_R8")
+    assert entry["loaded_as"] == "Q8_0"
+    assert found["memory"]["plain"] == entry["bytes"]
+    assert found["memory"]["weights"] + entry["bytes"] == path.stat().st_size
+
+
 def test_missing_tensor(tiny, tmp_path):
     path = tmp_path / "renamed.gguf"
     path.write_bytes(

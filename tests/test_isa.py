@@ -47,20 +47,13 @@ FILES = (
 
 def run(level):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference]", *FILES]
-    environment = os.environ | {"PYMLA_ISA": level}
-    return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def runs(request):
-    with side_by_side.started(request, "test_other_levels", run) as found:
-        yield found
+    return side_by_side.run(command, cwd=HERE, env=os.environ | {"PYMLA_ISA": level})
 
 
 @pytest.mark.parametrize("level", [level for level in isa.levels() if level != isa.ISA])
-def test_other_levels(level, runs):
-    result = runs[level].result()
-    assert result.returncode == 0, result.stdout[-3000:]
+@pytest.mark.side_by_side(run=run)
+def test_other_levels(level, beside):
+    assert beside.returncode == 0, beside.stdout[-3000:]
 
 
 def test_inner_loops_are_found():

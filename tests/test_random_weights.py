@@ -35,7 +35,7 @@ def test_mean_and_deviation(qtype, std):
 @every_type
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_extreme_codes_occur(qtype):
-    if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS:
+    if ggml.plain_type(qtype) in ggml.FLOATS:
         return
     kind, drawn = blocks_of_rows(rows_of(qtype, 64, 4096), qtype)
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def test_extreme_codes_occur(qtype):
     lowest, highest = int(possible.min()), int(possible.max())
     if lowest == -128:
         lowest = -127
-    if ggml.PLAIN.get(qtype, qtype) == ggml.IQ2_BN:
+    if ggml.plain_type(qtype) == ggml.IQ2_BN:
         highest = 1
     if ggml.NAME[qtype].endswith("_KT"):  # extremes of a trellis are rare
         assert codes.min() < 0.9 * lowest

@@ -42,7 +42,7 @@ def tensor(qtype, *shape):
     """Random weights, none of them zero, that can be written to."""
     shape = (*shape[:-2], shape[-2] * ggml.ROWS_TOGETHER[qtype], shape[-1])
     data = random_qtensor(qtype, *shape).data.reshape(-1).copy()
-    if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS:
+    if ggml.plain_type(qtype) in ggml.FLOATS:
         data = np.maximum(data, 1)
     return TensorInfo("t", qtype, shape, data, Path("t.gguf"))
 

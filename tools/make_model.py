@@ -26,7 +26,7 @@ from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = (*FORMATS, *INTERLEAVED)
+QTYPES = tuple(qtype for qtype in (*FORMATS, *INTERLEAVED) if qtype != ggml.IQ1_M_R1)  # which no file has
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
@@ -122,7 +122,7 @@ def _named_mix(name: str) -> Mix:
 
 def _uniform(shape: Shape, qtype: int, output_type: int | str | None) -> Mix:
     if output_type is None:
-        output_type = qtype if ggml.PLAIN.get(qtype, qtype) in ggml.FLOATS else ggml.Q6_K
+        output_type = qtype if ggml.plain_type(qtype) in ggml.FLOATS else ggml.Q6_K
     # k_b holds the weights of kv_b in every layout.
     k_type = fitting_type(qtype, (shape.kv_lora_rank, shape.qk_nope_head_dim))
     return uniform(qtype, _type_id(output_type), k_type if ggml.NAME[k_type] in QUANTISERS else ggml.Q8_0)
@@ -203,7 +203,10 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
 
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
-    yield matrix("token_embd.weight", s.vocab_size, hidden, std=1.0)
+    # Neither engine looks up rows that lie together with others.
+    embedding = rows_apart(types.type_of("token_embd.weight", s.num_hidden_layers))
+    embedding = fitting_type(embedding, (s.vocab_size, hidden))
+    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=embedding, std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden)
@@ -257,12 +260,18 @@ _FALLBACKS = {
 }
 
 
+def rows_apart(qtype: int) -> int:
+    """The type of files nearest to an interleaved one, and any other type itself."""
+    plain = ggml.plain_type(qtype)
+    return ggml.IQ1_M if plain == ggml.IQ1_M_R1 else plain
+
+
 def fitting_type(qtype: int, shape: Sequence[int]) -> int:
     """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
     rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
     rows = shape[-2] if len(shape) > 1 else 1
     if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
-        qtype = ggml.PLAIN.get(qtype, qtype)
+        qtype = rows_apart(qtype)
     for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
         if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate

@@ -63,7 +63,7 @@ def random_blocks(seed: int, name: str, shape: Sequence[int], qtype: int, std: f
     step = max(1, CHUNK_BYTES // unit)
     for start in range(0, units, step):
         count = min(step, units - start)
-        plain = ggml.PLAIN.get(qtype, qtype)
+        plain = ggml.plain_type(qtype)
         if plain in ggml.FLOATS:
             yield _floats(bits, count * unit, plain, std)
         else:
@@ -111,7 +111,7 @@ def _set_scales(units: np.ndarray, qtype: int, std: float) -> np.ndarray:
 
 
 def _has_minima(qtype: int) -> bool:
-    scales = ggml.SCALES[ggml.PLAIN.get(qtype, qtype)]
+    scales = ggml.SCALES[ggml.plain_type(qtype)]
     return (scales.kind, scales.numbers) == ("f16", 2)
 
 

@@ -19,7 +19,7 @@ from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, find, model_tensors
+from pymla.models.tensors import TensorSpec, find, is_run, model_tensors
 from pymla.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -151,7 +151,7 @@ def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], li
             tensors.append((spec, find(file, spec)))
         except PymlaError as error:
             problems.append(error)
-            if info and info.qtype not in ggml.SUPPORTED:
+            if info and not is_run(info.qtype):
                 types.add(info.qtype)
     return tensors, problems
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import COLUMNS, EIGHTS
 from pymla.cpu.formats.panels import DECODED_ROW, store_columns, store_columns_twice
+from pymla.cpu.machine.orders import COLUMNS, EIGHTS
 from pymla.cpu.machine.simd import (
     add,
     bytes_to_f32,
@@ -34,15 +34,13 @@ from pymla.cpu.machine.simd import (
     total,
     totals,
 )
-from pymla.cpu.machine.simd_512 import spread_pairs
+from pymla.cpu.machine.simd_512 import halve, halves_of_blocks, spread_pairs, times_integers, twice_in_quarters
 from pymla.cpu.machine.simd_bytes import dot_i8, dot_i16, load_i16x16, to_f32, zero_i32x8
 from pymla.cpu.machine.simd_decoded import (
     add_i8,
     dot_signed_codes,
     dot_unsigned,
-    folded,
     folded_products,
-    halves_of_blocks,
     load_f32x8_pairs,
     load_i16_as_f32,
     no_sums_16,
@@ -51,8 +49,6 @@ from pymla.cpu.machine.simd_decoded import (
     spread_16,
     spread_32,
     store_f32x16,
-    times_integers,
-    twice_in_quarters,
 )
 from pymla.cpu.machine.simd_panels import finish8, load_columns, panel_rows
 from pymla.cpu.machine.simd_words import zero_words
@@ -298,7 +294,7 @@ def _finish_for(decoder):
         def finish(acc):
             products, sums = acc
             products = folded_products(products)
-            return fma(folded(sums), splat_f32(factor), products) if needs_sums else products
+            return fma(halve(sums), splat_f32(factor), products) if needs_sums else products
 
     return finish
 

@@ -3,7 +3,7 @@
 from pymla import ggml
 from pymla.cpu.formats.decoded import MOST_OF_INTEGERS, Decoder, Integers, format_of, offset_of
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS, FOURS
+from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd_planes import (
     load_codes_32_for,
     load_codes_for,

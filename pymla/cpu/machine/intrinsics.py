@@ -26,7 +26,7 @@ class Vector(types.Type):
         super().__init__(name=f"{element}x{count}")
 
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 _ELEMENT = {"i8": I8, "i16": I16, "i32": I32, "f32": F32}
 

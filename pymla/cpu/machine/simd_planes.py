@@ -9,7 +9,6 @@ from llvmlite import ir
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.formats.orders import COLUMNS, EIGHTS, FOURS
 from pymla.cpu.machine.intrinsics import (
     F16,
     F32,
@@ -32,6 +31,7 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes, read_number
+from pymla.cpu.machine.orders import COLUMNS, FOURS, columns_of
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import ISA, LANES, PYTHON
 from pymla.planes import E4M3, E8M0, HALF, K_MINIMA, K_SCALES, ROW_FLOAT, ROW_HALF, Places, Plane
@@ -201,15 +201,6 @@ def _numbers(planes, blocks, columns):
             byte, shift = plane.place(column)
             result[i] |= (blocks[block, byte] >> shift & ((1 << plane.bits) - 1)) << plane.shift
     return result
-
-
-def columns_of(order, r):
-    """The columns whose codes are in the r-th register of an order (`pymla.cpu.formats.orders`)."""
-    if order == EIGHTS:
-        return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
-    if order == FOURS:
-        return [32 * (i // 16) + 16 * r + i % 16 for i in range(64)]
-    return [REGISTER_BYTES * r + i for i in range(REGISTER_BYTES)]
 
 
 def load_codes_for(qtype, layout, offset, order=COLUMNS):
@@ -446,8 +437,8 @@ def _half_e8m0(builder, codes):
 
 
 def _half_e4m3(builder, codes):
-    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other bytes
-    counts for nothing."""
+    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other
+    bytes counts for nothing."""
     seven = builder.and_(codes, _like(codes, 127))
     bits = builder.add(builder.shl(seven, _like(codes, 20)), _like(codes, 119 << 23))
     number = builder.bitcast(bits, _floats_like(codes))

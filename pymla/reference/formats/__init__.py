@@ -8,6 +8,8 @@ In some of its types a row begins with a header, `ggml.ROW_HEADER` bytes. A `For
 the header of its row in front.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pymla import ggml
@@ -32,9 +34,14 @@ __all__ = [
     "Codes",
     "Format",
     "Interleaved",
+    "Unit",
     "blocks_of_rows",
     "dequantise_rows",
+    "plain_blocks",
+    "plain_rows",
     "split_rows",
+    "unit_of",
+    "write_headers",
 ]
 
 FORMATS: dict[int, Format] = {
@@ -85,6 +92,7 @@ FORMATS: dict[int, Format] = {
     ggml.IQ4_KT: ik_trellis.IQ4_KT,
     ggml.IQ1_BN: ik_bitnet.IQ1_BN,
     ggml.IQ2_BN: ik_bitnet.IQ2_BN,
+    ggml.IQ1_M_R1: iq_quants.IQ1_M_R1,
 }
 
 INTERLEAVED: dict[int, Interleaved] = {
@@ -161,3 +169,82 @@ def split_rows(data: np.ndarray, qtype: int) -> np.ndarray:
     blocks = INTERLEAVED[qtype].split(np.ascontiguousarray(mixed).reshape(groups * count, together * nbytes))
     rows = blocks.reshape(groups, count, together, nbytes).swapaxes(1, 2).reshape(len(data), count * nbytes)
     return np.concatenate([heads.reshape(len(data), header), rows], axis=-1)
+
+
+def plain_rows(data: np.ndarray, qtype: int) -> np.ndarray:
+    """Rows of an interleaved type as rows of ``ggml.PLAIN[qtype]`` with the same weights, bit for bit.
+
+    Parameters
+    ----------
+    data : uint8 array (rows, row_bytes)
+        A multiple of the type's rows. Columns are a multiple of the plain type's block.
+    qtype : int
+        A type of `INTERLEAVED`.
+
+    Returns
+    -------
+    uint8 array (rows, row_bytes of the plain type)
+    """
+    together, header, plain = ggml.ROWS_TOGETHER[qtype], ggml.ROW_HEADER[qtype], ggml.PLAIN[qtype]
+    unit = unit_of(qtype)
+    groups, units = len(data) // together, ggml.columns(qtype, data.shape[1]) // unit.weights
+    whole = np.ascontiguousarray(data).reshape(groups, together * data.shape[1])
+    heads, mixed = whole[:, : together * header], whole[:, together * header :]
+    blocks = plain_blocks(np.ascontiguousarray(mixed).reshape(groups * units, unit.mixed_bytes), qtype)
+    rows = np.empty((len(data), ggml.row_bytes(plain, units * unit.weights)), np.uint8)
+    by_group = blocks.reshape(groups, units, together, unit.plain_bytes).swapaxes(1, 2)
+    rows[:, ggml.ROW_HEADER[plain] :] = by_group.reshape(len(data), units * unit.plain_bytes)
+    write_headers(rows, heads.reshape(len(data), header), qtype)
+    return rows
+
+
+class Unit(NamedTuple):
+    """The smallest part of interleaved rows that is a part of plain ones."""
+
+    weights: int  # of a row
+    mixed_bytes: int  # of all rows that lie together
+    plain_bytes: int  # of a row
+
+
+def unit_of(qtype: int) -> Unit:
+    """The unit of a type of `INTERLEAVED`."""
+    plain = ggml.PLAIN[qtype]
+    weights = max(ggml.BLOCK_SIZE[qtype], ggml.BLOCK_SIZE[plain])
+    mixed = weights // ggml.BLOCK_SIZE[qtype] * ggml.ROWS_TOGETHER[qtype] * ggml.BLOCK_BYTES[qtype]
+    return Unit(weights, mixed, weights // ggml.BLOCK_SIZE[plain] * ggml.BLOCK_BYTES[plain])
+
+
+def plain_blocks(mixed: np.ndarray, qtype: int) -> np.ndarray:
+    """Units of an interleaved type, uint8 (n, mixed_bytes), as blocks of its plain type: (n, rows, plain_bytes).
+
+    Bytes that the header of a row knows are zero (`write_headers`).
+    """
+    each, together, nbytes = INTERLEAVED[qtype], ggml.ROWS_TOGETHER[qtype], ggml.BLOCK_BYTES[qtype]
+    n, count = len(mixed), mixed.shape[1] // (together * nbytes)
+    blocks = each.split(mixed.reshape(n * count, together * nbytes)).reshape(n, count, together, nbytes)
+    rows = blocks.swapaxes(1, 2).reshape(n * together, count * nbytes)
+    if each.join:
+        rows = each.join(rows)
+    return rows.reshape(n, together, rows.shape[1])
+
+
+def write_headers(rows: np.ndarray, heads: np.ndarray, qtype: int) -> None:
+    """Put the headers of interleaved rows where their plain type has them.
+
+    Parameters
+    ----------
+    rows : uint8 array (n, row_bytes of the plain type)
+        Written to.
+    heads : uint8 array (n, header)
+    qtype : int
+        A type of `INTERLEAVED`.
+    """
+    plain, header = ggml.PLAIN[qtype], heads.shape[1]
+    if ggml.ROW_HEADER[plain]:
+        rows[:, :header] = heads
+    elif header:  # a half, which every block of the plain type has
+        at, nbytes = ggml.SCALES[plain].first, ggml.BLOCK_BYTES[plain]
+        rows.reshape(len(rows), rows.shape[1] // nbytes, nbytes)[:, :, at : at + header] = heads[:, None]
+    if plain == ggml.Q8_KV:
+        sums = rows[:, 8:].view(np.int8).sum(axis=1, dtype=np.int32)
+        rows[:, 4:8] = sums[:, None].view(np.uint8)

@@ -103,6 +103,13 @@ def _iq1_m(blocks: np.ndarray) -> Codes:
     return coded(EIGHTH * scales, shifted_vectors(blocks[:, :32] | (high & 7) << 8, high >> 3 == 1))
 
 
+def _iq1_m_r1(blocks: np.ndarray) -> Codes:
+    """IQ1_M with scales that are nibbles: no type of files, but the rows of ik_llama.cpp's IQ1_M_R4."""
+    high = fields(blocks[:, 32:48], 4).astype(np.uint16)
+    scales = load_half(blocks, 56) * fields(blocks[:, 48:56], 4).astype(np.float32)
+    return coded(EIGHTH * scales, shifted_vectors(blocks[:, :32] | (high & 7) << 8, high >> 3 == 1))
+
+
 def _iq4_nl(blocks: np.ndarray) -> Codes:
     return coded(load_half(blocks, 0), IQ4_VALUES[planes(blocks[:, 2:], 4)])
 
@@ -115,6 +122,7 @@ def _iq4_xs(blocks: np.ndarray) -> Codes:
 
 IQ1_S = format_of_codes(_iq1_s)
 IQ1_M = format_of_codes(_iq1_m)
+IQ1_M_R1 = format_of_codes(_iq1_m_r1)
 IQ2_XXS = format_of_codes(_iq2_xxs)
 IQ2_XS = format_of_codes(_iq2_xs)
 IQ2_S = format_of_codes(_iq2_s)

@@ -1,0 +1,30 @@
+"""Types whose codes come in vectors (`pymla.vectors`) for kernels."""
+
+from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
+from pymla.cpu.formats.format import Format
+from pymla.cpu.machine.orders import EIGHTS
+from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
+from pymla.cpu.machine.simd_vectors import load_codes_32_for, load_codes_for
+from pymla.cpu.runtime.isa import LANES
+from pymla.vectors import VECTORS
+
+
+def format_of_vectors(qtype: int) -> Format:
+    """The row of `FORMATS` of a type of ``vectors.VECTORS``."""
+    vectors = VECTORS[qtype]
+    layout, highest = vectors.layout, vectors.highest
+    offset = offset_of(-highest, highest, layout.each)
+    return format_of(
+        Decoder(
+            qtype,
+            layout.each,
+            -highest,
+            highest,
+            offset,
+            load_codes_for(qtype, vectors, offset),
+            load_codes_32_for(qtype, vectors),
+            load_scales_for(qtype, layout),
+            load_scale_for(qtype, layout),
+            load_eights=load_codes_for(qtype, vectors, offset, EIGHTS) if LANES == 16 else None,
+        )
+    )
