@@ -12,6 +12,7 @@ from test_cpu_formats import assert_blocks_close
 from pymla import ggml
 from pymla.cuda import memory
 from pymla.cuda.formats import FLOATS, FORMATS
+from pymla.cuda.formats.loads import GLOBAL, linear, words_of
 from pymla.reference.quant import dequantise, quantise_activations
 
 COLUMNS = 32 * BLOCKS
@@ -30,6 +31,30 @@ def test_floats(qtype):
     assert [form.one(there.address + form.nbytes * i) for i in range(16)] == expected.tolist()
     fours = [form.four(there.address + form.nbytes * i) for i in range(0, 16, 4)]
     np.testing.assert_array_equal(np.concatenate(fours), expected)
+
+
+@pytest.mark.parametrize(
+    "values", [(7,), (7, 7, 7, 7), (4, 5, 6, 7, 12, 13, 14, 15), (0, 4, 2, 6), (0, 0, 4, 4, 8, 8, 12, 12)]
+)
+def test_places_are_sums_over_bits(values):
+    assert [linear(*values)(i) for i in range(len(values))] == list(values)
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 4), (0, 1, 5, 6, 25, 26, 30, 31)], ids=["no sum", "three constants"])
+def test_places_without_a_rule_are_refused(values):
+    with pytest.raises(ValueError, match=r"sums|multiplications"):
+        linear(*values)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16])
+def test_words(alignment, count):
+    """At the end of an array, at each of the places that an alignment allows."""
+    raw = np.random.default_rng(0).integers(0, 256, 64, dtype=np.uint8)
+    for at in range(16, 32, alignment):
+        there = memory.to_device(raw[: at + 4 * count])
+        expected = raw[at : at + 4 * count].view("<i4").tolist()
+        assert list(words_of(GLOBAL, alignment, count)(there.address + at)) == expected
 
 
 def rows_of(qtype, kind):
