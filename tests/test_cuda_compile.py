@@ -80,6 +80,9 @@ def compiled(body, *signature, **options):
     return text, compiling.link(text, (8, 0), made)
 
 
+NUMBERS = ptx.table("test_numbers", lambda: np.arange(20, dtype=np.uint16))
+
+
 def all_loads(a, out):
     w0, w1 = ptx.load_u32x2(a)
     w2, w3, w4, w5 = ptx.load_u32x4(a)
@@ -90,6 +93,7 @@ def all_loads(a, out):
     g2, g3, g4, g5 = ptx.fresh_f32x4(a)
     words = w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ s0 ^ s1 ^ s2 ^ s3 ^ s4 ^ s5 ^ ptx.stream_u16(a) ^ ptx.stream_u32(a)
     words ^= ptx.load_u8(a) ^ ptx.load_i8(a) ^ ptx.load_u16(a) ^ ptx.load_i16(a) ^ ptx.load_u32(a) ^ ptx.fresh_u32(a)
+    words ^= ptx.load_u32_around(a) ^ ptx.load_u16(NUMBERS() + 2 * ptx.lane())
     ptx.store_u8(out, words)
     ptx.store_u16(out, words)
     ptx.store_u32(out, words)
@@ -164,7 +168,7 @@ def all_arithmetic(a, out):
             all_loads,
             "ld.global.nc.v2.u32 ld.global.nc.v4.u32 ld.global.nc.v4.f32 ld.global.nc.u8 "
             "ld.global.nc.u64 ld.global.nc.L1::no_allocate.v4.b32 ld.relaxed.gpu.global.v4.f32 st.global.v4.u32 "
-            "st.global.v4.f32 st.global.u8 cvt.rn.bf16.f32",
+            "st.global.v4.f32 st.global.u8 cvt.rn.bf16.f32 test_numbers[40]",
         ),
         (
             all_shared,

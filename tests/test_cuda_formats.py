@@ -1,111 +1,92 @@
-"""The device functions of every quantised type that kernels of the GPU are made for, against the reference."""
+"""Every quantised type on the GPU: all functions of its `Format`, in a kernel that calls each of them once, against the
+reference. Operations are tested with a few types (`cases.REPRESENTATIVES`)."""
 
-import functools
-
+import cuda_functions
 import numpy as np
 import pytest
-import simulated  # noqa: F401
-from cases import random_bytes
-from compare import assert_close
-from numba import cuda, types
-from tested import BACKENDS
+import simulated  # noqa: F401 - skips this file where kernels are not simulated
+from cases import REPRESENTATIVES, random_bytes, random_qtensor
+from cuda_functions import BLOCKS
+from test_cpu_formats import assert_blocks_close
 
 from pymla import ggml
-from pymla.cuda import memory, quant
-from pymla.cuda.formats import FORMATS
-from pymla.cuda.formats.runs import Run, copying
-from pymla.cuda.machine import ptx
-from pymla.cuda.matmul.embedding import embedding_rows_kernel
-from pymla.cuda.matmul.operands import Matrices
-from pymla.cuda.runtime.array_types import F1, I2
-from pymla.cuda.runtime.jit import KERNELS, kernel
-from pymla.reference.formats import dequantise_rows
-from pymla.tensor import QTensor
+from pymla.cuda import memory
+from pymla.cuda.formats import FLOATS, FORMATS
+from pymla.cuda.formats.loads import GLOBAL, linear, words_of
+from pymla.reference.quant import dequantise, quantise_activations
 
-CUDA = BACKENDS[0]
-TYPES = pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+COLUMNS = 32 * BLOCKS
 
 
-def columns_of(qtype):
-    """Two blocks of the type, and 64 weights at least."""
-    return max(64, 2 * ggml.BLOCK_SIZE[qtype])
+def test_every_type_has_its_functions():
+    assert set(ggml.QUANTISED) <= set(FORMATS)
+    assert set(FLOATS) == set(ggml.SUPPORTED) - set(ggml.QUANTISED)
 
 
-@TYPES
-def test_pieces(qtype):
-    w = QTensor(qtype, random_bytes(qtype, 3, columns_of(qtype)))
-    expected = dequantise_rows(w.data, qtype, columns_of(qtype))
-    out = memory.to_device(np.full(expected.shape, np.nan, np.float32))
-    tokens = memory.to_device(np.arange(3, dtype=np.int32))
-    put = CUDA.put(w)
-    embedding_rows_kernel(qtype)[3, 128](Matrices.of(put), tokens, out)
-    assert_close(memory.to_host(out), expected, rtol_max=3e-7, reason="products and sums are rounded otherwise")
-
-
-@functools.cache
-def dot_kernel(qtype, columns):
-    """Products of the blocks of a row, which lanes read from shared memory."""
-    block, dot, row_scale = FORMATS[qtype].block, FORMATS[qtype].dot, FORMATS[qtype].row_scale
-    run, header = Run.of(qtype, columns // 32), ggml.ROW_HEADER[qtype]
-    copy, room = copying(run, 32), 16 * run.pieces
-
-    def dots(row, x, out):
-        at, me = ptx.shared_address(cuda.shared.array(room, np.uint8, alignment=16)), ptx.lane()
-        copy(at, row + header, run.nbytes, me)
-        ptx.cp_async_commit()
-        ptx.cp_async_wait(0)
-        ptx.syncwarp()
-        if me < len(out):
-            words = x[me, 0], x[me, 1], x[me, 2], x[me, 3], x[me, 4], x[me, 5], x[me, 6], x[me, 7]
-            total = 0
-            for word in words:
-                total = ptx.dp4a(word, 0x01010101, total)
-            scale = np.float32(0.5)
-            product = dot(block(at + (row + header & 15), me), words, scale, scale * ptx.to_f32(total), np.float32(3))
-            out[me] = row_scale(row) * (product - np.float32(3)) + np.float32(3) if row_scale else product
-
-    made = kernel(types.int64, I2, F1, variant="test")(dots)
-    del KERNELS[made.__name__]
-    return made
-
-
-@TYPES
-def test_blocks(qtype):
-    """In rows that begin at several places of 16 bytes, behind each other."""
-    columns, rows = columns_of(qtype), 5
-    w = QTensor(qtype, random_bytes(qtype, rows, columns))
-    put, codes = CUDA.put(w), np.random.default_rng(1).integers(-127, 128, (columns // 32, 32), dtype=np.int8)
-    for row in range(rows):
-        out = memory.to_device(np.full(columns // 32, np.nan, np.float32))
-        x = memory.to_device(np.ascontiguousarray(codes).view(np.int32))
-        dot_kernel(qtype, columns)[1, 32](put.data.address + row * put.data.strides[0], x, out)
-        weights = dequantise_rows(w.data[row : row + 1], qtype, columns).reshape(-1, 32)
-        expected = 3 + (weights.astype(np.float64) * codes / 2).sum(axis=1)
-        assert_close(memory.to_host(out), expected, rtol_max=2e-6, reason="sums of integers, in float32")
-
-
-def multiply(w, activation, out):
-    """`quant.matmul`, also of types that are not run yet."""
-    quant._product(w, activation, 1, out)
-    return out
-
-
-def check_products(qtype, tokens, columns):
-    w, x = QTensor(qtype, random_bytes(qtype, 5, columns)), CUDA.normal(tokens, columns)
-    actual = CUDA.result(multiply, w, CUDA.activation(x), shape=(tokens, 5))
-    expected = CUDA.seen(x, ggml.Q8_0).astype(np.float64) @ dequantise_rows(w.data, qtype, columns).T.astype(np.float64)
-    assert_close(actual, expected, rtol_max=5e-6, reason="the same int8 activations are multiplied, in float64")
-
-
-@TYPES
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_products_of_few_tokens(qtype, tokens):
-    check_products(qtype, tokens, 3 * columns_of(qtype) // 2)
+@pytest.mark.parametrize("qtype", FLOATS, ids=ggml.NAME.get)
+def test_floats(qtype):
+    data, form = random_bytes(qtype, 1, 16), FLOATS[qtype]
+    there, expected = memory.to_device(data), dequantise(data, qtype)[0]
+    assert form.nbytes == ggml.BLOCK_BYTES[qtype]
+    assert [form.one(there.address + form.nbytes * i) for i in range(16)] == expected.tolist()
+    fours = [form.four(there.address + form.nbytes * i) for i in range(0, 16, 4)]
+    np.testing.assert_array_equal(np.concatenate(fours), expected)
 
 
 @pytest.mark.parametrize(
-    "qtype", [ggml.Q2_K, ggml.MXFP4, ggml.NVFP4, ggml.Q1_0, ggml.IQ2_KS, ggml.IQ2_BN], ids=ggml.NAME.get
+    "values", [(7,), (7, 7, 7, 7), (4, 5, 6, 7, 12, 13, 14, 15), (0, 4, 2, 6), (0, 0, 4, 4, 8, 8, 12, 12)]
 )
-def test_products_of_many_tokens(qtype):
-    """Minima of halves; blocks that begin at any byte; scales of halves; blocks of 128; rows with headers."""
-    check_products(qtype, 9, max(96, ggml.BLOCK_SIZE[qtype]) // ggml.BLOCK_SIZE[qtype] * ggml.BLOCK_SIZE[qtype])
+def test_places_are_sums_over_bits(values):
+    assert [linear(*values)(i) for i in range(len(values))] == list(values)
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 4), (0, 1, 5, 6, 25, 26, 30, 31)], ids=["no sum", "three constants"])
+def test_places_without_a_rule_are_refused(values):
+    with pytest.raises(ValueError, match=r"sums|multiplications"):
+        linear(*values)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16])
+def test_words(alignment, count):
+    """At the end of an array, at each of the places that an alignment allows."""
+    raw = np.random.default_rng(0).integers(0, 256, 64, dtype=np.uint8)
+    for at in range(16, 32, alignment):
+        there = memory.to_device(raw[: at + 4 * count])
+        expected = raw[at : at + 4 * count].view("<i4").tolist()
+        assert list(words_of(GLOBAL, alignment, count)(there.address + at)) == expected
+
+
+def rows_of(qtype, kind):
+    """As many rows as there are places where one begins."""
+    rows = cuda_functions.starts(qtype)
+    if kind == "random bytes":
+        return random_bytes(qtype, rows, COLUMNS)
+    return random_qtensor(qtype, rows, COLUMNS).data
+
+
+@pytest.mark.parametrize("kind", ["weights", "random bytes"])
+@pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+def test_functions(qtype, kind):
+    data = rows_of(qtype, kind)
+    weights = dequantise(data, qtype)
+    x, scale = quantise_activations(np.random.default_rng(0).standard_normal((1, COLUMNS), dtype=np.float32))
+    results = cuda_functions.call(qtype, data, x[0], scale[0])
+    assert_blocks_close(results.weights, weights)
+    assert_blocks_close(cuda_functions.block_weights(qtype, results), weights)
+    products = (weights.astype(np.float64) * x * scale.repeat(32, axis=1)).reshape(-1, BLOCKS, 32).sum(axis=2)
+    terms = np.abs(weights * x * scale.repeat(32, axis=1)).reshape(-1, BLOCKS, 32).sum(axis=2)
+    expected = np.arange(len(data))[:, None] + products
+    assert (np.abs(results.products - expected) <= 1e-6 * (terms + np.arange(len(data))[:, None])).all()
+
+
+def structures(qtype):
+    """What kernels know of a type besides its functions: the numbers of its blocks, and whether rows have a header."""
+    form = FORMATS[qtype]
+    return ("numbers", form.halves, form.minimum, form.minima), ("header", form.row_scale is not None)
+
+
+def test_every_structure_has_a_representative():
+    found = {each for qtype in REPRESENTATIVES if qtype in FORMATS for each in structures(qtype)}
+    missing = [ggml.NAME[qtype] for qtype in FORMATS if not found.issuperset(structures(qtype))]
+    assert not missing, "add one type of each structure to cases.REPRESENTATIVES"

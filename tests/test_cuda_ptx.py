@@ -69,6 +69,8 @@ def test_loads_and_stores():
     assert ptx.load_u16(at + 6) == raw.view("<u2")[3] == ptx.stream_u16(at + 6)
     assert ptx.load_i16(at + 6) == raw.view("<i2")[3]
     assert ptx.load_u32(at + 12) == raw.view("<i4")[3] == ptx.stream_u32(at + 12) == ptx.fresh_u32(at + 12)
+    part = memory.to_device(raw[:6])
+    assert ptx.load_u32_around(part.address + 4) == np.array([*raw[4:6], 0xFF, 0xFF], np.uint8).view("<i4")[0]
     assert ptx.load_u64(at + 8) == raw.view("<i8")[1]
     assert ptx.load_u32x2(at + 8) == tuple(raw.view("<i4")[2:4]) == ptx.stream_u32x2(at + 8)
     assert ptx.load_u32x4(at + 16) == tuple(raw.view("<i4")[4:8]) == ptx.stream_u32x4(at + 16)
@@ -95,6 +97,14 @@ def test_loads_and_stores():
     assert result[40:64].view("<f4").tolist() == [1, 2, 0, 1, 2, 3]
     assert ptx.load_f16(at + 36) == 1.5
     assert ptx.load_bf16(at + 38) == -2
+
+
+def test_tables():
+    numbers = np.arange(40000, 40020, dtype=np.uint16).reshape(4, 5)
+    address = ptx.table("test_numbers", lambda: numbers)
+    assert address() == address()
+    assert address() % 16 == 0
+    assert [ptx.load_u16(address() + 2 * i) for i in range(20)] == numbers.reshape(-1).tolist()
 
 
 def test_wrong_addresses():
@@ -135,6 +145,7 @@ def test_shared_memory():
         assert ptx.load_shared_u32x2(at + 8) == (3, 4)
         assert ptx.load_shared_u64x2(at + 32) == (-2 << 40, 9)
         assert ptx.load_shared_u16(at + 4) == 0xFFFF
+        assert ptx.load_shared_u8(at + 8) == 3
         assert ptx.load_shared_f32(ptx.shared_address(floats) + 8) == 3
         assert ptx.load_shared_f32x4(ptx.shared_address(floats)) == (1, 2, 3, 4)
         assert words[63] == -1  # poison

@@ -7,20 +7,14 @@ scales are multiples.
 
 from pymla import ggml, planes
 from pymla.cuda.formats.blocks import format_of_blocks
-from pymla.cuda.formats.levels import ONES, SIGNS, level_of
+from pymla.cuda.formats.levels import ONES, SIGNS, level_of, word_of_bytes
 from pymla.cuda.formats.loads import GLOBAL, SHARED, words_of
-from pymla.cuda.machine.ptx import dp4a, load_f32, prmt, to_f32
+from pymla.cuda.machine.ptx import dp4a, load_f32, to_f32
 from pymla.cuda.runtime.jit import device, unrolled
 
 _FACTOR, _OFFSET, _SIX_BITS_OF_BYTES = 0xCBAC1FED, 4096, 0x3F3F3F3F
 _POWERS = tuple(pow(_FACTOR, k, 1 << 32) for k in range(5))
 _level_of = level_of(planes.IQ4_LEVELS)
-
-
-@device
-def _word(l0, l1, l2, l3):
-    """Four integers, as the bytes of a word."""
-    return prmt(prmt(l0, l1, 0x0040), prmt(l2, l3, 0x0040), 0x5410)
 
 
 @device
@@ -32,13 +26,13 @@ def _level(start, k):
 @device
 def _levels(start):
     """The first four levels of a start."""
-    return _word(_level(start, 1), _level(start, 2), _level(start, 3), _level(start, 4))
+    return word_of_bytes(_level(start, 1), _level(start, 2), _level(start, 3), _level(start, 4))
 
 
 @device
 def _magnitudes(start):
     """Of the first four levels."""
-    return _word(abs(_level(start, 1)), abs(_level(start, 2)), abs(_level(start, 3)), abs(_level(start, 4)))
+    return word_of_bytes(abs(_level(start, 1)), abs(_level(start, 2)), abs(_level(start, 3)), abs(_level(start, 4)))
 
 
 @device
