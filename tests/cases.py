@@ -20,7 +20,7 @@ TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
 
 #: Types for tests of whole operations. Among them is one with each value of each of their `features`, which is what the
 #: code around a type's own functions knows of it; the functions themselves are tested for every type
-#: (tests/test_cpu_formats.py, tests/test_cuda_functions.py).
+#: (tests/test_cpu_formats.py, tests/test_cuda_formats.py).
 REPRESENTATIVES: tuple[int, ...] = (
     ggml.F32,
     ggml.F16,
