@@ -7,11 +7,11 @@ import numpy as np
 
 from pymla import ggml
 from pymla.pages import CACHE_TYPES, PAGE, Step
-from pymla.reference.quant import QUANTISERS, quantise
+from pymla.reference.quant import quantise
 from pymla.tensor import QTensor
 
-#: Types of matrices that can be made here.
-MATRIX_TYPES = tuple(map(ggml.ID.get, QUANTISERS))
+#: Types of matrices. Few: kernels are compiled for each two of them, and checks of arguments know only a type's blocks.
+MATRIX_TYPES = ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q8_0
 
 
 def tensor(rng, qtype, *shape):

@@ -1,7 +1,8 @@
 """Types whose blocks are bit planes (`pymla.planes`) for kernels."""
 
 from pymla import ggml
-from pymla.cpu.formats.decoded import MOST_OF_INTEGERS, Decoder, Integers, format_of, offset_of
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import MOST_OF_INTEGERS, Decoder, Integers, offset_of
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd_planes import (

@@ -1,6 +1,7 @@
 """Types whose codes come in vectors (`pymla.vectors`) for kernels."""
 
-from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import Decoder, offset_of
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for

@@ -10,6 +10,7 @@ from numba import types
 
 from pymla import ggml
 from pymla.codebooks import codebook
+from pymla.cpu.machine import simd_vectors_512
 from pymla.cpu.machine.intrinsics import (
     I1,
     I8,
@@ -35,6 +36,8 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
 
     def emit(builder, address, r):
         eights = [column // 8 for column in columns_of(order, r)[::8]]
+        if simd_vectors_512.can_hold(vectors):
+            return simd_vectors_512.emit_codes(builder, vectors, offset, address, nbytes, eights)
         return _emit_codes(builder, vectors, offset, _All(builder, address, nbytes), eights)
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)
