@@ -24,6 +24,8 @@ class Format(NamedTuple):
     minima: bool = False
     #: (row) -> float32: the scale in the header of the row at an address; None where rows have no header.
     row_scale: object = None
+    #: Whether `block`, for four rows at once, would spill where a thread has 128 registers.
+    many_registers: bool = False
 
 
 class FloatFormat(NamedTuple):

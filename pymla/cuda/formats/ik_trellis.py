@@ -154,4 +154,4 @@ def _iq4_kt(memory):
 IQ1_KT = _format_of(ggml.IQ1_KT, _iq1_kt)
 IQ2_KT = _format_of(ggml.IQ2_KT, _iq2_kt)
 IQ3_KT = _format_of(ggml.IQ3_KT, _iq3_kt)
-IQ4_KT = _format_of(ggml.IQ4_KT, _iq4_kt)
+IQ4_KT = _format_of(ggml.IQ4_KT, _iq4_kt)._replace(many_registers=True)
