@@ -11,6 +11,7 @@ import side_by_side
 
 from pymla import ggml
 from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
+from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.matmul import kernels
 from pymla.cpu.moe import by_rows, grouped
 from pymla.cpu.runtime import isa
@@ -26,7 +27,7 @@ KERNELS = (
     by_rows.down_rows(ggml.Q4_1),
     key_value_panels.expand_panels(ggml.Q4_0, ggml.Q8_0),
     expanded_form_int8.expanded_panels,
-    absorbed_form_int8.absorbed_pages,
+    absorbed_form_int8.absorbed_pages(Q8_PAGES),
 )
 #: What multiplies bytes, or in attention without VNNI words.
 DOTS = {"amx": "(vpdpbusd|tdpbssd|tdpbusd)", "avx512vnni": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmadd(ubsw|wd)"}
