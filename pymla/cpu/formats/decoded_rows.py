@@ -102,7 +102,7 @@ def dot_four_for(decoder):
 
 def _needs_sums(decoder):
     """Whether products take the sums of activations: for minima, or for what codes in registers are too large."""
-    return decoder.load_minima is not None or decoder.offset != 0
+    return decoder.load_minima is not None or decoder.moved_scales is not None or decoder.offset != 0
 
 
 def _inputs_for(decoder):
@@ -149,7 +149,8 @@ def _begin_for(decoder):
 
 def _finish_for(decoder):
     """Make a function that gives eight numbers whose sum is the result."""
-    factor, needs_sums = np.float32(1 if decoder.load_minima else -decoder.offset), _needs_sums(decoder)
+    is_whole = decoder.load_minima is not None or decoder.moved_scales is not None
+    factor, needs_sums = np.float32(1 if is_whole else -decoder.offset), _needs_sums(decoder)
     if decoder.integers is not None and decoder.load_minima is not None:
         factor = np.float32(-1)  # integers are what is taken off
     if decoder.each == 32 or decoder.integers is not None:
@@ -177,7 +178,8 @@ def _add_256_for(decoder):
         return _add_integers_for(decoder)
     load_scales, load_minima = decoder.load_scales, decoder.load_minima or no_minima
     has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
-    nbytes, add_products = decoder.nbytes, _add_products_for(decoder)
+    nbytes, add_products, moved_scales = decoder.nbytes, _add_products_for(decoder), decoder.moved_scales or _not_moved
+    has_variants = decoder.moved_scales is not None
 
     @inlined
     def add_256(row, address, codes, x, acc):
@@ -187,11 +189,19 @@ def _add_256_for(decoder):
         scales = load_scales(row, address)
         if has_minima:
             sums = fma(load_minima(address), m, sums)
+        elif has_variants:
+            sums = fma(moved_scales(scales, address), m, sums)
         elif needs_sums:
             sums = fma(scales, m, sums)
         return add_products(address, codes, mul(scales, s), products), sums
 
     return add_256
+
+
+@inlined
+def _not_moved(scales, address):
+    """Stands for `moved_scales` of a type without variants, where no branch that is left calls it."""
+    return scales
 
 
 def _add_products_for(decoder):

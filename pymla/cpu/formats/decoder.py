@@ -51,6 +51,9 @@ class Decoder(NamedTuple):
     load_fours: Callable | None = None
     #: Then also, where products of eight codes and of activations fit an int16, integer scales.
     integers: Integers | None = None
+    #: (scales, address), where small blocks have levels of one of two variants: scales times what is added to the codes
+    #: of `load_eights`, which are those of the first variant and `offset` too large.
+    moved_scales: Callable | None = None
 
     @property
     def is_narrow(self):

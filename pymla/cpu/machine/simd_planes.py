@@ -83,7 +83,7 @@ def _windows(wanted, total, begin):
     first, last = min(wanted), max(wanted)
     if last - first < 8:
         return [(first, last - first + 1)]
-    size = REGISTER_BYTES
+    size = next(each for each in (REGISTER_BYTES, 32, 16, 8, 4, 2, 1) if each <= min(REGISTER_BYTES, total))
     if begin + size <= total and begin <= first and last < begin + size:
         return [(begin, size)]
     if begin + 2 * size <= total and begin <= first and last < begin + 2 * size:
@@ -92,7 +92,7 @@ def _windows(wanted, total, begin):
     for at in sorted(set(wanted)):
         if not starts or at >= starts[-1] + size:
             starts.append(at)
-    if len(starts) == 1:
+    if len(starts) == 1 and size == REGISTER_BYTES:
         return [(first, last + 1 - first)]
     return [(min(start, total - size), size) for start in starts]
 
@@ -203,9 +203,10 @@ def _numbers(planes, blocks, columns):
     return result
 
 
-def load_codes_for(qtype, layout, offset, order=COLUMNS):
+def load_codes_for(qtype, layout, offset, order=COLUMNS, moves=True):
     """Make ``load_codes(address, r)``: the codes of the r-th register of 256 weights, or with `FOURS` of 128, `offset`
-    more than they are, int8 or uint8. `r` is a literal; blocks begin at the address."""
+    more than they are, int8 or uint8. `r` is a literal; blocks begin at the address. Without `moves`, levels are those of
+    the first variant."""
     size, nbytes, finish = ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype], _Finish(layout, offset)
     codes, total = layout.codes, (128 if order == FOURS else 256) // size * nbytes
 
@@ -227,7 +228,7 @@ def load_codes_for(qtype, layout, offset, order=COLUMNS):
             part = _fields(builder, *packed(builder, plane, address, columns), plane.bits, plane.shift)
             numbers = builder.or_(numbers, part) if numbers else part
         result = finish.emit(builder, numbers)
-        if codes.variants:
+        if codes.variants and moves:
             found, bits = packed(builder, codes.variants, address, columns)
             tested = builder.and_(found, ir.Constant(found.type, [1 << bit for bit in bits]))
             is_set = builder.icmp_unsigned("!=", tested, constant(found.type, 0))
@@ -241,7 +242,7 @@ def load_codes_for(qtype, layout, offset, order=COLUMNS):
         blocks = read_lanes(address, np.uint8, total).reshape(-1, nbytes)
         columns = [divmod(column, size) for column in columns_of(order, r)]
         result = finish.numpy(_numbers(codes.planes, blocks, columns))
-        if codes.variants:
+        if codes.variants and moves:
             small = [(block, column // layout.each) for block, column in columns]
             result = result + (codes.moved * _numbers((codes.variants,), blocks, small)).astype(np.int8)
         return result
@@ -571,6 +572,26 @@ def load_minima_for(qtype, layout):
         return (-_numpy_halves(blocks, layout.minimum_at) * _numpy_values(layout.minima, blocks, lanes)).reshape(-1)
 
     return load_minima
+
+
+def moved_scales_for(qtype, layout, offset):
+    """Make ``moved_scales(scales, address)``: the scales of the small blocks of 256 weights times what is added to their
+    codes, which are `offset` too large and those of the first variant."""
+    lanes, nbytes, codes = 256 // layout.each, ggml.BLOCK_BYTES[qtype], layout.codes
+
+    def emit(builder, scales, address):
+        bits = _all_numbers(builder, (codes.variants,), address, lanes, nbytes)
+        is_second = builder.icmp_signed("!=", bits, _like(bits, 0))
+        first, second = (constant(scales.type, float(each)) for each in (-offset, codes.moved - offset))
+        return builder.fmul(scales, builder.select(is_second, second, first))
+
+    @operation(_register(lanes), _register(lanes), types.int64, emit=emit)
+    def moved_scales(scales, address):
+        """Scales times what is added to codes."""
+        bits = _numpy_numbers((codes.variants,), _numpy_blocks(qtype, address), lanes)[0]
+        return scales * (codes.moved * bits.astype(np.float32) - offset)
+
+    return moved_scales
 
 
 def load_integers_for(qtype, scales):
