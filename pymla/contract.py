@@ -19,7 +19,7 @@ import numpy as np
 from pymla import ggml
 from pymla.argument_checks import INT32, UINT8, Abilities, Call, Dtypes
 from pymla.backend import Array, KeysValues, MatrixInput
-from pymla.pages import PAGE, Step
+from pymla.pages import HADAMARD_TYPES, PAGE, Step
 from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
@@ -248,7 +248,8 @@ class Contract:
             call.refuse("values", f"of {len(values.data)} slots", f"as many as keys have, {slots},")
         for name, cache, width in (("keys", keys, q.shape[2]), ("values", values, out.shape[2])):
             block = ggml.BLOCK_SIZE.get(cache.qtype)
-            if block is None or width % block:  # rows that lie page by page have no blocks of a head
+            # Rows that lie page by page have no blocks of a head, and mixed ones are latent.
+            if block is None or width % block or cache.qtype in HADAMARD_TYPES:
                 kind = ggml.NAME.get(cache.qtype, f"of type {cache.qtype}")
                 call.refuse(name, kind, f"a type whose blocks divide a head's {width} numbers")
         call.step(step, len(q), slots)

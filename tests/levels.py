@@ -58,7 +58,7 @@ def attended():
 
 def operated(seed):
     """(name, result) of every operation once, with random sizes. `products` has the types of matrices."""
-    with mock.patch.object(operations, "MATRIX_TYPES", (ggml.Q4_0,)):
+    with mock.patch.object(operations, "MATRIX_TYPES", ((ggml.Q4_0, ggml.Q4_0),)):
         calls = list(operations.calls(np.random.default_rng(seed), cpu))
     for i, (operation, arguments) in enumerate(calls):
         copied = {name: operations.copied(value) for name, value in arguments.items()}

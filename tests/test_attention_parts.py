@@ -305,9 +305,9 @@ def test_tile_of_values(rng, count, blocks):
 
 
 @numba.njit
-def take_scales(halves, seen, memory):
+def take_scales(halves, seen, bits, memory):
     blocks = halves.shape[1]
-    page_scales.take_scales(address(halves), seen, blocks, page_scales.page_scales_at(address(memory), blocks))
+    page_scales.take_scales(address(halves), seen, blocks, bits, page_scales.page_scales_at(address(memory), blocks))
 
 
 @pytest.mark.parametrize("seen", [1, 63, 64])
@@ -318,7 +318,7 @@ def test_scales_of_a_page(rng, blocks, seen):
     halves = rng.random((PAGE, blocks)).astype(np.float16)
     halves[0], halves[seen:] = 0, np.nan
     memory = np.zeros(PAGE * (6 * padded + 4), np.uint8)
-    take_scales(halves.view(np.uint16), seen, memory)
+    take_scales(halves.view(np.uint16), seen, 8, memory)
     scales = memory[: 4 * PAGE * padded].view(np.float32).reshape(PAGE, padded)
     factors = memory[4 * PAGE * padded : 6 * PAGE * padded].view(np.int16).reshape(PAGE, padded)
     largest = memory[6 * PAGE * padded :].view(np.float32)
@@ -330,6 +330,18 @@ def test_scales_of_a_page(rng, blocks, seen):
     np.testing.assert_allclose(factors[:seen, :blocks], 32767 * relative, atol=1)
     assert not factors[seen:].any()
     assert not factors[:, blocks:].any()
+
+
+def test_scales_of_codes_that_are_unpacked(rng):
+    """Codes of 4 bits become multiples of 16. Scales have either sign, and a code of -128 times a factor fits int8."""
+    halves, memory = rng.standard_normal((PAGE, 8)).astype(np.float16), np.zeros(PAGE * (6 * 8 + 4), np.uint8)
+    take_scales(halves.view(np.uint16), PAGE, 4, memory)
+    scales, factors = memory[: 32 * PAGE].view(np.float32), memory[32 * PAGE : 48 * PAGE].view(np.int16)
+    np.testing.assert_array_equal(scales.reshape(PAGE, 8), halves.astype(np.float32) / 16)
+    largest = np.abs(halves.astype(np.float64)).max(1)
+    np.testing.assert_allclose(memory[48 * PAGE :].view(np.float32), largest / 16 * 128 / 127, rtol=1e-6)
+    np.testing.assert_allclose(factors.reshape(PAGE, 8), 32767 * 127 / 128 * (halves / largest[:, None]), atol=1.5)
+    assert np.abs(128 * factors.astype(np.int64) + (1 << 14) >> 15).max() == 127
 
 
 # Split-kv and combine -------------------------------------------------------------------------------------------------

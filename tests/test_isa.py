@@ -12,6 +12,7 @@ from cases import QUANTISED_REPRESENTATIVES
 
 from pymla import ggml
 from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
+from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.matmul import kernels
 from pymla.cpu.moe import by_rows, grouped
 from pymla.cpu.runtime import isa
@@ -27,7 +28,7 @@ KERNELS = (
     by_rows.down_rows(ggml.Q4_1),
     key_value_panels.expand_panels(ggml.Q4_0, ggml.Q8_0),
     expanded_form_int8.expanded_panels,
-    absorbed_form_int8.absorbed_pages,
+    absorbed_form_int8.absorbed_pages(Q8_PAGES),
 )
 #: The tests of operations and of kernels, which compare with the reference at extreme codes as well and with Python.
 FILES = (

@@ -248,7 +248,7 @@ def test_interleaved_weights_are_copied():
     plain, mixed = (
         {
             t.name: TensorInfo(t.name, t.qtype, t.shape, None, None)
-            for t in model_tensors(shape, "kv_b", qtype, ggml.Q6_K, 0)
+            for t in model_tensors(shape, "kv_b", uniform(qtype, ggml.Q6_K), 0)
         }
         for shape in [dataclasses.replace(PRESETS["v2-lite"], moe_intermediate_size=1536, intermediate_size=10752)]
         for qtype in (ggml.Q8_0, ggml.Q8_K_R8)

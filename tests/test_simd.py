@@ -66,9 +66,10 @@ LITERALS |= {"quarters": [(22, 6), (24, 8)], "fifth_bits_4": [(22, 6), (24, 8)],
 LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)], "halves_of_blocks": [(0,), (1,)]}
 LITERALS |= {name: [(0,), (1,), (64 // LANES - 1,)] for name in ("spread_32", "spread_16")}
 LITERALS |= {"times_eighths": [(1,), (12,), (16,)]}
+LITERALS |= {"unpack_codes": [(4,), (5,), (6,)]}
 
 #: Arguments of int64 that are addresses; for the others, the numbers that they may be.
-ADDRESSES = {"address", "codes", "first", "second", "panel", "row", "factors", "sums"}
+ADDRESSES = {"address", "target", "codes", "first", "second", "panel", "row", "factors", "sums"}
 ADDRESSES |= {f"row_{i}" for i in range(4)} | set("abcd")
 NUMBERS = {"stride": [18, 20, 34, 64], "factor_stride": [4, 12], "offset": [0, 2, 33], "value": [8, 32, 200]}
 NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6], "right": [0, 3, 31], "left": [0, 5, 31]}

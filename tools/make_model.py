@@ -287,7 +287,9 @@ def _split_kv_b(s: Shape, matrix: MakeMatrix, blk: str, flat: bool) -> Iterator[
     k_shape, v_shape = (heads, rank, nope), (heads, s.v_head_dim, rank)
     if flat:
         k_shape, v_shape = (heads * rank, nope), (heads * s.v_head_dim, rank)
-    k_b, v_b = matrix(blk + "attn_k_b.weight", *k_shape), matrix(blk + "attn_v_b.weight", *v_shape)
+    # The weights of k_b are those of kv_b, transposed, and as large.
+    k_b = matrix(blk + "attn_k_b.weight", *k_shape, std=rank**-0.5)
+    v_b = matrix(blk + "attn_v_b.weight", *v_shape)
     if ggml.NAME[k_b.qtype] not in QUANTISERS:
         yield from (k_b, v_b)
         return
