@@ -35,7 +35,7 @@ def format_of(qtype):
         return c0, c1, d, other
 
     minima = _has_minima_of_halves(layout)
-    return format_of_blocks(
+    made = format_of_blocks(
         qtype,
         piece,
         whole,
@@ -44,6 +44,8 @@ def format_of(qtype):
         minima=minima,
         row_scale=row_scale_of(layout),
     )
+    # Codes of 8 bits are loaded as they are, those of all rows at once.
+    return made._replace(many_registers=layout.codes.signed)
 
 
 def _has_minima_of_halves(layout):
