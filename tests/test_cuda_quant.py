@@ -30,7 +30,7 @@ def test_matmul_of_several_tiles(qtype, enough, monkeypatch):
 @pytest.mark.parametrize("qtype", QUANTISED, ids=ggml.NAME.get)
 def test_matmul_of_long_rows(qtype):
     """More blocks than a warp reads at a time, and in tiles more slices than are in shared memory."""
-    for k, many in ((1408 if qtype != ggml.Q6_K else 1536, 9), (2048, 3)):
+    for k, many in ((1536 if ggml.BLOCK_SIZE[qtype] == 256 else 1408, 9), (2048, 3)):
         for tokens in (1, 2, many):
             check_matmul(CUDA, random_qtensor(qtype, 5, k), CUDA.normal(tokens, k))
 
@@ -43,7 +43,7 @@ def test_matmul_of_long_rows(qtype):
 def test_matmul_in_tiles(qtype, activations, monkeypatch):
     """Narrow and wide tiles of rows that begin at every place that 16 bytes have, the last ones not full."""
     monkeypatch.setattr(quant, "ENOUGH_TILES", 1 if activations == WIDE else 1000)
-    k = 96 if qtype != ggml.Q6_K else 256
+    k = max(96, ggml.BLOCK_SIZE[qtype])
     w = random_qtensor(qtype, TILE_ROWS + 3, k)
     starts = {int(each) % 16 for each in CUDA.put(w).data.strides[0] * np.arange(len(w.data))}
     assert starts == set(range(0, 16, math.gcd(16, w.data.shape[1])))
