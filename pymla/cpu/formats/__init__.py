@@ -11,8 +11,10 @@ from pymla import ggml
 from pymla.cpu.formats import floats, k_quants, legacy
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.planes import format_of_planes
+from pymla.cpu.formats.trits import format_of_trits
 from pymla.cpu.formats.vectors import format_of_vectors
 from pymla.planes import LAYOUTS
+from pymla.trits import TRITS
 from pymla.vectors import VECTORS
 
 __all__ = ["FORMATS", "Format"]
@@ -29,4 +31,5 @@ FORMATS: dict[int, Format] = {
     ggml.Q6_K: k_quants.Q6_K,
     **{qtype: format_of_planes(qtype) for qtype in LAYOUTS},
     **{qtype: format_of_vectors(qtype) for qtype in VECTORS},
+    **{qtype: format_of_trits(qtype) for qtype in TRITS},
 }

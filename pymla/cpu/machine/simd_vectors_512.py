@@ -24,10 +24,13 @@ _BYTES, _WORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for elem
 _MOST = 512
 
 
+#: Whether the processor that is compiled for has the instructions.
+HAS_VBMI = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
+
+
 def can_hold(vectors):
-    """Whether `emit_codes` takes a type, on the processor that is compiled for."""
-    has_instructions = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
-    return has_instructions and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
+    """Whether `emit_codes` takes a type."""
+    return HAS_VBMI and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
 
 
 def emit_codes(builder, vectors, offset, address, nbytes, eights):
@@ -71,7 +74,7 @@ def _emit_nibbles(builder, vectors, offset, address, nbytes, run):
     entries = (np.searchsorted(levels, table) << 4 * np.arange(4)).sum(axis=1)
     words = _looked_up(builder, entries, *_indices(builder, vectors.index, address, run // 2, 8))
     place, sign = ((0, 3), (0, 4), (0, 5), (3, 0))[run]
-    codes = _shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)])
+    codes = shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)] * 8)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 3, 1: 4, 2: 5, 3: 0})
     both = _merged(builder, codes, signs, 7 << place)
     return look_up_64(builder, both, _levels(levels, offset, range(place, place + 3), sign))
@@ -94,9 +97,9 @@ def _columns(builder, words, count):
     return builder.call(product, [*given, ir.Constant(I8, 0)])
 
 
-def _shifted(builder, words, bits):
-    """Bytes that begin at eight bits of words of 64 bits."""
-    control = ir.Constant(_BYTES, [bit % 64 for bit in bits] * 8)
+def shifted(builder, words, bits):
+    """Bytes that begin at some bits, a bit for each byte, of their word of 64 bits."""
+    control = ir.Constant(_BYTES, [bit % 64 for bit in bits])
     move = declare(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, [_BYTES, _BYTES])
     return builder.call(move, [control, builder.bitcast(words, _BYTES)])
 
@@ -165,4 +168,4 @@ def _signs(builder, field, address, nbytes, places):
         return _columns(builder, shuffle(builder, found, found, lanes), 8)
     words = builder.zext(words, _QWORDS) if width < 8 else words
     begins = [8 * (byte - base) + bit for byte, bit in (at.get(i, (base, 0)) for i in range(8))]
-    return _columns(builder, _shifted(builder, words, begins), 7)
+    return _columns(builder, shifted(builder, words, begins * 8), 7)
