@@ -11,9 +11,11 @@ from pymla import ggml
 from pymla.cpu.formats import floats, k_quants, legacy
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.planes import format_of_planes
+from pymla.cpu.formats.trellis import format_of_trellis
 from pymla.cpu.formats.trits import format_of_trits
 from pymla.cpu.formats.vectors import format_of_vectors
 from pymla.planes import LAYOUTS
+from pymla.trellis import TRELLISES
 from pymla.trits import TRITS
 from pymla.vectors import VECTORS
 
@@ -32,4 +34,5 @@ FORMATS: dict[int, Format] = {
     **{qtype: format_of_planes(qtype) for qtype in LAYOUTS},
     **{qtype: format_of_vectors(qtype) for qtype in VECTORS},
     **{qtype: format_of_trits(qtype) for qtype in TRITS},
+    **{qtype: format_of_trellis(qtype) for qtype in TRELLISES},
 }
