@@ -8,7 +8,7 @@ Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activa
 """
 
 from pymla import ggml
-from pymla.cpu.formats import floats, k_quants, legacy
+from pymla.cpu.formats import floats, ik_quants, k_quants, legacy
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.planes import format_of_planes
 from pymla.cpu.formats.trellis import format_of_trellis
@@ -35,4 +35,6 @@ FORMATS: dict[int, Format] = {
     **{qtype: format_of_vectors(qtype) for qtype in VECTORS},
     **{qtype: format_of_trits(qtype) for qtype in TRITS},
     **{qtype: format_of_trellis(qtype) for qtype in TRELLISES},
+    ggml.IQ4_KSS: ik_quants.IQ4_KSS,
+    ggml.IQ2_KL: ik_quants.IQ2_KL,
 }
