@@ -1,4 +1,4 @@
-"""pymla and other engines on the same file, taking turns; ratios with their spread.
+"""pymla and other engines on the same files, taking turns; ratios with their spread.
 
 Every measurement is a process of its own, and the engines alternate, so that a machine whose speed drifts slows all of
 them. A ratio is taken within a round; the median over the rounds counts.
@@ -28,6 +28,7 @@ Examples:
   python bench/against.py -m model.gguf --llama-sweep-bench build/bin/llama-sweep-bench --depths 0,4096
   python bench/against.py -m model.gguf --llama-sweep-bench "build/bin/llama-sweep-bench -rtr" --prompt 16384
   python bench/against.py -m model.gguf --llama-python venv/bin/python --llama-python "venv/bin/python flash_attn=False"
+  python bench/against.py -m q4_k_m.gguf -m iq4_xs.gguf --llama-bench build/bin/llama-bench --depths 0,4096 --rounds 5
 
 \b
 A peer is given by the path of its program, with further arguments of its own in the same string. A peer option can be
@@ -195,13 +196,26 @@ def compare(rounds, first, peer, depth, kind):
     return Spread.of(ratios) if ratios else None
 
 
-def table(rounds, engines, job):
-    """Lines of a Markdown table: medians of the rates, and ratios with their spread."""
+def table(results, engines):
+    """Lines of a Markdown table: medians of the rates, and ratios with their spread.
+
+    Parameters
+    ----------
+    results : list of (Job, list)
+        A job for each model, and its rounds as in `compare`.
+    engines : list
+        The first is compared with the others.
+    """
     first, peers = engines[0].label, [engine.label for engine in engines[1:]]
     if len(peers) > 1:
         peers.append("best")
-    yield f"| N_KV | | {first} t/s | peer | peer t/s | ratio | lowest | highest |"
-    yield "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |"
+    yield f"| model | N_KV | | {first} t/s | peer | peer t/s | ratio | lowest | highest |"
+    yield "| --- | ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |"
+    for job, rounds in results:
+        yield from _rows(job, rounds, first, peers)
+
+
+def _rows(job, rounds, first, peers):
     for depth in job.points:
         for kind in ("pp", "tg"):
             name = f"prompt of {job.prompt}" if job.prompt else f"{kind.upper()}{getattr(job, kind)}"
@@ -211,7 +225,7 @@ def table(rounds, engines, job):
                     continue
                 mine, theirs = (statistics.median(_rates(rounds, label, first, depth, kind)) for label in (first, peer))
                 yield (
-                    f"| {depth} | {name} | {mine:.2f} | {peer} | {theirs:.2f} | "
+                    f"| {job.model.stem} | {depth} | {name} | {mine:.2f} | {peer} | {theirs:.2f} | "
                     f"{ratio.median:.2f}x | {ratio.low:.2f}x | {ratio.high:.2f}x |"
                 )
 
@@ -280,7 +294,14 @@ def _peers(kind, texts):
 
 
 @click.command(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-m", "--model", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    multiple=True,
+)
 @click.option("--llama-sweep-bench", "sweep_bench", multiple=True, metavar="'PATH [ARGS]'", help="ik_llama.cpp.")
 @click.option("--llama-bench", multiple=True, metavar="'PATH [ARGS]'", help="llama.cpp.")
 @click.option(
@@ -301,8 +322,8 @@ def _peers(kind, texts):
 @click.option("--mla", default="auto", show_default=True, help="pymla's variant.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the rates of every round.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw all engines: .png or .svg.")
-def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot_path, threads, depths, **what):
-    """Compare pymla with other engines on one file.
+def against(models, sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot_path, threads, depths, **what):
+    """Compare pymla with other engines on a file, or on several, one after the other.
 
     The table goes to standard output. An interrupt ends the comparison; finished rounds count.
     """
@@ -316,40 +337,57 @@ def against(sweep_bench, llama_bench, llama_python, rounds, mla, json_path, plot
     engines = [Pymla(mla), *peers]
     if len({engine.label for engine in engines}) < len(engines):
         raise PymlaError("two peers have the same name and arguments; give each once")
+    if len({model.stem for model in models}) < len(models):
+        raise PymlaError("two models have the same name, by which the table tells them apart")
     files = {option: path for option, path in (("--json", json_path), ("--plot", plot_path)) if path}
-    outputs.check(files, [what["model"]], devices=True)
+    outputs.check(files, models, devices=True)
     if plot_path:
+        if len(models) > 1:
+            raise PymlaError("--plot draws one model; give one -m, or leave --plot out")
         plot.check(plot_path)
     from pymla.cpu import usable_cores
 
     points = _depths(depths, what["pp"], what["tg"])
-    job = Job(depths=points, threads=threads or usable_cores(), **what)
-    done, code, failure = [], 0, None
+    what |= {"depths": points, "threads": threads or usable_cores()}
+    results, code, failure = [(Job(model=model, **what), []) for model in models], 0, None
     try:
-        for number in range(rounds):
-            done.append(_round(engines, job, f"round {number + 1} of {rounds}"))
+        for job, done in results:
+            for number in range(rounds):
+                done.append(_round(engines, job, f"{job.model.name}, round {number + 1} of {rounds}"))
     except KeyboardInterrupt:
         code = 130
     except PymlaError as error:
         # Rounds before this one may have taken hours.
         failure = error
-    about = {"machine": facts.machine(), "date": datetime.date.today().isoformat(), "threads": job.threads}
-    title = (
-        f"{job.model.name}: {job.cache_type} cache, {job.threads} threads, {len(done)} rounds\n"
-        f"{about['machine']}, {about['date']}"
-    )
-    if done:
+    results = [(job, done) for job, done in results if done]
+    about = {"machine": facts.machine(), "date": datetime.date.today().isoformat(), "threads": what["threads"]}
+    if results:
+        title = _title(results, about)
         click.echo(title + "\n")
-        click.echo("\n".join(table(done, engines, job)))
+        click.echo("\n".join(table(results, engines)))
         if plot_path:
+            (job, done), *_ = results
             plot.sweep(series(done, engines, job), plot_path, title)
     if json_path:
-        record = [{label: {n: each._asdict() for n, each in rates.items()} for label, rates in r.items()} for r in done]
-        settings = {"model": job.model.name, "pp": job.pp, "tg": job.tg, "prompt": job.prompt, **about}
-        outputs.write(json_path, (json.dumps(settings | {"rounds": record}, indent=1) + "\n").encode())
+        settings = {name: what[name] for name in ("pp", "tg", "prompt", "cache_type")} | about
+        record = settings | {"models": [{"model": job.model.name, "rounds": _record(done)} for job, done in results]}
+        outputs.write(json_path, (json.dumps(record, indent=1) + "\n").encode())
     if failure:
         raise failure
     return code
+
+
+def _title(results, about):
+    names = ", ".join(job.model.name for job, _ in results)
+    rounds = "/".join(map(str, sorted({len(done) for _, done in results})))
+    (job, _), *_ = results
+    settings = f"{job.cache_type} cache, {job.threads} threads, {rounds} rounds"
+    return f"{names}: {settings}\n{about['machine']}, {about['date']}"
+
+
+def _record(rounds):
+    """The rounds as plain types, for JSON."""
+    return [{label: {n: each._asdict() for n, each in rates.items()} for label, rates in r.items()} for r in rounds]
 
 
 def _depths(text, pp, tg):

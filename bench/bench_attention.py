@@ -61,7 +61,7 @@ def bench_decode(measure, cache_type, length):
 def bench_prefill(measure, length, exact):
     heads = HEADS if length <= 4096 else SOME_HEADS
     k_b, v_b, c_kv, k_pe = latent_rows(length, heads)
-    kv = cpu.attention.expand(c_kv, k_pe, k_b, v_b, cpu.attention.keys_values(length, heads, NOPE + ROPE, V, exact))
+    kv = cpu.attention.expand(c_kv, k_pe, k_b, v_b, cpu.attention.keys_values(length, heads, NOPE, ROPE, V, exact))
     q, out = normal(NEW, heads, NOPE + ROPE, seed=2), np.full((NEW, heads, V), np.nan, np.float32)
     positions = np.arange(length - NEW, length, dtype=np.int32)
 
@@ -69,7 +69,7 @@ def bench_prefill(measure, length, exact):
         cpu.attention.expanded(q, kv, positions, SCALE, out)
 
     def checks():
-        some = reference.attention.keys_values(length, 1, NOPE + ROPE, V, True)
+        some = reference.attention.keys_values(length, 1, NOPE, ROPE, V, True)
         reference.attention.expand(c_kv, k_pe, k_b.rows(0, 1), v_b.rows(0, 1), some)
         inputs = (q[-2:, :1].copy(), some, positions[-2:])
         yield out[-2:, :1], reference.attention.expanded(*inputs, SCALE, np.empty((2, 1, V), np.float32))
@@ -81,7 +81,7 @@ def bench_prefill(measure, length, exact):
 @pytest.mark.parametrize("exact", [False, True], ids=["int8", "float32"])
 def bench_expand(measure, exact, length=4096):
     k_b, v_b, c_kv, k_pe = latent_rows(length, HEADS)
-    kv = cpu.attention.keys_values(length, HEADS, NOPE + ROPE, V, exact)
+    kv = cpu.attention.keys_values(length, HEADS, NOPE, ROPE, V, exact)
 
     def run():
         cpu.attention.expand(c_kv, k_pe, k_b, v_b, kv)
@@ -90,7 +90,7 @@ def bench_expand(measure, exact, length=4096):
         if not exact:
             # Panels are checked by what attention makes of them, above.
             return
-        expected = reference.attention.keys_values(3, HEADS, NOPE + ROPE, V, True)
+        expected = reference.attention.keys_values(3, HEADS, NOPE, ROPE, V, True)
         reference.attention.expand(c_kv[-3:], k_pe[-3:], k_b, v_b, expected)
         yield kv.keys[-3:], expected.keys
         yield kv.values[-3:], expected.values

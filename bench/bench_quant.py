@@ -1,16 +1,12 @@
 """Products of weights with activations."""
 
-from itertools import cycle
-
-import numpy as np
 import pytest
-from cases import as_multiplied, panel_codes
-from shapes import HIDDEN, MATRICES, copies, matrix, normal
+from cases import panel_codes
+from products import INT8, Product
+from shapes import HIDDEN, MATRICES, normal
 
 from pymla import cpu, ggml, reference
-from pymla.cpu.graph import Graph
 
-INT8 = {"rtol_max": 1e-5, "reason": "the reference multiplies the same int8 activations, in float64"}
 EXACT = {"rtol_max": 1e-6, "reason": "rounding of the scale"}
 
 #: Tokens of a prompt that an expert sees of 512, and a whole slice.
@@ -18,25 +14,8 @@ PROMPT = (48, 512)
 
 
 def product(measure, qtype, shape, tokens):
-    w, x, out = matrix(qtype, *shape), normal(tokens, shape[1]), np.full((tokens, shape[0]), np.nan, np.float32)
-    activation = cpu.quant.Activation(x)
-    activation.panels(qtype)
-    few = tokens <= 16
-    # Launches are replayed, as in a step of a model, and not prepared by Python every time.
-    weights = copies(w) if few else [w]
-    turn = cycle([Graph(lambda w=each: cpu.quant.matmul(w, activation, out)) for each in weights])
-
-    def run():
-        next(turn).replay()
-
-    def checks():
-        # Some tokens and the last rows, which end in the middle of a panel.
-        seen = as_multiplied(x[-3:], qtype).astype(np.float64)
-        rows = w.rows(shape[0] - 50, shape[0])
-        yield out[-3:, -50:], reference.quant.matmul(rows, reference.quant.Activation(seen), np.empty((len(seen), 50)))
-
-    macs, nbytes = tokens * shape[0] * shape[1], w.data.nbytes if few else 0
-    measure(run, checks, macs=macs, nbytes=nbytes, streamed=few, **INT8)
+    made = Product(qtype, shape, tokens)
+    measure(made.run, made.checks, macs=made.macs, nbytes=made.nbytes, streamed=made.streamed, **INT8)
 
 
 @pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)

@@ -4,9 +4,7 @@
 reference says about a slice of that array: nothing is timed that is wrong.
 """
 
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tools")]
 
 from compare import assert_close  # noqa: E402
+from shares import Passes, round_count  # noqa: E402
 
 from pymla.cpu import limits as machine  # noqa: E402
 from pymla.measure.facts import describe, gather  # noqa: E402
-
-#: Seconds that a benchmark measures for, and how many rounds that may be at least and at most.
-SECONDS, ROUNDS = 0.5, (5, 50)
 
 _state = {"rows": []}
 
@@ -42,30 +38,17 @@ def measure(benchmark, limits, stream, request):
 
     Arguments of the fixture: ``run``, a function without arguments; ``checks``, pairs of what it computed and what is
     expected; ``rtol_max`` and ``reason``, as for `assert_close`; ``macs`` and ``nbytes``, what it costs. The checks are
-    a function, which is called after a first run. ``streamed``: the bytes come from memory, as every run takes others,
-    and its speed may change from second to second; every round then follows a pass of the streaming read, and the share
-    is the rounds' median.
+    a function, which is called after a first run. ``streamed``: the bytes come from memory, as every run takes others.
+    What rates and shares are stands in `shares`.
     """
 
     def call(run, checks, *, rtol_max, reason, macs=0, nbytes=0, streamed=False):
         run()
         for actual, expected in checks():
             assert_close(actual, expected, rtol_max=rtol_max, reason=reason)
-        began = time.perf_counter()
-        run()
-        rounds = int(min(max(SECONDS / (time.perf_counter() - began), ROUNDS[0]), ROUNDS[1]))
-        passes = []
-
-        def read():
-            began = time.perf_counter()
-            stream.read()
-            passes.append(stream.nbytes / (time.perf_counter() - began))
-            # The pass has driven code out of the caches, Python's as well.
-            run()
-
-        benchmark.pedantic(run, setup=read if streamed else None, rounds=rounds, iterations=1)
-        # Rates are those of the fastest round, as the limits are: other programs can only slow one down. Packed is the
-        # rate of products whose weights are unpacked already.
+        rounds, passes = round_count(run), Passes(stream, run)
+        benchmark.pedantic(run, setup=passes.before_round if streamed else None, rounds=rounds, iterations=1)
+        # Packed is the rate of products whose weights are unpacked already.
         fastest = benchmark.stats.stats.min
         rates = {
             "GMAC/s": macs / fastest / 1e9,
@@ -75,8 +58,7 @@ def measure(benchmark, limits, stream, request):
             "read share": nbytes / fastest / limits.read,
         }
         if streamed:
-            shares = [nbytes / each / read for each, read in zip(benchmark.stats.stats.data, passes, strict=True)]
-            rates["read share"] = statistics.median(shares)
+            rates["read share"] = passes.share(nbytes, benchmark.stats.stats.data)
         benchmark.extra_info.update({name: value for name, value in rates.items() if value})
         times = {"median ms": benchmark.stats.stats.median * 1e3, "fastest ms": fastest * 1e3}
         _state["rows"].append((request.node.name, times | rates))

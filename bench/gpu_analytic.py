@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from gpu_models import CTX, PROMPT, SHAPE, SMALL
 from make_model import make_model, model_tensors
+from mixes import uniform
 
 import pymla
 from pymla import ggml
@@ -42,7 +43,7 @@ def table(bandwidth, int8, gap, launch):
     # Sizes have the same names in both.
     sizes = {each.name for each in dataclasses.fields(config)} & {each.name for each in dataclasses.fields(SHAPE)}
     config = dataclasses.replace(config, **{name: getattr(SHAPE, name) for name in sizes})
-    tensors = {each.name: each for each in model_tensors(SHAPE, "kv_b", ggml.Q4_0, ggml.Q6_K, 0)}
+    tensors = {each.name: each for each in model_tensors(SHAPE, "kv_b", uniform(ggml.Q4_0, ggml.Q6_K), 0)}
     yield f"DeepSeek-V2-Lite, Q4_0, f16 cache; {gap} µs from launch to launch in a graph, {launch} µs from Python"
     yield _line("card", "step", "N_KV", "MiB read", "GMAC", "launches", "least ms", "graph ms", "Python ms", "t/s")
     yield _line(*("-" * (width - 1) + ":" for width in WIDTHS))

@@ -318,10 +318,10 @@ def attention(records, sizes):
         length, tokens, heads = sizes.lengths[-1], sizes.tokens[-1], sizes.heads
         k_b, v_b = (random_qtensor(ggml.Q4_0, heads, rows, max(sizes.rank, 32)) for rows in (sizes.nope, sizes.v))
         c_kv, k_pe = normal(length, max(sizes.rank, 32)), normal(length, sizes.rope, seed=1)
-        own = forms.keys_values(length, heads, size, sizes.v, True)
+        own = forms.keys_values(length, heads, sizes.nope, sizes.rope, sizes.v, True)
         forms.expand(memory.to_device(c_kv), memory.to_device(k_pe), on_device(k_b), on_device(v_b), own)
         seen = as_multiplied(c_kv, ggml.Q4_0).astype(np.float32)
-        rows = reference.attention.keys_values(length, heads, size, sizes.v, True)
+        rows = reference.attention.keys_values(length, heads, sizes.nope, sizes.rope, sizes.v, True)
         reference.attention.expand(seen, k_pe, k_b, v_b, rows)
         for mine, other in zip(own, rows, strict=True):
             yield memory.to_host(mine), other

@@ -186,7 +186,7 @@ def prompt(records, length, tokens=512):
     def measure():
         from pymla.cuda import attention, memory
 
-        kv = attention.keys_values(length, HEADS, NOPE + ROPE, V, True)
+        kv = attention.keys_values(length, HEADS, NOPE, ROPE, V, True)
         for each in kv:
             memory.write(each, np.resize(normal(1 << 16).astype(np.float16), each.shape))
         q = memory.to_device(normal(tokens, HEADS, NOPE + ROPE))

@@ -14,7 +14,7 @@ import numpy as np
 from pymla import ggml
 from pymla.backend import Array, MatrixInput
 from pymla.errors import PymlaError
-from pymla.pages import CACHE_TYPES, PAGE, Step
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, PAGE, Step
 from pymla.tensor import QTensor
 
 #: Dtypes that an array may have.
@@ -147,7 +147,7 @@ class Call:
             kind = ggml.NAME[w.qtype]
             self.refuse(name, f"{kind}, in blocks of {block}", f"a type whose blocks divide {columns} columns")
         if row != ggml.row_bytes(w.qtype, columns):
-            have = row // ggml.BLOCK_BYTES[w.qtype] * block
+            have = ggml.columns(w.qtype, row)
             got = f"{ggml.NAME[w.qtype]} with rows of {have} columns ({row} bytes)"
             self.refuse(name, got, f"a matrix of {columns} columns")
         wanted: Shape = (rows, row) if matrices is None else (matrices, rows, row)
@@ -183,13 +183,18 @@ class Call:
             nbytes = self.abilities.pages[qtype](width)
             if slots % PAGE:
                 self.refuse(name, f"of {slots} slots", f"a multiple of {PAGE}")
-        elif qtype in CACHE_TYPES.values() and width % ggml.BLOCK_SIZE[qtype] == 0:
+        elif qtype in self._cache_types() and width % ggml.BLOCK_SIZE[qtype] == 0:
             nbytes = ggml.row_bytes(qtype, width)
         else:
             got = f"of type {ggml.NAME.get(qtype, qtype)}"
             self.refuse(name, got, f"a cache type for rows of {width} numbers")
         self.array(name, cache.data, UINT8, (slots, nbytes), contiguous=True)
         return slots
+
+    def _cache_types(self) -> tuple[int, ...]:
+        """ggml's types that rows of a cache have. Where rows lie page by page, those of mixed types always do."""
+        mixed = () if self.abilities.pages else HADAMARD_TYPES
+        return tuple(qtype for qtype in CACHE_TYPES.values() if qtype in mixed or qtype not in HADAMARD_TYPES)
 
     def _qtensor(self, name: str, value: Any) -> None:
         if not (hasattr(value, "qtype") and hasattr(value, "data")):

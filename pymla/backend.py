@@ -383,14 +383,14 @@ class Attention(Protocol):
         """
 
     def keys_values(
-        self, tokens: int, heads: int, size: int, v: int, exact: bool, dtype: Any = np.float32
+        self, tokens: int, heads: int, nope: int, rotated: int, v: int, exact: bool, dtype: Any = np.float32
     ) -> KeysValues:
         """Memory for expanded keys and values, not set.
 
         Parameters
         ----------
-        tokens, heads, size, v : int
-            S, H, numbers of a key and of a value.
+        tokens, heads, nope, rotated, v : int
+            S, H, numbers of a key that are not rotated, and that are, R, and numbers of a value.
         exact : bool
             Whether they are kept in `dtype`; otherwise in whatever is fastest, which is as precise as a Q8_0 cache.
             A GPU keeps float16 always.

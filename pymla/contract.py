@@ -19,7 +19,7 @@ import numpy as np
 from pymla import ggml
 from pymla.argument_checks import INT32, UINT8, Abilities, Call, Dtypes
 from pymla.backend import Array, KeysValues, MatrixInput
-from pymla.pages import PAGE, Step
+from pymla.pages import HADAMARD_TYPES, PAGE, Step
 from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
@@ -248,7 +248,8 @@ class Contract:
             call.refuse("values", f"of {len(values.data)} slots", f"as many as keys have, {slots},")
         for name, cache, width in (("keys", keys, q.shape[2]), ("values", values, out.shape[2])):
             block = ggml.BLOCK_SIZE.get(cache.qtype)
-            if block is None or width % block:  # rows that lie page by page have no blocks of a head
+            # Rows that lie page by page have no blocks of a head, and mixed ones are latent.
+            if block is None or width % block or cache.qtype in HADAMARD_TYPES:
                 kind = ggml.NAME.get(cache.qtype, f"of type {cache.qtype}")
                 call.refuse(name, kind, f"a type whose blocks divide a head's {width} numbers")
         call.step(step, len(q), slots)
@@ -263,8 +264,11 @@ class Contract:
         call.array("values", values, self._abilities.expanded_floats, (length, heads, None), contiguous=True)
         return length, heads, size, values.shape[2]
 
-    def expand(self, c_kv: Array, k_pe: Array, k_b: QTensor, v_b: QTensor, sizes: Sizes) -> None:
-        """`sizes` are those of the keys and values to be made."""
+    def expand(
+        self, c_kv: Array, k_pe: Array, k_b: QTensor, v_b: QTensor, sizes: Sizes, rotated: int | None = None
+    ) -> None:
+        """`sizes` are those of the keys and values to be made; `rotated` the rotated numbers of a key, where it has a
+        place of their own for them."""
         call = self._call("expand")
         length, heads, size, v = sizes
         call.float("c_kv", c_kv, (length, None), contiguous=True)
@@ -275,6 +279,8 @@ class Contract:
         if nope + k_pe.shape[1] != size:
             wanted = f"{size - nope}, what keys have beside k_b's {nope},"
             call.refuse("k_pe", f"of {k_pe.shape[1]} numbers", wanted)
+        if rotated not in (None, k_pe.shape[1]):
+            call.refuse("k_pe", f"of {k_pe.shape[1]} numbers", f"{rotated}, as `keys_values` was told,")
 
     def expanded(self, q: Array, sizes: Sizes, positions: Array, out: Array) -> None:
         """`sizes` are those of the keys and values."""

@@ -1,8 +1,8 @@
-"""Types of tensors: block sizes of every type that is known, and a table of the types that pymla runs.
+"""Types of tensors: numbers, sizes and scales of all types that are known, and the types that pymla runs.
 
 Block sizes of ggml's types come from the gguf package (``gguf.constants.GGML_QUANT_SIZES``), so that they have one
 definition; those that older versions of it lack stand here, those of ik_llama.cpp in `pymla.ik_types`. A type is run
-once it has a row of `TYPES`, functions in the ``formats`` folder of each backend, and a row of test cases.
+once `SUPPORTED` names it and the ``formats`` folder of each backend has its functions.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pymla.errors import PymlaError
-from pymla.ik_types import IK_LAYOUTS, Layout
+from pymla.ik_types import IK_LAYOUTS, IQ1_M_ROWS, Layout
 
 _NEWER_THAN_GGUF_0_17 = (
     Layout(39, "MXFP4", 32, 17),
@@ -23,6 +23,7 @@ _LAYOUTS = (
     *_NEWER_THAN_GGUF_0_17,
     *(Layout(int(t), t.name, *GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType),
     *IK_LAYOUTS,
+    IQ1_M_ROWS,
 )
 
 NAME = {each.qtype: each.name for each in _LAYOUTS}
@@ -83,6 +84,8 @@ IQ4_KT = 155
 IQ3_KS = 156
 IQ2_KL = 157
 IQ1_KT = 158
+# Of no file: rows of IQ1_M_R4 by themselves.
+IQ1_M_R1 = -229
 # Of ik_llama.cpp, with the blocks of several rows together.
 Q4_0_R8 = 202
 Q5_0_R4 = 206
@@ -116,35 +119,76 @@ Q8_KV_R8 = 398
 Q8_K_R8 = 399
 
 
-class Type(NamedTuple):
-    """What programs besides the backends' kernels have to know of a type."""
+#: Types whose weights are floats. Products with them are taken in float32; those with other types on integers, with
+#: activations quantised to int8.
+FLOATS = (F32, F16, BF16)
 
-    qtype: int
-    #: Whether products are taken on integers, with activations quantised to int8. Others are taken in float32.
-    is_quantised: bool
-    #: Bytes of a block at which IEEE halves begin: its scale, and its minimum where it has one.
-    halves: tuple[int, ...] = ()
-    #: Bytes of a block, from the first to the one behind the last, that are int8 scales, which the half multiplies.
-    int8_scales: tuple[int, int] | None = None
-
-
-_ROWS = (
-    Type(F32, False),
-    Type(F16, False),
-    Type(BF16, False),
-    Type(Q4_0, True, halves=(0,)),
-    Type(Q4_1, True, halves=(0, 2)),
-    Type(Q5_0, True, halves=(0,)),
-    Type(Q5_1, True, halves=(0, 2)),
-    Type(Q8_0, True, halves=(0,)),
-    Type(Q6_K, True, halves=(208,), int8_scales=(192, 208)),
+#: The types that every backend runs.
+SUPPORTED = (
+    *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_K),
+    *(Q2_K, Q3_K, Q4_K, Q5_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ2_0, Q1_0, Q2_0),
+    *(IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S),
+    *(Q6_0, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, Q8_KV, IQ2_BN),
 )
 
-#: The types that every backend runs, by number.
-TYPES: dict[int, Type] = {row.qtype: row for row in _ROWS}
-SUPPORTED = tuple(TYPES)
 #: Those whose products are taken on integers.
-QUANTISED = tuple(qtype for qtype, row in TYPES.items() if row.is_quantised)
+QUANTISED = tuple(qtype for qtype in SUPPORTED if qtype not in FLOATS)
+
+
+class Scales(NamedTuple):
+    """The numbers that the weights of a block are multiples of, or those of a row where its header has them.
+
+    If all of them are zero, so are the weights; if one of them is NaN or infinite, so are some of the weights.
+    """
+
+    #: Of a number: "f32", "f16", "bf16", "e8m0" or "e4m3"; "nibbles": the highest four bits of four words of 16 bits
+    #: are an IEEE half, its lowest bits first.
+    kind: str = "f16"
+    #: The byte at which they begin, of a block, or of a row with a header.
+    first: int = 0
+    #: Numbers, one behind the other: of a type with minima scale and minimum. Where rows lie together, all of their
+    #: scales come before all of their minima.
+    numbers: int = 1
+
+
+_SCALES = {
+    F32: Scales("f32"),
+    BF16: Scales("bf16"),
+    Q2_K: Scales(first=80, numbers=2),
+    Q3_K: Scales(first=108),
+    Q6_K: Scales(first=208),
+    IQ1_M: Scales("nibbles", first=48),
+    IQ1_M_R1: Scales(first=56),
+    TQ1_0: Scales(first=52),
+    TQ2_0: Scales(first=64),
+    MXFP4: Scales("e8m0"),
+    NVFP4: Scales("e4m3", numbers=4),
+    **dict.fromkeys((Q4_1, Q5_1, Q4_K, Q5_K), Scales(numbers=2)),
+}
+
+
+#: The plain types that interleaved rows become when they are loaded (`pymla.models.interleaved`).
+PLAIN = {each.qtype: ID[each.name.rpartition("_")[0]] for each in _LAYOUTS if each.rows_together > 1}
+PLAIN |= {Q8_K_R8: Q8_0, Q8_K_R16: Q8_0, IQ1_M_R4: IQ1_M_R1}
+
+
+def plain_type(qtype: int) -> int:
+    """The type as which weights of a file are loaded: another one where rows lie together."""
+    return PLAIN.get(qtype, qtype)
+
+
+def _scales(each: Layout) -> Scales:
+    if each.row_header:
+        return Scales("f16" if each.row_header == 2 else "f32", numbers=each.rows_together)
+    if each.rows_together == 1:
+        return _SCALES.get(each.qtype, Scales())
+    plain = PLAIN[each.qtype]
+    kind, _, numbers = _SCALES.get(plain, Scales())
+    return Scales(kind, 0, each.rows_together * (each.block_size if plain in FLOATS else numbers))
+
+
+#: The scales of every type, of IEEE halves at the beginning of a block where nothing else is said.
+SCALES = {each.qtype: _scales(each) for each in _LAYOUTS}
 
 
 def row_bytes(qtype: int, columns: int) -> int:
@@ -172,3 +216,15 @@ def tensor_bytes(qtype: int, shape: tuple[int, ...]) -> int:
     if rows % together:
         raise PymlaError(f"{rows} rows are no multiple of the {together} that lie together in {NAME[qtype]}")
     return row_bytes(qtype, shape[-1]) * math.prod(shape[:-1])
+
+
+def columns(qtype: int, nbytes: int) -> int:
+    """Weights of a row of `nbytes` bytes: the inverse of `row_bytes`."""
+    return (nbytes - ROW_HEADER[qtype]) // BLOCK_BYTES[qtype] * BLOCK_SIZE[qtype]
+
+
+def unit_bytes(qtype: int, columns: int) -> int:
+    """Bytes of the smallest part of a tensor that has scales of its own: a block, or a row with a header; of all the
+    rows that lie together."""
+    own = row_bytes(qtype, columns) if ROW_HEADER[qtype] else BLOCK_BYTES[qtype]
+    return ROWS_TOGETHER[qtype] * own

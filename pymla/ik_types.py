@@ -19,6 +19,9 @@ class Layout(NamedTuple):
     rows_together: int = 1
 
 
+#: Rows of IQ1_M_R4 by themselves. No file has this type: numbers of files are not negative.
+IQ1_M_ROWS = Layout(-229, "IQ1_M_R1", 256, 58)
+
 IK_LAYOUTS = (
     Layout(133, "Q6_0", 32, 26),
     Layout(134, "IQ1_BN", 64, 13, row_header=2),

@@ -20,7 +20,22 @@ if TYPE_CHECKING:
 PAGE = 64
 
 #: Cache types and the ggml type of their rows.
-CACHE_TYPES = {"f32": ggml.F32, "f16": ggml.F16, "bf16": ggml.BF16, "q8_0": ggml.Q8_0}
+CACHE_TYPES = {
+    "f32": ggml.F32,
+    "f16": ggml.F16,
+    "bf16": ggml.BF16,
+    "q8_0": ggml.Q8_0,
+    "q6_0": ggml.ID["Q6_0"],
+    "q5_0": ggml.ID["Q5_0"],
+    "q4_0": ggml.ID["Q4_0"],
+}
+
+#: Types whose rows, those of ``c_kv`` alone, are mixed before they are rounded. Every 32 numbers x, a block, are stored
+#: as ``H x / 4`` and read as ``H y / 8``, where H is the Hadamard matrix of 32 rows of 1 and -1: ``H H / 32`` is the
+#: unit matrix, and a number that is much larger than the others makes no other number coarse.
+HADAMARD_TYPES = tuple(CACHE_TYPES[name] for name in ("q6_0", "q5_0", "q4_0"))
+#: Numbers that are mixed, and the factors of those that are stored, and of those that are read.
+MIXED, STORED, READ = 32, 1 / 4, 1 / 8
 
 
 class LatentCache(NamedTuple):

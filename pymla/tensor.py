@@ -22,6 +22,6 @@ class QTensor(NamedTuple):
         return QTensor(self.qtype, self.data.reshape(-1, count, self.data.shape[1]))
 
     def by_columns(self, count: int) -> "QTensor":
-        """A matrix as several of `count` columns, whole blocks, without a copy."""
+        """A matrix as several of `count` columns, whole blocks, without a copy; of a type whose rows have no header."""
         parts = self.data.reshape(len(self.data), -1, ggml.row_bytes(self.qtype, count))
         return QTensor(self.qtype, parts.swapaxes(0, 1))

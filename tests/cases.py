@@ -1,20 +1,54 @@
 """Inputs shared by tests and benchmarks."""
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import numpy as np
+from definitions import cached
 from make_golden import SHAPES
-from make_model import PRESETS, Shape, random_blocks
+from make_model import PRESETS, Shape
+from random_weights import ONE, put_scales, random_blocks
 
 from pymla import cpu, ggml
 from pymla.cpu.matmul.activations import Input
 from pymla.cpu.runtime.isa import AMX
 from pymla.pages import CACHE_TYPES, PAGE, LatentCache, Step
-from pymla.reference.quant import dequantise, quantise, quantise_activations
+from pymla.reference.quant import quantise, quantise_activations
 from pymla.tensor import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
 TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
+
+#: Types for tests of whole operations. Among them is one with each value of each of their `features`, which is what the
+#: code around a type's own functions knows of it; the functions themselves are tested for every type
+#: (tests/test_cpu_formats.py, tests/test_cuda_formats.py).
+REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q5_0,
+    ggml.Q8_0,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.Q4_K,
+    ggml.IQ4_KS,
+)
+
+#: The same for the GPU, whose kernels know less, and which is simulated.
+GPU_REPRESENTATIVES: tuple[int, ...] = (
+    ggml.F32,
+    ggml.F16,
+    ggml.Q4_0,
+    ggml.Q4_1,
+    ggml.Q6_K,
+    ggml.Q2_K,
+    ggml.IQ4_KS,
+)
+
+#: The representatives whose products are taken on integers, and those whose products are taken in float32.
+QUANTISED_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype in ggml.QUANTISED)
+FLOAT_REPRESENTATIVES = tuple(qtype for qtype in REPRESENTATIVES if qtype not in ggml.QUANTISED)
 
 #: Rows of a matrix: one, fewer than a panel of 16, whole panels, and a panel with a rest.
 ROWS = (1, 5, 16, 33)
@@ -23,10 +57,37 @@ ROWS = (1, 5, 16, 33)
 TOKENS = (1, 3, 17, 65)
 
 
+def features(qtype: int) -> dict[str, object]:
+    """What products on the CPU know of a type besides its functions."""
+    form = cpu.formats.FORMATS[qtype]
+    return {
+        "bytes of a float": form.number_bytes if qtype in ggml.FLOATS else None,
+        "bits of a panel's codes": form.code_bits,
+        "zero point": form.zero_point > 0,
+        "weights per minimum": form.minimum_each,
+        "order of activations": form.order,
+        "super-blocks": ggml.BLOCK_SIZE[qtype] == 256,
+        "row header": ggml.ROW_HEADER[qtype] > 0,
+    }
+
+
+def unrepresented(
+    qtypes: Iterable[int], representatives: Iterable[int], features: Callable[[int], dict[str, object]]
+) -> list[str]:
+    """The types that have a feature which none of the representatives has: their names and the feature."""
+    found = {feature for qtype in representatives for feature in features(qtype).items()}
+    return [
+        f"{ggml.NAME[qtype]}: {name} {value}"
+        for qtype in qtypes
+        for name, value in features(qtype).items()
+        if (name, value) not in found
+    ]
+
+
 def columns(qtype: int) -> tuple[int, ...]:
     """Row lengths that the type's block divides, beginning with a single block."""
-    block = ggml.BLOCK_SIZE[qtype]
-    return (256, 768) if block == 256 else (32, 96, 1408)
+    block = max(32, ggml.BLOCK_SIZE[qtype])
+    return (256, 768) if block == 256 else (block, 3 * block, 1408)
 
 
 def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
@@ -37,10 +98,37 @@ def random_qtensor(qtype: int, *shape: int, seed: int = 0) -> QTensor:
     qtype : a type of ``ggml.SUPPORTED``
     shape : (rows, columns) or (matrices, rows, columns)
     """
-    pieces = random_blocks(seed, "case", int(np.prod(shape)), qtype, shape[-1] ** -0.5)
+    pieces = random_blocks(seed, "case", shape, qtype, shape[-1] ** -0.5)
     data = np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
     data.flags.writeable = False
     return QTensor(qtype, data.reshape(*shape[:-1], -1))
+
+
+def with_scales(data: np.ndarray, qtype: int, columns: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Rows of random bytes (..., row_bytes), with scales and minima that are finite: random numbers, or 1."""
+    one = ONE[ggml.SCALES[qtype].kind]
+    if rng is None:
+        table = np.full(256, one)
+    elif one.dtype == np.uint8:
+        table = rng.integers(one - 20, one + 20, 256, np.uint8)
+    else:
+        table = rng.standard_normal(256).astype(one.dtype)
+    put_scales(data.reshape(-1, ggml.unit_bytes(qtype, columns)), qtype, table, 1.0 if rng is None else 0.7)
+    return data
+
+
+def random_bytes(qtype: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bytes as rows of blocks, with scales and minima that are finite numbers."""
+    rng = np.random.default_rng(seed)
+    if qtype in ggml.FLOATS:
+        return quantise(rng.standard_normal((rows, columns), dtype=np.float32), qtype)
+    data = rng.integers(0, 256, (rows, ggml.row_bytes(qtype, columns)), dtype=np.uint8)
+    return with_scales(data, qtype, columns, rng)
+
+
+def bytes_alike(qtype: int, rows: int, columns: int, byte: int) -> np.ndarray:
+    """Rows of blocks whose bytes are all `byte`, but for scales and minima, which are 1."""
+    return with_scales(np.full((rows, ggml.row_bytes(qtype, columns)), byte, np.uint8), qtype, columns)
 
 
 def as_multiplied(x: np.ndarray, qtype: int) -> np.ndarray:
@@ -73,7 +161,7 @@ def ragged_step(lengths, new, pages: int) -> Step:
 def latent_layout(cache_type: str, rank: int, rope: int):
     """ggml types and widths of the rows of ``c_kv`` and ``k_pe``."""
     qtype = CACHE_TYPES[cache_type]
-    return (qtype, rank), (ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)
+    return (qtype, rank), (ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype, rope)
 
 
 def poisoned_cache(layout, step: Step, lengths, pages: int) -> list[QTensor]:
@@ -96,7 +184,8 @@ def on_cpu(layout, cache: list[QTensor]) -> LatentCache:
     result = cpu.attention.latent_cache(layout, len(cache[0].data))
     for source, target in zip(cache, result, strict=True):
         target.data[:] = 0xFF
-        rows = dequantise(source.data, source.qtype)
+        with np.errstate(invalid="ignore"):
+            rows = cached(source).astype(np.float32)
         slots = np.flatnonzero(np.isfinite(rows).all(1)).astype(np.int32)
         cpu.attention.store(rows[slots], slots, target)
     return result

@@ -14,6 +14,12 @@ sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tools", "
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_configure(config):
+    from side_by_side import SideBySide
+
+    config.pluginmanager.register(SideBySide())
+
+
 @pytest.fixture(autouse=True)
 def signals_of_the_tests(monkeypatch):
     """The command line, which tests call in their own process, would take Ctrl-C over."""

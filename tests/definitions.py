@@ -5,7 +5,7 @@ Tests compare every backend with these, the reference included.
 
 import numpy as np
 
-from pymla.pages import PAGE
+from pymla.pages import HADAMARD_TYPES, PAGE
 from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
 
@@ -64,10 +64,23 @@ def attend(q, keys, values, scale):
     return weights @ values / weights.sum()
 
 
+def hadamard(rows):
+    """The matrix of 1 and -1 of so many rows, a power of two: the sign is the parity of bits that two numbers share."""
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in range(rows)] for i in range(rows)])
+
+
+def cached(rows: QTensor) -> np.ndarray:
+    """The numbers of rows of a cache."""
+    numbers = dense(rows)
+    if rows.qtype not in HADAMARD_TYPES:
+        return numbers
+    return (numbers.reshape(-1, 32) @ hadamard(32) / 8).reshape(numbers.shape)
+
+
 def rows_of(cache: QTensor, step, sequence, length):
     """The first rows of a sequence, slot by slot."""
     slots = [step.block_tables[sequence, p // PAGE] * PAGE + p % PAGE for p in range(length)]
-    return dense(QTensor(cache.qtype, cache.data[slots]))
+    return cached(QTensor(cache.qtype, cache.data[slots]))
 
 
 def absorbed(q, latent: QTensor, rope: QTensor, step, scale):

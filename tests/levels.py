@@ -3,9 +3,10 @@
 import sys
 from unittest import mock
 
+import cpu_functions
 import numpy as np
 import operations
-from cases import latent_layout, on_cpu, poisoned_cache, ragged_step, random_qtensor
+from cases import REPRESENTATIVES, latent_layout, on_cpu, poisoned_cache, ragged_step, random_qtensor
 
 from pymla import cpu, ggml
 
@@ -15,8 +16,8 @@ def normal(*shape):
 
 
 def products():
-    """(name, result) of products with each type, of few and of many tokens."""
-    for qtype in ggml.SUPPORTED:
+    """(name, result) of products with types of every feature, of few and of many tokens."""
+    for qtype in REPRESENTATIVES:
         name = ggml.NAME[qtype]
         w, heads = random_qtensor(qtype, 5, 256), random_qtensor(qtype, 2, 6, 256)
         for tokens in (1, 6):
@@ -26,6 +27,21 @@ def products():
         yield f"matmul_heads {name}", cpu.quant.matmul_heads(heads, x, np.empty((1, 2, 6), np.float32))
         out = np.empty((1, 2, 256), np.float32)
         yield f"matmul_heads_transposed {name}", cpu.quant.matmul_heads_transposed(heads, y, out)
+
+
+def functions():
+    """(name, result) of the functions of every type."""
+    for qtype in ggml.SUPPORTED:
+        name, k = f"functions {ggml.NAME[qtype]}", 256 if ggml.BLOCK_SIZE[qtype] > 32 else 416
+        found = cpu_functions.call(random_qtensor(qtype, 5, k), normal(1, k), 0.5, 0, normal(5, k))
+        yield f"{name} products", found.products
+        yield f"{name} sums", found.sums
+        if qtype in ggml.QUANTISED:
+            yield f"{name} panel", cpu_functions.panel_weights(qtype, found, 0)
+        else:
+            yield f"{name} weights", found.weights
+        if cpu_functions.writes_rows(qtype):
+            yield f"{name} written", found.written
 
 
 def attended():
@@ -42,7 +58,7 @@ def attended():
 
 def operated(seed):
     """(name, result) of every operation once, with random sizes. `products` has the types of matrices."""
-    with mock.patch.object(operations, "MATRIX_TYPES", (ggml.Q4_0,)):
+    with mock.patch.object(operations, "MATRIX_TYPES", ((ggml.Q4_0, ggml.Q4_0),)):
         calls = list(operations.calls(np.random.default_rng(seed), cpu))
     for i, (operation, arguments) in enumerate(calls):
         copied = {name: operations.copied(value) for name, value in arguments.items()}
@@ -58,7 +74,9 @@ def operated(seed):
 def results():
     """All of them, by name. Shares of pages depend on the number of threads."""
     cpu.set_threads(2)
-    return {name: np.array(array) for made in (products(), attended(), operated(8)) for name, array in made}
+    return {
+        name: np.array(array) for made in (products(), functions(), attended(), operated(8)) for name, array in made
+    }
 
 
 if __name__ == "__main__":

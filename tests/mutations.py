@@ -122,7 +122,7 @@ class Mutator:
         elif how == 3:
             tensors[i] = _sized(old, other.qtype, other.shape)
         elif how == 4:
-            qtype = int(rng.choice(list(ggml.NAME)))
+            qtype = int(rng.choice([each for each in ggml.NAME if each >= 0]))
             tensors[i] = _sized(old, qtype, old.shape)
         else:
             tensors.append(old._replace(name=f"blk.{int(rng.integers(9))}.{old.name.split('.', 2)[-1]}"))

@@ -1,7 +1,18 @@
-"""Processes of tests that run beside each other: each of them keeps one core busy."""
+"""Tests that wait for a process of its own: the process begins with the session, beside the other tests.
 
-import contextlib
-from collections.abc import Callable, Iterator
+Most tests keep one core busy. Processes of tests marked ``side_by_side(run=…)`` take the cores that are left: as many
+run at a time as there are cores, at a low priority, so that tests of time do not notice them. The marked tests come
+last and take their results from the fixture `beside`::
+
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.side_by_side(run=lambda name: side_by_side.run([sys.executable, name]))
+    def test_runs(beside):
+        assert beside.returncode == 0
+"""
+
+import os
+import subprocess
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -9,23 +20,54 @@ import pytest
 
 from pymla.host.cores import usable_cores
 
+#: Of `run`: what ``nice`` adds by default.
+NICENESS = 10
 
-@contextlib.contextmanager
-def started(request: pytest.FixtureRequest, test: str, run: Callable[[Any], Any]) -> Iterator[dict[Any, Future]]:
-    """``run(value)`` for every value of the parameter of a test, of those values that were selected: futures by value.
 
-    Parameters
-    ----------
-    request : of a fixture with the scope of the test's module
-    test : str
-        Name of a function with one parameter.
-    run : callable(value)
-        Waits for a process.
-    """
-    items = [item for item in request.session.items if getattr(item, "originalname", None) == test]
-    values = [value for item in items for value in item.callspec.params.values()]
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        try:
-            yield {value: pool.submit(run, value) for value in values}
-        finally:
-            pool.shutdown(cancel_futures=True)
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+    """`subprocess.run` with its output as text, at a low priority where the system has priorities."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options) as process:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+class SideBySide:
+    """A plugin: starts what selected tests wait for."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(usable_cores())
+        self._futures: dict[Hashable, Future] = {}
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.addinivalue_line("markers", "side_by_side(run): run(*parameters) begins with the session")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: item.get_closest_marker("side_by_side") is not None)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.config.option.collectonly:
+            return
+        for item in session.items:
+            is_skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+            if item.get_closest_marker("side_by_side") and not is_skipped:
+                work = self._work(item)
+                if work not in self._futures:
+                    self._futures[work] = self._pool.submit(work[0], *work[1:])
+
+    def pytest_unconfigure(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def _work(item: pytest.Item) -> tuple:
+        """A function and its arguments."""
+        callspec = getattr(item, "callspec", None)
+        return (item.get_closest_marker("side_by_side").kwargs["run"], *(callspec.params.values() if callspec else ()))
+
+    @pytest.fixture
+    def beside(self, request: pytest.FixtureRequest) -> Any:
+        """What the function of the test's mark ``side_by_side`` returned."""
+        return self._futures[self._work(request.node)].result()

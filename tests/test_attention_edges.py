@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from cases import latent_layout, poisoned_cache, ragged_step, random_qtensor
 from compare import assert_close
+from test_attention import FULL_TYPES
 
 from pymla import cpu, ggml, reference
 from pymla.errors import PymlaError
@@ -42,16 +43,20 @@ def test_no_tokens(backend, cache_type):
     q = poisoned(0, heads, rank + rope)
     for attend in (attention.absorbed, attention.absorbed_materialised):
         assert attend(q, *cache, step, 0.1, poisoned(0, heads, rank)).shape == (0, heads, rank)
-    qtype = CACHE_TYPES[cache_type]
-    whole = [QTensor(qtype, np.full((PAGE, ggml.row_bytes(qtype, heads * size)), 0xFF, np.uint8)) for size in (64, v)]
-    assert attention.full(poisoned(0, heads, 64), *whole, step, 0.1, poisoned(0, heads, v)).shape == (0, heads, v)
+    if cache_type in FULL_TYPES:
+        no_tokens_of_whole_heads(attention, CACHE_TYPES[cache_type], heads, v, step)
     k_b, v_b = random_qtensor(ggml.Q4_0, heads, 32, rank), random_qtensor(ggml.Q4_0, heads, v, rank)
     assert attention.absorb(poisoned(0, heads, 64), k_b, poisoned(0, heads, rank + 32)).shape[0] == 0
     for exact in (True, False):
-        made = attention.keys_values(0, heads, 64, v, exact)
+        made = attention.keys_values(0, heads, 32, 32, v, exact)
         assert attention.expand(poisoned(0, rank), poisoned(0, 32), k_b, v_b, made) is made
         out = attention.expanded(poisoned(0, heads, 64), made, none, 0.1, poisoned(0, heads, v))
         assert out.shape == (0, heads, v)
+
+
+def no_tokens_of_whole_heads(attention, qtype, heads, v, step):
+    whole = [QTensor(qtype, np.full((PAGE, ggml.row_bytes(qtype, heads * size)), 0xFF, np.uint8)) for size in (64, v)]
+    assert attention.full(poisoned(0, heads, 64), *whole, step, 0.1, poisoned(0, heads, v)).shape == (0, heads, v)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -59,7 +64,7 @@ def test_expanded_at_positions_in_any_order(backend, exact):
     """A query sees the rows up to its own position, wherever it stands among the others."""
     heads, rank, nope, rope, v, length = 2, 64, 48, 16, 32, 300
     k_b, v_b = random_qtensor(ggml.F32, heads, nope, rank), random_qtensor(ggml.F32, heads, v, rank, seed=1)
-    made = backend.attention.keys_values(length, heads, nope + rope, v, exact)
+    made = backend.attention.keys_values(length, heads, nope, rope, v, exact)
     backend.attention.expand(normal(length, rank), normal(length, rope, seed=1), k_b, v_b, made)
     q = normal(length, heads, nope + rope, seed=2)
     ascending = np.arange(length, dtype=np.int32)
@@ -81,8 +86,8 @@ def test_full_at_positions_in_any_order(backend):
     assert_close(actual, expected[order], **EXACT)
 
 
-@pytest.mark.parametrize("values", CACHE_TYPES)
-@pytest.mark.parametrize("keys", CACHE_TYPES)
+@pytest.mark.parametrize("values", FULL_TYPES)
+@pytest.mark.parametrize("keys", FULL_TYPES)
 def test_full_takes_keys_and_values_of_every_type(keys, values):
     heads, size, v, lengths = 3, 96, 64, (1, 65)
     step = ragged_step(lengths, (1, 3), 4)

@@ -4,9 +4,9 @@ import numba
 import numpy as np
 import pytest
 
-from pymla.cpu.attention import codes, page_scales, score_tiles, splits, value_tiles
+from pymla.cpu.attention import codes, hadamard, page_scales, score_tiles, splits, value_tiles
 from pymla.cpu.attention.row_addresses import Rows, four_from, rows_apart
-from pymla.cpu.attention.score_tiles import Panel
+from pymla.cpu.attention.score_tiles import KeyPanel, Panel
 from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_words import BIAS, WORD
 from pymla.cpu.runtime.isa import LANES
@@ -124,6 +124,23 @@ def test_weights_of_heads(rng):
 
 
 @numba.njit
+def mix(x):
+    hadamard.mix(address(x), len(x))
+
+
+@pytest.mark.parametrize("count", [32, 64, 128])
+def test_mixed_numbers(rng, count):
+    """Products of two vectors stay the same but for a factor, and a single large number is spread over all."""
+    x, y = rng.integers(-99, 100, (2, count)).astype(np.float32)
+    product, one = x @ y, np.zeros(count, np.float32)
+    one[rng.integers(count)] = 3
+    for each in (x, y, one):
+        mix(each)
+    assert x @ y == count * product
+    assert (np.abs(one) == 3).all()
+
+
+@numba.njit
 def store_panel(rows, panel):
     codes.store_panel(address(rows), rows.shape[1], address(panel))
 
@@ -132,6 +149,18 @@ def test_panels(rng):
     rows = rng.integers(0, 256, (LANES, 48)).astype(np.uint8)
     panel = np.zeros((12, LANES), np.int32)
     store_panel(rows, panel)
+    np.testing.assert_array_equal(panel, panel_of(rows))
+
+
+@numba.njit
+def store_i16_panel(rows, panel):
+    codes.store_i16_panel(address(rows), 2 * rows.shape[1], address(panel))
+
+
+def test_panels_of_i16(rng):
+    rows = rng.integers(-4095, 4096, (LANES, 6)).astype(np.int16)
+    panel = np.zeros((3, LANES), np.int32)
+    store_i16_panel(rows, panel)
     np.testing.assert_array_equal(panel, panel_of(rows))
 
 
@@ -204,6 +233,50 @@ def test_tile_of_rope_scores(rng, count):
 
 
 @numba.njit
+def tile_key_scores(rows, rope_rows, count, first, second, sizes, out):
+    numbers = four_from(0, count)
+    x = Rows(rows_apart(address(rows[0]), rows[0].shape[1], numbers), rows_apart(address(rows[1]), 4, numbers))
+    y = Rows(
+        rows_apart(address(rope_rows[0]), 2 * rope_rows[0].shape[1], numbers),
+        rows_apart(address(rope_rows[1]), 4, numbers),
+    )
+    at = rows_apart(address(out), 4 * out.shape[1], numbers)
+    bt = rows_apart(address(out) + 4 * LANES, 4 * out.shape[1], numbers)
+    p = KeyPanel(_panel(first[0]), Panel(address(first[1][0]), address(first[1][1]), 0))
+    q = KeyPanel(_panel(second[0]), Panel(address(second[1][0]), address(second[1][1]), 0))
+    score_tiles.tile_key_scores(x, y, p, q, sizes, 4 * LANES, at, bt)
+
+
+@numba.njit
+def _panel(arrays):
+    return Panel(address(arrays[0]), address(arrays[1]), address(arrays[2]))
+
+
+@pytest.mark.parametrize("count", range(1, score_tiles.SCORE_ROWS + 1))
+def test_tile_of_key_scores(rng, count):
+    """Codes of 8 bits and rotated ones of 16 in one tile, which overwrites what was there."""
+    block_codes, rotated = 96, 12
+    values, rope = rng.integers(-127, 128, (count, block_codes)), rng.integers(-4095, 4096, (count, rotated))
+    scales, rope_scales = rng.random((2, count), dtype=np.float32)
+    rows = (values + BIAS).astype(CODE).view(np.uint8), scales
+    panels, expected = [], []
+    for _ in range(2):
+        plain, numbers = random_panel(rng, 1, block_codes)
+        codes_of_lanes = rng.integers(-4095, 4096, (LANES, rotated)).astype(np.int16)
+        lane_scales = rng.random(LANES, dtype=np.float32)
+        panels.append((plain, (panel_of(codes_of_lanes.view(np.uint8)), lane_scales)))
+        expected.append((values * scales[:, None].astype(np.float64)) @ numbers.T)
+        expected[-1] += (rope * rope_scales[:, None].astype(np.float64)) @ (codes_of_lanes.T * lane_scales)
+    out = np.full((5, 2 * LANES + 3), np.nan, np.float32)
+    rope_rows = rope.astype(np.int16), rope_scales
+    tile_key_scores(rows, rope_rows, count, *panels, (1, block_codes, rotated // 2), out)
+    expected = np.concatenate(expected, axis=1)
+    np.testing.assert_allclose(out[:count, : 2 * LANES], expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+    out[:count, : 2 * LANES] = np.nan
+    assert np.isnan(out).all()
+
+
+@numba.njit
 def tile_values(weights, weight_scales, count, blocks, panels, out):
     first, second = four_from(0, count), four_from(value_tiles.VALUE_ROWS - 4, count)
     of_weights, of_scales, of_out = address(weights), address(weight_scales), address(out)
@@ -232,9 +305,9 @@ def test_tile_of_values(rng, count, blocks):
 
 
 @numba.njit
-def take_scales(halves, seen, memory):
+def take_scales(halves, seen, bits, memory):
     blocks = halves.shape[1]
-    page_scales.take_scales(address(halves), seen, blocks, page_scales.page_scales_at(address(memory), blocks))
+    page_scales.take_scales(address(halves), seen, blocks, bits, page_scales.page_scales_at(address(memory), blocks))
 
 
 @pytest.mark.parametrize("seen", [1, 63, 64])
@@ -245,7 +318,7 @@ def test_scales_of_a_page(rng, blocks, seen):
     halves = rng.random((PAGE, blocks)).astype(np.float16)
     halves[0], halves[seen:] = 0, np.nan
     memory = np.zeros(PAGE * (6 * padded + 4), np.uint8)
-    take_scales(halves.view(np.uint16), seen, memory)
+    take_scales(halves.view(np.uint16), seen, 8, memory)
     scales = memory[: 4 * PAGE * padded].view(np.float32).reshape(PAGE, padded)
     factors = memory[4 * PAGE * padded : 6 * PAGE * padded].view(np.int16).reshape(PAGE, padded)
     largest = memory[6 * PAGE * padded :].view(np.float32)
@@ -257,6 +330,18 @@ def test_scales_of_a_page(rng, blocks, seen):
     np.testing.assert_allclose(factors[:seen, :blocks], 32767 * relative, atol=1)
     assert not factors[seen:].any()
     assert not factors[:, blocks:].any()
+
+
+def test_scales_of_codes_that_are_unpacked(rng):
+    """Codes of 4 bits become multiples of 16. Scales have either sign, and a code of -128 times a factor fits int8."""
+    halves, memory = rng.standard_normal((PAGE, 8)).astype(np.float16), np.zeros(PAGE * (6 * 8 + 4), np.uint8)
+    take_scales(halves.view(np.uint16), PAGE, 4, memory)
+    scales, factors = memory[: 32 * PAGE].view(np.float32), memory[32 * PAGE : 48 * PAGE].view(np.int16)
+    np.testing.assert_array_equal(scales.reshape(PAGE, 8), halves.astype(np.float32) / 16)
+    largest = np.abs(halves.astype(np.float64)).max(1)
+    np.testing.assert_allclose(memory[48 * PAGE :].view(np.float32), largest / 16 * 128 / 127, rtol=1e-6)
+    np.testing.assert_allclose(factors.reshape(PAGE, 8), 32767 * 127 / 128 * (halves / largest[:, None]), atol=1.5)
+    assert np.abs(128 * factors.astype(np.int64) + (1 << 14) >> 15).max() == 127
 
 
 # Split-kv and combine -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import against
@@ -14,6 +15,7 @@ import pytest
 from cases import panel_codes
 
 import pymla
+import pymla.engine.loading
 from pymla import ggml
 from pymla.cli import main
 from pymla.cpu import limits
@@ -406,10 +408,10 @@ def test_ratios_are_taken_within_a_round():
     assert against.compare(rounds, "pymla", "a", 0, "pp") == (3, 2, 6)
     assert against.compare(rounds, "pymla", "best", 0, "pp") == (2, 1, 2)
     assert against.compare(rounds, "pymla", "a", 0, "tg") is None
-    job = SimpleNamespace(points=(0,), prompt=None, pp=512, tg=1)
-    table = list(against.table(rounds, engines("pymla", "a", "b"), job))
-    assert table[2] == "| 0 | PP512 | 6.00 | a | 1.00 | 3.00x | 2.00x | 6.00x |"
-    assert table[-1] == "| 0 | PP512 | 6.00 | best | 3.00 | 2.00x | 1.00x | 2.00x |"
+    job = SimpleNamespace(model=Path("folder/m.gguf"), points=(0,), prompt=None, pp=512, tg=1)
+    table = list(against.table([(job, rounds)], engines("pymla", "a", "b")))
+    assert table[2] == "| m | 0 | PP512 | 6.00 | a | 1.00 | 3.00x | 2.00x | 6.00x |"
+    assert table[-1] == "| m | 0 | PP512 | 6.00 | best | 3.00 | 2.00x | 1.00x | 2.00x |"
     (first, *_) = against.series(rounds, engines("pymla", "a"), job)
     assert first == plot.Series("pymla", [0], [6], [None], [(3, 8)], first.tg_range)
 
@@ -436,13 +438,33 @@ def test_against(run, peer, tmp_path, monkeypatch):
     options = ("-m", model, "--llama-sweep-bench", f"{peer} -rtr", "--rounds", 2, "--threads", 1, "--tg", 16)
     code, out, err = run(*options, "--json", tmp_path / "a.json", entry=against.main)
     assert code == 0, err
-    assert "| 0 | PP512 | 57.16 | llama-sweep-bench -rtr | 28.58 | 2.00x | 2.00x | 2.00x |" in out
-    assert "| 0 | TG16 | 17.86 | llama-sweep-bench -rtr | 8.93 | 2.00x | 2.00x | 2.00x |" in out
+    assert "| demo | 0 | PP512 | 57.16 | llama-sweep-bench -rtr | 28.58 | 2.00x | 2.00x | 2.00x |" in out
+    assert "| demo | 0 | TG16 | 17.86 | llama-sweep-bench -rtr | 8.93 | 2.00x | 2.00x | 2.00x |" in out
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 2
     assert calls[0].endswith("-t 1 -ctk q8_0 -mla 3 -fa on -c 512 -ub 512 -n 16 -rtr")
     report = json.loads((tmp_path / "a.json").read_text())
-    assert report["rounds"][1]["pymla"]["0"] == {"pp": 57.16, "tg": 17.86}
+    (of_model,) = report["models"]
+    assert of_model["model"] == "demo.gguf"
+    assert of_model["rounds"][1]["pymla"]["0"] == {"pp": 57.16, "tg": 17.86}
+
+
+def test_against_compares_on_several_models(run, peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(against.Pymla, "measure", lambda self, job: {0: against.Rates(57.16, 17.86)})
+    demo, other = pymla.engine.loading.demo_path(), tmp_path / "other.gguf"
+    other.write_bytes(demo.read_bytes())
+    options = ("-m", demo, "-m", other, "--llama-sweep-bench", peer, "--tg", 16, "--rounds", 2)
+    code, out, err = run(*options, "--json", tmp_path / "a.json", entry=against.main)
+    assert code == 0, err
+    assert [line.split()[1] for line in out.splitlines() if "PP512" in line] == ["demo", "other"]
+    models = json.loads((tmp_path / "a.json").read_text())["models"]
+    assert [(each["model"], len(each["rounds"])) for each in models] == [("demo.gguf", 2), ("other.gguf", 2)]
+    code, _, err = run(*options, "--plot", tmp_path / "a.svg", entry=against.main)
+    assert code == 2
+    assert "--plot draws one model" in err
+    code, _, err = run(*options, "-m", demo, entry=against.main)
+    assert code == 2
+    assert "two models have the same name" in err
 
 
 def test_against_measures_one_prompt(run, peer, tmp_path, monkeypatch):

@@ -3,14 +3,16 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
 import gpu_records
 import numpy as np
 import pytest
+import side_by_side
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="needs numba-cuda"),
@@ -21,24 +23,29 @@ pytestmark = [
 
 
 def run(*arguments):
-    command = [sys.executable, str(gpu.HERE / "gpu.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return side_by_side.run([sys.executable, str(gpu.HERE / "gpu.py"), *map(str, arguments)])
 
 
-def test_every_check_passes_in_the_simulator(tmp_path):
-    done = run("--simulate", "-o", tmp_path / "gpu.json")
+def simulate():
+    with tempfile.TemporaryDirectory() as folder:
+        done = run("--simulate", "-o", Path(folder) / "gpu.json")
+        return done, json.loads((Path(folder) / "gpu.json").read_text()) if done.returncode == 0 else None
+
+
+@pytest.mark.side_by_side(run=simulate)
+def test_every_check_passes_in_the_simulator(beside):
+    done, report = beside
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["passed"]
     assert report["simulated"]
     assert {each["section"] for each in report["checks"]} == set(gpu.SIMULATED) - {"device"}
     assert f"{len(report['checks'])} of {len(report['checks'])} checks passed" in done.stdout
 
 
-def test_the_analytic_table():
-    done = run("--analytic", "--bandwidth", 4, "--gap", 2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split("|") for line in done.stdout.splitlines() if "given" in line]
+@pytest.mark.side_by_side(run=lambda: run("--analytic", "--bandwidth", 4, "--gap", 2))
+def test_the_analytic_table(beside):
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    rows = [line.split("|") for line in beside.stdout.splitlines() if "given" in line]
     assert [row[2].strip() for row in rows] == ["generation"] * 3 + ["prompt 1024"] * 3
     launches, least, graph = int(rows[0][6]), float(rows[0][7]), float(rows[0][8])
     assert launches > 27 * 20

@@ -54,7 +54,7 @@ def test_a_token_past_the_table(backend, rng, token):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_position_past_the_keys(backend, rng, exact):
-    made = backend.attention.keys_values(10, 2, 48, 32, exact)
+    made = backend.attention.keys_values(10, 2, 32, 16, 32, exact)
     arguments = {"q": floats(rng, 1, 2, 48), "keys_values": made, "scale": 1.0, "out": unset(1, 2, 32)}
     for position in (10, 127, 10**6, -1):
         words = f"expanded: positions has {position}", "from 0 to 9"
@@ -88,12 +88,20 @@ def test_columns_that_do_not_agree(backend, rng):
 
 def test_keys_and_queries_of_different_width(backend, rng):
     for exact in (True, False):
-        made = backend.attention.keys_values(10, 2, 48, 32, exact)
+        made = backend.attention.keys_values(10, 2, 32, 16, 32, exact)
         positions = np.zeros(1, np.int32)
         arguments = {"keys_values": made, "positions": positions, "scale": 1.0, "out": unset(1, 2, 32)}
         refused(
             backend.attention.expanded, "q is float32 (1, 2, 64)", "(n, 2, 48)", q=floats(rng, 1, 2, 64), **arguments
         )
+
+
+def test_rotated_numbers_that_have_no_place(rng):
+    """The CPU's codes of keys keep the rotated numbers apart from the others."""
+    made = cpu.attention.keys_values(10, 2, 32, 16, 32, False)
+    k_b, v_b = tensor(rng, ggml.Q8_0, 2, 16, 32), tensor(rng, ggml.Q8_0, 2, 32, 32)
+    arguments = {"c_kv": floats(rng, 10, 32), "k_pe": floats(rng, 10, 32), "k_b": k_b, "v_b": v_b, "out": made}
+    refused(cpu.attention.expand, "expand: k_pe is of 32 numbers", "16, as `keys_values` was told", **arguments)
 
 
 def test_a_norm_weight_of_the_wrong_length(backend, rng):

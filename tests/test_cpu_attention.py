@@ -3,7 +3,7 @@ in expanded keys and values of 8 bits."""
 
 import numpy as np
 import pytest
-from cases import ragged_step, random_qtensor
+from cases import latent_layout, ragged_step, random_qtensor
 
 from pymla import cpu, ggml, reference
 from pymla.pages import PAGE
@@ -30,6 +30,23 @@ def test_many_rotated_dimensions_stay_within_int32():
     assert np.allclose(out, 1 / (1 + np.exp(-0.01 * (rank + rope))), atol=0.01)
 
 
+@pytest.mark.parametrize("cache_type", ["q8_0", "q6_0", "q5_0", "q4_0"])
+def test_pages_have_the_numbers_of_the_reference(cache_type):
+    rank, layout = 96, latent_layout(cache_type, 96, 32)
+    rows, slots = normal(5, rank), np.array([3, 64, 127, 65, 70], np.int32)
+    rows[1, 32:64], rows[2, 5], rows[4, 9] = 0, np.nan, np.inf
+    read = []
+    for be in (reference, cpu):
+        latent = be.attention.latent_cache(layout, 2 * PAGE).latent
+        latent.data[:] = 0
+        with np.errstate(invalid="ignore"):
+            be.attention.store(rows, slots, latent)
+            read.append(be.attention.load(latent, np.array([1, 0], np.int32), poisoned(2 * PAGE, rank)))
+    np.testing.assert_array_equal(np.isfinite(read[1]), np.isfinite(read[0]))
+    finite = np.isfinite(read[0])
+    np.testing.assert_array_equal(read[1][finite], read[0][finite])
+
+
 def attended(be, length, tokens, *, qtypes=(ggml.Q4_0, ggml.Q4_0), fault=None, sizes=(128, 64, 128), exact=False):
     """The last tokens of a sequence, by expanded attention; `fault` is put into the values of a token of `c_kv`."""
     heads, rank, (nope, rope, v) = 2, 256, sizes
@@ -37,7 +54,7 @@ def attended(be, length, tokens, *, qtypes=(ggml.Q4_0, ggml.Q4_0), fault=None, s
     c_kv, k_pe = normal(length, rank), normal(length, rope, seed=1)
     if fault is not None:
         c_kv[fault] = np.nan
-    kv = be.attention.expand(c_kv, k_pe, k_b, v_b, be.attention.keys_values(length, heads, nope + rope, v, exact))
+    kv = be.attention.expand(c_kv, k_pe, k_b, v_b, be.attention.keys_values(length, heads, nope, rope, v, exact))
     positions = np.arange(length - tokens, length, dtype=np.int32)
     q = normal(tokens, heads, nope + rope, seed=2)
     return be.attention.expanded(q, kv, positions, (nope + rope) ** -0.5, poisoned(tokens, heads, v))

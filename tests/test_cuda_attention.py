@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused():
         yield lambda: attention.full(
             q, rows(q.shape[1] * q.shape[2]), rows(out.shape[1] * out.shape[2]), step, 1.0, out
         )
-        keys_values = attention.keys_values(1, q.shape[1], q.shape[2], out.shape[2], False)
+        keys_values = attention.keys_values(1, q.shape[1], q.shape[2] - 8, 8, out.shape[2], False)
         yield lambda: attention.expanded(q, keys_values, positions, 1.0, out)
 
     for call in attend_all(poisoned(1, 1, 24), poisoned(1, 1, 8)):

@@ -1,4 +1,5 @@
-"""Kernels become machine code for three generations of cards, without a GPU, and keep the figures they had.
+"""Kernels become machine code for three generations of cards, without a GPU, and keep the figures they had: those of
+some types. Products of every type need no more than registers.
 
 `tools/cuda_report.py --write` updates the table; a changed figure is looked at before it is committed.
 """
@@ -6,6 +7,7 @@
 import importlib.util
 import json
 import os
+import sys
 
 import pytest
 
@@ -15,10 +17,14 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 import numpy as np
-from cuda_report import CAPABILITIES, TABLE, kernels, report
+import side_by_side
+from cuda_functions import functions
+from cuda_report import TABLE, products, recorded
 from numba import cuda, types
 
+from pymla import ggml
 from pymla.cuda import norm
+from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime import compiling
 from pymla.cuda.runtime.jit import KERNELS, device, kernel
@@ -27,23 +33,43 @@ F1 = types.Array(types.float32, 1, "C")
 F2 = types.Array(types.float32, 2, "A")
 
 
-@pytest.fixture(scope="module")
 def table():
-    return report(CAPABILITIES, sorted(kernels())) if kernels() else {}
+    """The figures of the kernels that are recorded, and those of every type's products for the oldest generation."""
+    program = (
+        "import json, sys, cuda_report as each; first, *_ = every = each.CAPABILITIES;"
+        "tables = each.report(every, sorted(each.recorded())), each.report([first], sorted(each.products()));"
+        "json.dump(tables, sys.stdout)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = side_by_side.run([sys.executable, "-c", program], env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_figures(table):
+@pytest.mark.side_by_side(run=table)
+def test_figures(beside):
     known = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    table, _ = beside
     changed = sorted(name for name in table.keys() | known.keys() if table.get(name) != known.get(name))
     assert not changed, f"other figures than in {TABLE.name}; see tools/cuda_report.py --write"
 
 
-def test_hot_kernels_keep_everything_in_registers(table):
-    for name, by_capability in table.items():
-        if KERNELS[name].hot:
+@pytest.mark.side_by_side(run=table)
+def test_hot_kernels_keep_everything_in_registers(beside):
+    made, (table, of_products) = recorded() | products(), beside
+    for name, by_capability in (*table.items(), *of_products.items()):
+        if made[name].hot:
             for capability, each in by_capability.items():
                 for figure in ("spills", "float64", "divisions", "calls"):
                     assert each[figure] == 0, (name, capability, figure)
+
+
+@pytest.mark.parametrize("qtype", FORMATS, ids=ggml.NAME.get)
+def test_functions_of_every_type(qtype):
+    """In a small kernel of their own, which needs no more than registers either."""
+    code = compiling.link(compiling.to_ptx(functions(qtype), (8, 0)), (8, 0), functions(qtype))
+    figures = code.figures
+    assert figures.spills == figures.float64 == figures.divisions == figures.calls == 0
 
 
 def compiled(body, *signature, **options):
@@ -52,6 +78,9 @@ def compiled(body, *signature, **options):
     del KERNELS[made.__name__]
     text = compiling.to_ptx(made, (8, 0))
     return text, compiling.link(text, (8, 0), made)
+
+
+NUMBERS = ptx.table("test_numbers", lambda: np.arange(20, dtype=np.uint16))
 
 
 def all_loads(a, out):
@@ -64,6 +93,7 @@ def all_loads(a, out):
     g2, g3, g4, g5 = ptx.fresh_f32x4(a)
     words = w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ s0 ^ s1 ^ s2 ^ s3 ^ s4 ^ s5 ^ ptx.stream_u16(a) ^ ptx.stream_u32(a)
     words ^= ptx.load_u8(a) ^ ptx.load_i8(a) ^ ptx.load_u16(a) ^ ptx.load_i16(a) ^ ptx.load_u32(a) ^ ptx.fresh_u32(a)
+    words ^= ptx.load_u32_around(a) ^ ptx.load_u16(NUMBERS() + 2 * ptx.lane())
     ptx.store_u8(out, words)
     ptx.store_u16(out, words)
     ptx.store_u32(out, words)
@@ -105,7 +135,7 @@ def all_shared(a, out):
     d0, d1 = ptx.load_shared_u64x2(at)
     f0, f1, f2, f3 = ptx.load_shared_f32x4(at)
     words = a0 ^ a1 ^ a2 ^ a3 ^ t0 ^ t1 ^ t2 ^ t3 ^ b0 ^ b1 ^ u0 ^ u1 ^ w0 ^ w1 ^ w2 ^ w3 ^ w4 ^ w5 ^ d0 ^ d1
-    ptx.store_u32(out, words ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
+    ptx.store_u32(out, words ^ ptx.load_shared_u8(at) ^ ptx.load_shared_u16(at) ^ ptx.load_shared_u32(at))
     ptx.store_f32(out + 4, f0 + f1 + f2 + f3 + ptx.load_shared_f32(at))
 
 
@@ -138,7 +168,7 @@ def all_arithmetic(a, out):
             all_loads,
             "ld.global.nc.v2.u32 ld.global.nc.v4.u32 ld.global.nc.v4.f32 ld.global.nc.u8 "
             "ld.global.nc.u64 ld.global.nc.L1::no_allocate.v4.b32 ld.relaxed.gpu.global.v4.f32 st.global.v4.u32 "
-            "st.global.v4.f32 st.global.u8 cvt.rn.bf16.f32",
+            "st.global.v4.f32 st.global.u8 cvt.rn.bf16.f32 test_numbers[40]",
         ),
         (
             all_shared,

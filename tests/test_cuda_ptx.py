@@ -14,6 +14,8 @@ from numba import cuda, types
 from pymla.cuda import available, describe, memory
 from pymla.cuda.graph import Graph
 from pymla.cuda.machine import ptx
+from pymla.cuda.machine.ptx import warps
+from pymla.cuda.machine.ptx.instruction import word_of
 from pymla.cuda.runtime.jit import KERNELS, device, kernel
 from pymla.errors import PymlaError
 
@@ -67,6 +69,8 @@ def test_loads_and_stores():
     assert ptx.load_u16(at + 6) == raw.view("<u2")[3] == ptx.stream_u16(at + 6)
     assert ptx.load_i16(at + 6) == raw.view("<i2")[3]
     assert ptx.load_u32(at + 12) == raw.view("<i4")[3] == ptx.stream_u32(at + 12) == ptx.fresh_u32(at + 12)
+    part = memory.to_device(raw[:6])
+    assert ptx.load_u32_around(part.address + 4) == np.array([*raw[4:6], 0xFF, 0xFF], np.uint8).view("<i4")[0]
     assert ptx.load_u64(at + 8) == raw.view("<i8")[1]
     assert ptx.load_u32x2(at + 8) == tuple(raw.view("<i4")[2:4]) == ptx.stream_u32x2(at + 8)
     assert ptx.load_u32x4(at + 16) == tuple(raw.view("<i4")[4:8]) == ptx.stream_u32x4(at + 16)
@@ -93,6 +97,14 @@ def test_loads_and_stores():
     assert result[40:64].view("<f4").tolist() == [1, 2, 0, 1, 2, 3]
     assert ptx.load_f16(at + 36) == 1.5
     assert ptx.load_bf16(at + 38) == -2
+
+
+def test_tables():
+    numbers = np.arange(40000, 40020, dtype=np.uint16).reshape(4, 5)
+    address = ptx.table("test_numbers", lambda: numbers)
+    assert address() == address()
+    assert address() % 16 == 0
+    assert [ptx.load_u16(address() + 2 * i) for i in range(20)] == numbers.reshape(-1).tolist()
 
 
 def test_wrong_addresses():
@@ -133,6 +145,7 @@ def test_shared_memory():
         assert ptx.load_shared_u32x2(at + 8) == (3, 4)
         assert ptx.load_shared_u64x2(at + 32) == (-2 << 40, 9)
         assert ptx.load_shared_u16(at + 4) == 0xFFFF
+        assert ptx.load_shared_u8(at + 8) == 3
         assert ptx.load_shared_f32(ptx.shared_address(floats) + 8) == 3
         assert ptx.load_shared_f32x4(ptx.shared_address(floats)) == (1, 2, 3, 4)
         assert words[63] == -1  # poison
@@ -308,6 +321,22 @@ def test_reductions():
     np.testing.assert_array_equal(actual, np.repeat(values.reshape(8, 4).max(1), 4))
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16, 32])
+def test_reductions_are_those_by_shuffles(width):
+    """The functions that are compiled give the bits that the simulator's give."""
+    floats, values = RNG.standard_normal(32).astype(np.float32), random_words(32)
+    for together, by_shuffles in (
+        (ptx.group_sum, warps.sum_by_shuffles),
+        (ptx.group_max, warps.max_by_shuffles),
+    ):
+        actual = of_warp(lambda x, reduce=together: reduce(x, width), floats, dtype=np.float32)
+        expected = of_warp(lambda x, reduce=by_shuffles: reduce(x, width), floats, dtype=np.float32)
+        np.testing.assert_array_equal(actual, expected)
+        actual = of_warp(lambda x, reduce=together: word_of(reduce(x, width)), values)
+        expected = of_warp(lambda x, reduce=by_shuffles: word_of(reduce(x, width)), values)
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_ballot_and_lane():
     ballots = of_warp(lambda x: ptx.ballot(x % 3 == 0), np.arange(32))[:, 0]
     assert set(ballots.view(np.uint32)) == {sum(1 << i for i in range(0, 32, 3))}
@@ -340,7 +369,7 @@ def test_diverged_warps_are_errors():
         if cuda.threadIdx.x != 7:
             ptx.warp_sum(1)
 
-    with pytest.raises(RuntimeError, match="0–6, 8–31 wait in shfl_xor; 7 have ended"):
+    with pytest.raises(RuntimeError, match="0–6, 8–31 wait in group_sum; 7 have ended"):
         run_kernel(ends_early, (), 32)
 
     def differs():
@@ -349,7 +378,7 @@ def test_diverged_warps_are_errors():
         else:
             ptx.syncwarp()
 
-    with pytest.raises(RuntimeError, match="comes to syncwarp, and lanes 0–15 of its warp wait in shfl_xor"):
+    with pytest.raises(RuntimeError, match="comes to syncwarp, and lanes 0–15 of its warp wait in group_sum"):
         run_kernel(differs, (), 32)
     with pytest.raises(RuntimeError, match="whole warps"):
         run_kernel(lambda: ptx.syncwarp(), (), 48)

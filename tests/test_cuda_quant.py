@@ -5,17 +5,17 @@ import math
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cases import random_qtensor
+from cases import GPU_REPRESENTATIVES, random_qtensor
 from test_matrices import check_matmul
 from tested import BACKENDS
 
 from pymla import ggml
 from pymla.cuda import memory, quant
-from pymla.cuda.formats import FORMATS
 from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, tile_widths
 from pymla.errors import PymlaError
 
 CUDA = BACKENDS[0]
+QUANTISED = [qtype for qtype in GPU_REPRESENTATIVES if qtype in ggml.QUANTISED]
 
 
 @pytest.mark.parametrize("enough", [1, 1000])
@@ -27,27 +27,35 @@ def test_matmul_of_several_tiles(qtype, enough, monkeypatch):
     check_matmul(CUDA, random_qtensor(qtype, rows, k), CUDA.normal(tokens, k))
 
 
-@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", QUANTISED, ids=ggml.NAME.get)
 def test_matmul_of_long_rows(qtype):
     """More blocks than a warp reads at a time, and in tiles more slices than are in shared memory."""
-    for k, many in ((1408 if qtype != ggml.Q6_K else 1536, 9), (2048, 3)):
-        for tokens in (1, 2, many):
-            check_matmul(CUDA, random_qtensor(qtype, 5, k), CUDA.normal(tokens, k))
+    long, in_tiles = (1536, 768) if ggml.BLOCK_SIZE[qtype] == 256 else (1408, 1408)
+    for k, tokens in ((long, 1), (long, 2), (in_tiles, 9), (2048, 1), (2048, 3)):
+        check_matmul(CUDA, random_qtensor(qtype, 5, k), CUDA.normal(tokens, k))
 
 
 @pytest.mark.parametrize(
     ("qtype", "activations"),
-    [(qtype, activations) for qtype in FORMATS for activations in tile_widths(qtype)],
+    [(qtype, activations) for qtype in QUANTISED for activations in tile_widths(qtype)],
     ids=lambda x: ggml.NAME.get(x, x),
 )
 def test_matmul_in_tiles(qtype, activations, monkeypatch):
     """Narrow and wide tiles of rows that begin at every place that 16 bytes have, the last ones not full."""
     monkeypatch.setattr(quant, "ENOUGH_TILES", 1 if activations == WIDE else 1000)
-    k = 96 if qtype != ggml.Q6_K else 256
+    k = max(96, ggml.BLOCK_SIZE[qtype])
     w = random_qtensor(qtype, TILE_ROWS + 3, k)
     starts = {int(each) % 16 for each in CUDA.put(w).data.strides[0] * np.arange(len(w.data))}
     assert starts == set(range(0, 16, math.gcd(16, w.data.shape[1])))
     check_matmul(CUDA, w, CUDA.normal(activations + 2, k))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("qtype", [ggml.MXFP4, ggml.NVFP4, ggml.Q1_0, ggml.IQ2_BN, ggml.Q8_KV], ids=ggml.NAME.get)
+def test_matmul_of_other_blocks(qtype, tokens):
+    """Blocks of 17 bytes, which begin at any byte; of 64 and 128 weights; behind headers of 4 and 8 bytes."""
+    columns = 3 * max(32, ggml.BLOCK_SIZE[qtype])
+    check_matmul(CUDA, random_qtensor(qtype, 5, columns), CUDA.normal(tokens, columns))
 
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf])

@@ -1,10 +1,9 @@
 """Runs the files of tests that import `simulated`, and those of all backends' operations (`tested`), in the CUDA
-simulator, each in a process of its own, as many at a time as there are cores."""
+simulator, each in a process of its own."""
 
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,17 +23,11 @@ pytestmark = [
 def run(name):
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / name)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent, check=False)
-
-
-@pytest.fixture(scope="module")
-def runs(request):
-    with side_by_side.started(request, "test_in_simulator", run) as found:
-        yield found
+    return side_by_side.run(command, env=environment, cwd=HERE.parent)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_in_simulator(name, runs):
-    done = runs[name].result()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+@pytest.mark.side_by_side(run=run)
+def test_in_simulator(name, beside):
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    assert " passed" in beside.stdout, beside.stdout

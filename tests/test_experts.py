@@ -150,6 +150,8 @@ EXPERTS = [
     ((Q4_0, Q4_0, Q8_0), 3, "random", 64, 32, 2),
     ((Q4_1, Q4_1, Q4_0), 67, "one takes all", 64, 96, 5),
 ]
+#: Rows with headers, whose columns cannot be taken apart.
+EXPERTS += [((ggml.IQ2_BN,) * 3, tokens, "random", 64, 64, 2) for tokens in (1, 9)]
 #: What takes too long in the simulator.
 EXPERTS += [
     ((qtype, qtype, qtype), tokens, choice, 96, 64, 6)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import random_qtensor
+from cases import QUANTISED_REPRESENTATIVES, random_qtensor
 
 from pymla import cpu, ggml
 
@@ -15,7 +15,7 @@ def faulty(tokens, columns, fault):
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", QUANTISED_REPRESENTATIVES, ids=ggml.NAME.get)
 def test_products(qtype, tokens, fault):
     w = random_qtensor(qtype, 50, 256)
     out = cpu.quant.matmul(w, cpu.quant.Activation(faulty(tokens, 256, fault)), np.zeros((tokens, 50), np.float32))

@@ -324,11 +324,33 @@ def test_types_that_are_not_run_are_told_once_each(sound, changed, refused):
     tensors = {n: (data, kind, shape) for n, data, kind in zip(names, sizes, kinds, strict=True)}
     # A tensor that the model does not use may be of any type.
     tensors["other.weight"] = tensors[names[0]]
-    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type I8", "it runs F32")
+    problems = refused(changed(tensors=tensors), "tensor blk.0.attn_output.weight has type I8", "runs F32")
     assert [problem.split(", which")[0] for problem in problems] == [
         "tensor blk.0.attn_output.weight has type I8",
         "tensor blk.2.attn_output.weight has type I16",
     ]
+
+
+def test_factors_of_matrices(changed, refused):
+    """As llama.cpp writes them beside NVFP4."""
+    ones = np.ones(1, np.float32)
+    names = [f"blk.{i}.ffn_down_exps.scale" for i in (1, 2)]
+    for factors in (2 * ones, ones.astype(np.float16)):
+        kind = ggml.F32 if factors.dtype == np.float32 else ggml.F16
+        tensors = dict.fromkeys(names, (factors, kind, (1,)))
+        words = "tensor blk.1.ffn_down_exps.scale holds factors of tensor blk.1.ffn_down_exps.weight"
+        assert len(refused(changed(tensors=tensors), words, "take a file")) == 1
+    assert examine(ModelFile.open(changed(tensors={names[0]: (ones, ggml.F32, (1,))}))).problems == []
+
+
+def test_interleaved_rows_that_their_plain_type_does_not_hold(sound, changed, refused, monkeypatch):
+    monkeypatch.setattr(ggml, "SUPPORTED", (*ggml.SUPPORTED, ggml.IQ1_S))
+    name = "blk.0.attn_output.weight"
+    rows, columns = sound.tensors[name].shape
+    assert columns % 256
+    data = np.ones(ggml.tensor_bytes(ggml.IQ1_S_R4, (rows, columns)), np.uint8)
+    path = changed(tensors={name: (data, ggml.IQ1_S_R4, (rows, columns))})
+    refused(path, f"tensor {name} has type IQ1_S_R4 and rows of {columns} weights", "multiples of 256", "take another")
 
 
 def test_a_cache_of_another_type(tmp_path, refused):

@@ -8,7 +8,8 @@ import pytest
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.ik_types import IK_LAYOUTS
+from pymla.ik_types import IK_LAYOUTS, IQ1_M_ROWS
+from pymla.reference import quant
 from pymla.reference.formats import (
     FORMATS,
     INTERLEAVED,
@@ -66,6 +67,7 @@ def names_of_golden() -> list[str]:
 
 def test_every_type_is_compared():
     compared = HALVES.keys() | {name.split(".")[0] for name in names_of_golden()} | {"F32", "F16", "BF16"}
+    compared |= {"IQ1_M_R1"}  # with the rows that it is made of, in test_interleaved
     assert compared == {ggml.NAME[qtype] for qtype in FORMATS.keys() | INTERLEAVED.keys()}
 
 
@@ -117,6 +119,13 @@ def test_levels_of_iq6_k_are_the_polynomial_rounded():
     q = np.arange(64)
     polynomial = -127 + q * (6.2568 + q * (-0.11218 + q * 0.0011972))
     np.testing.assert_array_equal(ik_quants.LEVELS[6], [np.rint(polynomial), np.rint(polynomial + 1)])
+
+
+@pytest.mark.parametrize("qtype", FORMATS.keys() | INTERLEAVED.keys(), ids=ggml.NAME.get)
+def test_no_rows(qtype):
+    nothing = np.empty((0, ggml.row_bytes(qtype, 512)), np.uint8)
+    assert dequantise_rows(nothing, qtype, 512).shape == (0, 512)
+    assert quant.dequantise(nothing.reshape(2, 0, nothing.shape[1]), qtype).shape == (2, 0, 512)
 
 
 @pytest.mark.parametrize("qtype", INTERLEAVED, ids=ggml.NAME.get)
@@ -226,7 +235,7 @@ def test_documented_sizes():
     plain = documented("number", "name", "weights", "bytes", "bits")
     of_ik = documented("number", "name", "weights", "bytes", "bits", "header")
     interleaved = documented("number", "name", "rows", "weights", "bytes", "header")
-    assert [int(row[0]) for row in plain] == sorted(FORMATS)
+    assert sorted(int(row[0]) for row in plain) == sorted(FORMATS)
     assert [int(row[0]) for row in interleaved] == sorted(INTERLEAVED)
     for number, name, weights, nbytes, *_ in plain + [[*row[:2], *row[3:]] for row in interleaved]:
         assert ggml.ID[name] == int(number)
@@ -235,7 +244,7 @@ def test_documented_sizes():
     for _, name, weights, nbytes, width, *_ in plain:
         assert float(width) == round(8 * int(nbytes) / int(weights), 4), name
     headers = {row[1]: int(row[5]) for row in of_ik + interleaved}
-    assert headers == {each.name: each.row_header for each in IK_LAYOUTS}
+    assert headers == {each.name: each.row_header for each in (*IK_LAYOUTS, IQ1_M_ROWS)}
     assert all(ggml.ROWS_TOGETHER[int(row[0])] == int(row[2]) for row in interleaved)
 
 

@@ -1,10 +1,10 @@
-"""Products of weights with many columns of activations, of every type, against NumPy."""
+"""Products of weights with many columns of activations, of types of every feature, against NumPy."""
 
 import itertools
 
 import numpy as np
 import pytest
-from cases import as_multiplied, random_qtensor
+from cases import FLOAT_REPRESENTATIVES, QUANTISED_REPRESENTATIVES, as_multiplied, random_qtensor
 from compare import assert_close
 from test_gemv import multiplied, normal
 
@@ -21,10 +21,8 @@ from pymla.cpu.runtime.isa import LANES
 from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
 
-QUANTISED = pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
-FLOATS = pytest.mark.parametrize(
-    "qtype", [each for each in ggml.SUPPORTED if each not in ggml.QUANTISED], ids=ggml.NAME.get
-)
+QUANTISED = pytest.mark.parametrize("qtype", QUANTISED_REPRESENTATIVES, ids=ggml.NAME.get)
+FLOATS = pytest.mark.parametrize("qtype", FLOAT_REPRESENTATIVES, ids=ggml.NAME.get)
 INT8 = {"rtol_max": 5e-6, "reason": "NumPy multiplies the same int8 activations, in float64"}
 F32 = {"rtol_max": 2e-6, "reason": "order of summation"}
 

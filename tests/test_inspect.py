@@ -122,22 +122,36 @@ def test_unknown_architecture(tmp_path):
 
 
 def test_type_that_is_not_run(tiny, tmp_path):
-    """Types of one block size, so that the tensors keep their shapes; only the header changes."""
-    path = tmp_path / "iq4_nl.gguf"
+    """No model has integers as weights; only the header changes."""
+    path = tmp_path / "i8.gguf"
     contents = bytearray(tiny.read_bytes())
     for name in (b"blk.0.attn_output.weight", b"blk.1.attn_output.weight"):
         at = contents.index(name) + len(name) + 4 + 2 * 8
-        contents[at] = GGMLQuantizationType.IQ4_NL
+        contents[at] = GGMLQuantizationType.I8
     path.write_bytes(contents)
     text = output(path)
-    assert "tensor blk.0.attn_output.weight has type IQ4_NL, which pymla does not run" in " ".join(text.split())
-    assert "IQ4_NL (not run)" in text
+    assert "tensor blk.0.attn_output.weight has type I8, which pymla does not run" in " ".join(text.split())
+    assert "I8 (not run)" in text
     found = json.loads(output(path, "--json"))
     assert found["runs"] is False
     assert len(found["problems"]) == 1
-    assert {entry["type"]: entry["tensors"] for entry in found["types"]}["IQ4_NL"] == 2
+    assert {entry["type"]: entry["tensors"] for entry in found["types"]}["I8"] == 2
     assert found["costs"] is not None
     assert found["memory"] is not None
+
+
+def test_interleaved_type(tmp_path):
+    path = make_model(tmp_path / "m.gguf", "tiny", qtype="q8_0_r8")
+    text = output(path)
+    assert "Not run" not in text
+    assert "Q8_0_R8 (loaded as Q8_0)" in text
+    assert "plain copies of interleaved weights" in text
+    assert "plain copies" not in output(make_model(tmp_path / "plain.gguf", "tiny", qtype="q8_0"))
+    found = json.loads(output(path, "--json"))
+    entry = next(entry for entry in found["types"] if entry["type"] == "Q8_0_R8")
+    assert entry["loaded_as"] == "Q8_0"
+    assert found["memory"]["plain"] == entry["bytes"]
+    assert found["memory"]["weights"] + entry["bytes"] == path.stat().st_size
 
 
 def test_missing_tensor(tiny, tmp_path):

@@ -10,6 +10,7 @@ from numba import types
 from pymla import ggml
 from pymla.cpu import norm, quant
 from pymla.cpu.attention import absorbed_form_int8
+from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.machine.simd import add, address, load_f32x8, splat_f32, store_f32x8
 from pymla.cpu.matmul import kernels as products
 from pymla.cpu.matmul.matrices import Matrices
@@ -64,7 +65,8 @@ def test_kernels_say_what_they_are():
 
 
 def test_kernels_of_the_package_say_what_they_are():
-    kernels = [products.matmul_rows(ggml.Q4_0), grouped.gate_up_panels(ggml.Q6_K), absorbed_form_int8.absorbed_pages]
+    attend = absorbed_form_int8.absorbed_pages(Q8_PAGES)
+    kernels = [products.matmul_rows(ggml.Q4_0), grouped.gate_up_panels(ggml.Q6_K), attend]
     assert repr(kernels[0]).startswith(
         "<kernel pymla.cpu.matmul.kernels.matmul_rows[Q4_0](first: int, last: int, w: pymla.cpu.m"
     )

@@ -9,20 +9,24 @@ from make_model import PRESETS, make_model
 from test_cli import rewritten
 
 import pymla
-from pymla import cpu
+from pymla import cpu, ggml
 from pymla.engine.loading import demo_path
 from pymla.engine.memory_plan import PROCESS_BYTES
 from pymla.engine.report import Report
 from pymla.errors import PymlaError
+from pymla.files import gguf_writer
 from pymla.files.gguf_reader import ModelFile
+from pymla.files.gguf_writer import NewTensor
+from pymla.make.model_metadata import ARCHITECTURE
 from pymla.models.config import ModelConfig
+from pymla.reference.formats import plain_rows
 from pymla.scratch import HOST
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    make_model(path, PRESETS["tiny"], qtype="q8_0", seed=1)
+    make_model(path, PRESETS["tiny"], qtype="q8_0", seed=6)
     return path
 
 
@@ -250,6 +254,27 @@ def test_vocabulary_larger_than_the_embedding(path, tmp_path):
     pymla.load(tmp_path / "ok.gguf", ctx=64)
     with pytest.raises(PymlaError, match=rf"more.gguf: .*tokenizer.ggml.tokens has {len(tokens) + 1}"):
         pymla.load(tmp_path / "more.gguf", ctx=64)
+
+
+def test_interleaved_rows_give_the_logits_of_plain_ones(tmp_path, monkeypatch):
+    """Bit for bit, on either backend; and the kernel that makes them plain is compiled with a word of it."""
+    path = make_model(tmp_path / "mixed.gguf", PRESETS["tiny"], qtype="q8_0_r8")
+    file, tensors = ModelFile.open(path), []
+    for info in file.tensors.values():
+        data, qtype = info.data, ggml.plain_type(info.qtype)
+        if qtype != info.qtype:
+            data = plain_rows(data.reshape(-1, ggml.row_bytes(info.qtype, info.shape[-1])), info.qtype)
+        tensors.append(NewTensor(info.name, info.shape, qtype, lambda data=data: [data]))
+    metadata = {key: value for key, value in file.metadata.items() if key != "general.architecture"}
+    gguf_writer.write(tmp_path / "plain.gguf", ARCHITECTURE, metadata, tensors)
+    told, ids = Told(), np.arange(40)
+    monkeypatch.setattr("pymla.cpu.runtime.compiling.Compiled.is_ready", False)  # as if no kernel had been compiled
+    for device in ("reference", "cpu"):
+        with pymla.load(path, device=device, ctx=64, report=told) as mixed:
+            actual = mixed.logits(ids)
+        with pymla.load(tmp_path / "plain.gguf", device=device, ctx=64) as plain:
+            np.testing.assert_array_equal(actual, plain.logits(ids))
+    assert any(name == "plain_words" for _, _, name in told.of("compiling"))
 
 
 # Memory and progress --------------------------------------------------------------------------------------------------

@@ -4,7 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import ROWS, TOKENS, columns, random_qtensor, rows_to_norm
+from cases import (
+    GPU_REPRESENTATIVES,
+    REPRESENTATIVES,
+    ROWS,
+    TOKENS,
+    bytes_alike,
+    columns,
+    random_qtensor,
+    rows_to_norm,
+)
 from compare import assert_close
 from definitions import dense, rms_norm, rotated
 from tested import SIMULATED, assert_quantised, each_backend
@@ -14,6 +23,7 @@ from pymla.tensor import QTensor
 
 pytestmark = [each_backend, pytest.mark.filterwarnings("error")]
 
+TYPES = GPU_REPRESENTATIVES if SIMULATED else REPRESENTATIVES
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
 INT8 = {"rtol_max": 5e-6, "reason": "the same int8 activations are multiplied, in float64"}
 ONE_ROW = {"rtol_max": 1e-5, "reason": "a single result may cancel to a 400th of its terms"}
@@ -29,7 +39,8 @@ def shapes(qtype):
         return itertools.product(ROWS, columns(qtype))
     if qtype not in ggml.QUANTISED:
         return (1, 7), (5, 96), (6, 132)
-    return ((1, 256), (5, 768)) if ggml.BLOCK_SIZE[qtype] == 256 else ((1, 32), (5, 96), (6, 352))
+    block = ggml.BLOCK_SIZE[qtype]
+    return ((1, 256), (5, 768)) if block == 256 else ((1, block), (5, 3 * block), (6, 11 * block))
 
 
 def check_matmul(backend, w, x):
@@ -39,7 +50,7 @@ def check_matmul(backend, w, x):
 
 
 @pytest.mark.parametrize("tokens", (1, 3, 9) if SIMULATED else TOKENS)
-@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", TYPES, ids=ggml.NAME.get)
 def test_matmul(backend, qtype, tokens):
     for rows, k in shapes(qtype):
         check_matmul(backend, random_qtensor(qtype, rows, k), backend.normal(tokens, k))
@@ -57,16 +68,13 @@ def test_matmul_of_several_matrices(backend, tokens):
 
 
 @pytest.mark.parametrize("byte", [0, 255, 0x80, 0x7F])
-@pytest.mark.parametrize("qtype", ggml.QUANTISED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", [each for each in TYPES if each in ggml.QUANTISED], ids=ggml.NAME.get)
 def test_matmul_at_extreme_codes(backend, qtype, byte):
     """All codes alike, against activations of ±127: where 16-bit sums of products would overflow. Blocks of 32 come in
     an eight, a four and one by itself, which the CPU's kernels take apart."""
     count = 13 if ggml.BLOCK_SIZE[qtype] == 32 and not SIMULATED else 2
-    block = np.full((3, count, ggml.BLOCK_BYTES[qtype]), byte, np.uint8)
-    for at in ggml.TYPES[qtype].halves:
-        block[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
-    w = QTensor(qtype, block.reshape(3, -1))
     size = count * ggml.BLOCK_SIZE[qtype]
+    w = QTensor(qtype, bytes_alike(qtype, 3, size, byte))
     signs = np.stack([np.ones(size), -np.ones(size), np.resize([1, -1], size)]).astype(backend.dtype)
     for x in (signs, np.tile(signs, (3, 1))):
         actual = backend.result(backend.quant.matmul, w, backend.activation(x), shape=(len(x), 3))
@@ -82,7 +90,7 @@ def test_activations_are_quantised(backend):
         assert_quantised(backend, activation, ggml.Q4_0, x)
 
 
-@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", TYPES, ids=ggml.NAME.get)
 def test_embedding_rows(backend, qtype):
     k = 768 if qtype in ggml.QUANTISED else 99
     w, tokens = random_qtensor(qtype, 9, k), np.array([8, 0, 3, 3], np.int32)
@@ -91,7 +99,7 @@ def test_embedding_rows(backend, qtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9] if SIMULATED else [1, 7])
-@pytest.mark.parametrize("qtype", (ggml.F16, ggml.Q8_0, ggml.Q6_K) if SIMULATED else ggml.SUPPORTED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", (ggml.F16, ggml.Q8_0, ggml.Q6_K) if SIMULATED else TYPES, ids=ggml.NAME.get)
 def test_matmul_heads(backend, qtype, tokens):
     k = shapes(qtype)[0][1] if SIMULATED else 256
     w, x = random_qtensor(qtype, 3, 5, k), backend.normal(tokens, 3, k)
@@ -101,7 +109,7 @@ def test_matmul_heads(backend, qtype, tokens):
     assert_close(actual, expected, **backend.tolerance(**both(INT8)))
 
 
-@pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
+@pytest.mark.parametrize("qtype", TYPES, ids=ggml.NAME.get)
 def test_matmul_heads_transposed(backend, qtype):
     """The first columns of wider queries to the first ones of wider results, as absorption takes them."""
     heads, rows, tokens = 2, 37, 2

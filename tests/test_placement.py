@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from make_model import PRESETS, make_model, model_tensors
+from mixes import uniform
 from test_costs import V2_LITE, v2_lite_tensors
 
 from pymla import ggml
@@ -23,7 +24,7 @@ ALL = V2_LITE.num_hidden_layers + 1
 
 
 def file_of(tensors):
-    return SimpleNamespace(tensors=tensors, nbytes=sum(map(tensor_bytes, tensors.values())))
+    return SimpleNamespace(tensors=tensors, nbytes=sum(ggml.tensor_bytes(t.qtype, t.shape) for t in tensors.values()))
 
 
 def v2_lite(cache_type="q8_0", mla="auto", layout="kv_b"):
@@ -36,7 +37,7 @@ def v3():
     shape = PRESETS["v3"]
     common = {field.name for field in dataclasses.fields(ModelConfig)} & set(shape.__dataclass_fields__)
     config = dataclasses.replace(V2_LITE, **{name: getattr(shape, name) for name in common})
-    tensors = model_tensors(shape, "split", ggml.Q4_0, ggml.Q6_K, 0)
+    tensors = model_tensors(shape, "split", uniform(ggml.Q4_0, ggml.Q6_K), 0)
     return Planner(
         config, file_of({t.name: TensorInfo(t.name, t.qtype, t.shape, None, None) for t in tensors}), "q8_0", "auto"
     )
@@ -239,6 +240,41 @@ def test_device_and_host_make_up_the_model(layout, cpu_moe):
     experts = sum(tensor_bytes(t) for name, t in v2_lite_tensors().items() if name.endswith("_exps.weight"))
     embedding = tensor_bytes(v2_lite_tensors()["token_embd.weight"])
     assert host.weights == unused + (experts + embedding if cpu_moe else 0)
+
+
+def test_interleaved_weights_are_copied():
+    """Everywhere but in the embedding and the output matrix: into the host's memory, or one by one on their way to the
+    GPU's. Q8_K_R8 is loaded as Q8_0, which is larger."""
+    plain, mixed = (
+        {
+            t.name: TensorInfo(t.name, t.qtype, t.shape, None, None)
+            for t in model_tensors(shape, "kv_b", uniform(qtype, ggml.Q6_K), 0)
+        }
+        for shape in [dataclasses.replace(PRESETS["v2-lite"], moe_intermediate_size=1536, intermediate_size=10752)]
+        for qtype in (ggml.Q8_0, ggml.Q8_K_R8)
+    )
+    config = dataclasses.replace(V2_LITE, moe_intermediate_size=1536, intermediate_size=10752)
+    expected, planner = (Planner(config, file_of(tensors), "q8_0", "auto") for tensors in (plain, mixed))
+    names = {name for name, tensor in mixed.items() if tensor.qtype == ggml.Q8_K_R8}
+    copies = sum(tensor_bytes(mixed[name]) for name in names)
+    assert planner.interleaved == names
+    assert copies == sum(tensor_bytes(plain[name]) for name in names)
+
+    host = planner.host(Split(0), 4096)
+    assert host.plain == copies
+    assert host.weights == expected.host(Split(0), 4096).weights - copies
+    assert host.allocated == expected.host(Split(0), 4096).allocated + copies
+    assert "plain copies of interleaved weights" in host.describe_allocated()
+    assert "interleaved" not in expected.host(Split(0), 4096).describe_allocated()
+    assert set(planner.read(Split(0))) == mixed.keys() - names
+    assert expected.read(Split(0)) is None
+
+    for split in (Split(ALL), Split(5, True)):
+        assert planner.device(split, 4096) == expected.device(split, 4096)
+        there = names.intersection(planner.uploaded(split))
+        largest = max(tensor_bytes(mixed[name]) for name in there)
+        assert planner.host(split, 4096).plain == largest + sum(tensor_bytes(mixed[name]) for name in names - there)
+        assert set(planner.read(split)) == mixed.keys() - names - set(planner.uploaded(split))
 
 
 def test_a_tied_embedding_counts_once():

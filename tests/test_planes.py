@@ -58,7 +58,8 @@ def test_planes_are_those_of_the_reference(qtype):
         blocks[:, layout.minimum_at : layout.minimum_at + 2] = number.view(np.uint8)
     expected = formats.FORMATS[qtype].codes(blocks)
     found, inner = codes(layout, blocks[:, header:], size), blocks[:, header:]
-    assert layout.codes.lowest <= found.min() and found.max() <= layout.codes.highest
+    assert layout.codes.lowest <= found.min()
+    assert found.max() <= layout.codes.highest
     assert (found == expected.codes).all()
     count = size // layout.each
     if layout.scales:

@@ -52,9 +52,9 @@ def test_absorbed_and_expanded_attention_are_one(cache_type):
         np.testing.assert_array_equal(c, rows_of(latent, step, b, length))
         rotated = rows_of(k_pe, step, b, length)
         k, v = expand(c, rotated, k_b, v_b)
-        memory = attention.keys_values(length, HEADS, NOPE + ROPE, V, True, np.float64)
+        memory = attention.keys_values(length, HEADS, NOPE, ROPE, V, True, np.float64)
         assert memory.keys.dtype == memory.values.dtype == np.float64
-        assert attention.keys_values(1, 1, 1, 1, True).keys.dtype == np.float32
+        assert attention.keys_values(1, 1, 1, 1, 1, True).keys.dtype == np.float32
         keys, values = attention.expand(c, rotated, k_b, v_b, memory)
         np.testing.assert_allclose(keys, k, **CLOSE)
         np.testing.assert_allclose(values, v, **CLOSE)

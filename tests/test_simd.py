@@ -14,7 +14,16 @@ from llvmlite import ir
 from numba import types
 
 from pymla.cpu.formats import fifth_bits
-from pymla.cpu.machine import simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words
+from pymla.cpu.machine import (
+    simd,
+    simd_512,
+    simd_amx,
+    simd_bytes,
+    simd_decoded,
+    simd_panels,
+    simd_rows,
+    simd_words,
+)
 from pymla.cpu.machine.intrinsics import (
     LITERAL,
     OPERATIONS,
@@ -30,8 +39,12 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import fused, view
 from pymla.cpu.runtime.isa import AMX, ISA, LANES, VNNI
 
-MODULES = simd, simd_512, simd_amx, simd_bytes, simd_panels, simd_words, fifth_bits
-PACKAGE = {name: each for name, each in OPERATIONS.items() if name.startswith("pymla.")}
+MODULES = simd, simd_512, simd_amx, simd_bytes, simd_decoded, simd_panels, simd_rows, simd_words, fifth_bits
+#: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type.
+OF_TYPES = "pymla.cpu.machine.simd_planes.", "pymla.cpu.machine.simd_vectors."
+PACKAGE = {
+    name: each for name, each in OPERATIONS.items() if name.startswith("pymla.") and not name.startswith(OF_TYPES)
+}
 #: Operations of the tiles, which need each other: `test_tiles`.
 TILES = "configure", "release", "zero_tile", "load_tile", "store_tile", "dot_tiles", "dot_tiles_u8"
 #: Sets of arguments for each call.
@@ -45,17 +58,23 @@ ELEMENTWISE |= {name: [f32x8] for name in ("absolute", "round_even", "round_away
 ELEMENTWISE |= {name: [f32x8] for name in ("total", "largest", "farthest")}
 ELEMENTWISE |= {name: [i8x32, i8x32] for name in ("low_nibbles", "high_nibbles", "bit_or")}
 ELEMENTWISE |= {"bits_2": [i8x32, types.int64], "subtract_i8": [i8x32, types.int64], "panel_codes8": [i8xL]}
+ELEMENTWISE |= {"add_i8": [i8x32, types.int64]}
 
 #: Literals of operations, of which each set is a call.
 LITERALS = {"load_nibbles_f32": [(0,), (8,)], "load_quarters": [(18, 2), (20, 4), (34, 2), (34, 18)]}
 LITERALS |= {"quarters": [(22, 6), (24, 8)], "fifth_bits_4": [(22, 6), (24, 8)], "halves_4": [(22, 0), (24, 2)]}
-LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)]}
+LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)], "halves_of_blocks": [(0,), (1,)]}
+LITERALS |= {name: [(0,), (1,), (64 // LANES - 1,)] for name in ("spread_32", "spread_16")}
+LITERALS |= {"times_eighths": [(1,), (12,), (16,)]}
+LITERALS |= {"unpack_codes": [(4,), (5,), (6,)]}
 
 #: Arguments of int64 that are addresses; for the others, the numbers that they may be.
-ADDRESSES = {"address", "codes", "first", "second", "panel", "row", "factors", "sums"}
+ADDRESSES = {"address", "target", "codes", "first", "second", "panel", "row", "factors", "sums"}
 ADDRESSES |= {f"row_{i}" for i in range(4)} | set("abcd")
 NUMBERS = {"stride": [18, 20, 34, 64], "factor_stride": [4, 12], "offset": [0, 2, 33], "value": [8, 32, 200]}
-NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6]}
+NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6], "right": [0, 3, 31], "left": [0, 5, 31]}
+NUMBERS |= {"number": [-128, -4, 0, 97, 128]}
+NUMBERS |= {"mask": [0x0F0F0F0F, 0xFFFFFFFF, 0x80000001]}
 
 EDGES = np.array([0, -0.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997, 1e-40, -1e-45, 3e38, -3e38, np.inf, -np.inf, np.nan])
 EDGES = np.concatenate(
@@ -85,6 +104,11 @@ def at_most(limit):
 SMALL = whole(-1000, 1000)
 RANGES = {("dot_i8", "b"): whole(-127, 127), ("dot_u7", "a"): whole(0, 127), ("dot_u6", "acc"): SMALL}
 RANGES |= {("dot_u6", "a"): whole(0, 63), ("dot_u6", "b"): whole(-127, 127)}
+RANGES |= {("dot_unsigned", "codes"): whole(0, 127), ("dot_unsigned", "activations"): whole(-127, 127)}
+RANGES |= {("dot_signed_codes", "activations"): whole(-127, 127)}
+RANGES |= {("times_eighths", "starts"): lambda rng, count: 8 * rng.integers(-2032, 2033, count)}
+RANGES |= {("times_integers", sums): whole(-32767, 32767) for sums in ("first", "second")}
+RANGES |= {("times_integers", "integers"): whole(-32, 63)}
 RANGES |= {("dot4", "acc"): SMALL, ("dot4", "codes"): whole(0, 15), ("dot8", "activations"): whole(-127, 127)}
 RANGES |= {("store_as_i16", "value"): whole(-32768, 32767), ("store_as_i8", "value"): whole(-128, 255)}
 RANGES |= {("store_codes", "value"): whole(-128, 255), ("exp2", "x"): at_most(127)}
@@ -197,7 +221,8 @@ class Call:
 def compiles(made):
     """Whether the level has the instructions of an operation."""
     module = made.__module__.rpartition(".")[2]
-    return {"simd_512": LANES == 16, "simd_amx": AMX}.get(module, True)
+    by_name = {"dot_signed_codes": LANES == 8}
+    return by_name.get(made.__name__, {"simd_512": LANES == 16, "simd_amx": AMX}.get(module, True))
 
 
 CALLS = [

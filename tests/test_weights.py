@@ -14,6 +14,7 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
+from pymla.reference.formats import plain_rows
 from pymla.reference.quant import dequantise, quantise
 from pymla.tensor import QTensor
 
@@ -194,6 +195,30 @@ def test_tensors_lie_in_the_memory_of_their_part(written):
                 assert mark(tensor) == (experts if field.name.endswith("_exps") else own), field.name
 
 
+@pytest.mark.parametrize("layout", ["kv_b", "split"])
+@pytest.mark.parametrize("qtype", [ggml.Q8_0_R8, ggml.BF16_R16, ggml.Q8_K_R8], ids=ggml.NAME.get)
+def test_interleaved_rows_become_plain(written, qtype, layout):
+    """Copies, wherever a matrix belongs, of experts and of heads as well."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "kv_lora_rank": 256}
+    file, config = written("v3", qtype, layout, q_lora_rank=256, vocab_size=320, **sizes)
+    weights, plain = Weights.from_gguf(file, config), ggml.PLAIN[qtype]
+    layer, prefix = weights.layers[1], "blk.1."
+    for field, name in (("attn_q_b", "attn_q_b"), ("ffn_up_exps", "ffn_up_exps"), ("ffn_down", "ffn_down_shexp")):
+        info, found = file.tensors[f"{prefix}{name}.weight"], getattr(layer, field)
+        assert (info.qtype, found.qtype) == (qtype, plain)
+        rows = info.data.reshape(-1, ggml.row_bytes(qtype, info.shape[-1]))
+        assert same(found, plain_rows(rows, qtype))
+        assert found.data.shape == (*info.shape[:-1], ggml.row_bytes(plain, info.shape[-1]))
+        assert not found.data.flags.writeable
+    heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+    info = file.tensors[prefix + ("attn_kv_b.weight" if layout == "kv_b" else "attn_v_b.weight")]
+    rows = plain_rows(info.data.reshape(-1, ggml.row_bytes(qtype, 256)), qtype).reshape(
+        heads, -1, layer.attn_v_b.data.shape[-1]
+    )
+    assert same(layer.attn_v_b, rows[:, nope:] if layout == "kv_b" else rows)
+    assert layer.attn_v_b.qtype == plain
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +255,11 @@ def test_tensors_of_another_shape(written):
 def test_tensors_of_another_type(written):
     file, config = written()
     for name, qtype, words in (
-        ("blk.1.attn_output.weight", ggml.ID["I32"], r"has type I32, which pymla does not run; it runs F32, .*Q6_K"),
+        (
+            "blk.1.attn_output.weight",
+            ggml.ID["I32"],
+            r"has type I32, which pymla does not run; take another .* runs F32, .*Q6_K",
+        ),
         ("blk.1.ffn_norm.weight", ggml.F16, "has type F16, expected F32"),
     ):
         info = file.tensors[name]
@@ -238,6 +267,19 @@ def test_tensors_of_another_type(written):
         with pytest.raises(PymlaError, match=rf"m\.gguf: tensor {name} {words}"):
             Weights.from_gguf(file, config)
         file.tensors[name] = info
+
+
+def test_rows_that_their_plain_type_does_not_hold(written):
+    file, config = written()
+    name = "blk.1.attn_output.weight"
+    info = file.tensors[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ggml, "SUPPORTED", (*ggml.SUPPORTED, ggml.IQ1_S))
+        file.tensors[name] = info._replace(qtype=ggml.IQ1_S_R4)
+        with pytest.raises(
+            PymlaError, match=rf"{name} has type IQ1_S_R4 and rows of 128 weights; .* multiples of 256; take"
+        ):
+            Weights.from_gguf(file, config)
 
 
 # Views ----------------------------------------------------------------------------------------------------------------

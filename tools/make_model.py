@@ -5,13 +5,14 @@ load the file too. A seed gives the same model in all three kv_b layouts.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import gguf
 import numpy as np
+from mixes import MIXES, Mix, uniform
 from model_shapes import PRESETS
 from random_weights import normal, random_blocks
 
@@ -21,10 +22,11 @@ from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
 from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
-from pymla.reference.quant import dequantise, quantise
+from pymla.reference.formats import FORMATS, INTERLEAVED
+from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
 
-QTYPES = ggml.SUPPORTED
+QTYPES = tuple(qtype for qtype in (*FORMATS, *INTERLEAVED) if qtype != ggml.IQ1_M_R1)  # which no file has
 QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
@@ -39,6 +41,7 @@ def make_model(
     layout: str = "kv_b",
     qtype: int | str = ggml.Q4_0,
     output_type: int | str | None = None,
+    mix: str | None = None,
     seed: int = 0,
     vocab: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -56,8 +59,9 @@ def make_model(
     shape : a name in `PRESETS`, or a Shape
     layers : number of layers instead of the shape's
     layout : "kv_b", "split" (k_b and v_b, as llama.cpp writes now) or "all" (as ik_llama.cpp writes)
-    qtype : type of the matrices; one whose block does not fit a row falls back to Q8_0, then F16, as llama.cpp does
+    qtype : type of the matrices; one that does not fit a matrix falls back to another (`fitting_type`)
     output_type : type of the output matrix; by default Q6_K where `qtype` is quantised, as real files have it
+    mix : a name in `MIXES`, whose types count instead of `qtype` and `output_type`
     seed : any non-negative integer
     vocab : a GGUF file whose tokenizer is copied; by default a synthetic byte-level BPE
     progress : called with (bytes written, bytes in all)
@@ -69,21 +73,21 @@ def make_model(
     Raises
     ------
     PymlaError
-        An unknown preset, layout or type; a vocabulary larger than the shape's; not enough free disk.
+        An unknown preset, layout, type or mix; a type without random weights; a vocabulary larger than the shape's;
+        not enough free disk.
     """
     shape = _resolve(shape, layers)
     if layout not in LAYOUTS:
         raise PymlaError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
-    qtype = _type_id(qtype)
-    if output_type is None:
-        output_type = ggml.Q6_K if qtype in ggml.QUANTISED else qtype
-    tensors = list(model_tensors(shape, layout, qtype, _type_id(output_type), seed))
+    types = _named_mix(mix) if mix else _uniform(shape, _type_id(qtype), output_type)
+    tensors = list(model_tensors(shape, layout, types, seed))
     tokenizer = _copied_tokenizer(vocab, shape.vocab_size) if vocab else synthetic_tokenizer(shape.vocab_size)
 
     path = Path(path)
     outputs.check_space(path, sum(t.nbytes for t in tensors))
     with outputs.replacing(path) as part:
-        gguf_writer.write(part, ARCHITECTURE, model_metadata(shape, layout, qtype) | tokenizer, tensors, progress)
+        metadata = model_metadata(shape, layout, types.file_type) | tokenizer
+        gguf_writer.write(part, ARCHITECTURE, metadata, tensors, progress)
     return path
 
 
@@ -104,9 +108,24 @@ def _type_id(qtype: int | str) -> int:
         qtype = ggml.ID.get(qtype.upper(), qtype)
     if qtype not in QTYPES:
         raise PymlaError(
-            f"no random weights of type {qtype!r}; choose {', '.join(ggml.NAME[t].lower() for t in QTYPES)}"
+            f"no random weights of type {ggml.NAME.get(qtype, qtype)}; choose "
+            + ", ".join(ggml.NAME[t].lower() for t in QTYPES)
         )
     return qtype
+
+
+def _named_mix(name: str) -> Mix:
+    if name not in MIXES:
+        raise PymlaError(f"unknown mix {name!r}; choose {', '.join(MIXES)}")
+    return MIXES[name]
+
+
+def _uniform(shape: Shape, qtype: int, output_type: int | str | None) -> Mix:
+    if output_type is None:
+        output_type = qtype if ggml.plain_type(qtype) in ggml.FLOATS else ggml.Q6_K
+    # k_b holds the weights of kv_b in every layout.
+    k_type = fitting_type(qtype, (shape.kv_lora_rank, shape.qk_nope_head_dim))
+    return uniform(qtype, _type_id(output_type), k_type if ggml.NAME[k_type] in QUANTISERS else ggml.Q8_0)
 
 
 def _copied_tokenizer(path: str | Path, vocab_size: int) -> dict[str, Value]:
@@ -170,23 +189,27 @@ def synthetic_tokenizer(vocab_size: int) -> dict[str, Value]:
     }
 
 
-def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int) -> Iterator[NewTensor]:
+def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewTensor]:
     """Every tensor of the file, in llama.cpp's order; weights are drawn when `NewTensor.pieces` is called."""
 
-    def matrix(name, *shape, qtype=qtype, std=None):
-        qtype = fitting_type(qtype, shape[-1])
+    def matrix(name, *shape, qtype=None, std=None):
+        if qtype is None:
+            qtype = fitting_type(types.type_of(name, s.num_hidden_layers), shape)
         std = shape[-1] ** -0.5 if std is None else std
-        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, int(np.prod(shape)), qtype, std))
+        return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, shape, qtype, std))
 
     def norm(name, size):
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
     hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
     head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
-    yield matrix("token_embd.weight", s.vocab_size, hidden, std=1.0)
+    # Neither engine looks up rows that lie together with others.
+    embedding = rows_apart(types.type_of("token_embd.weight", s.num_hidden_layers))
+    embedding = fitting_type(embedding, (s.vocab_size, hidden))
+    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=embedding, std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
-        yield matrix("output.weight", s.vocab_size, hidden, qtype=output_type)
+        yield matrix("output.weight", s.vocab_size, hidden)
     for i in range(s.num_hidden_layers):
         blk = f"blk.{i}."
         yield norm(blk + "attn_norm.weight", hidden)
@@ -202,7 +225,7 @@ def model_tensors(s: Shape, layout: str, qtype: int, output_type: int, seed: int
         if layout != "split":
             yield kv_b
         if layout != "kv_b":
-            yield from _split_kv_b(s, kv_b, blk, flat=layout == "all")
+            yield from _split_kv_b(s, matrix, blk, flat=layout == "all")
         yield matrix(blk + "attn_output.weight", hidden, heads * s.v_head_dim)
         yield norm(blk + "ffn_norm.weight", hidden)
         if i < s.first_k_dense_replace:
@@ -224,41 +247,75 @@ def _ffn(
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 
 
-def fitting_type(qtype: int, columns: int) -> int:
-    """`qtype`, or the type that llama.cpp falls back to where the block does not divide the row."""
-    for candidate in (qtype, ggml.Q8_0):
-        if columns % ggml.BLOCK_SIZE[candidate] == 0:
+#: Types that llama.cpp and ik_llama.cpp write where rows are no multiple of 256 or 64.
+_FALLBACKS = {
+    **dict.fromkeys((ggml.Q2_0, ggml.Q2_K, ggml.Q3_K, ggml.TQ1_0, ggml.TQ2_0), ggml.Q4_0),
+    **dict.fromkeys((ggml.Q4_K, ggml.IQ4_K, ggml.IQ5_KS), ggml.Q5_0),
+    ggml.Q5_K: ggml.Q5_1,
+    ggml.IQ5_K: ggml.Q6_0,
+    **dict.fromkeys((ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ3_S, ggml.IQ4_XS, ggml.IQ2_K, ggml.IQ3_K, ggml.IQ2_KS, ggml.IQ3_KS), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ4_KS, ggml.IQ4_KSS, ggml.IQ2_KL), ggml.IQ4_NL),
+    **dict.fromkeys((ggml.IQ1_KT, ggml.IQ2_KT, ggml.IQ3_KT, ggml.IQ4_KT), ggml.IQ4_NL),
+}
+
+
+def rows_apart(qtype: int) -> int:
+    """The type of files nearest to an interleaved one, and any other type itself."""
+    plain = ggml.plain_type(qtype)
+    return ggml.IQ1_M if plain == ggml.IQ1_M_R1 else plain
+
+
+def fitting_type(qtype: int, shape: Sequence[int]) -> int:
+    """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
+    rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
+        qtype = rows_apart(qtype)
+    for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
+        if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
             return candidate
     return ggml.F16
 
 
-def _split_kv_b(s: Shape, kv_b: NewTensor, blk: str, flat: bool) -> Iterator[NewTensor]:
-    """k_b [H, rank, nope] and v_b [H, v, rank], the same weights as `kv_b`; two-dimensional if `flat`."""
+def _split_kv_b(s: Shape, matrix: MakeMatrix, blk: str, flat: bool) -> Iterator[NewTensor]:
+    """k_b [H, rank, nope] and v_b [H, v, rank]; two-dimensional if `flat`.
+
+    They hold the weights of kv_b, unless k_b has a type that cannot be quantised here: then they are drawn apart.
+    """
     heads, nope, rank = s.num_attention_heads, s.qk_nope_head_dim, s.kv_lora_rank
-    k_type = fitting_type(kv_b.qtype, nope)
+    k_shape, v_shape = (heads, rank, nope), (heads, s.v_head_dim, rank)
+    if flat:
+        k_shape, v_shape = (heads * rank, nope), (heads * s.v_head_dim, rank)
+    # The weights of k_b are those of kv_b, transposed, and as large.
+    k_b = matrix(blk + "attn_k_b.weight", *k_shape, std=rank**-0.5)
+    v_b = matrix(blk + "attn_v_b.weight", *v_shape)
+    if ggml.NAME[k_b.qtype] not in QUANTISERS:
+        yield from (k_b, v_b)
+        return
+    # In the type of v_b, whose rows are copied.
+    kv_b = matrix(blk + "attn_kv_b.weight", heads * (nope + s.v_head_dim), rank, qtype=v_b.qtype)
 
     def rows():
         data = np.concatenate([piece.view(np.uint8).reshape(-1) for piece in kv_b.pieces()])
         return data.reshape(heads, nope + s.v_head_dim, -1)
 
-    def k_b():
+    def k_pieces():
         k = dequantise(rows()[:, :nope], kv_b.qtype)
-        yield quantise(k.transpose(0, 2, 1), k_type)
+        yield quantise(k.transpose(0, 2, 1), k_b.qtype)
 
-    def v_b():
+    def v_pieces():
         yield np.ascontiguousarray(rows()[:, nope:])
 
-    k_shape, v_shape = (heads, rank, nope), (heads, s.v_head_dim, rank)
-    if flat:
-        k_shape, v_shape = (heads * rank, nope), (heads * s.v_head_dim, rank)
-    yield NewTensor(blk + "attn_k_b.weight", k_shape, k_type, k_b)
-    yield NewTensor(blk + "attn_v_b.weight", v_shape, kv_b.qtype, v_b)
+    yield k_b._replace(pieces=k_pieces)
+    yield v_b._replace(pieces=v_pieces)
 
 
 EXAMPLES = """\b
 Examples:
   python tools/make_model.py v2-lite v2-lite-q4_0.gguf
   python tools/make_model.py v2-lite lite.gguf --vocab ../shared/data/ggml-vocab-deepseek-llm.gguf
+  python tools/make_model.py v2-lite v2-lite-q4_k_m.gguf --mix q4_k_m
   python tools/make_model.py v3 v3-4-layers.gguf --layers 4 --qtype q8_0 --layout split
   python tools/make_model.py tiny tiny.gguf --qtype f32 --seed 1
 """
@@ -287,13 +344,18 @@ Examples:
     type=click.Choice(QTYPE_NAMES),
     help="Type of the output matrix. [default: q6_k with a quantised --qtype]",
 )
+@click.option(
+    "--mix",
+    type=click.Choice(list(MIXES)),
+    help="Types by tensor and layer, as llama-quantize chooses them or public files have them, instead of one --qtype.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--vocab",
     type=click.Path(path_type=Path),
     help="GGUF file whose tokenizer is copied. [default: a synthetic byte-level BPE]",
 )
-def main(preset, out, layers, layout, qtype, output_type, seed, vocab):
+def main(preset, out, layers, layout, qtype, output_type, mix, seed, vocab):
     """Write OUT, a GGUF file of random weights in the shape of PRESET."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -316,6 +378,7 @@ def main(preset, out, layers, layout, qtype, output_type, seed, vocab):
                 layout=layout,
                 qtype=qtype,
                 output_type=output_type,
+                mix=mix,
                 seed=seed,
                 vocab=vocab,
                 progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),

@@ -57,7 +57,7 @@ def show(found: dict[str, Any], tensors: bool) -> None:
     if found["types"]:
         rows = [
             (
-                entry["type"] if entry["supported"] else f"{entry['type']} (not run)",
+                _type(entry),
                 entry["tensors"],
                 _count(entry["weights"]).strip(),
                 size_text(entry["bytes"]),
@@ -77,6 +77,13 @@ def show(found: dict[str, Any], tensors: bool) -> None:
             for tensor in found["tensors"]
         ]
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
+
+
+def _type(entry: dict[str, Any]) -> str:
+    """A type, and what becomes of it."""
+    if not entry["supported"]:
+        return f"{entry['type']} (not run)"
+    return entry["type"] if entry["loaded_as"] == entry["type"] else f"{entry['type']} (loaded as {entry['loaded_as']})"
 
 
 def _file_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -170,6 +177,7 @@ def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> No
     rows = [
         ("weights, mapped from the file", size_text(memory["weights"])),
         ("k_b, derived at load", size_text(memory["derived"])),
+        *([("plain copies of interleaved weights", size_text(memory["plain"]))] if memory["plain"] else []),
         (f"scratch, prompts in slices of {memory['scratch_tokens']}", size_text(memory["scratch"])),
         ("program", size_text(memory["process"])),
         ("available on this machine", size_text(memory["available"])),

@@ -17,6 +17,7 @@ from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.host.memory import available_memory
 from pymla.models.config import ModelConfig
+from pymla.models.tensors import is_run
 from pymla.pages import CACHE_TYPES
 from pymla.scratch import HOST
 from pymla.text.tokenizer import Tokenizer
@@ -106,9 +107,16 @@ def _types(file: ModelFile) -> list[dict[str, Any]]:
     """Counts by type, most bytes first."""
     types: dict[int, dict[str, Any]] = {}
     for tensor in file.tensors.values():
-        name, supported = ggml.NAME[tensor.qtype], tensor.qtype in ggml.SUPPORTED
         entry = types.setdefault(
-            tensor.qtype, {"type": name, "tensors": 0, "weights": 0, "bytes": 0, "supported": supported}
+            tensor.qtype,
+            {
+                "type": ggml.NAME[tensor.qtype],
+                "loaded_as": ggml.NAME[ggml.plain_type(tensor.qtype)],
+                "tensors": 0,
+                "weights": 0,
+                "bytes": 0,
+                "supported": is_run(tensor.qtype),
+            },
         )
         entry["tensors"] += 1
         entry["weights"] += math.prod(tensor.shape)
@@ -163,6 +171,7 @@ def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
     return {
         "weights": plan.weights,
         "derived": plan.derived,
+        "plain": plan.plain,
         "scratch": plan.scratch,
         "scratch_tokens": HOST.tokens,
         "process": plan.process,

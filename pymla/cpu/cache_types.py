@@ -1,12 +1,22 @@
 """Types of the rows of a latent cache, beside ggml's (`pymla.cpu.attention.cache_rows`)."""
 
-from pymla import ggml
+from pymla.pages import CACHE_TYPES
 
-#: Types of rows, beside ggml's: the numbers of Q8_0 with codes 128 more than there, and int16 with a scale for a row.
-Q8_PAGES, I16_PAGES = 1000 + ggml.Q8_0, 1016
+#: Types of rows, beside ggml's: int16 with a scale for a row, and the numbers of ggml's types of a cache.
+I16_PAGES = 1016
+Q8_PAGES, Q6_PAGES, Q5_PAGES, Q4_PAGES = (1000 + CACHE_TYPES[name] for name in ("q8_0", "q6_0", "q5_0", "q4_0"))
+
+#: Bits of the codes of these types, of which 32 have a scale. Those with fewer than 8 are mixed
+#: (`pymla.pages.HADAMARD_TYPES`).
+CODE_BITS = {Q8_PAGES: 8, Q6_PAGES: 6, Q5_PAGES: 5, Q4_PAGES: 4}
+#: The types by those of ggml that have the same numbers.
+PAGES_OF = {qtype - 1000: qtype for qtype in CODE_BITS}
+
+
+def _row_bytes(bits):
+    return lambda width: width * bits // 8 + width // 32 * 2
+
 
 #: Bytes of a row of these types, by its numbers.
-ROW_BYTES = {
-    Q8_PAGES: lambda width: ggml.row_bytes(ggml.Q8_0, width),
-    I16_PAGES: lambda width: 2 * (width + width % 2) + 4,
-}
+ROW_BYTES = {qtype: _row_bytes(bits) for qtype, bits in CODE_BITS.items()}
+ROW_BYTES[I16_PAGES] = lambda width: 2 * (width + width % 2) + 4

@@ -13,7 +13,7 @@ from typing import Any
 from pymla import ggml
 from pymla.cuda import NAME, attention, moe, norm, quant, rope, sampling
 from pymla.cuda.runtime.jit import Kernel, compile_all
-from pymla.pages import CACHE_TYPES
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES
 
 
 def compile_for(
@@ -111,7 +111,8 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
         for materialised in (False, True):
             found += attention.absorbed_kernels(latent_types, LATENT_SIZES, *float_types, materialised)
         found += attention.expanded_kernels(latent_types, EXPANDED_SIZES, *float_types)
-        found += attention.full_kernels((qtype, qtype), EXPANDED_SIZES, *float_types)
+        if qtype not in HADAMARD_TYPES:
+            found += attention.full_kernels((qtype, qtype), EXPANDED_SIZES, *float_types)
     return {each.__name__: each for each in found}
 
 

@@ -2,8 +2,9 @@
 
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer. A
 layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe`` (qk_rope_head_dim values), or, for
-``--mla 0``, the keys and values of all heads (`pymla.engine.cache_layout`). q8_0 takes 34 bytes for 32 values; ``k_pe``
-stays 16-bit then. Rows are stored as ggml blocks, or in a form that the backend's attention reads faster.
+``--mla 0``, the keys and values of all heads (`pymla.engine.cache_layout`). q8_0 takes 34 bytes for 32 values, q6_0 26,
+q5_0 22 and q4_0 18; ``k_pe`` stays 16-bit then. Rows are stored as ggml blocks, or in a form that the backend's
+attention reads faster.
 
 Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
 written; a GPU's is taken at once.
@@ -86,7 +87,7 @@ class PagedCache:
             else:
                 self.layers.append(backend.attention.latent_cache(layout, slots))
         self.row_bytes = sum(rows.data.nbytes for layer in self.layers for rows in layer) // slots
-        self.exact = CACHE_TYPES[cache_type] not in ggml.QUANTISED
+        self.exact = ggml.BLOCK_SIZE[CACHE_TYPES[cache_type]] == 1
 
     @property
     def free_pages(self) -> int:

@@ -3,7 +3,7 @@
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
-from pymla.pages import CACHE_TYPES, PAGE
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, PAGE
 
 
 def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int, int]]:
@@ -12,11 +12,13 @@ def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int
     Raises
     ------
     PymlaError
-        The type is unknown, or its blocks of 32 do not fit the model's sizes.
+        The type is unknown, or has no keys and values of heads, or its blocks of 32 do not fit the model's sizes.
     """
     if cache_type not in CACHE_TYPES:
         raise PymlaError(f"unknown cache type {cache_type!r}; choose {', '.join(CACHE_TYPES)}")
     qtype = CACHE_TYPES[cache_type]
+    if mla == "0" and qtype in HADAMARD_TYPES:
+        raise PymlaError(f"cache type {cache_type} is for latent rows, which MLA mode 0 does not keep; choose q8_0")
     if mla == "0":
         heads = config.num_attention_heads
         layout = [
@@ -24,7 +26,7 @@ def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int
             ("v_head_dim", qtype, config.v_head_dim, heads * config.v_head_dim),
         ]
     else:
-        rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
+        rope_type = ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype
         layout = [
             ("kv_lora_rank", qtype, config.kv_lora_rank, config.kv_lora_rank),
             ("qk_rope_head_dim", rope_type, config.qk_rope_head_dim, config.qk_rope_head_dim),

@@ -19,7 +19,7 @@ from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, find, model_tensors
+from pymla.models.tensors import TensorSpec, find, is_run, model_tensors
 from pymla.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -80,6 +80,7 @@ def examine(
         problems += _layer_problems(file, config)
         tensors, found = _find_tensors(file, config)
         problems += found
+        problems += _factor_problems(file, tensors)
         problems += _value_problems(file, tensors, check_tensors, progress)
     return Examined(config, tokenizer, problems)
 
@@ -151,9 +152,22 @@ def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], li
             tensors.append((spec, find(file, spec)))
         except PymlaError as error:
             problems.append(error)
-            if info and info.qtype not in ggml.SUPPORTED:
+            if info and not is_run(info.qtype):
                 types.add(info.qtype)
     return tensors, problems
+
+
+def _factor_problems(file: ModelFile, tensors: list[Found]) -> Iterator[PymlaError]:
+    """A tensor of factors that a matrix has to be multiplied by, as files of NVFP4 have them; only factors of 1 can be
+    left out."""
+    for spec, _ in tensors:
+        factors = file.tensors.get(f"{spec.name.removesuffix('.weight')}.scale")
+        if factors is not None and not (factors.qtype == ggml.F32 and (factors.data.view(np.float32) == 1).all()):
+            yield PymlaError(
+                f"{factors.path}: tensor {factors.name} holds factors of tensor {spec.name}, which pymla does not "
+                "apply; take a file of the model without such tensors"
+            )
+            break
 
 
 def _value_problems(
@@ -195,13 +209,13 @@ def _fetch_ahead(file: ModelFile, tensors: list[Found]) -> None:
     """Have everything read from disk that will be looked at."""
     for spec, info in tensors:
         starts, length = values.samples(info)
-        size = ggml.BLOCK_BYTES[info.qtype]
+        size = values.block_bytes(info)
         pieces = ((start * size, (start + length) * size) for start in starts.tolist())
         file.fetch_ahead(info, [(0, info.data.nbytes)] if _is_small(spec) else pieces)
 
 
 def _not_finite(info: TensorInfo, scan: values.Scan, first: int) -> str:
-    what = "blocks" if info.qtype in ggml.QUANTISED else "values"
+    what = "values" if info.qtype in ggml.FLOATS else "rows" if ggml.ROW_HEADER[info.qtype] else "blocks"
     return (
         f"{info.path}: tensor {info.name} holds NaN or infinity in {scan.not_finite} of {scan.blocks} {what}, the "
         f"first at {_index(info, first)}; the file is damaged, download or convert it again"
@@ -213,13 +227,18 @@ def _hole(info: TensorInfo, hole: tuple[int, int] | None) -> str:
     where = "throughout"
     if hole:
         first, stop = hole
-        where = f"from {_index(info, first)} to {_index(info, stop, -1)}"
+        where = f"from {_index(info, first)} to {_index(info, stop - 1, last=True)}"
     return (
         f"{info.path}: tensor {info.name} is zero {where}, as an unfinished download leaves it; "
         "download or convert the file again"
     )
 
 
-def _index(info: TensorInfo, block: int, offset: int = 0) -> list[int]:
-    """Of a block's first weight, moved by `offset`."""
-    return [int(i) for i in np.unravel_index(block * ggml.BLOCK_SIZE[info.qtype] + offset, info.shape)]
+def _index(info: TensorInfo, block: int, last: bool = False) -> list[int]:
+    """Of a block's first weight, or of its last."""
+    blocks, rows = values.blocks_of_row(info), ggml.ROWS_TOGETHER[info.qtype]
+    group, part = divmod(block, blocks)
+    row, column = rows * group, info.shape[-1] // blocks * part
+    if last:
+        row, column = row + rows - 1, column + info.shape[-1] // blocks - 1
+    return [int(i) for i in np.unravel_index(row * info.shape[-1] + column, info.shape)]

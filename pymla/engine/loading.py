@@ -125,11 +125,14 @@ def _layer_count(gpu_layers: Any) -> int | None:
 def _weights(planner: Planner, place: Placement, split: Split, report: Report) -> Weights:
     """The weights, on their way to the memory of their backends."""
     file, config = planner.file, planner.config
-    uploaded = set(planner.uploaded(split))
     on_device, on_host = planner.device(split, 1), planner.host(split, 1)
     if on_host.weights <= available_memory():
-        file.prefault(report.reading, [name for name in file.tensors if name not in uploaded] if uploaded else None)
+        file.prefault(report.reading, planner.read(split))
     total = on_device.weights + on_device.derived
+    if planner.interleaved:
+        from pymla.models import interleaved
+
+        interleaved.compile_kernel(report.compiling, report.warn)
     # Two progress bars at a time would take turns.
     arranging = None if total else report.arranging
     return Weights.from_gguf(file, config, arranging, place, lambda done: report.uploading(done, total))

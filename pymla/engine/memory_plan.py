@@ -1,6 +1,5 @@
 """The memory that a model takes, by the sizes of the model and the types of its tensors."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,11 +21,12 @@ class MemoryPlan:
     cache: int
     scratch: int
     process: int  # without any model
+    plain: int = 0  # copies of tensors whose rows are interleaved in the file
 
     @property
     def allocated(self) -> int:
         """Bytes that must fit, however little of the file stays in memory."""
-        return self.derived + self.cache + self.scratch + self.process
+        return self.derived + self.plain + self.cache + self.scratch + self.process
 
     @property
     def total(self) -> int:
@@ -35,8 +35,9 @@ class MemoryPlan:
 
     def describe_allocated(self) -> str:
         """The parts of `allocated`, for a message."""
+        plain = f"plain copies of interleaved weights {gib(self.plain)}, " if self.plain else ""
         return (
-            f"cache {gib(self.cache)}, scratch {gib(self.scratch)}, derived weights {gib(self.derived)}, "
+            f"cache {gib(self.cache)}, scratch {gib(self.scratch)}, derived weights {gib(self.derived)}, {plain}"
             f"process {gib(self.process)}"
         )
 
@@ -47,8 +48,14 @@ def gib(nbytes: int) -> str:
 
 
 def tensor_bytes(tensor: TensorInfo) -> int:
-    """Bytes of a tensor by its type and shape."""
-    return math.prod(tensor.shape[:-1]) * ggml.row_bytes(tensor.qtype, tensor.shape[-1])
+    """Bytes of a tensor as it is loaded: its rows are no longer interleaved.
+
+    Raises
+    ------
+    PymlaError
+        Its type does not run with rows of this length.
+    """
+    return ggml.tensor_bytes(ggml.plain_type(tensor.qtype), tensor.shape)
 
 
 def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layers: Iterable[int] | None = None) -> int:

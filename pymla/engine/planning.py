@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pymla import ggml
 from pymla.checks import refuse
 from pymla.engine.cache_layout import cache_bytes
 from pymla.engine.memory_plan import (
@@ -78,18 +79,21 @@ class Planner:
         self.config, self.file, self.cache_type, self.mla = config, file, cache_type, mla
         # The part and the layer of every tensor that a backend takes as it is in the file.
         self._parts: dict[str, tuple[str, int]] = {}
-        self._sizes = {name: tensor_bytes(tensor) for name, tensor in file.tensors.items()}
+        self._sizes: dict[str, int] = {}  # as tensors are loaded
         for spec in model_tensors(config, file.tensors):
             # A k_b without kv_b is transposed before it goes anywhere.
             if spec.name in file.tensors and spec.stem != "attn_k_b":
                 self._parts[spec.name] = spec.part, spec.layer
+                self._sizes[spec.name] = tensor_bytes(file.tensors[spec.name])
+        #: Names of the tensors that are loaded as copies with plain rows.
+        self.interleaved = {name for name in self._parts if file.tensors[name].qtype in ggml.PLAIN}
         self._derived = [derived_bytes(config, file.tensors, [i]) for i in range(config.num_hidden_layers)]
 
     def uploaded(self, split: Split) -> list[str]:
         """The names of the tensors that the GPU takes as they are in the file."""
         config, first = self.config, split.first(self.config)
         there = {"output": split.output(config), "embedding": split.whole(config)}
-        tied = "output.weight" not in self._sizes
+        tied = "output.weight" not in self._parts
         there["embedding"] |= tied and split.output(config)
         return [
             name
@@ -116,16 +120,29 @@ class Planner:
         # Routed experts get as many tokens at a time as the GPU computes.
         tokens = DEVICE.tokens if split.apart(self.config) else HOST.tokens if first else 0
         scratch = scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) if tokens else 0
+        uploaded = set(self.uploaded(split))
+        # Of a tensor for the GPU a plain copy is made on its way there, of one after the other.
+        passing = max((self._sizes[name] for name in self.interleaved & uploaded), default=0)
         return MemoryPlan(
-            weights=self.file.nbytes - self._uploaded(split),
+            weights=self.file.nbytes - self._in_file(uploaded | self.interleaved),
             derived=sum(self._derived[:first]),
             cache=self._cache(ctx, first),
             scratch=scratch,
             process=PROCESS_BYTES,
+            plain=passing + sum(self._sizes[name] for name in self.interleaved - uploaded),
         )
+
+    def read(self, split: Split) -> list[str] | None:
+        """The names of the tensors that the CPU reads where they are in the file; None if these are all."""
+        elsewhere = self.interleaved.union(self.uploaded(split))
+        return [name for name in self.file.tensors if name not in elsewhere] if elsewhere else None
 
     def _uploaded(self, split: Split) -> int:
         return sum(self._sizes[name] for name in self.uploaded(split))
+
+    def _in_file(self, names: set[str]) -> int:
+        tensors = (self.file.tensors[name] for name in names)
+        return sum(ggml.tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors)
 
     def _cache(self, ctx: int, layers: int) -> int:
         return cache_bytes(self.config, self.cache_type, self.mla, ctx) * layers // self.config.num_hidden_layers

@@ -243,7 +243,10 @@ class Part:
             self._fail(f"tensor {name} has a dimension of size 0: {dims}")
         qtype = self._u32()
         if qtype not in ggml.NAME:
-            self._fail(f"tensor {name} has the unknown type {qtype}; pymla knows those of ggml and ik_llama.cpp")
+            self._fail(
+                f"tensor {name} has the unknown type {qtype}; pymla knows those of ggml and ik_llama.cpp, take another "
+                "file of the model"
+            )
         return _Entry(name, tuple(reversed(dims)), qtype, self._u64())
 
     def _views(self, infos: list[_Entry]) -> list[TensorInfo]:

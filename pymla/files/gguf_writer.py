@@ -1,9 +1,8 @@
 """GGUF files, written piece by piece, so that memory need not hold a tensor."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import gguf
 import numpy as np
@@ -26,7 +25,7 @@ class NewTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return ggml.row_bytes(self.qtype, self.shape[-1]) * math.prod(self.shape[:-1])
+        return ggml.tensor_bytes(self.qtype, self.shape)
 
 
 def write(
@@ -50,7 +49,7 @@ def write(
         for key, value in metadata.items():
             _add(writer, key, value)
         for tensor in tensors:
-            kind = GGMLQuantizationType(tensor.qtype)
+            kind = cast(GGMLQuantizationType, tensor.qtype)  # numbers of ik_llama.cpp's types, too
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

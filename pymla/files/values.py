@@ -1,7 +1,8 @@
 """Values of tensors that no sound file has: NaN, infinity, and zeros where a download has not written yet.
 
-Float types are checked weight by weight, quantised types by the scales of their blocks: a weight is NaN, infinite or
-zero if the scale of its block is.
+Float types are checked weight by weight, quantised types by the scales of their blocks (`ggml.SCALES`): a weight is
+NaN, infinite or zero if the scale of its block is. Where a row's header has the scale, the row is the block; where rows
+lie together, a block has a part of all of them.
 
 Zeros are harder to judge, because sound files have some. Rows of tokens that only pad the vocabulary, and experts
 without use, are zero, but as whole rows. Weights too small for float16 become zero one by one, but keep their signs, or
@@ -11,7 +12,6 @@ weights are zero throughout, or if a run of zero bytes, `HOLE_BYTES` in whole bl
 inside a block.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,23 +30,36 @@ SAMPLES = 16
 CHUNK_BYTES = 4 << 20
 
 
-class _Scales(NamedTuple):
-    """Where a block has its float numbers, as unsigned integers of their size."""
+class _Bits(NamedTuple):
+    """Floats as unsigned integers of their size."""
 
-    first: int  # byte of the first one; the others follow
-    numbers: int
     dtype: str
     magnitude: int  # mask without the sign
     infinity: int  # magnitudes from here on are infinite or NaN
 
 
-_FLOAT16 = ("<u2", 0x7FFF, 0x7C00)
-_SCALES = {
-    ggml.F32: _Scales(0, 1, "<u4", 0x7FFFFFFF, 0x7F800000),
-    ggml.F16: _Scales(0, 1, *_FLOAT16),
-    ggml.BF16: _Scales(0, 1, "<u2", 0x7FFF, 0x7F80),
-    **{t: _Scales(ggml.TYPES[t].halves[0], len(ggml.TYPES[t].halves), *_FLOAT16) for t in ggml.QUANTISED},
+_FLOAT16 = _Bits("<u2", 0x7FFF, 0x7C00)
+#: By the kind of `ggml.Scales`.
+_BITS = {
+    "f32": _Bits("<u4", 0x7FFFFFFF, 0x7F800000),
+    "f16": _FLOAT16,
+    "nibbles": _FLOAT16,
+    "bf16": _Bits("<u2", 0x7FFF, 0x7F80),
+    # The smallest number stands for zero: only blocks of zeros have it.
+    "e8m0": _Bits("u1", 0xFF, 0xFF),
+    # The sign counts for nothing, and llama.cpp reads NaN as zero.
+    "e4m3": _Bits("u1", 0x7F, 0x80),
 }
+
+
+def block_bytes(info: TensorInfo) -> int:
+    """Bytes of a block as they are counted here."""
+    return ggml.unit_bytes(info.qtype, info.shape[-1])
+
+
+def blocks_of_row(info: TensorInfo) -> int:
+    """Blocks in a row, or in as many rows as lie together."""
+    return ggml.ROWS_TOGETHER[info.qtype] * ggml.row_bytes(info.qtype, info.shape[-1]) // block_bytes(info)
 
 
 class Scan(NamedTuple):
@@ -67,7 +80,7 @@ class Scan(NamedTuple):
         """The blocks of the first hole in the tensor that was looked at."""
         if self.is_zero:
             return 0, self.blocks
-        row = info.shape[-1] // ggml.BLOCK_SIZE[info.qtype]
+        row = blocks_of_row(info)
         for first, stop in self.empty:
             if first % row or stop % row or _is_torn(info, first, stop):
                 return first, stop
@@ -80,23 +93,23 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
     Parameters
     ----------
     info : TensorInfo
-        Of a type of ``ggml.SUPPORTED``.
+        Of any type of docs/types.md.
     progress : called with the bytes done, before the first chunk and after each
     """
-    size = ggml.BLOCK_BYTES[info.qtype]
-    blocks, step = info.data.size // size, CHUNK_BYTES // size
-    empty = _Runs(min(HOLE_BYTES // size, blocks))
+    size, infinity = block_bytes(info), _BITS[ggml.SCALES[info.qtype].kind].infinity
+    blocks, step = info.data.size // size, max(1, CHUNK_BYTES // size)
+    empty = _Runs(min(_hole_blocks(size), blocks))
     not_finite, first, zero = 0, None, 0
     report = progress or (lambda done: None)
     report(0)
     for start in range(0, blocks, step):
         data = info.data[start * size : (start + step) * size].reshape(-1, size)
         magnitudes = _magnitudes(data, info.qtype)
-        if magnitudes.max() >= _SCALES[info.qtype].infinity:
-            found = np.flatnonzero((magnitudes >= _SCALES[info.qtype].infinity).any(axis=1))
+        if magnitudes.max() >= infinity:
+            found = np.flatnonzero((magnitudes >= infinity).any(axis=1))
             not_finite += len(found)
             first = start + int(found[0]) if first is None else first
-        without = _zero_blocks(data, magnitudes, info.qtype)
+        without = _zero_blocks(magnitudes)
         if without.any():
             zero += int(without.sum())
             without[without] = ~data[without].any(axis=1)
@@ -108,8 +121,8 @@ def scan(info: TensorInfo, progress: Callable[[int], None] | None = None) -> Sca
 def samples(info: TensorInfo) -> tuple[np.ndarray, int]:
     """Pieces that `may_have_hole` looks at: the first block of each, and their length in blocks. A small tensor is one
     piece."""
-    size = ggml.BLOCK_BYTES[info.qtype]
-    blocks, length = info.data.size // size, HOLE_BYTES // size
+    size = block_bytes(info)
+    blocks, length = info.data.size // size, _hole_blocks(size)
     if blocks <= SAMPLES * length:
         return np.zeros(1, np.int64), blocks
     return (blocks - length) * np.arange(SAMPLES) // (SAMPLES - 1), length
@@ -121,35 +134,38 @@ def may_have_hole(info: TensorInfo) -> bool:
     starts, length = samples(info)
     if len(starts) == 1:
         return scan(info).hole(info) is not None
-    size = ggml.BLOCK_BYTES[info.qtype]
+    size = block_bytes(info)
     data = info.data.reshape(-1, size)[starts[:, None] + np.arange(length)].reshape(-1, size)
-    zero = _zero_blocks(data, _magnitudes(data, info.qtype), info.qtype)
+    zero = _zero_blocks(_magnitudes(data, info.qtype))
     return bool(zero.reshape(SAMPLES, length).all(axis=1).any())
 
 
 def _is_torn(info: TensorInfo, first: int, stop: int) -> bool:
-    """Whether zero bytes go on beyond a run of blocks, into a part of the next one. Eight of them, within a block that
-    has other bytes, are hardly ever codes."""
-    start, end = first * ggml.BLOCK_BYTES[info.qtype], stop * ggml.BLOCK_BYTES[info.qtype]
-    outside = info.data[max(0, start - 8) : start], info.data[end : end + 8]
-    return any(len(each) == 8 and not each.any() for each in outside)
+    """Whether zero bytes go on beyond a run of blocks, into a part of the next one. Eight of them for each row, within
+    a block that has other bytes, are hardly ever codes."""
+    start, end, beyond = first * block_bytes(info), stop * block_bytes(info), 8 * ggml.ROWS_TOGETHER[info.qtype]
+    outside = info.data[max(0, start - beyond) : start], info.data[end : end + beyond]
+    return any(len(each) == beyond and not each.any() for each in outside)
+
+
+def _hole_blocks(size: int) -> int:
+    """Blocks of `size` bytes that are a hole if they are zero."""
+    return max(1, HOLE_BYTES // size)
 
 
 def _magnitudes(data: np.ndarray, qtype: int) -> np.ndarray:
     """The scales of blocks (n, block_bytes) without their signs: (n, scales), unsigned."""
-    scales = _SCALES[qtype]
-    width = scales.numbers * np.dtype(scales.dtype).itemsize
-    return data[:, scales.first : scales.first + width].view(scales.dtype) & scales.magnitude
+    kind, first, count = ggml.SCALES[qtype]
+    dtype, magnitude, _ = _BITS[kind]
+    if kind == "nibbles":
+        nibbles = data[:, first : first + 8].view(dtype) >> 12 << np.array([0, 4, 8, 12], dtype)
+        return np.bitwise_or.reduce(nibbles, axis=1, keepdims=True) & magnitude
+    return data[:, first : first + count * np.dtype(dtype).itemsize].view(dtype) & magnitude
 
 
-def _zero_blocks(data: np.ndarray, magnitudes: np.ndarray, qtype: int) -> np.ndarray:
-    """Which blocks are zero throughout: bool (n,)."""
-    zero = (magnitudes == 0).all(axis=1) if magnitudes.shape[1] > 1 else magnitudes[:, 0] == 0
-    int8_scales = ggml.TYPES[qtype].int8_scales
-    if int8_scales:
-        words = data[:, slice(*int8_scales)].view("<u8").T
-        zero |= functools.reduce(np.bitwise_or, words) == 0
-    return zero
+def _zero_blocks(magnitudes: np.ndarray) -> np.ndarray:
+    """Which blocks are zero throughout, by their scales: bool (n,)."""
+    return (magnitudes == 0).all(axis=1) if magnitudes.shape[1] > 1 else magnitudes[:, 0] == 0
 
 
 class _Runs:

@@ -8,9 +8,12 @@ from pathlib import Path
 import llvmlite
 import numba
 
-#: Sources beside the folders of kernels whose numbers are part of kernels: types and their sizes, the size of a page,
-#: constants, the size of a cache line, and how arguments are laid out.
-_SHARED = "ggml.py", "planes.py", "pages.py", "constants.py", "tensor.py", "host/arrays.py", "host/arguments.py"
+#: Sources beside the folders of kernels whose numbers are part of kernels: types, their sizes, layouts and codebooks,
+#: the size of a page, constants, the size of a cache line, and how arguments are laid out.
+_SHARED = (
+    *("ggml.py", "ik_types.py", "planes.py", "vectors.py", "codebooks.py"),
+    *("pages.py", "constants.py", "tensor.py", "host/arrays.py", "host/arguments.py"),
+)
 
 
 def is_part_of(folder: Path, function: Callable) -> bool:

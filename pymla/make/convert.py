@@ -21,7 +21,7 @@ from pymla.files.gguf_writer import NewTensor, Value
 from pymla.make.checkpoint_tensors import FloatTensor, Plan
 from pymla.make.hub_config import HubConfig
 from pymla.make.hub_tokenizer import END_KEYS, read_tokenizer
-from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, model_metadata
+from pymla.make.model_metadata import ARCHITECTURE, FILE_TYPES, LAYOUTS, model_metadata
 from pymla.models.config import ModelConfig
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def convert(
     tokenizer = read_tokenizer(config, pre)
     # A folder's name may hold bytes that are not Unicode.
     shape = config.shape((name or folder.resolve().name).encode(errors="replace").decode())
-    metadata = model_metadata(shape, layout, QTYPES[qtype]) | tokenizer.metadata()
+    metadata = model_metadata(shape, layout, FILE_TYPES[QTYPES[qtype]]) | tokenizer.metadata()
     for key, value in metadata.items():
         _check_text(folder, key, value)
     with outputs.replacing(path) as part:

@@ -13,8 +13,14 @@ ARCHITECTURE = "deepseek2"
 #: How W_kv_b is stored: whole; as k_b and v_b; both.
 LAYOUTS = ("kv_b", "split", "all")
 
-#: The number that ``general.file_type`` gives to the type of most matrices.
-FILE_TYPES = {t: LlamaFileType["ALL_F32" if t == ggml.F32 else f"MOSTLY_{ggml.NAME[t]}"] for t in ggml.SUPPORTED}
+#: The number that ``general.file_type`` gives to the type of most matrices, where the gguf package has one.
+FILE_TYPES = {
+    qtype: LlamaFileType[each]
+    for qtype, name in ggml.NAME.items()
+    # Mixes of K-quants that have the type throughout end in S.
+    for each in (f"ALL_{name}", f"MOSTLY_{name}", f"MOSTLY_{name}_S", f"MOSTLY_{name}_MOE")
+    if each in LlamaFileType.__members__
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,13 @@ class Shape:
     tie_word_embeddings: bool = False
 
 
-def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
+def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
     """The keys of a model but ``general.architecture`` and those of its tokenizer.
 
     Parameters
     ----------
     layout : one of `LAYOUTS`
-    qtype : ggml type of most matrices
+    file_type : ``general.file_type``, a number of `FILE_TYPES` or of a mix of types; None: left out
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
@@ -81,10 +87,9 @@ def model_metadata(shape: Shape, layout: str, qtype: int) -> dict[str, Value]:
         **_rope(shape),
     }
     general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
-    return general | {
-        Keys.General.FILE_TYPE: int(FILE_TYPES[qtype]),
-        Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
-    }
+    if file_type is not None:
+        general[Keys.General.FILE_TYPE] = int(file_type)
+    return general | {Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION}
 
 
 def _attention(shape: Shape, layout: str) -> dict[str, Value]:

@@ -112,7 +112,8 @@ class Operations(NamedTuple):
         sizes = length, heads, exact
         if sizes not in self.kept:
             self.kept.clear()
-            widths = self.config.qk_head_dim, self.config.v_head_dim
+            config = self.config
+            widths = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
             self.kept[sizes] = self.backend.attention.keys_values(length, heads, *widths, exact, self.dtype)
         return self.kept[sizes]
 

@@ -60,9 +60,16 @@ class TensorLoader:
         return find(self.file, spec)
 
     def mapped(self, spec: TensorSpec) -> QTensor:
-        """A matrix in the mapped file."""
+        """A matrix in the mapped file; where its rows are interleaved, a copy with plain rows."""
         info = self.find(spec)
-        return QTensor(info.qtype, info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1])))
+        rows = info.data.reshape(*info.shape[:-1], ggml.row_bytes(info.qtype, info.shape[-1]))
+        if info.qtype in ggml.PLAIN:
+            from pymla.models.interleaved import plain_rows  # Numba, which few files need so early
+
+            self.file.fetch_ahead(info, [(0, info.data.nbytes)])
+            rows = plain_rows(rows.reshape(-1, rows.shape[-1]), info.qtype).reshape(*info.shape[:-1], -1)
+            rows.flags.writeable = False
+        return QTensor(ggml.plain_type(info.qtype), rows)
 
     def put(self, w: QTensor) -> QTensor:
         """A matrix in the backend's memory."""

@@ -145,6 +145,11 @@ def _ffn(blk: _Block, suffix: str, inner: int, hidden: int) -> Iterator[TensorSp
     yield blk.weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
 
 
+def is_run(qtype: int) -> bool:
+    """Whether tensors of a type can be loaded."""
+    return ggml.plain_type(qtype) in ggml.SUPPORTED
+
+
 def find(file: ModelFile, spec: TensorSpec) -> TensorInfo:
     """The tensor of a file that a model needs.
 
@@ -156,10 +161,17 @@ def find(file: ModelFile, spec: TensorSpec) -> TensorInfo:
     info = file.tensors.get(spec.name)
     if info is None:
         raise PymlaError(f"{file.path}: tensor {spec.name} is missing; convert the model again or take another file")
-    if info.qtype not in ggml.SUPPORTED:
+    if not is_run(info.qtype):
         raise PymlaError(
             f"{info.path}: tensor {spec.name} has type {ggml.NAME[info.qtype]}, which pymla does not run; "
-            f"it runs {', '.join(ggml.NAME[t] for t in ggml.SUPPORTED)}"
+            "take another file of the model, or quantise it again: "
+            f"pymla runs {', '.join(ggml.NAME[t] for t in ggml.SUPPORTED if t >= 0)}, and the same in interleaved rows"
+        )
+    columns, block = info.shape[-1], ggml.BLOCK_SIZE[ggml.plain_type(info.qtype)]
+    if columns % block:
+        raise PymlaError(
+            f"{info.path}: tensor {spec.name} has type {ggml.NAME[info.qtype]} and rows of {columns} weights; pymla "
+            f"runs this type with multiples of {block}; take another file of the model, or quantise it again"
         )
     if info.shape not in spec.shapes:
         expected = " or ".join(str(list(shape)) for shape in spec.shapes)

@@ -1,5 +1,5 @@
-"""The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout allows, or
-copies in the memory of a GPU.
+"""The tensors of a model, by layer, under their GGUF names: views of the mapped file wherever its layout and its types
+allow, or copies in the memory of a GPU. Interleaved rows become plain ones (`pymla.models.interleaved`).
 
 Three layouts of ``W_k_b`` and ``W_v_b`` exist in files: ``attn_kv_b`` alone (before April 2025), ``attn_k_b`` and
 ``attn_v_b`` (llama.cpp since), and all three (ik_llama.cpp, with a two-dimensional ``attn_k_b``). The engine works with

@@ -5,7 +5,7 @@ import numpy as np
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.reference.contract import check
-from pymla.reference.formats import FORMATS
+from pymla.reference.formats import FORMATS, dequantise_rows
 
 #: Names of the types that `quantise` writes.
 QUANTISERS = tuple(ggml.NAME[qtype] for qtype, each in FORMATS.items() if each.quantise is not None)
@@ -108,22 +108,22 @@ def embedding_rows(w, tokens, out):
 
 
 def dequantise(data: np.ndarray, qtype: int) -> np.ndarray:
-    """Weights of ggml blocks as float32.
+    """Weights of rows of ggml blocks as float32.
 
     Parameters
     ----------
     data : uint8 array (..., row_bytes)
-        Whole blocks along the last axis.
+        Rows, or several matrices of them. Of an interleaved type a multiple of the rows that lie together.
     qtype : int
-        A type of ``ggml.SUPPORTED``.
+        A type of docs/types.md.
 
     Returns
     -------
     float32 array (..., K)
     """
-    columns = data.shape[-1] // ggml.BLOCK_BYTES[qtype] * ggml.BLOCK_SIZE[qtype]
-    blocks = np.ascontiguousarray(data).reshape(-1, ggml.BLOCK_BYTES[qtype])
-    return FORMATS[qtype].dequantise(blocks).reshape(*data.shape[:-1], columns)
+    columns = ggml.columns(qtype, data.shape[-1])
+    rows = np.ascontiguousarray(data).reshape(-1, data.shape[-1])
+    return dequantise_rows(rows, qtype, columns).reshape(*data.shape[:-1], columns)
 
 
 def quantise(x: np.ndarray, qtype: int) -> np.ndarray:

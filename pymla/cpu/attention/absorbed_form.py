@@ -1,7 +1,7 @@
 """The absorbed form: all heads of a token meet the rows of the cache as they are.
 
 A page is dequantised once and meets 16 heads, the lanes of two registers, in two small float32 products. A latent cache
-of 8 bits is multiplied on integers instead (`pymla.cpu.attention.absorbed_form_int8`).
+of 8 bits or fewer is multiplied on integers instead (`pymla.cpu.attention.absorbed_form_int8`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pymla.cpu.attention import absorbed_form_int8
 from pymla.cpu.attention.cache_rows import read_cache_row_for
 from pymla.cpu.attention.softmax import heads_softmax
 from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, Splits, combine, leave_sums, start_values, take_item
-from pymla.cpu.cache_types import Q8_PAGES
+from pymla.cpu.cache_types import CODE_BITS
 from pymla.cpu.contract import check
 from pymla.cpu.machine.simd import address
 from pymla.cpu.matmul.gemm_f32 import tile_f32, transpose_panel
@@ -45,13 +45,13 @@ def absorbed(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: f
     """Attention in the latent space; `q` float32 (T, H, rank + R), contiguous, `out` float32 (T, H, rank).
 
     As `pymla.reference.attention.absorbed`. Over a cache of float types it computes in float32: within 2e-6 of the
-    largest result. Over one of 8 bits (`latent_cache`), queries and softmax weights are rounded to 8 bits, and rotated
-    dimensions to 12: within 2 % of the largest result, most of it rounding of the weights.
+    largest result. Over one of 8 bits or fewer (`latent_cache`), queries and softmax weights are rounded to 8 bits, and
+    rotated dimensions to 12: within 2 % of the largest result, most of it rounding of the weights.
     """
     check.absorbed(q, latent, rope, step, scale, out)
     splits = Splits.empty(out)
     _kernel_over(latent.qtype, rope.qtype)[splits.items, 1](q, latent, rope, step, scale * LOG2E, splits)
-    return splits.combine(out)
+    return splits.combine(out, CODE_BITS.get(latent.qtype, 8) < 8)
 
 
 def absorb_kernels(k_b: int) -> list[Kernel]:
@@ -66,7 +66,7 @@ def kernels(latent: int, rope: int) -> list[Kernel]:
 
 def _kernel_over(latent: int, rope: int) -> Kernel:
     """The kernel over a cache of two types."""
-    return absorbed_form_int8.absorbed_pages if latent == Q8_PAGES else absorbed_rows(latent, rope)
+    return absorbed_form_int8.absorbed_pages(latent) if latent in CODE_BITS else absorbed_rows(latent, rope)
 
 
 @kernel(F3, F3, types.int64)

@@ -1,8 +1,9 @@
 """Rows of the cache in memory: into their slots, and back as numbers.
 
-Rows of float types, and keys and values of all heads, lie as ggml blocks. A latent cache of 8 bits has two types of its
-own (`pymla.cpu.cache_types`), whose codes are multiplied where they lie: a page has the codes of its 64 rows first, and
-then their scales. It takes as many bytes as ggml's types, and 4 more for the scale of each row's rotated dimensions.
+Rows of float types, and keys and values of all heads, lie as ggml blocks. A latent cache of 8 bits or fewer has types
+of its own (`pymla.cpu.cache_types`): a page has the codes of its 64 rows first, and then their scales. It takes as many
+bytes as ggml's types, and 4 more for the scale of each row's rotated dimensions. Codes of 8 bits are multiplied where
+they lie, smaller ones are unpacked before (`pymla.cpu.machine.simd_words.unpack_codes`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.attention.codes import even, quantise_i16
-from pymla.cpu.cache_types import I16_PAGES, Q8_PAGES, ROW_BYTES
+from pymla.cpu.attention.hadamard import mix, mix_read
+from pymla.cpu.cache_types import CODE_BITS, I16_PAGES, PAGES_OF, Q8_PAGES, ROW_BYTES
 from pymla.cpu.contract import check
 from pymla.cpu.formats.legacy import write_q8
 from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
@@ -26,25 +28,29 @@ from pymla.cpu.machine.simd import (
     load_u8x8,
     mul,
     splat_f32,
+    store_f16,
     store_f32,
     store_f32x8,
+    store_i32,
     sub,
 )
+from pymla.cpu.machine.simd_words import unpack_codes
 from pymla.cpu.memory import empty
 from pymla.cpu.runtime.array_types import A2, CACHE, F2, I1
 from pymla.cpu.runtime.jit import Kernel, helper, kernel, variants
-from pymla.pages import PAGE, LatentCache
+from pymla.pages import MIXED, PAGE, STORED, LatentCache
 from pymla.tensor import QTensor
 
 
 def latent_cache(layout: Sequence[tuple[int, int]], slots: int) -> LatentCache:
     """Memory for the rows ``c_kv`` and ``k_pe`` of one layer, as `pymla.reference.attention.latent_cache`.
 
-    For Q8_0 the rows have the types `Q8_PAGES` and `I16_PAGES`.
+    Rows of types with blocks get those of `pymla.cpu.cache_types`.
     """
     (qtype, rank), (rope_type, rope) = layout
-    if qtype == ggml.Q8_0:
-        rows = (Q8_PAGES, ROW_BYTES[Q8_PAGES](rank)), (I16_PAGES, ROW_BYTES[I16_PAGES](rope))
+    if qtype in PAGES_OF:
+        pages = PAGES_OF[qtype]
+        rows = (pages, ROW_BYTES[pages](rank)), (I16_PAGES, ROW_BYTES[I16_PAGES](rope))
     else:
         rows = (qtype, ggml.row_bytes(qtype, rank)), (rope_type, ggml.row_bytes(rope_type, rope))
     return LatentCache(*(QTensor(each, empty((slots, nbytes), np.uint8)) for each, nbytes in rows))
@@ -116,6 +122,20 @@ def write_cache_row_for(qtype):
             for block in range(columns // 32):
                 write_q8(x + 128 * block, scales + 2 * block, codes + 32 * block, 128)
 
+    elif qtype in CODE_BITS:
+        bits = CODE_BITS[qtype]
+
+        @helper
+        def write_cache_row(cache, slot, x, columns):
+            page, row = address(cache.data[slot // PAGE * PAGE]), slot % PAGE
+            codes, scales = page + row * columns // 8 * bits, page + PAGE * columns // 8 * bits + row * (columns // 16)
+            mixed = np.empty(MIXED, np.float32)
+            for block in range(columns // MIXED):
+                for i in range(MIXED):
+                    mixed[i] = load_f32(x + 4 * (MIXED * block + i)) * np.float32(STORED)
+                mix(address(mixed), MIXED)
+                _write_codes(mixed, bits, codes + 4 * bits * block, scales + 2 * block)
+
     elif qtype == I16_PAGES:
 
         @helper
@@ -134,6 +154,35 @@ def write_cache_row_for(qtype):
     return write_cache_row
 
 
+@helper
+def _write_codes(x, bits, codes, scale):
+    """Thirty-two float32 as codes of some bits and their scale, an IEEE half, at two addresses: rounded as ggml's Q4_0
+    and Q5_0, where the number of largest magnitude becomes code 0. An infinite value or NaN makes the scale so."""
+    largest, extreme = np.float32(0), np.float32(0)
+    for value in x:
+        if abs(value) > largest or value != value:
+            largest, extreme = abs(value), value
+    d = extreme / np.float32(-(1 << bits - 1))
+    inverse = np.float32(0)
+    if d != 0:
+        inverse = np.float32(1) / d
+    store_f16(scale, d)
+    rounded, most = np.float32((1 << bits - 1) + 0.5), (1 << bits) - 1
+    quantised = np.empty(MIXED, np.int64)
+    for i in range(MIXED):
+        quantised[i] = min(np.int64(x[i] * inverse + rounded), most)
+    for i in range(0, 16, 4):
+        word = np.int64(0)
+        for j in range(4):
+            word |= (quantised[i + j] & 15 | (quantised[i + j + 16] & 15) << 4) << 8 * j
+        store_i32(codes + i, word)
+    for plane in range(bits - 4):
+        word = np.int64(0)
+        for i in range(MIXED):
+            word |= (quantised[i] >> 4 + plane & 1) << i
+        store_i32(codes + 16 + 4 * plane, word)
+
+
 @functools.cache
 def read_cache_row_for(qtype):
     """A function ``(cache, slot, out, columns)``: the row of a slot as float32 at the address `out`."""
@@ -146,6 +195,21 @@ def read_cache_row_for(qtype):
             for i in range(0, columns, 8):
                 scale = splat_f32(load_f16(scales + i // 32 * 2))
                 store_f32x8(out + 4 * i, mul(scale, sub(load_u8x8(codes + i), bias)))
+
+    elif qtype in CODE_BITS:
+        bits = CODE_BITS[qtype]
+
+        @helper
+        def read_cache_row(cache, slot, out, columns):
+            page, row = address(cache.data[slot // PAGE * PAGE]), slot % PAGE
+            codes, scales = page + row * columns // 8 * bits, page + PAGE * columns // 8 * bits + row * (columns // 16)
+            unpacked = np.empty(MIXED, np.uint8)
+            for block in range(columns // MIXED):
+                unpack_codes(address(unpacked), codes + 4 * bits * block, bits)
+                scale = load_f16(scales + 2 * block) * np.float32(1 / (1 << 8 - bits))
+                for i in range(MIXED):
+                    store_f32(out + 4 * (MIXED * block + i), scale * np.float32(np.int64(unpacked[i]) - 128))
+            mix_read(out, columns)
 
     elif qtype == I16_PAGES:
 

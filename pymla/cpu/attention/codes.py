@@ -20,6 +20,7 @@ from pymla.cpu.machine.simd import (
     load_f32,
     load_f32x8,
     load_f32xL,
+    load_i32,
     mul,
     round_even,
     splat_f32,
@@ -28,6 +29,7 @@ from pymla.cpu.machine.simd import (
     store_f32,
     store_f32xL,
     store_i16,
+    store_i32,
     total,
     where_positive,
 )
@@ -115,6 +117,15 @@ def store_panel(rows, row_bytes, panel):
     """`LANES` rows of codes, `row_bytes` each, a multiple of 16, as a panel; `rows` and `panel` are addresses."""
     for i in range(0, row_bytes, 16):
         store_columns(panel + i * LANES, load_columns(panel_rows(rows, row_bytes, LANES), i))
+
+
+@helper
+def store_i16_panel(rows, row_bytes, panel):
+    """`LANES` rows of int16 codes, `row_bytes` each, a multiple of 4, as a panel of words of two codes; `rows` and
+    `panel` are addresses."""
+    for lane in range(LANES):
+        for i in range(0, row_bytes, 4):
+            store_i32(panel + LANES * i + 4 * lane, load_i32(rows + row_bytes * lane + i))
 
 
 @helper

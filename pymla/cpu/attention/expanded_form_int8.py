@@ -1,7 +1,7 @@
 """The expanded form on integers, over keys and values as panels of codes (`pymla.cpu.attention.key_value_panels`).
 
-Queries become codes of 8 bits, and so do the softmax weights of 64 positions at a time, times the scales of these
-positions' values.
+Queries become codes as keys are: of 16 bits where they are rotated, of 8 bits elsewhere, after they were mixed. Softmax
+weights of 64 positions at a time become codes of 8 bits, times the scales of these positions' values.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ import numpy as np
 from numba import types
 
 from pymla.constants import LOG2E
-from pymla.cpu.attention.codes import BLOCK_BYTES, WEIGHT_GROUP, quantise_codes, quantise_weights
-from pymla.cpu.attention.key_value_panels import KEY_BLOCK, KEY_BLOCK_BYTES, KEY_TOKENS, PANELS, Panels
+from pymla.cpu.attention.codes import (
+    BLOCK_BYTES,
+    PANEL_BLOCK_BYTES,
+    WEIGHT_GROUP,
+    even,
+    quantise_codes,
+    quantise_i16,
+    quantise_weights,
+)
+from pymla.cpu.attention.hadamard import mix
+from pymla.cpu.attention.key_value_panels import KEY_TOKENS, PANELS, Panels
 from pymla.cpu.attention.query_blocks import rows_seen
 from pymla.cpu.attention.row_addresses import Rows, four_from, moved, rows_apart
-from pymla.cpu.attention.score_tiles import SCORE_COLUMNS, SCORE_ROWS, Panel, tile_scores
+from pymla.cpu.attention.score_tiles import SCORE_COLUMNS, SCORE_ROWS, KeyPanel, Panel, tile_key_scores
 from pymla.cpu.attention.softmax import token_softmax
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS, VALUE_ROWS, tile_values
-from pymla.cpu.machine.simd import address, load_f32, splat_f32xL, store_f32, store_f32xL
+from pymla.cpu.machine.simd import address, load_f32, load_f32xL, mul, splat_f32xL, store_f32, store_f32xL
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.memory import allocate
 from pymla.cpu.runtime import threads
@@ -53,51 +62,61 @@ def kernels() -> list[Kernel]:
 class QueryBlock(NamedTuple):
     """Addresses of the queries of a block and their online softmax, and sizes."""
 
-    codes: int  # `code_bytes` for each query, with bias
+    codes: int  # `plain` codes for each query, with bias
     scales: int  # float32 (queries, blocks)
+    rope: int  # int16 (queries, rotated): codes of the rotated numbers
+    rope_scales: int  # float32 (queries,)
     scores: int  # float32 (queries, KEY_TOKENS); in the end softmax weights
     weights: int  # codes of KEY_TOKENS weights for each query
     weight_scales: int  # float32 (queries, KEY_TOKENS // WEIGHT_GROUP)
     state: int  # float32 (queries, 2): running maximum and sum
     result: int  # float32 (queries, padded): accumulated values
     count: int  # queries
-    blocks: int  # of a key
+    plain: int  # numbers of a key that are not rotated, padded
+    blocks: int  # of these numbers
+    rotated: int  # numbers of a key that are, padded to an even number
     padded: int  # numbers of a value, padded
 
 
 @helper
-def _block_memory(queries, blocks, padded):
-    """Memory for so many queries, with keys of `blocks` blocks and values of `padded` numbers."""
-    of_query = blocks * (KEY_BLOCK_BYTES + 4) + 4 * KEY_TOKENS + _WEIGHT_BYTES + _WEIGHT_SCALE_BYTES + 8 + 4 * padded
-    return allocate(queries * of_query)
+def _block_memory(queries, plain, blocks, rotated, padded):
+    """Memory for so many queries, with sizes as `QueryBlock` has them."""
+    of_key = plain // 32 * BLOCK_BYTES + 4 * blocks + 2 * rotated + 4
+    return allocate(queries * (of_key + 4 * KEY_TOKENS + _WEIGHT_BYTES + _WEIGHT_SCALE_BYTES + 8 + 4 * padded))
 
 
 @helper
-def _block_at(memory, queries, count, blocks, padded):
+def _block_at(memory, queries, count, plain, blocks, rotated, padded):
     """A block of `count` queries in memory for `queries`. Scores and results begin with a cache line."""
     scores = memory
     result = scores + 4 * KEY_TOKENS * queries
     codes = result + 4 * padded * queries
-    weights = codes + blocks * KEY_BLOCK_BYTES * queries
-    scales = weights + _WEIGHT_BYTES * queries
-    weight_scales = scales + 4 * blocks * queries
+    weights = codes + plain // 32 * BLOCK_BYTES * queries
+    rope = weights + _WEIGHT_BYTES * queries
+    scales = rope + 2 * rotated * queries
+    rope_scales = scales + 4 * blocks * queries
+    weight_scales = rope_scales + 4 * queries
     state = weight_scales + _WEIGHT_SCALE_BYTES * queries
-    return QueryBlock(codes, scales, scores, weights, weight_scales, state, result, count, blocks, padded)
+    return QueryBlock(
+        codes, scales, rope, rope_scales, scores, weights, weight_scales, state, result,
+        count, plain, blocks, rotated, padded,
+    )  # fmt: skip
 
 
 @kernel(F3, PANELS, I1, types.float64, types.int64, A3)
 def expanded_panels(first, last, q, panels, positions, scale, size, out):
     """Over blocks of `size` queries of each head. Late blocks have more rows to read: they are dealt out first."""
     tokens, heads, _ = out.shape
-    blocks, padded = panels.key_scales.shape[2] // LANES, panels.values.shape[2] // BLOCK_BYTES
-    groups = (tokens + size - 1) // size
-    memory = _block_memory(size, blocks, padded)
-    query = np.zeros(KEY_BLOCK * blocks, np.float32)
+    plain, padded = panels.keys.shape[2] // PANEL_BLOCK_BYTES * 32, panels.values.shape[2] // BLOCK_BYTES
+    blocks = plain // panels.block
+    groups, rotated = (tokens + size - 1) // size, even(panels.rotated)
+    memory = _block_memory(size, plain, blocks, rotated, padded)
+    query = np.zeros(plain + panels.rotated, np.float32)
     for item in range(first, last):
         begin, h = (groups - 1 - item // heads) * size, item % heads
         stop = min(begin + size, tokens)
-        block = _block_at(address(memory), size, stop - begin, blocks, padded)
-        _take_queries(q[begin:stop], h, scale, query, block)
+        block = _block_at(address(memory), size, stop - begin, plain, blocks, rotated, padded)
+        _take_queries(q[begin:stop], h, scale, panels.nope, query, block)
         length = rows_seen(positions[begin:stop])
         for p in range(0, length, KEY_TOKENS):
             seen = min(KEY_TOKENS, length - p)
@@ -112,16 +131,24 @@ def expanded_panels(first, last, q, panels, positions, scale, size, out):
 
 
 @helper
-def _take_queries(q, h, scale, query, block):
+def _take_queries(q, h, scale, nope, query, block):
     """Quantise queries (T, H, D) of head `h`, times a scale, and begin with an empty online softmax. `query` is scratch
-    for a query, float32 with zeros behind its D numbers."""
+    for float32: the `nope` numbers that are not rotated, padded to whole blocks, and the rotated ones."""
+    plain, count = block.plain, block.plain // block.blocks
     for i in range(q.shape[0]):
-        for j in range(q.shape[2]):
-            query[j] = q[i, h, j] * np.float32(scale)
-        codes, scales = block.codes + KEY_BLOCK_BYTES * block.blocks * i, block.scales + 4 * block.blocks * i
+        source, target = address(q[i, h]), address(query)
+        _copy_scaled(source, nope, np.float32(scale / count), target)
+        for j in range(nope, plain):
+            query[j] = 0
+        _copy_scaled(source + 4 * nope, len(query) - plain, np.float32(scale), target + 4 * plain)
+        rope = block.rope + 2 * block.rotated * i
+        rope_scale = quantise_i16(address(query) + 4 * plain, len(query) - plain, rope)
+        store_f32(block.rope_scales + 4 * i, rope_scale)
+        codes, scales = block.codes + plain // 32 * BLOCK_BYTES * i, block.scales + 4 * block.blocks * i
         for j in range(block.blocks):
-            at = codes + KEY_BLOCK_BYTES * j
-            quantise_codes(address(query) + 4 * KEY_BLOCK * j, KEY_BLOCK, at, scales + 4 * j, BIAS)
+            x, at = address(query) + 4 * count * j, codes + count // 32 * BLOCK_BYTES * j
+            mix(x, count)
+            quantise_codes(x, count, at, scales + 4 * j, BIAS)
         store_f32(block.state + 8 * i, np.float32(-np.inf))
         store_f32(block.state + 8 * i + 4, np.float32(0))
         for j in range(0, block.padded, LANES):
@@ -129,23 +156,34 @@ def _take_queries(q, h, scale, query, block):
 
 
 @helper
+def _copy_scaled(source, count, factor, target):
+    """Copy `count` float32 from address to address, times a factor."""
+    whole, factors = count // LANES * LANES, splat_f32xL(factor)
+    for i in range(0, 4 * whole, 4 * LANES):
+        store_f32xL(target + i, mul(load_f32xL(source + i), factors))
+    for i in range(4 * whole, 4 * count, 4):
+        store_f32(target + i, load_f32(source + i) * factor)
+
+
+@helper
 def _key_panel(panels, h, number):
     """A panel of keys of head `h`."""
-    return Panel(
-        address(panels.keys[h, number]), address(panels.key_scales[h, number]), address(panels.key_starts[h, number])
-    )
+    scales, starts = address(panels.key_scales[h, number]), address(panels.key_starts[h, number])
+    rope = Panel(address(panels.rope[number]), address(panels.rope_scales[number]), 0)
+    return KeyPanel(Panel(address(panels.keys[h, number]), scales, starts), rope)
 
 
 @helper
 def _compute_scores(panel, other, column, block):
     """Scores of a block with the keys of two panels, from a column of its scores on."""
-    code_bytes, scale_bytes = KEY_BLOCK_BYTES * block.blocks, 4 * block.blocks
-    scores = block.scores + 4 * column
+    code_bytes, scale_bytes, rope_bytes = block.plain // 32 * BLOCK_BYTES, 4 * block.blocks, 2 * block.rotated
+    scores, sizes = block.scores + 4 * column, (block.blocks, block.plain // block.blocks, block.rotated // 2)
     for i in range(0, block.count, SCORE_ROWS):
         numbers = four_from(i, block.count)
         x = Rows(rows_apart(block.codes, code_bytes, numbers), rows_apart(block.scales, scale_bytes, numbers))
+        y = Rows(rows_apart(block.rope, rope_bytes, numbers), rows_apart(block.rope_scales, 4, numbers))
         at = rows_apart(scores, 4 * KEY_TOKENS, numbers)
-        tile_scores(x, x, panel, other, block.blocks, KEY_BLOCK, 4 * LANES, at, moved(at, 4 * LANES))
+        tile_key_scores(x, y, panel, other, sizes, 4 * LANES, at, moved(at, 4 * LANES))
 
 
 @helper
@@ -183,5 +221,4 @@ def _finish(block, h, out):
     """Write the values, over the softmax's sums, to head `h` of `out` (T, H, v)."""
     for i in range(out.shape[0]):
         total, result = load_f32(block.state + 8 * i + 4), block.result + 4 * block.padded * i
-        for j in range(out.shape[2]):
-            out[i, h, j] = load_f32(result + 4 * j) / total
+        _copy_scaled(result, out.shape[2], np.float32(1) / total, address(out[i, h]))

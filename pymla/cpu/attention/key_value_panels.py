@@ -1,20 +1,34 @@
 """Expanded keys and values as panels of codes, for a cache of 8 bits.
 
 The lanes of the panels of keys are tokens, and their head dimensions run along the words; the lanes of the panels of
-values are head dimensions, and tokens run along the words. Keys have a scale for `KEY_BLOCK` dimensions, values a scale
+values are head dimensions, and tokens run along the words. Keys have a scale for a block of dimensions, values a scale
 for each token. So no number depends on a token that a query does not see.
+
+Trained models have a few dimensions in which keys are many times larger than elsewhere, and queries smaller. The
+rotated dimensions, where this is worst, are codes of 16 bits, once for all heads. The others are mixed by a Hadamard
+matrix (`pymla.cpu.attention.hadamard`) before they become codes of 8 bits.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.attention.codes import BLOCK_BYTES, PANEL_BLOCK_BYTES, quantise_codes, store_panel
+from pymla.cpu.attention.codes import (
+    BLOCK_BYTES,
+    PANEL_BLOCK_BYTES,
+    even,
+    quantise_codes,
+    quantise_i16,
+    store_i16_panel,
+    store_panel,
+)
+from pymla.cpu.attention.hadamard import mix
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
 from pymla.cpu.machine.simd import (
     absolute,
@@ -43,53 +57,59 @@ from pymla.tensor import QTensor
 
 #: Panels are padded to a multiple of as many tokens: the keys that a block of queries meets at a time.
 KEY_TOKENS = 128
-#: Dimensions of a key with a common scale: with 32, a fifth of the scores' instructions were for scales.
-KEY_BLOCK = 64
+#: The most dimensions of a key with a common scale: with 32, a fifth of the scores' instructions were for scales.
+_LARGEST_BLOCK = 128
 #: Most tokens that are expanded at a time, a multiple of `KEY_TOKENS`: the more, the less often weights are unpacked.
 _MOST_TOKENS = 512
 #: Tokens of a panel of values.
 _VALUE_TOKENS = 32
-#: Bytes of the codes of a key that have a common scale.
-KEY_BLOCK_BYTES = KEY_BLOCK // 32 * BLOCK_BYTES
 
 
 class Panels(NamedTuple):
-    """Expanded keys and values of some heads; tokens are padded to a multiple of `KEY_TOKENS`, the numbers of a key to
-    one of `KEY_BLOCK`, those of a value to one of `VALUE_COLUMNS`."""
+    """Expanded keys and values of some heads. Tokens are padded to a multiple of `KEY_TOKENS`, numbers of a key that
+    are not rotated to one of 32, those of a value to one of `VALUE_COLUMNS`."""
 
-    keys: np.ndarray  # uint8 (H, tokens // LANES, padded size // 32 * PANEL_BLOCK_BYTES)
-    key_scales: np.ndarray  # float32 (H, tokens // LANES, padded size // KEY_BLOCK * LANES)
+    keys: np.ndarray  # uint8 (H, tokens // LANES, padded nope // 32 * PANEL_BLOCK_BYTES)
+    key_scales: np.ndarray  # float32 (H, tokens // LANES, padded nope // block * LANES)
     key_starts: np.ndarray  # int32, likewise: minus `BIAS` times the sum of a block's codes
+    rope: np.ndarray  # uint8 (tokens // LANES, LANES * 2 * R): int16 codes of the rotated numbers; an odd R is padded
+    rope_scales: np.ndarray  # float32 (tokens // LANES, LANES)
     values: np.ndarray  # uint8 (H, tokens // 32, padded v * BLOCK_BYTES)
     value_scales: np.ndarray  # float32 (H, tokens)
     tokens: int  # S, without the padding
-    size: int  # numbers of a key
+    nope: int  # numbers of a key that are not rotated
+    rotated: int  # and that are, R
     v: int  # numbers of a value
+    block: int  # numbers of a key that have a common scale
 
     @classmethod
-    def empty(cls, tokens: int, heads: int, size: int, v: int) -> Panels:
-        """Memory for so many tokens and heads, keys of `size` and values of `v` numbers."""
-        given = tokens, size, v
-        tokens, blocks = -(-tokens // KEY_TOKENS) * KEY_TOKENS, -(-size // KEY_BLOCK)
+    def empty(cls, tokens: int, heads: int, nope: int, rotated: int, v: int) -> Panels:
+        """Memory for so many tokens and heads, keys of `nope` and `rotated` numbers and values of `v`."""
+        given = tokens, nope, rotated, v
+        tokens, nope = -(-tokens // KEY_TOKENS) * KEY_TOKENS, -(-nope // 32) * 32
+        block = math.gcd(nope, _LARGEST_BLOCK)
         v = -(-v // VALUE_COLUMNS) * VALUE_COLUMNS
         return cls(
-            empty((heads, tokens // LANES, blocks * KEY_BLOCK // 32 * PANEL_BLOCK_BYTES), np.uint8),
-            empty((heads, tokens // LANES, blocks * LANES), np.float32),
-            empty((heads, tokens // LANES, blocks * LANES), np.int32),
+            empty((heads, tokens // LANES, nope // 32 * PANEL_BLOCK_BYTES), np.uint8),
+            empty((heads, tokens // LANES, nope // block * LANES), np.float32),
+            empty((heads, tokens // LANES, nope // block * LANES), np.int32),
+            empty((tokens // LANES, LANES * 2 * even(rotated)), np.uint8),
+            empty((tokens // LANES, LANES), np.float32),
             empty((heads, tokens // _VALUE_TOKENS, v * BLOCK_BYTES), np.uint8),
             empty((heads, tokens), np.float32),
             *given,
+            block,
         )
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Tokens, heads, and numbers of a key and of a value."""
-        return self.tokens, len(self.keys), self.size, self.v
+        return self.tokens, len(self.keys), self.nope + self.rotated, self.v
 
 
-_BYTES3 = types.Array(types.uint8, 3, "C")
+_BYTES2, _BYTES3 = types.Array(types.uint8, 2, "C"), types.Array(types.uint8, 3, "C")
 _I3 = types.Array(types.int32, 3, "C")
-PANELS = types.NamedTuple((_BYTES3, F3, _I3, _BYTES3, F2, types.int64, types.int64, types.int64), Panels)
+PANELS = types.NamedTuple((_BYTES3, F3, _I3, _BYTES2, F2, _BYTES3, F2, *[types.int64] * 5), Panels)
 
 
 def expand(c_kv: np.ndarray, k_pe: np.ndarray, k_b: QTensor, v_b: QTensor, out: Panels) -> Panels:
@@ -101,13 +121,14 @@ def expand(c_kv: np.ndarray, k_pe: np.ndarray, k_b: QTensor, v_b: QTensor, out: 
     # The two matrices may have different types: k_b is derived where the file has it transposed.
     inputs = x.panels(k_b.qtype), x.panels(v_b.qtype)
     matrices, items = (Matrices.of(k_b), Matrices.of(v_b)), heads * -(-tokens // size)
-    expand_panels(k_b.qtype, v_b.qtype)[items, 1](*matrices, *inputs, counting(tokens), k_pe, size, out)
+    expand_panels(k_b.qtype, v_b.qtype)[items, 1](*matrices, *inputs, counting(tokens), size, out)
+    rope_panels[len(out.rope)](k_pe, out)
     return out
 
 
 def kernels(k_b: int, v_b: int) -> list[Kernel]:
     """The kernels of `expand` with ``W_k_b`` and ``W_v_b`` of some types."""
-    return [expand_panels(k_b, v_b)]
+    return [expand_panels(k_b, v_b), rope_panels]
 
 
 @variants
@@ -115,16 +136,16 @@ def expand_panels(key_type, value_type):
     """The kernel for matrices of two types."""
     multiply_keys, multiply_values = multiply_head_for(key_type), multiply_head_for(value_type)
 
-    @kernel(MATRICES, MATRICES, INPUT, INPUT, I1, A2, types.int64, PANELS)
-    def expand_panels(first, last, k_b, v_b, x, y, index, k_pe, size, out):
-        """Over groups of `size` tokens of each head. `x` and `y` are the latent rows as the matrices `k_b` and `v_b`
-        take them, and `index` counts them."""
-        tokens = len(k_pe)
+    @kernel(MATRICES, MATRICES, INPUT, INPUT, I1, types.int64, PANELS)
+    def expand_panels(first, last, k_b, v_b, x, y, index, size, out):
+        """Over groups of `size` tokens of each head: all but the rotated numbers. `x` and `y` are the latent rows as
+        the matrices `k_b` and `v_b` take them, and `index` counts them."""
+        tokens = out.tokens
         groups = (tokens + size - 1) // size
-        blocks, v = out.key_scales.shape[2] // LANES, out.values.shape[2] // BLOCK_BYTES
+        nope, v = out.keys.shape[2] // PANEL_BLOCK_BYTES * 32, out.values.shape[2] // BLOCK_BYTES
         panels, result = allocate(max(SCRATCH, F32_SCRATCH)), allocate_f32(size + SPARE_COLUMNS, PAIR_ROWS)
-        keys, values = np.zeros((size, KEY_BLOCK * blocks), np.float32), np.zeros((size, v), np.float32)
-        codes = np.empty((size, blocks * KEY_BLOCK_BYTES), np.uint8)
+        keys, values = np.zeros((size, nope), np.float32), np.zeros((size, v), np.float32)
+        codes = np.empty((size, nope // 32 * BLOCK_BYTES), np.uint8)
         for item in range(first, last):
             h, begin = item // groups, item % groups * size
             count = min(size, tokens - begin)
@@ -132,12 +153,10 @@ def expand_panels(key_type, value_type):
             buffers = Buffers(address(panels), address(result))
             multiply_keys(k_b, h, x, index, begin, count, buffers, keys)
             multiply_values(v_b, h, y, index, begin, count, buffers, values)
-            for t in range(count):
-                for i in range(k_pe.shape[1]):
-                    keys[t, k_b.rows + i] = k_pe[begin + t, i]
-            # The tokens of the padding are zeros.
+            # The tokens of the padding are zeros, and so are numbers of the padding, which were mixed before.
             keys[count:padded], values[count:padded] = 0, 0
-            _store_keys(address(keys), blocks, address(codes), h, begin, padded, out)
+            keys[:count, k_b.rows :] = 0
+            _store_keys(address(keys), nope, address(codes), h, begin, padded, out)
             for t in range(0, padded, _VALUE_TOKENS):
                 panel = (begin + t) // _VALUE_TOKENS
                 store_values(values[t:], out.values[h, panel], out.value_scales[h, begin + t :])
@@ -171,19 +190,35 @@ def multiply_head_for(qtype):
 
 
 @helper
-def _store_keys(keys, blocks, codes, h, begin, count, out):
-    """Store keys of head `h` of `count` tokens from token `begin` on as panels. `keys`, float32 of `blocks` blocks for
-    each, and `codes`, scratch for their codes, are addresses; `LANES` divides `count`."""
-    row_bytes = blocks * KEY_BLOCK_BYTES
+def _store_keys(keys, nope, codes, h, begin, count, out):
+    """Store keys of head `h` of `count` tokens from token `begin` on as panels. `keys`, `nope` float32 for each token,
+    which are mixed in place, and `codes`, scratch for their codes, are addresses; `LANES` divides `count`."""
+    row_bytes, block = nope // 32 * BLOCK_BYTES, out.block
     for t in range(count):
         scales = address(out.key_scales[h, (begin + t) // LANES, t % LANES :])
         starts = address(out.key_starts[h, (begin + t) // LANES, t % LANES :])
-        for i in range(blocks):
-            x, at = keys + 4 * KEY_BLOCK * (blocks * t + i), codes + row_bytes * t + KEY_BLOCK_BYTES * i
-            total = quantise_codes(x, KEY_BLOCK, at, scales + 4 * LANES * i, 0)
+        for i in range(nope // block):
+            x, at = keys + 4 * (nope * t + block * i), codes + row_bytes * t + block // 32 * BLOCK_BYTES * i
+            mix(x, block)
+            total = quantise_codes(x, block, at, scales + 4 * LANES * i, 0)
             store_i32(starts + 4 * LANES * i, np.int32(-BIAS * total))
     for t in range(0, count, LANES):
         store_panel(codes + row_bytes * t, row_bytes, address(out.keys[h, (begin + t) // LANES]))
+
+
+@kernel(A2, PANELS)
+def rope_panels(first, last, k_pe, out):
+    """Over panels: the rotated numbers of `LANES` tokens. The tokens of the padding are zeros."""
+    row_bytes = out.rope.shape[1] // LANES
+    codes = np.empty((LANES, row_bytes), np.uint8)
+    for panel in range(first, last):
+        for lane in range(LANES):
+            t = panel * LANES + lane
+            if t < len(k_pe):
+                out.rope_scales[panel, lane] = quantise_i16(address(k_pe[t]), k_pe.shape[1], address(codes[lane]))
+            else:
+                codes[lane], out.rope_scales[panel, lane] = 0, 0
+        store_i16_panel(address(codes), row_bytes, address(out.rope[panel]))
 
 
 @helper

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla.cpu.attention.codes import BLOCK_BYTES, even, quantise_codes, quantise_i16, store_panel
+from pymla.cpu.attention.codes import BLOCK_BYTES, even, quantise_codes, quantise_i16, store_i16_panel, store_panel
+from pymla.cpu.attention.hadamard import mix_read
 from pymla.cpu.attention.splits import HEAD_GROUP
-from pymla.cpu.machine.simd import address, load_f32, store_f32, store_i32
+from pymla.cpu.machine.simd import address, store_f32, store_i32
 from pymla.cpu.machine.simd_words import BIAS
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import helper
@@ -45,9 +46,9 @@ def queries_at(memory, rank, rotated):
 
 
 @helper
-def take_queries(q, scale, out):
+def take_queries(q, scale, mixed, out):
     """Quantise queries of one token, float32 (H, rank + R) of at most `HEAD_GROUP` heads, times a scale. Lanes without
-    a head get zeros."""
+    a head get zeros. Where the rows of the cache are mixed, so are the queries' numbers that are not rotated."""
     heads, size = q.shape
     rank = 32 * out.blocks
     codes = np.empty((HEAD_GROUP, out.row_bytes), np.uint8)
@@ -56,6 +57,8 @@ def take_queries(q, scale, out):
     for h in range(HEAD_GROUP):
         for i in range(size):
             query[i] = q[h, i] * np.float32(scale) if h < heads else np.float32(0)
+        if mixed:
+            mix_read(address(query), rank)
         for i in range(out.blocks):
             at, scale_at = address(codes[h]) + BLOCK_BYTES * i, out.scales + 4 * (HEAD_GROUP * i + h)
             total = quantise_codes(address(query) + 128 * i, 32, at, scale_at, 0)
@@ -64,12 +67,4 @@ def take_queries(q, scale, out):
         store_f32(out.rope_scales + 4 * h, rope_scale)
     for h in range(0, HEAD_GROUP, LANES):
         store_panel(address(codes[h]), out.row_bytes, out.codes + out.row_bytes * h)
-        _store_i16_panel(address(rope_codes[h]), out.rope_bytes, out.rope + out.rope_bytes * h)
-
-
-@helper
-def _store_i16_panel(codes, row_bytes, panel):
-    """`LANES` rows of int16 codes as a panel of words of two; `codes` and `panel` are addresses."""
-    for lane in range(LANES):
-        for i in range(0, row_bytes, 4):
-            store_f32(panel + LANES * i + 4 * lane, load_f32(codes + row_bytes * lane + i))
+        store_i16_panel(address(rope_codes[h]), out.rope_bytes, out.rope + out.rope_bytes * h)

@@ -41,6 +41,13 @@ class Panel(NamedTuple):
     starts: int  # int32, likewise: the sums to begin with, which take the rows' bias off
 
 
+class KeyPanel(NamedTuple):
+    """A panel of keys: of their numbers that are not rotated, and of the rotated ones, whose words are two int16."""
+
+    plain: Panel
+    rope: Panel  # with one scale for each lane; `starts` is not used
+
+
 @inlined
 def tile_scores(first, second, first_panel, second_panel, blocks, block_codes, step, first_out, second_out):
     """Products of `SCORE_ROWS` rows with a panel, and of as many with another panel.
@@ -103,6 +110,45 @@ def tile_rope_scores(first, second, first_panel, second_panel, words, first_out,
     # All scores are loaded before one is stored: rows past the end repeat the last row and must not be added twice.
     out = _load_scores(first_out, second_out)
     _store_scores(first_out, second_out, _add_scaled(sums, load_f32xL(d), load_f32xL(e), sx, sy, out))
+
+
+@inlined
+def tile_key_scores(rows, rope_rows, first, second, sizes, step, first_out, second_out):
+    """Products of `SCORE_ROWS` queries with two neighbouring panels of keys.
+
+    Parameters
+    ----------
+    rows, rope_rows : Rows
+        The queries' numbers that are not rotated, and the rotated ones, as `tile_scores` and `tile_rope_scores` take
+        them.
+    first, second : KeyPanel
+    sizes : (int, int, int)
+        Blocks with a common scale, codes of each, and words of the rotated numbers.
+    step, first_out, second_out
+        As in `tile_scores`.
+    """
+    blocks, block_codes, words = sizes
+    x, sx = rows
+    p, d, z = first.plain
+    q, e, w = second.plain
+    zero = splat_f32xL(np.float32(0))
+    out = zero, zero, zero, zero, zero, zero, zero, zero
+    for _ in range(blocks):
+        i, j = load_i32xL(z), load_i32xL(w)
+        sums = i, j, i, j, i, j, i, j
+        for _ in range(block_codes // 32 * BLOCK_BYTES // 16):
+            sums = _add_four_words(sums, p, q, x, x)
+            p, q, x = p + 16 * LANES, q + 16 * LANES, moved(x, 16)
+        out = _add_scaled(sums, load_f32xL(d), load_f32xL(e), sx, sx, out)
+        d, e, z, w, sx = d + step, e + step, z + step, w + step, moved(sx, 4)
+    x, sx = rope_rows
+    p, q, zero_sums = first.rope.codes, second.rope.codes, zero_words()
+    sums = zero_sums, zero_sums, zero_sums, zero_sums, zero_sums, zero_sums, zero_sums, zero_sums
+    for _ in range(words):
+        sums = _add_i16_word(sums, p, q, x, x)
+        p, q, x = p + 4 * LANES, q + 4 * LANES, moved(x, 4)
+    d, e = load_f32xL(first.rope.scales), load_f32xL(second.rope.scales)
+    _store_scores(first_out, second_out, _add_scaled(sums, d, e, sx, sx, out))
 
 
 @inlined

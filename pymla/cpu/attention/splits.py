@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from pymla.cpu.attention.hadamard import mix_read
 from pymla.cpu.attention.softmax import shrink
 from pymla.cpu.attention.value_tiles import VALUE_COLUMNS
 from pymla.cpu.machine.simd import address, load_f32, store_f32
@@ -50,10 +51,10 @@ class Splits(NamedTuple):
         rows, heads, _ = self.values.shape
         return rows * heads // HEAD_GROUP
 
-    def combine(self, out: np.ndarray) -> np.ndarray:
-        """Bring the splits of each token and head together in `out`."""
+    def combine(self, out: np.ndarray, mixed: bool = False) -> np.ndarray:
+        """Bring the splits of each token and head together in `out`; `mixed` as the rows of the cache are."""
         tokens, heads, _ = out.shape
-        combine[tokens * heads](self.values, self.sums, self.count, out)
+        combine[tokens * heads](self.values, self.sums, self.count, mixed, out)
         return out
 
 
@@ -107,9 +108,10 @@ def leave_sums(item, state, splits):
         splits.sums[item.row, item.begin + h, 1] = load_f32(state + 4 * (HEAD_GROUP + h))
 
 
-@kernel(F3, F3, types.int64, A3)
-def combine(first, last, values, sums, count, out):
-    """Over tokens and heads: values weighted by 2 ** (their split's maximum - the largest), over the sum of weights."""
+@kernel(F3, F3, types.int64, types.int64, A3)
+def combine(first, last, values, sums, count, mixed, out):
+    """Over tokens and heads: values weighted by 2 ** (their split's maximum - the largest), over the sum of weights.
+    `mixed` is 1 where the values are those of mixed rows."""
     _, heads, rank = out.shape
     for item in range(first, last):
         t, h = item // heads, item % heads
@@ -126,3 +128,5 @@ def combine(first, last, values, sums, count, out):
             total += weight * sums[row, h, 1]
             add_scaled(weight, address(values[row, h]), address(out[t, h]), rank)
         shrink(np.float32(1) / total, address(out[t, h]), rank)
+        if mixed:
+            mix_read(address(out[t, h]), rank)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pymla.cpu.formats.orders import FOURS
+from pymla.cpu.machine.orders import FOURS
 from pymla.cpu.runtime.isa import AMX
 
 

@@ -4,8 +4,9 @@ import numpy as np
 
 from pymla import ggml
 from pymla.codebooks import PAIRS
-from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
-from pymla.cpu.formats.orders import EIGHTS
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import Decoder, offset_of
+from pymla.cpu.machine.orders import EIGHTS
 from pymla.cpu.machine import simd_ik
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
 from pymla.cpu.runtime.isa import LANES

@@ -8,8 +8,8 @@ import numpy as np
 from pymla import ggml
 from pymla.cpu.formats.fifth_bits import add_fifth_bits_32, add_fifth_bits_of_rows, gather_words
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS, FOURS
 from pymla.cpu.formats.panels import store_columns, store_columns8, store_twice
+from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd import (
     absolute,
     add,

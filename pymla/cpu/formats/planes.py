@@ -1,12 +1,15 @@
 """Types whose blocks are bit planes (`pymla.planes`) for kernels."""
 
 from pymla import ggml
-from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import MOST_OF_INTEGERS, Decoder, Integers, offset_of
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS, FOURS
+from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd_planes import (
     load_codes_32_for,
     load_codes_for,
+    load_half_for,
+    load_integers_for,
     load_minima_for,
     load_minimum_for,
     load_scale_for,
@@ -36,5 +39,17 @@ def format_of_planes(qtype: int) -> Format:
             load_minimum_for(qtype, layout) if layout.minima else None,
             load_codes_for(qtype, layout, offset, EIGHTS) if LANES == 16 else None,
             load_codes_for(qtype, layout, offset, FOURS) if LANES == 16 and ggml.BLOCK_SIZE[qtype] < 256 else None,
+            _integers(qtype, layout)
+            if LANES == 16 and layout.each == 16 and highest - lowest <= MOST_OF_INTEGERS
+            else None,
         )
     )
+
+
+def _integers(qtype, layout):
+    """Integer scales of a type whose blocks have them."""
+    if layout.scales is None:
+        return None
+    minima = layout.minima and load_integers_for(qtype, layout.minima)
+    unit = layout.minima and load_half_for(layout.minimum_at)
+    return Integers(load_integers_for(qtype, layout.scales), load_half_for(layout.scale_at), minima, unit)

@@ -1,9 +1,10 @@
 """Types with five codes in a byte (`pymla.trits`) for kernels."""
 
 from pymla import ggml
-from pymla.cpu.formats.decoded import Decoder, format_of
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import Decoder
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS, FOURS
+from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_trits import load_codes_32_for, load_codes_for
 from pymla.cpu.runtime.isa import LANES

@@ -1,9 +1,10 @@
 """Types whose codes come in vectors (`pymla.vectors`) for kernels."""
 
 from pymla import ggml
-from pymla.cpu.formats.decoded import Decoder, format_of, offset_of
+from pymla.cpu.formats.decoded import format_of
+from pymla.cpu.formats.decoder import Decoder, offset_of
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.orders import EIGHTS
+from pymla.cpu.machine.orders import EIGHTS
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_vectors import load_codes_32_for, load_codes_for, load_scale_iq1_m, load_scales_iq1_m
 from pymla.cpu.runtime.isa import LANES

@@ -21,6 +21,7 @@ from pymla.cpu.machine.intrinsics import (
     f32x8,
     f32x16,
     i8x64,
+    i16x16,
     i32x16,
     ir_type,
     operation,
@@ -212,12 +213,13 @@ def load_starts(address):
     return read_lanes(address, np.uint32, 8).astype(np.uint64).view(np.int32)
 
 
-def _halve(builder, x):
+def halve_lanes(builder, x):
+    """Emits the sum of both halves of sixteen float32."""
     low, high = (shuffle(builder, x, x, range(8 * i, 8 * i + 8)) for i in (0, 1))
     return builder.fadd(low, high)
 
 
-@operation(f32x8, f32x16, emit=_halve)
+@operation(f32x8, f32x16, emit=halve_lanes)
 def halve(x):
     """The sum of both halves of sixteen float32."""
     return x[:8] + x[8:]
@@ -242,3 +244,46 @@ def times_scales_8(low, high, address):
     both = np.concatenate([low.reshape(4, 1, 4), high.reshape(4, 1, 4)], axis=1).clip(-32768, 32767)
     products = both * read_lanes(address, np.int8, 8).astype(np.int32).reshape(4, 2, 1)
     return products.reshape(-1, 2).sum(axis=1).astype(np.int32)
+
+
+def _halves_of_blocks(builder, scales, half):
+    return shuffle(builder, scales, scales, [i // 2 * 2 + half for i in range(16)])
+
+
+@operation(f32x16, f32x16, LITERAL, emit=_halves_of_blocks)
+def halves_of_blocks(scales, half):
+    """Of the scales of sixteen blocks of 16 every second one, the first or, with `half` 1 (a literal), the second of
+    the halves of eight blocks of 32, each in two lanes (vpermps)."""
+    return np.repeat(scales[half::2], 2)
+
+
+def _times_integers(builder, first, second, integers):
+    words = ir.VectorType(I16, 32)
+    pack = declare(builder, "llvm.x86.avx512.packssdw.512", words, [first.type] * 2)
+    multiply = declare(builder, "llvm.x86.avx512.pmaddw.d.512", first.type, [words] * 2)
+    order = [4 * lane + each for lane in range(4) for each in (0, 0, 2, 2, 1, 1, 3, 3)]
+    scales = shuffle(builder, integers, integers, order)
+    return builder.call(multiply, [builder.call(pack, [first, second]), scales])
+
+
+@operation(i32x16, i32x16, i32x16, i16x16, emit=_times_integers)
+def times_integers(first, second, integers):
+    """Products of eight blocks of 32 times the integer scales of their halves.
+
+    Two lanes of `first` belong to each block, with products of its first sixteen codes, and two of `second`; none of
+    them is over 32767. A quarter of the result has those of a block, of the next one, and of both second halves
+    (vpackssdw, vpmaddwd).
+    """
+    scales = integers.reshape(4, 2, 2).astype(np.int32)
+    both = np.stack([each.reshape(4, 2, 2).sum(axis=2, dtype=np.int32) for each in (first, second)], axis=2)
+    return (both * scales).transpose(0, 2, 1).reshape(-1)
+
+
+def _twice_in_quarters(builder, x):
+    return shuffle(builder, x, x, [i // 4 * 2 + i % 2 for i in range(16)])
+
+
+@operation(f32x16, f32x8, emit=_twice_in_quarters)
+def twice_in_quarters(x):
+    """Of eight float32 two in each quarter of sixteen lanes, twice (vpermps)."""
+    return x.reshape(4, 1, 2).repeat(2, axis=1).reshape(-1)

@@ -24,6 +24,7 @@ from pymla.cpu.machine.intrinsics import (
     write,
 )
 from pymla.cpu.machine.lanes import add_dots, read_lanes, write_lanes
+from pymla.cpu.machine.simd_512 import halve_lanes
 from pymla.cpu.machine.simd_bytes import add_pairs, dot_signed, madd_bytes
 from pymla.cpu.runtime.isa import LANES, VNNI
 
@@ -43,7 +44,8 @@ def dot_unsigned(acc, codes, activations):
 
 @operation(i32xL, i32xL, i8xL, i8xL, emit=dot_signed)
 def dot_signed_codes(acc, codes, activations):
-    """Add products of codes from -128 to 127 with activations (vpsignb, vpmaddubsw, vpmaddwd)."""
+    """Add products of codes from -128 to 127 with activations, in registers of 32 bytes (vpsignb, vpmaddubsw,
+    vpmaddwd)."""
     return add_dots(acc, codes, activations)
 
 
@@ -76,17 +78,6 @@ def _spread_16(builder, scales, r):
 def spread_16(scales, r):
     """`spread_32` of the scales of sixteen blocks of 16."""
     return np.repeat(scales, 4)[LANES * r : LANES * (r + 1)]
-
-
-def _halves_of_blocks(builder, scales, half):
-    return shuffle(builder, scales, scales, [i // 2 * 2 + half for i in range(16)])
-
-
-@operation(f32x16, f32x16, LITERAL, emit=_halves_of_blocks)
-def halves_of_blocks(scales, half):
-    """Of the scales of sixteen blocks of 16 every second one, the first or, with `half` 1 (a literal), the second of
-    the halves of eight blocks of 32, each in two lanes (vpermps)."""
-    return np.repeat(scales[half::2], 2)
 
 
 def _load_f32x8_pairs(builder, address):
@@ -122,18 +113,7 @@ def no_sums_16():
     return np.zeros(16, np.float32)
 
 
-def _folded(builder, x):
-    low, high = (shuffle(builder, x, x, range(8 * i, 8 * i + 8)) for i in (0, 1))
-    return builder.fadd(low, high)
-
-
-@operation(f32x8, f32x16, emit=_folded)
-def folded(x):
-    """The sum of both halves of sixteen float32."""
-    return x[:8] + x[8:]
-
-
-@operation(f32x8, f32xL, emit=lambda builder, x: x if LANES == 8 else _folded(builder, x))
+@operation(f32x8, f32xL, emit=lambda builder, x: x if LANES == 8 else halve_lanes(builder, x))
 def folded_products(x):
     """Eight sums of the lanes of products: of both halves, where there are sixteen."""
     return x if LANES == 8 else x[:8] + x[8:]

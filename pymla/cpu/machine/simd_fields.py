@@ -3,9 +3,8 @@
 import numpy as np
 from llvmlite import ir
 
-from pymla.cpu.machine.intrinsics import I16, I64, constant, read, splat
+from pymla.cpu.machine.intrinsics import I16, constant, read, splat
 from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times
-from pymla.planes import Plane
 from pymla.vectors import Field
 
 

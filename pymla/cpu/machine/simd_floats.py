@@ -119,6 +119,27 @@ def where_positive(x, y):
     return np.where(x > 0, y, np.float32(0))
 
 
+def _hadamard(builder, x):
+    distance = 1
+    while distance < LANES:
+        partners = shuffle(builder, x, x, [lane ^ distance for lane in range(LANES)])
+        signs = ir.Constant(x.type, [-1.0 if lane & distance else 1.0 for lane in range(LANES)])
+        x = _fma(builder, x, signs, partners)
+        distance *= 2
+    return x
+
+
+@operation(f32xL, f32xL, emit=_hadamard)
+def hadamard(x):
+    """The lanes times the Hadamard matrix of `LANES` rows of 1 and -1, by sums and differences of two lanes whose
+    numbers differ in one bit, the lowest bit first (vpermilps, vfmadd)."""
+    lanes, distance = np.arange(LANES), 1
+    while distance < LANES:
+        x = x[lanes ^ distance] + np.where(lanes & distance, -x, x)
+        distance *= 2
+    return x
+
+
 def _first_lanes(builder, x, count, y):
     lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
     inside = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, I32), LANES))

@@ -9,7 +9,6 @@ from numba import types
 
 from pymla import ggml
 from pymla.codebooks import PAIRS
-from pymla.cpu.formats.orders import COLUMNS
 from pymla.cpu.machine.intrinsics import (
     F32,
     I1,
@@ -28,8 +27,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes, read_number
+from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_up, _times, columns_of
+from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_up, _times
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, look_up_64
 from pymla.planes import IQ4_LEVELS, Plane
 

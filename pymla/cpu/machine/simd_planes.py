@@ -23,6 +23,7 @@ from pymla.cpu.machine.intrinsics import (
     f32x16,
     i8x32,
     i8xL,
+    i16x16,
     ir_type,
     operation,
     read,
@@ -30,7 +31,7 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes, read_number
-from pymla.cpu.formats.orders import COLUMNS, EIGHTS, FOURS
+from pymla.cpu.machine.orders import COLUMNS, FOURS, columns_of
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import ISA, LANES, PYTHON
 from pymla.planes import E4M3, E8M0, HALF, K_MINIMA, K_SCALES, ROW_FLOAT, ROW_HALF, Places, Plane
@@ -104,9 +105,10 @@ def _fields(builder, packed, shifts, bits, place):
     count, mask = packed.type.count, ((1 << bits) - 1) << place
     if bits == 8:
         return packed
-    eights = [shifts[i : i + 8] for i in range(0, count, 8)]
-    if all(len(set(eight)) == 1 for eight in eights):
-        return _fields_of_eights(builder, packed, [eight[0] for eight in eights], bits, place)
+    for size in (8, 4):
+        groups = [shifts[i : i + size] for i in range(0, count, size)]
+        if all(len(set(group)) == 1 for group in groups):
+            return _fields_of_words(builder, packed, [group[0] for group in groups], bits, place)
     if bits == 1:
         tested = builder.and_(packed, ir.Constant(packed.type, [1 << each for each in shifts]))
         is_set = builder.icmp_unsigned("!=", tested, constant(packed.type, 0))
@@ -120,17 +122,15 @@ def _fields(builder, packed, shifts, bits, place):
     return result
 
 
-def _fields_of_eights(builder, packed, shifts, bits, place):
-    """The same where eight bytes have their fields at one bit."""
+def _fields_of_words(builder, packed, shifts, bits, place):
+    """The same where the bytes of a word, of 8 or 4, have their fields at one bit."""
     mask = ((1 << bits) - 1) << place
     if set(shifts) == {place}:
         return builder.and_(packed, constant(packed.type, mask))
-    wide = ir.VectorType(I64, len(shifts))
-    if _GFNI and packed.type.count == 64:
+    wide = ir.VectorType(ir.IntType(8 * packed.type.count // len(shifts)), len(shifts))
+    if _GFNI and packed.type.count == 64 and len(shifts) == 8:
         # Row 7 - j of a matrix of bits has the bit of the byte that becomes bit j.
-        rows = [
-            sum(1 << (shift + j - place) << 8 * (7 - j) for j in range(place, place + bits)) for shift in shifts
-        ]
+        rows = [sum(1 << (shift + j - place) << 8 * (7 - j) for j in range(place, place + bits)) for shift in shifts]
         matrices = builder.bitcast(ir.Constant(wide, rows), packed.type)
         move = declare(builder, "llvm.x86.vgf2p8affineqb.512", packed.type, [packed.type, packed.type, I8])
         return builder.call(move, [packed, matrices, ir.Constant(I8, 0)])
@@ -203,15 +203,6 @@ def _numbers(planes, blocks, columns):
     return result
 
 
-def columns_of(order, r):
-    """The columns whose codes are in the r-th register of an order (`pymla.cpu.formats.orders`)."""
-    if order == EIGHTS:
-        return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
-    if order == FOURS:
-        return [32 * (i // 16) + 16 * r + i % 16 for i in range(64)]
-    return [REGISTER_BYTES * r + i for i in range(REGISTER_BYTES)]
-
-
 def load_codes_for(qtype, layout, offset, order=COLUMNS):
     """Make ``load_codes(address, r)``: the codes of the r-th register of 256 weights, or with `FOURS` of 128, `offset`
     more than they are, int8 or uint8. `r` is a literal; blocks begin at the address."""
@@ -278,7 +269,7 @@ def _plane_32(builder, plane, address, sub):
 def load_codes_32_for(qtype, layout):
     """Make ``load_codes_32(address, block)``: the codes, int8, of the weights from ``32 * block`` on; a row's blocks
     begin at the address."""
-    size, nbytes, finish = ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype], _Finish(layout, 0)
+    nbytes, finish = ggml.BLOCK_BYTES[qtype], _Finish(layout, 0)
     codes, subs = layout.codes, ggml.BLOCK_SIZE[qtype] // 32
 
     def emit(builder, address, block):
@@ -292,10 +283,7 @@ def load_codes_32_for(qtype, layout):
         if codes.variants:
             small = 32 // layout.each
             first = _times(builder, sub, small)
-            bits = [
-                _number(builder, (codes.variants,), address, _moved(builder, first, i))
-                for i in range(small)
-            ]
+            bits = [_number(builder, (codes.variants,), address, _moved(builder, first, i)) for i in range(small)]
             moved = [builder.mul(builder.trunc(bit, I8), ir.Constant(I8, codes.moved)) for bit in bits]
             halves = [splat(builder, each, 32) for each in moved]
             lanes = [i if i < 32 // small else 32 + i for i in range(32)]
@@ -449,8 +437,8 @@ def _half_e8m0(builder, codes):
 
 
 def _half_e4m3(builder, codes):
-    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other bytes
-    counts for nothing."""
+    """Half of the unsigned numbers E4M3 with bias 7 of bytes as int32: float32. 127 is 0, and the top bit of other
+    bytes counts for nothing."""
     seven = builder.and_(codes, _like(codes, 127))
     bits = builder.add(builder.shl(seven, _like(codes, 20)), _like(codes, 119 << 23))
     number = builder.bitcast(bits, _floats_like(codes))
@@ -583,6 +571,40 @@ def load_minima_for(qtype, layout):
         return (-_numpy_halves(blocks, layout.minimum_at) * _numpy_values(layout.minima, blocks, lanes)).reshape(-1)
 
     return load_minima
+
+
+def load_integers_for(qtype, scales):
+    """Make ``load_integers(address)``: the scales or minima, integers, of the sixteen small blocks of a block of 256
+    weights, int16."""
+    nbytes = ggml.BLOCK_BYTES[qtype]
+
+    def emit(builder, address):
+        numbers = None
+        for plane in scales.planes:
+            places = [plane.place(i) for i in range(16)]
+            packed = _load_bytes(builder, address, [byte for byte, _ in places], nbytes)
+            part = _fields(builder, packed, [bit for _, bit in places], plane.bits, plane.shift)
+            numbers = builder.or_(numbers, part) if numbers else part
+        wide = builder.zext(numbers, ir_type(i16x16))
+        return builder.sub(wide, constant(wide.type, scales.minus)) if scales.minus else wide
+
+    @operation(i16x16, types.int64, emit=emit)
+    def load_integers(address):
+        """Integers of small blocks."""
+        return _numpy_values(scales, _numpy_blocks(qtype, address), 16)[0].astype(np.int16)
+
+    return load_integers
+
+
+def load_half_for(at):
+    """Make ``load_half(address)``: the half at byte `at` in eight lanes, as float32."""
+
+    @operation(f32x8, types.int64, emit=lambda builder, address: _halves(builder, _moved(builder, address, at), 8))
+    def load_half(address):
+        """A half."""
+        return np.full(8, read_number(address + at, np.float16), np.float32)
+
+    return load_half
 
 
 def _register(lanes):

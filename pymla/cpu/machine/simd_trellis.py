@@ -9,7 +9,6 @@ from llvmlite import ir
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.formats.orders import COLUMNS
 from pymla.cpu.machine.intrinsics import (
     I8,
     I16,
@@ -25,8 +24,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes
+from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _times, columns_of
+from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _times
 from pymla.cpu.runtime.isa import LANES, VNNI
 from pymla.trellis import FACTOR, MIDDLE, OFFSET, SIX_BITS
 

@@ -8,7 +8,6 @@ from llvmlite import ir
 from numba import types
 
 from pymla import ggml
-from pymla.cpu.formats.orders import COLUMNS, FOURS
 from pymla.cpu.machine.intrinsics import (
     I8,
     I64,
@@ -22,7 +21,8 @@ from pymla.cpu.machine.intrinsics import (
     shuffle,
 )
 from pymla.cpu.machine.lanes import read_lanes
-from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times, columns_of
+from pymla.cpu.machine.orders import COLUMNS, FOURS, columns_of
+from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, shifted
 
 _BYTES = ir.VectorType(I8, 64)

@@ -10,7 +10,6 @@ from numba import types
 
 from pymla import ggml
 from pymla.codebooks import codebook
-from pymla.cpu.formats.orders import COLUMNS
 from pymla.cpu.machine import simd_vectors_512
 from pymla.cpu.machine.intrinsics import (
     F16,
@@ -31,8 +30,9 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes
+from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _moved, _times, columns_of
+from pymla.cpu.machine.simd_planes import _divided, _moved, _times
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):

@@ -13,6 +13,7 @@ from pymla.cpu.machine.intrinsics import (
     I16,
     I32,
     I64,
+    LITERAL,
     constant,
     declare,
     dpbusd,
@@ -128,6 +129,32 @@ def _widen(builder, address, codes):
 def widen(address, codes):
     """Thirty-two bytes at the address `codes`, 128 more than the codes, to memory as codes of 16 bits."""
     write_lanes(address, read_lanes(codes, np.uint8, 32).astype(np.int16) - np.int16(128))
+
+
+def _unpack_codes(builder, target, codes, bits):
+    """The nibbles of sixteen bytes, and behind them words whose bit i is the next bit of code i."""
+    nibbles = read(builder, codes, ir.VectorType(I8, 16))
+    low = builder.and_(nibbles, constant(nibbles.type, 15))
+    high = builder.lshr(nibbles, constant(nibbles.type, 4))
+    value = builder.shl(shuffle(builder, low, high, range(32)), constant(ir.VectorType(I8, 32), 8 - bits))
+    for plane in range(bits - 4):
+        word = read(builder, builder.add(codes, ir.Constant(I64, 16 + 4 * plane)), I32)
+        there = builder.bitcast(word, ir.VectorType(ir.IntType(1), 32))
+        bit = constant(value.type, 1 << 12 - bits + plane)
+        value = builder.or_(value, builder.select(there, bit, constant(value.type, 0)))
+    write(builder, target, value)
+
+
+@operation(types.void, types.int64, types.int64, LITERAL, emit=_unpack_codes)
+def unpack_codes(target, codes, bits):
+    """Thirty-two codes of 4 to 6 bits at the address `codes` to memory as bytes, whose highest bits they are. Nibbles
+    lie as in Q4_0; then, for each further bit, comes a word with that bit of every code."""
+    nibbles = read_lanes(codes, np.uint8, 16)
+    value = np.concatenate([nibbles & 15, nibbles >> 4]) << 8 - bits
+    for plane in range(bits - 4):
+        there = np.unpackbits(read_lanes(codes + 16 + 4 * plane, np.uint8, 4), bitorder="little")
+        value |= there << np.uint8(12 - bits + plane)
+    write_lanes(target, value)
 
 
 def _scale_words(builder, words, factors):

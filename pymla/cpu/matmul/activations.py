@@ -1,5 +1,5 @@
 """Activations as products read them: for quantised types int8 with a scale per 32 values, in the order that the weights
-of a type are met in (`pymla.cpu.formats.orders`)."""
+of a type are met in (`pymla.cpu.machine.orders`)."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from pymla import ggml
 from pymla.cpu.contract import check
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.formats.legacy import abs_max
-from pymla.cpu.formats.orders import COLUMNS, TILES, place
+from pymla.cpu.machine.orders import COLUMNS, TILES, place
 from pymla.cpu.machine.simd import (
     address,
     load_eights,
     load_f32x8,
+    load_i16,
     mul,
     round_even,
     splat_f32,
@@ -40,9 +41,10 @@ class Input(NamedTuple):
     sums: np.ndarray  # float32 (T, K // 32): sums of codes * scale
     starts: np.ndarray  # int32 (T, K // 32): for `simd_panels.start4`
     sum16: np.ndarray  # int16 (T, K // 16): sums of codes
+    half_sums: np.ndarray  # float32 (T, K // 16): sums of codes * scale
 
 
-INPUT = types.NamedTuple((F2, INT8_2, F2, F2, I2, INT16_2), Input)
+INPUT = types.NamedTuple((F2, INT8_2, F2, F2, I2, INT16_2, F2), Input)
 
 
 class Activation:
@@ -79,6 +81,7 @@ class Activation:
                 empty((tokens, columns // 32), np.float32),
                 empty((tokens, columns // 32), np.int32),
                 empty((tokens, columns // 16), np.int16),
+                empty((tokens, columns // 16), np.float32),
             )
             if order is not None:
                 blocks = tokens * columns // 32
@@ -156,11 +159,12 @@ def quantise_activations(first, last, x, order):
             address(x.sums) + 4 * i,
             address(x.starts) + 4 * i,
             address(x.sum16) + 4 * i,
+            address(x.half_sums) + 8 * i,
         )
 
 
 @helper
-def quantise_block(x, where, scale, sums, starts, sum16):
+def quantise_block(x, where, scale, sums, starts, sum16, half_sums):
     """Quantise thirty-two activations, float32 at `x`, to the parts of an `Input`; the largest becomes code 127 or
     -127.
 
@@ -183,6 +187,8 @@ def quantise_block(x, where, scale, sums, starts, sum16):
     store_f32(scale, one)
     store_start4(starts, stored)
     store_sum16(sum16, stored)
+    store_f32(half_sums, one * np.float32(load_i16(sum16)))
+    store_f32(half_sums + 4, one * np.float32(load_i16(sum16 + 2)))
     store_f32(sums, one * np.float32(sum_i8x32(stored)))
 
 

@@ -13,7 +13,7 @@ from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_amx import configure, release
 from pymla.cpu.matmul import gemm_amx, tile_bytes, tile_narrow
 from pymla.cpu.matmul.matrices import copy, row_at
-from pymla.cpu.matmul.tile import add_minima, add_minima_16, three_columns
+from pymla.cpu.matmul.tile import add_minima, three_columns
 from pymla.cpu.matmul.unpacked import (
     CHUNK,
     PAIR_ROWS,
@@ -100,11 +100,8 @@ def product_for(take, qtype):
                 if minimum_each > 0:
                     for j in range(i, stop, 3):
                         three, results = three_columns(index, j, stop, chunk, out)
-                        if minimum_each == 32:
-                            add_minima(address(x.sums), three, chunk.blocks, buffers.scratch, results)
-                        else:
-                            sums, scales = address(x.sum16), address(x.scale)
-                            add_minima_16(sums, scales, three, chunk.blocks, buffers.scratch, results)
+                        sums = address(x.half_sums) if minimum_each == 16 else address(x.sums)
+                        add_minima(sums, minimum_each, three, chunk.blocks, buffers.scratch, results)
                 if start + CHUNK >= k:
                     take(out + RESULT_BYTES * i, i, stop, where)
                 i = stop

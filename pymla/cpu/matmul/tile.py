@@ -10,9 +10,7 @@ import numpy as np
 from pymla.cpu.machine.simd import (
     broadcast_f32xL,
     fma,
-    load_f32,
     load_f32xL,
-    load_i16,
     mul,
     splat_f32xL,
     store_f32xL,
@@ -98,49 +96,21 @@ def scaled(products, u, v, scales, columns, out):
 
 
 @helper
-def add_minima(sums, columns, blocks, scratch, results):
-    """Add minimum times sum of activations to the results of three columns, for minima of 32 weights. `sums` is the
-    address of those sums, the others are as in `tile_narrow`."""
+def add_minima(sums, each, columns, blocks, scratch, results):
+    """Add minimum times sum of activations to the results of three columns, for minima of 32 or 16 weights. `sums` is
+    the address of those sums, the others are as in `tile_narrow`."""
     m, n = scratch + MINIMA, scratch + MINIMA + NEXT_MINIMA
-    out = begin(True, results)
-    for block in range(blocks):
-        a, b, c = columns
-        s = load_f32(sums + a), load_f32(sums + b), load_f32(sums + c)
-        out = _add_minimum(m + 4 * LANES * block, n + 4 * LANES * block, s, out)
-        columns = moved(columns, 4)
-    end(out, results)
-
-
-@helper
-def add_minima_16(sum16, scales, columns, blocks, scratch, results):
-    """`add_minima` for minima of 16 weights. `sum16` is the address of the sums of activations' codes, int16, and
-    `scales` that of their scales."""
-    m, n = scratch + MINIMA, scratch + MINIMA + NEXT_MINIMA
-    out = begin(True, results)
-    for block in range(blocks):
-        for half in range(2):
-            a, b, c = columns
-            at, number = sum16 + 2 * half, 2 * block + half
-            s = _scaled_sum(at, scales, a), _scaled_sum(at, scales, b), _scaled_sum(at, scales, c)
-            out = _add_minimum(m + 4 * LANES * number, n + 4 * LANES * number, s, out)
-        columns = moved(columns, 4)
-    end(out, results)
-
-
-@inlined
-def _scaled_sum(sum16, scales, column):
-    return np.float32(load_i16(sum16 + column)) * load_f32(scales + column)
-
-
-@inlined
-def _add_minimum(m, n, sums, out):
-    """Add the minima of two panels, at two addresses, times the sums of three columns."""
-    u, v = load_f32xL(m), load_f32xL(n)
-    fa, ga, fb, gb, fc, gc = out
-    a, b, c = sums
-    s = splat_f32xL(a)
-    fa, ga = fma(u, s, fa), fma(v, s, ga)
-    s = splat_f32xL(b)
-    fb, gb = fma(u, s, fb), fma(v, s, gb)
-    s = splat_f32xL(c)
-    return fa, ga, fb, gb, fma(u, s, fc), fma(v, s, gc)
+    many = 32 // each
+    a, b, c = columns
+    a, b, c = sums + many * a, sums + many * b, sums + many * c
+    fa, ga, fb, gb, fc, gc = begin(True, results)
+    for _ in range(many * blocks):
+        u, v = load_f32xL(m), load_f32xL(n)
+        s = broadcast_f32xL(a)
+        fa, ga = fma(u, s, fa), fma(v, s, ga)
+        s = broadcast_f32xL(b)
+        fb, gb = fma(u, s, fb), fma(v, s, gb)
+        s = broadcast_f32xL(c)
+        fc, gc = fma(u, s, fc), fma(v, s, gc)
+        m, n, a, b, c = m + 4 * LANES, n + 4 * LANES, a + 4, b + 4, c + 4
+    end((fa, ga, fb, gb, fc, gc), results)

@@ -32,7 +32,7 @@ from pymla.cpu.moe.swiglu import silu_mul_tokens
 from pymla.cpu.quant import GEMV_TOKENS, matmul, matmul_kernels
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import Kernel
-from pymla.ggml import QUANTISED
+from pymla.ggml import QUANTISED, ROW_HEADER
 from pymla.tensor import QTensor
 
 __all__ = ["experts", "experts_kernels", "ffn", "ffn_kernels", "router"]
@@ -83,10 +83,11 @@ def experts(
     check.experts(activation, ids, weights, gate, up, down, out, shared)
     matrices = gate, up, down
     many = ids.size > GEMV_PAIRS * len(gate.data)
-    by_panels = (many and gate.qtype == up.qtype and gate.qtype in QUANTISED, many and down.qtype in QUANTISED)
+    by_panels = many and {gate.qtype, up.qtype} <= set(QUANTISED), many and down.qtype in QUANTISED
     if shared is not None:
         same = all(w.qtype == other.qtype for w, other in zip(shared, matrices, strict=True))
-        if not (same and all(by_panels)):
+        # Columns of a matrix whose rows have headers are no matrix.
+        if not (same and all(by_panels) and not ROW_HEADER[down.qtype]):
             ffn(activation, *shared, out, add)
             return experts(activation, ids, weights, *matrices, out, add=True)
     routed = [Matrices.of(w) for w in matrices]
@@ -94,10 +95,7 @@ def experts(
     pairs, tokens, starts = _sorted_pairs(ids, routed[0].number, others[0].number)
     hidden = empty((len(pairs), routed[0].rows), np.float32)
     if by_panels[0]:
-        x, index = consecutive(gate.qtype, activation.panels(gate.qtype), tokens)
-        items = (len(starts) - 1) * -(-routed[0].rows // LANES)
-        launch = grouped.gate_up_panels(gate.qtype)[items, GROUPS_AT_ONCE]
-        launch(*routed[:2], *others[:2], index, starts, x, hidden)
+        _gate_up_panels(activation, (gate.qtype, up.qtype), tokens, starts, (*routed[:2], *others[:2]), hidden)
     else:
         items = min(routed[0].number, ids.size) * routed[0].rows
         _gate_up_rows(activation, gate.qtype, up.qtype, items, (*routed[:2], tokens, starts), hidden)
@@ -110,6 +108,23 @@ def experts(
         launch = by_rows.down_rows(down.qtype)[routed[2].rows]
         launch(routed[2], pairs, starts, weights, y.rows(down.qtype), add, out)
     return out
+
+
+def _gate_up_panels(activation, qtypes, tokens, starts, matrices, hidden):
+    """Launch `grouped.gate_up_panels`; where gate and up are of two types, a kernel for each of them and one for
+    SwiGLU."""
+    gate, up, shared_gate, shared_up = matrices
+    experts = len(starts) - 1
+    x, index = consecutive(qtypes[0], activation.panels(qtypes[0]), tokens)
+    if qtypes[0] == qtypes[1]:
+        launch = grouped.gate_up_panels(qtypes[0])[experts * -(-gate.rows // LANES), GROUPS_AT_ONCE]
+        launch(gate, up, shared_gate, shared_up, index, starts, x, hidden)
+        return
+    items, other = experts * -(-gate.rows // PAIR_ROWS), np.empty_like(hidden)
+    grouped.expert_panels(qtypes[0])[items](gate, shared_gate, index, starts, x, hidden)
+    x, index = consecutive(qtypes[1], activation.panels(qtypes[1]), tokens)
+    grouped.expert_panels(qtypes[1])[items](up, shared_up, index, starts, x, other)
+    silu_mul_tokens[len(hidden)](hidden, other)
 
 
 def _gate_up_rows(activation, gate, up, items, arguments, hidden):
@@ -162,8 +177,10 @@ def ffn(
 
 def experts_kernels(gate: int, up: int, down: int) -> list[Kernel]:
     """The kernels that `router` and `experts` launch for matrices of these types."""
-    many = [grouped.gate_up_panels(gate)] if gate == up and gate in QUANTISED else []
-    many += [grouped.down_panels(down)] if down in QUANTISED else []
+    many = [grouped.down_panels(down)] if down in QUANTISED else []
+    if {gate, up} <= set(QUANTISED):
+        two = [grouped.expert_panels(gate), grouped.expert_panels(up), silu_mul_tokens]
+        many += [grouped.gate_up_panels(gate)] if gate == up else two
     return [routing.router, routing.sort_pairs, by_rows.gate_up_rows(gate, up), by_rows.down_rows(down), *many]
 
 

@@ -61,6 +61,31 @@ def gate_up_panels(qtype):
     return gate_up_panels
 
 
+@variants
+def expert_panels(qtype):
+    """Rows of the experts' matrices for many tokens, for gate and up that are of two types."""
+    product = product_for(take_rows, qtype)
+
+    @kernel(MATRICES, MATRICES, I1, I1, INPUT, F2)
+    def expert_panels(first, last, w, shared, index, starts, x, out):
+        """``out[i] = w[e] @ x[t]`` for the i-th pair, over groups of `PAIR_ROWS` rows of each expert. `index` has the
+        columns of `x` of each pair."""
+        groups = (w.rows + PAIR_ROWS - 1) // PAIR_ROWS
+        most = most_tokens(starts, first // groups, (last - 1) // groups + 1)
+        scratch, results = allocate(SCRATCH), allocate_f32(most + SPARE_COLUMNS + 1, PAIR_ROWS)
+        buffers = Buffers(address(scratch), address(results))
+        for item in range(first, last):
+            e, begin = item // groups, item % groups * PAIR_ROWS
+            if starts[e] == starts[e + 1]:
+                continue
+            count = min(PAIR_ROWS, w.rows - begin)
+            row, stride = _any_row_at(w, shared, e, begin)
+            where, columns = (address(out[0, begin:]), 4 * out.shape[1], count), (starts[e], starts[e + 1])
+            product(two_groups(row, stride, count), x.x.shape[1], x, index, columns, buffers, where)
+
+    return expert_panels
+
+
 @helper
 def _weight_of(weights, t, j):
     """The weight of a token's j-th expert; shared experts, which come behind the routed ones, have 1."""

@@ -21,12 +21,13 @@ from pymla.cuda.attention.expansion import copy_rope, join
 from pymla.cuda.attention.full_form import full, full_kernel
 from pymla.cuda.attention.full_token import full_token_kernel
 from pymla.cuda.attention.materialised_form import absorbed_materialised, exponential_kernels, materialised_kernels
+from pymla.cuda.attention.mixed_rows import mix_heads
 from pymla.cuda.attention.splits import combining_kernels
 from pymla.cuda.attention.store_load import load_kernel, store_kernel
 from pymla.cuda.attention.tiles import THREADS
 from pymla.cuda.contract import check, need_any
 from pymla.errors import PymlaError
-from pymla.pages import PAGE, LatentCache, block_rows
+from pymla.pages import HADAMARD_TYPES, PAGE, LatentCache, block_rows
 from pymla.scratch import DEVICE
 from pymla.tensor import QTensor
 
@@ -102,9 +103,11 @@ class KeysValues(NamedTuple):
     values: memory.DeviceArray
 
 
-def keys_values(tokens, heads, size, v, exact, dtype=np.float32):
-    """Memory for the expanded keys, of `size` numbers, and values of some heads: always float16 here."""
-    return KeysValues(memory.empty((tokens, heads, size), np.float16), memory.empty((tokens, heads, v), np.float16))
+def keys_values(tokens, heads, nope, rotated, v, exact, dtype=np.float32):
+    """Memory for the expanded keys and values of some heads: always float16 here, so that a large number makes no other
+    number coarse."""
+    keys = memory.empty((tokens, heads, nope + rotated), np.float16)
+    return KeysValues(keys, memory.empty((tokens, heads, v), np.float16))
 
 
 def expand(c_kv, k_pe, k_b, v_b, out):
@@ -150,6 +153,8 @@ def absorbed_kernels(types_of_rows, sizes, k_b, v_b, materialised=False):
     """
     found = [*_stores(types_of_rows, "float32"), copy_rope, *quant.matmul_heads_transposed_kernels(k_b)]
     found += [*quant.matmul_kernels(v_b), *combining_kernels()]
+    if types_of_rows[0] in HADAMARD_TYPES:
+        found.append(mix_heads)
     if materialised:
         return [*found, *materialised_kernels(types_of_rows, *sizes), *exponential_kernels()]
     return [*found, absorbed_kernel(types_of_rows, *sizes)[0]]

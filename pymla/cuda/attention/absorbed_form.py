@@ -11,7 +11,8 @@ positions, in tiles of 32 rows. While one tile is computed the next one is copie
 Factors are bfloat16 for a bf16 cache and float16 for the others, a float32 one too; sums are float32. The grid depends
 on the table's width alone.
 
-Shared memory holds rows of ``c_kv`` and behind it ``k_pe``; rows of q8_0 wait there in their own type.
+Shared memory holds rows of ``c_kv`` and behind it ``k_pe``; rows of types with blocks wait there in their own type.
+Where rows are mixed, so are the queries before, and the results afterwards (`pymla.cuda.attention.mixed_rows`).
 """
 
 import functools
@@ -23,6 +24,7 @@ from numba import cuda
 from pymla import ggml
 from pymla.constants import LOG2E
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
+from pymla.cuda.attention.mixed_rows import mixed_queries, unmix
 from pymla.cuda.attention.products import (
     FACTORS,
     NO_SCORES,
@@ -61,6 +63,7 @@ from pymla.cuda.contract import check, need_pages
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.array_types import F32, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, folded, kernel, unrolled
+from pymla.pages import HADAMARD_TYPES
 
 __all__ = ["absorbed", "absorbed_in_splits", "absorbed_kernel"]
 
@@ -263,6 +266,8 @@ def absorbed_in_splits(q, latent, rope, step, scale, out, splits=None):
     size = q.shape[2]
     need_multiples_of_16(rank, size - rank)
     groups = -(-heads // HEADS)
+    if latent.qtype in HADAMARD_TYPES:
+        q = mixed_queries(q, rank)
     arrays, target = StepArrays.of(step), place(out)
     partial = Partial.empty(out, arrays, tokens * groups, splits)
     launched, shared_bytes = absorbed_kernel((latent.qtype, rope.qtype), rank, size - rank)
@@ -270,4 +275,6 @@ def absorbed_in_splits(q, latent, rope, step, scale, out, splits=None):
         q.address, CachePair.of(latent, rope), arrays, scale * LOG2E, heads, partial.splits, partial.addresses, target
     )
     combine(partial, arrays, out.shape, target)
+    if latent.qtype in HADAMARD_TYPES:
+        unmix(out)
     return out

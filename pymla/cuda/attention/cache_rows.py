@@ -9,12 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla import ggml
+from pymla.cuda.attention.mixed_rows import readers_of, scaled_codes, write_of
 from pymla.cuda.formats import FLOATS
 from pymla.cuda.formats.codes import code_values, unaligned_word
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device
+from pymla.pages import HADAMARD_TYPES
 
 __all__ = ["CACHE_ROWS", "CacheRows"]
+
+
+#: Two float16: -1152, minus 1024 and the 128 that makes a byte unsigned.
+_BIAS_OF_BYTES = 0xE480E480
 
 
 class CacheRows(NamedTuple):
@@ -26,6 +32,7 @@ class CacheRows(NamedTuple):
     write: object
     halves: object  # (row, i): values 8 i to 8 i + 7, as four words of float16
     shared_halves: object = None  # of a type with blocks: the same of a row in shared memory, at an even address
+    mixed: bool = False  # whether `write` mixes, and the other functions read what it stored
 
 
 def _float_rows(qtype, write):
@@ -96,8 +103,8 @@ def _halves_of_q8_0(row, i):
     block = row + 34 * (i >> 2)
     at, d = block + 2 + 8 * (i & 3), ptx.load_u16(block)
     d = ptx.prmt(d, d, 0x1010)
-    h0, h1 = _scaled_codes(unaligned_word(at), d)
-    h2, h3 = _scaled_codes(unaligned_word(at + 4), d)
+    h0, h1 = scaled_codes(unaligned_word(at) ^ 0x80808080, d, _BIAS_OF_BYTES)
+    h2, h3 = scaled_codes(unaligned_word(at + 4) ^ 0x80808080, d, _BIAS_OF_BYTES)
     return h0, h1, h2, h3
 
 
@@ -111,21 +118,15 @@ def _shared_halves_of_q8_0(row, i):
     w0, w1 = ptx.load_shared_u32(at - odd), ptx.load_shared_u32(at - odd + 4)
     w2 = ptx.load_shared_u32(at - odd + 4 + 2 * odd)
     d = ptx.prmt(d, d, 0x1010)
-    h0, h1 = _scaled_codes(ptx.funnel_shift_r(w0, w1, 8 * odd), d)
-    h2, h3 = _scaled_codes(ptx.funnel_shift_r(w1, w2, 8 * odd), d)
+    h0, h1 = scaled_codes(ptx.funnel_shift_r(w0, w1, 8 * odd) ^ 0x80808080, d, _BIAS_OF_BYTES)
+    h2, h3 = scaled_codes(ptx.funnel_shift_r(w1, w2, 8 * odd) ^ 0x80808080, d, _BIAS_OF_BYTES)
     return h0, h1, h2, h3
 
 
-@device
-def _scaled_codes(word, scale):
-    """Four signed bytes times two equal float16, as two words. 1024 + n is the float16 whose low byte is n."""
-    word ^= 0x80808080
-    low, high = ptx.prmt(word, 0x64646464, 0x4140), ptx.prmt(word, 0x64646464, 0x4342)
-    one, bias = 0x3C003C00, 0xE480E480  # 1, and -1152: 1024 and the 128 that made the byte unsigned
-    return (
-        ptx.fma_f16x2(ptx.fma_f16x2(low, one, bias), scale, 0),
-        ptx.fma_f16x2(ptx.fma_f16x2(high, one, bias), scale, 0),
-    )
+def _mixed_rows(qtype):
+    """The functions of a type that is mixed."""
+    one, four, halves, shared_halves = readers_of(qtype)
+    return CacheRows(one, four, write_of(qtype), halves, shared_halves, mixed=True)
 
 
 #: The cache types.
@@ -134,4 +135,5 @@ CACHE_ROWS = {
     ggml.F16: _float_rows(ggml.F16, _write_f16),
     ggml.BF16: _float_rows(ggml.BF16, _write_bf16),
     ggml.Q8_0: CacheRows(_read_q8_0, _read_four_q8_0, _write_q8_0, _halves_of_q8_0, _shared_halves_of_q8_0),
+    **{qtype: _mixed_rows(qtype) for qtype in HADAMARD_TYPES},
 }

@@ -12,6 +12,7 @@ from numba import cuda
 from pymla import ggml
 from pymla.constants import LOG2E
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
+from pymla.cuda.attention.mixed_rows import mixed_queries, unmix
 from pymla.cuda.attention.softmax import INFINITY, ZERO
 from pymla.cuda.attention.splits import Partial, boundary, combine, shares_of
 from pymla.cuda.attention.steps import (
@@ -31,6 +32,7 @@ from pymla.cuda.machine import ptx
 from pymla.cuda.memory import empty
 from pymla.cuda.runtime.array_types import F3, F32, I32, I64, addresses
 from pymla.cuda.runtime.jit import device, kernel, unrolled
+from pymla.pages import HADAMARD_TYPES
 
 __all__ = ["absorbed_materialised", "exponential_kernels", "materialised_in_splits", "materialised_kernels"]
 
@@ -54,12 +56,16 @@ def materialised_in_splits(q, latent, rope, step, scale, out, splits=None):
     tokens, heads, rank = out.shape
     longest = StepArrays.of(step).longest
     need_multiples_of_16(rank, q.shape[2] - rank)
+    if latent.qtype in HADAMARD_TYPES:
+        q = mixed_queries(q, rank)
     at_once = max(1, SCORES_BYTES // (4 * heads * longest))
     for start in range(0, tokens, at_once):
         stop = min(start + at_once, tokens)
         scores = empty((stop - start, heads, longest), np.float32)
         arrays = StepArrays.of(step.part(start, stop))
         _attend(q[start:stop], (latent, rope), arrays, scale, scores, splits, out[start:stop])
+    if latent.qtype in HADAMARD_TYPES:
+        unmix(out)
     return out
 
 

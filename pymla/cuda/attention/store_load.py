@@ -2,15 +2,17 @@
 
 import functools
 
+import numpy as np
 from numba import cuda
 
 from pymla import ggml
 from pymla.cuda.attention.cache_rows import CACHE_ROWS
+from pymla.cuda.attention.mixed_rows import mixed
 from pymla.cuda.attention.tiles import THREADS
 from pymla.cuda.machine.ptx import valid_index
 from pymla.cuda.runtime.array_types import I1, I32, STRIDED2, addresses
 from pymla.cuda.runtime.jit import kernel
-from pymla.pages import PAGE
+from pymla.pages import PAGE, READ
 
 #: ggml types of the rows that are stored, by their NumPy type.
 SOURCES = {"float32": ggml.F32, "float16": ggml.F16}
@@ -39,7 +41,7 @@ def store_kernel(qtype, source):
 @functools.cache
 def load_kernel(qtype):
     """The kernel that reads rows of a cache type as float32."""
-    read = CACHE_ROWS[qtype].one
+    read, is_mixed = CACHE_ROWS[qtype].one, CACHE_ROWS[qtype].mixed
 
     @kernel(addresses(3), I1, STRIDED2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
     def load(cache, block_table, out):
@@ -47,6 +49,8 @@ def load_kernel(qtype):
         p, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
         if i < out.shape[1]:
             slot = valid_index(block_table[p // PAGE], cache[2] // PAGE) * PAGE + p % PAGE
-            out[p, i] = read(cache[0] + slot * cache[1], i)
+            x = read(cache[0] + slot * cache[1], i)
+            # Blocks of 32 columns are warps.
+            out[p, i] = mixed(x, i & 31) * np.float32(READ) if is_mixed else x
 
     return load

@@ -2,14 +2,17 @@
 
 import numpy as np
 
-from pymla.cuda.machine.ptx import dp4a, f16_value, fma, funnel_shift_r, load_shared_u32, load_u32, prmt, to_f32
+from pymla.cuda.machine.ptx import dp4a, f16_value, fma, funnel_shift_r, load_shared_u32, load_u32_around, prmt, to_f32
 from pymla.cuda.runtime.jit import device
+
+#: Four codes of one.
+_ONES = 0x01010101
 
 
 @device
 def unaligned_word(at):
     """The word at an address that 2 divides, from the one or two aligned words that hold it."""
-    return funnel_shift_r(load_u32(at & -4), load_u32(at + 2 & -4), at << 3)
+    return funnel_shift_r(load_u32_around(at & -4), load_u32_around(at + 2 & -4), at << 3)
 
 
 @device
@@ -69,6 +72,26 @@ def weights_of(halves=False, minimum=False):
 
 
 @device
+def weights_with_minima(piece):
+    """`Format.weights` of a type whose blocks have a minimum for each half."""
+    c0, c1, d, minima = piece
+    e0, e1, e2, e3 = code_values(c0)
+    e4, e5, e6, e7 = code_values(c1)
+    step = f16_value(minima >> 16)
+    m0, m1 = step * to_f32(minima & 255), step * to_f32(minima >> 8 & 255)
+    return (
+        fma(d, e0, m0),
+        fma(d, e1, m0),
+        fma(d, e2, m0),
+        fma(d, e3, m0),
+        fma(d, e4, m1),
+        fma(d, e5, m1),
+        fma(d, e6, m1),
+        fma(d, e7, m1),
+    )
+
+
+@device
 def half_dot(c0, c1, c2, c3, x0, x1, x2, x3, sum):
     """`sum` and the product of 16 codes, integers."""
     return dp4a(c3, x3, dp4a(c2, x2, dp4a(c1, x1, dp4a(c0, x0, sum))))
@@ -102,3 +125,14 @@ def dot_of_halves(block, x, scale, total, sum):
     first = to_f32(half_dot(c[0], c[1], c[2], c[3], x[0], x[1], x[2], x[3], 0))
     second = to_f32(half_dot(c[4], c[5], c[6], c[7], x[4], x[5], x[6], x[7], 0))
     return fma(scale, fma(d0, first, d1 * second), sum)
+
+
+@device
+def dot_with_minima(block, x, scale, total, sum):
+    """`Format.dot` of blocks with a scale, and a minimum for each half."""
+    codes, d, minima = block
+    # The sums of activations are computed once for all rows.
+    first = half_dot(_ONES, _ONES, _ONES, _ONES, x[0], x[1], x[2], x[3], 0)
+    second = half_dot(_ONES, _ONES, _ONES, _ONES, x[4], x[5], x[6], x[7], 0)
+    lows = (minima & 255) * first + (minima >> 8 & 255) * second
+    return fma(scale * d, whole_dot(codes, x), fma(scale * f16_value(minima >> 16), to_f32(lows), sum))

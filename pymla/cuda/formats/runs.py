@@ -24,8 +24,10 @@ class Run(NamedTuple):
     def of(cls, qtype, blocks):
         """`blocks` blocks of a type, or as few more as its own blocks take."""
         blocks = max(blocks, ggml.BLOCK_SIZE[qtype] // 32)
-        nbytes = ggml.row_bytes(qtype, 32 * blocks)
-        return cls(blocks, nbytes, -(-(nbytes + 14) // 16))
+        nbytes = ggml.row_bytes(qtype, 32 * blocks) - ggml.ROW_HEADER[qtype]
+        # Runs begin at any byte of 16, or at an even one.
+        last = 15 if ggml.BLOCK_BYTES[qtype] % 2 else 14
+        return cls(blocks, nbytes, -(-(nbytes + last) // 16))
 
 
 def copying(run, step):

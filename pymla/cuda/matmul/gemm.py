@@ -5,9 +5,8 @@ import functools
 from numba import cuda, types
 
 from pymla import ggml
-from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine.ptx import global_address, store_f32
-from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE
+from pymla.cuda.matmul.gemm_layout import TILE_ROWS, WIDE, has_two_products
 from pymla.cuda.matmul.gemm_tiles import tile_of
 from pymla.cuda.matmul.operands import INPUT, MATRICES, THREADS, input_row, row_address
 from pymla.cuda.runtime.array_types import F2
@@ -40,7 +39,7 @@ def gemm_kernel(qtype, activations):
         F2,
         variant=f"{ggml.NAME[qtype].lower()},{activations}",
         max_threads=THREADS,
-        min_blocks=2 if activations == WIDE or FORMATS[qtype].halves else 3,
+        min_blocks=2 if activations == WIDE or has_two_products(qtype) else 3,
     )
     def gemm(w, x, heads, out):
         """A block takes a tile: `TILE_ROWS` rows (y) of matrix z and as many tokens (x) as it has activations."""

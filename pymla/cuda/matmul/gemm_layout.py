@@ -64,8 +64,14 @@ def layout_of(qtype: int, activations: int) -> Layout:
 
 
 def tile_widths(qtype: int) -> tuple[int, ...]:
-    """Activations of the tiles that a type has. One with two scales in a block would spill registers in wide tiles."""
-    return (NARROW,) if FORMATS[qtype].halves else (NARROW, WIDE)
+    """Activations of the tiles that a type has. One with two products for a block would spill registers in wide
+    tiles."""
+    return (NARROW,) if has_two_products(qtype) else (NARROW, WIDE)
+
+
+def has_two_products(qtype: int) -> bool:
+    """Whether blocks have two scales, or minima, so that a tile takes two products for one."""
+    return FORMATS[qtype].halves or FORMATS[qtype].minima
 
 
 @device

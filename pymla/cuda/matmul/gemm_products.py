@@ -4,9 +4,24 @@ An ``mma`` multiplies the codes of 16 rows and 8 activations over 32 columns; it
 """
 
 import numpy as np
+from numba import cuda
 
+from pymla import ggml
 from pymla.cuda.formats import FORMATS
-from pymla.cuda.machine.ptx import as_f32, fma, ldmatrix_x4, load_shared_f32x4, mma_s8, mma_s8_k16, syncwarp
+from pymla.cuda.machine.ptx import (
+    as_f32,
+    as_word,
+    f16_value,
+    fma,
+    ldmatrix_x4,
+    load_shared_f32,
+    load_shared_f32x4,
+    mma_s8,
+    mma_s8_k16,
+    prmt,
+    store_shared_f32,
+    syncwarp,
+)
 from pymla.cuda.matmul.gemm_layout import SLICE, TILE_ROWS, layout_of, swizzled
 from pymla.cuda.runtime.jit import device, unrolled
 
@@ -24,6 +39,27 @@ def _times(d, minus, bits):
     return fma(d, as_f32(bits), minus)
 
 
+@device
+def _products_of_halves(fragment, b0, b1, other0, other1):
+    """Products of the first 16 columns and of the second, and the second scales of two rows."""
+    a0, a1, a2, a3 = fragment
+    first = mma_s8_k16(a0, a1, b0, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
+    second = mma_s8_k16(a2, a3, b1, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
+    return first, second, other0, other1
+
+
+@device
+def _products_and_minima(fragment, b0, b1, minima0, minima1):
+    """Products of codes, and of integer minima, which all weights of a half share; the floats that the minima of two
+    rows are multiples of."""
+    a0, a1, a2, a3 = fragment
+    w0, w1 = as_word(minima0), as_word(minima1)
+    m0, m1, m2, m3 = prmt(w0, 0, 0x0000), prmt(w1, 0, 0x0000), prmt(w0, 0, 0x1111), prmt(w1, 0, 0x1111)
+    codes = mma_s8(a0, a1, a2, a3, b0, b1, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
+    minima = mma_s8(m0, m1, m2, m3, b0, b1, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
+    return codes, minima, f16_value(w0 >> 16), f16_value(w1 >> 16)
+
+
 def products_of(qtype, activations):
     """The products of a warp: device functions and the first sums, ``(own_places, add_half, no_sums)``.
 
@@ -31,7 +67,7 @@ def products_of(qtype, activations):
     own, at))`` are the sums and the products of half a slice, whose inputs and scales are `at` in shared memory. The
     sums of a lane are four times two times `strips` fragments, as of `ptx.mma_s8`: 16 activations, 8 of them, 16 rows.
     """
-    halves, minimum = FORMATS[qtype].halves, FORMATS[qtype].minimum
+    halves, minimum, minima = FORMATS[qtype].halves, FORMATS[qtype].minimum, FORMATS[qtype].minima
     layout = layout_of(qtype, activations)
     warps_along_rows = layout.warps_along_rows
     strips, totals, factors = layout.strips, layout.totals, layout.factors
@@ -44,15 +80,16 @@ def products_of(qtype, activations):
         codes_at, numbers_at = fixed
         return ldmatrix_x4(codes_at + 16 * SLICE * i), load_shared_f32x4(numbers_at + 128 * i)
 
+    multiply = _products_of_halves if halves else _products_and_minima
+
     @device
     def add_strip(sums, i, fixed):
         """`sums` and 16 rows times 8 activations over 32 columns."""
         fragments, (b0, b1), (x0, x1), (total0, total1) = fixed
-        (a0, a1, a2, a3), (d0, other0, d1, other1) = fragments[i]
+        fragment, (d0, other0, d1, other1) = fragments[i]
         s0, s1, s2, s3 = sums
-        if halves:
-            c0, c1, c2, c3 = mma_s8_k16(a0, a1, b0, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
-            e0, e1, e2, e3 = mma_s8_k16(a2, a3, b1, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
+        if halves or minima:
+            (c0, c1, c2, c3), (e0, e1, e2, e3), other0, other1 = multiply(fragment, b0, b1, other0, other1)
             m0, m1, n0, n1 = d0 * MINUS_ONES, d1 * MINUS_ONES, other0 * MINUS_ONES, other1 * MINUS_ONES
             return (
                 fma(x0, _times(d0, m0, c0) + _times(other0, n0, e0), s0),
@@ -65,6 +102,7 @@ def products_of(qtype, activations):
             m0, m1 = d0 * MINUS_ONES, d1 * MINUS_ONES
             s0, s1 = fma(other0, total0, s0), fma(other0, total1, s1)
             s2, s3 = fma(other1, total0, s2), fma(other1, total1, s3)
+        a0, a1, a2, a3 = fragment
         c0, c1, c2, c3 = mma_s8(a0, a1, a2, a3, b0, b1, _ONES_BITS, _ONES_BITS, _ONES_BITS, _ONES_BITS)
         return (
             fma(x0, _times(d0, m0, c0), s0),
@@ -117,3 +155,46 @@ def products_of(qtype, activations):
         )
 
     return own_places, add_half, no_sums
+
+
+def row_scaling_of(qtype, activations):
+    """A device function (sums, base, warp, me, row): a lane's sums, as `products_of` describes them, times the scales
+    in the headers of rows, where rows of the type have one. `row` is the address behind the header of the thread's
+    row."""
+    row_scale, header, layout = FORMATS[qtype].row_scale, ggml.ROW_HEADER[qtype], layout_of(qtype, activations)
+    strips, warps_along_rows, numbers = layout.strips, layout.warps_along_rows, layout.numbers
+    if row_scale is None:
+
+        @device
+        def as_they_are(sums, base, warp, me, row):
+            return sums
+
+        return as_they_are
+
+    @device
+    def load_scales(_, i, at):
+        return load_shared_f32(at + 64 * i), load_shared_f32(at + 64 * i + 32)
+
+    @device
+    def scale_strip(sums, i, scales):
+        upper, lower = scales[i]
+        return upper * sums[0], upper * sums[1], lower * sums[2], lower * sums[3]
+
+    load_all, scale_strips, nowhere = unrolled(load_scales, strips), unrolled(scale_strip, strips), (0,) * strips
+
+    @device
+    def scale_activations(sums, i, scales):
+        return scale_strips(0, sums[0], scales), scale_strips(0, sums[1], scales)
+
+    scale_all_activations = unrolled(scale_activations, 4)
+
+    @device
+    def scale_rows(sums, base, warp, me, row):
+        # The numbers of the last slice have been read when all threads are here.
+        cuda.syncthreads()
+        store_shared_f32(base + numbers + 4 * cuda.threadIdx.x, row_scale(row - header))
+        cuda.syncthreads()
+        first = 16 * strips * (warp % warps_along_rows) + (me >> 2)
+        return scale_all_activations(0, sums, load_all(0, nowhere, base + numbers + 4 * first))
+
+    return scale_rows

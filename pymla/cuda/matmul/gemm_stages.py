@@ -26,7 +26,8 @@ def stages_of(qtype, activations):
     copy. ``copy(base, x, part, stage)`` begins to copy slice `part`. ``unpack(base, row, blocks, part, stage)`` makes
     codes and numbers of the thread's row from it.
     """
-    block, halves, minimum = FORMATS[qtype].block, FORMATS[qtype].halves, FORMATS[qtype].minimum
+    form = FORMATS[qtype]
+    block, minimum, second_word = form.block, form.minimum, _second_word(form)
     layout, run = layout_of(qtype, activations), Run.of(qtype, 2)
     copy_pieces = copying(run, 4)
     slices_of_run, row_stride = layout.slices_of_run, layout.row_stride
@@ -97,7 +98,24 @@ def stages_of(qtype, activations):
             (c0, c1, c2, c3, c4, c5, c6, c7), d, other = block(at, min(2 * part + half, blocks - 1) - first)
             store_shared_u32x4(to + swizzled(thread, 2 * half), c0, c1, c2, c3)
             store_shared_u32x4(to + swizzled(thread, 2 * half + 1), c4, c5, c6, c7)
-            second = other if halves or minimum else d * MINUS_ONES
-            store_shared_u32x2(to_numbers + 8 * TILE_ROWS * half, as_word(d), as_word(second))
+            store_shared_u32x2(to_numbers + 8 * TILE_ROWS * half, as_word(d), second_word(d, other))
 
     return name, copy, unpack
+
+
+def _second_word(form):
+    """A device function of a block's two numbers: the second word that products read of a row."""
+
+    @device
+    def other_number(d, other):
+        return as_word(other)
+
+    @device
+    def minima(d, other):
+        return other
+
+    @device
+    def d_times_minus_ones(d, other):
+        return as_word(d * MINUS_ONES)
+
+    return minima if form.minima else other_number if form.halves or form.minimum else d_times_minus_ones

@@ -24,9 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
+from pymla import ggml
 from pymla.cuda.machine.ptx import WARP, cp_async_commit, cp_async_wait, lane, shared_address
 from pymla.cuda.matmul.gemm_layout import SLICE, STAGES, layout_of
-from pymla.cuda.matmul.gemm_products import products_of
+from pymla.cuda.matmul.gemm_products import products_of, row_scaling_of
 from pymla.cuda.matmul.gemm_stages import stages_of
 from pymla.cuda.runtime.jit import device, unrolled
 
@@ -58,13 +59,15 @@ def tile_of(qtype, activations):
     layout = layout_of(qtype, activations)
     name, copy, unpack = stages_of(qtype, activations)
     own_places, add_half, no_sums = products_of(qtype, activations)
-    inputs = layout.inputs
+    scale_rows = row_scaling_of(qtype, activations)
+    inputs, header = layout.inputs, ggml.ROW_HEADER[qtype]
 
     @device
     def product(row, token, x):
         """`Tile.product`."""
         base = shared_address(cuda.shared.array(0, np.uint8))
         warp, me, blocks = cuda.threadIdx.x // WARP, lane(), x.columns >> 5
+        row += header
         name(base, row, token, x)
         cuda.syncthreads()
         own = own_places(warp, me)
@@ -85,7 +88,7 @@ def tile_of(qtype, activations):
             for half in range(2):
                 sums = add_half(sums, half, (base, own, at))
             ahead, stage = stage, stage + 1 if stage + 1 < STAGES else 0
-        return sums
+        return scale_rows(sums, base, warp, me, row)
 
     return Tile(product, storing_of(layout), layout.nbytes)
 

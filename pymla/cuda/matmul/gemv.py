@@ -5,6 +5,7 @@ import functools
 from numba import cuda, types
 
 from pymla import ggml
+from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine.ptx import WARP, global_address, lane, store_f32, warp_sum
 from pymla.cuda.matmul.few_tokens import WARP_ROWS, WARP_TOKENS, store_few_rows
 from pymla.cuda.matmul.operands import INPUT, MATRICES, THREADS, WARPS, four_rows, input_row
@@ -16,9 +17,9 @@ from pymla.cuda.runtime.jit import kernel
 @functools.cache
 def gemv_kernel(qtype):
     """A product with one token."""
-    products = row_products(qtype, WARP_ROWS, 1)
+    products, blocks = row_products(qtype, WARP_ROWS, 1), 3 if FORMATS[qtype].many_registers else 4
 
-    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS, min_blocks=4)
+    @kernel(MATRICES, INPUT, types.int64, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS, min_blocks=blocks)
     def gemv(w, x, heads, out):
         """A warp takes `WARP_ROWS` rows of matrix y."""
         matrix, me = cuda.blockIdx.y, lane()

@@ -15,6 +15,7 @@ import functools
 import numpy as np
 from numba import cuda
 
+from pymla import ggml
 from pymla.cuda.formats import FORMATS
 from pymla.cuda.formats.runs import Run, copying
 from pymla.cuda.machine.ptx import (
@@ -56,7 +57,7 @@ def row_products(qtype, rows, tokens):
     It multiplies `rows` rows at `addresses` with `tokens` activations, which are rows `numbers` of a `quant.Input`. It
     returns a tuple for each row with a sum for each activation: the lane's part of the product.
     """
-    block, dot = FORMATS[qtype].block, FORMATS[qtype].dot
+    block, dot, header = FORMATS[qtype].block, FORMATS[qtype].dot, ggml.ROW_HEADER[qtype]
     run = Run.of(qtype, WARP)
     copy_pieces = copying(run, WARP)
     row_bytes = 16 * run.pieces
@@ -66,7 +67,7 @@ def row_products(qtype, rows, tokens):
 
     @device
     def keep(address, i, fixed):
-        return kept(address)
+        return kept(address + header)
 
     @device
     def copy_row(address, i, fixed):
@@ -90,6 +91,7 @@ def row_products(qtype, rows, tokens):
 
     keep_all, copy_rows, add_rows = (unrolled(each, rows) for each in (keep, copy_row, add_row))
     load_activations = unrolled(load_activation, tokens)
+    scale_rows = _scaling(qtype, rows, tokens)
 
     @device
     def products(addresses, numbers, x):
@@ -112,9 +114,34 @@ def row_products(qtype, rows, tokens):
                 begin = run.nbytes * (part + 2)
                 copy_rows(0, addresses, (at, begin, min(run.nbytes, nbytes - begin)))
             cp_async_commit()
-        return sums
+        return scale_rows(0, sums, addresses)
 
     return products
+
+
+def _scaling(qtype, rows, tokens):
+    """A device function (0, sums, addresses): `tokens` sums for each of `rows` rows, times the scale in the row's
+    header, where rows of the type have one. `addresses` are those behind the headers."""
+    row_scale, header = FORMATS[qtype].row_scale, ggml.ROW_HEADER[qtype]
+    if row_scale is None:
+
+        @device
+        def as_they_are(_, sums, addresses):
+            return sums
+
+        return as_they_are
+
+    @device
+    def scale_sum(sum, i, scale):
+        return scale * sum
+
+    scale_sums = unrolled(scale_sum, tokens)
+
+    @device
+    def scale_row(sums, i, addresses):
+        return scale_sums(0, sums, row_scale(addresses[i] - header))
+
+    return unrolled(scale_row, rows)
 
 
 @functools.cache
@@ -129,6 +156,8 @@ def row_sums(qtype, choose):
     copy_pieces = copying(run, WARP)
     part_bytes = 16 * run.pieces
     shared_bytes = THREADS // WARP * AHEAD * part_bytes
+
+    choose = _behind_headers(qtype, choose)
 
     @device
     def total(count, x, fixed):
@@ -164,3 +193,17 @@ def row_sums(qtype, choose):
         return sum
 
     return total
+
+
+def _behind_headers(qtype, choose):
+    """`choose` of `row_sums` with the addresses behind the headers of rows, whose scales are in the weights."""
+    row_scale, header = FORMATS[qtype].row_scale, ggml.ROW_HEADER[qtype]
+    if row_scale is None:
+        return choose
+
+    @device
+    def behind(i, fixed):
+        address, number, weight = choose(i, fixed)
+        return address + header, number, weight * row_scale(address)
+
+    return behind

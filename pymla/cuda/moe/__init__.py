@@ -9,6 +9,7 @@ launches. An id that is no expert's counts as that of the last expert.
 
 import numpy as np
 
+from pymla import ggml
 from pymla.cuda import norm
 from pymla.cuda.contract import check, need_any
 from pymla.cuda.formats import FORMATS
@@ -61,7 +62,8 @@ def experts(activation, ids, weights, gate, up, down, out, shared=None, add=Fals
     in_tiles = quantised and tokens * used > FEW_PAIRS * count
     if shared is not None:
         same = all(w.qtype == other.qtype for w, other in zip(shared, (gate, up, down), strict=True))
-        if not same or (tokens > FEW and not in_tiles):
+        # Columns of a matrix whose rows have headers are no matrix.
+        if not same or ggml.ROW_HEADER[down.qtype] or (tokens > FEW and not in_tiles):
             ffn(activation, *shared, out, add)
             return experts(activation, ids, weights, gate, up, down, out, add=True)
         shared = shared[0].by_rows(inner), shared[1].by_rows(inner), shared[2].by_columns(inner)

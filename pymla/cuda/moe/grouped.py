@@ -10,9 +10,8 @@ import numpy as np
 from numba import cuda, types
 
 from pymla import ggml
-from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine.ptx import fma, global_address, store_f32, valid_index
-from pymla.cuda.matmul.gemm_layout import NARROW, TILE_ROWS, layout_of
+from pymla.cuda.matmul.gemm_layout import NARROW, TILE_ROWS, has_two_products, layout_of
 from pymla.cuda.matmul.gemm_tiles import tile_of
 from pymla.cuda.matmul.operands import INPUT, THREADS, row_address
 from pymla.cuda.memory import empty
@@ -144,7 +143,7 @@ def grouped_kernel(qtype):
         F3,
         variant=ggml.NAME[qtype].lower(),
         max_threads=THREADS,
-        min_blocks=2 if FORMATS[qtype].halves else 3,
+        min_blocks=2 if has_two_products(qtype) else 3,
     )
     def grouped(first_w, second_w, x, sources, targets, tiles, out):
         """``out[z, targets[i]] = W[e] @ x[sources[i]]`` for the pairs i of tile x and `TILE_ROWS` rows (y) of their

@@ -10,6 +10,7 @@ Where no thread can go on, the error says which threads wait where. The memory i
 import sys
 import threading
 from collections import deque
+from contextvars import copy_context
 
 import numpy as np
 from greenlet import getcurrent, greenlet
@@ -126,6 +127,7 @@ class _Thread:
     def start(self, function, arguments):
         """Prepare to run a kernel for the current coroutine."""
         self._scheduler, self._coroutine = getcurrent(), greenlet(lambda: self._run(function, arguments))
+        self._coroutine.gr_context = copy_context()  # NumPy's settings
 
     def resume(self):
         """Run until it waits or ends."""
@@ -143,8 +145,7 @@ class _Thread:
     def _run(self, function, arguments):
         try:
             if not self.block.error:
-                with np.errstate(all="ignore"):
-                    function(*arguments)
+                function(*arguments)
         except _Stop:
             pass
         except BaseException as error:
@@ -173,6 +174,7 @@ class _Block:
             for thread in self.threads[first : first + WARP]:
                 thread.warp = warp
         self.error = None
+        self._living = len(self.threads)
         self._arrived = []
         self._ready = deque(reversed(self.threads) if backwards else self.threads)
 
@@ -209,6 +211,7 @@ class _Block:
 
     def leave(self):
         """A thread has ended."""
+        self._living -= 1
         self._barrier()
 
     def synchronise(self):
@@ -220,7 +223,7 @@ class _Block:
 
     def _barrier(self, last=None):
         """Open the barrier where all that live have come to it."""
-        if not self._arrived or len(self._arrived) < sum(not thread.done for thread in self.threads):
+        if not self._arrived or len(self._arrived) < self._living:
             return False
         self.wake([thread for thread in self._arrived if thread is not last])
         self._arrived = []
@@ -313,8 +316,9 @@ def launch(function, grid, block, shared_bytes, arguments):
         for scope, name in swapped:
             scope[name] = module
         try:
-            for number, index in enumerate(np.ndindex(*reversed(grid))):
-                _Block(index[::-1], block, shared_bytes, number % 2).run(function, arguments)
+            with np.errstate(all="ignore"):
+                for number, index in enumerate(np.ndindex(*reversed(grid))):
+                    _Block(index[::-1], block, shared_bytes, number % 2).run(function, arguments)
         finally:
             _running = None
             for scope, name in swapped:

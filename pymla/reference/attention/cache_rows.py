@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pymla.contract import FLOAT16, FLOATS
-from pymla.pages import PAGE, LatentCache, block_rows
+from pymla.pages import HADAMARD_TYPES, PAGE, READ, STORED, LatentCache, block_rows
 from pymla.reference import memory
+from pymla.reference.attention.hadamard import mix
 from pymla.reference.contract import check
 from pymla.reference.quant import dequantise, quantise
 from pymla.tensor import QTensor
@@ -33,7 +34,8 @@ def latent_cache(layout: Sequence[tuple[int, int]], slots: int) -> LatentCache:
 
 
 def store(rows: np.ndarray, slots: np.ndarray, cache: QTensor) -> None:
-    """Write rows into slots of the cache, rounded to its type. Slots that are not named keep their bytes.
+    """Write rows into slots of the cache, rounded to its type. Slots that are not named keep their bytes. Rows of
+    `pymla.pages.HADAMARD_TYPES` are mixed before.
 
     Parameters
     ----------
@@ -54,7 +56,10 @@ def store(rows: np.ndarray, slots: np.ndarray, cache: QTensor) -> None:
     Types round as in llama.cpp's ``ggml-quants.c`` (`pymla.reference.quant.quantise`, byte for byte as gguf-py does).
     """
     check.store(rows, slots, cache, (*FLOATS, *FLOAT16))
-    cache.data[slots] = quantise(rows.astype(np.float32), cache.qtype)
+    rows = rows.astype(np.float32)
+    if cache.qtype in HADAMARD_TYPES:
+        rows = mix(rows) * np.float32(STORED)
+    cache.data[slots] = quantise(rows, cache.qtype)
 
 
 def load(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -86,4 +91,6 @@ def read_rows(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.nd
     """`load` for arguments that were checked before."""
     positions = np.arange(len(out))
     out[...] = dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype)
+    if cache.qtype in HADAMARD_TYPES:
+        out[...] = mix(out) * out.dtype.type(READ)
     return out

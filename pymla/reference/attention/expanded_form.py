@@ -20,7 +20,7 @@ class KeysValues(NamedTuple):
 
 
 def keys_values(
-    tokens: int, heads: int, size: int, v: int, exact: bool, dtype: type[np.floating] = np.float32
+    tokens: int, heads: int, nope: int, rotated: int, v: int, exact: bool, dtype: type[np.floating] = np.float32
 ) -> KeysValues:
     """Memory for expanded keys and values, which `expand` fills. What it holds is not set.
 
@@ -28,13 +28,13 @@ def keys_values(
     ----------
     tokens, heads : int
         S and H; tokens may be 0.
-    size, v : int
-        Numbers of a key, nope + R, and of a value.
+    nope, rotated, v : int
+        Numbers of a key that are not rotated, and that are, R, and of a value.
     exact : bool
         Whether they are wanted in `dtype`. They always are here; the other backends may have a faster form.
     dtype : float32 or float64
     """
-    return KeysValues(np.empty((tokens, heads, size), dtype), np.empty((tokens, heads, v), dtype))
+    return KeysValues(np.empty((tokens, heads, nope + rotated), dtype), np.empty((tokens, heads, v), dtype))
 
 
 def expand(c_kv: np.ndarray, k_pe: np.ndarray, k_b: QTensor, v_b: QTensor, out: KeysValues) -> KeysValues:

@@ -22,7 +22,8 @@ def planes(words: np.ndarray, bits: int) -> np.ndarray:
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
     """Fields of `bits` bits, lowest first, word by word: unsigned integers (..., m) become (..., m * fields)."""
-    return planes(words[..., None], bits).reshape(*words.shape[:-1], -1)
+    each = 8 * words.dtype.itemsize // bits
+    return planes(words[..., None], bits).reshape(*words.shape[:-1], words.shape[-1] * each)
 
 
 def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -34,7 +35,8 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
 def pack_fields(codes: np.ndarray, bits: int, dtype: type[np.unsignedinteger] = np.uint8) -> np.ndarray:
     """The inverse of `fields`: codes (..., m * fields) as words (..., m) of `dtype`."""
     each = 8 * np.dtype(dtype).itemsize // bits
-    return pack_planes(codes.astype(dtype).reshape(*codes.shape[:-1], -1, each, 1), bits)[..., 0]
+    parts = codes.astype(dtype).reshape(*codes.shape[:-1], codes.shape[-1] // each, each, 1)
+    return pack_planes(parts, bits)[..., 0]
 
 
 def load(blocks: np.ndarray, at: int, count: int, dtype: type[np.number]) -> np.ndarray:

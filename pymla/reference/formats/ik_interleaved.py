@@ -26,6 +26,9 @@ class Interleaved(NamedTuple):
     plain: Format
     #: uint8 (n, rows * block_bytes) → uint8 (n, rows, block_bytes), rows being ``ggml.ROWS_TOGETHER``.
     split: Callable[[np.ndarray], np.ndarray]
+    #: Where the rows by themselves are not of ``ggml.PLAIN``: their blocks as blocks of that type with as many weights,
+    #: uint8 (n, bytes) both. The scale is zero where only the header of a row has it.
+    join: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 _WEIGHTS = np.arange(256)
@@ -94,13 +97,14 @@ def _pairs_of_4(blocks: np.ndarray, first: int) -> np.ndarray:
 
 def _nibble_bytes(codes: np.ndarray, apart: int) -> np.ndarray:
     """Codes of 4 bits, (n, rows, weights), as the bytes of a plain type that puts `apart` weights between nibbles."""
-    packed = pack_planes(codes.reshape(*codes.shape[:2], -1, 2, apart), 4)
-    return packed.reshape(*codes.shape[:2], -1)
+    n, rows, weights = codes.shape
+    packed = pack_planes(codes.reshape(n, rows, weights // (2 * apart), 2, apart), 4)
+    return packed.reshape(n, rows, weights // 2)
 
 
 def _pair_bytes(codes: np.ndarray) -> np.ndarray:
     """Codes of 2 bits, (n, rows, 256), as the bytes of plain types: those of a byte are 32 weights apart."""
-    return pack_planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).reshape(*codes.shape[:2], -1)
+    return pack_planes(codes.reshape(*codes.shape[:2], 2, 4, 32), 2).reshape(*codes.shape[:2], 64)
 
 
 def _bit_bytes(codes: np.ndarray) -> np.ndarray:
@@ -325,7 +329,8 @@ def _iq1_m_r4(blocks: np.ndarray) -> np.ndarray:
     return _join(indices, high, blocks[:, 24:, None])
 
 
-# Rows of these types by themselves are no type of files.
+# Rows of these types by themselves are no type of files. They are read as they are, and become another type when they
+# are loaded.
 
 
 def _q8_k_row(blocks: np.ndarray) -> Codes:
@@ -355,6 +360,28 @@ def _iq1_m_row(blocks: np.ndarray) -> Codes:
     return coded(iq_quants.EIGHTH * scales, vectors)
 
 
+def _q8_0_of_q8_k(rows: np.ndarray) -> np.ndarray:
+    """Eight blocks of Q8_0, each with the half of all 256 codes."""
+    d = np.broadcast_to(rows[:, None, :2], (len(rows), 8, 2))
+    return _join(d, rows[:, 2:].reshape(-1, 8, 32)).reshape(len(rows), 272)
+
+
+def _zeros(rows: np.ndarray) -> np.ndarray:
+    return np.zeros((len(rows), 2), np.uint8)
+
+
+def _iq1_s_of_rows(rows: np.ndarray) -> np.ndarray:
+    """A block of IQ1_S of eight blocks of 32 weights."""
+    parts = rows.reshape(len(rows), 8, 6)
+    return _join(_zeros(rows), parts[..., :4].reshape(-1, 32), parts[..., 4:].reshape(-1, 16))
+
+
+def _iq1_m_of_rows(rows: np.ndarray) -> np.ndarray:
+    """A block of IQ1_M_R1 of eight blocks of 32 weights."""
+    parts = rows.reshape(len(rows), 8, 7)
+    return _join(parts[..., :4].reshape(-1, 32), parts[..., 4:6].reshape(-1, 16), parts[..., 6], _zeros(rows))
+
+
 _Q8_K_ROW = format_of_codes(_q8_k_row)
 
 Q4_0_R8 = Interleaved(legacy.Q4_0, _q4_0_r8)
@@ -369,12 +396,12 @@ Q6_K_R4 = Interleaved(k_quants.Q6_K, _q6_k_r4)
 IQ2_XXS_R4 = Interleaved(iq_quants.IQ2_XXS, _iq2_xxs_r4)
 IQ2_XS_R4 = Interleaved(iq_quants.IQ2_XS, _iq2_xs_r4)
 IQ3_XXS_R4 = Interleaved(iq_quants.IQ3_XXS, _iq3_xxs_r4)
-IQ1_S_R4 = Interleaved(format_of_codes(_iq1_s_row), _iq1_s_r4)
+IQ1_S_R4 = Interleaved(format_of_codes(_iq1_s_row), _iq1_s_r4, _iq1_s_of_rows)
 IQ4_NL_R4 = Interleaved(iq_quants.IQ4_NL, _iq4_nl_r4)
 IQ3_S_R4 = Interleaved(iq_quants.IQ3_S, _iq3_s_r4)
 IQ2_S_R4 = Interleaved(iq_quants.IQ2_S, _iq2_s_r4)
 IQ4_XS_R8 = Interleaved(iq_quants.IQ4_XS, _iq4_xs_r8)
-IQ1_M_R4 = Interleaved(format_of_codes(_iq1_m_row), _iq1_m_r4)
+IQ1_M_R4 = Interleaved(format_of_codes(_iq1_m_row), _iq1_m_r4, _iq1_m_of_rows)
 BF16_R16 = Interleaved(floats.BF16, _bf16_r16)
 IQ2_BN_R4 = Interleaved(ik_bitnet.IQ2_BN, _iq2_bn_r4)
 IQ2_K_R4 = Interleaved(ik_quants.IQ2_K, _iq2_k_r4)
@@ -384,6 +411,6 @@ IQ5_K_R4 = Interleaved(ik_quants.IQ5_K, _iq5_k_r4)
 IQ4_KS_R4 = Interleaved(ik_quants.IQ4_KS, _iq4_ks_r4)
 IQ5_KS_R4 = Interleaved(ik_quants.IQ5_KS, _iq5_ks_r4)
 MXFP4_R8 = Interleaved(small_floats.MXFP4, _mxfp4_r8)
-Q8_K_R16 = Interleaved(_Q8_K_ROW, _q8_k_r16)
+Q8_K_R16 = Interleaved(_Q8_K_ROW, _q8_k_r16, _q8_0_of_q8_k)
 Q8_KV_R8 = Interleaved(format_of_codes(_q8_kv_row), _q8_kv_r8)
-Q8_K_R8 = Interleaved(_Q8_K_ROW, _q8_k_r8)
+Q8_K_R8 = Interleaved(_Q8_K_ROW, _q8_k_r8, _q8_0_of_q8_k)

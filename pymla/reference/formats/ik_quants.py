@@ -5,11 +5,14 @@ a row begins with its scale, a float or a half, which here stands before every b
 ``ggml-common.h`` and ``iqk_quantize.cpp`` of ik_llama.cpp, commit 8337e4cd.
 """
 
+import math
+
 import numpy as np
 
-from pymla.reference.formats.bits import fields, load, planes
-from pymla.reference.formats.format import Codes, coded, format_of_codes, load_half
+from pymla.reference.formats.bits import fields, load, pack_planes, planes
+from pymla.reference.formats.format import Codes, coded, format_of_codes, half_bytes, load_half
 from pymla.reference.formats.iq_quants import IQ4_VALUES
+from pymla.reference.formats.legacy import symmetric_codes
 
 _IQ2_VALUES = np.array([-31, -13, 1, 17], np.int8)
 _IQ3_VALUES = np.array([-63, -40, -23, -10, 1, 13, 28, 47], np.int8)
@@ -51,7 +54,8 @@ PAIRS = np.array([[_IQ3_VALUES[int(digit)] for digit in pair] for pair in _PAIR_
 
 def _levels(bits: int, codes: np.ndarray, variants: np.ndarray) -> np.ndarray:
     """Levels of codes (n, ...) in the order of the weights, by the variant of each small block, (n, small blocks)."""
-    return LEVELS[bits][variants[..., None], codes.reshape(*variants.shape, -1)]
+    each = math.prod(codes.shape[1:]) // variants.shape[1]
+    return LEVELS[bits][variants[..., None], codes.reshape(*variants.shape, each)]
 
 
 def _six_bits(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -74,6 +78,13 @@ def _q6_0(blocks: np.ndarray) -> Codes:
     high = planes(blocks[:, 2:10], 2).reshape(-1, 2, 2, 8).swapaxes(1, 2).reshape(-1, 32)
     codes = planes(blocks[:, 10:], 4).reshape(-1, 32) | high << 4
     return coded(load_half(blocks, 0), codes.astype(np.int8) - 32)
+
+
+def _quantise_q6_0(weights: np.ndarray) -> np.ndarray:
+    d, codes = symmetric_codes(weights, 6)
+    high = (codes >> 4).reshape(-1, 2, 2, 8).swapaxes(1, 2).reshape(-1, 4, 8)
+    low = (codes & 15).reshape(-1, 2, 16)
+    return np.concatenate([half_bytes(d), pack_planes(high, 2), pack_planes(low, 4)], axis=-1)
 
 
 def _iq2_k(blocks: np.ndarray) -> Codes:
@@ -161,11 +172,11 @@ def _iq2_kl(blocks: np.ndarray) -> Codes:
 
 
 def _q8_kv(blocks: np.ndarray) -> Codes:
-    """The header's second number, the sum of the row's codes, is there for products."""
+    """The header's second number, the sum of the row's codes, an int32, is there for products."""
     return coded(load_float(blocks), blocks[:, 8:].view(np.int8))
 
 
-Q6_0 = format_of_codes(_q6_0)
+Q6_0 = format_of_codes(_q6_0, _quantise_q6_0)
 IQ2_K = format_of_codes(_iq2_k)
 IQ3_K = format_of_codes(_iq3_k)
 IQ4_K = format_of_codes(_iq4_k)

@@ -33,14 +33,14 @@ def codebook(name: str) -> np.ndarray:
 
 def _signed(vectors: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """Codes (n, weights) of magnitudes (n, k, 8 or 4) and of signs, eight in a byte: (n, weights / 8)."""
-    magnitudes = vectors.reshape(len(vectors), -1)
+    magnitudes = vectors.reshape(len(vectors), vectors.shape[1] * vectors.shape[2])
     return np.where(fields(signs, 1) == 1, -magnitudes, magnitudes)
 
 
 def _even_signs(words: np.ndarray) -> np.ndarray:
     """Signs of the vector types with a word of 32 bits for 32 weights, four times seven bits: bytes (n, 4 * words)."""
     seven = words[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127
-    return EVEN_SIGNS[seven].reshape(len(words), -1)
+    return EVEN_SIGNS[seven].reshape(len(words), 4 * words.shape[1])
 
 
 def _half_steps(d: np.ndarray, scales: np.ndarray, unit: float) -> np.ndarray:
@@ -103,6 +103,13 @@ def _iq1_m(blocks: np.ndarray) -> Codes:
     return coded(EIGHTH * scales, shifted_vectors(blocks[:, :32] | (high & 7) << 8, high >> 3 == 1))
 
 
+def _iq1_m_r1(blocks: np.ndarray) -> Codes:
+    """IQ1_M with scales that are nibbles: no type of files, but the rows of ik_llama.cpp's IQ1_M_R4."""
+    high = fields(blocks[:, 32:48], 4).astype(np.uint16)
+    scales = load_half(blocks, 56) * fields(blocks[:, 48:56], 4).astype(np.float32)
+    return coded(EIGHTH * scales, shifted_vectors(blocks[:, :32] | (high & 7) << 8, high >> 3 == 1))
+
+
 def _iq4_nl(blocks: np.ndarray) -> Codes:
     return coded(load_half(blocks, 0), IQ4_VALUES[planes(blocks[:, 2:], 4)])
 
@@ -115,6 +122,7 @@ def _iq4_xs(blocks: np.ndarray) -> Codes:
 
 IQ1_S = format_of_codes(_iq1_s)
 IQ1_M = format_of_codes(_iq1_m)
+IQ1_M_R1 = format_of_codes(_iq1_m_r1)
 IQ2_XXS = format_of_codes(_iq2_xxs)
 IQ2_XS = format_of_codes(_iq2_xs)
 IQ2_S = format_of_codes(_iq2_s)

@@ -17,7 +17,7 @@ def _pack_nibbles(codes: np.ndarray) -> np.ndarray:
     return codes[:, :16] | codes[:, 16:] << 4
 
 
-def _symmetric_codes(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def symmetric_codes(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Scales (n, 1) and codes (n, 32) of types without a minimum: the weight of largest magnitude keeps its sign and
     becomes code 0, which is the zero point below 0."""
     zero_point, largest_code = 1 << bits - 1, (1 << bits) - 1
@@ -41,7 +41,7 @@ def _q4_0(blocks: np.ndarray) -> Codes:
 
 
 def _quantise_q4_0(weights: np.ndarray) -> np.ndarray:
-    d, codes = _symmetric_codes(weights, 4)
+    d, codes = symmetric_codes(weights, 4)
     return np.concatenate([half_bytes(d), _pack_nibbles(codes)], axis=-1)
 
 
@@ -70,7 +70,7 @@ def _q5_0(blocks: np.ndarray) -> Codes:
 
 
 def _quantise_q5_0(weights: np.ndarray) -> np.ndarray:
-    d, codes = _symmetric_codes(weights, 5)
+    d, codes = symmetric_codes(weights, 5)
     return np.concatenate([half_bytes(d), _pack_5(codes)], axis=-1)
 
 

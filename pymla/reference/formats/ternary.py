@@ -30,7 +30,7 @@ def trits(packed: np.ndarray, count: int = 5) -> np.ndarray:
 
 def _tq1_0(blocks: np.ndarray) -> Codes:
     parts = (trits(blocks[:, :32]), trits(blocks[:, 32:48]), trits(blocks[:, 48:52], 4))
-    codes = np.concatenate([part.reshape(len(blocks), -1) for part in parts], axis=-1)
+    codes = np.concatenate([part.reshape(len(blocks), part.shape[1] * part.shape[2]) for part in parts], axis=-1)
     return coded(load_half(blocks, 52), codes.astype(np.int8) - 1)
 
 

@@ -58,6 +58,7 @@ from pymla.cuda.machine.ptx.global_memory import (
     load_u8,
     load_u16,
     load_u32,
+    load_u32_around,
     load_u32x2,
     load_u32x4,
     load_u64,
@@ -90,6 +91,7 @@ from pymla.cuda.machine.ptx.integers import (
 from pymla.cuda.machine.ptx.shared_memory import (
     load_shared_f32,
     load_shared_f32x4,
+    load_shared_u8,
     load_shared_u16,
     load_shared_u32,
     load_shared_u32x2,
@@ -104,6 +106,9 @@ from pymla.cuda.machine.ptx.shared_memory import (
     store_shared_u32x2,
     store_shared_u32x4,
     store_shared_u64,
+)
+from pymla.cuda.machine.ptx.tables import (
+    table,
 )
 from pymla.cuda.machine.ptx.tensor_cores import (
     ldmatrix_x2,
@@ -172,6 +177,7 @@ __all__ = [
     "load_i16",
     "load_shared_f32",
     "load_shared_f32x4",
+    "load_shared_u8",
     "load_shared_u16",
     "load_shared_u32",
     "load_shared_u32x2",
@@ -180,6 +186,7 @@ __all__ = [
     "load_u8",
     "load_u16",
     "load_u32",
+    "load_u32_around",
     "load_u32x2",
     "load_u32x4",
     "load_u64",
@@ -222,6 +229,7 @@ __all__ = [
     "stream_u32x2",
     "stream_u32x4",
     "syncwarp",
+    "table",
     "to_f32",
     "unpack_bf16x2",
     "unpack_f16x2",

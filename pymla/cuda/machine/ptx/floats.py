@@ -22,7 +22,7 @@ def as_word(x):
 @instruction(F32, F32, F32, F32, asm="fma.rn.f32 $0, $1, $2, $3;")
 def fma(a, b, c):
     """``a * b + c``, rounded once (in the simulator, in rare cases, the last bit differs)."""
-    return np.float32(np.float64(float32(a)) * np.float64(float32(b)) + np.float64(float32(c)))
+    return np.float32(float(float32(a)) * float(float32(b)) + float(float32(c)))
 
 
 @instruction(F32, F32, F32, asm="max.f32 $0, $1, $2;")

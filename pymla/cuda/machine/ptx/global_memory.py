@@ -71,6 +71,13 @@ def load_u32(address):
     return _read("<i", address)
 
 
+@instruction(I32, I64, emit=loading(bits(32), constant=True))
+def load_u32_around(address):
+    """A word of which some bytes lie in an array. All four can be read, as allocations are multiples of 512 bytes; in
+    the simulator the others are poison."""
+    return int.from_bytes(simulated_memory.GLOBAL.around(address, 4), "little", signed=True)
+
+
 @instruction(I64, I64, emit=loading(bits(64), constant=True))
 def load_u64(address):
     """64 bits as an int64."""

@@ -105,14 +105,21 @@ def word_of(value):
 
 def float32(value):
     """A float32, which it must be already: compiled kernels would compute in float64."""
+    if type(value) is np.float32:
+        return value
     if not isinstance(value, (np.float32, int)):
         raise TypeError(f"expected float32, got {type(value).__name__} {value}")
     return np.float32(value)
 
 
-def bytes_of(word, kind="i1"):
-    """The bytes of words: (..., 4)."""
-    return np.asarray(word, np.int64).astype(np.uint32).astype("<u4")[..., None].view(kind)
+def unsigned_bytes(word):
+    """The four bytes of a word, the lowest first."""
+    return tuple((int(word) & 0xFFFFFFFF).to_bytes(4, "little"))
+
+
+def signed_bytes(word):
+    """The same from -128 to 127."""
+    return tuple((byte ^ 0x80) - 0x80 for byte in unsigned_bytes(word))
 
 
 def float32s(values):

@@ -1,31 +1,36 @@
 """Integers: dot products of bytes, and moving bytes and bits."""
 
-import numpy as np
+import operator
+
 from llvmlite import ir
 
-from pymla.cuda.machine.ptx.instruction import I32, I64, LLVM, bytes_of, instruction, word_of
+from pymla.cuda.machine.ptx.instruction import I32, I64, LLVM, instruction, signed_bytes, unsigned_bytes, word_of
+
+
+def _dot(a, b, c):
+    return word_of(int(c) + sum(map(operator.mul, a, b)))
 
 
 @instruction(I32, I32, I32, I32, asm="dp4a.s32.s32 $0, $1, $2, $3;")
 def dp4a(a, b, c):
     """``c + Σ a[i] * b[i]`` over four signed bytes."""
-    return word_of(c + int(np.dot(bytes_of(a).astype(int), bytes_of(b).astype(int))))
+    return _dot(signed_bytes(a), signed_bytes(b), c)
 
 
 @instruction(I32, I32, I32, I32, asm="dp4a.u32.s32 $0, $1, $2, $3;")
 def dp4a_us(a, b, c):
     """``c + Σ a[i] * b[i]``, the bytes of `a` unsigned, those of `b` signed."""
-    return word_of(c + int(np.dot(bytes_of(a, "u1").astype(int), bytes_of(b).astype(int))))
+    return _dot(unsigned_bytes(a), signed_bytes(b), c)
 
 
 @instruction(I32, I32, I32, I32, asm="prmt.b32 $0, $1, $2, $3;")
 def prmt(a, b, selector):
     """Four of the eight bytes of `a` (0 to 3) and `b` (4 to 7): byte i is number ``selector >> 4 * i & 7``; with bit 3
     set, its sign bit eight times."""
-    source, result = [*bytes_of(a, "u1"), *bytes_of(b, "u1")], 0
+    source, result = unsigned_bytes(a) + unsigned_bytes(b), 0
     for i in range(4):
         nibble = int(selector) >> 4 * i
-        byte = int(source[nibble & 7])
+        byte = source[nibble & 7]
         result |= (byte if not nibble & 8 else 0xFF * (byte >> 7)) << 8 * i
     return word_of(result)
 

@@ -52,6 +52,12 @@ def write_shared(form, address, *values):
     simulator.running().block.shared.memory.write(form, address, *values)
 
 
+@instruction(I32, I64, emit=loading(bits(8), space=SHARED, then=as_unsigned))
+def load_shared_u8(address):
+    """A byte, 0 to 255, of shared memory."""
+    return _shared("<B", address)
+
+
 @instruction(I32, I64, emit=loading(bits(16), space=SHARED, then=as_unsigned))
 def load_shared_u16(address):
     """A 16-bit integer, 0 to 65535, of shared memory."""

@@ -1,5 +1,7 @@
 """Operations that the 32 lanes of a warp do together: shuffles, sums, votes. All lanes must come to such a function."""
 
+import operator
+
 import numpy as np
 from numba.cuda import types
 
@@ -77,6 +79,31 @@ def group_max(x, width):
         width >>= 1
         x = max(x, shfl_xor(x, width))
     return x
+
+
+if SIMULATED:
+    # Lanes meet once, where shuffles let them meet up to five times: half of the time that a simulated kernel takes.
+    sum_by_shuffles, max_by_shuffles = group_sum, group_max
+
+    def _reduction(operate):
+        """The combination of lanes that gives what shuffles give."""
+
+        def combine(lanes):
+            values, width = [value for value, _ in lanes], lanes[0][1]
+            while width > 1:
+                width >>= 1
+                values = [_value(operate(values[i], values[i ^ width])) for i in range(WARP)]
+            return values
+
+        return combine
+
+    _summed, _largest = _reduction(operator.add), _reduction(max)
+
+    def group_sum(x, width):
+        return simulator.meet("group_sum", (_value(x), width), _summed)
+
+    def group_max(x, width):
+        return simulator.meet("group_max", (_value(x), width), _largest)
 
 
 @device

@@ -12,6 +12,16 @@ from pymla.cpu.runtime.isa import LANES
 COLUMNS, TILES, FOURS, EIGHTS = range(4)
 
 
+def columns_of(order, r):
+    """The columns whose codes are in the r-th register of an order. Other orders than `COLUMNS` are those of registers
+    of 64 bytes."""
+    if order == EIGHTS:
+        return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
+    if order == FOURS:
+        return [32 * (i // 16) + 16 * r + i % 16 for i in range(64)]
+    return [4 * LANES * r + i for i in range(4 * LANES)]
+
+
 @helper
 def place(order, block, blocks):
     """Where the activations of a block are written: their first eight codes, and the bytes from there to the next eight

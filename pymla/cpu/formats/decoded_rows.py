@@ -1,0 +1,334 @@
+"""Rows of types that can be decoded, times the activations of one token (gemv)."""
+
+import numpy as np
+
+from pymla.cpu.formats.decoder import REGISTER, REGISTERS, no_minima
+from pymla.cpu.machine.simd import (
+    fma,
+    load_f32,
+    load_f32x8,
+    load_i8x32,
+    load_i8xL,
+    load_i16,
+    mul,
+    splat_f32,
+    splat_f32xL,
+    total,
+    totals,
+)
+from pymla.cpu.machine.simd_512 import halve, halves_of_blocks, spread_pairs, times_integers, twice_in_quarters
+from pymla.cpu.machine.simd_bytes import dot_i8, dot_i16, load_i16x16, to_f32, zero_i32x8
+from pymla.cpu.machine.simd_decoded import (
+    dot_signed_codes,
+    dot_unsigned,
+    folded_products,
+    load_f32x8_pairs,
+    load_i16_as_f32,
+    no_sums_16,
+    splat_fours,
+    splat_quarters,
+    spread_16,
+    spread_32,
+)
+from pymla.cpu.machine.simd_panels import finish8
+from pymla.cpu.machine.simd_words import zero_words
+from pymla.cpu.memory import fetch_ahead
+from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.isa import LANES
+
+
+def dot_four_for(decoder):
+    """Make `dot_four`."""
+    header, nbytes = decoder.header, decoder.nbytes
+    add_256, rest = _add_256_for(decoder), _rest_for(decoder)
+    inputs, begin, finish = _inputs_for(decoder), _begin_for(decoder), _finish_for(decoder)
+
+    if LANES == 16:
+
+        @inlined
+        def whole(rows, activations, columns):
+            """Four rows at a time, so that activations are loaded once."""
+            a, b, c, d = rows
+            at, bt, ct, dt = a + header, b + header, c + header, d + header
+            _, codes, scale, sums, _, sum16 = activations
+            acc, acc_b, acc_c, acc_d = begin(), begin(), begin(), begin()
+            for _ in range(columns // 256):
+                x = inputs(scale, sums, sum16)
+                acc = add_256(a, at, codes, x, acc)
+                acc_b = add_256(b, bt, codes, x, acc_b)
+                acc_c = add_256(c, ct, codes, x, acc_c)
+                acc_d = add_256(d, dt, codes, x, acc_d)
+                at, bt, ct, dt = at + nbytes, bt + nbytes, ct + nbytes, dt + nbytes
+                codes, scale, sums, sum16 = codes + 256, scale + 32, sums + 32, sum16 + 32
+            return totals(finish(acc), finish(acc_b), finish(acc_c), finish(acc_d))
+
+    else:
+
+        @helper
+        def one(row, activations, columns):
+            _, codes, scale, sums, _, sum16 = activations
+            at, acc = row + header, begin()
+            for _ in range(columns // 256):
+                acc = add_256(row, at, codes, inputs(scale, sums, sum16), acc)
+                at, codes, scale, sums, sum16 = at + nbytes, codes + 256, scale + 32, sums + 32, sum16 + 32
+            return total(finish(acc))
+
+        @inlined
+        def whole(rows, activations, columns):
+            """The four rows follow each other: there are too few registers for more than one."""
+            a, b, c, d = rows
+            return (
+                one(a, activations, columns),
+                one(b, activations, columns),
+                one(c, activations, columns),
+                one(d, activations, columns),
+            )
+
+    if not decoder.has_rest:
+        return whole
+
+    @inlined
+    def dot_four(rows, activations, columns):
+        a, b, c, d = whole(rows, activations, columns)
+        if columns % 256:
+            a += rest(rows[0], activations, columns)
+            b += rest(rows[1], activations, columns)
+            c += rest(rows[2], activations, columns)
+            d += rest(rows[3], activations, columns)
+        return a, b, c, d
+
+    return dot_four
+
+
+def _needs_sums(decoder):
+    """Whether products take the sums of activations: for minima, or for what codes in registers are too large."""
+    return decoder.load_minima is not None or decoder.offset != 0
+
+
+def _inputs_for(decoder):
+    """Make a function that loads the scales of 256 activations, and the sums of those of each small block."""
+    if decoder.integers is not None:
+
+        @inlined
+        def inputs(scale, sums, sum16):
+            return load_f32x8(scale), load_i16x16(sum16)
+
+    elif decoder.each == 32:
+
+        @inlined
+        def inputs(scale, sums, sum16):
+            return load_f32x8(scale), load_f32x8(sums)
+
+    else:
+
+        @inlined
+        def inputs(scale, sums, sum16):
+            s = load_f32x8_pairs(scale)
+            return s, mul(load_i16_as_f32(sum16), s)
+
+    return inputs
+
+
+def _begin_for(decoder):
+    """Make a function that gives the sums to begin with: of products, and of minima or offsets."""
+    zero = np.float32(0)
+    if decoder.each == 32 or decoder.integers is not None:
+
+        @inlined
+        def begin():
+            return splat_f32xL(zero), splat_f32(zero)
+
+    else:
+
+        @inlined
+        def begin():
+            return splat_f32xL(zero), no_sums_16()
+
+    return begin
+
+
+def _finish_for(decoder):
+    """Make a function that gives eight numbers whose sum is the result."""
+    factor, needs_sums = np.float32(1 if decoder.load_minima else -decoder.offset), _needs_sums(decoder)
+    if decoder.integers is not None and decoder.load_minima is not None:
+        factor = np.float32(-1)  # integers are what is taken off
+    if decoder.each == 32 or decoder.integers is not None:
+
+        @inlined
+        def finish(acc):
+            products, sums = acc
+            products = folded_products(products)
+            return fma(sums, splat_f32(factor), products) if needs_sums else products
+
+    else:
+
+        @inlined
+        def finish(acc):
+            products, sums = acc
+            products = folded_products(products)
+            return fma(halve(sums), splat_f32(factor), products) if needs_sums else products
+
+    return finish
+
+
+def _add_256_for(decoder):
+    """Make a function that adds the products of 256 weights of a row."""
+    if decoder.integers is not None:
+        return _add_integers_for(decoder)
+    load_scales, load_minima = decoder.load_scales, decoder.load_minima or no_minima
+    has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
+    nbytes, add_products = decoder.nbytes, _add_products_for(decoder)
+
+    @inlined
+    def add_256(row, address, codes, x, acc):
+        fetch_ahead(address, nbytes)
+        s, m = x
+        products, sums = acc
+        scales = load_scales(row, address)
+        if has_minima:
+            sums = fma(load_minima(address), m, sums)
+        elif needs_sums:
+            sums = fma(scales, m, sums)
+        return add_products(address, codes, mul(scales, s), products), sums
+
+    return add_256
+
+
+def _add_products_for(decoder):
+    """Make a function ``(address, codes, factor, products)``: add the products of 256 weights to lanes of `products`,
+    with a factor for each small block."""
+    if decoder.load_eights is not None:
+        return _add_eights_for(decoder)
+    load_codes, spread = decoder.load_codes, spread_32 if decoder.each == 32 else spread_16
+    dot = dot_signed_codes if decoder.lowest + decoder.offset < 0 else dot_unsigned
+
+    @inlined
+    def add_products(address, codes, factor, products):
+        zero = zero_words()
+        dots = dot(zero, load_codes(address, 0), load_i8xL(codes))
+        products = fma(finish8(dots), spread(factor, 0), products)
+        dots = dot(zero, load_codes(address, 1), load_i8xL(codes + REGISTER))
+        products = fma(finish8(dots), spread(factor, 1), products)
+        dots = dot(zero, load_codes(address, 2), load_i8xL(codes + 2 * REGISTER))
+        products = fma(finish8(dots), spread(factor, 2), products)
+        dots = dot(zero, load_codes(address, 3), load_i8xL(codes + 3 * REGISTER))
+        products = fma(finish8(dots), spread(factor, 3), products)
+        if REGISTERS == 8:
+            dots = dot(zero, load_codes(address, 4), load_i8xL(codes + 4 * REGISTER))
+            products = fma(finish8(dots), spread(factor, 4), products)
+            dots = dot(zero, load_codes(address, 5), load_i8xL(codes + 5 * REGISTER))
+            products = fma(finish8(dots), spread(factor, 5), products)
+            dots = dot(zero, load_codes(address, 6), load_i8xL(codes + 6 * REGISTER))
+            products = fma(finish8(dots), spread(factor, 6), products)
+            dots = dot(zero, load_codes(address, 7), load_i8xL(codes + 7 * REGISTER))
+            products = fma(finish8(dots), spread(factor, 7), products)
+        return products
+
+    return add_products
+
+
+def _add_eights_for(decoder):
+    """`_add_products_for` of registers that have eight codes of each of eight blocks: a lane has a block's products
+    from all four registers, or where small blocks have 16 weights from two of them."""
+    load_eights, in_halves = decoder.load_eights, decoder.each == 16
+
+    @inlined
+    def add_products(address, codes, factor, products):
+        dots = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
+        dots = dot_unsigned(dots, load_eights(address, 2), load_i8xL(codes + 128))
+        if in_halves:
+            products = fma(finish8(dots), halves_of_blocks(factor, 0), products)
+            dots = zero_words()
+        dots = dot_unsigned(dots, load_eights(address, 1), load_i8xL(codes + 64))
+        dots = dot_unsigned(dots, load_eights(address, 3), load_i8xL(codes + 192))
+        return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
+
+    return add_products
+
+
+def _add_integers_for(decoder):
+    """`_add_256_for` of types whose small blocks have integer scales, in registers of the order `EIGHTS`."""
+    load_eights, nbytes = decoder.load_eights, decoder.nbytes
+    load_scales, load_unit, load_minima, load_minimum_unit = decoder.integers
+    has_minima, needs_sums = load_minima is not None, _needs_sums(decoder)
+    load_minima, load_minimum_unit = load_minima or load_scales, load_minimum_unit or load_unit
+
+    @inlined
+    def add_256(row, address, codes, x, acc):
+        fetch_ahead(address, nbytes)
+        s, sum16 = x
+        products, sums = acc
+        scales, factor = load_scales(address), mul(load_unit(address), s)
+        if has_minima:
+            sums = fma(to_f32(dot_i16(load_minima(address), sum16)), mul(load_minimum_unit(address), s), sums)
+        elif needs_sums:
+            sums = fma(to_f32(dot_i16(scales, sum16)), factor, sums)
+        first = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
+        first = dot_unsigned(first, load_eights(address, 2), load_i8xL(codes + 128))
+        second = dot_unsigned(zero_words(), load_eights(address, 1), load_i8xL(codes + 64))
+        second = dot_unsigned(second, load_eights(address, 3), load_i8xL(codes + 192))
+        dots = times_integers(first, second, scales)
+        return fma(finish8(dots), twice_in_quarters(factor), products), sums
+
+    return add_256
+
+
+def _rest_for(decoder):
+    """Make a function for the blocks of a row behind the last 256 columns, of types with smaller blocks."""
+    header, load_codes_32, load_scale = decoder.header, decoder.load_codes_32, decoder.load_scale
+    in_fours, nbytes = decoder.load_fours is not None, decoder.nbytes
+    dot_fours = _dot_fours_for(decoder) if in_fours else _no_fours
+
+    @helper
+    def rest(row, activations, columns):
+        _, codes, scale, _, _, sum16 = activations
+        acc, result, first = splat_f32(np.float32(0)), np.float32(0), columns // 256 * 8
+        if in_fours and columns % 256 >= 128:
+            result = dot_fours(row, row + header + first // 8 * nbytes, first, codes, scale, sum16)
+            first += 4
+        for block in range(first, columns // 32):
+            low, high = load_scale(row, row + header, block)
+            s = load_f32(scale + 4 * block)
+            weights = load_codes_32(row + header, block)
+            products = dot_i8(zero_i32x8(), weights, load_i8x32(codes + 32 * block))
+            acc = fma(to_f32(products), splat_fours(low * s, high * s), acc)
+        return result + total(acc)
+
+    return rest
+
+
+@inlined
+def _no_fours(row, address, first, codes, scale, sum16):
+    """Stands for the function of `_dot_fours_for` where no branch that is left calls it."""
+    return np.float32(0)
+
+
+def _dot_fours_for(decoder):
+    """Make a function for four blocks of a row, from block `first` on, of which registers have sixteen codes each
+    (`FOURS`). `address` is that of the blocks."""
+    header, load_fours, load_scale = decoder.header, decoder.load_fours, decoder.load_scale
+    offset = np.float32(decoder.offset)
+
+    @inlined
+    def scales_of(row, block, codes, scale, sum16):
+        """Of a block: the scales of its halves times that of the activations, and what is taken off its products."""
+        low, high = load_scale(row, row + header, block)
+        s = load_f32(scale + 4 * block)
+        low, high = low * s, high * s
+        sums = np.float32(load_i16(sum16 + 4 * block)), np.float32(load_i16(sum16 + 4 * block + 2))
+        return low, high, offset * (low * sums[0] + high * sums[1])
+
+    @inlined
+    def dot_fours(row, address, first, codes, scale, sum16):
+        a, a_high, off_a = scales_of(row, first, codes, scale, sum16)
+        b, b_high, off_b = scales_of(row, first + 1, codes, scale, sum16)
+        c, c_high, off_c = scales_of(row, first + 2, codes, scale, sum16)
+        d, d_high, off_d = scales_of(row, first + 3, codes, scale, sum16)
+        at = codes + 32 * first
+        dots = dot_unsigned(zero_words(), load_fours(address, 0), load_i8xL(at))
+        products = mul(finish8(dots), splat_quarters(a, b, c, d))
+        dots = dot_unsigned(zero_words(), load_fours(address, 1), load_i8xL(at + 64))
+        products = fma(finish8(dots), splat_quarters(a_high, b_high, c_high, d_high), products)
+        return total(products) - (off_a + off_b + off_c + off_d)
+
+    return dot_fours
