@@ -179,7 +179,7 @@ def _numpy_scales_iq1_m(words):
     wide = words.astype(np.int32)
     half = np.bitwise_or.reduce(wide >> 12 << np.arange(0, 16, 4)).astype(np.uint16).view(np.float16)
     numbers = wide[:, None] >> np.arange(0, 12, 3) & 7
-    return np.float32(half) * (numbers.reshape(-1) * np.float32(0.25) + np.float32(0.125))
+    return np.float32(half) * (numbers.reshape(-1) / 4 + 1 / 8).astype(np.float32)
 
 
 #: Where the scales of IQ1_M are: four words of 16 bits, each with four of 3 bits and, above them, bits of the half.
