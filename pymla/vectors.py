@@ -98,4 +98,11 @@ VECTORS: dict[int, Vectors] = {
         _scaled(32, _odd_eighths((Places(3, tuple((35 + 2 * i, 4) for i in range(8))),))),
         down=Field(34, 1, per=4, stride=2, first=15, step=0),
     ),
+    # A nibble for eight weights: the high bits of an index, and whether codes are moved down. Scales are no planes.
+    ggml.IQ1_M: Vectors(
+        "IQ1_S",
+        (Field(0, 8), Field(32, 3, per=2, step=4, shift=8)),
+        Layout(Codes(()), 16),
+        down=Field(32, 1, per=2, first=3, step=4),
+    ),
 }

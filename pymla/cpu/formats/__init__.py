@@ -8,11 +8,15 @@ Weights of a block are ``w = d * code + m`` with codes of at most 8 bits. Activa
 """
 
 from pymla import ggml
-from pymla.cpu.formats import floats, k_quants, legacy
+from pymla.cpu.formats import floats, ik_quants, k_quants, legacy
 from pymla.cpu.formats.format import Format
 from pymla.cpu.formats.planes import format_of_planes
+from pymla.cpu.formats.trellis import format_of_trellis
+from pymla.cpu.formats.trits import format_of_trits
 from pymla.cpu.formats.vectors import format_of_vectors
 from pymla.planes import LAYOUTS
+from pymla.trellis import TRELLISES
+from pymla.trits import TRITS
 from pymla.vectors import VECTORS
 
 __all__ = ["FORMATS", "Format"]
@@ -29,4 +33,8 @@ FORMATS: dict[int, Format] = {
     ggml.Q6_K: k_quants.Q6_K,
     **{qtype: format_of_planes(qtype) for qtype in LAYOUTS},
     **{qtype: format_of_vectors(qtype) for qtype in VECTORS},
+    **{qtype: format_of_trits(qtype) for qtype in TRITS},
+    **{qtype: format_of_trellis(qtype) for qtype in TRELLISES},
+    ggml.IQ4_KSS: ik_quants.IQ4_KSS,
+    ggml.IQ2_KL: ik_quants.IQ2_KL,
 }

@@ -29,6 +29,7 @@ from pymla.cpu.machine.simd_decoded import (
     splat_quarters,
     spread_16,
     spread_32,
+    with_aligned_stack,
 )
 from pymla.cpu.machine.simd_panels import finish8
 from pymla.cpu.machine.simd_words import zero_words
@@ -51,6 +52,7 @@ def dot_four_for(decoder):
             a, b, c, d = rows
             at, bt, ct, dt = a + header, b + header, c + header, d + header
             _, codes, scale, sums, _, sum16 = activations
+            codes = with_aligned_stack(codes)
             acc, acc_b, acc_c, acc_d = begin(), begin(), begin(), begin()
             for _ in range(columns // 256):
                 x = inputs(scale, sums, sum16)

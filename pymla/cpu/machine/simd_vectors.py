@@ -12,21 +12,27 @@ from pymla import ggml
 from pymla.codebooks import codebook
 from pymla.cpu.machine import simd_vectors_512
 from pymla.cpu.machine.intrinsics import (
+    F16,
+    F32,
     I1,
     I8,
+    I16,
     I32,
     I64,
     LITERAL,
     constant,
+    f32x16,
     i8x32,
     i8xL,
     operation,
+    read,
     shuffle,
+    splat,
 )
 from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _times
+from pymla.cpu.machine.simd_planes import _divided, _moved, _times
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):
@@ -100,17 +106,19 @@ def _emit_codes(builder, vectors, offset, source, eights):
     table = (factor * table.astype(np.int16) + plus).astype(np.int8)
     codes = _looked_up(builder, table, index, numbers)
     if vectors.down:
-        # Codes of vectors that are not moved down are 2 larger.
-        is_down = builder.trunc(
-            _picked(builder, source.words((vectors.down,), 4), eights), ir.VectorType(I1, len(eights))
-        )
-        wide = ir.VectorType(I64, len(eights))
-        moved = builder.select(is_down, constant(wide, 0), constant(wide, 0x0202020202020202))
-        return builder.add(codes, builder.bitcast(moved, codes.type))
+        return builder.add(codes, _moved_up(builder, source.words((vectors.down,), 4), eights))
     signs = _signs(builder, vectors.signs, source)
     bits = builder.trunc(_picked(builder, signs, eights), ir.VectorType(I8, len(eights)))
     is_negative = builder.bitcast(bits, ir.VectorType(I1, codes.type.count))
     return builder.select(is_negative, builder.sub(constant(codes.type, 2 * offset), codes), codes)
+
+
+def _moved_up(builder, down, eights):
+    """2 in the eight bytes of vectors that are not moved down, 0 in the others."""
+    wide = ir.VectorType(I64, len(eights))
+    is_down = builder.icmp_unsigned("!=", builder.zext(_picked(builder, down, eights), wide), constant(wide, 0))
+    moved = builder.select(is_down, constant(wide, 0), constant(wide, 0x0202020202020202))
+    return builder.bitcast(moved, ir.VectorType(I8, 8 * len(eights)))
 
 
 def _picked(builder, words, lanes):
@@ -155,6 +163,68 @@ def constant_array(builder, element, numbers):
     array.linkage, array.global_constant, array.unnamed_addr, array.initializer = "internal", True, True, value
     array.align = 64
     return array
+
+
+def _half_of_nibbles(builder, word):
+    """The half, as float32, whose bits are the highest nibbles of four words of 16 bits."""
+    bits = ir.Constant(I64, 0)
+    for i in range(4):
+        moved = builder.lshr(word, ir.Constant(I64, 12 + 12 * i))
+        bits = builder.or_(bits, builder.and_(moved, ir.Constant(I64, 15 << 4 * i)))
+    return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
+
+
+def _numpy_scales_iq1_m(words):
+    """The scales of IQ1_M, float32 (16,), of four words of 16 bits."""
+    wide = words.astype(np.int32)
+    half = np.bitwise_or.reduce(wide >> 12 << np.arange(0, 16, 4)).astype(np.uint16).view(np.float16)
+    numbers = wide[:, None] >> np.arange(0, 12, 3) & 7
+    return np.float32(half) * (numbers.reshape(-1) / 4 + 1 / 8).astype(np.float32)
+
+
+#: Where the scales of IQ1_M are: four words of 16 bits, each with four of 3 bits and, above them, bits of the half.
+_IQ1_M_SCALES = 48
+
+
+def _emit_load_scales_iq1_m(builder, row, address):
+    word = read(builder, _moved(builder, address, _IQ1_M_SCALES), I64)
+    words = builder.bitcast(word, ir.VectorType(I16, 4))
+    numbers = builder.zext(shuffle(builder, words, words, [i // 4 for i in range(16)]), ir.VectorType(I32, 16))
+    numbers = builder.lshr(numbers, ir.Constant(numbers.type, [0, 3, 6, 9] * 4))
+    numbers = builder.and_(numbers, constant(numbers.type, 7))
+    floats = builder.sitofp(numbers, ir.VectorType(F32, 16))
+    floats = builder.fadd(builder.fmul(floats, constant(floats.type, 0.25)), constant(floats.type, 0.125))
+    return builder.fmul(splat(builder, _half_of_nibbles(builder, word), 16), floats)
+
+
+@operation(f32x16, types.int64, types.int64, emit=_emit_load_scales_iq1_m)
+def load_scales_iq1_m(row, address):
+    """The scales, float32, of the small blocks of a block of IQ1_M."""
+    return _numpy_scales_iq1_m(read_lanes(address + _IQ1_M_SCALES, np.uint16, 4))
+
+
+def _emit_load_scale_iq1_m(builder, row, address, block):
+    whole, sub = _divided(builder, block, 8)
+    address = _moved(builder, builder.add(address, _times(builder, whole, ggml.BLOCK_BYTES[ggml.IQ1_M])), _IQ1_M_SCALES)
+    half = _half_of_nibbles(builder, read(builder, address, I64))
+    at, first = _divided(builder, sub, 2)
+    word = builder.zext(read(builder, builder.add(address, _times(builder, at, 2)), I16), I32)
+    word = builder.lshr(word, builder.trunc(_times(builder, first, 6), I32))
+    found = []
+    for i in range(2):
+        number = builder.and_(builder.lshr(word, ir.Constant(I32, 3 * i)), ir.Constant(I32, 7))
+        number = builder.sitofp(number, F32)
+        number = builder.fadd(builder.fmul(number, ir.Constant(F32, 0.25)), ir.Constant(F32, 0.125))
+        found.append(builder.fmul(half, number))
+    return found
+
+
+@operation(types.UniTuple(types.float32, 2), *[types.int64] * 3, emit=_emit_load_scale_iq1_m)
+def load_scale_iq1_m(row, address, block):
+    """The scales, two float32, of the sixteens of the weights from ``32 * block`` on, of IQ1_M."""
+    address += block // 8 * ggml.BLOCK_BYTES[ggml.IQ1_M] + _IQ1_M_SCALES
+    scales = _numpy_scales_iq1_m(read_lanes(address, np.uint16, 4))
+    return scales[2 * (block % 8)], scales[2 * (block % 8) + 1]
 
 
 def _numpy_codes(vectors, blocks):

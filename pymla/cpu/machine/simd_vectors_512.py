@@ -21,13 +21,16 @@ from pymla.cpu.runtime.isa import LANES, PYTHON
 
 _BYTES, _WORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for element in (I8, I16, I64))
 #: Entries of the largest codebook of which registers are faster than loads.
-_MOST = 512
+_MOST = 1024
+
+
+#: Whether the processor that is compiled for has the instructions.
+HAS_VBMI = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
 
 
 def can_hold(vectors):
-    """Whether `emit_codes` takes a type, on the processor that is compiled for."""
-    has_instructions = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
-    return has_instructions and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
+    """Whether `emit_codes` takes a type."""
+    return HAS_VBMI and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
 
 
 def emit_codes(builder, vectors, offset, address, nbytes, eights):
@@ -50,8 +53,8 @@ def _emit_pairs(builder, vectors, offset, address, nbytes, run):
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
     entries = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0].astype(int) for bit in (1, 0)]
-    index, last = _indices(builder, vectors.index, address, 0, 4)
-    words = _looked_up(builder, entries[0] | entries[1] << 8, index, last)
+    index, masks = _indices(builder, vectors.index, address, 0, 4)
+    words = _looked_up(builder, entries[0] | entries[1] << 8, index, masks)
     # Bits of the runs 3, 2, 1 and 0, from the lowest bit on.
     codes = _columns(builder, words, 8)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 2, 1: 0, 2: 5, 3: 4})
@@ -71,7 +74,7 @@ def _emit_nibbles(builder, vectors, offset, address, nbytes, run):
     entries = (np.searchsorted(levels, table) << 4 * np.arange(4)).sum(axis=1)
     words = _looked_up(builder, entries, *_indices(builder, vectors.index, address, run // 2, 8))
     place, sign = ((0, 3), (0, 4), (0, 5), (3, 0))[run]
-    codes = _shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)])
+    codes = shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)] * 8)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 3, 1: 4, 2: 5, 3: 0})
     both = _merged(builder, codes, signs, 7 << place)
     return look_up_64(builder, both, _levels(levels, offset, range(place, place + 3), sign))
@@ -94,9 +97,9 @@ def _columns(builder, words, count):
     return builder.call(product, [*given, ir.Constant(I8, 0)])
 
 
-def _shifted(builder, words, bits):
-    """Bytes that begin at eight bits of words of 64 bits."""
-    control = ir.Constant(_BYTES, [bit % 64 for bit in bits] * 8)
+def shifted(builder, words, bits):
+    """Bytes that begin at some bits, a bit for each byte, of their word of 64 bits."""
+    control = ir.Constant(_BYTES, [bit % 64 for bit in bits])
     move = declare(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, [_BYTES, _BYTES])
     return builder.call(move, [control, builder.bitcast(words, _BYTES)])
 
@@ -122,32 +125,43 @@ def _merged(builder, low, high, mask):
 
 def _indices(builder, fields, address, half, count):
     """Of the `count` vectors of each block of 32 weights, the first or second four: the low bits of indices in words,
-    and their bits of 256 as a mask where these lie apart."""
+    and the bits from the ninth on, where these lie apart, as masks."""
     low = fields[0]
     at = [low.place(count * block + 4 * half + i)[0] for block in range(8) for i in range(4)]
     if low.bits > 8:
-        index = read(builder, _moved(builder, address, low.at), _WORDS)
+        return read(builder, _moved(builder, address, low.at), _WORDS), []
+    if at == list(range(at[0], at[0] + 32)):
+        found = read(builder, _moved(builder, address, at[0]), ir.VectorType(I8, 32))
+        index = builder.zext(found, _WORDS)
     else:
         found = read(builder, _moved(builder, address, low.at), _BYTES)
         lanes = [lane for byte in at for lane in (byte - low.at, 64)]
         index = builder.bitcast(shuffle(builder, found, constant(_BYTES, 0), lanes), _WORDS)
     if len(fields) == 1:
-        return index, None
-    bits = read(builder, _moved(builder, address, fields[1].at), I64)
+        return index, []
+    high = fields[1]
+    bits = read(builder, _moved(builder, address, high.at), I64)
     pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
-    bits = builder.call(pick, [bits, ir.Constant(I64, 0x0F0F0F0F0F0F0F0F << 4 * half)])
-    return index, builder.bitcast(builder.trunc(bits, I32), ir.VectorType(I1, 32))
+    masks = []
+    for bit in range(high.bits):
+        places = [high.place(count * block + 4 * half + i) for block in range(8) for i in range(4)]
+        mask = sum(1 << 8 * (byte - high.at) + first + bit for byte, first in places)
+        picked = builder.trunc(builder.call(pick, [bits, ir.Constant(I64, mask)]), I32)
+        masks.append(builder.bitcast(picked, ir.VectorType(I1, 32)))
+    return index, masks
 
 
-def _looked_up(builder, entries, index, last):
-    """Words of a table by indices. Their highest bit may stand apart, in `last`."""
+def _looked_up(builder, entries, index, masks):
+    """Words of a table by indices, whose bits from the ninth on may stand apart."""
     pick = declare(builder, "llvm.x86.avx512.vpermi2var.hi.512", _WORDS, [_WORDS] * 3)
     halves = [ir.Constant(_WORDS, entries[i : i + 32].tolist()) for i in range(0, len(entries), 32)]
     found = [builder.call(pick, [low, index, high]) for low, high in zip(halves[::2], halves[1::2], strict=True)]
     bit = 64
     while len(found) > 1:
-        is_set = builder.icmp_unsigned("!=", builder.and_(index, constant(_WORDS, bit)), constant(_WORDS, 0))
-        is_set = last if len(found) == 2 and last else is_set
+        if bit < 256 or not masks:
+            is_set = builder.icmp_unsigned("!=", builder.and_(index, constant(_WORDS, bit)), constant(_WORDS, 0))
+        else:
+            is_set = masks[bit.bit_length() - 9]
         found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
         bit *= 2
     return found[0]
@@ -165,4 +179,4 @@ def _signs(builder, field, address, nbytes, places):
         return _columns(builder, shuffle(builder, found, found, lanes), 8)
     words = builder.zext(words, _QWORDS) if width < 8 else words
     begins = [8 * (byte - base) + bit for byte, bit in (at.get(i, (base, 0)) for i in range(8))]
-    return _columns(builder, _shifted(builder, words, begins), 7)
+    return _columns(builder, shifted(builder, words, begins * 8), 7)
