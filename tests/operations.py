@@ -11,7 +11,7 @@ from pymla.reference.quant import QUANTISERS, quantise
 from pymla.tensor import QTensor
 
 #: Types of matrices that can be made here.
-MATRIX_TYPES = tuple(map(ggml.ID.get, QUANTISERS))
+MATRIX_TYPES = tuple(ggml.ID[name] for name in QUANTISERS if ggml.ID[name] in ggml.SUPPORTED)
 
 
 def tensor(rng, qtype, *shape):
@@ -43,7 +43,7 @@ def latent(rng, backend, rank, rope, slots):
     """A latent cache of a type, with rows in it."""
     name = list(CACHE_TYPES)[rng.integers(len(CACHE_TYPES))]
     qtype = CACHE_TYPES[name]
-    layout = [(qtype, rank), (ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)]
+    layout = [(qtype, rank), (ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype, rope)]
     cache = backend.attention.latent_cache(layout, slots)
     every = backend.memory.to_device(np.arange(slots, dtype=np.int32))
     for rows, width in zip(cache, (rank, rope), strict=True):
