@@ -39,7 +39,7 @@ def random_cache(cache_type, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("cache_type", ["q8_0", "f16"])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q6_0", "q5_0", "q4_0"])
 def bench_decode(measure, cache_type, length):
     blocks, cache = random_cache(cache_type, length)
     q, out = normal(1, HEADS, RANK + ROPE), np.full((1, HEADS, RANK), np.nan, np.float32)

@@ -9,7 +9,7 @@ from cases import as_multiplied, latent_layout, poisoned_cache, ragged_step, ran
 from shapes import normal
 
 from pymla import ggml, reference
-from pymla.pages import CACHE_TYPES, PAGE, Step
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, PAGE, Step
 from pymla.tensor import QTensor
 from pymla.text.sampling import SamplingParams
 
@@ -287,9 +287,10 @@ def attention(records, sizes):
                 "absorbed", latent, sized | {"new": single, "heads": sizes.many_heads, "some_heads": 2}, tensor_cores,
             ),
             "absorbed_materialised": ("absorbed_materialised", latent, {"new": single} | sized, EXACT),
-            "full, single tokens": ("full", whole, {"new": single} | of_full, EXACT),
-            "full, prompts": ("full", whole, {"new": several} | of_full, tensor_cores),
         }  # fmt: skip
+        if qtype not in HADAMARD_TYPES:
+            cases["full, single tokens"] = ("full", whole, {"new": single} | of_full, EXACT)
+            cases["full, prompts"] = ("full", whole, {"new": several} | of_full, tensor_cores)
         for name, (form, layout, options, tolerance) in cases.items():
             if layout is whole and (size % ggml.BLOCK_SIZE[qtype] or sizes.v % ggml.BLOCK_SIZE[qtype]):
                 continue  # such a cache does not exist

@@ -152,7 +152,7 @@ def decode(records, found, form, cache_type, sequences, length, heads):
     if form == "full":
         widths, wide, narrow = ((qtype, heads * (NOPE + ROPE)), (qtype, heads * V)), NOPE + ROPE, V
     else:
-        rope_type = ggml.F16 if qtype == ggml.Q8_0 else qtype
+        rope_type = ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype
         widths, wide, narrow = ((qtype, RANK), (rope_type, ROPE)), RANK + ROPE, RANK
     nbytes = sequences * length * sum(ggml.row_bytes(*each) for each in widths)
 

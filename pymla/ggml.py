@@ -125,10 +125,11 @@ FLOATS = (F32, F16, BF16)
 
 #: The types that every backend runs.
 SUPPORTED = (
-    *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q6_K),
-    *(Q2_K, Q3_K, Q4_K, Q5_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ2_0, Q1_0, Q2_0),
-    *(IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S),
-    *(Q6_0, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, Q8_KV, IQ2_BN),
+    *(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0),
+    *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0, TQ2_0, Q1_0, Q2_0),
+    *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S),
+    *(Q6_0, Q8_KV, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, IQ4_KSS, IQ2_KL),
+    *(IQ1_KT, IQ2_KT, IQ3_KT, IQ4_KT, IQ1_BN, IQ2_BN),
 )
 
 #: Those whose products are taken on integers.

@@ -44,7 +44,7 @@ def latent(rng, backend, rank, rope, slots):
     """A latent cache of a type, with rows in it."""
     name = list(CACHE_TYPES)[rng.integers(len(CACHE_TYPES))]
     qtype = CACHE_TYPES[name]
-    layout = [(qtype, rank), (ggml.F16 if qtype == ggml.Q8_0 else qtype, rope)]
+    layout = [(qtype, rank), (ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype, rope)]
     cache = backend.attention.latent_cache(layout, slots)
     every = backend.memory.to_device(np.arange(slots, dtype=np.int32))
     for rows, width in zip(cache, (rank, rope), strict=True):

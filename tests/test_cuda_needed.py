@@ -16,7 +16,7 @@ import pymla
 from pymla import ggml
 from pymla.cuda import backend, memory, needed, quant, sampling
 from pymla.cuda.runtime.jit import KERNELS, Kernel, compile_all
-from pymla.pages import CACHE_TYPES
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES
 from pymla.text.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,7 +60,9 @@ def check(path, launched, **options):
 @pytest.mark.parametrize("mla", ["auto", "0", "1", "2", "3"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_kernel_of_a_golden_model_is_missing(launched, name, mla):
-    for cache_type in CACHE_TYPES:
+    for cache_type, qtype in CACHE_TYPES.items():
+        if mla == "0" and qtype in HADAMARD_TYPES:
+            continue  # of latent rows alone
         check(GOLDEN / f"{name}.gguf", launched, cache_type=cache_type, mla=mla)
         launched.clear()
 

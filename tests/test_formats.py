@@ -12,6 +12,7 @@ from pymla.errors import PymlaError
 from pymla.reference import formats, quant
 from pymla.tensor import QTensor
 
+Q6_0 = ggml.ID["Q6_0"]
 TYPES = pytest.mark.parametrize("qtype", ggml.SUPPORTED, ids=ggml.NAME.get)
 
 
@@ -39,7 +40,23 @@ def test_dequantise_of_no_rows(qtype):
     assert quant.dequantise(np.empty((3, 0, ggml.row_bytes(qtype, 512)), np.uint8), qtype).shape == (3, 0, 512)
 
 
-@pytest.mark.parametrize("name", quant.QUANTISERS)
+def test_q6_0_rounds_as_ggml_rounds_q5_0():
+    """ik_llama.cpp's type, which gguf-py does not know: the number of largest magnitude becomes code 0, others the
+    nearest one, and blocks that it has already stay as they are."""
+    x = np.random.default_rng(1).standard_normal((257, 32), dtype=np.float32)
+    x[3] = 0
+    blocks = quant.quantise(x, Q6_0)
+    d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    extreme = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], axis=1)
+    np.testing.assert_array_equal(d, (extreme / -32).astype(np.float16))
+    numbers = quant.dequantise(blocks, Q6_0)
+    step = np.abs(d)
+    # The other end of the codes is 31 steps away, not 32; the scale is a half.
+    assert (np.abs(numbers - x) <= np.where(x * d > 30.5 * d**2, 1.02, 0.52) * step).all()
+    np.testing.assert_array_equal(quant.dequantise(quant.quantise(numbers, Q6_0), Q6_0), numbers)
+
+
+@pytest.mark.parametrize("name", [name for name in quant.QUANTISERS if ggml.ID[name] != Q6_0])
 def test_quantise_is_byte_exact(name):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((257, 96), dtype=np.float32) * np.exp(rng.standard_normal((257, 1))).astype(np.float32)

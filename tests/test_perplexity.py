@@ -1,5 +1,6 @@
 import math
 
+import cache_errors
 import numpy as np
 import perplexity as script
 import pytest
@@ -37,3 +38,14 @@ def test_report():
     assert row["perplexity"] == pytest.approx(math.exp(2))
     assert row["relative_to_first"] == pytest.approx(math.exp(0.1) - 1)
     assert row["standard_error"] == pytest.approx(math.exp(2) * 0.5)
+
+
+def test_errors_of_logits():
+    others = np.log(np.array([[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]]))
+    found = cache_errors.errors(others + np.array([[3.0], [-1.0]]), others)
+    assert found.divergence == pytest.approx(0, abs=1e-12)  # a constant changes no probability
+    assert found.same_top == 1
+    assert found.rms == pytest.approx(math.sqrt(5) / others.std())
+    found = cache_errors.errors(np.log(np.array([[0.25, 0.5, 0.25], [0.2, 0.4, 0.4]])), others)
+    assert found.divergence == pytest.approx(0.25 * math.log(2) / 2)
+    assert found.same_top == 0.5

@@ -56,7 +56,8 @@ def load(
     cpu_moe : bool
         Routed experts stay with the CPU.
     cache_type : str
-        "f32", "f16", "bf16" or "q8_0".
+        One of `pymla.pages.CACHE_TYPES`: "f32", "f16", "bf16", "q8_0", "q6_0", "q5_0" or "q4_0". The last three are for
+        the latent rows of all modes but "0".
     mla : str
         "auto", "0", "1", "2" or "3" (`pymla.engine.forms.MLA_MODES`).
     threads : int, optional
