@@ -1,9 +1,9 @@
-"""Where the numbers of ik_llama.cpp's trellis types lie in their blocks: facts that the kernels of all fast backends are
-made from.
+"""Where the numbers of ik_llama.cpp's trellis types lie in their blocks: facts that the kernels of all fast backends
+are made from.
 
 Eight or four neighbouring weights have an index, which starts a random number generator: the index and `OFFSET` are
-multiplied modulo ``2 ** 32`` by `FACTOR`, once more for each weight. A level is the sum of the four bytes of the number,
-six bits of each, less `MIDDLE` (`pymla.reference.formats.ik_trellis`).
+multiplied modulo ``2 ** 32`` by `FACTOR`, once more for each weight. A level is the sum of the four bytes of the
+number, six bits of each, less `MIDDLE` (`pymla.reference.formats.ik_trellis`).
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Trellis(NamedTuple):
     """A type whose codes come from a generator, in blocks of 256 weights."""
 
     group: int  # weights of an index
-    index: tuple[Field | Plane, ...]
+    indices: tuple[Field | Plane, ...]
     layout: Layout  # its scales
     #: Signs of weights; levels then lose their own.
     signs: Plane | None = None

@@ -36,10 +36,11 @@ class Vectors(NamedTuple):
     """A type whose codes come in vectors, in blocks of 256 weights."""
 
     name: str  # of the codebook
-    index: tuple[Field | Plane, ...]  # of each vector
+    indices: tuple[Field | Plane, ...]  # of each vector
     layout: Layout  # its scales
     signs: Field | None = None  # of eight weights, 8 bits or 7; None: the codebook has codes with their signs
-    #: A bit of each vector, of codes that are eight times those of the codebook and one more, or one less where it is set.
+    #: A bit of each vector, of codes that are eight times those of the codebook and one more, or one less where it is
+    #: set.
     down: Field | None = None
 
     @property

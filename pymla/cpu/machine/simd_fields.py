@@ -29,8 +29,8 @@ def _combined(builder, fields, numbers, total):
 
 
 def _moved_by(builder, field, address, sub, count):
-    """How numbers of 32 weights lie that begin at a number known when the kernel runs: as the first ones, behind another
-    address, and so many bits further on, None for no bits."""
+    """How numbers of 32 weights lie that begin at a number known when the kernel runs: as the first ones, behind
+    another address, and so many bits further on, None for no bits."""
     if isinstance(field, Field):
         # Words are not shared by blocks of 32 weights.
         return builder.add(address, _times(builder, sub, count // field.per * field.stride)), None

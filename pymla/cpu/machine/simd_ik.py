@@ -15,7 +15,6 @@ from pymla.cpu.machine.intrinsics import (
     I8,
     I16,
     I32,
-    I64,
     LITERAL,
     constant,
     f32x8,
@@ -33,9 +32,9 @@ from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, look_up_64
 from pymla.planes import IQ4_LEVELS, Plane
 
-# IQ4_KSS: eight words of 16 bits for 32 weights. The lowest bits of the words are a number, of which the lowest bit moves
-# levels up by 4 and the others are a scale. A word without its own lowest bit, xor half of it, has four nibbles, which
-# lie as in IQ4_XS.
+# IQ4_KSS: eight words of 16 bits for 32 weights. The lowest bits of the words are a number, of which the lowest bit
+# moves levels up by 4 and the others are a scale. A word without its own lowest bit, xor half of it, has four nibbles,
+# which lie as in IQ4_XS.
 
 _KSS_BYTES, _KSS_MOVED = ggml.BLOCK_BYTES[ggml.IQ4_KSS], 4
 _KSS_NIBBLES = Plane(0, 4, 16)

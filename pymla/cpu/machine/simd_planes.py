@@ -205,8 +205,8 @@ def _numbers(planes, blocks, columns):
 
 def load_codes_for(qtype, layout, offset, order=COLUMNS, moves=True):
     """Make ``load_codes(address, r)``: the codes of the r-th register of 256 weights, or with `FOURS` of 128, `offset`
-    more than they are, int8 or uint8. `r` is a literal; blocks begin at the address. Without `moves`, levels are those of
-    the first variant."""
+    more than they are, int8 or uint8. `r` is a literal; blocks begin at the address. Without `moves`, levels are those
+    of the first variant."""
     size, nbytes, finish = ggml.BLOCK_SIZE[qtype], ggml.BLOCK_BYTES[qtype], _Finish(layout, offset)
     codes, total = layout.codes, (128 if order == FOURS else 256) // size * nbytes
 
@@ -575,8 +575,8 @@ def load_minima_for(qtype, layout):
 
 
 def moved_scales_for(qtype, layout, offset):
-    """Make ``moved_scales(scales, address)``: the scales of the small blocks of 256 weights times what is added to their
-    codes, which are `offset` too large and those of the first variant."""
+    """Make ``moved_scales(scales, address)``: the scales of the small blocks of 256 weights times what is added to
+    their codes, which are `offset` too large and those of the first variant."""
     lanes, nbytes, codes = 256 // layout.each, ggml.BLOCK_BYTES[qtype], layout.codes
 
     def emit(builder, scales, address):

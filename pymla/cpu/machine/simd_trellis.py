@@ -38,7 +38,7 @@ def load_codes_for(qtype, trellis, offset, order=COLUMNS):
 
     def emit(builder, address, r):
         columns = columns_of(order, r)
-        index = emit_words(builder, trellis.index, address, range(256 // trellis.group), nbytes)
+        index = emit_words(builder, trellis.indices, address, range(256 // trellis.group), nbytes)
         moved = None
         if trellis.moved:
             moved = emit_words(builder, (trellis.moved,), address, range(8), nbytes)
@@ -66,7 +66,7 @@ def load_codes_32_for(qtype, trellis):
     def emit(builder, address, block):
         whole, sub = _divided(builder, block, 8)
         address = builder.add(address, _times(builder, whole, nbytes))
-        index = emit_words_32(builder, trellis.index, address, sub, 32 // trellis.group)
+        index = emit_words_32(builder, trellis.indices, address, sub, 32 // trellis.group)
         moved = emit_words_32(builder, (trellis.moved,), address, sub, 1) if trellis.moved else None
         signs = None
         if trellis.signs:
@@ -155,7 +155,7 @@ def _packed(builder, sums):
 
 def _numpy_codes(trellis, blocks):
     """Codes of blocks of 256 weights, uint8 (n, bytes), as int8 (n, 256)."""
-    starts = numpy_words(trellis.index, blocks, 256 // trellis.group).astype(np.int64) + OFFSET
+    starts = numpy_words(trellis.indices, blocks, 256 // trellis.group).astype(np.int64) + OFFSET
     if trellis.moved:
         starts += np.repeat(numpy_words((trellis.moved,), blocks, 8), 32 // trellis.group, axis=1) * trellis.moved_by
     powers = np.array([pow(FACTOR, i + 1, 2**32) for i in range(trellis.group)], np.uint64)

@@ -1,7 +1,7 @@
 """Codes that come in vectors (`pymla.vectors`): registers of codes from a codebook, by index and signs.
 
-`load_codes_for` and `load_codes_32_for` make the same operations as in `pymla.cpu.machine.simd_planes`. A table of eight
-or four bytes for each entry stands in the kernel's constants; each vector of a register is a load from there.
+`load_codes_for` and `load_codes_32_for` make the same operations as in `pymla.cpu.machine.simd_planes`. A table of
+eight or four bytes for each entry stands in the kernel's constants; each vector of a register is a load from there.
 """
 
 import numpy as np
@@ -99,8 +99,8 @@ class _Some:
 def _emit_codes(builder, vectors, offset, source, eights):
     """The codes of runs of eight weights, by their number."""
     table = codebook(vectors.name)
-    entries, size = table.shape
-    index = source.words(vectors.index, 32 // size)
+    size = table.shape[1]
+    index = source.words(vectors.indices, 32 // size)
     numbers = [eight * (8 // size) + i for eight in eights for i in range(8 // size)]
     factor, plus = (8, offset - 1) if vectors.down else (1, offset)
     table = (factor * table.astype(np.int16) + plus).astype(np.int8)
@@ -230,7 +230,7 @@ def load_scale_iq1_m(row, address, block):
 def _numpy_codes(vectors, blocks):
     """Codes of blocks of 256 weights, uint8 (n, bytes), as int8 (n, 256)."""
     table = codebook(vectors.name)
-    codes = table[numpy_words(vectors.index, blocks, 256 // table.shape[1])].reshape(-1, 256)
+    codes = table[numpy_words(vectors.indices, blocks, 256 // table.shape[1])].reshape(-1, 256)
     if vectors.down:
         down = np.repeat(numpy_words((vectors.down,), blocks, 32), 8, axis=1)
         return (8 * codes + 1 - 2 * down).astype(np.int8)

@@ -47,13 +47,13 @@ def emit_codes(builder, vectors, offset, address, nbytes, eights):
 
 
 def _emit_pairs(builder, vectors, offset, address, nbytes, run):
-    """The codes of a run of eight weights of each block, of vectors of eight: fields of 2 bits. The bits of a code stand
-    in a byte of an entry each."""
+    """The codes of a run of eight weights of each block, of vectors of eight: fields of 2 bits. The bits of a code
+    stand in a byte of an entry each."""
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
     entries = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0].astype(int) for bit in (1, 0)]
-    index, masks = _indices(builder, vectors.index, address, 0, 4)
+    index, masks = _indices(builder, vectors.indices, address, 0, 4)
     words = _looked_up(builder, entries[0] | entries[1] << 8, index, masks)
     # Bits of the runs 3, 2, 1 and 0, from the lowest bit on.
     codes = _columns(builder, words, 8)
@@ -72,7 +72,7 @@ def _emit_nibbles(builder, vectors, offset, address, nbytes, run):
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     entries = (np.searchsorted(levels, table) << 4 * np.arange(4)).sum(axis=1)
-    words = _looked_up(builder, entries, *_indices(builder, vectors.index, address, run // 2, 8))
+    words = _looked_up(builder, entries, *_indices(builder, vectors.indices, address, run // 2, 8))
     place, sign = ((0, 3), (0, 4), (0, 5), (3, 0))[run]
     codes = shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)] * 8)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 3, 1: 4, 2: 5, 3: 0})
@@ -168,7 +168,8 @@ def _looked_up(builder, entries, index, masks):
 
 
 def _signs(builder, field, address, nbytes, places):
-    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit ``places[run]``."""
+    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit
+    ``places[run]``."""
     width = 4 // field.per * field.stride
     base = min(field.at, nbytes - 8 * width)
     words = read(builder, _moved(builder, address, base), ir.VectorType(ir.IntType(8 * width), 8))
