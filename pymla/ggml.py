@@ -129,7 +129,7 @@ SUPPORTED = (
     *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0, TQ2_0, Q1_0, Q2_0),
     *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S),
     *(Q6_0, Q8_KV, IQ2_K, IQ3_K, IQ4_K, IQ5_K, IQ6_K, IQ2_KS, IQ3_KS, IQ4_KS, IQ5_KS, IQ4_KSS, IQ2_KL),
-    *(IQ1_KT, IQ2_KT, IQ3_KT, IQ4_KT, IQ1_BN, IQ2_BN),
+    *(IQ1_KT, IQ2_KT, IQ3_KT, IQ4_KT, IQ1_BN, IQ2_BN, IQ1_M_R1),
 )
 
 #: Those whose products are taken on integers.

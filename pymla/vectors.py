@@ -60,6 +60,9 @@ def _odd_eighths(planes: tuple[Plane | Places, ...]) -> Scales:
     return Scales(planes, times=0.25, plus=0.125)
 
 
+_IQ1_M_INDICES = Field(0, 8), Field(32, 3, per=2, step=4, shift=8)
+_IQ1_M_DOWN = Field(32, 1, per=2, first=3, step=4)
+
 VECTORS: dict[int, Vectors] = {
     # A word of 64 bits for 32 weights: four indices, four times seven signs, and a scale.
     ggml.IQ2_XXS: Vectors(
@@ -100,10 +103,11 @@ VECTORS: dict[int, Vectors] = {
         down=Field(34, 1, per=4, stride=2, first=15, step=0),
     ),
     # A nibble for eight weights: the high bits of an index, and whether codes are moved down. Scales are no planes.
-    ggml.IQ1_M: Vectors(
+    ggml.IQ1_M: Vectors("IQ1_S", _IQ1_M_INDICES, Layout(Codes(()), 16), down=_IQ1_M_DOWN),
+    ggml.IQ1_M_R1: Vectors(
         "IQ1_S",
-        (Field(0, 8), Field(32, 3, per=2, step=4, shift=8)),
-        Layout(Codes(()), 16),
-        down=Field(32, 1, per=2, first=3, step=4),
+        _IQ1_M_INDICES,
+        Layout(Codes(()), 16, scale_at=56, scales=Scales((Plane(48, 4, 1),), times=0.125)),
+        down=_IQ1_M_DOWN,
     ),
 }

@@ -34,6 +34,7 @@ FORMATS = {
     ggml.Q6_K: k_quants.Q6_K,
     ggml.IQ1_S: iq_quants.IQ1_S,
     ggml.IQ1_M: iq_quants.IQ1_M,
+    ggml.IQ1_M_R1: iq_quants.IQ1_M_R1,
     ggml.IQ2_XXS: iq_quants.IQ2_XXS,
     ggml.IQ2_XS: iq_quants.IQ2_XS,
     ggml.IQ2_S: iq_quants.IQ2_S,

@@ -274,6 +274,18 @@ def _iq1_m(memory):
     return read
 
 
+def _iq1_m_r1(memory):
+    word, half = words_of(memory, 2, 1), memory.half
+
+    @device
+    def read(block, i):
+        (low,), nibbles, small = word(block + 4 * i), half(block + 32 + 2 * i), half(block + 48 + (i & -2))
+        d, small = f16_value(half(block + 56)) * np.float32(1 / 8), small >> 8 * (i & 1)
+        return (low, nibbles), d * to_f32(small & 15), d * to_f32(small >> 4 & 15)
+
+    return read
+
+
 @device
 def _group_of_iq1_s(source, g):
     low, word = source
@@ -294,3 +306,4 @@ def _group_of_iq1_m(source, g):
 _IQ1_WORD = _word_of_few((-7, 1, 9, 0), (-9, -1, 7))
 IQ1_S = _format_of(ggml.IQ1_S, _iq1_s, _group_of_iq1_s, _IQ1_WORD)
 IQ1_M = _format_of(ggml.IQ1_M, _iq1_m, _group_of_iq1_m, _IQ1_WORD, halves=True)
+IQ1_M_R1 = _format_of(ggml.IQ1_M_R1, _iq1_m_r1, _group_of_iq1_m, _IQ1_WORD, halves=True)
