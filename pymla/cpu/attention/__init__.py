@@ -4,7 +4,7 @@ All forms run over the cache a page of 64 positions at a time with an online sof
 query are never read.
 
 ======================  ================================================================================
-`absorbed_form`         over the latent rows; `absorbed_form_int8` over rows of 8 bits
+`absorbed_form`         over the latent rows; `absorbed_form_int8` over rows of 4 to 8 bits
 `materialised_form`     the same with all scores in memory
 `expanded_form`         over keys and values of every head; `expanded_form_int8` over panels of codes
 `full_form`             over a cache of whole keys and values
@@ -13,7 +13,8 @@ query are never read.
 ======================  ================================================================================
 
 What the forms share: `splits` (split-kv and combine), `query_blocks` (queries of a head that share keys and values),
-`codes` (numbers as codes of 8 and 16 bits), `score_tiles` and `value_tiles` (products of codes in registers).
+`codes` (numbers as codes of 8 and 16 bits), `hadamard` (numbers mixed before they become codes), `score_tiles` and
+`value_tiles` (products of codes in registers).
 
 >>> import numpy as np
 >>> from pymla.cpu import attention
