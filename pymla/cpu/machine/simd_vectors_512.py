@@ -35,7 +35,7 @@ def can_hold(vectors):
 
 def emit_codes(builder, vectors, offset, address, nbytes, eights):
     """The codes of eight runs of eight weights, by their number, `offset` more than they are."""
-    make = _emit_pairs if codebook(vectors.name).shape[1] == 8 else _emit_nibbles
+    make = _emit_eights if codebook(vectors.name).shape[1] == 8 else _emit_fours
     runs = [eight % 4 for eight in eights]
     if len(set(runs)) == 1:
         return make(builder, vectors, offset, address, nbytes, runs[0])
@@ -46,15 +46,14 @@ def emit_codes(builder, vectors, offset, address, nbytes, eights):
     return builder.bitcast(shuffle(builder, low, high, [0, 1, 10, 11, 4, 5, 14, 15]), _BYTES)
 
 
-def _emit_pairs(builder, vectors, offset, address, nbytes, run):
+def _emit_eights(builder, vectors, offset, address, nbytes, run):
     """The codes of a run of eight weights of each block, of vectors of eight: fields of 2 bits. The bits of a code stand
     in a byte of an entry each."""
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
     entries = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0].astype(int) for bit in (1, 0)]
-    index, masks = _indices(builder, vectors.index, address, 0, 4)
-    words = _looked_up(builder, entries[0] | entries[1] << 8, index, masks)
+    words = _looked_up(builder, address, entries[0] | entries[1] << 8, *_indices(builder, vectors.index, address))
     # Bits of the runs 3, 2, 1 and 0, from the lowest bit on.
     codes = _columns(builder, words, 8)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 2, 1: 0, 2: 5, 3: 4})
@@ -67,17 +66,31 @@ def _emit_pairs(builder, vectors, offset, address, nbytes, run):
     return look_up_64(builder, both, _levels(levels, offset, bits, sign))
 
 
-def _emit_nibbles(builder, vectors, offset, address, nbytes, run):
-    """The same of vectors of four: fields of 4 bits."""
+def _emit_fours(builder, vectors, offset, address, nbytes, run):
+    """The same of vectors of four. A byte of an entry has two bits of each code, another byte the third ones."""
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
-    entries = (np.searchsorted(levels, table) << 4 * np.arange(4)).sum(axis=1)
-    words = _looked_up(builder, entries, *_indices(builder, vectors.index, address, run // 2, 8))
+    numbers = np.searchsorted(levels, table)
+    low, high = _looked_up_fours(builder, vectors.index, address, numbers)
+    # Where the bits of a code and its sign stand, so that no two runs need the same bit for their signs.
     place, sign = ((0, 3), (0, 4), (0, 5), (3, 0))[run]
-    codes = shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)] * 8)
+    first = [8 * (2 * run + i // 4) for i in range(8)]
+    low = shifted(builder, low, [at + 2 * (i % 4) - place for i, at in enumerate(first)] * 8)
+    high = shifted(builder, high, [at + i % 4 - place - 2 for i, at in enumerate(first)] * 8)
+    codes = _merged(builder, low, high, 3 << place)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 3, 1: 4, 2: 5, 3: 0})
     both = _merged(builder, codes, signs, 7 << place)
     return look_up_64(builder, both, _levels(levels, offset, range(place, place + 3), sign))
+
+
+def _looked_up_fours(builder, fields, address, numbers):
+    """The bytes of the entries of 64 vectors of four: two bits of each of their `numbers`, and the third ones."""
+    index = read(builder, _moved(builder, address, fields[0].at), _BYTES)
+    masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
+    if len(fields) == 2:
+        masks.append(builder.bitcast(read(builder, _moved(builder, address, fields[1].at), I64), ir.VectorType(I1, 64)))
+    bytes_of = (numbers & 3) << 2 * np.arange(4), numbers >> 2 << np.arange(4)
+    return [_looked_up(builder, address, entries.sum(axis=1), index, masks) for entries in bytes_of]
 
 
 def _levels(levels, offset, bits, sign):
@@ -123,48 +136,64 @@ def _merged(builder, low, high, mask):
     return builder.bitcast(builder.call(merge, [*given, ir.Constant(I32, 0xCA)]), _BYTES)
 
 
-def _indices(builder, fields, address, half, count):
-    """Of the `count` vectors of each block of 32 weights, the first or second four: the low bits of indices in words,
-    and the bits from the ninth on, where these lie apart, as masks."""
+def _indices(builder, fields, address):
+    """The indices of 32 vectors of eight in words, of which higher bits may be wrong, and masks of their bits from the
+    seventh on."""
     low = fields[0]
-    at = [low.place(count * block + 4 * half + i)[0] for block in range(8) for i in range(4)]
+    at = [low.place(number)[0] - low.at for number in range(32)]
     if low.bits > 8:
-        return read(builder, _moved(builder, address, low.at), _WORDS), []
-    if at == list(range(at[0], at[0] + 32)):
-        found = read(builder, _moved(builder, address, at[0]), ir.VectorType(I8, 32))
-        index = builder.zext(found, _WORDS)
+        index = read(builder, _moved(builder, address, low.at), _WORDS)
+    elif at == list(range(32)):
+        index = builder.zext(read(builder, _moved(builder, address, low.at), ir.VectorType(I8, 32)), _WORDS)
     else:
         found = read(builder, _moved(builder, address, low.at), _BYTES)
-        lanes = [lane for byte in at for lane in (byte - low.at, 64)]
+        lanes = [lane for byte in at for lane in (byte, 64)]
         index = builder.bitcast(shuffle(builder, found, constant(_BYTES, 0), lanes), _WORDS)
-    if len(fields) == 1:
-        return index, []
-    high = fields[1]
-    bits = read(builder, _moved(builder, address, high.at), I64)
-    pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
     masks = []
-    for bit in range(high.bits):
-        places = [high.place(count * block + 4 * half + i) for block in range(8) for i in range(4)]
-        mask = sum(1 << 8 * (byte - high.at) + first + bit for byte, first in places)
-        picked = builder.trunc(builder.call(pick, [bits, ir.Constant(I64, mask)]), I32)
-        masks.append(builder.bitcast(picked, ir.VectorType(I1, 32)))
+    for bit in range(6, low.bits):
+        tested = builder.and_(index, constant(_WORDS, 1 << bit))
+        masks.append(builder.icmp_unsigned("!=", tested, constant(_WORDS, 0)))
+    for high in fields[1:]:
+        bits = read(builder, _moved(builder, address, high.at), I64)
+        for bit in range(high.bits):
+            places = [high.place(number) for number in range(32)]
+            mask = sum(1 << 8 * (byte - high.at) + first + bit for byte, first in places)
+            pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
+            picked = builder.trunc(builder.call(pick, [bits, ir.Constant(I64, mask)]), I32)
+            masks.append(builder.bitcast(picked, ir.VectorType(I1, 32)))
     return index, masks
 
 
-def _looked_up(builder, entries, index, masks):
-    """Words of a table by indices, whose bits from the ninth on may stand apart."""
-    pick = declare(builder, "llvm.x86.avx512.vpermi2var.hi.512", _WORDS, [_WORDS] * 3)
-    halves = [ir.Constant(_WORDS, entries[i : i + 32].tolist()) for i in range(0, len(entries), 32)]
-    found = [builder.call(pick, [low, index, high]) for low, high in zip(halves[::2], halves[1::2], strict=True)]
-    bit = 64
-    while len(found) > 1:
-        if bit < 256 or not masks:
-            is_set = builder.icmp_unsigned("!=", builder.and_(index, constant(_WORDS, bit)), constant(_WORDS, 0))
-        else:
-            is_set = masks[bit.bit_length() - 9]
+def _looked_up(builder, address, entries, index, masks):
+    """Entries of a table, words or bytes, by indices: by as many low bits as two registers of entries take, and by masks
+    of the bits above these.
+
+    Every second register of entries is in memory, at an address that LLVM does not know to be the same for all rows: it
+    would otherwise take the loads out of the loop, and keep all of the table on the stack.
+    """
+    kind = index.type
+    name = f"llvm.x86.avx512.vpermi2var.{'hi' if kind == _WORDS else 'qi'}.512"
+    pick = declare(builder, name, kind, [kind] * 3)
+    parts = [entries[i : i + kind.count].tolist() for i in range(0, len(entries), kind.count)]
+    kept = constant_array(builder, kind.element, sum(parts[1::2], []))
+    base = builder.add(builder.ptrtoint(kept, I64), builder.lshr(address, ir.Constant(I64, 63)))
+    found = []
+    for i, part in enumerate(parts[::2]):
+        other = read(builder, _moved(builder, base, 64 * i), kind)
+        found.append(builder.call(pick, [ir.Constant(kind, part), index, other]))
+    for is_set in masks:
         found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-        bit *= 2
-    return found[0]
+    return builder.bitcast(found[0], _QWORDS)
+
+
+def constant_array(builder, element, numbers):
+    """A pointer to integers that stand in the kernel's constants."""
+    value = ir.Constant(ir.ArrayType(element, len(numbers)), numbers)
+    module = builder.module
+    array = ir.GlobalVariable(module, value.type, module.get_unique_name("codebook"))
+    array.linkage, array.global_constant, array.unnamed_addr, array.initializer = "internal", True, True, value
+    array.align = 64
+    return array
 
 
 def _signs(builder, field, address, nbytes, places):
