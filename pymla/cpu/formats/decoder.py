@@ -51,6 +51,9 @@ class Decoder(NamedTuple):
     load_fours: Callable | None = None
     #: Then also, where products of eight codes and of activations fit an int16, integer scales.
     integers: Integers | None = None
+    #: Functions (first, second, r) that are taken for `load_eights` where two rows are better decoded together: for the
+    #: row whose blocks begin at the first address, and for the one of the second address.
+    load_eights_of_two: tuple[Callable, Callable] | None = None
 
     @property
     def is_narrow(self):

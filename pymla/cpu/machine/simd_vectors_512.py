@@ -1,73 +1,77 @@
 """Codes that come in vectors (`pymla.vectors`) from a codebook that registers hold: processors with VBMI and GFNI.
 
-An entry is a word of 16 bits, which has a field for each of its eight or four codes. `vpermi2w` takes one of 64 entries
-by the low six bits of an index, for 32 vectors at once. Words of 64 bits then have the fields of a block of 32 weights,
-or of half of it, and other words its signs; of these a register of eight codes of each block is made (the order
-`EIGHTS`), and `vpermb` makes a code of a field and its sign.
+The bytes of entries are looked up one by one: `vpermi2b` takes one of 128 by the low seven bits of an index, for 64
+vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows are
+looked up together.
 
-Fields of 2 bits, and signs, become bits of the code's byte by a product of matrices of bits (`vgf2p8affineqb`): the
-words are the matrices, of which it takes a column for each byte, and for the last of eight signs of which seven are
-stored the sum of seven columns. Fields of 4 bits are moved by `vpmultishiftqb`.
+Words of 64 bits then have the bits of the codes of a block of 32 weights, and other words its signs; of these a register
+of eight codes of each block is made (the order `EIGHTS`), and `vpermb` makes a code of its bits and its sign. Bits of a
+code, and signs, come into the code's byte by a product of matrices of bits (`vgf2p8affineqb`): the words are the
+matrices, of which it takes a column for each byte, and for the last of eight signs of which seven are stored the sum of
+seven columns. Codes of vectors of four are moved by `vpmultishiftqb`.
 """
 
 import numpy as np
 from llvmlite import ir
 
 from pymla.codebooks import codebook
-from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, read, shuffle
+from pymla.cpu.machine.intrinsics import I1, I8, I32, I64, constant, declare, read, shuffle
 from pymla.cpu.machine.simd_planes import _moved
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import LANES, PYTHON
 
-_BYTES, _WORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for element in (I8, I16, I64))
-#: Entries of the largest codebook of which registers are faster than loads.
-_MOST = 1024
-
+_BYTES, _DWORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for element in (I8, I32, I64))
 
 #: Whether the processor that is compiled for has the instructions.
 HAS_VBMI = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
 
+#: Where the numbers for `look_up_64` have their bits, of vectors of eight: of the codes and of the sign, for runs 2 and 3
+#: of eight weights of a block; those of the runs 0 and 1 stand two bits higher.
+_CODE_BITS, _SIGN_BITS = {2: (1, 5), 3: (0, 4)}, {0: 5, 1: 4, 2: 3, 3: 2}
+_CODE_MASK, _TWO_RUNS = 0x33, 2
 
-def can_hold(vectors):
-    """Whether `emit_codes` takes a type."""
-    return HAS_VBMI and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
 
+def emit_codes(builder, vectors, offset, addresses, which, nbytes, eights):
+    """The codes of eight runs of eight weights, by their number, `offset` more than they are.
 
-def emit_codes(builder, vectors, offset, address, nbytes, eights):
-    """The codes of eight runs of eight weights, by their number, `offset` more than they are."""
+    `addresses` are those of the blocks of two rows, of which `which` is meant.
+    """
     make = _emit_eights if codebook(vectors.name).shape[1] == 8 else _emit_fours
     runs = [eight % 4 for eight in eights]
     if len(set(runs)) == 1:
-        return make(builder, vectors, offset, address, nbytes, runs[0])
-    parts = [builder.bitcast(make(builder, vectors, offset, address, nbytes, run), _QWORDS) for run in range(4)]
+        return make(builder, vectors, offset, addresses, which, nbytes, runs[0])
+    parts = [make(builder, vectors, offset, addresses, which, nbytes, run) for run in range(4)]
+    parts = [builder.bitcast(part, _QWORDS) for part in parts]
     block = eights[0] // 4
     lanes = [block, block + 8, block, block + 8, block + 1, block + 9, block + 1, block + 9]
     low, high = (shuffle(builder, parts[i], parts[i + 1], lanes) for i in (0, 2))
     return builder.bitcast(shuffle(builder, low, high, [0, 1, 10, 11, 4, 5, 14, 15]), _BYTES)
 
 
-def _emit_eights(builder, vectors, offset, address, nbytes, run):
-    """The codes of a run of eight weights of each block, of vectors of eight: fields of 2 bits. The bits of a code stand
-    in a byte of an entry each."""
+def _emit_eights(builder, vectors, offset, addresses, which, nbytes, run):
+    """The codes of a run of eight weights of each block, of vectors of eight."""
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
-    entries = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0].astype(int) for bit in (1, 0)]
-    words = _looked_up(builder, address, entries[0] | entries[1] << 8, *_indices(builder, vectors.index, address))
-    # Bits of the runs 3, 2, 1 and 0, from the lowest bit on.
-    codes = _columns(builder, words, 8)
-    signs = _signs(builder, vectors.signs, address, nbytes, {0: 2, 1: 0, 2: 5, 3: 4})
+    index, masks = _indices(builder, vectors.index, addresses)
+    # The higher bits of the eight codes of a vector are a byte, the lower ones another one.
+    planes = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0] for bit in (1, 0)]
+    high, low = (_looked_up(builder, addresses[0], entries, index, masks) for entries in planes)
+    # A word of 64 bits for a block: the higher bits of its four vectors, and the lower ones.
+    lanes = [lane for block in range(8) for lane in (8 * which + block, 16 + 8 * which + block)]
+    codes = _columns(builder, shuffle(builder, *(builder.bitcast(each, _DWORDS) for each in (high, low)), lanes))
+    signs = _signs(builder, vectors.down or vectors.signs, addresses[which], nbytes, _SIGN_BITS)
     if run >= 2:
-        both, bits, sign = _merged(builder, codes, signs, 0x0F), (6 - 2 * run, 7 - 2 * run), 7 - run
+        both = _merged(builder, codes, signs, _CODE_MASK)
     else:
-        both, bits, sign = _merged(builder, codes, signs, 0xF0), (4, 5), 0
-        if run == 0:
-            both = _shifted_right(builder, both, 2)
-    return look_up_64(builder, both, _levels(levels, offset, bits, sign))
+        both = _shifted_right(builder, _merged(builder, codes, signs, _CODE_MASK << _TWO_RUNS), _TWO_RUNS)
+    bits, sign = _CODE_BITS[run | 2], _SIGN_BITS[run | 2]
+    return look_up_64(builder, both, _levels(levels, offset, bits, sign, bool(vectors.down)))
 
 
-def _emit_fours(builder, vectors, offset, address, nbytes, run):
+def _emit_fours(builder, vectors, offset, addresses, which, nbytes, run):
     """The same of vectors of four. A byte of an entry has two bits of each code, another byte the third ones."""
+    address = addresses[which]
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
@@ -93,20 +97,21 @@ def _looked_up_fours(builder, fields, address, numbers):
     return [_looked_up(builder, address, entries.sum(axis=1), index, masks) for entries in bytes_of]
 
 
-def _levels(levels, offset, bits, sign):
-    """The table for `look_up_64` of bytes that have some bits of a number, the lowest first, and a sign."""
+def _levels(levels, offset, bits, sign, is_moved=False):
+    """The table for `look_up_64` of bytes that have some bits of the number of a level, the lowest first, and a sign.
+    With `is_moved` codes are eight times the level and 1, or less 1 in place of a negative sign."""
     numbers = np.arange(64)
     level = sum((numbers >> bit & 1) << i for i, bit in enumerate(bits))
-    magnitudes = np.array([*levels, 0])[np.minimum(level, len(levels))]
-    return np.where(numbers >> sign & 1, -magnitudes, magnitudes) + offset
+    codes, is_set = np.array([*levels, 0])[np.minimum(level, len(levels))], numbers >> sign & 1
+    return (8 * codes + 1 - 2 * is_set if is_moved else np.where(is_set, -codes, codes)) + offset
 
 
-def _columns(builder, words, count):
-    """Transposed matrices of bits: the i-th byte of a word of 64 bits has bit i of its bytes, of the first one in its
-    highest bit. With a `count` of 7 the last byte has the sums of the others, modulo 2."""
-    columns = [1 << i for i in range(8)] if count == 8 else [*(1 << i for i in range(7)), 127]
+def _columns(builder, words, columns=range(8)):
+    """Transposed matrices of bits: byte i of a word of 64 bits has column ``columns[i]`` of bits of its bytes, of the
+    first byte in its highest bit. Column 8 is the sum of the first seven ones, modulo 2."""
+    masks = [127 if column == 8 else 1 << column for column in columns]
     product = declare(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, [_BYTES, _BYTES, I8])
-    given = [ir.Constant(_BYTES, columns * 8), builder.bitcast(words, _BYTES)]
+    given = [ir.Constant(_BYTES, masks * 8), builder.bitcast(words, _BYTES)]
     return builder.call(product, [*given, ir.Constant(I8, 0)])
 
 
@@ -136,54 +141,59 @@ def _merged(builder, low, high, mask):
     return builder.bitcast(builder.call(merge, [*given, ir.Constant(I32, 0xCA)]), _BYTES)
 
 
-def _indices(builder, fields, address):
-    """The indices of 32 vectors of eight in words, of which higher bits may be wrong, and masks of their bits from the
-    seventh on."""
-    low = fields[0]
-    at = [low.place(number)[0] - low.at for number in range(32)]
+def _indices(builder, fields, addresses):
+    """The low bytes of the indices of the 32 vectors of two rows, and masks of their bits from the eighth on."""
+    low, *others = fields
+    index = _bytes_of_two(builder, addresses, [low.place(number)[0] for number in range(32)])
+    masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
     if low.bits > 8:
-        index = read(builder, _moved(builder, address, low.at), _WORDS)
-    elif at == list(range(32)):
-        index = builder.zext(read(builder, _moved(builder, address, low.at), ir.VectorType(I8, 32)), _WORDS)
-    else:
-        found = read(builder, _moved(builder, address, low.at), _BYTES)
-        lanes = [lane for byte in at for lane in (byte, 64)]
-        index = builder.bitcast(shuffle(builder, found, constant(_BYTES, 0), lanes), _WORDS)
-    masks = []
-    for bit in range(6, low.bits):
-        tested = builder.and_(index, constant(_WORDS, 1 << bit))
-        masks.append(builder.icmp_unsigned("!=", tested, constant(_WORDS, 0)))
-    for high in fields[1:]:
-        bits = read(builder, _moved(builder, address, high.at), I64)
-        for bit in range(high.bits):
-            places = [high.place(number) for number in range(32)]
-            mask = sum(1 << 8 * (byte - high.at) + first + bit for byte, first in places)
-            pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
-            picked = builder.trunc(builder.call(pick, [bits, ir.Constant(I64, mask)]), I32)
-            masks.append(builder.bitcast(picked, ir.VectorType(I1, 32)))
+        others = [low._replace(bits=low.bits - 8, first=low.first + 8, stride=low.stride, shift=8)]
+    for field in others:
+        for bit in range(field.bits):
+            places = [field.place(number) for number in range(32)]
+            places = [(byte, place + bit) for byte, place in places]
+            masks.append(_bits_of_two(builder, addresses, [(at + place // 8, place % 8) for at, place in places]))
     return index, masks
 
 
+def _bytes_of_two(builder, addresses, at):
+    """32 bytes of blocks of two rows."""
+    first = at[0]
+    size = 32 if at[-1] - first < 32 else 64
+    rows = [read(builder, _moved(builder, address, first), ir.VectorType(I8, size)) for address in addresses]
+    return shuffle(builder, *rows, [size * row + byte - first for row in range(2) for byte in at])
+
+
+def _bits_of_two(builder, addresses, places):
+    """32 bits of blocks of two rows, as a mask (`pext`)."""
+    pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
+    bits, count = None, 0
+    for address in addresses:
+        for first in sorted({places[0][0] + (byte - places[0][0]) // 8 * 8 for byte, _ in places}):
+            mask = sum(1 << 8 * (byte - first) + bit for byte, bit in places if first <= byte < first + 8)
+            word = read(builder, _moved(builder, address, first), I64)
+            picked = builder.shl(builder.call(pick, [word, ir.Constant(I64, mask)]), ir.Constant(I64, count))
+            bits, count = builder.or_(bits, picked) if bits else picked, count + mask.bit_count()
+    return builder.bitcast(bits, ir.VectorType(I1, 64))
+
+
 def _looked_up(builder, address, entries, index, masks):
-    """Entries of a table, words or bytes, by indices: by as many low bits as two registers of entries take, and by masks
-    of the bits above these.
+    """Entries of a table of bytes: by the low seven bits of indices, and by masks of the bits above these.
 
     Every second register of entries is in memory, at an address that LLVM does not know to be the same for all rows: it
     would otherwise take the loads out of the loop, and keep all of the table on the stack.
     """
-    kind = index.type
-    name = f"llvm.x86.avx512.vpermi2var.{'hi' if kind == _WORDS else 'qi'}.512"
-    pick = declare(builder, name, kind, [kind] * 3)
-    parts = [entries[i : i + kind.count].tolist() for i in range(0, len(entries), kind.count)]
-    kept = constant_array(builder, kind.element, sum(parts[1::2], []))
+    pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
+    parts = [entries[i : i + 64].tolist() for i in range(0, len(entries), 64)]
+    kept = constant_array(builder, I8, sum(parts[1::2], []))
     base = builder.add(builder.ptrtoint(kept, I64), builder.lshr(address, ir.Constant(I64, 63)))
     found = []
     for i, part in enumerate(parts[::2]):
-        other = read(builder, _moved(builder, base, 64 * i), kind)
-        found.append(builder.call(pick, [ir.Constant(kind, part), index, other]))
+        other = read(builder, _moved(builder, base, 64 * i), _BYTES)
+        found.append(builder.call(pick, [ir.Constant(_BYTES, part), index, other]))
     for is_set in masks:
         found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-    return builder.bitcast(found[0], _QWORDS)
+    return found[0]
 
 
 def constant_array(builder, element, numbers):
@@ -197,7 +207,8 @@ def constant_array(builder, element, numbers):
 
 
 def _signs(builder, field, address, nbytes, places):
-    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit ``places[run]``."""
+    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit ``places[run]``; of
+    signs that eight codes share in each of the bytes."""
     width = 4 // field.per * field.stride
     base = min(field.at, nbytes - 8 * width)
     words = read(builder, _moved(builder, address, base), ir.VectorType(ir.IntType(8 * width), 8))
@@ -205,7 +216,8 @@ def _signs(builder, field, address, nbytes, places):
     if field.bits == 8:
         found = builder.bitcast(words, ir.VectorType(I8, 8 * width))
         lanes = [block * width + at.get(i, (base, 0))[0] - base for block in range(8) for i in range(8)]
-        return _columns(builder, shuffle(builder, found, found, lanes), 8)
+        return _columns(builder, shuffle(builder, found, found, lanes))
     words = builder.zext(words, _QWORDS) if width < 8 else words
     begins = [8 * (byte - base) + bit for byte, bit in (at.get(i, (base, 0)) for i in range(8))]
-    return _columns(builder, shifted(builder, words, begins * 8), 7)
+    columns = [*range(7), 8] if field.bits == 7 else [0] * 8
+    return _columns(builder, shifted(builder, words, begins * 8), columns)
