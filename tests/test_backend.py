@@ -131,7 +131,12 @@ def test_checks_are_those_of_operations():
     }
     #: Sizes of expanded keys and values stand for them, as each backend has a form of its own; a backend may store more
     #: types than it computes in, and `absorbed_materialised` has the checks of `absorbed`.
-    own = {"expand": {"sizes", "rotated"}, "expanded": {"sizes", "rotated"}, "store": {"floats"}, "absorbed": {"operation"}}
+    own = {
+        "expand": {"sizes", "rotated"},
+        "expanded": {"sizes", "rotated"},
+        "store": {"floats"},
+        "absorbed": {"operation"},
+    }
     for name in vars(Contract):
         if name.startswith("_") or name == "sizes":
             continue

@@ -41,7 +41,7 @@ from pymla.cpu.runtime.isa import LANES
 def dot_four_for(decoder):
     """Make `dot_four`."""
     header, nbytes = decoder.header, decoder.nbytes
-    add_256, rest = _add_256_for(decoder), _rest_for(decoder)
+    (add_first, add_second), rest = _add_256_of_two_for(decoder), _rest_for(decoder)
     inputs, begin, finish = _inputs_for(decoder), _begin_for(decoder), _finish_for(decoder)
 
     if LANES == 16:
@@ -56,10 +56,10 @@ def dot_four_for(decoder):
             acc, acc_b, acc_c, acc_d = begin(), begin(), begin(), begin()
             for _ in range(columns // 256):
                 x = inputs(scale, sums, sum16)
-                acc = add_256(a, at, codes, x, acc)
-                acc_b = add_256(b, bt, codes, x, acc_b)
-                acc_c = add_256(c, ct, codes, x, acc_c)
-                acc_d = add_256(d, dt, codes, x, acc_d)
+                acc = add_first(a, at, (at, bt), codes, x, acc)
+                acc_b = add_second(b, bt, (at, bt), codes, x, acc_b)
+                acc_c = add_first(c, ct, (ct, dt), codes, x, acc_c)
+                acc_d = add_second(d, dt, (ct, dt), codes, x, acc_d)
                 at, bt, ct, dt = at + nbytes, bt + nbytes, ct + nbytes, dt + nbytes
                 codes, scale, sums, sum16 = codes + 256, scale + 32, sums + 32, sum16 + 32
             return totals(finish(acc), finish(acc_b), finish(acc_c), finish(acc_d))
@@ -71,7 +71,7 @@ def dot_four_for(decoder):
             _, codes, scale, sums, _, sum16 = activations
             at, acc = row + header, begin()
             for _ in range(columns // 256):
-                acc = add_256(row, at, codes, inputs(scale, sums, sum16), acc)
+                acc = add_first(row, at, (at, at), codes, inputs(scale, sums, sum16), acc)
                 at, codes, scale, sums, sum16 = at + nbytes, codes + 256, scale + 32, sums + 32, sum16 + 32
             return total(finish(acc))
 
@@ -174,17 +174,27 @@ def _finish_for(decoder):
     return finish
 
 
-def _add_256_for(decoder):
-    """Make a function that adds the products of 256 weights of a row."""
+def _add_256_of_two_for(decoder):
+    """Make the functions `_add_256_for` for the first and the second of two rows: the same one, where rows are not
+    decoded together."""
+    if decoder.load_eights_of_two is None:
+        add_256 = _add_256_for(decoder)
+        return add_256, add_256
+    return tuple(_add_256_for(decoder, load_eights) for load_eights in decoder.load_eights_of_two)
+
+
+def _add_256_for(decoder, load_eights=None):
+    """Make a function ``(row, address, two, codes, x, acc)`` that adds the products of 256 weights of a row, whose
+    blocks begin at `address`. `two` are the addresses for `load_eights`, a function of `Decoder.load_eights_of_two`."""
     if decoder.integers is not None:
         return _add_integers_for(decoder)
     load_scales, load_minima = decoder.load_scales, decoder.load_minima or no_minima
     has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
-    nbytes, add_products, moved_scales = decoder.nbytes, _add_products_for(decoder), decoder.moved_scales or _not_moved
-    has_variants = decoder.moved_scales is not None
+    nbytes, add_products = decoder.nbytes, _add_products_for(decoder, load_eights)
+    has_variants, moved_scales = decoder.moved_scales is not None, decoder.moved_scales or _not_moved
 
     @inlined
-    def add_256(row, address, codes, x, acc):
+    def add_256(row, address, two, codes, x, acc):
         fetch_ahead(address, nbytes)
         s, m = x
         products, sums = acc
@@ -195,7 +205,7 @@ def _add_256_for(decoder):
             sums = fma(moved_scales(scales, address), m, sums)
         elif needs_sums:
             sums = fma(scales, m, sums)
-        return add_products(address, codes, mul(scales, s), products), sums
+        return add_products(address, two, codes, mul(scales, s), products), sums
 
     return add_256
 
@@ -206,16 +216,18 @@ def _not_moved(scales, address):
     return scales
 
 
-def _add_products_for(decoder):
-    """Make a function ``(address, codes, factor, products)``: add the products of 256 weights to lanes of `products`,
-    with a factor for each small block."""
+def _add_products_for(decoder, load_eights=None):
+    """Make a function ``(address, two, codes, factor, products)``: add the products of 256 weights to lanes of
+    `products`, with a factor for each small block. `load_eights` is that of `_add_256_for`."""
+    if load_eights is not None:
+        return _add_eights_of_two_for(decoder, load_eights)
     if decoder.load_eights is not None:
         return _add_eights_for(decoder)
     load_codes, spread = decoder.load_codes, spread_32 if decoder.each == 32 else spread_16
     dot = dot_signed_codes if decoder.lowest + decoder.offset < 0 else dot_unsigned
 
     @inlined
-    def add_products(address, codes, factor, products):
+    def add_products(address, two, codes, factor, products):
         zero = zero_words()
         dots = dot(zero, load_codes(address, 0), load_i8xL(codes))
         products = fma(finish8(dots), spread(factor, 0), products)
@@ -245,7 +257,7 @@ def _add_eights_for(decoder):
     load_eights, in_halves = decoder.load_eights, decoder.each == 16
 
     @inlined
-    def add_products(address, codes, factor, products):
+    def add_products(address, two, codes, factor, products):
         dots = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
         dots = dot_unsigned(dots, load_eights(address, 2), load_i8xL(codes + 128))
         if in_halves:
@@ -253,6 +265,25 @@ def _add_eights_for(decoder):
             dots = zero_words()
         dots = dot_unsigned(dots, load_eights(address, 1), load_i8xL(codes + 64))
         dots = dot_unsigned(dots, load_eights(address, 3), load_i8xL(codes + 192))
+        return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
+
+    return add_products
+
+
+def _add_eights_of_two_for(decoder, load_eights):
+    """`_add_eights_for` of one of two rows that are decoded together."""
+    in_halves = decoder.each == 16
+
+    @inlined
+    def add_products(address, two, codes, factor, products):
+        first, second = two
+        dots = dot_unsigned(zero_words(), load_eights(first, second, 0), load_i8xL(codes))
+        dots = dot_unsigned(dots, load_eights(first, second, 2), load_i8xL(codes + 128))
+        if in_halves:
+            products = fma(finish8(dots), halves_of_blocks(factor, 0), products)
+            dots = zero_words()
+        dots = dot_unsigned(dots, load_eights(first, second, 1), load_i8xL(codes + 64))
+        dots = dot_unsigned(dots, load_eights(first, second, 3), load_i8xL(codes + 192))
         return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
 
     return add_products
@@ -266,7 +297,7 @@ def _add_integers_for(decoder):
     load_minima, load_minimum_unit = load_minima or load_scales, load_minimum_unit or load_unit
 
     @inlined
-    def add_256(row, address, codes, x, acc):
+    def add_256(row, address, two, codes, x, acc):
         fetch_ahead(address, nbytes)
         s, sum16 = x
         products, sums = acc

@@ -54,6 +54,9 @@ class Decoder(NamedTuple):
     #: (scales, address), where small blocks have levels of one of two variants: scales times what is added to the codes
     #: of `load_eights`, which are those of the first variant and `offset` too large.
     moved_scales: Callable | None = None
+    #: Functions (first, second, r) that are taken for `load_eights` where two rows are better decoded together: for the
+    #: row whose blocks begin at the first address, and for the one of the second address.
+    load_eights_of_two: tuple[Callable, Callable] | None = None
 
     @property
     def is_narrow(self):

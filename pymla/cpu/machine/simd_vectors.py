@@ -10,7 +10,6 @@ from numba import types
 
 from pymla import ggml
 from pymla.codebooks import codebook
-from pymla.cpu.machine import simd_vectors_512
 from pymla.cpu.machine.intrinsics import (
     F16,
     F32,
@@ -30,9 +29,13 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes
-from pymla.cpu.machine.orders import COLUMNS, columns_of
+from pymla.cpu.machine.orders import COLUMNS, EIGHTS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
 from pymla.cpu.machine.simd_planes import _divided, _moved, _times
+from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_codes
+
+#: Entries of the largest codebook that is looked up in registers for one row.
+_MOST_ALONE = 512
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):
@@ -42,8 +45,8 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
 
     def emit(builder, address, r):
         eights = [column // 8 for column in columns_of(order, r)[::8]]
-        if simd_vectors_512.can_hold(vectors):
-            return simd_vectors_512.emit_codes(builder, vectors, offset, address, nbytes, eights)
+        if HAS_VBMI and len(codebook(vectors.name)) <= _MOST_ALONE:
+            return emit_codes(builder, vectors, offset, [address] * 2, 0, nbytes, eights)
         return _emit_codes(builder, vectors, offset, _All(builder, address, nbytes), eights)
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)
@@ -53,6 +56,26 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
         return (codes[columns_of(order, r)].astype(np.int16) + offset).astype(np.int8)
 
     return load_codes
+
+
+def load_eights_of_two_for(qtype, vectors, offset):
+    """Make the functions ``load_eights(first, second, r)`` of `Decoder.load_eights_of_two`."""
+    nbytes = ggml.BLOCK_BYTES[qtype]
+
+    def make(which):
+        def emit(builder, first, second, r):
+            eights = [column // 8 for column in columns_of(EIGHTS, r)[::8]]
+            return emit_codes(builder, vectors, offset, [first, second], which, nbytes, eights)
+
+        @operation(i8xL, types.int64, types.int64, LITERAL, emit=emit)
+        def load_eights(first, second, r):
+            """Codes of weights of 256 of one of two rows, by index and signs."""
+            codes = _numpy_codes(vectors, read_lanes((first, second)[which], np.uint8, nbytes)[None])[0]
+            return (codes[columns_of(EIGHTS, r)].astype(np.int16) + offset).astype(np.int8)
+
+        return load_eights
+
+    return make(0), make(1)
 
 
 def load_codes_32_for(qtype, vectors):

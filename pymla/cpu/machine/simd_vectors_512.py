@@ -1,99 +1,117 @@
 """Codes that come in vectors (`pymla.vectors`) from a codebook that registers hold: processors with VBMI and GFNI.
 
-An entry is a word of 16 bits, which has a field for each of its eight or four codes. `vpermi2w` takes one of 64 entries
-by the low six bits of an index, for 32 vectors at once. Words of 64 bits then have the fields of a block of 32 weights,
-or of half of it, and other words its signs; of these a register of eight codes of each block is made (the order
-`EIGHTS`), and `vpermb` makes a code of a field and its sign.
+The bytes of entries are looked up one by one: `vpermi2b` takes one of 128 by the low seven bits of an index, for 64
+vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows are
+looked up together.
 
-Fields of 2 bits, and signs, become bits of the code's byte by a product of matrices of bits (`vgf2p8affineqb`): the
-words are the matrices, of which it takes a column for each byte, and for the last of eight signs of which seven are
-stored the sum of seven columns. Fields of 4 bits are moved by `vpmultishiftqb`.
+Words of 64 bits then have the bits of the codes of a block of 32 weights, and other words its signs; of these a
+register of eight codes of each block is made (the order `EIGHTS`), and `vpermb` makes a code of its bits and its sign.
+Bits of a code, and signs, come into the code's byte by a product of matrices of bits (`vgf2p8affineqb`): the words are
+the matrices, of which it takes a column for each byte, and for the last of eight signs of which seven are stored the
+sum of seven columns. Codes of vectors of four are moved by `vpmultishiftqb`.
 """
 
 import numpy as np
 from llvmlite import ir
 
 from pymla.codebooks import codebook
-from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, read, shuffle
+from pymla.cpu.machine.intrinsics import I1, I8, I32, I64, constant, declare, read, shuffle
 from pymla.cpu.machine.simd_planes import _moved
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import LANES, PYTHON
 
-_BYTES, _WORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for element in (I8, I16, I64))
-#: Entries of the largest codebook of which registers are faster than loads.
-_MOST = 1024
-
+_BYTES, _DWORDS, _QWORDS = (ir.VectorType(element, 512 // element.width) for element in (I8, I32, I64))
 
 #: Whether the processor that is compiled for has the instructions.
 HAS_VBMI = LANES == 16 and not PYTHON and {"avx512vbmi", "gfni"} <= target.features()
 
+#: Where the numbers for `look_up_64` have their bits, of vectors of eight: of the codes and of the sign, for runs 2 and
+#: 3 of eight weights of a block; those of the runs 0 and 1 stand two bits higher.
+_CODE_BITS, _SIGN_BITS = {2: (1, 5), 3: (0, 4)}, {0: 5, 1: 4, 2: 3, 3: 2}
+_CODE_MASK, _TWO_RUNS = 0x33, 2
 
-def can_hold(vectors):
-    """Whether `emit_codes` takes a type."""
-    return HAS_VBMI and vectors.signs is not None and len(codebook(vectors.name)) <= _MOST
 
+def emit_codes(builder, vectors, offset, addresses, which, nbytes, eights):
+    """The codes of eight runs of eight weights, by their number, `offset` more than they are.
 
-def emit_codes(builder, vectors, offset, address, nbytes, eights):
-    """The codes of eight runs of eight weights, by their number, `offset` more than they are."""
-    make = _emit_pairs if codebook(vectors.name).shape[1] == 8 else _emit_nibbles
+    `addresses` are those of the blocks of two rows, of which `which` is meant.
+    """
+    make = _emit_eights if codebook(vectors.name).shape[1] == 8 else _emit_fours
     runs = [eight % 4 for eight in eights]
     if len(set(runs)) == 1:
-        return make(builder, vectors, offset, address, nbytes, runs[0])
-    parts = [builder.bitcast(make(builder, vectors, offset, address, nbytes, run), _QWORDS) for run in range(4)]
+        return make(builder, vectors, offset, addresses, which, nbytes, runs[0])
+    parts = [make(builder, vectors, offset, addresses, which, nbytes, run) for run in range(4)]
+    parts = [builder.bitcast(part, _QWORDS) for part in parts]
     block = eights[0] // 4
     lanes = [block, block + 8, block, block + 8, block + 1, block + 9, block + 1, block + 9]
     low, high = (shuffle(builder, parts[i], parts[i + 1], lanes) for i in (0, 2))
     return builder.bitcast(shuffle(builder, low, high, [0, 1, 10, 11, 4, 5, 14, 15]), _BYTES)
 
 
-def _emit_pairs(builder, vectors, offset, address, nbytes, run):
-    """The codes of a run of eight weights of each block, of vectors of eight: fields of 2 bits. The bits of a code
-    stand in a byte of an entry each."""
+def _emit_eights(builder, vectors, offset, addresses, which, nbytes, run):
+    """The codes of a run of eight weights of each block, of vectors of eight."""
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
     numbers = np.searchsorted(levels, table)
-    entries = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0].astype(int) for bit in (1, 0)]
-    index, masks = _indices(builder, vectors.indices, address, 0, 4)
-    words = _looked_up(builder, entries[0] | entries[1] << 8, index, masks)
-    # Bits of the runs 3, 2, 1 and 0, from the lowest bit on.
-    codes = _columns(builder, words, 8)
-    signs = _signs(builder, vectors.signs, address, nbytes, {0: 2, 1: 0, 2: 5, 3: 4})
+    index, masks = _indices(builder, vectors.indices, addresses)
+    # The higher bits of the eight codes of a vector are a byte, the lower ones another one.
+    planes = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0] for bit in (1, 0)]
+    high, low = (_looked_up(builder, addresses[0], entries, index, masks) for entries in planes)
+    # A word of 64 bits for a block: the higher bits of its four vectors, and the lower ones.
+    lanes = [lane for block in range(8) for lane in (8 * which + block, 16 + 8 * which + block)]
+    codes = _columns(builder, shuffle(builder, *(builder.bitcast(each, _DWORDS) for each in (high, low)), lanes))
+    signs = _signs(builder, vectors.down or vectors.signs, addresses[which], nbytes, _SIGN_BITS)
     if run >= 2:
-        both, bits, sign = _merged(builder, codes, signs, 0x0F), (6 - 2 * run, 7 - 2 * run), 7 - run
+        both = _merged(builder, codes, signs, _CODE_MASK)
     else:
-        both, bits, sign = _merged(builder, codes, signs, 0xF0), (4, 5), 0
-        if run == 0:
-            both = _shifted_right(builder, both, 2)
-    return look_up_64(builder, both, _levels(levels, offset, bits, sign))
+        both = _shifted_right(builder, _merged(builder, codes, signs, _CODE_MASK << _TWO_RUNS), _TWO_RUNS)
+    bits, sign = _CODE_BITS[run | 2], _SIGN_BITS[run | 2]
+    return look_up_64(builder, both, _levels(levels, offset, bits, sign, bool(vectors.down)))
 
 
-def _emit_nibbles(builder, vectors, offset, address, nbytes, run):
-    """The same of vectors of four: fields of 4 bits."""
+def _emit_fours(builder, vectors, offset, addresses, which, nbytes, run):
+    """The same of vectors of four. A byte of an entry has two bits of each code, another byte the third ones."""
+    address = addresses[which]
     table = codebook(vectors.name)
     levels = sorted(set(table.reshape(-1).tolist()))
-    entries = (np.searchsorted(levels, table) << 4 * np.arange(4)).sum(axis=1)
-    words = _looked_up(builder, entries, *_indices(builder, vectors.indices, address, run // 2, 8))
+    numbers = np.searchsorted(levels, table)
+    low, high = _looked_up_fours(builder, vectors.indices, address, numbers)
+    # Where the bits of a code and its sign stand, so that no two runs need the same bit for their signs.
     place, sign = ((0, 3), (0, 4), (0, 5), (3, 0))[run]
-    codes = shifted(builder, words, [32 * (run % 2) + 4 * i - place for i in range(8)] * 8)
+    first = [8 * (2 * run + i // 4) for i in range(8)]
+    low = shifted(builder, low, [at + 2 * (i % 4) - place for i, at in enumerate(first)] * 8)
+    high = shifted(builder, high, [at + i % 4 - place - 2 for i, at in enumerate(first)] * 8)
+    codes = _merged(builder, low, high, 3 << place)
     signs = _signs(builder, vectors.signs, address, nbytes, {0: 3, 1: 4, 2: 5, 3: 0})
     both = _merged(builder, codes, signs, 7 << place)
     return look_up_64(builder, both, _levels(levels, offset, range(place, place + 3), sign))
 
 
-def _levels(levels, offset, bits, sign):
-    """The table for `look_up_64` of bytes that have some bits of a number, the lowest first, and a sign."""
+def _looked_up_fours(builder, fields, address, numbers):
+    """The bytes of the entries of 64 vectors of four: two bits of each of their `numbers`, and the third ones."""
+    index = read(builder, _moved(builder, address, fields[0].at), _BYTES)
+    masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
+    if len(fields) == 2:
+        masks.append(builder.bitcast(read(builder, _moved(builder, address, fields[1].at), I64), ir.VectorType(I1, 64)))
+    bytes_of = (numbers & 3) << 2 * np.arange(4), numbers >> 2 << np.arange(4)
+    return [_looked_up(builder, address, entries.sum(axis=1), index, masks) for entries in bytes_of]
+
+
+def _levels(levels, offset, bits, sign, is_moved=False):
+    """The table for `look_up_64` of bytes that have some bits of the number of a level, the lowest first, and a sign.
+    With `is_moved` codes are eight times the level and 1, or less 1 in place of a negative sign."""
     numbers = np.arange(64)
     level = sum((numbers >> bit & 1) << i for i, bit in enumerate(bits))
-    magnitudes = np.array([*levels, 0])[np.minimum(level, len(levels))]
-    return np.where(numbers >> sign & 1, -magnitudes, magnitudes) + offset
+    codes, is_set = np.array([*levels, 0])[np.minimum(level, len(levels))], numbers >> sign & 1
+    return (8 * codes + 1 - 2 * is_set if is_moved else np.where(is_set, -codes, codes)) + offset
 
 
-def _columns(builder, words, count):
-    """Transposed matrices of bits: the i-th byte of a word of 64 bits has bit i of its bytes, of the first one in its
-    highest bit. With a `count` of 7 the last byte has the sums of the others, modulo 2."""
-    columns = [1 << i for i in range(8)] if count == 8 else [*(1 << i for i in range(7)), 127]
+def _columns(builder, words, columns=range(8)):
+    """Transposed matrices of bits: byte i of a word of 64 bits has column ``columns[i]`` of bits of its bytes, of the
+    first byte in its highest bit. Column 8 is the sum of the first seven ones, modulo 2."""
+    masks = [127 if column == 8 else 1 << column for column in columns]
     product = declare(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, [_BYTES, _BYTES, I8])
-    given = [ir.Constant(_BYTES, columns * 8), builder.bitcast(words, _BYTES)]
+    given = [ir.Constant(_BYTES, masks * 8), builder.bitcast(words, _BYTES)]
     return builder.call(product, [*given, ir.Constant(I8, 0)])
 
 
@@ -123,53 +141,74 @@ def _merged(builder, low, high, mask):
     return builder.bitcast(builder.call(merge, [*given, ir.Constant(I32, 0xCA)]), _BYTES)
 
 
-def _indices(builder, fields, address, half, count):
-    """Of the `count` vectors of each block of 32 weights, the first or second four: the low bits of indices in words,
-    and the bits from the ninth on, where these lie apart, as masks."""
-    low = fields[0]
-    at = [low.place(count * block + 4 * half + i)[0] for block in range(8) for i in range(4)]
+def _indices(builder, fields, addresses):
+    """The low bytes of the indices of the 32 vectors of two rows, and masks of their bits from the eighth on."""
+    low, *others = fields
+    index = _bytes_of_two(builder, addresses, [low.place(number)[0] for number in range(32)])
+    masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
     if low.bits > 8:
-        return read(builder, _moved(builder, address, low.at), _WORDS), []
-    if at == list(range(at[0], at[0] + 32)):
-        found = read(builder, _moved(builder, address, at[0]), ir.VectorType(I8, 32))
-        index = builder.zext(found, _WORDS)
-    else:
-        found = read(builder, _moved(builder, address, low.at), _BYTES)
-        lanes = [lane for byte in at for lane in (byte - low.at, 64)]
-        index = builder.bitcast(shuffle(builder, found, constant(_BYTES, 0), lanes), _WORDS)
-    if len(fields) == 1:
-        return index, []
-    high = fields[1]
-    bits = read(builder, _moved(builder, address, high.at), I64)
-    pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
-    masks = []
-    for bit in range(high.bits):
-        places = [high.place(count * block + 4 * half + i) for block in range(8) for i in range(4)]
-        mask = sum(1 << 8 * (byte - high.at) + first + bit for byte, first in places)
-        picked = builder.trunc(builder.call(pick, [bits, ir.Constant(I64, mask)]), I32)
-        masks.append(builder.bitcast(picked, ir.VectorType(I1, 32)))
+        others = [low._replace(bits=low.bits - 8, first=low.first + 8, stride=low.stride, shift=8)]
+    for field in others:
+        for bit in range(field.bits):
+            places = [field.place(number) for number in range(32)]
+            places = [(byte, place + bit) for byte, place in places]
+            masks.append(_bits_of_two(builder, addresses, [(at + place // 8, place % 8) for at, place in places]))
     return index, masks
 
 
-def _looked_up(builder, entries, index, masks):
-    """Words of a table by indices, whose bits from the ninth on may stand apart."""
-    pick = declare(builder, "llvm.x86.avx512.vpermi2var.hi.512", _WORDS, [_WORDS] * 3)
-    halves = [ir.Constant(_WORDS, entries[i : i + 32].tolist()) for i in range(0, len(entries), 32)]
-    found = [builder.call(pick, [low, index, high]) for low, high in zip(halves[::2], halves[1::2], strict=True)]
-    bit = 64
-    while len(found) > 1:
-        if bit < 256 or not masks:
-            is_set = builder.icmp_unsigned("!=", builder.and_(index, constant(_WORDS, bit)), constant(_WORDS, 0))
-        else:
-            is_set = masks[bit.bit_length() - 9]
+def _bytes_of_two(builder, addresses, at):
+    """32 bytes of blocks of two rows."""
+    first = at[0]
+    size = 32 if at[-1] - first < 32 else 64
+    rows = [read(builder, _moved(builder, address, first), ir.VectorType(I8, size)) for address in addresses]
+    return shuffle(builder, *rows, [size * row + byte - first for row in range(2) for byte in at])
+
+
+def _bits_of_two(builder, addresses, places):
+    """32 bits of blocks of two rows, as a mask (`pext`)."""
+    pick = declare(builder, "llvm.x86.bmi.pext.64", I64, [I64, I64])
+    bits, count = None, 0
+    for address in addresses:
+        for first in sorted({places[0][0] + (byte - places[0][0]) // 8 * 8 for byte, _ in places}):
+            mask = sum(1 << 8 * (byte - first) + bit for byte, bit in places if first <= byte < first + 8)
+            word = read(builder, _moved(builder, address, first), I64)
+            picked = builder.shl(builder.call(pick, [word, ir.Constant(I64, mask)]), ir.Constant(I64, count))
+            bits, count = builder.or_(bits, picked) if bits else picked, count + mask.bit_count()
+    return builder.bitcast(bits, ir.VectorType(I1, 64))
+
+
+def _looked_up(builder, address, entries, index, masks):
+    """Entries of a table of bytes: by the low seven bits of indices, and by masks of the bits above these.
+
+    Every second register of entries is in memory, at an address that LLVM does not know to be the same for all rows: it
+    would otherwise take the loads out of the loop, and keep all of the table on the stack.
+    """
+    pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
+    parts = [entries[i : i + 64].tolist() for i in range(0, len(entries), 64)]
+    kept = constant_array(builder, I8, sum(parts[1::2], []))
+    base = builder.add(builder.ptrtoint(kept, I64), builder.lshr(address, ir.Constant(I64, 63)))
+    found = []
+    for i, part in enumerate(parts[::2]):
+        other = read(builder, _moved(builder, base, 64 * i), _BYTES)
+        found.append(builder.call(pick, [ir.Constant(_BYTES, part), index, other]))
+    for is_set in masks:
         found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-        bit *= 2
     return found[0]
 
 
+def constant_array(builder, element, numbers):
+    """A pointer to integers that stand in the kernel's constants."""
+    value = ir.Constant(ir.ArrayType(element, len(numbers)), numbers)
+    module = builder.module
+    array = ir.GlobalVariable(module, value.type, module.get_unique_name("codebook"))
+    array.linkage, array.global_constant, array.unnamed_addr, array.initializer = "internal", True, True, value
+    array.align = 64
+    return array
+
+
 def _signs(builder, field, address, nbytes, places):
-    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit
-    ``places[run]``."""
+    """Bytes that have in a bit the sign of their code, for each run of eight weights of a block: bit ``places[run]``;
+    of signs that eight codes share in each of the bytes."""
     width = 4 // field.per * field.stride
     base = min(field.at, nbytes - 8 * width)
     words = read(builder, _moved(builder, address, base), ir.VectorType(ir.IntType(8 * width), 8))
@@ -177,7 +216,8 @@ def _signs(builder, field, address, nbytes, places):
     if field.bits == 8:
         found = builder.bitcast(words, ir.VectorType(I8, 8 * width))
         lanes = [block * width + at.get(i, (base, 0))[0] - base for block in range(8) for i in range(8)]
-        return _columns(builder, shuffle(builder, found, found, lanes), 8)
+        return _columns(builder, shuffle(builder, found, found, lanes))
     words = builder.zext(words, _QWORDS) if width < 8 else words
     begins = [8 * (byte - base) + bit for byte, bit in (at.get(i, (base, 0)) for i in range(8))]
-    return _columns(builder, shifted(builder, words, begins * 8), 7)
+    columns = [*range(7), 8] if field.bits == 7 else [0] * 8
+    return _columns(builder, shifted(builder, words, begins * 8), columns)
