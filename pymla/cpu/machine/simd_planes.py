@@ -529,12 +529,41 @@ def _emit_values(builder, qtype, scales, address, lanes):
     if scales is None:
         return None
     nbytes = ggml.BLOCK_BYTES[qtype]
+    if LANES == 16 and _is_small(scales):
+        return _small_values(builder, scales, address, lanes, nbytes)
     if scales in (K_SCALES, K_MINIMA):
         numbers = _k_numbers(builder, address, scales is K_MINIMA)
     else:
         numbers = _all_numbers(builder, scales.planes, address, lanes, nbytes)
     negative = _all_numbers(builder, (scales.negative,), address, lanes, nbytes) if scales.negative else None
     return _scale_values(builder, scales, numbers, negative)
+
+
+def _is_small(scales):
+    """Whether a scale is a function of up to 4 bits that lie together."""
+    first = scales.planes[0]
+    return len(scales.planes) == 1 and first.bits <= 4 and first.shift == 0 and not scales.negative
+
+
+def _small_values(builder, scales, address, lanes, nbytes):
+    """`_emit_values` of such scales, by a table of sixteen float32: the instructions take the lowest 4 bits of a
+    number."""
+    plane = scales.planes[0]
+    places = [plane.place(i) for i in range(lanes)]
+    if places == [(places[0][0] + 8 * i, places[0][1]) for i in range(8)]:
+        words = read(builder, _moved(builder, address, places[0][0] - 7), ir.VectorType(I64, 8))
+        numbers = builder.lshr(words, constant(words.type, 56 + places[0][1]))
+        numbers = builder.trunc(numbers, ir.VectorType(I32, 8))
+    else:
+        words, shifts = _words(builder, address, places, nbytes)
+        numbers = builder.lshr(words, ir.Constant(words.type, shifts))
+    table = [float(value) for value in _numpy_scales(scales, np.arange(16) % (1 << plane.bits), False)]
+    floats = _floats_like(numbers)
+    if lanes == 16:
+        pick = declare(builder, "llvm.x86.avx512.permvar.sf.512", floats, [floats, numbers.type])
+        return builder.call(pick, [ir.Constant(floats, table), numbers])
+    pick = declare(builder, "llvm.x86.avx512.vpermi2var.ps.256", floats, [floats, numbers.type, floats])
+    return builder.call(pick, [ir.Constant(floats, table[:8]), numbers, ir.Constant(floats, table[8:])])
 
 
 def load_scales_for(qtype, layout):

@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 
 from pymla.codebooks import codebook
-from pymla.cpu.machine.intrinsics import I1, I8, I32, I64, constant, declare, read, shuffle
+from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, read, shuffle
 from pymla.cpu.machine.simd_planes import _moved
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import LANES, PYTHON
@@ -146,8 +146,12 @@ def _indices(builder, fields, addresses):
     low, *others = fields
     index = _bytes_of_two(builder, addresses, [low.place(number)[0] for number in range(32)])
     masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
-    if low.bits > 8:
-        others = [low._replace(bits=low.bits - 8, first=low.first + 8, stride=low.stride, shift=8)]
+    for bit in range(8, low.bits):
+        words = ir.VectorType(I16, 32)
+        rows = [read(builder, _moved(builder, address, low.at), words) for address in addresses]
+        rows = [builder.and_(row, constant(words, 1 << bit)) for row in rows]
+        is_set = [builder.icmp_unsigned("!=", row, constant(words, 0)) for row in rows]
+        masks.append(shuffle(builder, *is_set, range(64)))
     for field in others:
         for bit in range(field.bits):
             places = [field.place(number) for number in range(32)]
