@@ -63,7 +63,8 @@ def _two_bytes(builder, address, at, total):
     count = len(at)
     if list(at) == list(range(at[0], at[0] + 2 * count, 2)):
         return read(builder, _moved(builder, address, at[0]), ir.VectorType(I16, count))
-    wanted = [byte for first in at for byte in (first, first + 1)]
+    # Numbers of the last byte do not reach into one behind it.
+    wanted = [byte for first in at for byte in (first, min(first + 1, total - 1))]
     return builder.bitcast(_load_bytes(builder, address, wanted, total), ir.VectorType(I16, count))
 
 

@@ -189,7 +189,7 @@ def _looked_up(builder, address, entries, index, masks):
     """
     pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
     parts = [entries[i : i + 64].tolist() for i in range(0, len(entries), 64)]
-    kept = constant_array(builder, I8, sum(parts[1::2], []))
+    kept = constant_array(builder, I8, [entry for part in parts[1::2] for entry in part])
     base = builder.add(builder.ptrtoint(kept, I64), builder.lshr(address, ir.Constant(I64, 63)))
     found = []
     for i, part in enumerate(parts[::2]):
