@@ -169,8 +169,8 @@ def test_rows_of_the_full_cache(cache_type, size):
 
 
 def test_unknown_cache_type():
-    with pytest.raises(PymlaError, match="'q4_0'"):
-        row_bytes(V2_LITE, "q4_0", "auto")
+    with pytest.raises(PymlaError, match="'q3_0'"):
+        row_bytes(V2_LITE, "q3_0", "auto")
 
 
 # The two forms --------------------------------------------------------------------------------------------------------
