@@ -41,7 +41,7 @@ from pymla.cpu.runtime.isa import LANES
 def dot_four_for(decoder):
     """Make `dot_four`."""
     header, nbytes = decoder.header, decoder.nbytes
-    (add_first, add_second), rest = _add_256_of_two_for(decoder), _rest_for(decoder)
+    (look_up, add_first, add_second), rest = _add_256_of_two_for(decoder), _rest_for(decoder)
     inputs, begin, finish = _inputs_for(decoder), _begin_for(decoder), _finish_for(decoder)
 
     if LANES == 16:
@@ -56,10 +56,11 @@ def dot_four_for(decoder):
             acc, acc_b, acc_c, acc_d = begin(), begin(), begin(), begin()
             for _ in range(columns // 256):
                 x = inputs(scale, sums, sum16)
-                acc = add_first(a, at, (at, bt), codes, x, acc)
-                acc_b = add_second(b, bt, (at, bt), codes, x, acc_b)
-                acc_c = add_first(c, ct, (ct, dt), codes, x, acc_c)
-                acc_d = add_second(d, dt, (ct, dt), codes, x, acc_d)
+                found, found_cd = look_up(at, bt, ct, dt)
+                acc = add_first(a, at, found, codes, x, acc)
+                acc_b = add_second(b, bt, found, codes, x, acc_b)
+                acc_c = add_first(c, ct, found_cd, codes, x, acc_c)
+                acc_d = add_second(d, dt, found_cd, codes, x, acc_d)
                 at, bt, ct, dt = at + nbytes, bt + nbytes, ct + nbytes, dt + nbytes
                 codes, scale, sums, sum16 = codes + 256, scale + 32, sums + 32, sum16 + 32
             return totals(finish(acc), finish(acc_b), finish(acc_c), finish(acc_d))
@@ -71,7 +72,7 @@ def dot_four_for(decoder):
             _, codes, scale, sums, _, sum16 = activations
             at, acc = row + header, begin()
             for _ in range(columns // 256):
-                acc = add_first(row, at, (at, at), codes, inputs(scale, sums, sum16), acc)
+                acc = add_first(row, at, 0, codes, inputs(scale, sums, sum16), acc)
                 at, codes, scale, sums, sum16 = at + nbytes, codes + 256, scale + 32, sums + 32, sum16 + 32
             return total(finish(acc))
 
@@ -175,26 +176,44 @@ def _finish_for(decoder):
 
 
 def _add_256_of_two_for(decoder):
-    """Make the functions `_add_256_for` for the first and the second of two rows: the same one, where rows are not
-    decoded together."""
-    if decoder.load_eights_of_two is None:
-        add_256 = _add_256_for(decoder)
-        return add_256, add_256
-    return tuple(_add_256_for(decoder, load_eights) for load_eights in decoder.load_eights_of_two)
+    """Make `Together.look_up`, and the functions of `_add_256_for` for the first and the second of two rows."""
+    if decoder.together is None:
+        add_256 = _add_256_for(decoder, _load_eights_for(decoder) if decoder.load_eights is not None else None)
+        return _look_up_nothing, add_256, add_256
+    look_up, (load_first, load_second) = decoder.together
+    return look_up, _add_256_for(decoder, load_first), _add_256_for(decoder, load_second)
 
 
-def _add_256_for(decoder, load_eights=None):
-    """Make a function ``(row, address, two, codes, x, acc)`` that adds the products of 256 weights of a row, whose
-    blocks begin at `address`. `two` are the addresses for `load_eights`, a function of `Decoder.load_eights_of_two`."""
+@inlined
+def _look_up_nothing(a, b, c, d):
+    """Stands for `Together.look_up` of types whose rows are not decoded together."""
+    return 0, 0
+
+
+def _load_eights_for(decoder):
+    """Make `Together.load_eights` for types whose rows are not decoded together."""
+    load_eights = decoder.load_eights
+
+    @inlined
+    def load(found, address):
+        return load_eights(address, 0), load_eights(address, 1), load_eights(address, 2), load_eights(address, 3)
+
+    return load
+
+
+def _add_256_for(decoder, load):
+    """Make a function ``(row, address, found, codes, x, acc)`` that adds the products of 256 weights of a row, whose
+    blocks begin at `address`. `load` is one of `Together.load_eights`, which takes `found`; None: registers are in the
+    order of the columns."""
     if decoder.integers is not None:
-        return _add_integers_for(decoder)
+        return _add_integers_for(decoder, load)
     load_scales, load_minima = decoder.load_scales, decoder.load_minima or no_minima
     has_minima, needs_sums = decoder.load_minima is not None, _needs_sums(decoder)
-    nbytes, add_products = decoder.nbytes, _add_products_for(decoder, load_eights)
+    nbytes, add_products = decoder.nbytes, _add_eights_for(decoder, load) if load else _add_products_for(decoder)
     has_variants, moved_scales = decoder.moved_scales is not None, decoder.moved_scales or _not_moved
 
     @inlined
-    def add_256(row, address, two, codes, x, acc):
+    def add_256(row, address, found, codes, x, acc):
         fetch_ahead(address, nbytes)
         s, m = x
         products, sums = acc
@@ -205,7 +224,7 @@ def _add_256_for(decoder, load_eights=None):
             sums = fma(moved_scales(scales, address), m, sums)
         elif needs_sums:
             sums = fma(scales, m, sums)
-        return add_products(address, two, codes, mul(scales, s), products), sums
+        return add_products(address, found, codes, mul(scales, s), products), sums
 
     return add_256
 
@@ -216,18 +235,14 @@ def _not_moved(scales, address):
     return scales
 
 
-def _add_products_for(decoder, load_eights=None):
-    """Make a function ``(address, two, codes, factor, products)``: add the products of 256 weights to lanes of
-    `products`, with a factor for each small block. `load_eights` is that of `_add_256_for`."""
-    if load_eights is not None:
-        return _add_eights_of_two_for(decoder, load_eights)
-    if decoder.load_eights is not None:
-        return _add_eights_for(decoder)
+def _add_products_for(decoder):
+    """Make a function ``(address, found, codes, factor, products)``: add the products of 256 weights to lanes of
+    `products`, with a factor for each small block."""
     load_codes, spread = decoder.load_codes, spread_32 if decoder.each == 32 else spread_16
     dot = dot_signed_codes if decoder.lowest + decoder.offset < 0 else dot_unsigned
 
     @inlined
-    def add_products(address, two, codes, factor, products):
+    def add_products(address, found, codes, factor, products):
         zero = zero_words()
         dots = dot(zero, load_codes(address, 0), load_i8xL(codes))
         products = fma(finish8(dots), spread(factor, 0), products)
@@ -251,53 +266,35 @@ def _add_products_for(decoder, load_eights=None):
     return add_products
 
 
-def _add_eights_for(decoder):
+def _add_eights_for(decoder, load):
     """`_add_products_for` of registers that have eight codes of each of eight blocks: a lane has a block's products
     from all four registers, or where small blocks have 16 weights from two of them."""
-    load_eights, in_halves = decoder.load_eights, decoder.each == 16
-
-    @inlined
-    def add_products(address, two, codes, factor, products):
-        dots = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
-        dots = dot_unsigned(dots, load_eights(address, 2), load_i8xL(codes + 128))
-        if in_halves:
-            products = fma(finish8(dots), halves_of_blocks(factor, 0), products)
-            dots = zero_words()
-        dots = dot_unsigned(dots, load_eights(address, 1), load_i8xL(codes + 64))
-        dots = dot_unsigned(dots, load_eights(address, 3), load_i8xL(codes + 192))
-        return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
-
-    return add_products
-
-
-def _add_eights_of_two_for(decoder, load_eights):
-    """`_add_eights_for` of one of two rows that are decoded together."""
     in_halves = decoder.each == 16
 
     @inlined
-    def add_products(address, two, codes, factor, products):
-        first, second = two
-        dots = dot_unsigned(zero_words(), load_eights(first, second, 0), load_i8xL(codes))
-        dots = dot_unsigned(dots, load_eights(first, second, 2), load_i8xL(codes + 128))
+    def add_products(address, found, codes, factor, products):
+        a, b, c, d = load(found, address)
+        dots = dot_unsigned(zero_words(), a, load_i8xL(codes))
+        dots = dot_unsigned(dots, c, load_i8xL(codes + 128))
         if in_halves:
             products = fma(finish8(dots), halves_of_blocks(factor, 0), products)
             dots = zero_words()
-        dots = dot_unsigned(dots, load_eights(first, second, 1), load_i8xL(codes + 64))
-        dots = dot_unsigned(dots, load_eights(first, second, 3), load_i8xL(codes + 192))
+        dots = dot_unsigned(dots, b, load_i8xL(codes + 64))
+        dots = dot_unsigned(dots, d, load_i8xL(codes + 192))
         return fma(finish8(dots), halves_of_blocks(factor, 1) if in_halves else spread_pairs(factor), products)
 
     return add_products
 
 
-def _add_integers_for(decoder):
+def _add_integers_for(decoder, load):
     """`_add_256_for` of types whose small blocks have integer scales, in registers of the order `EIGHTS`."""
-    load_eights, nbytes = decoder.load_eights, decoder.nbytes
+    nbytes = decoder.nbytes
     load_scales, load_unit, load_minima, load_minimum_unit = decoder.integers
     has_minima, needs_sums = load_minima is not None, _needs_sums(decoder)
     load_minima, load_minimum_unit = load_minima or load_scales, load_minimum_unit or load_unit
 
     @inlined
-    def add_256(row, address, two, codes, x, acc):
+    def add_256(row, address, found, codes, x, acc):
         fetch_ahead(address, nbytes)
         s, sum16 = x
         products, sums = acc
@@ -306,10 +303,11 @@ def _add_integers_for(decoder):
             sums = fma(to_f32(dot_i16(load_minima(address), sum16)), mul(load_minimum_unit(address), s), sums)
         elif needs_sums:
             sums = fma(to_f32(dot_i16(scales, sum16)), factor, sums)
-        first = dot_unsigned(zero_words(), load_eights(address, 0), load_i8xL(codes))
-        first = dot_unsigned(first, load_eights(address, 2), load_i8xL(codes + 128))
-        second = dot_unsigned(zero_words(), load_eights(address, 1), load_i8xL(codes + 64))
-        second = dot_unsigned(second, load_eights(address, 3), load_i8xL(codes + 192))
+        a, b, c, d = load(found, address)
+        first = dot_unsigned(zero_words(), a, load_i8xL(codes))
+        first = dot_unsigned(first, c, load_i8xL(codes + 128))
+        second = dot_unsigned(zero_words(), b, load_i8xL(codes + 64))
+        second = dot_unsigned(second, d, load_i8xL(codes + 192))
         dots = times_integers(first, second, scales)
         return fma(finish8(dots), twice_in_quarters(factor), products), sums
 

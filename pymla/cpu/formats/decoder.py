@@ -26,6 +26,15 @@ class Integers(NamedTuple):
     load_minimum_unit: Callable | None = None
 
 
+class Together(NamedTuple):
+    """Four rows that are decoded together."""
+
+    #: (a, b, c, d), the addresses of their blocks: what is found of the first two rows, and of the last two.
+    look_up: Callable
+    #: (found, address), for the first and the second of two rows: the four registers of the order `EIGHTS`.
+    load_eights: tuple[Callable, Callable]
+
+
 class Decoder(NamedTuple):
     """How a type is decoded. Addresses are of a row's blocks, behind its header; `row` is where the row begins."""
 
@@ -54,9 +63,8 @@ class Decoder(NamedTuple):
     #: (scales, address), where small blocks have levels of one of two variants: scales times what is added to the codes
     #: of `load_eights`, which are those of the first variant and `offset` too large.
     moved_scales: Callable | None = None
-    #: Functions (first, second, r) that are taken for `load_eights` where two rows are better decoded together: for the
-    #: row whose blocks begin at the first address, and for the one of the second address.
-    load_eights_of_two: tuple[Callable, Callable] | None = None
+    #: How rows are decoded with registers of 64 bytes where it is better to decode four of them together.
+    together: Together | None = None
 
     @property
     def is_narrow(self):

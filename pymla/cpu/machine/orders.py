@@ -10,13 +10,15 @@ from pymla.cpu.runtime.isa import LANES
 #: For panels: the order of the columns; that of the tiles of AMX, block after block, and in a block token after token.
 #: For rows: four blocks of weights in a register, or eight.
 COLUMNS, TILES, FOURS, EIGHTS = range(4)
+#: The run of eight columns of a block of 32 that the r-th register of `EIGHTS` has, of every block.
+RUNS = 0, 2, 1, 3
 
 
 def columns_of(order, r):
     """The columns whose codes are in the r-th register of an order. Other orders than `COLUMNS` are those of registers
     of 64 bytes."""
     if order == EIGHTS:
-        return [32 * (i // 8) + 8 * (0, 2, 1, 3)[r] + i % 8 for i in range(64)]
+        return [32 * (i // 8) + 8 * RUNS[r] + i % 8 for i in range(64)]
     if order == FOURS:
         return [32 * (i // 16) + 16 * r + i % 16 for i in range(64)]
     return [4 * LANES * r + i for i in range(4 * LANES)]

@@ -29,13 +29,15 @@ from pymla.cpu.machine.intrinsics import (
     splat,
 )
 from pymla.cpu.machine.lanes import read_lanes
-from pymla.cpu.machine.orders import COLUMNS, EIGHTS, columns_of
+from pymla.cpu.machine.orders import COLUMNS, EIGHTS, RUNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
 from pymla.cpu.machine.simd_planes import _divided, _moved, _times
-from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_codes
+from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_columns, emit_eights, emit_found, emit_fours
 
 #: Entries of the largest codebook that is looked up in registers for one row.
 _MOST_ALONE = 512
+#: Bytes of a block that have all indices, of any type whose vectors have eight codes.
+_ALL_INDICES = 48
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):
@@ -44,9 +46,11 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, address, r):
+        if order == COLUMNS and HAS_VBMI and len(codebook(vectors.name)) <= _MOST_ALONE:
+            return emit_columns(builder, vectors, offset, address, nbytes, r)
+        if order == EIGHTS and HAS_VBMI and codebook(vectors.name).shape[1] == 4:
+            return emit_fours(builder, vectors, offset, address, nbytes, RUNS[r])
         eights = [column // 8 for column in columns_of(order, r)[::8]]
-        if HAS_VBMI and len(codebook(vectors.name)) <= _MOST_ALONE:
-            return emit_codes(builder, vectors, offset, [address] * 2, 0, nbytes, eights)
         return _emit_codes(builder, vectors, offset, _All(builder, address, nbytes), eights)
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)
@@ -58,19 +62,44 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
     return load_codes
 
 
-def load_eights_of_two_for(qtype, vectors, offset):
-    """Make the functions ``load_eights(first, second, r)`` of `Decoder.load_eights_of_two`."""
+def look_up_four_for(vectors):
+    """Make ``look_up(a, b, c, d)`` of four rows, whose blocks begin at these addresses: what `load_found_for` takes of the
+    first two rows, two registers, and of the last two."""
+
+    def emit(builder, a, b, c, d):
+        return emit_found(builder, vectors, [[a, b], [c, d]])
+
+    @operation(types.UniTuple(i8xL, 4), *[types.int64] * 4, emit=emit)
+    def look_up(a, b, c, d):
+        """Bits of codes of 256 weights of four rows."""
+        table = codebook(vectors.name)
+        numbers = np.searchsorted(np.unique(table), table)
+        found = []
+        for pair in ((a, b), (c, d)):
+            blocks = np.stack([read_lanes(address, np.uint8, _ALL_INDICES) for address in pair])
+            entries = numbers[numpy_words(vectors.indices, blocks, 32).reshape(-1)]
+            for bit in (1, 0):
+                found.append(np.packbits(entries >> bit & 1, axis=1, bitorder="little")[:, 0].view(np.int8))
+        return tuple(found)
+
+    return look_up
+
+
+def load_found_for(qtype, vectors, offset):
+    """Make two functions ``load_eights(high, low, address, r)``, for the first and the second of two rows: `load_codes` in
+    the order `EIGHTS`, of what `look_up_four_for` found."""
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def make(which):
-        def emit(builder, first, second, r):
-            eights = [column // 8 for column in columns_of(EIGHTS, r)[::8]]
-            return emit_codes(builder, vectors, offset, [first, second], which, nbytes, eights)
+        def emit(builder, high, low, address, r):
+            return emit_eights(builder, vectors, offset, high, low, which, address, nbytes, RUNS[r])
 
-        @operation(i8xL, types.int64, types.int64, LITERAL, emit=emit)
-        def load_eights(first, second, r):
-            """Codes of weights of 256 of one of two rows, by index and signs."""
-            codes = _numpy_codes(vectors, read_lanes((first, second)[which], np.uint8, nbytes)[None])[0]
+        @operation(i8xL, i8xL, i8xL, types.int64, LITERAL, emit=emit)
+        def load_eights(high, low, address, r):
+            """Codes of weights of 256, of bits of them and of signs."""
+            bits = [np.unpackbits(each.view(np.uint8)[32 * which :][:32], bitorder="little") for each in (high, low)]
+            levels = np.append(np.unique(codebook(vectors.name)), 0)[2 * bits[0] + bits[1]].astype(np.int8)
+            codes = _numpy_signed(vectors, levels[None], read_lanes(address, np.uint8, nbytes)[None])[0]
             return (codes[columns_of(EIGHTS, r)].astype(np.int16) + offset).astype(np.int8)
 
         return load_eights
@@ -254,6 +283,11 @@ def _numpy_codes(vectors, blocks):
     """Codes of blocks of 256 weights, uint8 (n, bytes), as int8 (n, 256)."""
     table = codebook(vectors.name)
     codes = table[numpy_words(vectors.indices, blocks, 256 // table.shape[1])].reshape(-1, 256)
+    return _numpy_signed(vectors, codes, blocks)
+
+
+def _numpy_signed(vectors, codes, blocks):
+    """The same of what the codebook has for them, int8 (n, 256)."""
     if vectors.down:
         down = np.repeat(numpy_words((vectors.down,), blocks, 32), 8, axis=1)
         return (8 * codes + 1 - 2 * down).astype(np.int8)

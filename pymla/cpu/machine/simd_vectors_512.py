@@ -1,8 +1,8 @@
 """Codes that come in vectors (`pymla.vectors`) from a codebook that registers hold: processors with VBMI and GFNI.
 
 The bytes of entries are looked up one by one: `vpermi2b` takes one of 128 by the low seven bits of an index, for 64
-vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows are
-looked up together.
+vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows fill
+a register, and two such registers share what is loaded of the table.
 
 Words of 64 bits then have the bits of the codes of a block of 32 weights, and other words its signs; of these a
 register of eight codes of each block is made (the order `EIGHTS`), and `vpermb` makes a code of its bits and its sign.
@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 
 from pymla.codebooks import codebook
-from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, read, shuffle
+from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, in_order, read, shuffle
 from pymla.cpu.machine.simd_planes import _moved
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import LANES, PYTHON
@@ -31,49 +31,54 @@ _CODE_BITS, _SIGN_BITS = {2: (1, 5), 3: (0, 4)}, {0: 5, 1: 4, 2: 3, 3: 2}
 _CODE_MASK, _TWO_RUNS = 0x33, 2
 
 
-def emit_codes(builder, vectors, offset, addresses, which, nbytes, eights):
-    """The codes of eight runs of eight weights, by their number, `offset` more than they are.
-
-    `addresses` are those of the blocks of two rows, of which `which` is meant.
-    """
-    make = _emit_eights if codebook(vectors.name).shape[1] == 8 else _emit_fours
-    runs = [eight % 4 for eight in eights]
-    if len(set(runs)) == 1:
-        return make(builder, vectors, offset, addresses, which, nbytes, runs[0])
-    parts = [make(builder, vectors, offset, addresses, which, nbytes, run) for run in range(4)]
+def emit_columns(builder, vectors, offset, address, nbytes, r):
+    """The codes of the r-th 64 columns, `offset` more than they are."""
+    if codebook(vectors.name).shape[1] == 8:
+        found = emit_found(builder, vectors, [[address, address]])
+        parts = [emit_eights(builder, vectors, offset, *found, 0, address, nbytes, run) for run in range(4)]
+    else:
+        parts = [emit_fours(builder, vectors, offset, address, nbytes, run) for run in range(4)]
     parts = [builder.bitcast(part, _QWORDS) for part in parts]
-    block = eights[0] // 4
-    lanes = [block, block + 8, block, block + 8, block + 1, block + 9, block + 1, block + 9]
+    lanes = [2 * r, 2 * r + 8, 2 * r, 2 * r + 8, 2 * r + 1, 2 * r + 9, 2 * r + 1, 2 * r + 9]
     low, high = (shuffle(builder, parts[i], parts[i + 1], lanes) for i in (0, 2))
     return builder.bitcast(shuffle(builder, low, high, [0, 1, 10, 11, 4, 5, 14, 15]), _BYTES)
 
 
-def _emit_eights(builder, vectors, offset, addresses, which, nbytes, run):
-    """The codes of a run of eight weights of each block, of vectors of eight."""
+def emit_found(builder, vectors, pairs):
+    """What `emit_eights` takes of vectors of eight, for each pair of rows, whose addresses are given: a register with the
+    higher bits of the codes of the 32 vectors of both, a byte for each vector, and a register with the lower bits."""
     table = codebook(vectors.name)
-    levels = sorted(set(table.reshape(-1).tolist()))
-    numbers = np.searchsorted(levels, table)
-    index, masks = _indices(builder, vectors.indices, addresses)
-    # The higher bits of the eight codes of a vector are a byte, the lower ones another one.
+    numbers = np.searchsorted(_levels_of(table), table)
     planes = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0] for bit in (1, 0)]
-    high, low = (_looked_up(builder, addresses[0], entries, index, masks) for entries in planes)
+    indices = [_indices(builder, vectors.indices, pair) for pair in pairs]
+    base = _table(builder, pairs[0][0], np.concatenate(planes))
+    found = [_looked_up(builder, base, len(table), i * len(table), indices) for i in range(2)]
+    return [register for pair in zip(*found, strict=True) for register in pair]
+
+
+def emit_eights(builder, vectors, offset, high, low, which, address, nbytes, run):
+    """The codes, `offset` more than they are, of a run of eight weights of each block, of vectors of eight. `high` and
+    `low` are of `emit_found`, `which` is which of the two rows is meant, and `address` that of its block."""
     # A word of 64 bits for a block: the higher bits of its four vectors, and the lower ones.
-    lanes = [lane for block in range(8) for lane in (8 * which + block, 16 + 8 * which + block)]
+    lanes = [lane for block in range(8 * which, 8 * which + 8) for lane in (block, 16 + block)]
     codes = _columns(builder, shuffle(builder, *(builder.bitcast(each, _DWORDS) for each in (high, low)), lanes))
-    signs = _signs(builder, vectors.down or vectors.signs, addresses[which], nbytes, _SIGN_BITS)
+    signs = _signs(builder, vectors.down or vectors.signs, address, nbytes, _SIGN_BITS)
     if run >= 2:
         both = _merged(builder, codes, signs, _CODE_MASK)
     else:
         both = _shifted_right(builder, _merged(builder, codes, signs, _CODE_MASK << _TWO_RUNS), _TWO_RUNS)
-    bits, sign = _CODE_BITS[run | 2], _SIGN_BITS[run | 2]
+    levels, bits, sign = _levels_of(codebook(vectors.name)), _CODE_BITS[run | 2], _SIGN_BITS[run | 2]
     return look_up_64(builder, both, _levels(levels, offset, bits, sign, bool(vectors.down)))
 
 
-def _emit_fours(builder, vectors, offset, addresses, which, nbytes, run):
+def _levels_of(table):
+    return sorted(set(table.reshape(-1).tolist()))
+
+
+def emit_fours(builder, vectors, offset, address, nbytes, run):
     """The same of vectors of four. A byte of an entry has two bits of each code, another byte the third ones."""
-    address = addresses[which]
     table = codebook(vectors.name)
-    levels = sorted(set(table.reshape(-1).tolist()))
+    levels = _levels_of(table)
     numbers = np.searchsorted(levels, table)
     low, high = _looked_up_fours(builder, vectors.indices, address, numbers)
     # Where the bits of a code and its sign stand, so that no two runs need the same bit for their signs.
@@ -94,7 +99,9 @@ def _looked_up_fours(builder, fields, address, numbers):
     if len(fields) == 2:
         masks.append(builder.bitcast(read(builder, _moved(builder, address, fields[1].at), I64), ir.VectorType(I1, 64)))
     bytes_of = (numbers & 3) << 2 * np.arange(4), numbers >> 2 << np.arange(4)
-    return [_looked_up(builder, address, entries.sum(axis=1), index, masks) for entries in bytes_of]
+    planes = [entries.sum(axis=1) for entries in bytes_of]
+    base = _table(builder, address, np.concatenate(planes))
+    return [_looked_up(builder, base, len(numbers), i * len(numbers), [(index, masks)])[0] for i in range(2)]
 
 
 def _levels(levels, offset, bits, sign, is_moved=False):
@@ -181,23 +188,28 @@ def _bits_of_two(builder, addresses, places):
     return builder.bitcast(bits, ir.VectorType(I1, 64))
 
 
-def _looked_up(builder, address, entries, index, masks):
-    """Entries of a table of bytes: by the low seven bits of indices, and by masks of the bits above these.
+def _looked_up(builder, base, count, first, indices):
+    """Of `count` entries of a table of bytes, from its byte `first` on, those of each of several indices: by their low
+    seven bits, and by masks of the bits above these."""
+    if count == 128:
+        parts = [read(builder, _moved(builder, base, at), _BYTES) for at in (first, first + 64)]
+        pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
+        found = [builder.call(pick, [parts[0], index, parts[1]]) for index, _ in indices]
+        # What is loaded serves all indices at once: LLVM would do one after the other, and keep it on the stack.
+        return found if len(found) == 1 else [in_order(builder, each) for each in found]
+    half = count // 2
+    lows, highs = (_looked_up(builder, base, half, at, indices) for at in (first, first + half))
+    masks = [masks[half.bit_length() - 8] for _, masks in indices]
+    return [builder.select(*each) for each in zip(masks, highs, lows, strict=True)]
 
-    Every second register of entries is in memory, at an address that LLVM does not know to be the same for all rows: it
-    would otherwise take the loads out of the loop, and keep all of the table on the stack.
-    """
-    pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
-    parts = [entries[i : i + 64].tolist() for i in range(0, len(entries), 64)]
-    kept = constant_array(builder, I8, [entry for part in parts[1::2] for entry in part])
-    base = builder.add(builder.ptrtoint(kept, I64), builder.lshr(address, ir.Constant(I64, 63)))
-    found = []
-    for i, part in enumerate(parts[::2]):
-        other = read(builder, _moved(builder, base, 64 * i), _BYTES)
-        found.append(builder.call(pick, [ir.Constant(_BYTES, part), index, other]))
-    for is_set in masks:
-        found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
-    return found[0]
+
+def _table(builder, address, entries):
+    """The address of a table in the kernel's constants. LLVM does not know that it is the same whatever the address of
+    the weights is, which is never negative: it would otherwise load the table before the loop, and keep it on the
+    stack."""
+    kept = builder.ptrtoint(constant_array(builder, I8, [int(entry) for entry in entries]), I64)
+    is_negative = builder.icmp_signed("<", address, ir.Constant(I64, 0))
+    return builder.select(is_negative, ir.Constant(I64, 0), kept)
 
 
 def constant_array(builder, element, numbers):
