@@ -74,7 +74,9 @@ def _as_loaded(builder, value):
     together by more instructions."""
     if LANES != 16 or value.type.count != REGISTER_BYTES:
         return value
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
+    kept = builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
+    kept.attributes.add("readnone")  # so that registers that are made of one load share it
+    return kept
 
 
 def _windows(wanted, total, begin):
