@@ -6,14 +6,15 @@ from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS
 from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_trellis import load_codes_32_for, load_codes_for
-from pymla.cpu.runtime.isa import LANES
+from pymla.cpu.runtime.isa import LANES, VNNI
 from pymla.trellis import MIDDLE, TRELLISES
 
 
 def format_of_trellis(qtype: int) -> Format:
     """The row of `FORMATS` of a type of ``trellis.TRELLISES``."""
     trellis = TRELLISES[qtype]
-    offset = offset_of(-MIDDLE, MIDDLE, trellis.layout.each)
+    # With VNNI codes in registers are the sums themselves.
+    offset = MIDDLE if VNNI else offset_of(-MIDDLE, MIDDLE, trellis.layout.each)
     return format_of(
         Decoder(
             qtype,

@@ -92,11 +92,10 @@ def _emit_codes(builder, trellis, offset, index, moved, signs, columns):
     lanes = len(columns) // 4
     # Bytes come from registers of sums as they are packed: four bytes of each register in turn.
     pieces = [[column for i in range(p, lanes, 4) for column in columns[4 * i : 4 * i + 4]] for p in range(4)]
-    start = offset - MIDDLE if offset >= MIDDLE and not signs else 0
-    sums = [_sums(builder, _numbers(builder, trellis, index, moved, piece), start) for piece in pieces]
+    sums = [_sums(builder, _numbers(builder, trellis, index, moved, piece)) for piece in pieces]
     result = _packed(builder, sums)
     if signs is None:
-        return builder.add(result, constant(codes, _signed_byte(offset - MIDDLE))) if start == 0 else result
+        return builder.add(result, constant(codes, _signed_byte(offset - MIDDLE))) if offset != MIDDLE else result
     # Levels from -126 to 126 lose their sign.
     level = builder.sub(result, constant(codes, MIDDLE))
     magnitude = declare(builder, f"llvm.abs.v{codes.count}i8", codes, [codes, ir.IntType(1)])
@@ -128,14 +127,13 @@ def _signed_word(number):
     return (number + 2**31) % 2**32 - 2**31
 
 
-def _sums(builder, numbers, start):
-    """A number and the sums of six bits of the bytes of numbers: from 0 to 254, int32 lanes."""
+def _sums(builder, numbers):
+    """The sums of six bits of the bytes of numbers: int32 lanes."""
     kind = numbers.type
     six = builder.and_(numbers, constant(kind, SIX_BITS))
     if VNNI and kind.count >= 8:
-        return dpbusd(builder, constant(kind, start), six, constant(ir.VectorType(I8, 4 * kind.count), 1))
-    total = builder.lshr(builder.mul(six, constant(kind, 0x01010101)), constant(kind, 24))
-    return builder.add(total, constant(kind, start)) if start else total
+        return dpbusd(builder, constant(kind, 0), six, constant(ir.VectorType(I8, 4 * kind.count), 1))
+    return builder.lshr(builder.mul(six, constant(kind, 0x01010101)), constant(kind, 24))
 
 
 def _packed(builder, sums):
