@@ -1,7 +1,7 @@
 """Codes that come from a random number generator (`pymla.trellis`): registers of levels.
 
 `load_codes_for` and `load_codes_32_for` make the same operations as in `pymla.cpu.machine.simd_planes`. Numbers are
-computed in lanes of int32, one for each weight; four registers of sums become one register of bytes.
+computed in lanes of int32, one for each weight, whose levels become bytes of lanes.
 """
 
 import numpy as np
@@ -11,7 +11,6 @@ from numba import types
 from pymla import ggml
 from pymla.cpu.machine.intrinsics import (
     I8,
-    I16,
     I32,
     LITERAL,
     constant,
@@ -27,7 +26,7 @@ from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
 from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _times
-from pymla.cpu.runtime.isa import LANES, VNNI
+from pymla.cpu.runtime.isa import VNNI
 from pymla.trellis import FACTOR, MIDDLE, OFFSET, SIX_BITS
 
 
@@ -89,11 +88,15 @@ def _emit_codes(builder, trellis, offset, index, moved, signs, columns):
     """The codes at some columns of indices, int16 lanes. `moved` has the bits of blocks of 32 weights, or is None, and
     `signs` a byte for each column that is not 0 where its code is negative, or is None."""
     codes = ir.VectorType(I8, len(columns))
-    lanes = len(columns) // 4
-    # Bytes come from registers of sums as they are packed: four bytes of each register in turn.
-    pieces = [[column for i in range(p, lanes, 4) for column in columns[4 * i : 4 * i + 4]] for p in range(4)]
-    sums = [_sums(builder, _numbers(builder, trellis, index, moved, piece)) for piece in pieces]
-    result = _packed(builder, sums)
+    starts, total = _starts(builder, trellis, index, moved, columns[::4]), None
+    # Of four columns side by side, which share a start, the last one comes first: its sum moves up by three bytes.
+    for place in reversed(range(4)):
+        powers = [_power(column % trellis.group + 1) for column in columns[place::4]]
+        numbers = builder.mul(starts, ir.Constant(starts.type, powers))
+        if total:
+            total = builder.shl(total, constant(total.type, 8))
+        total = _add_sums(builder, total, builder.and_(numbers, constant(numbers.type, SIX_BITS)))
+    result = builder.bitcast(total, codes)
     if signs is None:
         return builder.add(result, constant(codes, _signed_byte(offset - MIDDLE))) if offset != MIDDLE else result
     # Levels from -126 to 126 lose their sign.
@@ -109,46 +112,31 @@ def _signed_byte(number):
     return (number + 128) % 256 - 128
 
 
-def _numbers(builder, trellis, index, moved, columns):
-    """The numbers of the generator at some columns, int32 lanes."""
+def _starts(builder, trellis, index, moved, columns):
+    """The starts of the generator at some columns, int32 lanes."""
     words = ir.VectorType(I32, len(columns))
     lanes = [number for column in columns for number in (column // trellis.group, index.type.count)]
     picked = shuffle(builder, index, constant(index.type, 0), lanes)
     starts = builder.add(builder.bitcast(picked, words), constant(words, OFFSET))
-    if moved is not None:
-        lanes = [number for column in columns for number in (column // 32, moved.type.count)]
-        bits = builder.bitcast(shuffle(builder, moved, constant(moved.type, 0), lanes), words)
-        starts = builder.add(starts, builder.mul(bits, constant(words, trellis.moved_by)))
-    powers = [_signed_word(pow(FACTOR, column % trellis.group + 1, 2**32)) for column in columns]
-    return builder.mul(starts, ir.Constant(words, powers))
+    if moved is None:
+        return starts
+    lanes = [number for column in columns for number in (column // 32, moved.type.count)]
+    bits = builder.bitcast(shuffle(builder, moved, constant(moved.type, 0), lanes), words)
+    return builder.add(starts, builder.mul(bits, constant(words, trellis.moved_by)))
 
 
-def _signed_word(number):
-    return (number + 2**31) % 2**32 - 2**31
+def _power(exponent):
+    """A power of the factor, as an int32."""
+    return (pow(FACTOR, exponent, 2**32) + 2**31) % 2**32 - 2**31
 
 
-def _sums(builder, numbers):
-    """The sums of six bits of the bytes of numbers: int32 lanes."""
+def _add_sums(builder, total, numbers):
+    """The sums of the four bytes of numbers, and a total, int32 lanes, or None for 0."""
     kind = numbers.type
-    six = builder.and_(numbers, constant(kind, SIX_BITS))
     if VNNI and kind.count >= 8:
-        return dpbusd(builder, constant(kind, 0), six, constant(ir.VectorType(I8, 4 * kind.count), 1))
-    return builder.lshr(builder.mul(six, constant(kind, 0x01010101)), constant(kind, 24))
-
-
-def _packed(builder, sums):
-    """The bytes of four registers of int32, four of each register in turn."""
-    count = sums[0].type.count
-    if LANES == 16 and count == 16:
-        words, codes = ir.VectorType(I16, 32), ir.VectorType(I8, 64)
-        pack = declare(builder, "llvm.x86.avx512.packusdw.512", words, [sums[0].type] * 2)
-        halves = [builder.call(pack, [sums[i], sums[i + 1]]) for i in (0, 2)]
-        pack = declare(builder, "llvm.x86.avx512.packuswb.512", codes, [words] * 2)
-        return builder.call(pack, halves)
-    low, high = (shuffle(builder, sums[i], sums[i + 1], range(2 * count)) for i in (0, 2))
-    every = shuffle(builder, low, high, range(4 * count))
-    lanes = [count * p + 4 * i + j for i in range(count // 4) for p in range(4) for j in range(4)]
-    return builder.trunc(shuffle(builder, every, every, lanes), ir.VectorType(I8, 4 * count))
+        return dpbusd(builder, total or constant(kind, 0), numbers, constant(ir.VectorType(I8, 4 * kind.count), 1))
+    sums = builder.lshr(builder.mul(numbers, constant(kind, 0x01010101)), constant(kind, 24))
+    return builder.or_(total, sums) if total else sums
 
 
 def _numpy_codes(trellis, blocks):
