@@ -15,6 +15,7 @@ from pymla.cpu.machine.intrinsics import (
     I8,
     I16,
     I32,
+    I64,
     LITERAL,
     constant,
     f32x8,
@@ -93,9 +94,13 @@ def load_codes_32_iq4_kss(address, block):
 
 def _emit_kss_scales(builder, row, address):
     words = read(builder, address, ir.VectorType(I16, 64))
-    bits = builder.bitcast(builder.trunc(words, ir.VectorType(I1, 64)), ir.VectorType(I8, 8))
-    numbers = builder.zext(bits, ir.VectorType(I32, 8))
-    numbers = builder.sub(builder.and_(numbers, constant(numbers.type, 254)), constant(numbers.type, 127))
+    bits = builder.bitcast(builder.trunc(words, ir.VectorType(I1, 64)), I64)
+    # As a register of two words it does not go through memory.
+    two = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+    bits = builder.and_(bits, ir.Constant(I64, 0xFEFEFEFEFEFEFEFE))
+    two = builder.bitcast(builder.insert_element(two, bits, ir.Constant(I32, 0)), ir.VectorType(I8, 16))
+    numbers = builder.zext(shuffle(builder, two, two, range(8)), ir.VectorType(I32, 8))
+    numbers = builder.sub(numbers, constant(numbers.type, 127))
     return builder.fmul(splat(builder, read(builder, row, F32), 8), builder.sitofp(numbers, ir.VectorType(F32, 8)))
 
 
