@@ -29,8 +29,8 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import read_lanes, read_number
 from pymla.cpu.machine.orders import COLUMNS, columns_of
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_up, _times
-from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, look_up_64
+from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_up, _moved, _times
+from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, look_up_64, shuffle_two, times_matrices
 from pymla.planes import IQ4_LEVELS, Plane
 
 # IQ4_KSS: eight words of 16 bits for 32 weights. The lowest bits of the words are a number, of which the lowest bit
@@ -139,6 +139,7 @@ def _numpy_kss(packed):
 
 # IQ2_KL: a code of 5 bits for two neighbouring weights.
 
+_BYTES = ir.VectorType(I8, 64)
 _KL_BYTES = ggml.BLOCK_BYTES[ggml.IQ2_KL]
 _KL_INDEX = (Plane(6, 4, 16), Plane(70, 1, 16, 4))
 
@@ -149,16 +150,38 @@ def _kl_codes(builder, index, offset):
     both = builder.or_(index, builder.shl(index, constant(index.type, 8)))
     both = builder.or_(both, constant(index.type, 32 << 8))
     numbers = builder.bitcast(both, ir.VectorType(I8, 2 * index.type.count))
-    table = [int(level) + offset for level in np.array(PAIRS).T.reshape(-1)]
-    look_up = look_up_64 if HAS_VBMI and numbers.type.count == 64 else _look_up
-    return look_up(builder, numbers, table)
+    return _look_up(builder, numbers, _kl_table(offset))
+
+
+def _kl_table(offset):
+    """The codes of pairs by index: the first ones, then the second ones."""
+    return [int(level) + offset for level in np.array(PAIRS).T.reshape(-1)]
+
+
+def _kl_codes_512(builder, address, columns, offset):
+    """Codes at 64 columns, of which eight side by side are of one block of 32 weights, with VBMI and GFNI."""
+    nibbles = read(builder, _moved(builder, address, _KL_INDEX[0].at), _BYTES)
+    words = builder.bitcast(nibbles, ir.VectorType(I16, 32))
+    upper = builder.bitcast(builder.lshr(words, constant(words.type, 4)), _BYTES)
+    parts = [builder.and_(part, constant(_BYTES, 15)) for part in (nibbles, upper)]
+    blocks, pairs = [column // 32 for column in columns], [column % 32 // 2 for column in columns]
+    lanes = [16 * (block // 2) + 64 * (block % 2) + pair for block, pair in zip(blocks, pairs, strict=True)]
+    low = shuffle_two(builder, *parts, lanes)
+    bits = read(builder, _moved(builder, address, _KL_INDEX[1].at), ir.VectorType(I8, 16))
+    # Bit i of the byte of a pair is that of block i: it becomes bit 4.
+    high = times_matrices(builder, shuffle(builder, bits, bits, pairs), [1 << block + 24 for block in blocks[::8]])
+    second = ir.Constant(_BYTES, [32 * (column % 2) for column in columns])
+    return look_up_64(builder, builder.or_(builder.or_(low, high), second), _kl_table(offset))
 
 
 def load_codes_iq2_kl(offset, order=COLUMNS):
     """Make ``load_codes(address, r)`` of IQ2_KL: codes, `offset` more than they are."""
 
     def emit(builder, address, r):
-        pairs = [column // 2 for column in columns_of(order, r)[::2]]
+        columns = columns_of(order, r)
+        if HAS_VBMI:
+            return _kl_codes_512(builder, address, columns, offset)
+        pairs = [column // 2 for column in columns[::2]]
         return _kl_codes(builder, emit_words(builder, _KL_INDEX, address, pairs, _KL_BYTES), offset)
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)

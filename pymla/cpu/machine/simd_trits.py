@@ -23,7 +23,7 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, FOURS, columns_of
 from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times
-from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, shifted
+from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, shifted, shuffle_two
 
 _BYTES = ir.VectorType(I8, 64)
 
@@ -91,11 +91,12 @@ def _picked_digits(builder, address, places, total):
     the bytes are put in their places, and the fields moved down."""
     low = read(builder, address, ir.VectorType(I8, 32))
     high = read(builder, _moved(builder, address, total - 32), ir.VectorType(I8, 32))
-    packed = shuffle(builder, low, high, [*range(32), *(min(i + 64 - total, 63) for i in range(32, 64))])
+    packed = shuffle(builder, low, high, range(64))
     digits = _digits_of(np.arange(256), np.arange(5)[:, None])
     first, last = (digits[:4] << 2 * np.arange(4)[:, None]).sum(axis=0), digits[4]
     tables = [_look_up_256(builder, packed, table) for table in (first, last)]
-    found = shuffle(builder, *tables, [byte + (64 if n == 4 else 0) for byte, n in places])
+    at = [byte if byte < 32 else byte + 64 - total for byte, _ in places]
+    found = shuffle_two(builder, *tables, [byte + 64 * (n == 4) for byte, (_, n) in zip(at, places, strict=True)])
     words = builder.bitcast(found, ir.VectorType(I64, 8))
     moved = shifted(builder, words, [8 * (i % 8) + 2 * (n % 4) for i, (_, n) in enumerate(places)])
     return builder.and_(moved, constant(_BYTES, 3))

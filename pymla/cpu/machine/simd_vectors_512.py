@@ -117,9 +117,22 @@ def _columns(builder, words, columns=range(8)):
     """Transposed matrices of bits: byte i of a word of 64 bits has column ``columns[i]`` of bits of its bytes, of the
     first byte in its highest bit. Column 8 is the sum of the first seven ones, modulo 2."""
     masks = [127 if column == 8 else 1 << column for column in columns]
+    return times_matrices(builder, ir.Constant(_BYTES, masks * 8), words)
+
+
+def times_matrices(builder, codes, matrices):
+    """Products of bytes, as vectors of bits, and of matrices of bits, one for eight bytes: bit i of a product is the sum,
+    modulo 2, of the bits that the byte has in common with byte ``7 - i`` of the matrix."""
+    if not isinstance(matrices, ir.Value):
+        matrices = ir.Constant(_QWORDS, matrices)
     product = declare(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, [_BYTES, _BYTES, I8])
-    given = [ir.Constant(_BYTES, masks * 8), builder.bitcast(words, _BYTES)]
-    return builder.call(product, [*given, ir.Constant(I8, 0)])
+    return builder.call(product, [codes, builder.bitcast(matrices, _BYTES), ir.Constant(I8, 0)])
+
+
+def shuffle_two(builder, a, b, lanes):
+    """`shuffle` of bytes of two registers in one instruction, where LLVM might take several."""
+    pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
+    return builder.call(pick, [a, ir.Constant(_BYTES, list(lanes)), b])
 
 
 def shifted(builder, words, bits):
