@@ -41,7 +41,9 @@ from pymla.cpu.runtime.isa import AMX, ISA, LANES, VNNI
 
 MODULES = simd, simd_512, simd_amx, simd_bytes, simd_decoded, simd_panels, simd_rows, simd_words, fifth_bits
 #: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type.
-OF_TYPES = "pymla.cpu.machine.simd_planes.", "pymla.cpu.machine.simd_vectors."
+OF_TYPES = tuple(
+    f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik")
+)
 PACKAGE = {
     name: each for name, each in OPERATIONS.items() if name.startswith("pymla.") and not name.startswith(OF_TYPES)
 }

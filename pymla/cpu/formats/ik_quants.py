@@ -8,7 +8,7 @@ from pymla.cpu.formats.decoded import format_of
 from pymla.cpu.formats.decoder import Decoder, offset_of
 from pymla.cpu.machine import simd_ik
 from pymla.cpu.machine.orders import EIGHTS
-from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
+from pymla.cpu.machine.simd_scales import load_scale_for, load_scales_for
 from pymla.cpu.runtime.isa import LANES
 from pymla.planes import IQ4_LEVELS, ROW_HALF, Codes, Layout, Plane, Scales
 

@@ -4,9 +4,8 @@ from pymla.cpu.formats.decoded import format_of
 from pymla.cpu.formats.decoder import MOST_OF_INTEGERS, Decoder, Integers, offset_of
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS, FOURS
-from pymla.cpu.machine.simd_planes import (
-    load_codes_32_for,
-    load_codes_for,
+from pymla.cpu.machine.simd_planes import load_codes_32_for, load_codes_for
+from pymla.cpu.machine.simd_scales import (
     load_half_for,
     load_integers_for,
     load_minima_for,

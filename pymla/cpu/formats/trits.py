@@ -5,7 +5,7 @@ from pymla.cpu.formats.decoded import format_of
 from pymla.cpu.formats.decoder import Decoder
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS, FOURS
-from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
+from pymla.cpu.machine.simd_scales import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_trits import load_codes_32_for, load_codes_for
 from pymla.cpu.runtime.isa import LANES
 from pymla.trits import TRITS

@@ -6,7 +6,7 @@ from pymla.cpu.formats.decoded import format_of
 from pymla.cpu.formats.decoder import Decoder, Together, offset_of
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS
-from pymla.cpu.machine.simd_planes import load_scale_for, load_scales_for
+from pymla.cpu.machine.simd_scales import load_scale_for, load_scales_for
 from pymla.cpu.machine.simd_vectors import (
     load_codes_32_for,
     load_codes_for,

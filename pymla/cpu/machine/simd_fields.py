@@ -4,7 +4,7 @@ import numpy as np
 from llvmlite import ir
 
 from pymla.cpu.machine.intrinsics import I16, constant, read, splat
-from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times
+from pymla.cpu.machine.simd_bits import address_at, divided_by, load_bytes, times_constant
 from pymla.vectors import Field
 
 
@@ -33,12 +33,14 @@ def _moved_by(builder, field, address, sub, count):
     another address, and so many bits further on, None for no bits."""
     if isinstance(field, Field):
         # Words are not shared by blocks of 32 weights.
-        return builder.add(address, _times(builder, sub, count // field.per * field.stride)), None
+        return builder.add(address, times_constant(builder, sub, count // field.per * field.stride)), None
     groups = field.run // count
-    whole, rest = _divided(builder, sub, groups * field.fields)
-    place, group = _divided(builder, rest, groups)
-    address = builder.add(builder.add(address, _times(builder, whole, field.run)), _times(builder, group, count))
-    return address, builder.trunc(_times(builder, place, field.bits), I16)
+    whole, rest = divided_by(builder, sub, groups * field.fields)
+    place, group = divided_by(builder, rest, groups)
+    address = builder.add(
+        builder.add(address, times_constant(builder, whole, field.run)), times_constant(builder, group, count)
+    )
+    return address, builder.trunc(times_constant(builder, place, field.bits), I16)
 
 
 def _field(builder, field, address, places, total, moved):
@@ -48,7 +50,7 @@ def _field(builder, field, address, places, total, moved):
     if max(shifts) + field.bits > 8:
         value = _two_bytes(builder, address, at, total)
     else:
-        value = builder.zext(_load_bytes(builder, address, at, total), words)
+        value = builder.zext(load_bytes(builder, address, at, total), words)
     if any(shifts):
         value = builder.lshr(value, ir.Constant(words, shifts))
     if moved is not None:
@@ -62,10 +64,10 @@ def _two_bytes(builder, address, at, total):
     """The words of 16 bits that begin at some bytes."""
     count = len(at)
     if list(at) == list(range(at[0], at[0] + 2 * count, 2)):
-        return read(builder, _moved(builder, address, at[0]), ir.VectorType(I16, count))
+        return read(builder, address_at(builder, address, at[0]), ir.VectorType(I16, count))
     # Numbers of the last byte do not reach into one behind it.
     wanted = [byte for first in at for byte in (first, min(first + 1, total - 1))]
-    return builder.bitcast(_load_bytes(builder, address, wanted, total), ir.VectorType(I16, count))
+    return builder.bitcast(load_bytes(builder, address, wanted, total), ir.VectorType(I16, count))
 
 
 def numpy_words(fields, blocks, count):

@@ -28,8 +28,8 @@ from pymla.cpu.machine.intrinsics import (
 )
 from pymla.cpu.machine.lanes import read_lanes, read_number
 from pymla.cpu.machine.orders import COLUMNS, columns_of
+from pymla.cpu.machine.simd_bits import address_at, bit_fields, divided_by, load_bytes, look_up_table, times_constant
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _fields, _load_bytes, _look_up, _moved, _times
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, look_up_64, shuffle_two, times_matrices
 from pymla.planes import IQ4_LEVELS, Plane
 
@@ -46,8 +46,8 @@ def _kss_codes(builder, found, is_moved, shifts, offset):
     words = builder.bitcast(found, ir.VectorType(I16, found.type.count // 2))
     even = builder.and_(words, constant(words.type, -2))
     even = builder.xor(even, builder.lshr(even, constant(words.type, 1)))
-    nibbles = _fields(builder, builder.bitcast(even, found.type), shifts, 4, 0)
-    codes = _look_up(builder, nibbles, [(level + offset + 128) % 256 - 128 for level in IQ4_LEVELS])
+    nibbles = bit_fields(builder, builder.bitcast(even, found.type), shifts, 4, 0)
+    codes = look_up_table(builder, nibbles, [(level + offset + 128) % 256 - 128 for level in IQ4_LEVELS])
     moved = builder.select(is_moved, constant(codes.type, _KSS_MOVED), constant(codes.type, 0))
     return builder.add(codes, moved)
 
@@ -58,8 +58,8 @@ def load_codes_iq4_kss(offset, order=COLUMNS):
     def emit(builder, address, r):
         columns = columns_of(order, r)
         places = [_KSS_NIBBLES.place(column) for column in columns]
-        found = _load_bytes(builder, address, [byte for byte, _ in places], _KSS_BYTES)
-        first = _load_bytes(builder, address, [column // 32 * 16 for column in columns], _KSS_BYTES)
+        found = load_bytes(builder, address, [byte for byte, _ in places], _KSS_BYTES)
+        first = load_bytes(builder, address, [column // 32 * 16 for column in columns], _KSS_BYTES)
         is_moved = builder.icmp_unsigned("!=", builder.and_(first, constant(first.type, 1)), constant(first.type, 0))
         return _kss_codes(builder, found, is_moved, [bit for _, bit in places], offset)
 
@@ -74,7 +74,7 @@ def load_codes_iq4_kss(offset, order=COLUMNS):
 
 def _kss_address(builder, address, block):
     """Where the sixteen bytes of the weights from ``32 * block`` on begin."""
-    return builder.add(address, _times(builder, block, _KSS_BYTES // 8))
+    return builder.add(address, times_constant(builder, block, _KSS_BYTES // 8))
 
 
 def _emit_kss_32(builder, address, block):
@@ -150,7 +150,7 @@ def _kl_codes(builder, index, offset):
     both = builder.or_(index, builder.shl(index, constant(index.type, 8)))
     both = builder.or_(both, constant(index.type, 32 << 8))
     numbers = builder.bitcast(both, ir.VectorType(I8, 2 * index.type.count))
-    return _look_up(builder, numbers, _kl_table(offset))
+    return look_up_table(builder, numbers, _kl_table(offset))
 
 
 def _kl_table(offset):
@@ -160,14 +160,14 @@ def _kl_table(offset):
 
 def _kl_codes_512(builder, address, columns, offset):
     """Codes at 64 columns, of which eight side by side are of one block of 32 weights, with VBMI and GFNI."""
-    nibbles = read(builder, _moved(builder, address, _KL_INDEX[0].at), _BYTES)
+    nibbles = read(builder, address_at(builder, address, _KL_INDEX[0].at), _BYTES)
     words = builder.bitcast(nibbles, ir.VectorType(I16, 32))
     upper = builder.bitcast(builder.lshr(words, constant(words.type, 4)), _BYTES)
     parts = [builder.and_(part, constant(_BYTES, 15)) for part in (nibbles, upper)]
     blocks, pairs = [column // 32 for column in columns], [column % 32 // 2 for column in columns]
     lanes = [16 * (block // 2) + 64 * (block % 2) + pair for block, pair in zip(blocks, pairs, strict=True)]
     low = shuffle_two(builder, *parts, lanes)
-    bits = read(builder, _moved(builder, address, _KL_INDEX[1].at), ir.VectorType(I8, 16))
+    bits = read(builder, address_at(builder, address, _KL_INDEX[1].at), ir.VectorType(I8, 16))
     # Bit i of the byte of a pair is that of block i: it becomes bit 4.
     high = times_matrices(builder, shuffle(builder, bits, bits, pairs), [1 << block + 24 for block in blocks[::8]])
     second = ir.Constant(_BYTES, [32 * (column % 2) for column in columns])
@@ -193,8 +193,8 @@ def load_codes_iq2_kl(offset, order=COLUMNS):
 
 
 def _emit_kl_32(builder, address, block):
-    whole, sub = _divided(builder, block, 8)
-    address = builder.add(address, _times(builder, whole, _KL_BYTES))
+    whole, sub = divided_by(builder, block, 8)
+    address = builder.add(address, times_constant(builder, whole, _KL_BYTES))
     return _kl_codes(builder, emit_words_32(builder, _KL_INDEX, address, sub, 16), 0)
 
 

@@ -24,8 +24,8 @@ from pymla.cpu.machine.intrinsics import (
 )
 from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, columns_of
+from pymla.cpu.machine.simd_bits import divided_by, load_bytes, times_constant
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _times
 from pymla.cpu.runtime.isa import VNNI
 from pymla.trellis import FACTOR, MIDDLE, OFFSET, SIX_BITS
 
@@ -44,7 +44,7 @@ def load_codes_for(qtype, trellis, offset, order=COLUMNS):
         signs = None
         if trellis.signs:
             places = [trellis.signs.place(column) for column in columns]
-            found = _load_bytes(builder, address, [byte for byte, _ in places], nbytes)
+            found = load_bytes(builder, address, [byte for byte, _ in places], nbytes)
             signs = builder.and_(found, ir.Constant(found.type, [1 << bit for _, bit in places]))
         return _emit_codes(builder, trellis, offset, index, moved, signs, columns)
 
@@ -63,14 +63,14 @@ def load_codes_32_for(qtype, trellis):
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, address, block):
-        whole, sub = _divided(builder, block, 8)
-        address = builder.add(address, _times(builder, whole, nbytes))
+        whole, sub = divided_by(builder, block, 8)
+        address = builder.add(address, times_constant(builder, whole, nbytes))
         index = emit_words_32(builder, trellis.indices, address, sub, 32 // trellis.group)
         moved = emit_words_32(builder, (trellis.moved,), address, sub, 1) if trellis.moved else None
         signs = None
         if trellis.signs:
             # The weights from 32 * sub on have bit `sub` of 32 bytes.
-            found = _load_bytes(builder, address, range(trellis.signs.at, trellis.signs.at + 32), nbytes)
+            found = load_bytes(builder, address, range(trellis.signs.at, trellis.signs.at + 32), nbytes)
             bit = builder.shl(ir.Constant(I8, 1), builder.trunc(sub, I8))
             signs = builder.and_(found, splat(builder, bit, 32))
         return _emit_codes(builder, trellis, 0, index, moved, signs, range(32))

@@ -22,7 +22,7 @@ from pymla.cpu.machine.intrinsics import (
 )
 from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, FOURS, columns_of
-from pymla.cpu.machine.simd_planes import _divided, _load_bytes, _moved, _times
+from pymla.cpu.machine.simd_bits import address_at, divided_by, load_bytes, times_constant
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, shifted, shuffle_two
 
 _BYTES = ir.VectorType(I8, 64)
@@ -42,7 +42,7 @@ def load_codes_for(qtype, trits, order=COLUMNS):
         places = places_of(r)
         if HAS_VBMI and order != FOURS:
             return _picked_digits(builder, address, places, total)
-        return _digits(builder, _load_bytes(builder, address, [byte for byte, _ in places], total), places)
+        return _digits(builder, load_bytes(builder, address, [byte for byte, _ in places], total), places)
 
     @operation(i8xL, types.int64, LITERAL, emit=emit)
     def load_codes(address, r):
@@ -58,11 +58,11 @@ def load_codes_32_for(qtype, trits):
     subs, nbytes = ggml.BLOCK_SIZE[qtype] // 32, ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, address, block):
-        whole, sub = _divided(builder, block, subs)
-        address, result = builder.add(address, _times(builder, whole, nbytes)), None
+        whole, sub = divided_by(builder, block, subs)
+        address, result = builder.add(address, times_constant(builder, whole, nbytes)), None
         for i in range(subs):
             places = trits.digits[32 * i : 32 * i + 32]
-            digits = _digits(builder, _load_bytes(builder, address, [byte for byte, _ in places], nbytes), places)
+            digits = _digits(builder, load_bytes(builder, address, [byte for byte, _ in places], nbytes), places)
             is_it = builder.icmp_unsigned("==", sub, ir.Constant(I64, i))
             result = builder.select(is_it, digits, result) if result else digits
         return builder.sub(result, constant(result.type, 1))
@@ -90,7 +90,7 @@ def _picked_digits(builder, address, places, total):
     """The same with VBMI: tables give all digits of all bytes, four of them in fields of 2 bits and the last one apart;
     the bytes are put in their places, and the fields moved down."""
     low = read(builder, address, ir.VectorType(I8, 32))
-    high = read(builder, _moved(builder, address, total - 32), ir.VectorType(I8, 32))
+    high = read(builder, address_at(builder, address, total - 32), ir.VectorType(I8, 32))
     packed = shuffle(builder, low, high, range(64))
     digits = _digits_of(np.arange(256), np.arange(5)[:, None])
     first, last = (digits[:4] << 2 * np.arange(4)[:, None]).sum(axis=0), digits[4]

@@ -30,8 +30,8 @@ from pymla.cpu.machine.intrinsics import (
 )
 from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, EIGHTS, RUNS, columns_of
+from pymla.cpu.machine.simd_bits import address_at, divided_by, times_constant
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_planes import _divided, _moved, _times
 from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_columns, emit_eights, emit_found, emit_fours
 
 #: Entries of the largest codebook that is looked up in registers for one row.
@@ -63,8 +63,8 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
 
 
 def look_up_four_for(vectors):
-    """Make ``look_up(a, b, c, d)`` of four rows, whose blocks begin at these addresses: what `load_found_for` takes of the
-    first two rows, two registers, and of the last two."""
+    """Make ``look_up(a, b, c, d)`` of four rows, whose blocks begin at these addresses: what `load_found_for` takes of
+    the first two rows, two registers, and of the last two."""
 
     def emit(builder, a, b, c, d):
         return emit_found(builder, vectors, [[a, b], [c, d]])
@@ -86,8 +86,8 @@ def look_up_four_for(vectors):
 
 
 def load_found_for(qtype, vectors, offset):
-    """Make two functions ``load_eights(high, low, address, r)``, for the first and the second of two rows: `load_codes` in
-    the order `EIGHTS`, of what `look_up_four_for` found."""
+    """Make two functions ``load_eights(high, low, address, r)``, for the first and the second of two rows: `load_codes`
+    in the order `EIGHTS`, of what `look_up_four_for` found."""
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def make(which):
@@ -113,8 +113,8 @@ def load_codes_32_for(qtype, vectors):
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, address, block):
-        whole, sub = _divided(builder, block, 8)
-        address = builder.add(address, _times(builder, whole, nbytes))
+        whole, sub = divided_by(builder, block, 8)
+        address = builder.add(address, times_constant(builder, whole, nbytes))
         return _emit_codes(builder, vectors, 0, _Some(builder, address, sub), range(4))
 
     @operation(i8x32, types.int64, types.int64, emit=emit)
@@ -239,7 +239,7 @@ _IQ1_M_SCALES = 48
 
 
 def _emit_load_scales_iq1_m(builder, row, address):
-    word = read(builder, _moved(builder, address, _IQ1_M_SCALES), I64)
+    word = read(builder, address_at(builder, address, _IQ1_M_SCALES), I64)
     words = builder.bitcast(word, ir.VectorType(I16, 4))
     numbers = builder.zext(shuffle(builder, words, words, [i // 4 for i in range(16)]), ir.VectorType(I32, 16))
     numbers = builder.lshr(numbers, ir.Constant(numbers.type, [0, 3, 6, 9] * 4))
@@ -256,12 +256,14 @@ def load_scales_iq1_m(row, address):
 
 
 def _emit_load_scale_iq1_m(builder, row, address, block):
-    whole, sub = _divided(builder, block, 8)
-    address = _moved(builder, builder.add(address, _times(builder, whole, ggml.BLOCK_BYTES[ggml.IQ1_M])), _IQ1_M_SCALES)
+    whole, sub = divided_by(builder, block, 8)
+    address = address_at(
+        builder, builder.add(address, times_constant(builder, whole, ggml.BLOCK_BYTES[ggml.IQ1_M])), _IQ1_M_SCALES
+    )
     half = _half_of_nibbles(builder, read(builder, address, I64))
-    at, first = _divided(builder, sub, 2)
-    word = builder.zext(read(builder, builder.add(address, _times(builder, at, 2)), I16), I32)
-    word = builder.lshr(word, builder.trunc(_times(builder, first, 6), I32))
+    at, first = divided_by(builder, sub, 2)
+    word = builder.zext(read(builder, builder.add(address, times_constant(builder, at, 2)), I16), I32)
+    word = builder.lshr(word, builder.trunc(times_constant(builder, first, 6), I32))
     found = []
     for i in range(2):
         number = builder.and_(builder.lshr(word, ir.Constant(I32, 3 * i)), ir.Constant(I32, 7))

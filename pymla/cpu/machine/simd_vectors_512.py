@@ -1,8 +1,8 @@
 """Codes that come in vectors (`pymla.vectors`) from a codebook that registers hold: processors with VBMI and GFNI.
 
 The bytes of entries are looked up one by one: `vpermi2b` takes one of 128 by the low seven bits of an index, for 64
-vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows fill
-a register, and two such registers share what is loaded of the table.
+vectors at once. These are all vectors of 256 weights where vectors have four codes. Where they have eight, two rows
+fill a register, and two such registers share what is loaded of the table.
 
 Words of 64 bits then have the bits of the codes of a block of 32 weights, and other words its signs; of these a
 register of eight codes of each block is made (the order `EIGHTS`), and `vpermb` makes a code of its bits and its sign.
@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from pymla.codebooks import codebook
 from pymla.cpu.machine.intrinsics import I1, I8, I16, I32, I64, constant, declare, in_order, read, shuffle
-from pymla.cpu.machine.simd_planes import _moved
+from pymla.cpu.machine.simd_bits import address_at
 from pymla.cpu.runtime import target
 from pymla.cpu.runtime.isa import LANES, PYTHON
 
@@ -45,8 +45,9 @@ def emit_columns(builder, vectors, offset, address, nbytes, r):
 
 
 def emit_found(builder, vectors, pairs):
-    """What `emit_eights` takes of vectors of eight, for each pair of rows, whose addresses are given: a register with the
-    higher bits of the codes of the 32 vectors of both, a byte for each vector, and a register with the lower bits."""
+    """What `emit_eights` takes of vectors of eight, for each pair of rows, whose addresses are given: a register with
+    the higher bits of the codes of the 32 vectors of both, a byte for each vector, and a register with the lower
+    bits."""
     table = codebook(vectors.name)
     numbers = np.searchsorted(_levels_of(table), table)
     planes = [np.packbits(numbers >> bit & 1, axis=1, bitorder="little")[:, 0] for bit in (1, 0)]
@@ -94,10 +95,12 @@ def emit_fours(builder, vectors, offset, address, nbytes, run):
 
 def _looked_up_fours(builder, fields, address, numbers):
     """The bytes of the entries of 64 vectors of four: two bits of each of their `numbers`, and the third ones."""
-    index = read(builder, _moved(builder, address, fields[0].at), _BYTES)
+    index = read(builder, address_at(builder, address, fields[0].at), _BYTES)
     masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
     if len(fields) == 2:
-        masks.append(builder.bitcast(read(builder, _moved(builder, address, fields[1].at), I64), ir.VectorType(I1, 64)))
+        masks.append(
+            builder.bitcast(read(builder, address_at(builder, address, fields[1].at), I64), ir.VectorType(I1, 64))
+        )
     bytes_of = (numbers & 3) << 2 * np.arange(4), numbers >> 2 << np.arange(4)
     planes = [entries.sum(axis=1) for entries in bytes_of]
     base = _table(builder, address, np.concatenate(planes))
@@ -121,8 +124,8 @@ def _columns(builder, words, columns=range(8)):
 
 
 def times_matrices(builder, codes, matrices):
-    """Products of bytes, as vectors of bits, and of matrices of bits, one for eight bytes: bit i of a product is the sum,
-    modulo 2, of the bits that the byte has in common with byte ``7 - i`` of the matrix."""
+    """Products of bytes, as vectors of bits, and of matrices of bits, one for eight bytes: bit i of a product is the
+    sum, modulo 2, of the bits that the byte has in common with byte ``7 - i`` of the matrix."""
     if not isinstance(matrices, ir.Value):
         matrices = ir.Constant(_QWORDS, matrices)
     product = declare(builder, "llvm.x86.vgf2p8affineqb.512", _BYTES, [_BYTES, _BYTES, I8])
@@ -168,7 +171,7 @@ def _indices(builder, fields, addresses):
     masks = [builder.icmp_signed("<", index, constant(_BYTES, 0))]
     for bit in range(8, low.bits):
         words = ir.VectorType(I16, 32)
-        rows = [read(builder, _moved(builder, address, low.at), words) for address in addresses]
+        rows = [read(builder, address_at(builder, address, low.at), words) for address in addresses]
         rows = [builder.and_(row, constant(words, 1 << bit)) for row in rows]
         is_set = [builder.icmp_unsigned("!=", row, constant(words, 0)) for row in rows]
         masks.append(shuffle(builder, *is_set, range(64)))
@@ -184,7 +187,7 @@ def _bytes_of_two(builder, addresses, at):
     """32 bytes of blocks of two rows."""
     first = at[0]
     size = 32 if at[-1] - first < 32 else 64
-    rows = [read(builder, _moved(builder, address, first), ir.VectorType(I8, size)) for address in addresses]
+    rows = [read(builder, address_at(builder, address, first), ir.VectorType(I8, size)) for address in addresses]
     return shuffle(builder, *rows, [size * row + byte - first for row in range(2) for byte in at])
 
 
@@ -195,7 +198,7 @@ def _bits_of_two(builder, addresses, places):
     for address in addresses:
         for first in sorted({places[0][0] + (byte - places[0][0]) // 8 * 8 for byte, _ in places}):
             mask = sum(1 << 8 * (byte - first) + bit for byte, bit in places if first <= byte < first + 8)
-            word = read(builder, _moved(builder, address, first), I64)
+            word = read(builder, address_at(builder, address, first), I64)
             picked = builder.shl(builder.call(pick, [word, ir.Constant(I64, mask)]), ir.Constant(I64, count))
             bits, count = builder.or_(bits, picked) if bits else picked, count + mask.bit_count()
     return builder.bitcast(bits, ir.VectorType(I1, 64))
@@ -205,7 +208,7 @@ def _looked_up(builder, base, count, first, indices):
     """Of `count` entries of a table of bytes, from its byte `first` on, those of each of several indices: by their low
     seven bits, and by masks of the bits above these."""
     if count == 128:
-        parts = [read(builder, _moved(builder, base, at), _BYTES) for at in (first, first + 64)]
+        parts = [read(builder, address_at(builder, base, at), _BYTES) for at in (first, first + 64)]
         pick = declare(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [_BYTES] * 3)
         found = [builder.call(pick, [parts[0], index, parts[1]]) for index, _ in indices]
         # What is loaded serves all indices at once: LLVM would do one after the other, and keep it on the stack.
@@ -240,7 +243,7 @@ def _signs(builder, field, address, nbytes, places):
     of signs that eight codes share in each of the bytes."""
     width = 4 // field.per * field.stride
     base = min(field.at, nbytes - 8 * width)
-    words = read(builder, _moved(builder, address, base), ir.VectorType(ir.IntType(8 * width), 8))
+    words = read(builder, address_at(builder, address, base), ir.VectorType(ir.IntType(8 * width), 8))
     at = {7 - bit: field.place(run) for run, bit in places.items()}
     if field.bits == 8:
         found = builder.bitcast(words, ir.VectorType(I8, 8 * width))
