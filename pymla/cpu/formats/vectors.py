@@ -45,7 +45,7 @@ def format_of_vectors(qtype: int) -> Format:
 
 
 def _together(qtype, vectors, offset):
-    look_up_four = look_up_four_for(vectors)
+    look_up_four = look_up_four_for(qtype, vectors)
 
     @inlined
     def look_up(a, b, c, d):

@@ -36,8 +36,6 @@ from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_columns, emit_eigh
 
 #: Entries of the largest codebook that is looked up in registers for one row.
 _MOST_ALONE = 512
-#: Bytes of a block that have all indices, of any type whose vectors have eight codes.
-_ALL_INDICES = 48
 
 
 def load_codes_for(qtype, vectors, offset, order=COLUMNS):
@@ -62,9 +60,11 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
     return load_codes
 
 
-def look_up_four_for(vectors):
+def look_up_four_for(qtype, vectors):
     """Make ``look_up(a, b, c, d)`` of four rows, whose blocks begin at these addresses: what `load_found_for` takes of
     the first two rows, two registers, and of the last two."""
+
+    nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, a, b, c, d):
         return emit_found(builder, vectors, [[a, b], [c, d]])
@@ -76,7 +76,7 @@ def look_up_four_for(vectors):
         numbers = np.searchsorted(np.unique(table), table)
         found = []
         for pair in ((a, b), (c, d)):
-            blocks = np.stack([read_lanes(address, np.uint8, _ALL_INDICES) for address in pair])
+            blocks = np.stack([read_lanes(address, np.uint8, nbytes) for address in pair])
             entries = numbers[numpy_words(vectors.indices, blocks, 32).reshape(-1)]
             for bit in (1, 0):
                 found.append(np.packbits(entries >> bit & 1, axis=1, bitorder="little")[:, 0].view(np.int8))
