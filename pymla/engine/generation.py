@@ -191,7 +191,9 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     """Stop strings, given as one or as several, as a tuple."""
     if stop is None:
         return ()
-    texts: tuple[str, ...] = tuple(stop) if hasattr(stop, "__iter__") and not isinstance(stop, str | bytes) else (stop,)
+    # NumPy's arrays of no dimension have an iterator that raises.
+    several = hasattr(stop, "__iter__") and not isinstance(stop, str | bytes) and getattr(stop, "ndim", 1) > 0
+    texts: tuple[str, ...] = tuple(stop) if several else (stop,)
     for text in texts:
         if not isinstance(text, str):
             checks.refuse("stop", text, "a text, or a list of texts, is expected")
