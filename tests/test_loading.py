@@ -214,7 +214,7 @@ def test_a_file_that_is_cut_while_kernels_are_compiled(path, tmp_path, monkeypat
         ({"gpu_layers": "most"}, ["`gpu_layers` is 'most'", "or all"]),
         ({"mla": "4"}, ["`mla` is '4'", "auto"]),
         ({"mla": None}, ["`mla` is None"]),
-        ({"cache_type": "q4_0"}, ["`cache_type` is 'q4_0'", "q8_0"]),
+        ({"cache_type": "q3_0"}, ["`cache_type` is 'q3_0'", "q8_0"]),
         ({"threads": 0}, ["`threads` is 0"]),
         ({"threads": -1}, ["`threads` is -1"]),
         ({"threads": 100_000}, ["`threads` is 100000", f"1 to {cpu.usable_cores()} cores"]),
