@@ -32,7 +32,14 @@ from pymla.cpu.machine.lanes import read_lanes
 from pymla.cpu.machine.orders import COLUMNS, EIGHTS, RUNS, columns_of
 from pymla.cpu.machine.simd_bits import address_at, divided_by, times_constant
 from pymla.cpu.machine.simd_fields import emit_words, emit_words_32, numpy_words
-from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, emit_columns, emit_eights, emit_found, emit_fours
+from pymla.cpu.machine.simd_vectors_512 import (
+    HAS_VBMI,
+    constant_array,
+    emit_columns,
+    emit_eights,
+    emit_found,
+    emit_fours,
+)
 
 #: Entries of the largest codebook that is looked up in registers for one row.
 _MOST_ALONE = 512
@@ -63,7 +70,6 @@ def load_codes_for(qtype, vectors, offset, order=COLUMNS):
 def look_up_four_for(qtype, vectors):
     """Make ``look_up(a, b, c, d)`` of four rows, whose blocks begin at these addresses: what `load_found_for` takes of
     the first two rows, two registers, and of the last two."""
-
     nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, a, b, c, d):
@@ -195,26 +201,13 @@ def _looked_up(builder, table, index, numbers):
     size = table.shape[1]
     element = ir.IntType(8 * size)
     words = np.ascontiguousarray(table).view(f"<u{size}")[:, 0]
-    kept = constant_array(builder, element, [int(word) for word in words])
+    kept = constant_array(builder, element, words)
     result = ir.Constant(ir.VectorType(element, len(numbers)), ir.Undefined)
     for lane, number in enumerate(numbers):
         chosen = builder.zext(builder.extract_element(index, ir.Constant(I32, number)), I64)
         entry = builder.load(builder.gep(kept, [ir.Constant(I64, 0), chosen], inbounds=True))
         result = builder.insert_element(result, entry, ir.Constant(I32, lane))
     return builder.bitcast(result, ir.VectorType(I8, size * len(numbers)))
-
-
-def constant_array(builder, element, numbers):
-    """A pointer to integers that stand in the kernel's constants."""
-    value = ir.Constant(ir.ArrayType(element, len(numbers)), numbers)
-    module = builder.module
-    for known in module.global_values:
-        if isinstance(known, ir.GlobalVariable) and known.initializer is value:
-            return known
-    array = ir.GlobalVariable(module, value.type, module.get_unique_name("codebook"))
-    array.linkage, array.global_constant, array.unnamed_addr, array.initializer = "internal", True, True, value
-    array.align = 64
-    return array
 
 
 def _half_of_nibbles(builder, word):

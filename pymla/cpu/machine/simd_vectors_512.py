@@ -11,6 +11,8 @@ the matrices, of which it takes a column for each byte, and for the last of eigh
 sum of seven columns. Codes of vectors of four are moved by `vpmultishiftqb`.
 """
 
+import hashlib
+
 import numpy as np
 from llvmlite import ir
 
@@ -102,7 +104,7 @@ def _looked_up_fours(builder, fields, address, numbers):
             builder.bitcast(read(builder, address_at(builder, address, fields[1].at), I64), ir.VectorType(I1, 64))
         )
     bytes_of = (numbers & 3) << 2 * np.arange(4), numbers >> 2 << np.arange(4)
-    planes = [entries.sum(axis=1) for entries in bytes_of]
+    planes = [entries.sum(axis=1).astype(np.uint8) for entries in bytes_of]
     base = _table(builder, address, np.concatenate(planes))
     return [_looked_up(builder, base, len(numbers), i * len(numbers), [(index, masks)])[0] for i in range(2)]
 
@@ -223,16 +225,18 @@ def _table(builder, address, entries):
     """The address of a table in the kernel's constants. LLVM does not know that it is the same whatever the address of
     the weights is, which is never negative: it would otherwise load the table before the loop, and keep it on the
     stack."""
-    kept = builder.ptrtoint(constant_array(builder, I8, [int(entry) for entry in entries]), I64)
+    kept = builder.ptrtoint(constant_array(builder, I8, entries), I64)
     is_negative = builder.icmp_signed("<", address, ir.Constant(I64, 0))
     return builder.select(is_negative, ir.Constant(I64, 0), kept)
 
 
 def constant_array(builder, element, numbers):
-    """A pointer to integers that stand in the kernel's constants."""
-    value = ir.Constant(ir.ArrayType(element, len(numbers)), numbers)
-    module = builder.module
-    array = ir.GlobalVariable(module, value.type, module.get_unique_name("codebook"))
+    """A pointer to unsigned integers, a NumPy array, that stand in the kernel's constants, once."""
+    module, name = builder.module, f"table.{hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}"
+    if name in module.globals:
+        return module.globals[name]
+    value = ir.Constant(ir.ArrayType(element, len(numbers)), numbers.tolist())
+    array = ir.GlobalVariable(module, value.type, name)
     array.linkage, array.global_constant, array.unnamed_addr, array.initializer = "internal", True, True, value
     array.align = 64
     return array
