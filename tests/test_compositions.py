@@ -93,6 +93,5 @@ def test_small_models_have_every_type_of_their_file(name):
     assert {ggml.NAME[qtype] for qtype in types(name) - {ggml.F32}} == set(PUBLIC_FILES[name].counts)
 
 
-def test_compositions_that_run():
-    # To be tightened to `set(RUNNABLE) == set(COMPOSITIONS)` once every type runs.
-    assert set(RUNNABLE) >= {"V2-Lite q8_0", "V2-Lite q6_k"}
+def test_every_composition_runs():
+    assert set(RUNNABLE) == set(COMPOSITIONS)
