@@ -53,7 +53,7 @@ def types(name):
     return {tensor.qtype for tensor in model_tensors(SHAPES[preset], layout, MIXES[mix], 0)}
 
 
-RUNNABLE = [name for name in COMPOSITIONS if types(name) <= set(ggml.SUPPORTED)]
+RUNNABLE = [name for name in COMPOSITIONS if set(map(ggml.plain_type, types(name))) <= set(ggml.SUPPORTED)]
 
 
 def write_floats(path, target):
