@@ -7,6 +7,8 @@ import functools
 
 import numpy as np
 
+from pymla.planes import IQ3_LEVELS
+
 
 @functools.cache
 def codebook(name: str) -> np.ndarray:
@@ -30,7 +32,6 @@ def codebook(name: str) -> np.ndarray:
     return vectors
 
 
-_LEVELS = (-63, -40, -23, -10, 1, 13, 28, 47)
 _PLACES = "02 05 10 13 15 17 21 22 24 25 26 30 34 35 37 42 43 44 45 46 51 52 53 54 55 60 62 64 66 67 72 75"
 #: Two neighbouring weights of ik_llama.cpp's IQ2_KL, by their code.
-PAIRS = tuple((_LEVELS[int(pair[0])], _LEVELS[int(pair[1])]) for pair in _PLACES.split())
+PAIRS = tuple((IQ3_LEVELS[int(pair[0])], IQ3_LEVELS[int(pair[1])]) for pair in _PLACES.split())

@@ -107,7 +107,7 @@ class Layout(NamedTuple):
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _IQ2_LEVELS = (-31, -13, 1, 17)
-_IQ3_LEVELS = (-63, -40, -23, -10, 1, 13, 28, 47)
+IQ3_LEVELS = (-63, -40, -23, -10, 1, 13, 28, 47)
 _IQ5_LEVELS = (
     *(-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6),
     *(-1, 5, 11, 17, 23, 29, 36, 43, 51, 59, 68, 77, 87, 97, 109, 121),
@@ -154,7 +154,7 @@ def _ks(bits: int, variants: Plane | Places, *planes: Plane) -> Codes:
     return Codes(planes, levels=_IK_LEVELS[bits], variants=variants, moved=_MOVED[bits])
 
 
-_IK_LEVELS = {2: _IQ2_LEVELS, 3: _IQ3_LEVELS, 4: IQ4_LEVELS, 5: _IQ5_LEVELS, 6: _IQ6_LEVELS}
+_IK_LEVELS = {2: _IQ2_LEVELS, 3: IQ3_LEVELS, 4: IQ4_LEVELS, 5: _IQ5_LEVELS, 6: _IQ6_LEVELS}
 _MOVED = {2: 5, 3: 4, 4: 4, 5: 2, 6: 1}
 
 _LLAMA_CPP: dict[int, Layout] = {

@@ -16,7 +16,14 @@ from pymla.cpu.machine.simd import (
     total,
     totals,
 )
-from pymla.cpu.machine.simd_512 import halve, halves_of_blocks, spread_pairs, times_integers, twice_in_quarters
+from pymla.cpu.machine.simd_512 import (
+    halve,
+    halves_of_blocks,
+    spread_pairs,
+    times_integers,
+    twice_in_quarters,
+    zero_f32x16,
+)
 from pymla.cpu.machine.simd_bytes import dot_i8, dot_i16, load_i16x16, to_f32, zero_i32x8
 from pymla.cpu.machine.simd_decoded import (
     dot_signed_codes,
@@ -24,7 +31,6 @@ from pymla.cpu.machine.simd_decoded import (
     folded_products,
     load_f32x8_pairs,
     load_i16_as_f32,
-    no_sums_16,
     splat_fours,
     splat_quarters,
     spread_16,
@@ -145,7 +151,7 @@ def _begin_for(decoder):
 
         @inlined
         def begin():
-            return splat_f32xL(zero), no_sums_16()
+            return splat_f32xL(zero), zero_f32x16()
 
     return begin
 

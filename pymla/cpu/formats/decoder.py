@@ -87,11 +87,9 @@ class Decoder(NamedTuple):
         return ggml.BLOCK_SIZE[self.qtype] < 256
 
 
-def offset_of(lowest, highest, each):
+def offset_of(lowest, highest):
     """The `Decoder.offset` of a type: codes become unsigned. Codes of more than 7 bits stay as they are where products
     of unsigned bytes would saturate."""
-    if is_narrow(lowest, highest, each):
-        return -lowest
     if highest - lowest < 128:
         return -lowest
     return 128 if VNNI else 0

@@ -14,7 +14,7 @@ from pymla.planes import IQ4_LEVELS, ROW_HALF, Codes, Layout, Plane, Scales
 
 
 def _format(qtype, lowest, highest, codes_for, codes_32, scales, scale):
-    offset = offset_of(lowest, highest, 32)
+    offset = offset_of(lowest, highest)
     eights = codes_for(offset, EIGHTS) if LANES == 16 else None
     decoder = Decoder(qtype, 32, lowest, highest, offset, codes_for(offset), codes_32, scales, scale)
     return format_of(decoder._replace(load_eights=eights))

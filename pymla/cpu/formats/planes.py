@@ -22,7 +22,7 @@ def format_of_planes(qtype: int) -> Format:
     """The row of `FORMATS` of a type of ``planes.LAYOUTS``."""
     layout = LAYOUTS[qtype]
     lowest, highest = layout.codes.lowest, layout.codes.highest
-    offset = offset_of(lowest, highest, layout.each)
+    offset = offset_of(lowest, highest)
     decoder = Decoder(
         qtype,
         layout.each,

@@ -14,7 +14,7 @@ def format_of_trellis(qtype: int) -> Format:
     """The row of `FORMATS` of a type of ``trellis.TRELLISES``."""
     trellis = TRELLISES[qtype]
     # With VNNI codes in registers are the sums themselves.
-    offset = MIDDLE if VNNI else offset_of(-MIDDLE, MIDDLE, trellis.layout.each)
+    offset = MIDDLE if VNNI else offset_of(-MIDDLE, MIDDLE)
     return format_of(
         Decoder(
             qtype,

@@ -26,7 +26,7 @@ def format_of_vectors(qtype: int) -> Format:
     vectors = VECTORS[qtype]
     layout, highest = vectors.layout, vectors.highest
     has_eights = codebook(vectors.name).shape[1] == 8
-    offset = offset_of(-highest, highest, layout.each)
+    offset = offset_of(-highest, highest)
     return format_of(
         Decoder(
             qtype,

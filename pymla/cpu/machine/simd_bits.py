@@ -171,8 +171,10 @@ def divided_by(builder, value, by):
 
 
 def times_constant(builder, value, factor):
+    """A number of bytes or of blocks times a number that is known now."""
     return builder.mul(value, ir.Constant(I64, factor))
 
 
 def address_at(builder, value, distance):
+    """The address so many bytes behind another one."""
     return builder.add(value, ir.Constant(I64, distance))

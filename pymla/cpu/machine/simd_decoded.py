@@ -9,7 +9,6 @@ from pymla.cpu.machine.intrinsics import (
     I16,
     I64,
     LITERAL,
-    constant,
     dpbusd,
     elementwise,
     f32x8,
@@ -106,12 +105,6 @@ def load_i16_as_f32(address):
 def store_f32x16(address, value):
     """Sixteen float32 to memory."""
     write_lanes(address, value)
-
-
-@operation(f32x16, emit=lambda builder: constant(ir_type(f32x16), 0.0))
-def no_sums_16():
-    """Sixteen float32 that are 0."""
-    return np.zeros(16, np.float32)
 
 
 @operation(f32x8, f32xL, emit=lambda builder, x: x if LANES == 8 else halve_lanes(builder, x))
