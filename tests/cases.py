@@ -63,6 +63,7 @@ def features(qtype: int) -> dict[str, object]:
     return {
         "bytes of a float": form.number_bytes if qtype in ggml.FLOATS else None,
         "bits of a panel's codes": form.code_bits,
+        "weights per scale of a panel": form.scale_each,
         "zero point": form.zero_point > 0,
         "weights per minimum": form.minimum_each,
         "order of activations": form.order,

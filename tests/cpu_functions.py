@@ -116,12 +116,12 @@ def panel_weights(qtype: int, results: Results, start: int) -> np.ndarray:
     form, (rows, k) = FORMATS[qtype], results.sums.shape
     codes = results.codes.reshape(-1, LANES, 4).transpose(1, 0, 2).reshape(LANES, -1)
     codes = codes[:rows, : k - start]
-    if form.code_bits == 8:
-        per_scale, codes = 16, panel_codes8(np.ascontiguousarray(codes)).astype(int)
+    if form.scale_each == 16:
+        codes = panel_codes8(np.ascontiguousarray(codes)).astype(int)
     else:
-        per_scale, codes = 32, codes.astype(int) - (0 if form.takes_tiles else form.zero_point)
+        codes = codes.astype(int) if form.takes_tiles else codes.view(np.uint8).astype(int) - form.zero_point
         assert 0 <= codes.min() + form.zero_point <= codes.max() + form.zero_point < 1 << form.code_bits
-    scales = results.scales[: (k - start) // per_scale, :rows].T.repeat(per_scale, axis=1)
+    scales = results.scales[: (k - start) // form.scale_each, :rows].T.repeat(form.scale_each, axis=1)
     weights = scales.astype(np.float64) * codes
     if form.minimum_each:
         minima = results.minima[: (k - start) // form.minimum_each, :rows]

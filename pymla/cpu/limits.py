@@ -149,7 +149,7 @@ def _read(first, last, data, sums):
 
 @kernel(CODES, CODES, F2)
 def _multiply(first, last, codes, activations, sums):
-    """A tile, two panels × three columns, as that of `tile_narrow`, without scales: sums run on and wrap.
+    """A tile, two panels × three columns, as that of `tile_32`, without scales: sums run on and wrap.
 
     Even and odd groups have sums of their own, so that an instruction that takes several cycles does not wait for
     itself.

@@ -20,15 +20,14 @@ from pymla.cpu.runtime.compiling import inlined
 
 def format_of(decoder):
     """The `Format` of a type that can be decoded."""
-    narrow = decoder.is_narrow
-    width = decoder.highest - decoder.lowest
     return Format(
         _add_block_for(decoder),
         dot_four=dot_four_for(decoder),
         order=COLUMNS if decoder.load_eights is None else EIGHTS,
         unpack=unpack_for(decoder),
-        code_bits=(4 if width < 16 else 5) if narrow else 8,
-        zero_point=-decoder.lowest if narrow else 0,
+        code_bits=decoder.code_bits,
+        scale_each=decoder.scale_each,
+        zero_point=decoder.zero_point,
         minimum_each=decoder.each if decoder.load_minima else 0,
         bytes_256=decoder.nbytes,
     )

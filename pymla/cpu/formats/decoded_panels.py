@@ -26,7 +26,7 @@ def unpack_for(decoder):
     decode, decode_rest, take = _decode_for(decoder), _decode_rest_for(decoder), _take_for(decoder)
 
     has_rest, minimum_bytes = decoder.has_rest, 128 * LANES // decoder.each
-    scale_bytes = 4 * LANES if decoder.is_narrow else 8 * LANES
+    scale_bytes = 32 // decoder.scale_each * 4 * LANES
 
     @helper
     def unpack(rows, first, count, codes, scales, minima, scratch):
@@ -46,10 +46,10 @@ def unpack_for(decoder):
 
 
 def _panel_add(decoder, offset):
-    """What is added to codes that are `offset` too large, so that they are as tiles take them: `tile_bytes` takes
-    signed codes as `simd_panels.panel_codes8` makes them, tiles of AMX signed codes, `tile_narrow` unsigned ones."""
-    if decoder.is_narrow:
-        return (0 if AMX else -decoder.lowest) - offset
+    """What is added to codes that are `offset` too large, so that they are as tiles take them: `tile_16` takes signed
+    codes as `simd_panels.panel_codes8` makes them, tiles of AMX signed codes, `tile_32` unsigned ones."""
+    if decoder.scale_each == 32:
+        return (0 if AMX else decoder.zero_point) - offset
     return (128 if VNNI else 0) - offset
 
 
@@ -57,7 +57,10 @@ def _decode_for(decoder):
     """Make a function that decodes 256 columns of a row to scratch memory."""
     load_codes, load_scales, load_minima = decoder.load_codes, decoder.load_scales, decoder.load_minima or no_minima
     add, has_minima = _panel_add(decoder, decoder.offset), decoder.load_minima is not None
-    store = store_f32x8 if decoder.each == 32 else store_f32x16
+    store_minima = store_f32x8 if decoder.each == 32 else store_f32x16
+    store_scales, multiples = store_minima, decoder.multiples
+    if multiples:
+        load_codes, add, load_scales, store_scales = multiples.load_codes, 0, multiples.load_scales, store_f32x8
 
     @inlined
     def put(at, codes):
@@ -74,9 +77,9 @@ def _decode_for(decoder):
             put(at + 5 * REGISTER, load_codes(address, 5))
             put(at + 6 * REGISTER, load_codes(address, 6))
             put(at + 7 * REGISTER, load_codes(address, 7))
-        store(at + ROW_SCALES, load_scales(row, address))
+        store_scales(at + ROW_SCALES, load_scales(row, address))
         if has_minima:
-            store(at + ROW_MINIMA, load_minima(address))
+            store_minima(at + ROW_MINIMA, load_minima(address))
 
     return decode
 
@@ -101,9 +104,10 @@ def _decode_rest_for(decoder):
 
 def _take_for(decoder):
     """Make a function that turns decoded rows into blocks of a panel."""
-    narrow, has_minima = decoder.is_narrow, decoder.load_minima is not None
-    numbers = 32 // decoder.each  # scales of 32 columns
-    twice = numbers == 1 and not narrow
+    # Minima of 32 columns, and scales that a decoded row has of them.
+    minima_32, has_minima = 32 // decoder.each, decoder.load_minima is not None
+    scales_32 = 1 if decoder.multiples else minima_32
+    twice = 32 // decoder.scale_each > scales_32
 
     @helper
     def take(scratch, blocks, codes, scales, minima):
@@ -111,13 +115,14 @@ def _take_for(decoder):
         for i in range(2 * blocks):
             store_columns(codes + 16 * LANES * i, load_columns(rows, 16 * i))
         # Four numbers of each row at a time; the last of them may be for blocks that do not count.
-        for i in range((numbers * blocks + 3) // 4):
+        for i in range((scales_32 * blocks + 3) // 4):
             fours = load_columns(rows, ROW_SCALES + 16 * i)
             if twice:
                 store_columns_twice(scales + 32 * LANES * i, fours)
             else:
                 store_columns(scales + 16 * LANES * i, fours)
-            if has_minima:
+        if has_minima:
+            for i in range((minima_32 * blocks + 3) // 4):
                 store_columns(minima + 16 * LANES * i, load_columns(rows, ROW_MINIMA + 16 * i))
 
     return take

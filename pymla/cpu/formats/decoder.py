@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla import ggml
+from pymla.cpu.formats.panels import SCALE_EACH, ZERO_POINT
 from pymla.cpu.machine.simd import splat_f32
 from pymla.cpu.runtime.compiling import inlined
 from pymla.cpu.runtime.isa import LANES, VNNI
@@ -24,6 +25,15 @@ class Integers(NamedTuple):
     load_unit: Callable  # (address): the number that they are multiples of, in eight lanes
     load_minima: Callable | None = None  # the same for what is taken off
     load_minimum_unit: Callable | None = None
+
+
+class Multiples(NamedTuple):
+    """Codes times the integer scales of their sixteens, which panels hold with one scale for 32 weights."""
+
+    lowest: int
+    highest: int
+    load_codes: Callable  # as `Decoder.load_codes`; 0 becomes `Decoder.zero_point`, for tiles of AMX 0
+    load_scales: Callable  # as `Decoder.load_scales`, for 32 weights
 
 
 class Together(NamedTuple):
@@ -54,6 +64,8 @@ class Decoder(NamedTuple):
     #: The same for minima of a type that has them: (address), and (address, block).
     load_minima: Callable | None = None
     load_minimum: Callable | None = None
+    #: With VNNI, where products of codes and integer scales fit a byte, what panels have of them.
+    multiples: Multiples | None = None
     #: With registers of 64 bytes also `load_codes` in the order `EIGHTS`, and, of types with blocks of less than 256
     #: weights, of 128 weights in the order `FOURS`.
     load_eights: Callable | None = None
@@ -67,9 +79,28 @@ class Decoder(NamedTuple):
     together: Together | None = None
 
     @property
-    def is_narrow(self):
-        """Whether panels hold codes of 5 bits at most, with a scale for 32 weights."""
-        return is_narrow(self.lowest, self.highest, self.each)
+    def code_bits(self):
+        """Bits of the codes of panels: 8 where they have a scale for 16 weights."""
+        width = self.highest - self.lowest
+        if self.each == 16 or width >= 32:
+            return 8
+        return 4 if width < 16 else 5
+
+    @property
+    def scale_each(self):
+        """Weights that have a scale in panels: `Format.scale_each`."""
+        if self.multiples:
+            return 32
+        return self.each if self.code_bits < 8 else min(self.each, SCALE_EACH)
+
+    @property
+    def zero_point(self):
+        """`Format.zero_point`."""
+        if self.scale_each == 16:
+            return 0
+        if self.multiples:
+            return -self.multiples.lowest
+        return -self.lowest if self.code_bits < 8 else ZERO_POINT
 
     @property
     def header(self):
@@ -93,11 +124,6 @@ def offset_of(lowest, highest):
     if highest - lowest < 128:
         return -lowest
     return 128 if VNNI else 0
-
-
-def is_narrow(lowest, highest, each):
-    """Whether panels hold codes of 5 bits at most, with a scale for 32 weights."""
-    return each == 32 and highest - lowest < 32
 
 
 @inlined

@@ -25,10 +25,12 @@ class Format(NamedTuple):
     order: int = FOURS
     #: ``unpack(rows, first, count, codes, scales, minima, scratch)`` of quantised types: see `legacy.unpack_q4_0`.
     unpack: Callable | None = None
-    #: Bits of the codes that `unpack` gives: up to 5 with a scale for 32 weights, 8 with a scale for 16; 0 for float
-    #: types.
+    #: Bits of the codes that `unpack` gives; 0 for float types.
     code_bits: int = 0
-    #: What is taken off the codes that `unpack` gives where they have up to 5 bits; tiles of AMX take codes without it.
+    #: Weights that have a scale of those that `unpack` gives: 32 (`panels.SCALE_EACH` for codes of 8 bits), or 16.
+    scale_each: int = 32
+    #: What is taken off the codes that `unpack` gives where a scale is for 32 weights; tiles of AMX take codes without
+    #: it.
     zero_point: int = 0
     #: Weights that have a minimum beside their scale: 32, or 16; 0 where there are no minima.
     minimum_each: int = 0
@@ -49,4 +51,4 @@ class Format(NamedTuple):
     @property
     def takes_tiles(self):
         """Whether panels of this type are multiplied by tiles of AMX."""
-        return AMX and 0 < self.code_bits < 8
+        return AMX and self.code_bits > 0 and self.scale_each == 32

@@ -8,7 +8,7 @@ import numpy as np
 from pymla import ggml
 from pymla.cpu.formats.fifth_bits import add_fifth_bits_32, add_fifth_bits_of_rows, gather_words
 from pymla.cpu.formats.format import Format
-from pymla.cpu.formats.panels import store_columns, store_columns8, store_twice
+from pymla.cpu.formats.panels import SCALE_EACH, ZERO_POINT, store_columns, store_columns8, store_twice
 from pymla.cpu.machine.orders import EIGHTS, FOURS
 from pymla.cpu.machine.simd import (
     absolute,
@@ -187,12 +187,17 @@ def _store_columns5(size, out, word, first, a, b, c, d):
 @helper
 def unpack_q8_0(rows, first, count, codes, scales, minima, scratch):
     """`unpack_q4_0` for Q8_0."""
+    # Tiles of AMX take signed codes.
+    store = store_columns if AMX else store_columns8
     for block in range(first, first + count):
         at = Q8_0_BYTES * block
-        store_columns8(codes, load_columns(rows, at + 2))
-        store_columns8(codes + 16 * LANES, load_columns(rows, at + 18))
-        store_twice(scales, gather_f16(rows, at))
-        codes, scales = codes + 32 * LANES, scales + 8 * LANES
+        store(codes, load_columns(rows, at + 2))
+        store(codes + 16 * LANES, load_columns(rows, at + 18))
+        if SCALE_EACH == 32:
+            store_f32xL(scales, gather_f16(rows, at))
+        else:
+            store_twice(scales, gather_f16(rows, at))
+        codes, scales = codes + 32 * LANES, scales + 32 // SCALE_EACH * 4 * LANES
 
 
 # Rows of weights times the activations of one token. The fours of blocks are in `legacy_512` or `legacy_256`.
@@ -353,6 +358,8 @@ Q8_0 = Format(
     dot_four=dot_q8_0,
     unpack=unpack_q8_0,
     code_bits=8,
+    scale_each=SCALE_EACH,
+    zero_point=ZERO_POINT,
     bytes_256=8 * Q8_0_BYTES,
     write_block=_write_block_q8_0,
 )

@@ -1,10 +1,10 @@
 """Types whose blocks are bit planes (`pymla.planes`) for kernels."""
 
 from pymla.cpu.formats.decoded import format_of
-from pymla.cpu.formats.decoder import MOST_OF_INTEGERS, Decoder, Integers, offset_of
+from pymla.cpu.formats.decoder import MOST_OF_INTEGERS, Decoder, Integers, Multiples, offset_of
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import EIGHTS, FOURS
-from pymla.cpu.machine.simd_planes import load_codes_32_for, load_codes_for
+from pymla.cpu.machine.simd_planes import load_codes_32_for, load_codes_for, load_multiples_for
 from pymla.cpu.machine.simd_scales import (
     load_half_for,
     load_integers_for,
@@ -14,7 +14,7 @@ from pymla.cpu.machine.simd_scales import (
     load_scales_for,
     moved_scales_for,
 )
-from pymla.cpu.runtime.isa import LANES
+from pymla.cpu.runtime.isa import AMX, LANES, VNNI
 from pymla.planes import LAYOUTS
 
 
@@ -37,7 +37,23 @@ def format_of_planes(qtype: int) -> Format:
     if layout.minima:
         minima = load_minima_for(qtype, layout), load_minimum_for(qtype, layout)
         decoder = decoder._replace(load_minima=minima[0], load_minimum=minima[1])
+    if VNNI and layout.each == 16 and layout.scales:
+        decoder = decoder._replace(multiples=_multiples(qtype, layout))
     return format_of(_with_wide_registers(decoder, layout) if LANES == 16 else decoder)
+
+
+def _multiples(qtype, layout):
+    """Codes times integer scales, where a byte holds them; else None."""
+    codes, scales = layout.codes, layout.scales
+    if codes.levels or scales.times != 1 or scales.signed or scales.negative:
+        return None
+    largest = (1 << sum(plane.bits for plane in scales.planes)) - 1
+    ends = [code * scale for code in (codes.lowest, codes.highest) for scale in (-scales.minus, largest - scales.minus)]
+    lowest, highest = min(ends), max(ends)
+    if highest - lowest > 255 or (AMX and highest > 127):
+        return None
+    load_codes = load_multiples_for(qtype, layout, 0 if AMX else -lowest)
+    return Multiples(lowest, highest, load_codes, load_scales_for(qtype, layout._replace(each=32, scales=None)))
 
 
 def _with_wide_registers(decoder, layout):

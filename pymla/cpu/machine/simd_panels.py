@@ -203,12 +203,13 @@ def start4(address):
 
 def _times_eighths(builder, starts, eighths):
     # The words are multiples of 8. Those without VNNI, int16, stay in range: 16 * 16 * 127 is less than 2 ** 15.
-    return builder.mul(builder.ashr(starts, constant(starts.type, 3)), constant(starts.type, eighths))
+    return builder.mul(builder.ashr(starts, constant(starts.type, 3), flags=["exact"]), constant(starts.type, eighths))
 
 
 @operation(sum4, sum4, LITERAL, emit=_times_eighths)
 def times_eighths(starts, eighths):
-    """Of what `start4` gave an eighth, times a literal from 1 to 16: what takes off another zero point than 8."""
+    """Of what `start4` gave an eighth, times a literal from 1 to 16, or to 128 with VNNI: what takes off another zero
+    point than 8."""
     return starts // 8 * eighths
 
 
@@ -226,8 +227,8 @@ def _dot4(builder, acc, codes, activations):
 
 @operation(sum4, sum4, i8xL, i8xL, emit=_dot4)
 def dot4(acc, codes, activations):
-    """Add products with codes from 0 to 15. After 8 of them, 32 weights of a row, the sums are in range again (vpdpbusd
-    or vpmaddubsw)."""
+    """Add products with codes from 0 to 15, or to 255 with VNNI. After 8 of them, 32 weights of a row, the sums are in
+    range again (vpdpbusd or vpmaddubsw)."""
     return add_dots(acc, codes, activations)
 
 

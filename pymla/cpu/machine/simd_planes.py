@@ -30,7 +30,7 @@ from pymla.cpu.machine.simd_bits import (
     numpy_numbers,
     times_constant,
 )
-from pymla.cpu.machine.simd_scales import number_at
+from pymla.cpu.machine.simd_scales import emit_sixteen, number_at, numpy_sixteen
 from pymla.planes import Plane
 
 
@@ -106,6 +106,45 @@ def load_codes_for(qtype, layout, offset, order=COLUMNS, moves=True):
         return result
 
     return load_codes
+
+
+def load_multiples_for(qtype, layout, offset):
+    """Make ``load_multiples(address, r)``: the codes of the r-th register of a block of 256 weights, each times the
+    integer scale of its sixteen weights, `offset` more, int8 or uint8. `r` is a literal. The type has no levels."""
+    codes, scales, nbytes = layout.codes, layout.scales, ggml.BLOCK_BYTES[qtype]
+
+    def bits(r):
+        """The bits of a code: the number of each, where its plane begins, and of each column the byte and its bit."""
+        for plane in codes.planes:
+            places = [plane.place(column) for column in columns_of(COLUMNS, r)]
+            for bit in range(plane.bits):
+                yield plane.shift + bit, plane.at, [byte for byte, _ in places], [first + bit for _, first in places]
+
+    def emit(builder, address, r):
+        scale = emit_sixteen(builder, qtype, scales, address)
+        scale = builder.sub(scale, constant(scale.type, scales.minus)) if scales.minus else scale
+        scale = shuffle(builder, scale, scale, [column // 16 for column in columns_of(COLUMNS, r)])
+        result = constant(scale.type, offset)
+        if codes.minus:
+            result = builder.sub(result, builder.mul(scale, constant(scale.type, codes.minus)))
+        for number, begin, wanted, shifts in bits(r):
+            packed = load_bytes(builder, address, wanted, nbytes, begin)
+            tested = builder.and_(packed, ir.Constant(packed.type, [1 << shift for shift in shifts]))
+            is_set = builder.icmp_unsigned("!=", tested, constant(packed.type, 0))
+            power = builder.mul(scale, constant(scale.type, 1 << number))
+            result = builder.add(result, builder.select(is_set, power, constant(scale.type, 0)))
+        return result
+
+    @operation(i8xL, types.int64, LITERAL, emit=emit)
+    def load_multiples(address, r):
+        """Codes of weights that planes hold, times integer scales."""
+        columns = columns_of(COLUMNS, r)
+        block = read_lanes(address, np.uint8, nbytes).reshape(1, -1)
+        numbers = numpy_numbers(codes.planes, block, [(0, column) for column in columns]).astype(int) - codes.minus
+        scale = numpy_sixteen(qtype, scales, address)[[column // 16 for column in columns]].astype(int)
+        return (numbers * scale + offset).astype(np.uint8).view(np.int8)
+
+    return load_multiples
 
 
 def _plane_32(builder, plane, address, sub):

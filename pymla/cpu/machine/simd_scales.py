@@ -355,27 +355,36 @@ def moved_scales_for(qtype, layout, offset):
     return moved_scales
 
 
+def emit_sixteen(builder, qtype, scales, address):
+    """The numbers that planes of a block of 256 weights have for its sixteen small blocks, bytes."""
+    numbers = None
+    for plane in scales.planes:
+        places = [plane.place(i) for i in range(16)]
+        packed = load_bytes(builder, address, [byte for byte, _ in places], ggml.BLOCK_BYTES[qtype])
+        part = bit_fields(builder, packed, [bit for _, bit in places], plane.bits, plane.shift)
+        numbers = builder.or_(numbers, part) if numbers else part
+    return numbers
+
+
 def load_integers_for(qtype, scales):
     """Make ``load_integers(address)``: the scales or minima, integers, of the sixteen small blocks of a block of 256
     weights, int16."""
-    nbytes = ggml.BLOCK_BYTES[qtype]
 
     def emit(builder, address):
-        numbers = None
-        for plane in scales.planes:
-            places = [plane.place(i) for i in range(16)]
-            packed = load_bytes(builder, address, [byte for byte, _ in places], nbytes)
-            part = bit_fields(builder, packed, [bit for _, bit in places], plane.bits, plane.shift)
-            numbers = builder.or_(numbers, part) if numbers else part
-        wide = builder.zext(numbers, ir_type(i16x16))
+        wide = builder.zext(emit_sixteen(builder, qtype, scales, address), ir_type(i16x16))
         return builder.sub(wide, constant(wide.type, scales.minus)) if scales.minus else wide
 
     @operation(i16x16, types.int64, emit=emit)
     def load_integers(address):
         """Integers of small blocks."""
-        return _numpy_values(scales, _numpy_blocks(qtype, address), 16)[0].astype(np.int16)
+        return numpy_sixteen(qtype, scales, address).astype(np.int16)
 
     return load_integers
+
+
+def numpy_sixteen(qtype, scales, address):
+    """The scales or minima of the sixteen small blocks of a block of 256 weights, by NumPy."""
+    return _numpy_values(scales, _numpy_blocks(qtype, address), 16)[0]
 
 
 def load_half_for(at):

@@ -1,7 +1,7 @@
 """Products of weights with many columns of activations (gemm), by panels: rows of weights side by side in vector lanes.
 
 `product` unpacks two panels of weights, a slice of K at a time that stays in the innermost cache, and runs tiles over
-all columns: `tile_narrow` and `tile_bytes`, and with AMX `gemm_amx`. Unpacking is amortised over the columns. Float
+all columns: `tile_32` and `tile_16`, and with AMX `gemm_amx`. Unpacking is amortised over the columns. Float
 types go the same way in float32: `pymla.cpu.matmul.gemm_f32`.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_amx import configure, release
-from pymla.cpu.matmul import gemm_amx, tile_bytes, tile_narrow
+from pymla.cpu.matmul import gemm_amx, tile_16, tile_32
 from pymla.cpu.matmul.matrices import copy, row_at
 from pymla.cpu.matmul.tile import add_minima, three_columns
 from pymla.cpu.matmul.unpacked import (
@@ -45,10 +45,10 @@ def tile_for(form):
     """The `Tile` of a quantised type's `Format`."""
     if form.takes_tiles:
         return Tile(gemm_amx.sources, gemm_amx.add_columns, gemm_amx.TILE_COLUMNS)
-    if form.code_bits == 8:
-        return Tile(tile_bytes.sources, tile_bytes.add_columns, tile_bytes.WIDEST)
-    add_columns = tile_narrow.add_columns_for(form.code_bits, form.zero_point)
-    return Tile(tile_narrow.sources, add_columns, tile_narrow.WIDEST)
+    if form.scale_each == 16:
+        return Tile(tile_16.sources, tile_16.add_columns, tile_16.WIDEST)
+    add_columns = tile_32.add_columns_for(form.code_bits, form.zero_point)
+    return Tile(tile_32.sources, add_columns, tile_32.WIDEST)
 
 
 @functools.cache

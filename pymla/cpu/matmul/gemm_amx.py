@@ -62,7 +62,7 @@ def clear(results, columns):
 
 @helper
 def add_columns(x, index, i, last, chunk, scratch, out):
-    """Add two panels times the sixteen columns from the i-th on to the results, as `add_columns` of `tile_narrow`; but
+    """Add two panels times the sixteen columns from the i-th on to the results, as `add_columns` of `tile_32`; but
     results of the first chunk are added as well (`clear`), and activations follow each other
     (`activations.consecutive`)."""
     codes, scales, step = x

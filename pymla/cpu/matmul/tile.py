@@ -98,7 +98,7 @@ def scaled(products, u, v, scales, columns, out):
 @helper
 def add_minima(sums, each, columns, blocks, scratch, results):
     """Add minimum times sum of activations to the results of three columns, for minima of 32 or 16 weights. `sums` is
-    the address of those sums, the others are as in `tile_narrow`."""
+    the address of those sums, the others are as in `tile_32`."""
     m, n = scratch + MINIMA, scratch + MINIMA + NEXT_MINIMA
     many = 32 // each
     a, b, c = columns

@@ -20,14 +20,14 @@ def sources(x):
 
 @helper
 def add_columns(x, index, i, last, chunk, scratch, out):
-    """Add two panels times up to `WIDEST` columns to the results, as `add_columns` of `tile_narrow`."""
+    """Add two panels times up to `WIDEST` columns to the results, as `add_columns` of `tile_32`."""
     columns, results = three_columns(index, i, last, chunk, out)
     _tile(x, columns, chunk.blocks, scratch, chunk.start > 0, results)
 
 
 @helper
 def _tile(x, columns, blocks, scratch, onto, results):
-    """Two panels times three columns, as `tile` of `tile_narrow`."""
+    """Two panels times three columns, as `tile` of `tile_32`."""
     codes, scales, starts = x
     p, q = scratch + CODES, scratch + CODES + NEXT_CODES
     d, e = scratch + SCALES, scratch + SCALES + NEXT_SCALES

@@ -1,5 +1,5 @@
-"""Tiles of codes from 0 to 31, with a scale for 32 weights: two panels times three columns, or times six where there
-are 32 registers."""
+"""Tiles of unsigned codes with a scale for 32 weights: two panels times three columns, or times six where there are 32
+registers. Codes have up to 5 bits, with VNNI up to 8."""
 
 import functools
 
@@ -22,7 +22,7 @@ def sources(x):
 
 @functools.cache
 def add_columns_for(code_bits, zero_point):
-    """Make `add_columns` for codes of 4 or 5 bits, from which the zero point, 0 to 16, is taken off."""
+    """Make `add_columns` for codes of some bits, from which the zero point, 0 to 128, is taken off."""
     start = _start_for(zero_point)
     # Without VNNI, sums of products are int16, which hold those of 32 codes of 4 bits, or of 16 codes of 5 bits.
     in_halves = code_bits > 4 and not VNNI
