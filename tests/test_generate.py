@@ -11,8 +11,10 @@ from pymla.engine.cache import Sequence
 from pymla.engine.generation import Generation, Stats
 from pymla.errors import CacheFull, PymlaError
 from pymla.text.byte_alphabet import BYTES
+from pymla.text.byte_level import ByteLevel
 from pymla.text.sampling import Sampler, SamplingParams
-from pymla.text.tokenizer import CONTROL, NORMAL, Tokenizer
+from pymla.text.tokenizer import Tokenizer
+from pymla.text.vocabulary import CONTROL, NORMAL
 
 WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
 BYTE = {byte: i for i, byte in enumerate(BYTES[character] for character in sorted(BYTES))}
@@ -55,7 +57,8 @@ class Script:
 @pytest.fixture(scope="module")
 def tokenizer():
     tokens = [*sorted(BYTES), *WORDS, "<|end|>"]
-    return Tokenizer(tokens, [NORMAL] * (len(tokens) - 1) + [CONTROL], [], "deepseek-llm", eos_ids=[EOS])
+    kinds = [NORMAL] * (len(tokens) - 1) + [CONTROL]
+    return Tokenizer(ByteLevel(tokens, kinds, [], "deepseek-llm"), eos_ids=[EOS])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
 from pymla.make.hub_config import HubConfig, Values
 from pymla.printable import shown
-from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
@@ -120,26 +120,31 @@ def detect_pre(path: Path) -> str:
     """Name of the pre-tokenizer that cuts a telling text as the file's own does, or that leads to the same tokens.
 
     The second is for files that say the same differently: DeepSeek's take numbers apart digit by digit, llama.cpp's
-    deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
+    deepseek-llm leaves them whole, and no merge of that vocabulary joins digits. Whether a piece that is a token needs
+    no merges (``ignore_merges``) follows from the name, too, and must be as in the file.
     """
     try:
         tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
         own = tokenizer.pre_tokenizer
         pieces = own.pre_tokenize_str(_PROBE) if own else None
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
     except Exception as error:  # the tokenizers package raises nothing more precise
         reason = ascii(str(error))[1:-1]
         raise PymlaError(f"{path}: cannot be read by the tokenizers package ({reason:.200})") from error
     tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
     same_ids = []
     for name, pre_tokenizer in PRE_TOKENIZERS.items():
+        if (name in IGNORE_MERGES) != ignore_merges:
+            continue
         tokenizer.pre_tokenizer = pre_tokenizer
         if tokenizer.encode(_PROBE, add_special_tokens=False).ids == ids:
             if pre_tokenizer.pre_tokenize_str(_PROBE) == pieces:
                 return name
             same_ids.append(name)
     if not same_ids:
-        raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name one as `pre`")
+        kind = " with ignore_merges" if ignore_merges else ""
+        raise PymlaError(f"{path}: its pre-tokenizer{kind} is none of {', '.join(PRE_TOKENIZERS)}; name one as `pre`")
     return same_ids[0]
 
 
@@ -148,7 +153,7 @@ def _bpe(values: Values) -> dict[str, Any]:
     model = values.get("model", dict, {})
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise PymlaError(f"{values.path}: no byte-pair encoding; other tokenizers are not converted")
-    for key in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             values.refuse(f"model.{key}", model[key], "GGUF cannot hold it")
     return model
