@@ -11,7 +11,10 @@ from unicodedata import ucd_3_2_0 as unicode_3_2
 LONG = "aA1 \n\t.Éя中あ한\u0301🦙é"
 
 _WORDS = "the Quick brown FOX jumpedOver iPhone HTTPServer naïve Straße ΌΡΟΣ любовь МоскваСити ǅungla ʰmod ⅷ"
-_NEWER = "ᲐᲑᲒ ჀჁ ᏣᎳᎩ ꭰꭱ ꙮ ꚰ 𞤀𞤁𞤢 𐐀𐐨 𑄃𑄖 ߊߋ ⵣⴰ ꯀꯁ 𝐀𝐛𝟗 𝒜𝔷 ₿ ⸮ ꧁꧂ ︎ 🄰🅱 𠀀𪜀𫝀 㐂㐃 豈更 𠔜 ⺀⼀ 々〇〡 〆ヶ ゟヿ ｱｲｳ ㌀ ㍿ ꥠ ㆍ ㄅㄆ ㈱"
+_NEWER = (
+    "ᲐᲑᲒ ჀჁ ᏣᎳᎩ ꭰꭱ ꙮ ꚰ 𞤀𞤁𞤢 𐐀𐐨 𑄃𑄖 ߊߋ ⵣⴰ ꯀꯁ 𝐀𝐛𝟗 𝒜𝔷 ₿ ⸮ ꧁꧂ ︎ 🄰🅱 "
+    "𠀀𪜀𫝀 㐂㐃 豈更 𠔜 ⺀⼀ 々〇〡 〆ヶ ゟヿ ｱｲｳ ㌀ ㍿ ꥠ ㆍ ㄅㄆ ㈱"
+)
 _SPACES = [
     *range(0x09, 0x0E),
     *range(0x1C, 0x21),
@@ -64,16 +67,14 @@ class _Chance:
 
 @cache
 def _assigned(start, end):
-    return [
-        chr(code) for code in range(start, end) if unicode_3_2.category(chr(code)) not in ("Cn", "Cs", "Co")
-    ]
+    return [chr(code) for code in range(start, end) if unicode_3_2.category(chr(code)) not in ("Cn", "Cs", "Co")]
 
 
 def _scripts(chance):
     """Words of every block's characters: alone, and among others."""
     for start in range(0, 0x30000, 64):
         found = _assigned(start, start + 64)
-        if found and (not 0x3400 <= start < 0xD7A4 and start < 0x20000 or start % 1024 == 0):
+        if found and ((not 0x3400 <= start < 0xD7A4 and start < 0x20000) or start % 1024 == 0):
             yield "".join(found)
             yield " ".join(chance.text(found, 7) for _ in range(6))
             yield "".join(chance.text(found, 3) + chance.of(" aZ9.,\n'-") for _ in range(8))
@@ -135,13 +136,24 @@ def _marks(chance):
     marks = [c for c in _assigned(0, 0x3400) if unicode_3_2.category(c).startswith("M")]
     for _ in range(100):
         yield "".join(chance.of("aÉя中क1. '\n") + chance.text(marks, 3) for _ in range(4))
-    yield from ("\u0301a", " \u0301a", "1\u0301a", ".\u0301A", "\n\u0301", "e\u0301E\u0301'S", "न\u093f\u094d र", "A\u0301b")
+    yield from (
+        "\u0301a",
+        " \u0301a",
+        "1\u0301a",
+        ".\u0301A",
+        "\n\u0301",
+        "e\u0301E\u0301'S",
+        "न\u093f\u094d र",
+        "A\u0301b",
+    )
 
 
 def _contractions(_chance):
     for word in ("we", "WE", "Ünï", "中", "9", ""):
         for text in _CONTRACTED:
-            yield " ".join(word + "".join(letters) for letters in itertools.product(*zip(text, text.upper(), strict=True)))
+            yield " ".join(
+                word + "".join(letters) for letters in itertools.product(*zip(text, text.upper(), strict=True))
+            )
             yield f"{word}{text}x {word}{text.replace(chr(39), chr(0x2019))} {word} {text}\n{word}'{text}"
     yield from ("it'ſ it'ſx", "I'Ll'lL'd've", "'tis 'twas", "rock'n'roll", "'''", "s' t' 're''ve")
 
@@ -149,12 +161,27 @@ def _contractions(_chance):
 def _cjk(chance):
     for _ in range(220):
         ranges = [chance.of(_CJK) for _ in range(1 + chance.below(6))]
-        yield "".join(chance.text([chr(code) for code in (r[chance.below(len(r))] for _ in range(4))], 5) for r in ranges)
-    yield from ("我在apple工作1314151天～", "「東京」はひらがなカタカナ", "한국어도 됩니다。", "中文English中文ENGLISH", "！？。，、…—“”")
+        yield "".join(chr(chance.of(codes)) for codes in ranges for _ in range(1 + chance.below(5)))
+    yield from (
+        "我在apple工作1314151天～",
+        "「東京」はひらがなカタカナ",
+        "한국어도 됩니다。",
+        "中文English中文ENGLISH",
+        "！？。，、…—“”",
+    )
 
 
 def _private(chance):
-    private = [*map(chr, range(0xE000, 0xE010)), "\uf8ff", "\U000f0000", "\U0010fffd", "\ufffe", "\uffff", "\U0010ffff", "\ufffd"]
+    private = [
+        *map(chr, range(0xE000, 0xE010)),
+        "\uf8ff",
+        "\U000f0000",
+        "\U0010fffd",
+        "\ufffe",
+        "\uffff",
+        "\U0010ffff",
+        "\ufffd",
+    ]
     for _ in range(40):
         yield chance.text([*private, *"a 1.\n中"], 8)
 
@@ -171,7 +198,12 @@ def _punctuation(chance):
         yield from (f"x{mark}y{mark}{mark} {mark}Word", f" {mark}{mark}\n\n{mark}\r\n/", f"{mark}中{mark}1{mark} ")
     for _ in range(60):
         yield chance.text("!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~ \nab1", 16)
-    yield from ('{"a": [1, 2.5e-3, null]}\n', "https://www.example.org/a?b=%20&c#d", "/* x */ // y\n\n\n", "</s><s>[INST] <0x0A> ▁")
+    yield from (
+        '{"a": [1, 2.5e-3, null]}\n',
+        "https://www.example.org/a?b=%20&c#d",
+        "/* x */ // y\n\n\n",
+        "</s><s>[INST] <0x0A> ▁",
+    )
 
 
 def _long(_chance):

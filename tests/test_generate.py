@@ -102,6 +102,15 @@ def test_no_tokens_at_all(said):
         said(word("Hel"), max_tokens=-1)
 
 
+def test_control_tokens_are_shown_on_demand(said):
+    """The one that ends the text, too, unless a stop string ended it before."""
+    generation, pieces = said([*word("Hel", "lo"), EOS], max_tokens=None, special=True)
+    assert pieces == ["Hel", "lo", "<|end|>"]
+    assert (generation.finish_reason, generation.tokens) == ("stop", word("Hel", "lo"))
+    generation, pieces = said([*word("Hel", "lo"), EOS], max_tokens=None, special=True, stop=["<|"])
+    assert ("".join(pieces), generation.finish_reason) == ("Hello", "stop")
+
+
 def test_end_of_text(said):
     generation, pieces = said([*word("Hel", "lo"), EOS, *word("ld")], max_tokens=None)
     assert "".join(pieces) == "Hello"

@@ -110,7 +110,9 @@ def test_long_texts(pre):
         assert sum(len(piece) for piece, _ in pieces) == len(text.encode())
 
 
-CHARACTERS = st.one_of(st.characters(codec="utf-8"), st.sampled_from("aA 1\t\n\r'.-/中あ한é\u0301ſß🦙\u200d\ufe0f\u3000\x85"))
+CHARACTERS = st.one_of(
+    st.characters(codec="utf-8"), st.sampled_from("aA 1\t\n\r'.-/中あ한é\u0301ſß🦙\u200d\ufe0f\u3000\x85")
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,16 +1,19 @@
-"""Tokenizers that owe nothing to pymla: the models' patterns in the regex package, and tiktoken's byte-pair encoding."""
+"""Tokenizers that owe nothing to pymla: the models' patterns by the regex package, and byte pairs by tiktoken."""
 
 import functools
 
 import regex
 import tiktoken
 
-# As their publishers spell them: openai_public.py of tiktoken (o200k_base, cl100k_base), tekken.json, tokenization_kimi.py,
-# tokenizer.json of Qwen2, DeepSeek-V3 and GLM-4, and src/llama-vocab.cpp of llama.cpp (youtu, default).
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# As their publishers spell them: tiktoken's openai_public.py (o200k_base), tekken.json, tokenization_kimi.py,
+# tokenizer.json of Llama 3, Qwen2 and DeepSeek-V3, and llama.cpp's src/llama-vocab.cpp (youtu, default).
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 O200K = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -63,9 +66,9 @@ YOUTU = ("[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ
 #: Patterns that are applied one after the other, by a name of ``tokenizer.ggml.pre``.
 PATTERNS = {
     "kimi-k2": (KIMI_K2,),
-    "glm4": (CL100K,),
-    "chatglm-bpe": (CL100K,),
-    "llama-bpe": (CL100K,),
+    "glm4": (LLAMA_3,),
+    "chatglm-bpe": (LLAMA_3,),
+    "llama-bpe": (LLAMA_3,),
     "gigachat": (GPT_2,),
     "kanana2": (O200K,),
     "gpt-4o": (O200K,),

@@ -221,7 +221,7 @@ def _warn_of_bos(tokenizer: Tokenizer, text: str, terminal: Terminal) -> None:
     """Say so if a prompt begins with BOS, as one pasted from another program may."""
     bos = tokenizer.special_tokens.get("bos_token")
     if bos and text.startswith(bos):
-        instead = (
-            "the model's BOS stands in front of it already" if tokenizer.add_bos else "use --chat or --parse-special for control tokens"
-        )
+        instead = "use --chat or --parse-special for control tokens"
+        if tokenizer.add_bos:
+            instead = "the model's BOS stands in front of it already"
         terminal.warn(f"the prompt begins with {bos}, which is read as text: {instead}; leave it out")

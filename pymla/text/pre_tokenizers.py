@@ -1,8 +1,8 @@
 """How each model's tokenizer cuts a text into pieces, which merges never join.
 
-The regular expressions are the models' own (tokenizer.json, tokenization_kimi.py, tekken.json), or llama.cpp's where the
-model's were not at hand (src/llama-vocab.cpp). llama.cpp approximates many of the others, as its engine knows few Unicode
-categories; docs/tokenizers.md has the source of each expression, and where llama.cpp differs from the model.
+The regular expressions are the models' own (tokenizer.json, tokenization_kimi.py, tekken.json), or those that llama.cpp
+has for the model where its own were not at hand (src/llama-vocab.cpp). llama.cpp approximates some of the others, as
+its engine knows few Unicode categories. docs/tokenizers.md has the source of each, and where llama.cpp differs.
 """
 
 from collections.abc import Iterable
@@ -96,9 +96,9 @@ PRE_TOKENIZERS = {
 }
 
 #: Those of models that take a piece which is a token for that token, whether or not merges lead to it. llama.cpp merges
-#: pieces of kimi-k2, whose own tokenizer (tiktoken) looks them up first.
+#: pieces of kimi-k2; Kimi's own tokenizer, tiktoken, looks them up first.
 IGNORE_MERGES = frozenset(("glm4", "glm5", "kimi-k2", "tekken", "youtu", *_LLAMA_3_NAMES.split()))
 
-#: Those of models that expect BOS in front of a text if the file does not say whether they do. llama.cpp does not expect
-#: it for DeepSeek, whose own files all say that they do.
+#: Those of models that expect BOS in front of a text if the file does not say whether they do. llama.cpp has no BOS for
+#: DeepSeek then; DeepSeek's own files all ask for one.
 ADD_BOS = frozenset(("deepseek-llm", "deepseek-coder", "deepseek-v3", "tekken", *_LLAMA_3_NAMES.split()))

@@ -59,7 +59,8 @@ class SentencePiece:
         self.ids = {token: i for i, token in enumerate(tokens)}
         names = {f"<0x{byte:02X}>": byte for byte in range(256)}
         self._byte_ids = [self.ids.get(name) for name in names]
-        self._bytes = {i: names[token] for token, i in self.ids.items() if token in names and kinds[i] in (NORMAL, BYTE)}
+        found = ((self.ids[name], byte) for name, byte in names.items() if name in self.ids)
+        self._bytes = {i: byte for i, byte in found if kinds[i] in (NORMAL, BYTE)}
         self._unknown = next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), None)
         if None in self._byte_ids and self._unknown is None:
             raise PymlaError(

@@ -165,7 +165,7 @@ def ends_by_name(ids: Iterable[int], tokens: Sequence[str], vocabulary: Mapping[
     """
     ends = {*ids, *(vocabulary[name] for name in _END_NAMES if name in vocabulary)}
     names = {tokens[token]: token for token in ends}
-    # gpt-oss and Solar end a text otherwise, and put <|end|> between a text's parts; Gemma 4 and PLaMo have </s> as text.
+    # gpt-oss and Solar end a text otherwise, and put <|end|> between its parts. Gemma 4 and PLaMo have </s> as text.
     if names.keys() & {"<|call|>", "<|calls|>"} and names.keys() & {"<|return|>", "<|flush|>"}:
         ends -= {names.get("<|end|>")}
     if names.keys() & {"<|tool_response>", "<|plamo:eos|>"}:
