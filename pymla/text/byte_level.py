@@ -4,7 +4,7 @@ A text is cut by the pre-tokenizer's regular expressions, one after the other. E
 printable characters, and the tokenizers package merges them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Bpe
@@ -89,7 +89,7 @@ def merged_tokens(merges: Iterable[str]) -> frozenset[str]:
     return frozenset((*CHARACTERS, *(merge.replace(" ", "", 1) for merge in merges)))
 
 
-def _bpe(vocabulary: Mapping[str, int], merges: Iterable[str], ignore_merges: bool, where: str | Path) -> Bpe:
+def _bpe(vocabulary: dict[str, int], merges: Iterable[str], ignore_merges: bool, where: str | Path) -> Bpe:
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         return Bpe(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))

@@ -271,7 +271,12 @@ _DEFAULT_IDS = {"llama": {"unknown": 0, "bos": 1, "eos": 2}}
 def _splitter(tokens: Sequence[str], kinds: Sequence[int], wanted: Collection[int]) -> re.Pattern[str] | None:
     """A regular expression that finds tokens of some kinds, the longest first, or None."""
     found = sorted((t for t, kind in zip(tokens, kinds, strict=True) if kind in wanted and t), key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else None
+    # A thousand names begin with "<": only those are tried one by one that have the text's next two characters.
+    rests: dict[str, list[str]] = {}
+    for token in found:
+        rests.setdefault(token[:2], []).append(re.escape(token[2:]))
+    starts = (f"{re.escape(start)}(?:{'|'.join(rests[start])})" for start in sorted(rests, key=len, reverse=True))
+    return re.compile(f"({'|'.join(starts)})") if found else None
 
 
 def _chat_templates(file: ModelFile) -> tuple[str | None, dict[str, str]]:

@@ -32,7 +32,7 @@ def read_kinds(file: ModelFile, count: int) -> list[int]:
     """
     key = "tokenizer.ggml.token_type"
     kinds = file.get(key, list, None)
-    return [NORMAL] * count if kinds is None else _numbers(file, key, kinds, count, np.integer, "integers").tolist()
+    return [NORMAL] * count if kinds is None else _numbers(file, key, kinds, count, "iu", "integers").tolist()
 
 
 def read_merges(file: ModelFile) -> list[str]:
@@ -61,7 +61,7 @@ def read_scores(file: ModelFile, count: int) -> np.ndarray:
         The array is missing, has another length, or does not hold numbers.
     """
     key = "tokenizer.ggml.scores"
-    scores = _numbers(file, key, file.get(key, list), count, np.number, "numbers").astype(np.float32)
+    scores = _numbers(file, key, file.get(key, list), count, "iuf", "numbers").astype(np.float32)
     if np.isnan(scores).any():
         raise PymlaError(f"{file.path}: metadata {key} has a NaN, for token {int(np.isnan(scores).argmax())}")
     return scores
@@ -84,10 +84,10 @@ def _strings(file: ModelFile, key: str) -> list[str]:
 
 
 def _numbers(
-    file: ModelFile, key: str, values: Sequence[str] | np.ndarray, count: int, dtype: type[np.generic], name: str
+    file: ModelFile, key: str, values: Sequence[str] | np.ndarray, count: int, dtypes: str, name: str
 ) -> np.ndarray:
-    """An array with a number for each token."""
-    if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, dtype):
+    """An array with a number for each token, of the kinds of dtype that NumPy's letters `dtypes` name."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in dtypes:
         raise PymlaError(f"{file.path}: metadata {key} is no array of {name}")
     if len(values) != count:
         raise PymlaError(f"{file.path}: metadata {key} has {len(values)} entries, for {count} tokens")
