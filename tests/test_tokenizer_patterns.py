@@ -11,7 +11,7 @@ from pymla.text.byte_alphabet import BYTES
 from pymla.text.byte_level import ByteLevel
 from pymla.text.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
 from pymla.text.tokenizer import Tokenizer
-from pymla.text.vocabulary import CONTROL, NORMAL, USER_DEFINED
+from pymla.text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 PATTERNS = tokenizer_oracles.PATTERNS
 TEXTS = (*lines(), "\n".join(line for line in lines() if len(line) < 200))
@@ -95,6 +95,16 @@ def test_a_piece_that_is_a_token(pairs, pre):
     assert (tokenizer.encode(WORD.decode()) == [word]) == (pre in IGNORE_MERGES)
     assert word + 1 not in tokenizer.encode("control")
     assert tokenizer.encode("control", parse_special=True) == [word + 1]
+
+
+@pytest.mark.parametrize("kind", [CONTROL, UNUSED, UNKNOWN])
+@pytest.mark.parametrize("pre", ["deepseek-v3", "glm4"])
+def test_merges_lead_to_no_special_token(pre, kind):
+    """Whatever the file says: the text would be lost."""
+    tokens, kinds = [*sorted(BYTES), "ab", "abc", "cd"], [NORMAL] * 256 + [kind, NORMAL, NORMAL]
+    tokenizer = Tokenizer(ByteLevel(tokens, kinds, ["a b", "ab c", "c d"], pre))
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+    assert [tokens[token] for token in tokenizer.encode("abcd")] == ["a", "b", "cd"]
 
 
 def test_names_of_pre_tokenizers():

@@ -4,7 +4,7 @@ A text is cut by the pre-tokenizer's regular expressions, one after the other. E
 printable characters, and the tokenizers package merges them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 from tokenizers import Tokenizer as Bpe
@@ -61,9 +61,8 @@ class ByteLevel:
         missing = sum(character not in self.ids for character in CHARACTERS)
         if missing:
             raise PymlaError(f"{where}: metadata tokenizer.ggml.tokens lacks {missing} of the 256 bytes")
-        whole = pre in IGNORE_MERGES
-        vocabulary = self._without_special(merged_tokens(merges)) if whole else self.ids
-        self._bpe = _bpe(vocabulary, merges, whole, where)
+        special = {token for token, i in self.ids.items() if kinds[i] in (CONTROL, UNKNOWN, UNUSED)}
+        self._bpe = _bpe(self.ids, merges, special.difference(CHARACTERS), pre in IGNORE_MERGES, where)
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
 
     def encode(self, text: str) -> list[int]:
@@ -78,19 +77,19 @@ class ByteLevel:
             return bytes(BYTES[character] for character in text)
         return text.encode()
 
-    def _without_special(self, merged: frozenset[str]) -> dict[str, int]:
-        """Ids of the tokens that a whole piece of text may be. Control tokens are none, even if a piece spells one."""
-        special = (CONTROL, UNKNOWN, UNUSED)
-        return {token: i for token, i in self.ids.items() if self.kinds[i] not in special or token in merged}
-
 
 def merged_tokens(merges: Iterable[str]) -> frozenset[str]:
     """Tokens that text is made of: single bytes, and what merges make."""
     return frozenset((*CHARACTERS, *(merge.replace(" ", "", 1) for merge in merges)))
 
 
-def _bpe(vocabulary: dict[str, int], merges: Iterable[str], ignore_merges: bool, where: str | Path) -> Bpe:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+def _bpe(
+    ids: Mapping[str, int], merges: Iterable[str], special: Set[str], ignore_merges: bool, where: str | Path
+) -> Bpe:
+    """Byte-pair encoding that makes no `special` token of a text, even if merges say so or a piece spells its name."""
+    vocabulary = {token: i for token, i in ids.items() if token not in special}
+    pairs = ((left, right) for left, _, right in (merge.partition(" ") for merge in merges))
+    pairs = [(left, right) for left, right in pairs if special.isdisjoint((left, right, left + right))]
     try:
         return Bpe(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))
     except Exception as error:  # the tokenizers package raises nothing more precise
