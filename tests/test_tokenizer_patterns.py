@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nasty_text import lines, special_lines
 
+from pymla.errors import PymlaError
 from pymla.text.byte_alphabet import BYTES
 from pymla.text.byte_level import ByteLevel
 from pymla.text.pre_tokenizers import ADD_BOS, IGNORE_MERGES, PRE_TOKENIZERS
@@ -118,6 +119,11 @@ def test_long_texts(pre):
         text = character * 300_000
         pieces = PRE_TOKENIZERS[pre].pre_tokenize_str(text)
         assert sum(len(piece) for piece, _ in pieces) == len(text.encode())
+
+
+def test_texts_that_are_too_long(made):
+    with pytest.raises(PymlaError, match="10500000 characters, has too many of one kind in a row"):
+        made["glm4"].encode("A" * 10_500_000)
 
 
 CHARACTERS = st.one_of(

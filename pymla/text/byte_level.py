@@ -66,8 +66,19 @@ class ByteLevel:
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text in which no special tokens are looked for."""
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        """Token ids of a text in which no special tokens are looked for.
+
+        Raises
+        ------
+        PymlaError
+            The text has millions of letters, or of blanks, in a row: Oniguruma gives up after ten million steps.
+        """
+        try:
+            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        except BaseException as error:  # a panic of the tokenizers package is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise PymlaError(f"the text, of {len(text)} characters, has too many of one kind in a row") from error
         return ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -88,8 +99,8 @@ def _bpe(
 ) -> Bpe:
     """Byte-pair encoding that makes no `special` token of a text, even if merges say so or a piece spells its name."""
     vocabulary = {token: i for token, i in ids.items() if token not in special}
-    pairs = ((left, right) for left, _, right in (merge.partition(" ") for merge in merges))
-    pairs = [(left, right) for left, right in pairs if special.isdisjoint((left, right, left + right))]
+    split = (merge.partition(" ") for merge in merges)
+    pairs = [(left, right) for left, _, right in split if special.isdisjoint((left, right, left + right))]
     try:
         return Bpe(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))
     except Exception as error:  # the tokenizers package raises nothing more precise
