@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from compare import assert_close
-from make_golden import SHAPES, clear_model, hf_class, logits, prompts, to_gguf
-from model_shapes import PRESETS, tiny
+from make_golden import SHAPES, clear_model, logits, prompts, to_gguf
+from model_errors import MODELS
 
 import pymla
 
@@ -28,18 +28,6 @@ CASES = {
     "Kimi-K2's YaRN": dataclasses.replace(MOONLIGHT, yarn_factor=32.0, yarn_original=16, beta_fast=1.0),
     "tied embeddings": dataclasses.replace(LITE, tie_word_embeddings=True),
 }
-
-
-def distinct(shapes):
-    """Of models that are built alike, by the same class of transformers, the first."""
-    found = {}
-    for name, shape in shapes.items():
-        found.setdefault((hf_class(shape), dataclasses.replace(shape, name="")), name)
-    return {name: shapes[name] for name in found.values()}
-
-
-#: Small models that are built as the real ones.
-MODELS = distinct({name: tiny(shape) for name, shape in PRESETS.items() if name != "tiny"})
 CASES |= MODELS
 
 

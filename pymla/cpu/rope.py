@@ -33,7 +33,10 @@ def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
 
 
 def temper(x: np.ndarray, positions: np.ndarray, scale: float, length: int) -> np.ndarray:
-    """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place; `x` float32 (T, H, D), `positions` int32 (T,)."""
+    """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place.
+
+    `x` float32 (T, H, D), `positions` int32 (T,).
+    """
     check.temper(x, positions, scale, length)
     _temper[len(x)](x, positions, scale, length)
     return x

@@ -79,8 +79,8 @@ def examine(
         problems.insert(
             0,
             PymlaError(
-                f"{file.path}: the file holds nothing but layers that predict further tokens (nextn), for use beside the "
-                "model's own file; take that one"
+                f"{file.path}: the file holds nothing but layers that predict further tokens (nextn), for use beside "
+                "the model's own file; take that one"
             ),
         )
     elif config:
