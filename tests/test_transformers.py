@@ -28,7 +28,7 @@ CASES = {
     "Kimi-K2's YaRN": dataclasses.replace(MOONLIGHT, yarn_factor=32.0, yarn_original=16, beta_fast=1.0),
     "tied embeddings": dataclasses.replace(LITE, tie_word_embeddings=True),
 }
-CASES |= MODELS
+CASES |= {f"as {name}": shape for name, shape in MODELS.items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,7 +1,7 @@
 """The table of models in docs/models.md: the error of each against transformers, in every mode, short and long.
 
 A model is small and random, built as the real one (`model_shapes.tiny`). An error is the largest difference of a logit
-as a share of the largest logit; the cache is float32. The long prompt goes beyond the original context where a model has
+as a share of the largest logit; the cache is float32. The long prompt goes beyond the original context, where there is
 one.
 """
 
