@@ -21,7 +21,7 @@ from pymla.text.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("v2-lite", "v2", "v3", "moonlight")
-SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128)
+SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128, temperature_scale=0.1, temperature_length=64)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`.
+"""Rotary position embedding on interleaved pairs, and the attention temperature. Twin of `pymla.reference.rope`.
 
 >>> import numpy as np
 >>> from pymla.cpu import rope
@@ -32,9 +32,19 @@ def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return x
 
 
-def kernels() -> list[Kernel]:
-    """The kernels that this module launches."""
-    return [_angles, _rope_interleaved]
+def temper(x: np.ndarray, positions: np.ndarray, scale: float, length: int) -> np.ndarray:
+    """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place.
+
+    `x` float32 (T, H, D), `positions` int32 (T,).
+    """
+    check.temper(x, positions, scale, length)
+    _temper[len(x)](x, positions, scale, length)
+    return x
+
+
+def kernels(tempered: bool) -> list[Kernel]:
+    """The kernels that this module launches, for a model with an attention temperature or without."""
+    return [_angles, _rope_interleaved, *([_temper] if tempered else [])]
 
 
 @kernel(I1, D1, types.float64, F3)
@@ -58,3 +68,15 @@ def _rope_interleaved(first, last, x, cos_sin):
                 cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
                 x[t, h, at] = even * cos - odd * sin
                 x[t, h, at + 1] = even * sin + odd * cos
+
+
+@kernel(F3, I1, types.float64, types.int64)
+def _temper(first, last, x, positions, scale, length):
+    _, heads, size = x.shape
+    for t in range(first, last):
+        lengths = positions[t] // length
+        if lengths:
+            factor = np.float32(1 + scale * np.log(1.0 + lengths))
+            for h in range(heads):
+                for i in range(size):
+                    x[t, h, i] *= factor

@@ -30,6 +30,8 @@ class Shape:
     ``n_routed_experts=0`` means a dense model, ``q_lora_rank=0`` queries of full rank, ``n_group=1`` no groups,
     ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
     ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default.
+    ``temperature_scale=0`` means no attention temperature, and ``num_nextn_predict_layers`` are behind
+    ``num_hidden_layers``. ``fused_experts`` puts gate and up of the experts into one tensor.
     """
 
     name: str
@@ -62,6 +64,16 @@ class Shape:
     beta_fast: float | None = 32.0
     beta_slow: float | None = 1.0
     tie_word_embeddings: bool = False
+    temperature_scale: float = 0.0
+    temperature_length: int = 0
+    num_nextn_predict_layers: int = 0
+    fused_experts: bool = False
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers without experts, which come first."""
+        layers = self.num_hidden_layers
+        return min(self.first_k_dense_replace, layers) if self.n_routed_experts else layers
 
 
 def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
@@ -74,18 +86,20 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
-        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers,
+        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers + shape.num_nextn_predict_layers,
         Keys.LLM.CONTEXT_LENGTH: shape.context_length,
         Keys.LLM.EMBEDDING_LENGTH: shape.hidden_size,
         Keys.LLM.FEED_FORWARD_LENGTH: shape.intermediate_size,
         Keys.Attention.HEAD_COUNT: shape.num_attention_heads,
         Keys.Attention.LAYERNORM_RMS_EPS: float(shape.rms_norm_eps),
-        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: shape.dense_layers,
         Keys.LLM.VOCAB_SIZE: shape.vocab_size,
         **_attention(shape, layout),
         **_experts(shape),
         **_rope(shape),
     }
+    if shape.num_nextn_predict_layers:
+        llm[Keys.LLM.NEXTN_PREDICT_LAYERS] = shape.num_nextn_predict_layers
     general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
     if file_type is not None:
         general[Keys.General.FILE_TYPE] = int(file_type)
@@ -95,6 +109,9 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
 def _attention(shape: Shape, layout: str) -> dict[str, Value]:
     found: dict[str, Value] = {Keys.Attention.Q_LORA_RANK: shape.q_lora_rank} if shape.q_lora_rank else {}
     found[Keys.Attention.KV_LORA_RANK] = shape.kv_lora_rank
+    if shape.temperature_scale:
+        found[Keys.Attention.TEMPERATURE_SCALE] = float(shape.temperature_scale)
+        found[Keys.Attention.TEMPERATURE_LENGTH] = shape.temperature_length
     head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
     if layout == "split":
         return found | {

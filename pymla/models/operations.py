@@ -84,6 +84,14 @@ class Operations(NamedTuple):
         """Rotate the last R numbers of every head of `x`, (T, H, D), by the tokens' positions, in place."""
         return self.backend.rope.rope_interleaved(x, self.cos_sin)
 
+    def temper(self, q: Array) -> Array:
+        """Multiply queries (T, H, D) by the attention temperature of the tokens' positions, in place, if the model has
+        one."""
+        temperature = self.config.attention_temperature
+        if temperature is None:
+            return q
+        return self.backend.rope.temper(q, self.step.positions, temperature.scale, temperature.length)
+
     # Attention --------------------------------------------------------------------------------------------------------
 
     def store(self, rows: Array, cache: QTensor) -> None:
