@@ -178,6 +178,9 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
         ("kimi-k2", 1026.4),
         ("glm-4.7-flash", 29.9),
         ("moonlight", 16.0),
+        ("minicpm3-4b", 4.1),
+        ("plm-1.8b", 1.83),
+        ("mistral-small-4", 119.0),
     ],
 )
 def test_presets_have_the_real_models_size(preset, billions):
