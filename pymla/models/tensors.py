@@ -18,6 +18,15 @@ from pymla.models.config import ModelConfig
 ROPE_FACTORS = ("rope_factors_long", "rope_factors_short")
 
 
+def transposed_type(qtype: int, columns: int) -> int:
+    """The type of a matrix of `columns` columns that is the transpose of one of type `qtype`, whose blocks lie across
+    its rows. Float types stay as they are. Others become Q8_0, which prompts multiply on integers as they do the blocks
+    of files that need no transposition, or F16 where 32 does not divide the columns."""
+    if qtype in ggml.FLOATS:
+        return qtype
+    return ggml.F16 if columns % ggml.BLOCK_SIZE[ggml.Q8_0] else ggml.Q8_0
+
+
 class TensorSpec(NamedTuple):
     """A tensor that a model needs."""
 
