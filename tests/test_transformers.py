@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from make_golden import SHAPES, clear_model, logits, prompts, to_gguf
+from model_errors import MODELS
 
 import pymla
 
@@ -27,6 +28,7 @@ CASES = {
     "Kimi-K2's YaRN": dataclasses.replace(MOONLIGHT, yarn_factor=32.0, yarn_original=16, beta_fast=1.0),
     "tied embeddings": dataclasses.replace(LITE, tie_word_embeddings=True),
 }
+CASES |= {f"as {name}": shape for name, shape in MODELS.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,10 +54,11 @@ def test_converted_layouts_equal_transformers(layout, tmp_path):
         assert_close(loaded.logits(ids), logits(model, ids), rtol_max=1e-4, reason="float32 throughout")
 
 
-def test_greedy_generation_equals_that_of_transformers(tmp_path):
-    model, seed = clear_model(V3, SEED)
-    path = to_gguf(model, V3, tmp_path / "model.gguf")
-    sequence = prompts(V3, seed)["short"]
+@pytest.mark.parametrize("shape", [V3, MODELS["mistral-large-3"]], ids=["v3", "mistral-large-3"])
+def test_greedy_generation_equals_that_of_transformers(shape, tmp_path):
+    model, seed = clear_model(shape, SEED)
+    path = to_gguf(model, shape, tmp_path / "model.gguf")
+    sequence = prompts(shape, seed)["short"]
     engine = pymla.load(path, device="cpu", cache_type="f32").model
     state = engine.new_sequence()
     step = engine.forward([(state, sequence)])
