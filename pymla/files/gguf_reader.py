@@ -42,7 +42,7 @@ class ModelFile:
         self.parts = [part.path for part in parts]
         self.version = parts[0].version
         self.nbytes = sum(part.nbytes for part in parts)
-        self.metadata = parts[0].metadata | overrides
+        self.metadata = {**parts[0].metadata, **overrides}
         self.overridden = {key: parts[0].metadata.get(key) for key in overrides}
         self.tensors: dict[str, TensorInfo] = {}
         self._sources = [part.source for part in parts]
