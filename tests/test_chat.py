@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
 from pymla.text.byte_alphabet import BYTES
+from pymla.text.byte_level import ByteLevel
 from pymla.text.chat import choose_template, encode, render
-from pymla.text.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer
+from pymla.text.tokenizer import Tokenizer
+from pymla.text.vocabulary import CONTROL, NORMAL, USER_DEFINED, with_control
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -50,12 +52,17 @@ ALPHABET = sorted(BYTES)
 def tokenizer(bos_id=BOS, add_bos=True, template=None, named=(), kinds=(CONTROL, CONTROL, USER_DEFINED)):
     """A token for each byte, BOS, a token that ends a text, and a user-defined one."""
     tokens = [*ALPHABET, "<|bos|>", "<|im_end|>", "<tool>"]
-    made = Tokenizer(
-        tokens, [NORMAL] * 256 + list(kinds), [], "deepseek-llm", bos_id=bos_id, eos_ids=[END], add_bos=add_bos
-    )
+    kinds = with_control([NORMAL] * 256 + list(kinds), {END} if bos_id is None else {END, bos_id})
+    vocabulary = ByteLevel(tokens, kinds, [], "deepseek-llm")
+    made = Tokenizer(vocabulary, bos_id=bos_id, eos_ids=[END], add_bos=add_bos)
     made.special_tokens = {"eos_token": "<|im_end|>"} | ({} if bos_id is None else {"bos_token": "<|bos|>"})
     made.chat_template, made.chat_templates = template, dict(named)
     return made
+
+
+def and_control(name, **options):
+    """A token for each byte, and a control token."""
+    return Tokenizer(ByteLevel([*ALPHABET, name], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm"), **options)
 
 
 def user(content):
@@ -135,7 +142,7 @@ def test_bos_that_a_template_tears_apart_is_text(each):
 
 
 def test_bos_that_reads_the_same_backwards():
-    made = Tokenizer([*ALPHABET, "|b|"], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm", bos_id=BOS, add_bos=True)
+    made = and_control("|b|", bos_id=BOS, add_bos=True)
     made.special_tokens = {"bos_token": "|b|"}
     assert encode(made, user("|b|"), chat_template="\n{{ bos_token }}{{ messages[0].content }}").count(BOS) == 1
 
@@ -144,7 +151,7 @@ def test_bos_that_reads_the_same_backwards():
 @pytest.mark.parametrize("quoted", ["", " | tojson(ensure_ascii=true)"])
 def test_bos_behind_a_message_that_spells_it(bos, quoted):
     """However the template quotes the message: it is the last token, and the only BOS."""
-    made = Tokenizer([*ALPHABET, bos], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm", bos_id=BOS, add_bos=True)
+    made = and_control(bos, bos_id=BOS, add_bos=True)
     made.special_tokens = {"bos_token": bos}
     ids = encode(made, user(f"é{bos}é"), chat_template=f"{{{{ messages[0].content{quoted} }}}}{{{{ bos_token }}}}")
     assert (ids[-1], ids.count(BOS)) == (BOS, 1)
@@ -161,7 +168,7 @@ def test_bos_spelt_more_than_once():
 
 
 def test_a_tokenizer_without_special_tokens():
-    made = Tokenizer([*ALPHABET, "<x>"], [NORMAL] * 256 + [CONTROL], [], "deepseek-llm")
+    made = and_control("<x>")
     assert (made.special_tokens, made.chat_template, made.chat_templates, made.warnings) == ({}, None, {}, [])
     ids = encode(made, user("x"), chat_template="[{{ bos_token }}{{ eos_token }}]{{ eos_token is defined }}")
     assert made.decode(ids) == "[]True"

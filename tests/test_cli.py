@@ -197,6 +197,25 @@ def test_a_prompt_that_spells_bos(run, model):
     assert run(*options, "--chat")[2] == ""
 
 
+def test_control_tokens(run, refused, model):
+    """They are read in the prompt, and shown in the text, on demand."""
+    with pymla.load(model) as loaded:
+        end, bos = min(loaded.tokenizer.eos_ids), loaded.tokenizer.bos_id
+    options = ["-m", model, "-n", 3, "--temperature", 0, "--quiet"]
+    bias = [f"--logit-bias={end}=1e6"]
+    assert run("generate", *options, "abc", *bias)[1] == ""
+    assert run("generate", *options, "abc", *bias, "--special")[1] == "<｜end▁of▁sentence｜>"
+    bias = [f"--logit-bias={bos}=1e6"]
+    assert run("generate", *options, "abc", *bias)[1] == ""
+    assert run("generate", *options, "abc", *bias, "--special")[1] == 3 * "<｜begin▁of▁sentence｜>"
+    prompt = "<｜begin▁of▁sentence｜>abc"
+    code, out, err = run("generate", *options[:-1], prompt, "--parse-special", "--json")
+    assert (code, json.loads(out)["text"]) == (0, run("generate", *options, "abc")[1])
+    assert "warning" not in err
+    assert "begins with <｜begin" in run("generate", *options, prompt)[2]
+    refused("generate", *options, "abc", "--chat", "--parse-special", parts=["--parse-special", "--chat"])
+
+
 def test_special_ids_outside_the_vocabulary(run, model, tmp_path):
     """Which converters write for none: a warning, and the token counts as absent."""
     ids = {f"tokenizer.ggml.{key}_token_id": 0xFFFFFFFF for key in ("bos", "eos", "padding")}
@@ -510,8 +529,8 @@ def rewritten(model, path, *, metadata=None, tensors=None):
     ("metadata", "parts"),
     [
         ({"general.architecture": "llama"}, ["general.architecture", "llama"]),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, ["tokenizer.ggml.pre", "llama-bpe"]),
-        ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model", "'llama'"]),
+        ({"tokenizer.ggml.pre": "gemma4"}, ["tokenizer.ggml.pre", "gemma4"]),
+        ({"tokenizer.ggml.model": "bert"}, ["tokenizer.ggml.model", "'bert'"]),
         ({"deepseek2.block_count": "three"}, ["deepseek2.block_count", "three"]),
         ({"deepseek2.block_count": 4_000_000_000}, ["deepseek2.block_count", "4000000000"]),
         ({"deepseek2.block_count": None}, ["deepseek2.block_count", "missing"]),

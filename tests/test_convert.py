@@ -32,7 +32,7 @@ from pymla.make.convert import LAYOUTS, QTYPES, convert
 from pymla.make.hub_tokenizer import detect_pre
 from pymla.models.config import ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
-from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS
 from pymla.text.tokenizer import Tokenizer
 
 
@@ -692,7 +692,17 @@ def write_tokenizer(folder, pre_tokenizers, **changes):
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
 def test_pre_tokenizer_is_found_out_by_where_it_cuts(tmp_path, name):
-    assert detect_pre(write_tokenizer(tmp_path, llama_pre(name))) == name
+    """And by whether a piece that is a token needs merges. Some have several names."""
+    path = write_tokenizer(tmp_path, llama_pre(name))
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["ignore_merges"] = name in IGNORE_MERGES
+    write_json(path, tokenizer)
+    found = detect_pre(path)
+    assert PRE_TOKENIZERS[found] is PRE_TOKENIZERS[name]
+    assert (found in IGNORE_MERGES) == (name in IGNORE_MERGES)
+    tokenizer["model"]["ignore_merges"] = name not in IGNORE_MERGES
+    write_json(path, tokenizer)
+    assert PRE_TOKENIZERS[detect_pre(path)] is PRE_TOKENIZERS[name]
 
 
 def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
@@ -711,7 +721,7 @@ def test_pre_tokenizer_is_found_out_by_its_tokens(tmp_path):
         {"pre_tokenizer": None},
         {"pre_tokenizer": {"type": "Whitespace"}},
         {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
     ],
 )
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path, changes):

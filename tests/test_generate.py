@@ -11,8 +11,10 @@ from pymla.engine.cache import Sequence
 from pymla.engine.generation import Generation, Stats
 from pymla.errors import CacheFull, PymlaError
 from pymla.text.byte_alphabet import BYTES
+from pymla.text.byte_level import ByteLevel
 from pymla.text.sampling import Sampler, SamplingParams
-from pymla.text.tokenizer import CONTROL, NORMAL, Tokenizer
+from pymla.text.tokenizer import Tokenizer
+from pymla.text.vocabulary import CONTROL, NORMAL
 
 WORDS = ("Hel", "lo", "Ġwor", "ld", "END", "abab", "aba", "c")
 BYTE = {byte: i for i, byte in enumerate(BYTES[character] for character in sorted(BYTES))}
@@ -55,7 +57,8 @@ class Script:
 @pytest.fixture(scope="module")
 def tokenizer():
     tokens = [*sorted(BYTES), *WORDS, "<|end|>"]
-    return Tokenizer(tokens, [NORMAL] * (len(tokens) - 1) + [CONTROL], [], "deepseek-llm", eos_ids=[EOS])
+    kinds = [NORMAL] * (len(tokens) - 1) + [CONTROL]
+    return Tokenizer(ByteLevel(tokens, kinds, [], "deepseek-llm"), eos_ids=[EOS])
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,15 @@ def test_no_tokens_at_all(said):
     assert (pieces, generation.finish_reason, generation.model.steps) == ([], "length", [])
     with pytest.raises(PymlaError, match="`max_tokens` is -1"):
         said(word("Hel"), max_tokens=-1)
+
+
+def test_control_tokens_are_shown_on_demand(said):
+    """The one that ends the text, too, unless a stop string ended it before."""
+    generation, pieces = said([*word("Hel", "lo"), EOS], max_tokens=None, special=True)
+    assert pieces == ["Hel", "lo", "<|end|>"]
+    assert (generation.finish_reason, generation.tokens) == ("stop", word("Hel", "lo"))
+    generation, pieces = said([*word("Hel", "lo"), EOS], max_tokens=None, special=True, stop=["<|"])
+    assert ("".join(pieces), generation.finish_reason) == ("Hello", "stop")
 
 
 def test_end_of_text(said):

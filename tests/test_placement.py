@@ -111,8 +111,8 @@ def test_v3_on_a_card(v3):
     assert found.split == Split(62, True)
     assert found.device.weights == pytest.approx(17.2e9 * 18 / 32, rel=0.1)
     assert found.host.weights == pytest.approx(654e9 * 18 / 32, rel=0.01)
-    # k_b is transposed at load, in 16 bits.
-    assert found.device.derived == 61 * 128 * 512 * 128 * 2
+    # k_b is transposed at load, as Q8_0.
+    assert found.device.derived == 61 * 128 * 512 * 128 * 34 // 32
     assert found.ctx > 16384
     assert chosen(v3, 400 * GIB).split == Split(62, False)
     assert chosen(v3, 8 * GIB).split.cpu_moe

@@ -15,19 +15,16 @@ from tokenizers import models, pre_tokenizers, trainers
 from pymla.engine.loading import demo_path
 from pymla.errors import PymlaError
 from pymla.text.byte_alphabet import BYTES, CHARACTERS
+from pymla.text.byte_level import ByteLevel
 from pymla.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
-from pymla.text.tokenizer import (
-    CONTROL,
-    NORMAL,
-    USER_DEFINED,
-    Tokenizer,
-)
+from pymla.text.tokenizer import Tokenizer
+from pymla.text.vocabulary import CONTROL, NORMAL, USER_DEFINED
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ZOO = "Hello, world!\n\n  def f(x):\n\treturn x ** 2  # 🦙 ÄÖÜ 你好 привет 1234567\r\n'tis   \u200b e\u0301 \U0010ffff"
 
 
-def small(pre="deepseek-llm", **kwargs):
+def small(pre="deepseek-llm"):
     """A tokenizer trained on a few lines, with a control and a user-defined token at the end."""
     bpe = Bpe(models.BPE())
     bpe.pre_tokenizer = PRE_TOKENIZERS["deepseek-llm"]
@@ -38,9 +35,8 @@ def small(pre="deepseek-llm", **kwargs):
     merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     kinds = [NORMAL] * len(tokens) + [CONTROL, USER_DEFINED]
     bos = len(tokens)
-    return Tokenizer(
-        [*tokens, "<|bos|>", "<tool>"], kinds, merges, pre, bos_id=bos, eos_ids=[bos], add_bos=True, **kwargs
-    )
+    vocabulary = ByteLevel([*tokens, "<|bos|>", "<tool>"], kinds, merges, pre)
+    return Tokenizer(vocabulary, bos_id=bos, eos_ids=[bos], add_bos=True)
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
@@ -81,7 +77,7 @@ def test_pieces_of_a_text(pre, pieces):
 
 def test_streams_never_print_half_a_character():
     tokenizer = small()
-    ids = [tokenizer._ids[CHARACTERS[byte]] for byte in "🦙".encode()]
+    ids = [ALPHABET.index(CHARACTERS[byte]) for byte in "🦙".encode()]
     stream = tokenizer.stream()
     assert [stream.push(i) for i in ids] == ["", "", "", "🦙"]
     assert stream.push(ids[0]) == ""
@@ -96,6 +92,9 @@ def test_special_tokens():
     assert user in tokenizer.encode("a<tool>b", add_bos=False)
     assert tokenizer.decode([control, user]) == "<tool>"
     assert tokenizer.decode([control], skip_special=False) == "<|bos|>"
+    assert [tokenizer.stream().push(token) for token in (control, user)] == ["", "<tool>"]
+    shown = tokenizer.stream(skip_special=False)
+    assert [shown.push(token) for token in (control, user, user + 1, -1)] == ["<|bos|>", "<tool>", "", ""]
 
 
 @pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
@@ -105,7 +104,7 @@ def test_the_longest_special_token_is_matched(kind):
     specials = ["<a", "<a>", "<a>b", "<a>b<a", "b<a>"]
     for order in (specials, specials[::-1]):
         tokens, kinds = [*alphabet, *order], [NORMAL] * 256 + [kind] * len(order)
-        tokenizer = Tokenizer(tokens, kinds, [], "deepseek-llm")
+        tokenizer = Tokenizer(ByteLevel(tokens, kinds, [], "deepseek-llm"))
         for text, pieces in (
             ("<a>b", ["<a>b"]),
             ("x<a>", ["x", "<a>"]),
@@ -157,17 +156,17 @@ def test_a_spelt_bos_is_the_one_in_front():
 
 
 def test_refusals():
-    with pytest.raises(PymlaError, match=r"^tokenizer: metadata tokenizer\.ggml\.pre is 'llama-bpe'"):
-        small("llama-bpe")
+    with pytest.raises(PymlaError, match=r"^tokenizer: metadata tokenizer\.ggml\.pre is 'gemma4'"):
+        small("gemma4")
     tokenizer = small()
     with pytest.raises(PymlaError, match="token id 999999"):
         tokenizer.decode([999999])
     with pytest.raises(PymlaError, match="position 1"):
         tokenizer.encode("a\udc80")
     with pytest.raises(PymlaError, match="256 bytes"):
-        Tokenizer(["a"], [NORMAL], [], "deepseek-llm")
+        ByteLevel(["a"], [NORMAL], [], "deepseek-llm")
     with pytest.raises(PymlaError, match="merges"):
-        Tokenizer(sorted(BYTES), [NORMAL] * 256, ["a zz"], "deepseek-llm")
+        ByteLevel(sorted(BYTES), [NORMAL] * 256, ["a zz"], "deepseek-llm")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs V2-Lite's vocabulary, which is not part of the project")
@@ -267,6 +266,7 @@ def test_end_tokens_that_others_stand_in_for(vocabulary):
     assert with_specials(vocabulary, "<|end|>", "<|return|>") == {"<|end|>", "<|return|>"}
     assert with_specials(vocabulary, "<|end|>", "<|call|>") == {"<|end|>", "<|call|>"}
     assert with_specials(vocabulary, "</s>", "<|tool_response>") == {"<|tool_response>"}
+    assert with_specials(vocabulary, "</s>", "<|plamo:eos|>", eos_token_id=259) == {"<|plamo:eos|>"}
     assert with_specials(vocabulary, "<|fim_pad|>", "[PAD]") == {"<|fim_pad|>"}
     assert with_specials(vocabulary, "x", "[PAD]", fim_pad_token_id=258) == {"x"}
     assert with_specials(vocabulary, "x", "[PAD]", fim_pad_token_id=-1) == {"[PAD]"}
@@ -321,7 +321,7 @@ def test_tokens_outside_the_vocabulary_are_left_out(vocabulary):
 
 
 def test_a_special_token_in_front_of_all_others():
-    tokenizer = Tokenizer(["<x>", *ALPHABET], [CONTROL] + [NORMAL] * 256, [], "deepseek-llm")
+    tokenizer = Tokenizer(ByteLevel(["<x>", *ALPHABET], [CONTROL] + [NORMAL] * 256, [], "deepseek-llm"))
     assert tokenizer.encode("a<x>a", parse_special=True) == [1 + ALPHABET.index("a"), 0, 1 + ALPHABET.index("a")]
     assert tokenizer.decode([0]) == ""
     assert tokenizer.decode([0], skip_special=False) == "<x>"
@@ -361,6 +361,37 @@ def test_chat_templates_by_name(vocabulary):
         vocabulary(**{"chat_template.rag": 3})
 
 
+@pytest.mark.parametrize("pre", [None, ""])
+def test_a_file_that_does_not_say_how_text_is_split(vocabulary, pre):
+    """As llama.cpp splits it then."""
+    tokenizer = vocabulary(pre=pre)
+    (warning,) = tokenizer.warnings
+    assert "vocabulary.gguf: metadata tokenizer.ggml.pre is missing" in warning
+    for text in ("the (the) th 12345!?", ZOO):
+        assert tokenizer.encode(text) == vocabulary(pre="default").encode(text)
+    assert vocabulary(pre="default").warnings == []
+
+
+def test_tokens_of_fill_in_the_middle_are_control_tokens(vocabulary):
+    """By their names, as in llama.cpp."""
+    tokens = [*VOCABULARY["tokens"], "<｜fim▁begin｜>", "<|fim_suffix|>", "<|code_middle|>", "<fim>"]
+    tokenizer = vocabulary(tokens=tokens, token_type=VOCABULARY["token_type"] + [USER_DEFINED] * 4)
+    assert [tokenizer.is_special(len(VOCABULARY["tokens"]) + i) for i in range(4)] == [True, True, True, False]
+
+
+def test_bos_is_added_where_the_model_expects_it(vocabulary):
+    """If the file does not say whether it does, as DeepSeek's do, and GLM's and Kimi's do not."""
+    for pre, added in (
+        ("deepseek-v3", True),
+        ("llama-bpe", True),
+        ("tekken", True),
+        ("glm4", False),
+        ("kimi-k2", False),
+    ):
+        assert vocabulary(pre=pre).add_bos == added
+        assert vocabulary(pre=pre, add_bos_token=not added).add_bos != added
+
+
 def test_bos_is_added_where_the_file_says_so(vocabulary):
     assert vocabulary(add_bos_token=True).encode("the") == [258, 257]
     assert vocabulary(add_bos_token=False).encode("the") == [257]
@@ -369,7 +400,7 @@ def test_bos_is_added_where_the_file_says_so(vocabulary):
     assert vocabulary().encode("the", add_bos=False) == [257]
 
 
-@pytest.mark.parametrize("key", ["model", "pre", "tokens", "merges"])
+@pytest.mark.parametrize("key", ["model", "tokens", "merges"])
 def test_missing_keys(vocabulary, key):
     with pytest.raises(PymlaError, match=rf"vocabulary.gguf: metadata tokenizer.ggml.{key} is missing"):
         vocabulary(**{key: None})
@@ -378,9 +409,9 @@ def test_missing_keys(vocabulary, key):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
         ({"model": 7}, "tokenizer.ggml.model is 7"),
-        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'.*deepseek-llm"),
+        ({"pre": "gemma4"}, "tokenizer.ggml.pre is 'gemma4'.*deepseek-llm"),
         ({"pre": 7}, "tokenizer.ggml.pre is 7"),
         ({"tokens": "a b c"}, "tokenizer.ggml.tokens is 'a b c'"),
         ({"tokens": list(range(261))}, "tokenizer.ggml.tokens is an array of numbers"),

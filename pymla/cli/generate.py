@@ -74,6 +74,8 @@ def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
 @_sampling("penalty_window", int, "Tokens that the penalties look back on; 0: all.")
 @click.option("--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.")
+@click.option("--special", is_flag=True, help="Show control tokens by their names, the one that ends the text too.")
+@click.option("--parse-special", is_flag=True, help="Read names of control tokens in the prompt as these tokens.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
 @click.option(
     "--logprobs", type=click.IntRange(0, 1000), default=0, help="Report so many likely tokens for each, with --json."
@@ -110,6 +112,8 @@ def generate(
     template_vars: tuple[str, ...],
     logit_bias: tuple[str, ...],
     seed: int | None,
+    special: bool,
+    parse_special: bool,
     stop: tuple[str, ...],
     logprobs: int,
     echo: bool | None,
@@ -128,6 +132,8 @@ def generate(
     for option, given in (("--system", system is not None), ("--template-var", template_vars)):
         if given and not chat:
             raise PymlaError(f"{option} is for conversations: give --chat, too")
+    if parse_special and chat:
+        raise PymlaError("--parse-special is for plain prompts: --chat reads control tokens anyway; leave it out")
     if logprobs and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
     conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
@@ -135,10 +141,14 @@ def generate(
     terminal = Terminal(quiet)
     with terminal:
         language_model = load(path, report=terminal, **rest)
-    ids = _token_ids(language_model, text, conversation, terminal)
+    if conversation is None:
+        ids = _plain_ids(language_model, text, parse_special, terminal)
+    else:
+        ids = _chat_ids(language_model, text, conversation)
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
-    generation = language_model.generation(ids, max_tokens=max_tokens, stop=stops, progress=terminal.prompt, **options)
+    options |= {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
+    generation = language_model.generation(ids, **options)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:
@@ -168,14 +178,16 @@ class _Conversation(NamedTuple):
         return cls(system, None if path is None else read(path), variables(template_vars), path)
 
 
-def _token_ids(
-    language_model: LanguageModel, text: str, conversation: _Conversation | None, terminal: Terminal
-) -> list[int]:
-    """Token ids of the prompt, or of a conversation with one message of the user."""
-    if conversation is None:
-        ids = language_model.tokenize(text)
+def _plain_ids(language_model: LanguageModel, text: str, parse_special: bool, terminal: Terminal) -> list[int]:
+    """Token ids of a prompt that is no conversation."""
+    ids = language_model.tokenize(text, parse_special=parse_special)
+    if not parse_special:
         _warn_of_bos(language_model.tokenizer, text, terminal)
-        return ids
+    return ids
+
+
+def _chat_ids(language_model: LanguageModel, text: str, conversation: _Conversation) -> list[int]:
+    """Token ids of a conversation with one message of the user."""
     from pymla.text.chat import encode
 
     messages = [{"role": "system", "content": argument(conversation.system)}] if conversation.system else []
@@ -211,7 +223,7 @@ def _warn_of_bos(tokenizer: Tokenizer, text: str, terminal: Terminal) -> None:
     """Say so if a prompt begins with BOS, as one pasted from another program may."""
     bos = tokenizer.special_tokens.get("bos_token")
     if bos and text.startswith(bos):
-        instead = (
-            "the model's BOS stands in front of it already" if tokenizer.add_bos else "use --chat for control tokens"
-        )
+        instead = "use --chat or --parse-special for control tokens"
+        if tokenizer.add_bos:
+            instead = "the model's BOS stands in front of it already"
         terminal.warn(f"the prompt begins with {bos}, which is read as text: {instead}; leave it out")

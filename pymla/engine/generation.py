@@ -58,6 +58,8 @@ class Generation:
         Texts that end the generation, and are not part of the result.
     progress : callable(done, total), optional
         Told of the layers of the prompt's pass.
+    special : bool
+        Whether control tokens have their names in the text, the one that ends it too.
 
     Attributes
     ----------
@@ -80,6 +82,7 @@ class Generation:
     max_tokens: int | None = None
     stop: str | Iterable[str] | None = ()
     progress: Progress | None = None
+    special: bool = False
     finish_reason: str = field(default="interrupted", init=False)
     sampled: list[Sampled] = field(default_factory=list, init=False)
     stats: Stats = field(default_factory=Stats, init=False)
@@ -111,7 +114,8 @@ class Generation:
         # a traceback drops, needs no end.
         self._sequence = self.model.new_sequence()
         self._sampler: TokenSampler | None = None
-        self._stream, self._held, self._seconds = self.tokenizer.stream(), _Stop(stop), 0.0
+        self._stream = self.tokenizer.stream(skip_special=not self.special)
+        self._held, self._seconds = _Stop(stop), 0.0
 
     @property
     def tokens(self) -> list[int]:
@@ -154,7 +158,8 @@ class Generation:
         except CacheFull:
             return self._end("context")
         if chosen.token in self.tokenizer.eos_ids:
-            return self._end("stop")
+            name = self._held.push(self._stream.push(chosen.token)) if self.special else ""
+            return name + self._end("stop")
         self.sampled.append(chosen)
         self.stats.generated_tokens += 1
         self.stats.generation_seconds = self._seconds

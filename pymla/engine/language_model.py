@@ -105,6 +105,7 @@ class LanguageModel:
         max_tokens: int | None = None,
         stop: str | Iterable[str] | None = (),
         progress: Progress | None = None,
+        special: bool = False,
         **sampling: Any,
     ) -> Generation:
         """A text to be generated.
@@ -119,6 +120,8 @@ class LanguageModel:
             Texts that end the generation.
         progress : callable(done, total), optional
             Told of the layers of the prompt's pass.
+        special : bool
+            Whether control tokens have their names in the text, the one that ends it too.
         **sampling
             The fields of `SamplingParams`; None stands for the file's default, or else the field's.
 
@@ -135,7 +138,7 @@ class LanguageModel:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
         model = self.model
         self.file.check_unchanged()
-        return Generation(model, self.tokenizer, ids, params, max_tokens, stop, progress)
+        return Generation(model, self.tokenizer, ids, params, max_tokens, stop, progress, special)
 
     def stream(self, prompt: str | Iterable[int], **options: Any) -> Iterator[str]:
         """Pieces of text as they are generated; options as for `generation`."""

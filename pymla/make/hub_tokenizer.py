@@ -19,7 +19,7 @@ from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
 from pymla.make.hub_config import HubConfig, Values
 from pymla.printable import shown
-from pymla.text.pre_tokenizers import PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
@@ -28,10 +28,11 @@ _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
 END_KEYS = ("eos", "eot", "eom")
 
 # Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
-# accents, symbols, contractions, punctuation beside letters. The accent written apart shows a normaliser.
+# capitals, accents, symbols, contractions, punctuation beside letters. The accent written apart shows a normaliser.
 _PROBE = (
     "def f(x_1):\n    return  x*3333 + 12.5e-10\r\n\n\n \t\n  I'm sure, we'LL see: 'it's'!!  \n"
     "在apple工作1314151天～ 「東京」はひらがなカタカナ、한국어도 됩니다。 нещо на Български Ça été e\u0301 ΑΒΓ\n"
+    "fooBar HTTPServer's ʰX 中abc中ABC ab、cㄅㄆ한a //\n/ \u0301x\n"
     '$100 ^_^ <tag/>#!/bin/sh (a)[b]{c} 3.3 3..3 ½ ² Ⅷ ٣٤ 🚀 👩\u200d🚀 \u00a0x\u3000y\u2003z ----==== `"""` end   '
 )
 _USER_DEFINED = gguf.TokenType.USER_DEFINED
@@ -117,30 +118,32 @@ def read_tokenizer(config: HubConfig, pre: str | None = None) -> HubTokenizer:
 
 
 def detect_pre(path: Path) -> str:
-    """Name of the pre-tokenizer that cuts a telling text as the file's own does, or that leads to the same tokens.
+    """Name of the pre-tokenizer that leads to the tokens of a file's own in a telling text.
 
-    The second is for files that say the same differently: DeepSeek's take numbers apart digit by digit, llama.cpp's
-    deepseek-llm leaves them whole, and no merge of that vocabulary joins digits.
+    Of several, one that also cuts the text in the same places comes first, then one that takes pieces which are tokens
+    as the file does, with or without merging them (``ignore_merges``). Pieces may differ in files that say the same
+    differently: DeepSeek's take numbers apart digit by digit, llama.cpp's deepseek-llm leaves them whole, and no merge
+    of that vocabulary joins digits.
     """
     try:
         tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
         own = tokenizer.pre_tokenizer
         pieces = own.pre_tokenize_str(_PROBE) if own else None
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
     except Exception as error:  # the tokenizers package raises nothing more precise
         reason = ascii(str(error))[1:-1]
         raise PymlaError(f"{path}: cannot be read by the tokenizers package ({reason:.200})") from error
     tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
-    same_ids = []
+    found: dict[tuple[bool, bool], str] = {}
     for name, pre_tokenizer in PRE_TOKENIZERS.items():
         tokenizer.pre_tokenizer = pre_tokenizer
         if tokenizer.encode(_PROBE, add_special_tokens=False).ids == ids:
-            if pre_tokenizer.pre_tokenize_str(_PROBE) == pieces:
-                return name
-            same_ids.append(name)
-    if not same_ids:
+            same_pieces = pre_tokenizer.pre_tokenize_str(_PROBE) == pieces
+            found.setdefault((same_pieces, (name in IGNORE_MERGES) == ignore_merges), name)
+    if not found:
         raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name one as `pre`")
-    return same_ids[0]
+    return found[max(found)]
 
 
 def _bpe(values: Values) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _bpe(values: Values) -> dict[str, Any]:
     model = values.get("model", dict, {})
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise PymlaError(f"{values.path}: no byte-pair encoding; other tokenizers are not converted")
-    for key in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             values.refuse(f"model.{key}", model[key], "GGUF cannot hold it")
     return model

@@ -1,6 +1,7 @@
 """Special tokens of a model file: by the keys of its metadata, by the names in chat templates, and ends of a text."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,36 @@ _FIM_NAMES = {
     "fim_sep": ("<|file_sep|>",),
 }
 
+#: Names of the tokens around the parts of a text for fill-in-the-middle: control tokens, whatever the file calls them.
+_FIM_PARTS = frozenset(
+    (
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<｜fim▁begin｜>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
+        "<|prefix|>",
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
+        "<|suffix|>",
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<｜fim▁end｜>",
+        "<MID>",
+        "▁<MID>",
+        "<|code_middle|>",
+        "<|middle|>",
+    )
+)
+
 #: Special tokens that end a text, by the key of their id.
 END_KEYS = ("eos", "eot", "eom", *_FIM_NAMES)
 
@@ -62,7 +93,9 @@ TEMPLATE_NAMES = {
 }
 
 
-def special_ids(file: ModelFile, count: int) -> tuple[dict[str, int], list[str]]:
+def special_ids(
+    file: ModelFile, count: int, defaults: Mapping[str, int] = MappingProxyType({})
+) -> tuple[dict[str, int], list[str]]:
     """Special tokens that a file names, by its keys ``tokenizer.ggml.*_token_id``.
 
     Parameters
@@ -70,6 +103,8 @@ def special_ids(file: ModelFile, count: int) -> tuple[dict[str, int], list[str]]
     file : ModelFile
     count : int
         Tokens in the vocabulary.
+    defaults : dict of str to int
+        Ids of special tokens that the file has no key for.
 
     Returns
     -------
@@ -84,7 +119,11 @@ def special_ids(file: ModelFile, count: int) -> tuple[dict[str, int], list[str]]
     PymlaError
         BOS, or a token that ends a text, is no integer.
     """
-    ids: dict[str, int] = {}
+    ids = {
+        name: token
+        for name, token in defaults.items()
+        if token < count and f"tokenizer.ggml.{name}_token_id" not in file.metadata
+    }
     warnings = []
     for key, value in file.metadata.items():
         name = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
@@ -126,12 +165,17 @@ def ends_by_name(ids: Iterable[int], tokens: Sequence[str], vocabulary: Mapping[
     """
     ends = {*ids, *(vocabulary[name] for name in _END_NAMES if name in vocabulary)}
     names = {tokens[token]: token for token in ends}
-    # gpt-oss and Solar end a text otherwise, and put <|end|> between a text's parts; Gemma 4 has </s> as text.
+    # gpt-oss and Solar end a text otherwise, and put <|end|> between its parts. Gemma 4 and PLaMo have </s> as text.
     if names.keys() & {"<|call|>", "<|calls|>"} and names.keys() & {"<|return|>", "<|flush|>"}:
         ends -= {names.get("<|end|>")}
-    if "<|tool_response>" in names:
+    if names.keys() & {"<|tool_response>", "<|plamo:eos|>"}:
         ends -= {names.get("</s>")}
     return frozenset(ends)
+
+
+def control_by_name(vocabulary: Mapping[str, int]) -> set[int]:
+    """Tokens for fill-in-the-middle, which are control tokens by their names, as in llama.cpp."""
+    return {vocabulary[name] for name in _FIM_PARTS if name in vocabulary}
 
 
 def _outside(file: ModelFile, key: str, token: Any, count: int) -> str:

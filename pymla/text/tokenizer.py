@@ -1,26 +1,59 @@
 """Text to token ids and back, from the tokenizer in a GGUF file.
 
-Byte-level BPE (``tokenizer.ggml.model`` "gpt2"): text is split by the pre-tokenizer's regular expressions, one after
-the other, each piece's UTF-8 bytes are written as printable characters, and the tokenizers package merges them.
+A `Tokenizer` looks for special tokens and has a vocabulary of one of two kinds encode the text between them: byte-level
+BPE (`pymla.text.byte_level`) or SentencePiece (`pymla.text.sentencepiece`).
 """
 
 import codecs
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-from tokenizers import Tokenizer as Bpe
-from tokenizers import models
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
-from pymla.text.byte_alphabet import BYTES, CHARACTERS
-from pymla.text.pre_tokenizers import PRE_TOKENIZERS
-from pymla.text.special_tokens import TEMPLATE_NAMES, end_ids, ends_by_name, special_ids
+from pymla.text.byte_level import ByteLevel, merged_tokens
+from pymla.text.pre_tokenizers import ADD_BOS
+from pymla.text.sentencepiece import SentencePiece
+from pymla.text.special_tokens import TEMPLATE_NAMES, control_by_name, end_ids, ends_by_name, special_ids
+from pymla.text.vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_kinds,
+    read_merges,
+    read_scores,
+    read_tokens,
+    with_control,
+)
 
-#: Kinds of tokens, as ``tokenizer.ggml.token_type`` numbers them.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+class Vocabulary(Protocol):
+    """A vocabulary, and how a text in which no special tokens are looked for is encoded."""
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Texts of the tokens, by their ids."""
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Kinds of the tokens (`pymla.text.vocabulary`), by their ids."""
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """Ids of the tokens, by their texts."""
+
+    @property
+    def prefix(self) -> str:
+        """What `encode` puts in front of a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; a control token's are its name."""
 
 
 class Tokenizer:
@@ -28,11 +61,7 @@ class Tokenizer:
 
     Parameters
     ----------
-    tokens : texts of the tokens, by their ids; normal tokens are written in the byte alphabet
-    kinds : of each token
-    merges : pairs of tokens that are joined, with a space between, the first one first
-    pre : name of the pre-tokenizer
-    where : the file, for messages
+    vocabulary : ByteLevel or SentencePiece
     bos_id, eos_ids, add_bos : see below
 
     Attributes
@@ -51,45 +80,23 @@ class Tokenizer:
         Templates that the file has by name, as "tool_use".
     warnings : list of str
         Oddities of the file, and how they were taken.
-
-    Raises
-    ------
-    PymlaError
-        The pre-tokenizer is not known, the vocabulary lacks bytes, or merges name tokens that it does not have.
     """
 
     def __init__(
         self,
-        tokens: Sequence[str],
-        kinds: Iterable[int],
-        merges: Iterable[str],
-        pre: str,
+        vocabulary: Vocabulary,
         *,
-        where: str | Path = "tokenizer",
         bos_id: int | None = None,
         eos_ids: Iterable[int] = (),
         add_bos: bool = False,
     ):
-        if pre not in PRE_TOKENIZERS:
-            raise PymlaError(
-                f"{where}: metadata tokenizer.ggml.pre is {pre!r}, which pymla does not know; it knows "
-                f"{', '.join(PRE_TOKENIZERS)}"
-            )
-        self._tokens, self._kinds = tokens, list(kinds)
-        self._ids = {token: i for i, token in enumerate(tokens)}
-        missing = sum(character not in self._ids for character in CHARACTERS)
-        if missing:
-            raise PymlaError(f"{where}: metadata tokenizer.ggml.tokens lacks {missing} of the 256 bytes")
-        self._bpe = _bpe(self._ids, merges, where)
-        self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
+        self._vocabulary = vocabulary
+        tokens, kinds = vocabulary.tokens, vocabulary.kinds
+        self._whole = _splitter(tokens, kinds, (USER_DEFINED,))
+        self._special = _splitter(tokens, kinds, (USER_DEFINED, CONTROL, UNKNOWN))
         self.vocab_size = len(tokens)
         self.bos_id = bos_id
-        self.eos_ids = ends_by_name(eos_ids, tokens, self._ids)
-        for token in self.eos_ids if bos_id is None else self.eos_ids | {bos_id}:
-            if self._kinds[token] in (NORMAL, USER_DEFINED) and not self._is_ordinary(token):
-                self._kinds[token] = CONTROL  # the file says so elsewhere
-        self._whole = _splitter(tokens, self._kinds, (USER_DEFINED,))
-        self._special = _splitter(tokens, self._kinds, (USER_DEFINED, CONTROL, UNKNOWN))
+        self.eos_ids = frozenset(eos_ids)
         self.add_bos = add_bos
         self.special_tokens: dict[str, str] = {}
         self.chat_template: str | None = None
@@ -108,28 +115,25 @@ class Tokenizer:
         if not isinstance(file, ModelFile):
             file = ModelFile.open(file)
         model = file.get("tokenizer.ggml.model", str)
-        if model != "gpt2":
+        if model not in _READERS:
             raise PymlaError(
-                f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE)"
+                f"{file.path}: metadata tokenizer.ggml.model is {model!r}; pymla runs 'gpt2' (byte-level BPE) and "
+                "'llama' (SentencePiece)"
             )
-        tokens = _strings(file, "tokenizer.ggml.tokens")
-        merges, kinds = _merges(file), _kinds(file, len(tokens))
-        ids, warnings = special_ids(file, len(tokens))
+        tokens = read_tokens(file)
+        kinds = read_kinds(file, len(tokens))
+        ids, warnings = special_ids(file, len(tokens), _DEFAULT_IDS.get(model, MappingProxyType({})))
         ends, more_warnings = end_ids(file, tokens, ids)
+        by_text = {token: i for i, token in enumerate(tokens)}
+        eos_ids = ends_by_name(ends, tokens, by_text)
         bos_id = ids.get("bos")
-        tokenizer = cls(
-            tokens,
-            kinds,
-            merges,
-            file.get("tokenizer.ggml.pre", str),
-            where=file.path,
-            bos_id=bos_id,
-            eos_ids=ends,
-            add_bos=file.get("tokenizer.ggml.add_bos_token", bool, bos_id is not None) and bos_id is not None,
-        )
-        tokenizer.warnings = warnings + more_warnings
-        if tokenizer.eos_ids:
-            ids.setdefault("eos", min(tokenizer.eos_ids))
+        control = {*eos_ids, *control_by_name(by_text), *(() if bos_id is None else (bos_id,))}
+        made = _READERS[model](file, tokens, kinds, control)
+        add_bos = file.get("tokenizer.ggml.add_bos_token", bool, made.add_bos)
+        tokenizer = cls(made.vocabulary, bos_id=bos_id, eos_ids=eos_ids, add_bos=add_bos and bos_id is not None)
+        tokenizer.warnings = [*warnings, *more_warnings, *made.warnings]
+        if eos_ids:
+            ids.setdefault("eos", min(eos_ids))
         tokenizer.special_tokens = {
             name: tokenizer.token_bytes(ids[key]).decode(errors="replace")
             for key, name in TEMPLATE_NAMES.items()
@@ -165,54 +169,61 @@ class Tokenizer:
         splitter = self._special if parse_special else self._whole
         for i, piece in enumerate(splitter.split(text) if splitter else [text]):
             if i % 2:
-                ids.append(self._ids[piece])
+                ids.append(self._vocabulary.ids[piece])
             elif piece:
-                ids += self._bpe.encode(piece, add_special_tokens=False).ids
+                ids += self._vocabulary.encode(piece)
         if add_bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; a control token's are its name."""
-        if not 0 <= token < len(self._tokens):
-            raise PymlaError(f"token id {token} is outside the vocabulary of {len(self._tokens)}")
-        text = self._tokens[token]
-        if self._kinds[token] == NORMAL and all(character in BYTES for character in text):
-            return bytes(BYTES[character] for character in text)
-        return text.encode()
+        """The bytes that a token stands for; a control token's are its name.
+
+        Raises
+        ------
+        PymlaError
+            There is no such token.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise PymlaError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        return self._vocabulary.token_bytes(token)
 
     def is_special(self, token: int) -> bool:
         """Whether a token is left out of decoded text: control, unknown and unused tokens."""
-        return not 0 <= token < len(self._kinds) or self._kinds[token] in (CONTROL, UNKNOWN, UNUSED)
+        return not 0 <= token < self.vocab_size or self._vocabulary.kinds[token] in (CONTROL, UNKNOWN, UNUSED)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        kept = (i for i in ids if not (skip_special and 0 <= i < self.vocab_size and self.is_special(i)))
-        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
 
-    def stream(self) -> "TextStream":
-        """A `TextStream` that decodes tokens one by one."""
-        return TextStream(self)
+        The blank that a SentencePiece vocabulary puts in front of a text is left out again.
 
-    def _is_ordinary(self, token: int) -> bool:
-        """Whether merges make a token from its text, so that it is no special token."""
-        try:
-            text = self.token_bytes(token).decode()
-        except UnicodeDecodeError:  # part of a character
-            return True
-        return self._bpe.encode(text, add_special_tokens=False).ids == [token]
+        Raises
+        ------
+        PymlaError
+            An id is outside the vocabulary.
+        """
+        kept = [i for i in ids if not (skip_special and 0 <= i < self.vocab_size and self.is_special(i))]
+        text = b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+        if kept and self._vocabulary.kinds[kept[0]] != USER_DEFINED:
+            return text.removeprefix(self._vocabulary.prefix)
+        return text
+
+    def stream(self, skip_special: bool = True) -> "TextStream":
+        """A `TextStream` that decodes tokens one by one. They continue a text: a blank in front of it stays."""
+        return TextStream(self, skip_special)
 
 
 class TextStream:
     """Text from tokens as they come, never half a character."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """The characters that are complete with this token."""
-        if self._tokenizer.is_special(token):
+        known = 0 <= token < self._tokenizer.vocab_size
+        if not known or (self._skip_special and self._tokenizer.is_special(token)):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
@@ -221,49 +232,51 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _bpe(vocabulary: dict[str, int], merges: Iterable[str], where: str | Path) -> Bpe:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
-        return Bpe(models.BPE(vocab=vocabulary, merges=pairs))
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        raise PymlaError(f"{where}: metadata tokenizer.ggml.merges cannot be used: {error}") from error
+class _Made(NamedTuple):
+    """A vocabulary that was read from a file."""
+
+    vocabulary: Vocabulary
+    add_bos: bool  # where the file does not say
+    warnings: list[str]
+
+
+def _byte_level(file: ModelFile, tokens: list[str], kinds: list[int], control: set[int]) -> _Made:
+    """Byte-level BPE. A token of the set `control` that merges make is text, nevertheless."""
+    pre, warnings = file.get("tokenizer.ggml.pre", str, ""), []
+    if not pre:
+        pre = "default"
+        warnings.append(
+            f"{file.path}: metadata tokenizer.ggml.pre is missing; text is split as llama.cpp does by default "
+            f"({pre!r}). If the model was trained with another splitting its answers are worse: convert it again"
+        )
+    merges = read_merges(file)
+    merged = merged_tokens(merges)
+    kinds = with_control(kinds, (token for token in control if tokens[token] not in merged))
+    return _Made(ByteLevel(tokens, kinds, merges, pre, where=file.path), pre in ADD_BOS, warnings)
+
+
+def _sentencepiece(file: ModelFile, tokens: list[str], kinds: list[int], control: set[int]) -> _Made:
+    prefix = " " if file.get("tokenizer.ggml.add_space_prefix", bool, True) else ""
+    scores, kinds = read_scores(file, len(tokens)), with_control(kinds, control)
+    return _Made(SentencePiece(tokens, kinds, scores, prefix=prefix, where=file.path), True, [])
+
+
+#: How a vocabulary is read, by ``tokenizer.ggml.model``.
+_READERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+#: Special tokens of files that do not name them, by ``tokenizer.ggml.model``, as in llama.cpp.
+_DEFAULT_IDS = {"llama": {"unknown": 0, "bos": 1, "eos": 2}}
 
 
 def _splitter(tokens: Sequence[str], kinds: Sequence[int], wanted: Collection[int]) -> re.Pattern[str] | None:
     """A regular expression that finds tokens of some kinds, the longest first, or None."""
     found = sorted((t for t, kind in zip(tokens, kinds, strict=True) if kind in wanted and t), key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else None
-
-
-def _strings(file: ModelFile, key: str) -> list[str]:
-    values = file.get(key, list)
-    if not isinstance(values, list):
-        raise PymlaError(f"{file.path}: metadata {key} is an array of numbers; strings are expected")
-    return values
-
-
-def _merges(file: ModelFile) -> list[str]:
-    merges = _strings(file, "tokenizer.ggml.merges")
-    for merge in merges:
-        if merge.count(" ") != 1:
-            raise PymlaError(
-                f"{file.path}: metadata tokenizer.ggml.merges has {merge!r}; two tokens and a space expected"
-            )
-    return merges
-
-
-def _kinds(file: ModelFile, count: int) -> list[int]:
-    """The kind of each of `count` tokens; without the key all are normal."""
-    kinds = file.get("tokenizer.ggml.token_type", list, None)
-    if kinds is None:
-        return [NORMAL] * count
-    if isinstance(kinds, list) or not np.issubdtype(kinds.dtype, np.integer):
-        raise PymlaError(f"{file.path}: metadata tokenizer.ggml.token_type is no array of integers")
-    if len(kinds) != count:
-        raise PymlaError(
-            f"{file.path}: metadata tokenizer.ggml.token_type has {len(kinds)} entries, for {count} tokens"
-        )
-    return kinds.tolist()
+    # A thousand names begin with "<": only those are tried one by one that have the text's next two characters.
+    rests: dict[str, list[str]] = {}
+    for token in found:
+        rests.setdefault(token[:2], []).append(re.escape(token[2:]))
+    starts = (f"{re.escape(start)}(?:{'|'.join(rests[start])})" for start in sorted(rests, key=len, reverse=True))
+    return re.compile(f"({'|'.join(starts)})") if found else None
 
 
 def _chat_templates(file: ModelFile) -> tuple[str | None, dict[str, str]]:
