@@ -665,6 +665,7 @@ def test_minicpm3(load):
     assert (config.embedding_scale, config.logit_scale) == (12.0, 10.0)
     assert config.residual_scale == pytest.approx(1.4 / 62**0.5)
     assert (config.original_context_length, config.rope_magnitude) == (32768, 1.0)
+    assert load(MINICPM3 | {"rope.scaling.type": "longrope"}, arch="minicpm3") == config
 
 
 def test_what_minicpm3_reads(load):
