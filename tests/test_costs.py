@@ -43,6 +43,7 @@ V2_LITE = ModelConfig(
     group_score="max",
     rope_theta=10000.0,
     yarn=Yarn(40.0, 4096, 0.0707),
+    original_context_length=4096,
 )
 
 

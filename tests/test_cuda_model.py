@@ -63,6 +63,17 @@ V3 = dataclasses.replace(
     topk_group=2,
 )
 TEMPERED = dataclasses.replace(LITE, name="tempered", temperature_scale=0.5, temperature_length=16)
+DENSE = dataclasses.replace(LITE, n_routed_experts=0, n_shared_experts=0, yarn_factor=1.0, tie_word_embeddings=True)
+MINICPM3 = dataclasses.replace(
+    DENSE,
+    name="minicpm3",
+    architecture="minicpm3",
+    num_hidden_layers=2,
+    q_lora_rank=32,
+    rope_factors=(tuple(1.5 + i for i in range(8)), tuple(1 + 0.1 * i for i in range(8))),
+    attention_factor=1.2,
+)
+PLM = dataclasses.replace(DENSE, name="plm", architecture="plm")
 VOCABULARY = 24
 IDS = np.random.default_rng(0).integers(VOCABULARY, size=100, dtype=np.int32)
 
@@ -124,8 +135,14 @@ class Pair:
 
 @pytest.mark.parametrize(
     ("shape", "qtype", "cache_type", "tolerance"),
-    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES), (TEMPERED, ggml.F32, "f16", HALF)],
-    ids=["lite", "v3", "tempered"],
+    [
+        (LITE, ggml.F32, "f16", HALF),
+        (V3, ggml.Q8_0, "q8_0", CODES),
+        (TEMPERED, ggml.F32, "f16", HALF),
+        (MINICPM3, ggml.F32, "f16", HALF),
+        (PLM, ggml.Q8_0, "f16", CODES),
+    ],
+    ids=["lite", "v3", "tempered", "minicpm3", "plm"],
 )
 def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, tolerance):
     pair = Pair(folder, shape, qtype, backend, cache_type=cache_type)

@@ -20,7 +20,7 @@ from pymla.pages import CACHE_TYPES, HADAMARD_TYPES
 from pymla.text.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("v2-lite", "v2", "v3", "moonlight")
+NAMES = ("v2-lite", "v2", "v3", "moonlight", "minicpm3", "mistral4")
 SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128, temperature_scale=0.1, temperature_length=64)
 
 
@@ -73,6 +73,12 @@ def test_no_kernel_of_a_type_is_missing(tmp_path, launched, qtype):
     wanted = check(path, launched)
     # What is compiled in vain: other sizes of products, and forms that this model's sizes never choose.
     assert len(set(wanted) - launched) <= 16, sorted(each.__name__ for each in set(wanted) - launched)
+
+
+@pytest.mark.parametrize("preset", ["tiny-minicpm3", "tiny-plm", "tiny-mistral4"])
+def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
+    shape = dataclasses.replace(PRESETS[preset], context_length=128)
+    check(make_model(tmp_path / "model.gguf", shape, seed=1), launched)
 
 
 def test_a_type_is_compiled_alone(tmp_path, launched):

@@ -40,7 +40,7 @@ def test_readme_is_short():
 def test_every_model_is_listed():
     """Presets, a row of errors for each that is built in another way, and architectures that do not run."""
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    named = {*(PRESETS.keys() - {"tiny"}), *NOT_RUN}
+    named = {*(name for name in PRESETS if not name.startswith("tiny")), *NOT_RUN}
     assert not [name for name in sorted(named) if f"`{name}`" not in text]
     rows = re.findall(r"^\| (\S+) \| \w+ \| (?:reference|cpu) \|", text, re.MULTILINE)
     assert rows == [name for name in MODELS for _ in ("reference", "cpu")]

@@ -340,8 +340,8 @@ def test_a_file_larger_than_the_memory_runs_with_a_warning(path, memory, monkeyp
     memory(available)
     opened = pymla.engine.loading.ModelFile.open
 
-    def large(path):
-        file = opened(path)
+    def large(path, overrides):
+        file = opened(path, overrides)
         file.nbytes = 5 << 30
         return file
 

@@ -15,6 +15,11 @@ import click
 import numpy as np
 from make_model import Shape, synthetic_tokenizer
 
+from pymla import ggml
+from pymla.files import gguf_writer
+from pymla.files.gguf_writer import NewTensor
+from pymla.make.model_metadata import FILE_TYPES, model_metadata
+
 SEED = 20
 _SMALL = Shape(
     name="",
@@ -72,6 +77,58 @@ SHAPES = {
         num_attention_heads=3,
         n_routed_experts=10,
     ),
+    # Its long factors are for longer sequences than the model has.
+    "minicpm3": dataclasses.replace(
+        _SMALL,
+        name="minicpm3",
+        architecture="minicpm3",
+        moe_intermediate_size=0,
+        n_routed_experts=0,
+        num_experts_per_tok=0,
+        n_shared_experts=0,
+        first_k_dense_replace=3,
+        num_attention_heads=2,
+        q_lora_rank=48,
+        rms_norm_eps=1e-5,
+        yarn_original=128,
+        rope_factors=(tuple(1.1 * 1.2**i for i in range(16)), tuple(1 + 0.05 * i for i in range(16))),
+        tie_word_embeddings=True,
+    ),
+    "mistral4": dataclasses.replace(
+        _SMALL,
+        name="mistral4",
+        architecture="mistral4",
+        first_k_dense_replace=0,
+        q_lora_rank=48,
+        norm_topk_prob=True,
+        temperature_scale=0.1,
+        temperature_length=32,
+        **_YARN,
+    ),
+}
+
+#: Names of modules in transformers' models of the architectures that `convert` does not know, and those of tensors.
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
 
 
@@ -84,8 +141,14 @@ CLASSES = {
 }
 
 
+#: The same of other architectures than deepseek2, by their names.
+CLASSES_OF_FAMILIES = {"minicpm3": "MiniCPM3", "mistral4": "Mistral4"}
+
+
 def hf_class(shape: Shape) -> str:
     """The name of transformers' classes for a shape, without Config or ForCausalLM at its end."""
+    if shape.architecture in CLASSES_OF_FAMILIES:
+        return CLASSES_OF_FAMILIES[shape.architecture]
     return CLASSES.get(shape.name) or ("DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2")
 
 
@@ -119,6 +182,15 @@ def hf_config(shape: Shape):
 
 def _rope_parameters(shape: Shape) -> dict:
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_factors:
+        long, short = map(list, shape.rope_factors)
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": long,
+            "short_factor": short,
+            "original_max_position_embeddings": shape.yarn_original,
+            "attention_factor": shape.attention_factor,
+        }
     if shape.yarn_factor > 1:
         rope |= {
             "rope_type": "yarn",
@@ -272,13 +344,40 @@ def _save_as_v3(model, shape: Shape, directory: Path):
 
 
 def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
-    """Convert a transformers model; `options` are convert's."""
+    """Convert a transformers model; `options` are convert's, where it knows the architecture."""
     from pymla.make.convert import convert
+
+    if shape.architecture != "deepseek2":
+        return write_gguf(model, shape, path)
 
     with tempfile.TemporaryDirectory() as directory:
         save(model, shape, Path(directory))
         convert(directory, path, **{"qtype": "f32", "pre": "deepseek-llm", "name": shape.name} | options)
     return path
+
+
+def write_gguf(model, shape: Shape, path: Path) -> Path:
+    """Write a transformers model as a file of float32, in the layout "kv_b"."""
+    arrays = {_tensor_name(name): value.numpy() for name, value in model.state_dict().items()}
+    if shape.tie_word_embeddings:
+        del arrays["output.weight"]
+    for name, factors in zip(("long", "short"), shape.rope_factors or (), strict=False):
+        arrays[f"rope_factors_{name}.weight"] = np.array(factors, np.float32)
+    tensors = [
+        NewTensor(name, array.shape, ggml.F32, lambda array=array: iter([array])) for name, array in arrays.items()
+    ]
+    metadata = model_metadata(shape, "kv_b", FILE_TYPES[ggml.F32]) | synthetic_tokenizer(shape.vocab_size)
+    gguf_writer.write(path, shape.architecture, metadata, tensors)
+    return path
+
+
+def _tensor_name(name: str) -> str:
+    """The name in GGUF of a tensor of transformers."""
+    module = name.removesuffix(".weight")
+    if module in _OUTER:
+        return f"{_OUTER[module]}.weight"
+    layer, _, rest = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_OF_LAYER[rest]}.weight"
 
 
 def make_golden(name: str, out: Path, seed: int) -> dict:
@@ -302,8 +401,9 @@ def make_golden(name: str, out: Path, seed: int) -> dict:
     help="Folder to write to.  [default: tests/golden]",
 )
 @click.option("--seed", default=SEED, show_default=True)
-def main(out, seed):
-    """Write the golden models, their logits and provenance.json."""
+@click.option("--name", "names", multiple=True, type=click.Choice(list(SHAPES)), help="[default: all]")
+def main(out, seed, names):
+    """Write the golden models, their logits and provenance.json, in which models that are not written stay."""
     import torch
     import transformers
 
@@ -318,9 +418,11 @@ def main(out, seed):
             "numpy": np.__version__,
         },
         "computed": "float32, eager attention, on the CPU",
-        "models": {name: make_golden(name, out, seed) for name in SHAPES},
     }
-    (out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    path = out / "provenance.json"
+    kept = json.loads(path.read_text())["models"] if names else {}
+    written = {name: provenance | make_golden(name, out, seed) for name in names or SHAPES}
+    path.write_text(json.dumps({"models": kept | written}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pymla.errors import PymlaError
 from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
-from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
+from pymla.make.model_metadata import DENSE, LAYOUTS, Shape, model_metadata
 from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
@@ -87,7 +87,7 @@ def make_model(
     outputs.check_space(path, sum(t.nbytes for t in tensors))
     with outputs.replacing(path) as part:
         metadata = model_metadata(shape, layout, types.file_type) | tokenizer
-        gguf_writer.write(part, ARCHITECTURE, metadata, tensors, progress)
+        gguf_writer.write(part, shape.architecture, metadata, tensors, progress)
     return path
 
 
@@ -209,6 +209,9 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden)
+    for name, factors in zip(("long", "short"), s.rope_factors or (), strict=False):
+        values = np.array(factors, np.float32)
+        yield NewTensor(f"rope_factors_{name}.weight", values.shape, ggml.F32, lambda values=values: iter([values]))
     for i in range(s.num_hidden_layers + s.num_nextn_predict_layers):
         blk = f"blk.{i}."
         if i >= s.num_hidden_layers:
@@ -218,7 +221,8 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
         yield from _attention(s, layout, matrix, norm, blk)
         yield norm(blk + "ffn_norm.weight", hidden)
         if i < s.dense_layers or not s.n_routed_experts:
-            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden)
+            gated = s.architecture != "plm"
+            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden, gated=gated)
         else:
             yield from _experts(s, matrix, blk)
 
@@ -258,9 +262,16 @@ def _experts(s: Shape, matrix: MakeMatrix, blk: str) -> Iterator[NewTensor]:
 
 
 def _ffn(
-    matrix: MakeMatrix, blk: str, suffix: str, experts: tuple[int, ...], inner: int, hidden: int
+    matrix: MakeMatrix,
+    blk: str,
+    suffix: str,
+    experts: tuple[int, ...],
+    inner: int,
+    hidden: int,
+    gated: bool = True,
 ) -> Iterator[NewTensor]:
-    yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
+    if gated:
+        yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_up{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 
@@ -380,7 +391,7 @@ def main(preset, out, layers, layout, qtype, output_type, mix, seed, vocab):
 
     shape = PRESETS[preset]
     count = layers or shape.num_hidden_layers
-    if bool(shape.q_lora_rank) == (count in (26, 27)):
+    if shape.architecture not in DENSE and bool(shape.q_lora_rank) == (count in (26, 27)):
         click.echo(
             "note: llama.cpp and ik_llama.cpp want q-LoRA unless a model has 26 or 27 layers: they refuse this file",
             err=True,

@@ -1,4 +1,5 @@
-"""Rotary position embedding on interleaved pairs, and the attention temperature. Twin of `pymla.reference.rope`.
+"""Rotary position embedding, on interleaved pairs and on halves, and the attention temperature. Twin of
+`pymla.reference.rope`.
 
 >>> import numpy as np
 >>> from pymla.cpu import rope
@@ -32,6 +33,13 @@ def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return x
 
 
+def rope_neox(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
+    """As `rope_interleaved`, but a pair is a number of the first half of the rotated ones and one of the second."""
+    check.rope_neox(x, cos_sin)
+    _rope_neox[len(x)](x, cos_sin)
+    return x
+
+
 def temper(x: np.ndarray, positions: np.ndarray, scale: float, length: int) -> np.ndarray:
     """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place.
 
@@ -42,9 +50,12 @@ def temper(x: np.ndarray, positions: np.ndarray, scale: float, length: int) -> n
     return x
 
 
-def kernels(tempered: bool) -> list[Kernel]:
-    """The kernels that this module launches, for a model with an attention temperature or without."""
-    return [_angles, _rope_interleaved, *([_temper] if tempered else [])]
+def kernels(config) -> list[Kernel]:
+    """The kernels that this module launches for a model with this configuration, or for any one where it is None."""
+    if config is None:
+        return [_angles, _rope_interleaved, _rope_neox, _temper]
+    rotate = _rope_interleaved if config.rope_interleave else _rope_neox
+    return [_angles, rotate, *([_temper] if config.attention_temperature else [])]
 
 
 @kernel(I1, D1, types.float64, F3)
@@ -68,6 +79,20 @@ def _rope_interleaved(first, last, x, cos_sin):
                 cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
                 x[t, h, at] = even * cos - odd * sin
                 x[t, h, at + 1] = even * sin + odd * cos
+
+
+@kernel(A3, A3)
+def _rope_neox(first, last, x, cos_sin):
+    _, heads, size = x.shape
+    pairs = cos_sin.shape[1]
+    for t in range(first, last):
+        for h in range(heads):
+            for i in range(pairs):
+                at = size - 2 * pairs + i
+                one, other = x[t, h, at], x[t, h, at + pairs]
+                cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
+                x[t, h, at] = one * cos - other * sin
+                x[t, h, at + pairs] = one * sin + other * cos
 
 
 @kernel(F3, I1, types.float64, types.int64)

@@ -41,14 +41,15 @@ def kernels(model: Any) -> list[Kernel]:
     found, inputs = [], set()
     layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
     if any(map(_is_gpu, place.layers)):
-        found += norm.kernels() + rope.kernels(model.config.attention_temperature is not None)
+        found += norm.kernels() + rope.kernels(model.config)
     for on, experts, layer, cache in layers:
         if _is_gpu(experts) and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
             inputs |= set(types)
         if _is_gpu(on):
-            types = _types(layer, *_MATRICES)
+            ungated = layer.ffn_gate is None and layer.ffn_up is not None
+            types = _types(layer, *_MATRICES, *(_UNGATED if ungated else ()))
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
             if layer.ffn_gate_inp is not None:
@@ -57,6 +58,8 @@ def kernels(model: Any) -> list[Kernel]:
                 dense = _types(layer, "ffn_gate", "ffn_up", "ffn_down")
                 found += moe.ffn_kernels(*dense)
                 inputs |= set(dense)
+            if ungated:
+                found += moe.relu_squared_kernels()
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
     if _is_gpu(place.embedding):
@@ -73,8 +76,9 @@ def _is_gpu(backend: Any) -> bool:
     return backend.NAME == NAME
 
 
-#: Matrices of a layer that `quant.matmul` multiplies.
+#: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
 _MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+_UNGATED = "ffn_up", "ffn_down"
 
 
 def _types(layer: Any, *names: str) -> list[int]:
@@ -99,7 +103,8 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     reports and tests compile."""
     from pymla.cuda import limits  # only those who measure need it
 
-    found = [*norm.kernels(), *rope.kernels(True), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
+    found = [*norm.kernels(), *rope.kernels(None), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
+    found += moe.relu_squared_kernels()
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:
         found += quant.matmul_kernels(qtype) + quant.embedding_rows_kernels(qtype)

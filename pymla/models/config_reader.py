@@ -1,10 +1,12 @@
 """From the metadata of a GGUF file to the fields of a `pymla.models.config.ModelConfig`.
 
 Metadata keys are those of llama.cpp's ``convert_hf_to_gguf.py`` (class DeepseekV2Model), defaults those of llama.cpp's
-``load_arch_hparams`` for the architecture deepseek2. Two conventions exist for the sizes of a head: files made for the
-MLA attention of llama.cpp (since April 2025) say ``head_count_kv`` 1 and give the size of a cache row as
-``key_length`` and ``value_length``, the sizes of a head as ``key_length_mla`` and ``value_length_mla``; older files
-have the sizes of a head in ``key_length`` and ``value_length`` and no ``*_mla``.
+``load_arch_hparams`` for the architecture deepseek2; other families add their own (`DeepSeek2.own_fields`).
+
+Two conventions exist for the sizes of a head: files made for the MLA attention of llama.cpp (since April 2025) say
+``head_count_kv`` 1 and give the size of a cache row as ``key_length`` and ``value_length``, the sizes of a head as
+``key_length_mla`` and ``value_length_mla``; older files have the sizes of a head in ``key_length`` and ``value_length``
+and no ``*_mla``.
 """
 
 import math
@@ -12,6 +14,7 @@ from typing import Any
 
 from pymla.files.gguf_reader import REQUIRED, ModelFile
 from pymla.models.attention_temperature import AttentionTemperature
+from pymla.models.families import FAMILIES
 from pymla.models.metadata import MAX_CONTEXT, MAX_LAYERS, Metadata
 from pymla.models.yarn import Yarn
 
@@ -49,8 +52,10 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         As `ModelConfig.from_gguf`.
     """
     read = Metadata(file)
+    family = FAMILIES[read.architecture]
     for key, neutral in _NEUTRAL.items():
-        read.require(key, neutral)
+        if key not in family.own_keys:
+            read.require(key, neutral)
     layers = read.size("block_count", maximum=MAX_LAYERS)
     nextn = read.size("nextn_predict_layers", 0, minimum=0, maximum=MAX_LAYERS)
     if nextn >= layers:
@@ -58,17 +63,18 @@ def read_config(file: ModelFile) -> dict[str, Any]:
     vocab_size = _vocab_size(read)
     context_length = read.size("context_length", maximum=MAX_CONTEXT)
     yarn, linear_factor = _rope_scaling(read, context_length)
+    hidden_size = read.size("embedding_length")
     heads = read.layer_size("attention.head_count", 0, layers - nextn)
-    head_dim, v_head_dim = _head_dims(read, heads, layers - nextn)
+    head_dim, v_head_dim = _head_dims(read, heads, layers - nextn, hidden_size)
     rope_dim = read.size("rope.dimension_count")
     if rope_dim % 2 or rope_dim >= head_dim:
         read.refuse("rope.dimension_count", rope_dim, f"an even number below the head size {head_dim} is expected")
-    return dict(
+    fields = dict(
         architecture=read.architecture,
         name=file.get("general.name", str, file.path.stem),
         vocab_size=vocab_size,
         context_length=context_length,
-        hidden_size=read.size("embedding_length"),
+        hidden_size=hidden_size,
         num_hidden_layers=layers - nextn,
         num_attention_heads=heads,
         rms_norm_eps=read.number("attention.layer_norm_rms_epsilon", maximum=1.0),
@@ -80,10 +86,12 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         **_feed_forward(read, layers, nextn, vocab_size),
         rope_theta=read.number("rope.freq_base", 10000.0, minimum=1.0),
         yarn=yarn,
+        original_context_length=_original_context_length(read, context_length),
         num_nextn_predict_layers=nextn,
         rope_linear_factor=linear_factor,
         attention_temperature=_temperature(read, yarn),
     )
+    return fields | family.own_fields(read, fields)
 
 
 def _vocab_size(read: Metadata) -> int:
@@ -111,14 +119,16 @@ def _q_lora_rank(read: Metadata) -> int:
     return rows
 
 
-def _head_dims(read: Metadata, heads: int, layers: int) -> tuple[int, int]:
-    """Sizes of a head of queries and keys, and of values; `layers` run."""
+def _head_dims(read: Metadata, heads: int, layers: int, hidden_size: int) -> tuple[int, int]:
+    """Sizes of a head of queries and keys, and of values; `layers` run. The size of a value has a default in llama.cpp:
+    files of MiniCPM3 have no ``value_length``."""
     heads_kv = read.layer_size("attention.head_count_kv", 0, layers, heads)
     if heads_kv not in (1, heads):
         read.refuse("attention.head_count_kv", heads_kv, f"1 or head_count {heads} is expected")
     mla = read.size("attention.key_length_mla", 0, minimum=0) or (heads_kv == 1 and heads > 1)
-    suffix = "_mla" if mla else ""
-    return read.size(f"attention.key_length{suffix}"), read.size(f"attention.value_length{suffix}")
+    if mla:
+        return read.size("attention.key_length_mla"), read.size("attention.value_length_mla")
+    return read.size("attention.key_length"), read.size("attention.value_length", max(hidden_size // heads, 1))
 
 
 def _feed_forward(read: Metadata, layers: int, nextn: int, vocab_size: int) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def _rope_scaling(read: Metadata, context_length: int) -> tuple[Yarn | None, flo
         read.refuse("rope.scaling.type", scaling, f"with factor {factor:g}{beside}, pymla implements {wanted}")
     yarn = Yarn(
         factor=factor,
-        original_context_length=read.size("rope.scaling.original_context_length", context_length, maximum=MAX_CONTEXT),
+        original_context_length=_original_context_length(read, context_length),
         log_multiplier=log_multiplier,
         beta_fast=read.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=read.number("rope.scaling.yarn_beta_slow", 1.0),
@@ -228,6 +238,10 @@ def _rope_scaling(read: Metadata, context_length: int) -> tuple[Yarn | None, flo
     if yarn.beta_fast < yarn.beta_slow:
         read.refuse("rope.scaling.yarn_beta_fast", yarn.beta_fast, f"it is below yarn_beta_slow {yarn.beta_slow:g}")
     return yarn, 1.0
+
+
+def _original_context_length(read: Metadata, context_length: int) -> int:
+    return read.size("rope.scaling.original_context_length", context_length, maximum=MAX_CONTEXT)
 
 
 def _temperature(read: Metadata, yarn: Yarn | None) -> AttentionTemperature | None:

@@ -6,9 +6,7 @@ import numpy as np
 
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import REQUIRED, ModelFile
-
-#: Architectures that run, as ``general.architecture`` names them.
-ARCHITECTURES = ("deepseek2",)
+from pymla.models.families import FAMILIES
 
 #: Relatives of these models that do not run, by the name of their architecture, and the reason.
 NOT_RUN = {
@@ -47,8 +45,8 @@ class Metadata:
     Raises
     ------
     PymlaError
-        The file holds no language model, or the architecture is none of `ARCHITECTURES`. Every method raises one that
-        names the file, the key and the value.
+        The file holds no language model, or the architecture is none of `FAMILIES`. Every method raises one that names
+        the file, the key and the value.
     """
 
     def __init__(self, file: ModelFile):
@@ -57,8 +55,8 @@ class Metadata:
         if isinstance(kind, str) and kind in _PARTS:
             raise PymlaError(f"{file.path}: metadata general.type is {kind!r}: the file holds {_PARTS[kind]}")
         self.architecture: str = file.get("general.architecture", str)
-        if self.architecture not in ARCHITECTURES:
-            runs = f"pymla runs {', '.join(ARCHITECTURES)} (DeepSeek V2, V3, R1 and their relatives)"
+        if self.architecture not in FAMILIES:
+            runs = f"pymla runs {', '.join(FAMILIES)} (DeepSeek V2, V3, R1 and their relatives)"
             reason = NOT_RUN.get(self.architecture)
             raise PymlaError(
                 f"{file.path}: metadata general.architecture is {self.architecture!r}, which pymla does not run"

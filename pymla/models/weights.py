@@ -19,7 +19,7 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.tensor_loading import TensorLoader, TotalProgress
-from pymla.models.tensors import TensorSpec, layer_tensors, outer_tensors, transposed_type
+from pymla.models.tensors import ROPE_FACTORS, TensorSpec, layer_tensors, outer_tensors, transposed_type
 from pymla.tensor import QTensor
 
 #: A tensor, or None where the model has no such tensor. `ModelConfig` tells which, and a type checker cannot know.
@@ -74,9 +74,11 @@ class Weights:
     """All tensors of a model."""
 
     token_embd: QTensor
-    output_norm: Array
+    output_norm: Array  # divided by `ModelConfig.logit_scale`
     output: QTensor
     layers: list[Layer]
+    rope_factors_long: Maybe = None  # float32 (R / 2,), in the mapped file, as the next one
+    rope_factors_short: Maybe = None
 
     @classmethod
     def from_gguf(
@@ -122,7 +124,10 @@ class Weights:
             output = token_embd
         else:
             output = loader.matrix(specs["token_embd"])
-        return cls(token_embd, loader.vector(specs["output_norm"]), output, layers)
+        # Logits that are divided by a number come from a norm that is.
+        output_norm = loader.vector(specs["output_norm"], config.logit_scale)
+        factors = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
+        return cls(token_embd, output_norm, output, layers, *factors)
 
 
 def _layer(loader: TensorLoader, experts: TensorLoader, config: ModelConfig, index: int) -> Layer:
