@@ -191,13 +191,14 @@ def layers(records, sizes):
         rope.angles(memory.to_device(positions), memory.to_device(inv_freq), 1.2, there)
         yield memory.to_host(there), angles
         x = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
-        actual = memory.to_host(rope.rope_interleaved(memory.to_device(x), there))
-        yield actual, reference.rope.rope_interleaved(x.copy(), angles)
+        for name in ("rope_interleaved", "rope_neox"):
+            actual = memory.to_host(getattr(rope, name)(memory.to_device(x), there))
+            yield actual, getattr(reference.rope, name)(x.copy(), angles)
 
     records.check("rms_norm", rms_norm, **EXACT)
     records.check("normed", normed, **EXACT)
     records.check("add", add, **SAME)
-    records.check("angles and rope_interleaved", rotated, **EXACT)
+    records.check("angles, rope_interleaved and rope_neox", rotated, **EXACT)
     routers = {
         "V2-Lite": (64, 6, {"scoring_func": "softmax"}, False),
         "V2": (160, 6, {"scoring_func": "softmax", "n_group": 8, "topk_group": 3}, False),

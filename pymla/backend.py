@@ -186,7 +186,7 @@ class Norm(Protocol):
 
 
 class Rope(Protocol):
-    """Rotary position embedding on interleaved pairs, as DeepSeek's models use it."""
+    """Rotary position embedding, on the two layouts of pairs that models have."""
 
     def angles(self, positions: Array, inv_freq: Array, magnitude: float, out: Array) -> Array:
         """Cosine and sine of every position and frequency, times `magnitude`.
@@ -216,6 +216,19 @@ class Rope(Protocol):
         Notes
         -----
         Su et al., "RoFormer" (2021), equation 34; the interleaved layout of llama.cpp's ``LLAMA_ROPE_TYPE_NORM``.
+        """
+
+    def rope_neox(self, x: Array, cos_sin: Array) -> Array:
+        """Rotate pairs (i, i + R / 2) of the last R numbers of every head, in place. Returns `x`.
+
+        Parameters
+        ----------
+        x, cos_sin
+            As for `rope_interleaved`.
+
+        Notes
+        -----
+        The layout of GPT-NeoX and llama.cpp's ``LLAMA_ROPE_TYPE_NEOX``, transformers' ``rotate_half``.
         """
 
 

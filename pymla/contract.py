@@ -132,7 +132,13 @@ class Contract:
         call.float("out", out, (len(positions), len(inv_freq), 2), contiguous=True)
 
     def rope_interleaved(self, x: Array, cos_sin: Array) -> None:
-        call = self._call("rope_interleaved")
+        self._rope("rope_interleaved", x, cos_sin)
+
+    def rope_neox(self, x: Array, cos_sin: Array) -> None:
+        self._rope("rope_neox", x, cos_sin)
+
+    def _rope(self, operation: str, x: Array, cos_sin: Array) -> None:
+        call = self._call(operation)
         call.float("x", x, (None, None, None))
         call.float("cos_sin", cos_sin, (len(x), None, 2))
         if 2 * cos_sin.shape[1] > x.shape[2]:

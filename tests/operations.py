@@ -160,7 +160,8 @@ def _norms(rng, backend, s):
             "out": unset(s.tokens, 8, 2),
         },
     )
-    yield rope.rope_interleaved, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
+    for operation in (rope.rope_interleaved, rope.rope_neox):
+        yield operation, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
 
 
 def _experts(rng, moe, s):

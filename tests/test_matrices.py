@@ -158,8 +158,9 @@ def test_norm_and_residual(backend, columns):
     np.testing.assert_array_equal(backend.memory.to_host(there), x + y)
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "neox"])
 @pytest.mark.parametrize("pairs", [2, 33])
-def test_rope(backend, pairs):
+def test_rope(backend, pairs, layout):
     """Of part of a wider array, as queries and keys are."""
     positions, inv_freq = np.array([0, 5, 100_000], np.int32), np.geomspace(1, 0.01, pairs)
     cos_sin = backend.result(backend.rope.angles, positions, inv_freq, 1.5, shape=(3, pairs, 2))
@@ -168,9 +169,9 @@ def test_rope(backend, pairs):
     assert_close(cos_sin, expected, **backend.tolerance(**both(EXACT)))
     x = backend.normal(3, 5, 2 * pairs + 7)
     there = backend.put(x.copy())
-    backend.rope.rope_interleaved(there[:, :, 1:-1], backend.put(cos_sin))
+    getattr(backend.rope, f"rope_{layout}")(there[:, :, 1:-1], backend.put(cos_sin))
     actual = backend.memory.to_host(there)
-    expected = rotated(x[..., 1:-1], positions, inv_freq, 1.5)
+    expected = rotated(x[..., 1:-1], positions, inv_freq, 1.5, layout)
     assert_close(actual[..., 1:-1], expected, **backend.tolerance(**both(EXACT)))
     np.testing.assert_array_equal(actual[..., :6], x[..., :6])
     np.testing.assert_array_equal(actual[..., -1], x[..., -1])

@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`.
+"""Rotary position embedding, on interleaved pairs and on halves. Twin of `pymla.reference.rope`.
 
 >>> import numpy as np
 >>> from pymla.cpu import rope
@@ -32,9 +32,16 @@ def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return x
 
 
+def rope_neox(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
+    """As `rope_interleaved`, but a pair is a number of the first half of the rotated ones and one of the second."""
+    check.rope_neox(x, cos_sin)
+    _rope_neox[len(x)](x, cos_sin)
+    return x
+
+
 def kernels() -> list[Kernel]:
     """The kernels that this module launches."""
-    return [_angles, _rope_interleaved]
+    return [_angles, _rope_interleaved, _rope_neox]
 
 
 @kernel(I1, D1, types.float64, F3)
@@ -58,3 +65,17 @@ def _rope_interleaved(first, last, x, cos_sin):
                 cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
                 x[t, h, at] = even * cos - odd * sin
                 x[t, h, at + 1] = even * sin + odd * cos
+
+
+@kernel(A3, A3)
+def _rope_neox(first, last, x, cos_sin):
+    _, heads, size = x.shape
+    pairs = cos_sin.shape[1]
+    for t in range(first, last):
+        for h in range(heads):
+            for i in range(pairs):
+                at = size - 2 * pairs + i
+                one, other = x[t, h, at], x[t, h, at + pairs]
+                cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
+                x[t, h, at] = one * cos - other * sin
+                x[t, h, at + pairs] = one * sin + other * cos

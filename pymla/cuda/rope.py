@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`."""
+"""Rotary position embedding, on interleaved pairs and on halves. Twin of `pymla.reference.rope`."""
 
 import math
 
@@ -28,14 +28,25 @@ def rope_interleaved(x, cos_sin):
     `x` may be part of a wider array.
     """
     check.rope_interleaved(x, cos_sin)
-    tokens, heads, _ = x.shape
-    _rope_interleaved[(tokens, -(-heads // _HEADS)), (_PAIRS, _HEADS)](x, cos_sin)
+    _rope_interleaved[_grid(x), (_PAIRS, _HEADS)](x, cos_sin)
     return x
+
+
+def rope_neox(x, cos_sin):
+    """As `rope_interleaved`, but a pair is a number of the first half of the rotated ones and one of the second."""
+    check.rope_neox(x, cos_sin)
+    _rope_neox[_grid(x), (_PAIRS, _HEADS)](x, cos_sin)
+    return x
+
+
+def _grid(x):
+    """Blocks for the tokens and the heads of `x`."""
+    return len(x), -(-x.shape[1] // _HEADS)
 
 
 def kernels():
     """The kernels of this module."""
-    return [_angles, _rope_interleaved]
+    return [_angles, _rope_interleaved, _rope_neox]
 
 
 @kernel(I1, D1, types.float64, F3, max_threads=_PAIRS, hot=False)
@@ -60,3 +71,17 @@ def _rope_interleaved(x, cos_sin):
             cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
             x[t, h, at] = even * cos - odd * sin
             x[t, h, at + 1] = even * sin + odd * cos
+
+
+@kernel(STRIDED3, F3, max_threads=_PAIRS * _HEADS)
+def _rope_neox(x, cos_sin):
+    """Blocks and warps as for `_rope_interleaved`."""
+    t, h = cuda.blockIdx.x, cuda.blockIdx.y * _HEADS + cuda.threadIdx.y
+    if h < x.shape[1]:
+        pairs = cos_sin.shape[1]
+        for i in range(cuda.threadIdx.x, pairs, _PAIRS):
+            at = x.shape[2] - 2 * pairs + i
+            one, other = x[t, h, at], x[t, h, at + pairs]
+            cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
+            x[t, h, at] = one * cos - other * sin
+            x[t, h, at + pairs] = one * sin + other * cos
