@@ -28,14 +28,14 @@ def batch(*sizes):
     ],
 )
 def test_the_form_of_each_mode(mla, token, prompt):
-    check_mode(mla)
+    check_mode(V2_LITE, mla)
     assert form_of(V2_LITE, mla, 1, 1000) == token
     assert form_of(V2_LITE, mla, 500, 500) == prompt
 
 
 def test_a_mode_that_is_none():
     with pytest.raises(PymlaError, match="unknown MLA mode '4'; choose auto, 0, 1, 2, 3"):
-        check_mode("4")
+        check_mode(V2_LITE, "4")
 
 
 def test_neighbours_of_one_form_are_one_run():

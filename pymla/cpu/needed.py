@@ -58,12 +58,15 @@ def _types(layer, *names):
 
 
 #: Matrices of a layer that `quant.matmul` multiplies.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
 
 
 def _attention(model, layer, cache):
     """The kernels of a layer's attention in the model's mode."""
-    types = *(rows.qtype for rows in cache), layer.attn_k_b.qtype, layer.attn_v_b.qtype
+    types = *(rows.qtype for rows in cache[:2]), layer.attn_k_b.qtype, layer.attn_v_b.qtype
     if model.mla == "0":
         return attention.full_kernels(*types)
     found = attention.absorbed_kernels(*types, materialised=model.mla == "2")

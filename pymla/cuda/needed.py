@@ -74,7 +74,10 @@ def _is_gpu(backend: Any) -> bool:
 
 
 #: Matrices of a layer that `quant.matmul` multiplies.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
 
 
 def _types(layer: Any, *names: str) -> list[int]:
@@ -83,7 +86,7 @@ def _types(layer: Any, *names: str) -> list[int]:
 
 def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     """The kernels of a layer's attention in the model's mode."""
-    config, types, matrices = model.config, tuple(rows.qtype for rows in cache), (layer.attn_k_b, layer.attn_v_b)
+    config, types, matrices = model.config, tuple(rows.qtype for rows in cache[:2]), (layer.attn_k_b, layer.attn_v_b)
     k_b, v_b = (w.qtype for w in matrices)
     latent, expanded = (config.kv_lora_rank, config.qk_rope_head_dim), (config.qk_head_dim, config.v_head_dim)
     if model.mla == "0":

@@ -1,15 +1,16 @@
 """The configuration of a model: its sizes and switches, and the numbers that follow from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config_reader import read_config
+from pymla.models.indexer import Indexer
 from pymla.models.yarn import Yarn
 
-__all__ = ["ModelConfig", "Yarn"]
+__all__ = ["Indexer", "ModelConfig", "Yarn"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ModelConfig:
     rope_theta: float
     yarn: Yarn | None
     num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens; they are not run
+    indexer: Indexer | None = None  # of sparse attention; None: all positions are attended to
 
     @classmethod
     def from_gguf(cls, file: ModelFile) -> "ModelConfig":
@@ -59,6 +61,10 @@ class ModelConfig:
             pymla does not implement.
         """
         return cls(**read_config(file))
+
+    def dense(self) -> "ModelConfig":
+        """The configuration of the same model that attends to all positions."""
+        return replace(self, indexer=None)
 
     @property
     def qk_head_dim(self) -> int:

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from pymla.files.gguf_reader import REQUIRED, ModelFile
+from pymla.models.indexer import SPARSE_ARCHITECTURES, Indexer, read_indexer
 from pymla.models.metadata import MAX_CONTEXT, MAX_LAYERS, Metadata
 from pymla.models.yarn import Yarn
 
@@ -61,6 +62,7 @@ def read_config(file: ModelFile) -> dict[str, Any]:
     rope_dim = read.size("rope.dimension_count")
     if rope_dim % 2 or rope_dim >= head_dim:
         read.refuse("rope.dimension_count", rope_dim, f"an even number below the head size {head_dim} is expected")
+    q_lora_rank = _q_lora_rank(read)
     return dict(
         architecture=read.architecture,
         name=file.get("general.name", str, file.path.stem),
@@ -70,7 +72,7 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         num_hidden_layers=layers - nextn,
         num_attention_heads=heads,
         rms_norm_eps=read.number("attention.layer_norm_rms_epsilon", maximum=1.0),
-        q_lora_rank=_q_lora_rank(read),
+        q_lora_rank=q_lora_rank,
         kv_lora_rank=read.size("attention.kv_lora_rank"),
         qk_nope_head_dim=head_dim - rope_dim,
         qk_rope_head_dim=rope_dim,
@@ -79,6 +81,7 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         rope_theta=read.number("rope.freq_base", 10000.0, minimum=1.0),
         yarn=_yarn(read, context_length),
         num_nextn_predict_layers=nextn,
+        indexer=_indexer(read, layers - nextn, context_length, rope_dim, q_lora_rank),
     )
 
 
@@ -105,6 +108,13 @@ def _q_lora_rank(read: Metadata) -> int:
     if rank not in (0, rows):
         read.refuse("attention.q_lora_rank", rank, f"tensor {q_a.name} has {rows} rows")
     return rows
+
+
+def _indexer(read: Metadata, layers: int, context_length: int, rope_dim: int, q_lora_rank: int) -> Indexer | None:
+    indexer = read_indexer(read, layers, context_length, rope_dim)
+    if indexer and not q_lora_rank:
+        read.refuse("attention.q_lora_rank", 0, "the indexer's queries come from the low-rank ones of attention")
+    return indexer
 
 
 def _head_dims(read: Metadata, heads: int) -> tuple[int, int]:
@@ -163,6 +173,8 @@ def _feed_forward(read: Metadata, layers: int, nextn: int, vocab_size: int) -> d
 def _scoring_func(read: Metadata, layers: int, vocab_size: int) -> str:
     value = read.size("expert_gating_func", 0, minimum=0)
     if value == 0:
+        if read.architecture in SPARSE_ARCHITECTURES:
+            return "sigmoid"
         # Files from before the key was written are of V2, with one exception, told as llama.cpp tells it.
         is_glm_4_7_flash = layers in (47, 48) and vocab_size == 154880
         return "sigmoid" if is_glm_4_7_flash else "softmax"

@@ -6,7 +6,7 @@ from pymla.errors import PymlaError
 from pymla.files.gguf_reader import REQUIRED, ModelFile
 
 #: Architectures that run, as ``general.architecture`` names them.
-ARCHITECTURES = ("deepseek2",)
+ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
 
 # A value above these is no model's: it is refused before anything is computed from it.
 MAX_LAYERS = 4096
@@ -29,7 +29,7 @@ class Metadata:
         if self.architecture not in ARCHITECTURES:
             raise PymlaError(
                 f"{file.path}: metadata general.architecture is {self.architecture!r}, which pymla does not run; "
-                f"it runs {', '.join(ARCHITECTURES)} (DeepSeek V2, V3, R1 and their relatives)"
+                f"it runs {', '.join(ARCHITECTURES)} (DeepSeek V2, V3, V3.2, R1, GLM-5 and their relatives)"
             )
 
     def refuse(self, key: str, value: Any, reason: str) -> NoReturn:
