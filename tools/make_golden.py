@@ -75,10 +75,18 @@ SHAPES = {
 }
 
 
+def hf_classes(shape: Shape):
+    """transformers' configuration and model of a shape."""
+    import transformers
+
+    name = {"deepseek32": "DeepseekV32", "glm-dsa": "GlmMoeDsa"}.get(
+        shape.architecture, "DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2"
+    )
+    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+
+
 def hf_config(shape: Shape):
     """transformers' configuration of a shape."""
-    from transformers import DeepseekV2Config, DeepseekV3Config
-
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.yarn_factor > 1:
         rope |= {
@@ -91,7 +99,7 @@ def hf_config(shape: Shape):
             "mscale_all_dim": shape.mscale_all_dim,
         }
     tokenizer = synthetic_tokenizer(shape.vocab_size)
-    config_class = DeepseekV3Config if shape.scoring_func == "sigmoid" else DeepseekV2Config
+    config_class, _ = hf_classes(shape)
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in dataclasses.asdict(shape).items() if name in names} | {
         "num_key_value_heads": shape.num_attention_heads,
@@ -104,6 +112,10 @@ def hf_config(shape: Shape):
         "topk_group": shape.topk_group,
         "attn_implementation": "eager",
     }
+    if shape.indexer_types:
+        values["indexer_types"] = list(shape.indexer_types)
+    if shape.index_topk:
+        return config_class(**values)
     if shape.scoring_func == "sigmoid":
         return config_class(**values, num_mtp_layers=0)
     return config_class(**values, topk_method="greedy" if shape.n_group == 1 else "group_limited_greedy")
@@ -112,9 +124,8 @@ def hf_config(shape: Shape):
 def random_model(shape: Shape, seed: int):
     """transformers' float32 model with weights that matter: unit activations, clear expert choices, uneven norms."""
     import torch
-    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-    model_class = DeepseekV3ForCausalLM if shape.scoring_func == "sigmoid" else DeepseekV2ForCausalLM
+    _, model_class = hf_classes(shape)
     model = model_class(hf_config(shape)).eval()
     generator = torch.Generator().manual_seed(seed)
     biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
@@ -124,7 +135,7 @@ def random_model(shape: Shape, seed: int):
             if name in biases:
                 value.copy_(0.3 * noise)
             elif value.ndim == 1:
-                value.copy_(1 + 0.2 * noise)
+                value.copy_((not name.endswith(".bias")) + 0.2 * noise)
             elif "embed_tokens" in name:
                 value.copy_(noise)
             else:
@@ -149,8 +160,9 @@ def prompts(shape: Shape, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
-    """Experts chosen for every token in each layer, with relative `noise` on the embeddings."""
+def choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
+    """Experts, and positions to attend to, that are chosen for every token in each layer, with relative `noise` on the
+    embeddings."""
     import torch
 
     chosen = []
@@ -162,8 +174,14 @@ def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
     def record(_module, _inputs, output):
         chosen.append(np.sort(output[2].numpy(), axis=-1))
 
-    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    hooks = [gate.register_forward_hook(record) for gate in gates]
+    def record_positions(_module, _inputs, output):
+        positions = output[0].numpy()  # with any others behind them where a token sees fewer
+        seen = positions <= np.arange(len(positions))[:, None]
+        chosen.append(np.sort(np.where(seen, positions, -1), axis=-1))
+
+    modules = list(model.named_modules())
+    hooks = [module.register_forward_hook(record) for name, module in modules if name.endswith("mlp.gate")]
+    hooks += [m.register_forward_hook(record_positions) for name, m in modules if name.endswith("self_attn.indexer")]
     hooks.append(model.get_input_embeddings().register_forward_hook(disturb))
     try:
         logits(model, ids)
@@ -174,18 +192,19 @@ def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
 
 
 def choices_are_clear(model, ids, noise: float = 1e-5) -> bool:
-    """Whether rounding cannot change which experts are chosen, so that another engine must choose the same."""
-    exact, disturbed = expert_choices(model, ids), expert_choices(model, ids, noise)
+    """Whether rounding cannot change which experts and positions are chosen, so that another engine must choose the
+    same."""
+    exact, disturbed = choices(model, ids), choices(model, ids, noise)
     return all(np.array_equal(a, b) for a, b in zip(exact, disturbed, strict=True))
 
 
 def clear_model(shape: Shape, seed: int):
-    """The first model from `seed` on whose expert choices are clear for all prompts, and its seed."""
+    """The first model from `seed` on whose choices are clear for all prompts, and its seed."""
     for candidate in range(seed, seed + 100):
         model = random_model(shape, candidate)
         if all(choices_are_clear(model, ids) for ids in prompts(shape, candidate).values()):
             return model, candidate
-    raise RuntimeError(f"{shape.name}: no model with clear expert choices from seed {seed} on")
+    raise RuntimeError(f"{shape.name}: no model with clear choices from seed {seed} on")
 
 
 def save(model, shape: Shape, directory: Path):

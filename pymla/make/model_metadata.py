@@ -1,4 +1,4 @@
-"""Metadata of a DeepSeek V2 or V3 model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
+"""Metadata of a model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,9 @@ from pymla import ggml
 from pymla.files.gguf_writer import Value
 
 ARCHITECTURE = "deepseek2"
+
+#: A key that the gguf package does not have yet.
+_INDEXER_TYPES = "{arch}.attention.indexer.types"
 
 #: How W_kv_b is stored: whole; as k_b and v_b; both.
 LAYOUTS = ("kv_b", "split", "all")
@@ -29,7 +32,8 @@ class Shape:
 
     ``n_routed_experts=0`` means a dense model, ``q_lora_rank=0`` queries of full rank, ``n_group=1`` no groups,
     ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
-    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default.
+    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. ``index_topk=0``
+    means no indexer; ``indexer_types=None`` that the file does not say which layers have one.
     """
 
     name: str
@@ -62,6 +66,15 @@ class Shape:
     beta_fast: float | None = 32.0
     beta_slow: float | None = 1.0
     tie_word_embeddings: bool = False
+    architecture: str = ARCHITECTURE  # as GGUF names it
+    index_topk: int = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    indexer_types: tuple[str, ...] | None = None  # "full" or "shared", of each layer
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer has an indexer of its own."""
+        return bool(self.index_topk) and (self.indexer_types is None or self.indexer_types[layer] == "full")
 
 
 def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
@@ -83,10 +96,11 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
         Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
         Keys.LLM.VOCAB_SIZE: shape.vocab_size,
         **_attention(shape, layout),
+        **_indexer(shape),
         **_experts(shape),
         **_rope(shape),
     }
-    general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
+    general |= {key.format(arch=shape.architecture): value for key, value in llm.items()}
     if file_type is not None:
         general[Keys.General.FILE_TYPE] = int(file_type)
     return general | {Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION}
@@ -109,6 +123,19 @@ def _attention(shape: Shape, layout: str) -> dict[str, Value]:
         Keys.Attention.KEY_LENGTH: head_dim,
         Keys.Attention.VALUE_LENGTH: shape.v_head_dim,
     }
+
+
+def _indexer(shape: Shape) -> dict[str, Value]:
+    if not shape.index_topk:
+        return {}
+    found: dict[str, Value] = {
+        Keys.Attention.Indexer.HEAD_COUNT: shape.index_n_heads,
+        Keys.Attention.Indexer.KEY_LENGTH: shape.index_head_dim,
+        Keys.Attention.Indexer.TOP_K: shape.index_topk,
+    }
+    if shape.indexer_types is not None:
+        found[_INDEXER_TYPES] = [each == "full" for each in shape.indexer_types]
+    return found
 
 
 def _experts(shape: Shape) -> dict[str, Value]:
