@@ -178,6 +178,9 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
         ("kimi-k2", 1026.4),
         ("glm-4.7-flash", 29.9),
         ("moonlight", 16.0),
+        ("v3.2", 671.9),
+        ("glm-5", 744.0),
+        ("glm-5.2", 743.0),
     ],
 )
 def test_presets_have_the_real_models_size(preset, billions):

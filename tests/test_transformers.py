@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from compare import assert_close
-from make_golden import SHAPES, clear_model, logits, prompts, to_gguf
+from make_golden import SHAPES, SPARSE_SHAPES, clear_model, logits, prompts, to_gguf
 
 import pymla
 
@@ -37,6 +37,36 @@ def test_logits_equal_those_of_transformers(case, tmp_path):
     expected = {prompt: (ids, logits(model, ids)) for prompt, ids in prompts(shape, seed).items()}
     for device in ("reference", "cpu"):
         for mla in ("auto", "0", "1", "2", "3"):
+            loaded = pymla.load(path, device=device, mla=mla, cache_type="f32")
+            for ids, wanted in expected.values():
+                assert_close(loaded.logits(ids), wanted, rtol_max=1e-4, reason="float32 throughout")
+
+
+V32, GLM = SPARSE_SHAPES.values()
+SPARSE = {
+    **SPARSE_SHAPES,
+    "a single position": dataclasses.replace(V32, index_topk=1),
+    "a page of positions": dataclasses.replace(V32, index_topk=64),
+    "more positions than tokens": dataclasses.replace(GLM, index_topk=128),
+    "as many rotated numbers as a key has": dataclasses.replace(V32, index_head_dim=32, index_n_heads=24),
+    "odd heads, uneven head sizes": dataclasses.replace(
+        GLM, num_attention_heads=5, qk_nope_head_dim=64, v_head_dim=96, kv_lora_rank=96, index_n_heads=17
+    ),
+    "every layer has an indexer, and YaRN": dataclasses.replace(
+        GLM, indexer_types=None, yarn_factor=4.0, yarn_original=32
+    ),
+    "one choice for all layers": dataclasses.replace(GLM, indexer_types=("full", *["shared"] * 3)),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_attention_equals_that_of_transformers(case, tmp_path):
+    shape = SPARSE[case]
+    model, seed = clear_model(shape, SEED)
+    path = to_gguf(model, shape, tmp_path / "model.gguf", layout="split")
+    expected = {prompt: (ids, logits(model, ids)) for prompt, ids in prompts(shape, seed).items()}
+    for device in ("reference", "cpu"):
+        for mla in ("auto", "1", "3"):
             loaded = pymla.load(path, device=device, mla=mla, cache_type="f32")
             for ids, wanted in expected.values():
                 assert_close(loaded.logits(ids), wanted, rtol_max=1e-4, reason="float32 throughout")

@@ -73,6 +73,31 @@ SHAPES = {
         n_routed_experts=10,
     ),
 }
+_SPARSE = dataclasses.replace(
+    _SMALL,
+    q_lora_rank=32,
+    scoring_func="sigmoid",
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    index_topk=24,
+    index_n_heads=16,  # of few heads no score may be above 0, and equal ones leave the choice open
+    index_head_dim=64,
+)
+#: Models with an indexer; the long prompt has more tokens than it chooses.
+SPARSE_SHAPES = {
+    "v3.2": dataclasses.replace(_SPARSE, name="v3.2", architecture="deepseek32", n_group=4, topk_group=2, **_YARN),
+    "glm-5": dataclasses.replace(
+        _SPARSE,
+        name="glm-5",
+        architecture="glm-dsa",
+        num_hidden_layers=4,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        indexer_types=("full", "shared", "shared", "full"),
+    ),
+}
 
 
 def hf_classes(shape: Shape):
@@ -237,7 +262,7 @@ def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
 
 def make_golden(name: str, out: Path, seed: int) -> dict:
     """Write ``NAME.gguf`` and ``NAME.npz`` (ids and logits of every prompt); return their provenance."""
-    shape = SHAPES[name]
+    shape = (SHAPES | SPARSE_SHAPES)[name]
     model, used_seed = clear_model(shape, seed)
     to_gguf(model, shape, out / f"{name}.gguf")
     arrays = {}
@@ -256,8 +281,9 @@ def make_golden(name: str, out: Path, seed: int) -> dict:
     help="Folder to write to.  [default: tests/golden]",
 )
 @click.option("--seed", default=SEED, show_default=True)
-def main(out, seed):
-    """Write the golden models, their logits and provenance.json."""
+@click.option("--name", "names", multiple=True, type=click.Choice(list(SHAPES | SPARSE_SHAPES)), help="[default: all]")
+def main(out, seed, names):
+    """Write the golden models, their logits and provenance.json, in which models that are not written stay."""
     import torch
     import transformers
 
@@ -272,9 +298,11 @@ def main(out, seed):
             "numpy": np.__version__,
         },
         "computed": "float32, eager attention, on the CPU",
-        "models": {name: make_golden(name, out, seed) for name in SHAPES},
     }
-    (out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    path = out / "provenance.json"
+    kept = json.loads(path.read_text())["models"] if names else {}
+    written = {name: provenance | make_golden(name, out, seed) for name in names or SHAPES | SPARSE_SHAPES}
+    path.write_text(json.dumps({"models": kept | written}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
