@@ -102,7 +102,14 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     reports and tests compile."""
     from pymla.cuda import limits  # only those who measure need it
 
-    found = [*norm.kernels(), *rope.kernels(), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
+    found = [
+        *norm.kernels(),
+        *norm.layer_norm_kernels(),
+        *rope.kernels(),
+        *sampling.kernels(),
+        *limits.kernels(),
+        *moe.router_kernels(),
+    ]
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:
         found += quant.matmul_kernels(qtype) + quant.embedding_rows_kernels(qtype)
@@ -113,9 +120,12 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
         latent_types = qtype, ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype
         for materialised in (False, True):
             found += attention.absorbed_kernels(latent_types, LATENT_SIZES, *float_types, materialised)
+        found += attention.sparse_kernels(latent_types, LATENT_SIZES)
         found += attention.expanded_kernels(latent_types, EXPANDED_SIZES, *float_types)
         if qtype not in HADAMARD_TYPES:
             found += attention.full_kernels((qtype, qtype), EXPANDED_SIZES, *float_types)
+            for heads in INDEX_HEADS:
+                found += attention.indexer_kernels(qtype, INDEX_WIDTH, heads)
     return {each.__name__: each for each in found}
 
 
@@ -123,3 +133,5 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
 MIXED_TYPES = ggml.Q4_0, ggml.Q8_0, ggml.Q4_0
 #: Sizes of DeepSeek's models: of ``c_kv`` and ``k_pe``, and of a key and a value of a head.
 LATENT_SIZES, EXPANDED_SIZES = (512, 64), (192, 128)
+#: Numbers of a key of the indexer, and its heads in DeepSeek-V3.2 and in GLM-5.
+INDEX_WIDTH, INDEX_HEADS = 128, (64, 32)
