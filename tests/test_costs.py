@@ -14,6 +14,7 @@ from pymla.engine.memory_plan import choice_bytes, derived_bytes, scratch_bytes,
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import Indexer, ModelConfig, Yarn
+from pymla.scratch import CHOICE_SCRATCH
 
 V2_LITE = ModelConfig(
     architecture="deepseek2",
@@ -303,7 +304,7 @@ def test_rows_of_the_indexer(cache_type, key):
 
 def test_memory_of_choices():
     assert choice_bytes(V32.dense(), 1 << 17) == choice_bytes(V32, 2048) == 0
-    assert choice_bytes(V32, 4096) == 4096 * 4 * 2048
-    assert choice_bytes(V32, 1 << 17) == (8192 + 2048) * 4 * 2048
+    assert choice_bytes(V32, 4096) == 4096 * 4 * 2048 + CHOICE_SCRATCH
+    assert choice_bytes(V32, 1 << 17) == (8192 + 2048) * 4 * 2048 + CHOICE_SCRATCH
     more = scratch_bytes(V32, "1", 4096, 512) - scratch_bytes(V32.dense(), "1", 4096, 512)
     assert more == choice_bytes(V32, 4096) + 5 * 512 * (64 * 129 + 128)

@@ -72,6 +72,10 @@ def _attention(model, layer, cache):
     found = attention.absorbed_kernels(*types, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(*types, exact=model.cache.exact)
+    if model.config.indexer:
+        found += attention.sparse_kernels(*types[:2])
+    if layer.has_indexer:
+        found += norm.layer_norm_kernels() + attention.choose_kernels(cache.index.qtype)
     return found
 
 

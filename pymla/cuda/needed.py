@@ -94,6 +94,12 @@ def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     found = attention.absorbed_kernels(types, latent, k_b, v_b, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(types, expanded, k_b, v_b)
+    if config.indexer:
+        found += attention.sparse_kernels(types, latent)
+    if layer.has_indexer:
+        indexer = config.indexer
+        found += norm.layer_norm_kernels()
+        found += attention.indexer_kernels(cache.index.qtype, indexer.head_dim, indexer.heads)
     return found
 
 

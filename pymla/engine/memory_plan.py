@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pymla import ggml
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.scratch import DEVICE, HOST, most_choosing
+from pymla.scratch import CHOICE_SCRATCH, DEVICE, HOST, most_choosing
 
 #: Bytes of Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
@@ -103,11 +103,12 @@ def index_values(config: ModelConfig) -> int:
 
 def choice_bytes(config: ModelConfig, ctx: int) -> int:
     """Bytes of the positions that the tokens of a step choose, in a sequence of at most `ctx`: those of as many tokens
-    as choose at a time, and of the ones before them in the same step that attend to all positions."""
+    as choose at a time, and of the ones before them in the same step that attend to all positions; and of the scores
+    by which they choose."""
     if config.indexer is None or ctx <= config.indexer.top_k:
         return 0
     top_k = config.indexer.top_k
-    return 4 * top_k * min(ctx, most_choosing(top_k) + top_k)
+    return 4 * top_k * min(ctx, most_choosing(top_k) + top_k) + CHOICE_SCRATCH
 
 
 def device_scratch_bytes(config: ModelConfig, mla: str, ctx: int) -> int:
