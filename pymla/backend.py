@@ -114,13 +114,15 @@ class Quant(Protocol):
         Cost: T * H * N * K multiply-adds; the bytes of `w`, once.
         """
 
-    def embedding_rows(self, w: QTensor, tokens: Array, out: Array) -> Array:
-        """Rows of the embedding matrix as numbers: ``out[t] = W[tokens[t]]``.
+    def embedding_rows(self, w: QTensor, tokens: Array, scale: float, out: Array) -> Array:
+        """Rows of the embedding matrix as numbers: ``out[t] = scale * W[tokens[t]]``.
 
         Parameters
         ----------
         w : QTensor of V rows and K columns
         tokens : int32 array (T,), from 0 to V - 1
+        scale : float
+            1 gives the rows themselves.
         out : float array (T, K), contiguous
 
         Notes
@@ -311,6 +313,15 @@ class MoE(Protocol):
         Notes
         -----
         Cost: 3 * T * F * K multiply-adds; the bytes of the three matrices, once.
+        """
+
+    def relu_squared(self, x: Array) -> Array:
+        """``x = max(x, 0)²`` of a float array (T, K), contiguous: the nonlinearity of a dense network without a gate.
+        Returns `x`.
+
+        Notes
+        -----
+        So et al., "Primer" (2021), section 3; transformers' ``relu2``.
         """
 
 

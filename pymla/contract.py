@@ -90,7 +90,7 @@ class Contract:
         call.float("out", out, (tokens, heads, None), rows=True)
         call.matrices("w", w, (heads, rows, out.shape[2]))
 
-    def embedding_rows(self, w: QTensor, tokens: Array, out: Array) -> None:
+    def embedding_rows(self, w: QTensor, tokens: Array, scale: float, out: Array) -> None:
         call = self._call("embedding_rows")
         call.float("out", out, (None, None), contiguous=True)
         rows = call.single("w", w, None, out.shape[1])
@@ -197,6 +197,9 @@ class Contract:
         call.single("up", up, rows, columns)
         call.single("down", down, columns, rows)
         call.float("out", out, (tokens, columns), contiguous=True)
+
+    def relu_squared(self, x: Array) -> None:
+        self._call("relu_squared").float("x", x, (None, None), contiguous=True)
 
     # The cache, and attention over it --------------------------------------------------------------------------------
 

@@ -123,6 +123,7 @@ def _products(rng, quant, s):
         {
             "w": tensor(rng, s.qtype, s.rows, s.columns),
             "tokens": rng.integers(0, s.rows, s.tokens).astype(np.int32),
+            "scale": 2.0,
             "out": unset(s.tokens, s.columns),
         },
     )
@@ -202,6 +203,7 @@ def _experts(rng, moe, s):
             "out": unset(s.tokens, s.columns),
         },
     )
+    yield moe.relu_squared, {"x": floats(rng, s.tokens, inner)}
 
 
 def _attention(rng, backend, s):

@@ -167,6 +167,7 @@ def test_v2_lite(load):
         group_score="max",
         rope_theta=10000.0,
         yarn=Yarn(40.0, 4096, float(np.float32(0.0707)), 32.0, 1.0),
+        original_context_length=4096,
     )
     assert config.qk_head_dim == 192
     assert config.softmax_scale == pytest.approx(0.1147, abs=5e-5)
@@ -380,7 +381,6 @@ def test_unknown_architecture(load):
         "attention.layer_norm_rms_epsilon",
         "attention.kv_lora_rank",
         "attention.key_length",
-        "attention.value_length",
         "expert_used_count",
         "expert_feed_forward_length",
         "rope.dimension_count",
@@ -675,3 +675,87 @@ def test_indexers_that_are_refused(load, changed, words):
 def test_an_indexer_needs_low_rank_queries(load):
     with pytest.raises(PymlaError, match=r"q_lora_rank is 0; the indexer's queries come from the low-rank ones"):
         load(without(V32, "attention.q_lora_rank"), arch="deepseek32")
+
+
+# Other families -------------------------------------------------------------------------------------------------------
+
+MINICPM3 = {
+    "block_count": 62,
+    "context_length": 32768,
+    "embedding_length": 2560,
+    "feed_forward_length": 6400,
+    "vocab_size": 73448,
+    "attention.head_count": 40,
+    "attention.head_count_kv": 40,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.q_lora_rank": 768,
+    "attention.kv_lora_rank": 256,
+    "attention.key_length": 96,
+    "rope.dimension_count": 32,
+}
+PLM = {
+    "block_count": 32,
+    "context_length": 4096,
+    "embedding_length": 2048,
+    "feed_forward_length": 8192,
+    "vocab_size": 151936,
+    "attention.head_count": 16,
+    "attention.head_count_kv": 16,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.kv_lora_rank": 512,
+    "attention.key_length": 192,
+    "attention.value_length": 128,
+    "rope.dimension_count": 64,
+    "rope.freq_base": 100000.0,
+}
+
+
+def test_minicpm3(load):
+    config = load(MINICPM3, arch="minicpm3")
+    assert (config.first_k_dense_replace, config.n_routed_experts, config.intermediate_size) == (62, 0, 6400)
+    assert (config.q_lora_rank, config.kv_lora_rank) == (768, 256)
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (64, 32, 64)
+    assert (config.rope_interleave, config.hidden_act) == (False, "silu")
+    assert (config.embedding_scale, config.logit_scale) == (12.0, 10.0)
+    assert config.residual_scale == pytest.approx(1.4 / 62**0.5)
+    assert (config.original_context_length, config.rope_magnitude) == (32768, 1.0)
+
+
+def test_what_minicpm3_reads(load):
+    """The keys of llama.cpp's older MiniCPM, which its converter leaves out for MiniCPM3."""
+    scales = {"embedding_scale": 2.5, "residual_scale": 0.5, "logit_scale": 4.0, "rope.scaling.attn_factor": 1.5}
+    config = load(MINICPM3 | scales | {"rope.scaling.original_context_length": 4096}, arch="minicpm3")
+    assert (config.embedding_scale, config.residual_scale, config.logit_scale) == (2.5, 0.5, 4.0)
+    assert (config.original_context_length, config.rope_magnitude) == (4096, 1.5)
+    for key in scales:
+        for value in (-1.0, math.nan):
+            with pytest.raises(PymlaError, match=rf"minicpm3\.{key} is {value}"):
+                load(MINICPM3 | {key: value}, arch="minicpm3")
+    with pytest.raises(PymlaError, match=r"minicpm3\.attention\.clamp_kqv is 1\.0"):
+        load(MINICPM3 | {"attention.clamp_kqv": 1.0}, arch="minicpm3")
+
+
+def test_plm(load):
+    config = load(PLM, arch="plm")
+    assert (config.rope_interleave, config.hidden_act) == (True, "relu2")
+    assert (config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim) == (0, 128, 128)
+    assert config.first_k_dense_replace == 32
+    with pytest.raises(PymlaError, match=r"plm\.embedding_scale is 12\.0"):
+        load(PLM | {"embedding_scale": 12.0}, arch="plm")
+
+
+def test_mistral4(load):
+    """A softmax, and groups by their two best experts."""
+    config = load(V2, arch="mistral4")
+    assert (config.scoring_func, config.n_group, config.group_score) == ("softmax", 8, "top2")
+
+
+def test_the_size_of_a_value_has_a_default(load):
+    """As in llama.cpp; a file whose heads have another size is refused for its tensors."""
+    assert load(without(V2_LITE, "attention.value_length")).v_head_dim == 128
+    assert load(V2_LITE | {"attention.value_length": 96}).v_head_dim == 96
+
+
+def test_an_unknown_architecture(load):
+    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; it runs deepseek2, .*minicpm3, .*plm"):
+        load(V2, arch="llama")

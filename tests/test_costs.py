@@ -44,6 +44,7 @@ V2_LITE = ModelConfig(
     group_score="max",
     rope_theta=10000.0,
     yarn=Yarn(40.0, 4096, 0.0707),
+    original_context_length=4096,
 )
 
 
@@ -103,11 +104,11 @@ def test_v2_lite_bytes():
     assert ops["experts"].nbytes == 26 * 6 * 3 * 1408 * 2048 // 32 * 18
 
 
-def test_derived_k_b_costs_its_16_bits():
+def test_transposed_k_b_costs_its_8_bits():
     file = token_bytes(V2_LITE, v2_lite_tensors(layout="all"), 0)
     derived = token_bytes(V2_LITE, v2_lite_tensors(layout="split"), 0)
     k_b = 27 * 16 * 512 * 128
-    assert derived - file == k_b * 2 - k_b * 18 // 32
+    assert derived - file == k_b * 34 // 32 - k_b * 18 // 32
 
 
 def test_macs_are_the_same_in_all_layouts():
@@ -236,7 +237,8 @@ def test_a_token_of_a_model_with_all_experts_reads_the_file(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "qtype", "size"), [("kv_b", "q4_0", 0), ("all", "q4_0", 0), ("split", "q4_0", 2), ("split", "f32", 4)]
+    ("layout", "qtype", "size"),
+    [("kv_b", "q4_0", 0), ("all", "q4_0", 0), ("split", "q4_0", 34 / 32), ("split", "f16", 2), ("split", "f32", 4)],
 )
 def test_derived(layout, qtype, size):
     tensors = v2_lite_tensors(ggml.ID[qtype.upper()], layout)

@@ -75,6 +75,12 @@ def test_no_kernel_of_a_type_is_missing(tmp_path, launched, qtype):
     assert len(set(wanted) - launched) <= 16, sorted(each.__name__ for each in set(wanted) - launched)
 
 
+@pytest.mark.parametrize("preset", ["tiny-minicpm3", "tiny-plm", "tiny-mistral4"])
+def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
+    shape = dataclasses.replace(PRESETS[preset], context_length=128)
+    check(make_model(tmp_path / "model.gguf", shape, seed=1), launched)
+
+
 def test_a_type_is_compiled_alone(tmp_path, launched):
     path = make_model(tmp_path / "model.gguf", SHAPE, qtype="q4_0", seed=1)
     names = [each.__name__ for each in check(path, launched)]

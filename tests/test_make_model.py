@@ -181,6 +181,9 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
         ("v3.2", 671.9),
         ("glm-5", 744.0),
         ("glm-5.2", 743.0),
+        ("minicpm3-4b", 4.1),
+        ("plm-1.8b", 1.83),
+        ("mistral-small-4", 119.0),
     ],
 )
 def test_presets_have_the_real_models_size(preset, billions):

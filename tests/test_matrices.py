@@ -94,8 +94,9 @@ def test_activations_are_quantised(backend):
 def test_embedding_rows(backend, qtype):
     k = 768 if qtype in ggml.QUANTISED else 99
     w, tokens = random_qtensor(qtype, 9, k), np.array([8, 0, 3, 3], np.int32)
-    actual = backend.result(backend.quant.embedding_rows, w, tokens, shape=(4, k))
-    assert_close(actual, dense(w)[tokens], **backend.tolerance(**both(EXACT)))
+    for scale in (1.0, 12.5):
+        actual = backend.result(backend.quant.embedding_rows, w, tokens, scale, shape=(4, k))
+        assert_close(actual, scale * dense(w)[tokens], **backend.tolerance(**both(EXACT)))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9] if SIMULATED else [1, 7])

@@ -52,6 +52,16 @@ def test_no_kernel_is_missing(tmp_path, launched, qtype, cache_type, mla):
     assert {each.__name__ for each in wanted} <= {each.__name__ for each in compiling.COMPILED}
 
 
+@pytest.mark.parametrize("preset", ["tiny-minicpm3", "tiny-plm", "tiny-mistral4"])
+def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS[preset], context_length=512), seed=1)
+    with pymla.load(path, device="cpu", ctx=512) as language_model:
+        generate(language_model)
+        missing = launched - set(needed.kernels(language_model.model))
+    assert not missing, sorted(kernel.__name__ for kernel in missing)
+
+
 def test_a_type_is_compiled_alone(tmp_path):
     path = tmp_path / "model.gguf"
     make_model(path, SHAPE, qtype="q4_0", seed=1)

@@ -15,6 +15,11 @@ import click
 import numpy as np
 from make_model import Shape, synthetic_tokenizer
 
+from pymla import ggml
+from pymla.files import gguf_writer
+from pymla.files.gguf_writer import NewTensor
+from pymla.make.model_metadata import FILE_TYPES, model_metadata
+
 SEED = 20
 _SMALL = Shape(
     name="",
@@ -72,6 +77,56 @@ SHAPES = {
         num_attention_heads=3,
         n_routed_experts=10,
     ),
+    # Its long factors are for longer sequences than the model has.
+    "minicpm3": dataclasses.replace(
+        _SMALL,
+        name="minicpm3",
+        architecture="minicpm3",
+        moe_intermediate_size=0,
+        n_routed_experts=0,
+        num_experts_per_tok=0,
+        n_shared_experts=0,
+        first_k_dense_replace=3,
+        q_lora_rank=48,
+        v_head_dim=16,
+        rms_norm_eps=1e-5,
+        yarn_original=128,
+        rope_factors=(tuple(1.1 * 1.2**i for i in range(16)), tuple(1 + 0.05 * i for i in range(16))),
+        tie_word_embeddings=True,
+    ),
+    "mistral4": dataclasses.replace(
+        _SMALL,
+        name="mistral4",
+        architecture="mistral4",
+        first_k_dense_replace=0,
+        q_lora_rank=48,
+        norm_topk_prob=True,
+        **_YARN,
+    ),
+}
+
+#: Names of modules in transformers' models of the architectures that `convert` does not know, and those of tensors.
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
 _SPARSE = dataclasses.replace(
     _SMALL,
@@ -100,19 +155,20 @@ SPARSE_SHAPES = {
 }
 
 
-def hf_classes(shape: Shape):
-    """transformers' configuration and model of a shape."""
-    import transformers
-
-    name = {"deepseek32": "DeepseekV32", "glm-dsa": "GlmMoeDsa"}.get(
-        shape.architecture, "DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2"
-    )
-    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
-
-
 def hf_config(shape: Shape):
     """transformers' configuration of a shape."""
+    import transformers
+
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_factors:
+        long, short = map(list, shape.rope_factors)
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": long,
+            "short_factor": short,
+            "original_max_position_embeddings": shape.yarn_original,
+            "attention_factor": shape.attention_factor,
+        }
     if shape.yarn_factor > 1:
         rope |= {
             "rope_type": "yarn",
@@ -124,7 +180,7 @@ def hf_config(shape: Shape):
             "mscale_all_dim": shape.mscale_all_dim,
         }
     tokenizer = synthetic_tokenizer(shape.vocab_size)
-    config_class, _ = hf_classes(shape)
+    config_class = getattr(transformers, f"{_class_of(shape)}Config")
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in dataclasses.asdict(shape).items() if name in names} | {
         "num_key_value_heads": shape.num_attention_heads,
@@ -139,19 +195,29 @@ def hf_config(shape: Shape):
     }
     if shape.indexer_types:
         values["indexer_types"] = list(shape.indexer_types)
-    if shape.index_topk:
+    if shape.architecture == "mistral4":
+        rope["llama_4_scaling_beta"] = 0.0
+    if shape.architecture != "deepseek2":
         return config_class(**values)
     if shape.scoring_func == "sigmoid":
         return config_class(**values, num_mtp_layers=0)
     return config_class(**values, topk_method="greedy" if shape.n_group == 1 else "group_limited_greedy")
 
 
+def _class_of(shape: Shape) -> str:
+    """The part of the names of transformers' classes that is the model's."""
+    if shape.architecture == "deepseek2":
+        return "DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2"
+    names = {"deepseek32": "DeepseekV32", "glm-dsa": "GlmMoeDsa", "minicpm3": "MiniCPM3", "mistral4": "Mistral4"}
+    return names[shape.architecture]
+
+
 def random_model(shape: Shape, seed: int):
     """transformers' float32 model with weights that matter: unit activations, clear expert choices, uneven norms."""
     import torch
+    import transformers
 
-    _, model_class = hf_classes(shape)
-    model = model_class(hf_config(shape)).eval()
+    model = getattr(transformers, f"{_class_of(shape)}ForCausalLM")(hf_config(shape)).eval()
     generator = torch.Generator().manual_seed(seed)
     biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():
@@ -251,13 +317,39 @@ def save(model, shape: Shape, directory: Path):
 
 
 def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
-    """Convert a transformers model; `options` are convert's."""
+    """Convert a transformers model; `options` are convert's, where it knows the architecture."""
     from pymla.make.convert import convert
 
+    if shape.architecture not in ("deepseek2", "deepseek32", "glm-dsa"):
+        return write_gguf(model, shape, path)
     with tempfile.TemporaryDirectory() as directory:
         save(model, shape, Path(directory))
         convert(directory, path, **{"qtype": "f32", "pre": "deepseek-llm", "name": shape.name} | options)
     return path
+
+
+def write_gguf(model, shape: Shape, path: Path) -> Path:
+    """Write a transformers model as a file of float32, in the layout "kv_b"."""
+    arrays = {_tensor_name(name): value.numpy() for name, value in model.state_dict().items()}
+    if shape.tie_word_embeddings:
+        del arrays["output.weight"]
+    for name, factors in zip(("long", "short"), shape.rope_factors or (), strict=False):
+        arrays[f"rope_factors_{name}.weight"] = np.array(factors, np.float32)
+    tensors = [
+        NewTensor(name, array.shape, ggml.F32, lambda array=array: iter([array])) for name, array in arrays.items()
+    ]
+    metadata = model_metadata(shape, "kv_b", FILE_TYPES[ggml.F32]) | synthetic_tokenizer(shape.vocab_size)
+    gguf_writer.write(path, shape.architecture, metadata, tensors)
+    return path
+
+
+def _tensor_name(name: str) -> str:
+    """The name in GGUF of a tensor of transformers."""
+    module = name.removesuffix(".weight")
+    if module in _OUTER:
+        return f"{_OUTER[module]}.weight"
+    layer, _, rest = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_OF_LAYER[rest]}.weight"
 
 
 def make_golden(name: str, out: Path, seed: int) -> dict:

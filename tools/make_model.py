@@ -213,6 +213,9 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden)
+    for name, factors in zip(("long", "short"), s.rope_factors or (), strict=False):
+        values = np.array(factors, np.float32)
+        yield NewTensor(f"rope_factors_{name}.weight", values.shape, ggml.F32, lambda values=values: iter([values]))
     for i in range(s.num_hidden_layers):
         blk = f"blk.{i}."
         yield norm(blk + "attn_norm.weight", hidden)
@@ -234,7 +237,8 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
             yield from _indexer(s, matrix, norm, blk, seed)
         yield norm(blk + "ffn_norm.weight", hidden)
         if i < s.first_k_dense_replace:
-            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden)
+            gated = s.architecture != "plm"
+            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden, gated=gated)
             continue
         yield matrix(blk + "ffn_gate_inp.weight", s.n_routed_experts, hidden, qtype=ggml.F32)
         if s.scoring_func == "sigmoid":
@@ -255,9 +259,16 @@ def _indexer(s: Shape, matrix: MakeMatrix, norm: MakeNorm, blk: str, seed: int) 
 
 
 def _ffn(
-    matrix: MakeMatrix, blk: str, suffix: str, experts: tuple[int, ...], inner: int, hidden: int
+    matrix: MakeMatrix,
+    blk: str,
+    suffix: str,
+    experts: tuple[int, ...],
+    inner: int,
+    hidden: int,
+    gated: bool = True,
 ) -> Iterator[NewTensor]:
-    yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
+    if gated:
+        yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_up{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 

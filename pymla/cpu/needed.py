@@ -37,11 +37,14 @@ def kernels(model):
             found += moe.experts_kernels(*types)
             inputs |= set(types)
         if backend is cpu:
-            types = _types(layer, *_MATRICES)
+            ungated = layer.ffn_gate is None and layer.ffn_up is not None
+            types = _types(layer, *_MATRICES, *(_UNGATED if ungated else ()))
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
             if layer.ffn_gate is not None:
                 found += moe.ffn_kernels(*_types(layer, "ffn_gate", "ffn_up", "ffn_down"))
+            if ungated:
+                found += moe.relu_squared_kernels()
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
     if place.embedding is cpu:
@@ -57,11 +60,12 @@ def _types(layer, *names):
     return [tensor.qtype for tensor in (getattr(layer, name) for name in names) if tensor is not None]
 
 
-#: Matrices of a layer that `quant.matmul` multiplies.
+#: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
 _MATRICES = (
     *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
     *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
 )
+_UNGATED = "ffn_up", "ffn_down"
 
 
 def _attention(model, layer, cache):

@@ -48,7 +48,8 @@ def kernels(model: Any) -> list[Kernel]:
             found += moe.experts_kernels(*types)
             inputs |= set(types)
         if _is_gpu(on):
-            types = _types(layer, *_MATRICES)
+            ungated = layer.ffn_gate is None and layer.ffn_up is not None
+            types = _types(layer, *_MATRICES, *(_UNGATED if ungated else ()))
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
             if layer.ffn_gate_inp is not None:
@@ -57,6 +58,8 @@ def kernels(model: Any) -> list[Kernel]:
                 dense = _types(layer, "ffn_gate", "ffn_up", "ffn_down")
                 found += moe.ffn_kernels(*dense)
                 inputs |= set(dense)
+            if ungated:
+                found += moe.relu_squared_kernels()
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
     if _is_gpu(place.embedding):
@@ -73,11 +76,12 @@ def _is_gpu(backend: Any) -> bool:
     return backend.NAME == NAME
 
 
-#: Matrices of a layer that `quant.matmul` multiplies.
+#: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
 _MATRICES = (
     *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
     *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
 )
+_UNGATED = "ffn_up", "ffn_down"
 
 
 def _types(layer: Any, *names: str) -> list[int]:
@@ -115,6 +119,7 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
         *sampling.kernels(),
         *limits.kernels(),
         *moe.router_kernels(),
+        *moe.relu_squared_kernels(),
     ]
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:

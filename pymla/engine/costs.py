@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pymla import ggml
 from pymla.engine.cache_layout import attended_bytes, index_bytes
 from pymla.engine.forms import Part, pair_macs, parts_of, seen_pairs, up_macs
-from pymla.engine.memory_plan import derived_size, tensor_bytes
+from pymla.engine.memory_plan import tensor_bytes, transposed_bytes
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
@@ -194,9 +194,8 @@ def _up_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: int
     blk = f"blk.{layer}.attn_"
     if f"{blk}kv_b.weight" in tensors:
         return _tensor_bytes(tensors, blk + "kv_b.weight")
-    k_b = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     qtype = tensors[f"{blk}k_b.weight"].qtype if f"{blk}k_b.weight" in tensors else ggml.F32
-    return k_b * derived_size(qtype) + _tensor_bytes(tensors, blk + "v_b.weight")
+    return transposed_bytes(config, qtype) + _tensor_bytes(tensors, blk + "v_b.weight")
 
 
 def _tensor_bytes(tensors: Mapping[str, TensorInfo], name: str) -> int:

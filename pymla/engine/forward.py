@@ -33,16 +33,26 @@ class Forward:
         The family's stages, with the weights.
     placement : Placement
     cache : PagedCache
+    ctx : int
+        The longest sequence, in tokens.
     materialised : bool
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
         Of intermediate results.
     """
 
-    def __init__(self, transformer: DeepSeek2, placement: Placement, cache: PagedCache, materialised: bool, dtype: Any):
+    def __init__(
+        self,
+        transformer: DeepSeek2,
+        placement: Placement,
+        cache: PagedCache,
+        ctx: int,
+        materialised: bool,
+        dtype: Any,
+    ):
         self._transformer, self._placement, self._cache = transformer, placement, cache
         self._materialised, self._dtype = materialised, dtype
-        inv_freq = transformer.config.inv_freq()
+        inv_freq = transformer.inv_freq(ctx)
         self._inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(

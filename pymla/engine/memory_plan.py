@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pymla import ggml
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
+from pymla.models.tensors import transposed_type
 from pymla.scratch import CHOICE_SCRATCH, DEVICE, HOST, most_choosing
 
 #: Bytes of Python, NumPy, Numba with LLVM, and the compiled kernels.
@@ -61,18 +62,19 @@ def tensor_bytes(tensor: TensorInfo) -> int:
 def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layers: Iterable[int] | None = None) -> int:
     """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b; of some layers,
     or of all."""
-    weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     total = 0
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         k_b = tensors.get(f"blk.{layer}.attn_k_b.weight")
         if k_b is not None and f"blk.{layer}.attn_kv_b.weight" not in tensors:
-            total += weights * derived_size(k_b.qtype)
+            total += transposed_bytes(config, k_b.qtype)
     return total
 
 
-def derived_size(qtype: int) -> int:
-    """Bytes of a weight that is derived from one of type `qtype`: float32 stays exact, the others become 16-bit."""
-    return 4 if qtype == ggml.F32 else 2
+def transposed_bytes(config: ModelConfig, qtype: int) -> int:
+    """Bytes of a layer's ``W_k_b`` that is transposed from one of type `qtype`."""
+    columns = config.kv_lora_rank
+    rows = config.num_attention_heads * config.qk_nope_head_dim
+    return rows * ggml.row_bytes(transposed_type(ggml.plain_type(qtype), columns), columns)
 
 
 def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:

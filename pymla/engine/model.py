@@ -81,7 +81,7 @@ class Model:
         pages = -(-(cache_tokens or ctx) // PAGE)
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, place.layers)
         family = FAMILIES[config.architecture]
-        forward = Forward(family(config, weights), place, self.cache, mla == "2", dtype)
+        forward = Forward(family(config, weights), place, self.cache, ctx, mla == "2", dtype)
         self._forward: Forward | None = forward
         self._recorded: RecordedSteps | None = None
         # Where all of a model is on one backend. Not with ``--mla 2``: the scores of the longest context would be kept

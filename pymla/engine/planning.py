@@ -92,7 +92,7 @@ class Planner:
     def uploaded(self, split: Split) -> list[str]:
         """The names of the tensors that the GPU takes as they are in the file."""
         config, first = self.config, split.first(self.config)
-        there = {"output": split.output(config), "embedding": split.whole(config)}
+        there = {"output": split.output(config), "embedding": split.whole(config), "rope": False}
         tied = "output.weight" not in self._parts
         there["embedding"] |= tied and split.output(config)
         return [

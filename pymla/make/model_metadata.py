@@ -13,6 +13,9 @@ ARCHITECTURE = "deepseek2"
 #: A key that the gguf package does not have yet.
 _INDEXER_TYPES = "{arch}.attention.indexer.types"
 
+#: Architectures of dense networks alone, whose files have no keys of experts.
+DENSE = ("minicpm3", "plm")
+
 #: How W_kv_b is stored: whole; as k_b and v_b; both.
 LAYOUTS = ("kv_b", "split", "all")
 
@@ -32,8 +35,9 @@ class Shape:
 
     ``n_routed_experts=0`` means a dense model, ``q_lora_rank=0`` queries of full rank, ``n_group=1`` no groups,
     ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
-    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. ``index_topk=0``
-    means no indexer; ``indexer_types=None`` that the file does not say which layers have one.
+    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. Of
+    ``rope_factors`` (LongRoPE) the first are for sequences longer than ``yarn_original`` tokens, the second for others.
+    ``index_topk=0`` means no indexer; ``indexer_types=None`` that the file does not say which layers have one.
     """
 
     name: str
@@ -66,7 +70,9 @@ class Shape:
     beta_fast: float | None = 32.0
     beta_slow: float | None = 1.0
     tie_word_embeddings: bool = False
-    architecture: str = ARCHITECTURE  # as GGUF names it
+    architecture: str = ARCHITECTURE
+    rope_factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # half of qk_rope_head_dim each
+    attention_factor: float = 1.0  # on cos and sin
     index_topk: int = 0
     index_n_heads: int = 0
     index_head_dim: int = 0
@@ -93,11 +99,10 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
         Keys.LLM.FEED_FORWARD_LENGTH: shape.intermediate_size,
         Keys.Attention.HEAD_COUNT: shape.num_attention_heads,
         Keys.Attention.LAYERNORM_RMS_EPS: float(shape.rms_norm_eps),
-        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
         Keys.LLM.VOCAB_SIZE: shape.vocab_size,
         **_attention(shape, layout),
         **_indexer(shape),
-        **_experts(shape),
+        **({} if shape.architecture in DENSE else _experts(shape)),
         **_rope(shape),
     }
     general |= {key.format(arch=shape.architecture): value for key, value in llm.items()}
@@ -118,11 +123,11 @@ def _attention(shape: Shape, layout: str) -> dict[str, Value]:
             Keys.Attention.KEY_LENGTH_MLA: head_dim,
             Keys.Attention.VALUE_LENGTH_MLA: shape.v_head_dim,
         }
-    return found | {
-        Keys.Attention.HEAD_COUNT_KV: shape.num_attention_heads,
-        Keys.Attention.KEY_LENGTH: head_dim,
-        Keys.Attention.VALUE_LENGTH: shape.v_head_dim,
-    }
+    found |= {Keys.Attention.HEAD_COUNT_KV: shape.num_attention_heads, Keys.Attention.KEY_LENGTH: head_dim}
+    # Files of MiniCPM3 leave out what is the reader's default.
+    if shape.architecture != "minicpm3" or shape.v_head_dim != shape.hidden_size // shape.num_attention_heads:
+        found[Keys.Attention.VALUE_LENGTH] = shape.v_head_dim
+    return found
 
 
 def _indexer(shape: Shape) -> dict[str, Value]:
@@ -139,8 +144,9 @@ def _indexer(shape: Shape) -> dict[str, Value]:
 
 
 def _experts(shape: Shape) -> dict[str, Value]:
-    # llama.cpp wants these two keys of a dense model, too.
+    # llama.cpp wants these keys of a dense model, too.
     found: dict[str, Value] = {
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
         Keys.LLM.EXPERT_SHARED_COUNT: shape.n_shared_experts,
         Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: shape.moe_intermediate_size,
     }
@@ -163,6 +169,10 @@ def _rope(shape: Shape) -> dict[str, Value]:
         Keys.Rope.DIMENSION_COUNT: shape.qk_rope_head_dim,
         Keys.Rope.FREQ_BASE: float(shape.rope_theta),
     }
+    if shape.rope_factors:
+        found[Keys.Rope.SCALING_ORIG_CTX_LEN] = shape.yarn_original
+    if shape.attention_factor != 1:
+        found[Keys.Rope.SCALING_ATTN_FACTOR] = shape.attention_factor
     if shape.yarn_factor == 1:
         return found
     found |= {

@@ -44,7 +44,14 @@ class ModelConfig:
     group_score: str  # "max": a group counts as its best expert (V2); "top2": as the sum of its two best (V3)
     rope_theta: float
     yarn: Yarn | None
+    original_context_length: int  # that the model was trained with, before YaRN or LongRoPE
     num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens; they are not run
+    rope_interleave: bool = True  # whether rope's pairs are neighbours; otherwise of the two halves
+    hidden_act: str = "silu"  # of dense networks: "silu" of a gate, or "relu2", the square of ReLU, without a gate
+    attention_factor: float = 1.0  # on cos and sin
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer adds to the residual stream
+    logit_scale: float = 1.0  # that logits are divided by
     indexer: Indexer | None = None  # of sparse attention; None: all positions are attended to
 
     @classmethod
@@ -84,8 +91,8 @@ class ModelConfig:
 
     @property
     def rope_magnitude(self) -> float:
-        """Factor on cos and sin (`Yarn.rope_magnitude`)."""
-        return 1.0 if self.yarn is None else self.yarn.rope_magnitude
+        """Factor on cos and sin: `attention_factor`, times `Yarn.rope_magnitude`."""
+        return self.attention_factor * (1.0 if self.yarn is None else self.yarn.rope_magnitude)
 
     def inv_freq(self) -> np.ndarray:
         """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, and with YaRN

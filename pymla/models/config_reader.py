@@ -1,17 +1,19 @@
 """From the metadata of a GGUF file to the fields of a `pymla.models.config.ModelConfig`.
 
 Metadata keys are those of llama.cpp's ``convert_hf_to_gguf.py`` (class DeepseekV2Model), defaults those of llama.cpp's
-``load_arch_hparams`` for the architecture deepseek2. Two conventions exist for the sizes of a head: files made for the
-MLA attention of llama.cpp (since April 2025) say ``head_count_kv`` 1 and give the size of a cache row as
-``key_length`` and ``value_length``, the sizes of a head as ``key_length_mla`` and ``value_length_mla``; older files
-have the sizes of a head in ``key_length`` and ``value_length`` and no ``*_mla``.
+``load_arch_hparams`` for the architecture deepseek2; other families add their own (`DeepSeek2.own_fields`).
+
+Two conventions exist for the sizes of a head: files made for the MLA attention of llama.cpp (since April 2025) say
+``head_count_kv`` 1 and give the size of a cache row as ``key_length`` and ``value_length``, the sizes of a head as
+``key_length_mla`` and ``value_length_mla``; older files have the sizes of a head in ``key_length`` and ``value_length``
+and no ``*_mla``.
 """
 
 import math
 from typing import Any
 
 from pymla.files.gguf_reader import REQUIRED, ModelFile
-from pymla.models.indexer import SPARSE_ARCHITECTURES, Indexer, read_indexer
+from pymla.models.families import FAMILIES
 from pymla.models.metadata import MAX_CONTEXT, MAX_LAYERS, Metadata
 from pymla.models.yarn import Yarn
 
@@ -49,30 +51,32 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         As `ModelConfig.from_gguf`.
     """
     read = Metadata(file)
+    family = FAMILIES[read.architecture]
     for key, neutral in _NEUTRAL.items():
-        read.require(key, neutral)
+        if key not in family.own_keys:
+            read.require(key, neutral)
     layers = read.size("block_count", maximum=MAX_LAYERS)
     nextn = read.size("nextn_predict_layers", 0, minimum=0, maximum=MAX_LAYERS)
     if nextn >= layers:
         read.refuse("nextn_predict_layers", nextn, f"of block_count {layers} layers, one at least must remain")
     vocab_size = _vocab_size(read)
     context_length = read.size("context_length", maximum=MAX_CONTEXT)
+    hidden_size = read.size("embedding_length")
     heads = read.size("attention.head_count")
-    head_dim, v_head_dim = _head_dims(read, heads)
+    head_dim, v_head_dim = _head_dims(read, heads, hidden_size)
     rope_dim = read.size("rope.dimension_count")
     if rope_dim % 2 or rope_dim >= head_dim:
         read.refuse("rope.dimension_count", rope_dim, f"an even number below the head size {head_dim} is expected")
-    q_lora_rank = _q_lora_rank(read)
-    return dict(
+    fields = dict(
         architecture=read.architecture,
         name=file.get("general.name", str, file.path.stem),
         vocab_size=vocab_size,
         context_length=context_length,
-        hidden_size=read.size("embedding_length"),
+        hidden_size=hidden_size,
         num_hidden_layers=layers - nextn,
         num_attention_heads=heads,
         rms_norm_eps=read.number("attention.layer_norm_rms_epsilon", maximum=1.0),
-        q_lora_rank=q_lora_rank,
+        q_lora_rank=_q_lora_rank(read),
         kv_lora_rank=read.size("attention.kv_lora_rank"),
         qk_nope_head_dim=head_dim - rope_dim,
         qk_rope_head_dim=rope_dim,
@@ -80,9 +84,10 @@ def read_config(file: ModelFile) -> dict[str, Any]:
         **_feed_forward(read, layers, nextn, vocab_size),
         rope_theta=read.number("rope.freq_base", 10000.0, minimum=1.0),
         yarn=_yarn(read, context_length),
+        original_context_length=_original_context_length(read, context_length),
         num_nextn_predict_layers=nextn,
-        indexer=_indexer(read, layers - nextn, context_length, rope_dim, q_lora_rank),
     )
+    return fields | family.own_fields(read, fields)
 
 
 def _vocab_size(read: Metadata) -> int:
@@ -110,21 +115,16 @@ def _q_lora_rank(read: Metadata) -> int:
     return rows
 
 
-def _indexer(read: Metadata, layers: int, context_length: int, rope_dim: int, q_lora_rank: int) -> Indexer | None:
-    indexer = read_indexer(read, layers, context_length, rope_dim)
-    if indexer and not q_lora_rank:
-        read.refuse("attention.q_lora_rank", 0, "the indexer's queries come from the low-rank ones of attention")
-    return indexer
-
-
-def _head_dims(read: Metadata, heads: int) -> tuple[int, int]:
-    """Sizes of a head of queries and keys, and of values."""
+def _head_dims(read: Metadata, heads: int, hidden_size: int) -> tuple[int, int]:
+    """Sizes of a head of queries and keys, and of values, which have a default in llama.cpp: files of MiniCPM3 have no
+    ``value_length``."""
     heads_kv = read.size("attention.head_count_kv", heads)
     if heads_kv not in (1, heads):
         read.refuse("attention.head_count_kv", heads_kv, f"1 or head_count {heads} is expected")
     mla = read.size("attention.key_length_mla", 0, minimum=0) or (heads_kv == 1 and heads > 1)
-    suffix = "_mla" if mla else ""
-    return read.size(f"attention.key_length{suffix}"), read.size(f"attention.value_length{suffix}")
+    if mla:
+        return read.size("attention.key_length_mla"), read.size("attention.value_length_mla")
+    return read.size("attention.key_length"), read.size("attention.value_length", max(hidden_size // heads, 1))
 
 
 def _feed_forward(read: Metadata, layers: int, nextn: int, vocab_size: int) -> dict[str, Any]:
@@ -173,11 +173,9 @@ def _feed_forward(read: Metadata, layers: int, nextn: int, vocab_size: int) -> d
 def _scoring_func(read: Metadata, layers: int, vocab_size: int) -> str:
     value = read.size("expert_gating_func", 0, minimum=0)
     if value == 0:
-        if read.architecture in SPARSE_ARCHITECTURES:
-            return "sigmoid"
-        # Files from before the key was written are of V2, with one exception, told as llama.cpp tells it.
+        # Files of deepseek2 from before the key was written are of V2, with one exception, told as llama.cpp tells it.
         is_glm_4_7_flash = layers in (47, 48) and vocab_size == 154880
-        return "sigmoid" if is_glm_4_7_flash else "softmax"
+        return "sigmoid" if is_glm_4_7_flash else FAMILIES[read.architecture].default_scoring_func
     if value not in SCORING_FUNCS:
         read.refuse("expert_gating_func", value, "pymla implements 1 (softmax) and 2 (sigmoid)")
     return SCORING_FUNCS[value]
@@ -212,7 +210,7 @@ def _yarn(read: Metadata, context_length: int) -> Yarn | None:
         read.refuse("rope.scaling.type", scaling, f"with factor {factor:g}, pymla implements yarn and none")
     yarn = Yarn(
         factor=factor,
-        original_context_length=read.size("rope.scaling.original_context_length", context_length, maximum=MAX_CONTEXT),
+        original_context_length=_original_context_length(read, context_length),
         log_multiplier=read.number("rope.scaling.yarn_log_multiplier", 0.0, maximum=10.0),
         beta_fast=read.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=read.number("rope.scaling.yarn_beta_slow", 1.0),
@@ -220,3 +218,7 @@ def _yarn(read: Metadata, context_length: int) -> Yarn | None:
     if yarn.beta_fast < yarn.beta_slow:
         read.refuse("rope.scaling.yarn_beta_fast", yarn.beta_fast, f"it is below yarn_beta_slow {yarn.beta_slow:g}")
     return yarn
+
+
+def _original_context_length(read: Metadata, context_length: int) -> int:
+    return read.size("rope.scaling.original_context_length", context_length, maximum=MAX_CONTEXT)

@@ -16,11 +16,21 @@ numbers of a head. Queries and keys have nope + R numbers a head, values v, and 
 DeepSeek-V3 (2024), arXiv:2412.19437, section 2.1, whose equations are cited; DeepSeek-V2 (2024), arXiv:2405.04434.
 """
 
-from pymla.backend import Array, KeysValues, MatrixInput
-from pymla.models.config import ModelConfig
-from pymla.models.operations import Operations
-from pymla.models.weights import Layer, Weights
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
 from pymla.pages import FullCache, IndexedCache, LatentCache, LayerCache
+
+# The reader of configurations asks the family for its own fields.
+if TYPE_CHECKING:
+    from pymla.backend import Array, KeysValues, MatrixInput
+    from pymla.models.config import ModelConfig
+    from pymla.models.metadata import Metadata
+    from pymla.models.operations import Operations
+    from pymla.models.weights import Layer, Weights
 
 
 class DeepSeek2:
@@ -30,10 +40,48 @@ class DeepSeek2:
     ----------
     config : ModelConfig
     weights : Weights
+
+    Attributes
+    ----------
+    own_keys : tuple of str
+        Keys of the metadata that this family reads and that must be neutral in files of the others.
+    default_scoring_func : str
+        Of the experts, where a file does not say it.
     """
+
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    default_scoring_func: ClassVar[str] = "softmax"
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config, self.weights = config, weights
+
+    @staticmethod
+    def own_fields(read: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a `ModelConfig` that this family has, or reads otherwise.
+
+        Parameters
+        ----------
+        read : Metadata
+        fields : dict
+            The fields of all families.
+        """
+        return {}
+
+    def inv_freq(self, ctx: int) -> np.ndarray:
+        """Radians by which each pair of the rotated part turns per position, in a model of at most `ctx` tokens.
+
+        These are `ModelConfig.inv_freq`, divided by factors where the file has them (LongRoPE): one set for sequences
+        within the original context and one for longer ones. As in llama.cpp, the longest sequence that the model is
+        loaded for decides, so that the rows of a cache agree.
+
+        Returns
+        -------
+        float64 (qk_rope_head_dim / 2,)
+        """
+        long = ctx > self.config.original_context_length
+        factors = self.weights.rope_factors_long if long else self.weights.rope_factors_short
+        frequencies = self.config.inv_freq()
+        return frequencies if factors is None else frequencies / factors
 
     def embed(self, ops: Operations) -> Array:
         """The residual stream as it enters the first layer."""

@@ -12,11 +12,19 @@ DeepSeek-V3.2-Exp (2025), section 2.1, whose equations are cited; llama.cpp's ``
 transformers' ``deepseek_v32`` and ``glm_moe_dsa``.
 """
 
-from pymla.backend import Array, MatrixInput
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from pymla.models.deepseek2 import DeepSeek2
-from pymla.models.operations import Operations
-from pymla.models.weights import Layer
+from pymla.models.indexer import read_indexer
 from pymla.pages import IndexedCache, LatentCache, LayerCache
+
+if TYPE_CHECKING:
+    from pymla.backend import Array, MatrixInput
+    from pymla.models.metadata import Metadata
+    from pymla.models.operations import Operations
+    from pymla.models.weights import Layer
 
 #: Added to the variance of the indexer's keys. No file has it as a key.
 KEY_EPS = 1e-6
@@ -24,6 +32,12 @@ KEY_EPS = 1e-6
 
 class DeepSeek32(DeepSeek2):
     """DeepSeek-V3.2: the indexer rotates pairs of halves, where attention rotates neighbours."""
+
+    default_scoring_func = "sigmoid"
+
+    @staticmethod
+    def own_fields(read: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"indexer": read_indexer(read, fields)}
 
     def cache_rows(self, ops: Operations, layer: Layer, cache: LayerCache, h: MatrixInput) -> tuple[Array, ...]:
         """As in DeepSeek-V3, and where the cache keeps them the indexer's keys, (T, D)."""

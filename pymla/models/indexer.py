@@ -1,11 +1,12 @@
 """The lightning indexer of sparse attention: its sizes, and the layers that have one."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from pymla.models.metadata import Metadata
-
-#: Architectures whose layers attend to chosen positions.
-SPARSE_ARCHITECTURES = ("deepseek32", "glm-dsa")
+if TYPE_CHECKING:
+    from pymla.models.metadata import Metadata
 
 #: Context length from which on a file of glm-dsa without ``indexer.types`` is GLM-5.2, which shares choices.
 _SHARING_CONTEXT = 1 << 20
@@ -21,36 +22,32 @@ class Indexer:
     full: tuple[bool, ...]  # of each layer: whether it has an indexer; the others share the last choice before them
 
 
-def read_indexer(read: Metadata, layers: int, context_length: int, rope_dim: int) -> Indexer | None:
-    """The indexer of a file; None where its architecture has none.
-
-    Keys are those of llama.cpp's converter (``conversion/deepseek.py``, ``conversion/glm.py``).
+def read_indexer(read: Metadata, fields: dict[str, Any]) -> Indexer:
+    """The indexer of a file, whose keys are those of llama.cpp's converter (``conversion/deepseek.py``,
+    ``conversion/glm.py``).
 
     Parameters
     ----------
     read : Metadata
-    layers : int
-        Without those that predict further tokens.
-    context_length : int
-    rope_dim : int
-        Rotated numbers.
+    fields : dict
+        The fields of a `ModelConfig` that all families have.
 
     Raises
     ------
     PymlaError
         A key is missing, or its value is none that can be run.
     """
-    if read.architecture not in SPARSE_ARCHITECTURES:
-        return None
-    key = "attention.indexer.key_length"
+    if not fields["q_lora_rank"]:
+        read.refuse("attention.q_lora_rank", 0, "the indexer's queries come from the low-rank ones of attention")
+    key, rotated = "attention.indexer.key_length", fields["qk_rope_head_dim"]
     head_dim = read.size(key)
-    if head_dim % 32 or head_dim < rope_dim:
-        read.refuse(key, head_dim, f"a multiple of 32, and at least the {rope_dim} rotated numbers, is expected")
+    if head_dim % 32 or head_dim < rotated:
+        read.refuse(key, head_dim, f"a multiple of 32, and at least the {rotated} rotated numbers, is expected")
     return Indexer(
         heads=read.size("attention.indexer.head_count"),
         head_dim=head_dim,
         top_k=read.size("attention.indexer.top_k"),
-        full=_full_layers(read, layers, context_length),
+        full=_full_layers(read, fields["num_hidden_layers"], fields["context_length"]),
     )
 
 

@@ -4,9 +4,7 @@ from typing import Any, NoReturn
 
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import REQUIRED, ModelFile
-
-#: Architectures that run, as ``general.architecture`` names them.
-ARCHITECTURES = ("deepseek2", "deepseek32", "glm-dsa")
+from pymla.models.families import FAMILIES
 
 # A value above these is no model's: it is refused before anything is computed from it.
 MAX_LAYERS = 4096
@@ -20,16 +18,16 @@ class Metadata:
     Raises
     ------
     PymlaError
-        The architecture is none of `ARCHITECTURES`. Every method raises one that names the file, the key and the value.
+        The architecture is none of `FAMILIES`. Every method raises one that names the file, the key and the value.
     """
 
     def __init__(self, file: ModelFile):
         self.file = file
         self.architecture: str = file.get("general.architecture", str)
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in FAMILIES:
             raise PymlaError(
                 f"{file.path}: metadata general.architecture is {self.architecture!r}, which pymla does not run; "
-                f"it runs {', '.join(ARCHITECTURES)} (DeepSeek V2, V3, V3.2, R1, GLM-5 and their relatives)"
+                f"it runs {', '.join(FAMILIES)} (DeepSeek V2, V3, V3.2, R1, GLM-5 and their relatives)"
             )
 
     def refuse(self, key: str, value: Any, reason: str) -> NoReturn:

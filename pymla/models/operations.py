@@ -55,10 +55,10 @@ class Operations(NamedTuple):
 
     # Matrices and norms -----------------------------------------------------------------------------------------------
 
-    def embedding_rows(self, w: QTensor) -> Array:
-        """The tokens' rows of the embedding matrix, (T, hidden)."""
+    def embedding_rows(self, w: QTensor, scale: float = 1.0) -> Array:
+        """The tokens' rows of the embedding matrix, (T, hidden), times `scale`."""
         out = self.empty(len(self.step.tokens), self.config.hidden_size)
-        return self.backend.quant.embedding_rows(w, self.step.tokens, out)
+        return self.backend.quant.embedding_rows(w, self.step.tokens, scale, out)
 
     def activation(self, x: Array) -> MatrixInput:
         """Rows (T, K) as the input of matrices."""
@@ -80,13 +80,21 @@ class Operations(NamedTuple):
         """Rows (T, K) with mean 0 and variance 1, times a weight, plus a bias."""
         return self.backend.norm.layer_norm(x, weight, bias, eps, self.empty(*x.shape))
 
-    def normed(self, x: Array, weight: Array, add: Array | None = None) -> MatrixInput:
-        """Normalised rows (T, K) as the input of matrices, after ``x += add``."""
-        return self.backend.norm.normed(x, weight, self.config.rms_norm_eps, self.empty(*x.shape), add)
+    def normed(self, x: Array, weight: Array, add: Array | None = None, eps: float | None = None) -> MatrixInput:
+        """Normalised rows (T, K) as the input of matrices, after ``x += add``; `eps` is the configuration's by
+        default."""
+        eps = self.config.rms_norm_eps if eps is None else eps
+        return self.backend.norm.normed(x, weight, eps, self.empty(*x.shape), add)
+
+    def add(self, x: Array, y: Array) -> Array:
+        """``x += y``, (T, K)."""
+        return self.backend.norm.add(x, y)
 
     def rope(self, x: Array) -> Array:
         """Rotate the last R numbers of every head of `x`, (T, H, D), by the tokens' positions, in place."""
-        return self.backend.rope.rope_interleaved(x, self.cos_sin)
+        rope = self.backend.rope
+        rotate = rope.rope_interleaved if self.config.rope_interleave else rope.rope_neox
+        return rotate(x, self.cos_sin)
 
     def rope_neox(self, x: Array) -> Array:
         """`rope` on pairs of a number of the first half of the R and one of the second."""
@@ -165,6 +173,10 @@ class Operations(NamedTuple):
         ids, weights = self.backend.memory.empty(shape, np.int32), self.empty(*shape)
         self.backend.moe.router(scores, bias, self.config, ids, weights)
         return ids, weights
+
+    def relu_squared(self, x: Array) -> Array:
+        """``x = max(x, 0)²``, (T, K), in place."""
+        return self.backend.moe.relu_squared(x)
 
     def add_ffn(self, h: MatrixInput, matrices: Swiglu, x: Array) -> None:
         """``x += down(silu(gate h) * up h)``."""

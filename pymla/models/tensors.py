@@ -14,6 +14,18 @@ from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import Indexer, ModelConfig
 
+#: Fields of `Weights` that divide rope's frequencies (LongRoPE), which a file has or has not.
+ROPE_FACTORS = ("rope_factors_long", "rope_factors_short")
+
+
+def transposed_type(qtype: int, columns: int) -> int:
+    """The type of a matrix of `columns` columns that is the transpose of one of type `qtype`, whose blocks lie across
+    its rows. Float types stay as they are. Others become Q8_0, which prompts multiply on integers as they do the blocks
+    of files that need no transposition, or F16 where 32 does not divide the columns."""
+    if qtype in ggml.FLOATS:
+        return qtype
+    return ggml.F16 if columns % ggml.BLOCK_SIZE[ggml.Q8_0] else ggml.Q8_0
+
 
 class TensorSpec(NamedTuple):
     """A tensor that a model needs."""
@@ -21,7 +33,9 @@ class TensorSpec(NamedTuple):
     name: str  # in the file
     shapes: tuple[tuple[int, ...], ...]  # any of these, NumPy order
     field: str  # of `Weights` or `Layer`; attn_kv_b and ffn_gate_up_exps hold two of their fields
-    part: str = "layer"  # of the model: "embedding", "output", "layer", or "experts", which a router chooses from
+    #: Of the model: "embedding", "output", "layer", "experts", which a router chooses from, or "rope", whose
+    #: frequencies are computed on the host.
+    part: str = "layer"
     layer: int = 0
 
     @property
@@ -63,8 +77,8 @@ def model_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
     config : ModelConfig
     names : of the tensors that a file holds
         They decide where there are several ways: whether the output matrix is a tensor or the embedding again, the
-        layout of ``W_k_b`` and ``W_v_b`` (`pymla.models.weights`), gate and up of experts in one tensor or in two, and
-        whether experts have a bias.
+        layout of ``W_k_b`` and ``W_v_b`` (`pymla.models.weights`), gate and up of experts in one tensor or in two,
+        whether experts have a bias, and whether rope's frequencies have factors.
     """
     layers = (spec for index in range(config.num_hidden_layers) for spec in layer_tensors(config, index, names))
     embedding, *output = outer_tensors(config, names)
@@ -80,6 +94,10 @@ def outer_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
     ]
     if "output.weight" in names:
         specs.append(TensorSpec("output.weight", (embedding,), "output", "output"))
+    factors = (config.qk_rope_head_dim // 2,)
+    for field in ROPE_FACTORS:
+        if f"{field}.weight" in names:
+            specs.append(TensorSpec(f"{field}.weight", (factors,), field, "rope"))
     return specs
 
 
@@ -91,7 +109,7 @@ def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -
         specs += _indexer(blk, config, config.indexer)
     specs.append(blk.weight("ffn_norm", (hidden,)))
     if index < config.first_k_dense_replace:
-        return [*specs, *_ffn(blk, "", config.intermediate_size, hidden)]
+        return [*specs, *_ffn(blk, "", config.intermediate_size, hidden, gated=config.hidden_act == "silu")]
     specs += _experts(blk, config, names)
     if config.n_shared_experts:
         specs += _ffn(blk, "_shexp", config.n_shared_experts * config.moe_intermediate_size, hidden)
@@ -156,9 +174,10 @@ def _experts(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterato
     yield blk.weight("ffn_down_exps", (experts, hidden, inner), part="experts")
 
 
-def _ffn(blk: _Block, suffix: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
+def _ffn(blk: _Block, suffix: str, inner: int, hidden: int, gated: bool = True) -> Iterator[TensorSpec]:
     """A dense feed-forward network, or the shared experts."""
-    yield blk.weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
+    if gated:
+        yield blk.weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
     yield blk.weight("ffn_up", (inner, hidden), stem=f"ffn_up{suffix}")
     yield blk.weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pymla import ggml, reference
+from pymla import reference
 from pymla.backend import Array, Progress
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.tensor_loading import TensorLoader, TotalProgress
-from pymla.models.tensors import TensorSpec, layer_tensors, outer_tensors
+from pymla.models.tensors import ROPE_FACTORS, TensorSpec, layer_tensors, outer_tensors, transposed_type
 from pymla.tensor import QTensor
 
 #: A tensor, or None where the model has no such tensor. `ModelConfig` tells which, and a type checker cannot know.
@@ -84,9 +84,11 @@ class Weights:
     """All tensors of a model."""
 
     token_embd: QTensor
-    output_norm: Array
+    output_norm: Array  # divided by `ModelConfig.logit_scale`
     output: QTensor
     layers: list[Layer]
+    rope_factors_long: Maybe = None  # float32 (R / 2,), in the mapped file, as the next one
+    rope_factors_short: Maybe = None
 
     @classmethod
     def from_gguf(
@@ -132,7 +134,10 @@ class Weights:
             output = token_embd
         else:
             output = loader.matrix(specs["token_embd"])
-        return cls(token_embd, loader.vector(specs["output_norm"]), output, layers)
+        # Logits that are divided by a number come from a norm that is.
+        output_norm = loader.vector(specs["output_norm"], config.logit_scale)
+        factors = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
+        return cls(token_embd, output_norm, output, layers, *factors)
 
 
 def _layer(loader: TensorLoader, experts: TensorLoader, config: ModelConfig, index: int) -> Layer:
@@ -166,9 +171,8 @@ def _kv_b(loader: TensorLoader, config: ModelConfig, specs: dict[str, TensorSpec
 
 
 def _transpose(w: QTensor) -> QTensor:
-    """Transposed matrices, read-only. Float types stay as they are; quantised ones become F16, which keeps more bits
-    than their blocks have, at half the size of F32."""
-    qtype = w.qtype if w.qtype not in ggml.QUANTISED else ggml.F16
+    """Transposed matrices, read-only (`transposed_type`)."""
+    qtype = transposed_type(w.qtype, w.data.shape[1])
     quantise, dequantise = reference.quant.quantise, reference.quant.dequantise
     data = np.stack([quantise(dequantise(matrix, w.qtype).T, qtype) for matrix in w.data])
     data.flags.writeable = False
