@@ -199,11 +199,18 @@ def layers(records, sizes):
         x = normal(tokens, sizes.hidden)
         yield memory.to_host(moe.relu_squared(memory.to_device(x))), reference.moe.relu_squared(x.copy())
 
+    def tempered():
+        positions = np.linspace(0, 160_000, tokens).astype(np.int32)
+        x = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
+        there = rope.temper(memory.to_device(x), memory.to_device(positions), 0.1, 8192)
+        yield memory.to_host(there), reference.rope.temper(x.copy(), positions, 0.1, 8192)
+
     records.check("rms_norm", rms_norm, **EXACT)
     records.check("normed", normed, **EXACT)
     records.check("add", add, **SAME)
     records.check("relu_squared", squared, **SAME)
     records.check("angles, rope_interleaved and rope_neox", rotated, **EXACT)
+    records.check("temper", tempered, **EXACT)
     routers = {
         "V2-Lite": (64, 6, {"scoring_func": "softmax"}, False),
         "V2": (160, 6, {"scoring_func": "softmax", "n_group": 8, "topk_group": 3}, False),

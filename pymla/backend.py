@@ -233,6 +233,25 @@ class Rope(Protocol):
         The layout of GPT-NeoX and llama.cpp's ``LLAMA_ROPE_TYPE_NEOX``, transformers' ``rotate_half``.
         """
 
+    def temper(self, x: Array, positions: Array, scale: float, length: int) -> Array:
+        """Multiply the queries of every token by the attention temperature of its position, in place:
+        ``x[t] *= 1 + scale * ln(1 + positions[t] // length)``. Returns `x`.
+
+        Queries below position `length` stay as they are.
+
+        Parameters
+        ----------
+        x : float array (T, H, D), contiguous
+        positions : int32 array (T,)
+        scale : float
+        length : int
+            At least 1.
+
+        Notes
+        -----
+        ``llm_graph_input_attn_temp`` of llama.cpp; ``get_llama_4_attn_scale`` of transformers' Mistral4.
+        """
+
 
 class MoE(Protocol):
     """The mixture of experts: which experts a token goes to, and what they compute."""

@@ -144,6 +144,13 @@ class Contract:
         if 2 * cos_sin.shape[1] > x.shape[2]:
             call.refuse("cos_sin", f"of {cos_sin.shape[1]} pairs", f"at most {x.shape[2] // 2}")
 
+    def temper(self, x: Array, positions: Array, scale: float, length: int) -> None:
+        call = self._call("temper")
+        call.float("x", x, (None, None, None), contiguous=True)
+        call.index("positions", positions, (len(x),), 1 << 31, "positions")
+        if length < 1:
+            call.refuse("length", str(length), "a number from 1 on")
+
     # Experts ---------------------------------------------------------------------------------------------------------
 
     def router(self, logits: Array, bias: Array | None, config: ModelConfig, ids: Array, weights: Array) -> None:

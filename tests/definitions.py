@@ -37,6 +37,12 @@ def rotated(x, positions, inv_freq, magnitude, layout):
     return result
 
 
+def tempered(x, positions, scale, length):
+    """Queries (T, H, D) times the attention temperature of their positions."""
+    factors = [1 + scale * np.log(1 + np.floor(position / length)) for position in positions]
+    return np.array([factor * query for factor, query in zip(factors, x.astype(np.float64), strict=True)])
+
+
 def route(logits, bias, used, config):
     """The chosen experts, best first, and their weights: int (T, used) and float64 (T, used)."""
     ids, weights = [], []

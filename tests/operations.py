@@ -163,6 +163,15 @@ def _norms(rng, backend, s):
     )
     for operation in (rope.rope_interleaved, rope.rope_neox):
         yield operation, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
+    yield (
+        rope.temper,
+        {
+            "x": floats(rng, s.tokens, s.heads, 32),
+            "positions": np.arange(s.tokens, dtype=np.int32),
+            "scale": 0.1,
+            "length": 2,
+        },
+    )
 
 
 def _experts(rng, moe, s):

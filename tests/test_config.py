@@ -10,7 +10,9 @@ import pytest
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
+from pymla.models.attention_temperature import AttentionTemperature
 from pymla.models.config import Indexer, ModelConfig, Yarn
+from pymla.models.metadata import NOT_RUN
 
 # Metadata of published files, without the architecture's prefix.
 V2_LITE = {
@@ -361,6 +363,19 @@ def test_same_as_transformers(load, dim, theta, yarn):
         assert config.softmax_scale == pytest.approx(expected, rel=1e-7)
 
 
+def test_linear_scaling_is_that_of_transformers(load):
+    pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    config = load(without(V3, "rope.scaling.type", "rope.scaling.yarn_log_multiplier"))
+    theirs = transformers.DeepseekV3Config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 40.0}, qk_rope_head_dim=64
+    )
+    inv_freq, magnitude = rope_utils.ROPE_INIT_FUNCTIONS["linear"](theirs, "cpu")
+    np.testing.assert_allclose(config.inv_freq(), inv_freq.double().numpy(), rtol=1e-6)
+    assert config.rope_magnitude == magnitude
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +452,7 @@ def test_absurd_numbers(load, key, value):
         ("attention.head_count_kv", 2),
         ("attention.head_count_kv", 0),
         ("attention.layer_norm_rms_epsilon", 0.0),
-        ("attention.temperature_scale", 0.1),
+        ("attention.temperature_scale", -0.1),
         ("attention.sliding_window", 4096),
         ("block_count", 0),
         ("block_count", 100000),
@@ -482,7 +497,6 @@ def test_not_implemented(load, key, value):
     [
         (
             (
-                "attention.temperature_scale",
                 "attention.scale",
                 "attention.clamp_kqv",
                 "attention.max_alibi_bias",
@@ -523,6 +537,7 @@ PLAIN_EXPERTS = without(V2, "expert_group_count", "expert_group_used_count")
         ("attention.head_count", [1, 128, LARGEST], [0, LARGEST + 1]),
         ("attention.kv_lora_rank", [1, LARGEST], [0, LARGEST + 1]),
         ("attention.layer_norm_rms_epsilon", [1e-12, 0.99], [0.0, 1.0]),
+        ("attention.temperature_scale", [0.0, 0.1, 9e8], [-0.1, 1e9]),
         ("attention.value_length", [1, LARGEST], [0, LARGEST + 1]),
         ("attention.q_lora_rank", [0, 1, LARGEST], [-1, LARGEST + 1]),
         ("block_count", [1, 2, 4096], [0, 4097]),
@@ -590,9 +605,15 @@ def test_layers_in_front_of_the_experts(load):
     assert load(V2 | {"leading_dense_block_count": 0, "feed_forward_length": 0}).intermediate_size == 0
 
 
-def test_linear_scaling_without_a_type(load):
-    """llama.cpp takes a factor without a type for linear scaling."""
-    with pytest.raises(PymlaError, match=r"rope\.scaling\.type is linear"):
+def test_linear_scaling(load):
+    """llama.cpp takes a factor without a type for linear scaling. With a multiplier it is no such scaling."""
+    plain = without(V2, "rope.scaling.type", "rope.scaling.yarn_log_multiplier")
+    for scaling in ({}, {"rope.scaling.type": "linear"}):
+        config = load(plain | scaling)
+        assert (config.yarn, config.rope_linear_factor, config.rope_magnitude) == (None, 40.0, 1.0)
+        assert config.softmax_scale == pytest.approx(192**-0.5)
+        np.testing.assert_allclose(config.inv_freq(), [10000 ** (-2 * i / 64) / 40 for i in range(32)], rtol=1e-15)
+    with pytest.raises(PymlaError, match=r"type is linear; with factor 40 and yarn_log_multiplier 0.0707"):
         load(without(V2, "rope.scaling.type"))
 
 
@@ -745,9 +766,13 @@ def test_plm(load):
 
 
 def test_mistral4(load):
-    """A softmax, and groups by their two best experts."""
+    """A softmax, groups by their two best experts, and a temperature that files leave out."""
     config = load(V2, arch="mistral4")
     assert (config.scoring_func, config.n_group, config.group_score) == ("softmax", 8, "top2")
+    assert config.attention_temperature == AttentionTemperature(0.1, 4096)
+    given = {"attention.temperature_scale": 0.5, "attention.temperature_length": 100}
+    assert load(V2 | given, arch="mistral4").attention_temperature == AttentionTemperature(0.5, 100)
+    assert load(V2 | {"attention.temperature_scale": 0.0}, arch="mistral4").attention_temperature is None
 
 
 def test_the_size_of_a_value_has_a_default(load):
@@ -757,5 +782,63 @@ def test_the_size_of_a_value_has_a_default(load):
 
 
 def test_an_unknown_architecture(load):
-    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; it runs deepseek2, .*minicpm3, .*plm"):
+    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; pymla runs deepseek2, .*minicpm3, .*plm"):
         load(V2, arch="llama")
+
+
+# Attention temperature, arrays, and what else an architecture leaves open ---------------------------------------------
+
+
+def test_attention_temperature(load):
+    scale = {"attention.temperature_scale": 0.1}
+    given = load(V3 | scale | {"attention.temperature_length": 8192}).attention_temperature
+    assert given == AttentionTemperature(pytest.approx(0.1), 8192)
+    assert load(V3).attention_temperature is None
+    assert load(V3 | {"attention.temperature_length": 8192}).attention_temperature is None
+    assert load(V3 | scale).attention_temperature.length == 4096  # the original context
+    with pytest.raises(PymlaError, match=r"attention\.temperature_length is missing"):
+        load(V3 | scale | {"rope.scaling.type": "none"})
+    with pytest.raises(PymlaError, match=r"attention\.temperature_length is 0"):
+        load(V3 | scale | {"attention.temperature_length": 0})
+
+
+def test_sizes_as_arrays(load):
+    """As llama.cpp takes them: a number for each of block_count layers, those that predict further tokens included."""
+    one = load(V2)
+    arrays = {
+        "attention.head_count": [128] * 60,
+        "attention.head_count_kv": [128] * 60,
+        "feed_forward_length": [12288] + [7] * 59,
+        "expert_feed_forward_length": [0] + [1536] * 59,
+    }
+    assert load(V2 | arrays) == one
+    further = {"nextn_predict_layers": 1, "block_count": 61}
+    assert load(V2 | further | {"expert_feed_forward_length": [0] + [1536] * 59 + [99]}).moe_intermediate_size == 1536
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "words"),
+    [
+        ("expert_feed_forward_length", [0] + [1536] * 58 + [768], "is an array of 768 to 1536; pymla runs layers"),
+        ("expert_feed_forward_length", [1536] * 59, "is an array; one number is expected, or 60, one for each layer"),
+        ("expert_feed_forward_length", [0] * 60, "is 0; a number from 1"),
+        ("expert_feed_forward_length", [1536.0] * 60, "is an array; one number is expected"),
+        ("attention.head_count", [128] * 59 + [64], "is an array of 64 to 128"),
+    ],
+)
+def test_arrays_that_are_refused(load, key, values, words):
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} {words}"):
+        load(V2 | {key: values})
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_architectures_that_do_not_run_are_refused_with_the_reason(load, name):
+    with pytest.raises(PymlaError, match=rf"general\.architecture is '{name}', which pymla does not run, because it"):
+        load(V3, arch=name)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("adapter", "a LoRA adapter"), ("imatrix", "an importance matrix")])
+def test_files_that_hold_no_model(load, kind, words):
+    with pytest.raises(PymlaError, match=f"metadata general.type is '{kind}': the file holds {words}"):
+        load(V3, general={"general.type": kind})
+    assert load(V3, general={"general.type": "model"}) == load(V3)

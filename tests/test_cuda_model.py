@@ -62,6 +62,7 @@ V3 = dataclasses.replace(
     n_group=2,
     topk_group=2,
 )
+TEMPERED = dataclasses.replace(LITE, name="tempered", temperature_scale=0.5, temperature_length=16)
 VOCABULARY = 24
 IDS = np.random.default_rng(0).integers(VOCABULARY, size=100, dtype=np.int32)
 
@@ -123,8 +124,8 @@ class Pair:
 
 @pytest.mark.parametrize(
     ("shape", "qtype", "cache_type", "tolerance"),
-    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES)],
-    ids=["lite", "v3"],
+    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES), (TEMPERED, ggml.F32, "f16", HALF)],
+    ids=["lite", "v3", "tempered"],
 )
 def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, tolerance):
     pair = Pair(folder, shape, qtype, backend, cache_type=cache_type)

@@ -20,8 +20,8 @@ from pymla.pages import CACHE_TYPES, HADAMARD_TYPES
 from pymla.text.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("v2-lite", "v2", "v3", "moonlight")
-SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128)
+NAMES = ("v2-lite", "v2", "v3", "moonlight", "minicpm3", "mistral4")
+SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128, temperature_scale=0.1, temperature_length=64)
 
 
 @pytest.fixture

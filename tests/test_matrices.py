@@ -15,7 +15,7 @@ from cases import (
     rows_to_norm,
 )
 from compare import assert_close
-from definitions import dense, layer_norm, rms_norm, rotated
+from definitions import dense, layer_norm, rms_norm, rotated, tempered
 from tested import SIMULATED, assert_quantised, each_backend
 
 from pymla import ggml
@@ -191,3 +191,15 @@ def test_rope(backend, pairs, layout):
     assert_close(actual[..., 1:-1], expected, **backend.tolerance(**both(EXACT)))
     np.testing.assert_array_equal(actual[..., :6], x[..., :6])
     np.testing.assert_array_equal(actual[..., -1], x[..., -1])
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_attention_temperature(backend, size):
+    """Below the length, at its multiples, and far beyond."""
+    positions = np.array([0, 99, 100, 299, 300, 1_000_000], np.int32)
+    x = backend.normal(len(positions), 3, size)
+    there = backend.put(x.copy())
+    assert backend.rope.temper(there, backend.put(positions), 0.1, 100) is there
+    actual = backend.memory.to_host(there)
+    assert_close(actual, tempered(x, positions, 0.1, 100), **backend.tolerance(**both(EXACT)))
+    np.testing.assert_array_equal(actual[:2], x[:2])

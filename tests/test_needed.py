@@ -12,7 +12,7 @@ from pymla.cpu import needed
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel
 
-SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512)
+SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512, temperature_scale=0.1, temperature_length=64)
 
 
 @pytest.fixture

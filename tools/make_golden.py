@@ -87,8 +87,8 @@ SHAPES = {
         num_experts_per_tok=0,
         n_shared_experts=0,
         first_k_dense_replace=3,
+        num_attention_heads=2,
         q_lora_rank=48,
-        v_head_dim=16,
         rms_norm_eps=1e-5,
         yarn_original=128,
         rope_factors=(tuple(1.1 * 1.2**i for i in range(16)), tuple(1 + 0.05 * i for i in range(16))),
@@ -101,6 +101,8 @@ SHAPES = {
         first_k_dense_replace=0,
         q_lora_rank=48,
         norm_topk_prob=True,
+        temperature_scale=0.1,
+        temperature_length=32,
         **_YARN,
     ),
 }
@@ -155,10 +157,61 @@ SPARSE_SHAPES = {
 }
 
 
+#: transformers' classes of models, by a shape's name, where they are not those of DeepSeek.
+CLASSES = {
+    "GLM-4.7-Flash": "Glm4MoeLite",
+    "Kimi-K2.5": "Kimi_K25",
+    "Mistral-Large-3": "Mistral4",
+    "Youtu-LLM-2B": "Youtu",
+}
+
+
+#: The same of other architectures than deepseek2, by their names.
+CLASSES_OF_FAMILIES = {
+    "deepseek32": "DeepseekV32",
+    "glm-dsa": "GlmMoeDsa",
+    "minicpm3": "MiniCPM3",
+    "mistral4": "Mistral4",
+}
+
+
+def hf_class(shape: Shape) -> str:
+    """The name of transformers' classes for a shape, without Config or ForCausalLM at its end."""
+    if shape.architecture in CLASSES_OF_FAMILIES:
+        return CLASSES_OF_FAMILIES[shape.architecture]
+    return CLASSES.get(shape.name) or ("DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2")
+
+
 def hf_config(shape: Shape):
     """transformers' configuration of a shape."""
     import transformers
 
+    family = hf_class(shape)
+    if family == "Kimi_K25":
+        return _with_vision(shape)
+    config_class = getattr(transformers, f"{family}Config")
+    names = {field.name for field in dataclasses.fields(config_class)}
+    tokenizer = synthetic_tokenizer(shape.vocab_size)
+    values = dataclasses.asdict(shape) | {
+        "num_key_value_heads": shape.num_attention_heads,
+        "q_lora_rank": shape.q_lora_rank or None,
+        "first_k_dense_replace": shape.dense_layers,
+        "indexer_types": list(shape.indexer_types) if shape.indexer_types else None,
+        "mlp_layer_types": [
+            "dense" if layer < shape.dense_layers else "sparse" for layer in range(shape.num_hidden_layers)
+        ],
+        "max_position_embeddings": shape.context_length,
+        "rope_parameters": _rope_parameters(shape),
+        "bos_token_id": tokenizer["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": tokenizer["tokenizer.ggml.eos_token_id"],
+        "topk_method": "greedy" if shape.n_group == 1 else "group_limited_greedy",
+    }
+    only = {"num_mtp_layers": 0} if family == "DeepseekV3" else {}
+    values = {name: value for name, value in values.items() if name in names} | only
+    return config_class(**values, attn_implementation="eager")
+
+
+def _rope_parameters(shape: Shape) -> dict:
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.rope_factors:
         long, short = map(list, shape.rope_factors)
@@ -179,37 +232,25 @@ def hf_config(shape: Shape):
             "mscale": shape.mscale_all_dim,
             "mscale_all_dim": shape.mscale_all_dim,
         }
-    tokenizer = synthetic_tokenizer(shape.vocab_size)
-    config_class = getattr(transformers, f"{_class_of(shape)}Config")
-    names = {field.name for field in dataclasses.fields(config_class)}
-    values = {name: value for name, value in dataclasses.asdict(shape).items() if name in names} | {
-        "num_key_value_heads": shape.num_attention_heads,
-        "q_lora_rank": shape.q_lora_rank or None,
-        "max_position_embeddings": shape.context_length,
-        "rope_parameters": rope,
-        "bos_token_id": tokenizer["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": tokenizer["tokenizer.ggml.eos_token_id"],
-        "n_group": shape.n_group,
-        "topk_group": shape.topk_group,
-        "attn_implementation": "eager",
-    }
-    if shape.indexer_types:
-        values["indexer_types"] = list(shape.indexer_types)
-    if shape.architecture == "mistral4":
-        rope["llama_4_scaling_beta"] = 0.0
-    if shape.architecture != "deepseek2":
-        return config_class(**values)
-    if shape.scoring_func == "sigmoid":
-        return config_class(**values, num_mtp_layers=0)
-    return config_class(**values, topk_method="greedy" if shape.n_group == 1 else "group_limited_greedy")
+    if shape.temperature_scale:
+        rope["llama_4_scaling_beta"] = shape.temperature_scale
+    return rope
 
 
-def _class_of(shape: Shape) -> str:
-    """The part of the names of transformers' classes that is the model's."""
-    if shape.architecture == "deepseek2":
-        return "DeepseekV3" if shape.scoring_func == "sigmoid" else "DeepseekV2"
-    names = {"deepseek32": "DeepseekV32", "glm-dsa": "GlmMoeDsa", "minicpm3": "MiniCPM3", "mistral4": "Mistral4"}
-    return names[shape.architecture]
+def _with_vision(shape: Shape):
+    """The configuration of a model that sees, whose language model is DeepSeek-V3's class."""
+    from transformers import Kimi_K25Config
+
+    text = hf_config(dataclasses.replace(shape, name="text"))
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision |= {"pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 1}
+    return Kimi_K25Config(
+        text_config=text,
+        vision_config=vision,
+        projection_hidden_size=16,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
 
 
 def random_model(shape: Shape, seed: int):
@@ -217,7 +258,9 @@ def random_model(shape: Shape, seed: int):
     import torch
     import transformers
 
-    model = getattr(transformers, f"{_class_of(shape)}ForCausalLM")(hf_config(shape)).eval()
+    family = hf_class(shape)
+    suffix = "ForConditionalGeneration" if family == "Kimi_K25" else "ForCausalLM"
+    model = getattr(transformers, family + suffix)(hf_config(shape)).eval()
     generator = torch.Generator().manual_seed(seed)
     biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():
@@ -299,10 +342,16 @@ def clear_model(shape: Shape, seed: int):
 
 
 def save(model, shape: Shape, directory: Path):
-    """A Hugging Face directory: configuration, safetensors and the synthetic tokenizer."""
+    """A Hugging Face directory: configuration, safetensors and the synthetic tokenizer.
+
+    The tensors of another class than DeepSeek's are those of DeepSeek-V3, and are saved as such a checkpoint.
+    """
     import tokenizers
 
-    model.save_pretrained(directory)
+    if shape.name in CLASSES:
+        _save_as_v3(model, shape, directory)
+    else:
+        model.save_pretrained(directory)
     metadata = synthetic_tokenizer(shape.vocab_size)
     tokens = metadata["tokenizer.ggml.tokens"]
     bos, eos = (tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos"))
@@ -314,6 +363,23 @@ def save(model, shape: Shape, directory: Path):
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": bos, "eos_token": eos, "pad_token": eos}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _save_as_v3(model, shape: Shape, directory: Path):
+    """The language model of a model, as a checkpoint of DeepSeek-V3."""
+    from safetensors.torch import save_file
+
+    others = ["model.vision_tower.", "model.mm_projector."] + ["lm_head."] * shape.tie_word_embeddings
+    state = {
+        name.replace("model.language_model.", "model."): value.contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith(tuple(others))
+    }
+    save_file(state, directory / "model.safetensors")
+    config = hf_config(dataclasses.replace(shape, name="", scoring_func="sigmoid")).to_dict()
+    config |= {"architectures": ["DeepseekV3ForCausalLM"], "scoring_func": shape.scoring_func}
+    config |= {"rope_parameters": _rope_parameters(shape)}
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def to_gguf(model, shape: Shape, path: Path, **options) -> Path:

@@ -204,8 +204,7 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     def norm(name, size):
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
-    hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
-    head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
+    hidden = s.hidden_size
     # Neither engine looks up rows that lie together with others.
     embedding = rows_apart(types.type_of("token_embd.weight", s.num_hidden_layers))
     embedding = fitting_type(embedding, (s.vocab_size, hidden))
@@ -216,36 +215,55 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     for name, factors in zip(("long", "short"), s.rope_factors or (), strict=False):
         values = np.array(factors, np.float32)
         yield NewTensor(f"rope_factors_{name}.weight", values.shape, ggml.F32, lambda values=values: iter([values]))
-    for i in range(s.num_hidden_layers):
+    for i in range(s.num_hidden_layers + s.num_nextn_predict_layers):
         blk = f"blk.{i}."
-        yield norm(blk + "attn_norm.weight", hidden)
-        if s.q_lora_rank:
-            yield matrix(blk + "attn_q_a.weight", s.q_lora_rank, hidden)
-            yield norm(blk + "attn_q_a_norm.weight", s.q_lora_rank)
-            yield matrix(blk + "attn_q_b.weight", heads * head_dim, s.q_lora_rank)
-        else:
-            yield matrix(blk + "attn_q.weight", heads * head_dim, hidden)
-        yield matrix(blk + "attn_kv_a_mqa.weight", rank + s.qk_rope_head_dim, hidden)
-        yield norm(blk + "attn_kv_a_norm.weight", rank)
-        kv_b = matrix(blk + "attn_kv_b.weight", heads * (s.qk_nope_head_dim + s.v_head_dim), rank)
-        if layout != "split":
-            yield kv_b
-        if layout != "kv_b":
-            yield from _split_kv_b(s, matrix, blk, flat=layout == "all")
-        yield matrix(blk + "attn_output.weight", hidden, heads * s.v_head_dim)
+        if i >= s.num_hidden_layers:
+            yield matrix(blk + "nextn.eh_proj.weight", hidden, 2 * hidden)
+            yield norm(blk + "nextn.enorm.weight", hidden)
+            yield norm(blk + "nextn.hnorm.weight", hidden)
+        yield from _attention(s, layout, matrix, norm, blk)
         if s.has_indexer(i):
             yield from _indexer(s, matrix, norm, blk, seed)
         yield norm(blk + "ffn_norm.weight", hidden)
-        if i < s.first_k_dense_replace:
+        if i < s.dense_layers or not s.n_routed_experts:
             gated = s.architecture != "plm"
             yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden, gated=gated)
-            continue
-        yield matrix(blk + "ffn_gate_inp.weight", s.n_routed_experts, hidden, qtype=ggml.F32)
-        if s.scoring_func == "sigmoid":
-            yield matrix(blk + "exp_probs_b.bias", s.n_routed_experts, qtype=ggml.F32, std=0.1)
-        yield from _ffn(matrix, blk, "_exps", (s.n_routed_experts,), s.moe_intermediate_size, hidden)
-        if s.n_shared_experts:
-            yield from _ffn(matrix, blk, "_shexp", (), s.moe_intermediate_size * s.n_shared_experts, hidden)
+        else:
+            yield from _experts(s, matrix, blk)
+
+
+def _attention(s: Shape, layout: str, matrix: MakeMatrix, norm: MakeMatrix, blk: str) -> Iterator[NewTensor]:
+    hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
+    queries = heads * (s.qk_nope_head_dim + s.qk_rope_head_dim)
+    yield norm(blk + "attn_norm.weight", hidden)
+    if s.q_lora_rank:
+        yield matrix(blk + "attn_q_a.weight", s.q_lora_rank, hidden)
+        yield norm(blk + "attn_q_a_norm.weight", s.q_lora_rank)
+        yield matrix(blk + "attn_q_b.weight", queries, s.q_lora_rank)
+    else:
+        yield matrix(blk + "attn_q.weight", queries, hidden)
+    yield matrix(blk + "attn_kv_a_mqa.weight", rank + s.qk_rope_head_dim, hidden)
+    yield norm(blk + "attn_kv_a_norm.weight", rank)
+    if layout != "split":
+        yield matrix(blk + "attn_kv_b.weight", heads * (s.qk_nope_head_dim + s.v_head_dim), rank)
+    if layout != "kv_b":
+        yield from _split_kv_b(s, matrix, blk, flat=layout == "all")
+    yield matrix(blk + "attn_output.weight", hidden, heads * s.v_head_dim)
+
+
+def _experts(s: Shape, matrix: MakeMatrix, blk: str) -> Iterator[NewTensor]:
+    """The router, the routed experts and the shared ones."""
+    experts, inner, hidden = s.n_routed_experts, s.moe_intermediate_size, s.hidden_size
+    yield matrix(blk + "ffn_gate_inp.weight", experts, hidden, qtype=ggml.F32)
+    if s.scoring_func == "sigmoid":
+        yield matrix(blk + "exp_probs_b.bias", experts, qtype=ggml.F32, std=0.1)
+    if s.fused_experts:
+        yield matrix(blk + "ffn_gate_up_exps.weight", experts, 2 * inner, hidden)
+        yield matrix(blk + "ffn_down_exps.weight", experts, hidden, inner)
+    else:
+        yield from _ffn(matrix, blk, "_exps", (experts,), inner, hidden)
+    if s.n_shared_experts:
+        yield from _ffn(matrix, blk, "_shexp", (), inner * s.n_shared_experts, hidden)
 
 
 def _indexer(s: Shape, matrix: MakeMatrix, norm: MakeNorm, blk: str, seed: int) -> Iterator[NewTensor]:

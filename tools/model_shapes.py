@@ -1,6 +1,6 @@
-"""Shapes of real models, and of a tiny one, for `make_model`."""
+"""Shapes of real models, and of tiny ones, for `make_model`."""
 
-from dataclasses import replace
+import dataclasses
 
 from pymla.make.model_metadata import Shape
 
@@ -119,6 +119,94 @@ PRESETS = {
         rope_theta=50000.0,
         context_length=8192,
     ),
+    "gigachat3": Shape(
+        name="GigaChat3-10B-A1.8B",
+        hidden_size=1536,
+        num_hidden_layers=26,
+        intermediate_size=8960,
+        moe_intermediate_size=1280,
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        num_attention_heads=32,
+        vocab_size=128256,
+        v_head_dim=192,
+        norm_topk_prob=True,
+        scoring_func="sigmoid",
+        rope_theta=100000.0,
+        context_length=262144,
+    ),
+    "kanana-2": Shape(
+        name="Kanana-2-30B-A3B",
+        hidden_size=2048,
+        num_hidden_layers=48,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        n_routed_experts=128,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        num_attention_heads=32,
+        vocab_size=128256,
+        routed_scaling_factor=2.448,
+        norm_topk_prob=True,
+        scoring_func="sigmoid",
+        rope_theta=1e6,
+        context_length=32768,
+    ),
+    "joyai-llm-flash": Shape(
+        name="JoyAI-LLM-Flash",
+        hidden_size=2048,
+        num_hidden_layers=40,
+        intermediate_size=7168,
+        moe_intermediate_size=768,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        num_attention_heads=32,
+        vocab_size=129280,
+        q_lora_rank=1536,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        scoring_func="sigmoid",
+        rope_theta=32e6,
+        context_length=131072,
+    ),
+    "youtu-llm": Shape(
+        name="Youtu-LLM-2B",
+        hidden_size=2048,
+        num_hidden_layers=32,
+        intermediate_size=6144,
+        moe_intermediate_size=6144,
+        n_routed_experts=0,
+        num_experts_per_tok=0,
+        n_shared_experts=0,
+        num_attention_heads=16,
+        vocab_size=128256,
+        q_lora_rank=1536,
+        rope_theta=1.6e6,
+        context_length=131072,
+        tie_word_embeddings=True,
+    ),
+    "mistral-large-3": Shape(
+        name="Mistral-Large-3",
+        hidden_size=7168,
+        num_hidden_layers=61,
+        intermediate_size=16384,
+        moe_intermediate_size=4096,
+        n_routed_experts=128,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        num_attention_heads=128,
+        vocab_size=131072,
+        first_k_dense_replace=3,
+        q_lora_rank=1536,
+        norm_topk_prob=True,
+        context_length=294912,
+        yarn_factor=36.0,
+        yarn_original=8192,
+        temperature_scale=0.1,
+        temperature_length=8192,
+    ),
     "tiny": Shape(
         name="tiny",
         hidden_size=256,
@@ -200,6 +288,8 @@ PRESETS = {
         context_length=1048576,
         yarn_factor=128.0,
         yarn_original=8192,
+        temperature_scale=0.1,
+        temperature_length=8192,
     ),
     "tiny-minicpm3": Shape(
         name="tiny-minicpm3",
@@ -295,7 +385,7 @@ _GLM_5 = Shape(
 _TINY_INDEXER = {"index_topk": 64, "index_n_heads": 16, "index_head_dim": 64}
 
 PRESETS |= {
-    "v3.2": replace(
+    "v3.2": dataclasses.replace(
         PRESETS["v3"],
         name="DeepSeek-V3.2",
         architecture="deepseek32",
@@ -305,14 +395,14 @@ PRESETS |= {
     ),
     "glm-5": _GLM_5,
     # Layers 0, 1 and 2 and every fourth from there on have an indexer.
-    "glm-5.2": replace(
+    "glm-5.2": dataclasses.replace(
         _GLM_5,
         name="GLM-5.2",
         context_length=1 << 20,
         indexer_types=tuple("full" if i < 3 or (i - 2) % 4 == 0 else "shared" for i in range(78)),
     ),
-    "tiny-v3.2": replace(PRESETS["tiny"], name="tiny-v3.2", architecture="deepseek32", **_TINY_INDEXER),
-    "tiny-glm": replace(
+    "tiny-v3.2": dataclasses.replace(PRESETS["tiny"], name="tiny-v3.2", architecture="deepseek32", **_TINY_INDEXER),
+    "tiny-glm": dataclasses.replace(
         PRESETS["tiny"],
         name="tiny-glm",
         architecture="glm-dsa",
@@ -324,3 +414,53 @@ PRESETS |= {
         **_TINY_INDEXER,
     ),
 }
+
+#: Models that have the shape of another one, or differ in what is listed.
+_ALIKE = {
+    "coder-v2-lite": ("v2-lite", {"name": "DeepSeek-Coder-V2-Lite"}),
+    "v2.5": ("v2", {"name": "DeepSeek-V2.5"}),
+    "coder-v2": ("v2", {"name": "DeepSeek-Coder-V2"}),
+    "v3.1": ("v3", {"name": "DeepSeek-V3.1"}),
+    "r1": ("v3", {"name": "DeepSeek-R1"}),
+    "r1t-chimera": ("v3", {"name": "DeepSeek-R1T-Chimera"}),
+    "kimi-k2-thinking": ("kimi-k2", {"name": "Kimi-K2-Thinking", "context_length": 262144, "yarn_factor": 64.0}),
+    "kimi-k2.5": ("kimi-k2", {"name": "Kimi-K2.5", "context_length": 262144, "yarn_factor": 64.0}),
+    "kimi-vl": ("moonlight", {"name": "Kimi-VL-A3B", "rope_theta": 800000.0, "context_length": 131072}),
+}
+PRESETS |= {name: dataclasses.replace(PRESETS[of], **changes) for name, (of, changes) in _ALIKE.items()}
+
+
+def tiny(shape: Shape) -> Shape:
+    """A model with the switches of another one and sizes that a test runs in seconds.
+
+    Uneven sizes of a head stay uneven, and a long prompt of a test, 100 tokens, lies beyond the original context.
+    """
+    experts = shape.n_routed_experts > 0
+    grouped = shape.n_group > 1
+    return dataclasses.replace(
+        shape,
+        hidden_size=64,
+        num_hidden_layers=3,
+        intermediate_size=96,
+        moe_intermediate_size=32 if experts else 96,
+        n_routed_experts=16 if experts else 0,
+        num_experts_per_tok=min(shape.num_experts_per_tok, 4),
+        num_attention_heads=3 if shape.num_attention_heads % 8 else 4,
+        vocab_size=288,
+        first_k_dense_replace=min(shape.first_k_dense_replace, 1),
+        q_lora_rank=32 if shape.q_lora_rank else 0,
+        kv_lora_rank=32,
+        qk_nope_head_dim=shape.qk_nope_head_dim // 4,
+        qk_rope_head_dim=shape.qk_rope_head_dim // 2,
+        v_head_dim=shape.v_head_dim // 4,
+        n_group=4 if grouped else 1,
+        topk_group=2 if grouped else 1,
+        context_length=128,
+        yarn_original=32,
+        temperature_length=32 if shape.temperature_scale else 0,
+        rope_factors=shape.rope_factors and tuple(each[: shape.qk_rope_head_dim // 4] for each in shape.rope_factors),
+        index_topk=24 if shape.index_topk else 0,
+        index_n_heads=16 if shape.index_topk else 0,  # of few no score may be above 0, and equal ones leave it open
+        index_head_dim=64 if shape.index_topk else 0,
+        indexer_types=("full", "shared", "full") if shape.indexer_types else None,
+    )

@@ -11,7 +11,7 @@ import click
 
 from pymla.backend import Rates
 from pymla.cli import interrupt
-from pymla.cli.device import check_tensors_option, device_options, dsa_option
+from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.terminal import Terminal
 from pymla.engine.cache_layout import row_layout
 from pymla.engine.devices import find_device
@@ -21,6 +21,7 @@ from pymla.engine.loading import demo_path, load
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
+from pymla.files.overrides import Value
 from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
 from pymla.measure.sweep import Row
@@ -73,6 +74,7 @@ there are no shares."""
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
 @check_tensors_option
+@override_option
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -90,6 +92,7 @@ def bench(
     gpu_layers: int | str | None,
     cpu_moe: bool,
     check_tensors: bool,
+    overrides: dict[str, Value],
     csv_path: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -101,7 +104,8 @@ def bench(
     measurement and writes the files with the rows so far.
     """
     modes = _modes(mla)
-    runs = [_Run(path, modes, dsa, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
+    checked = cache_type, check_tensors, overrides
+    runs = [_Run(path, modes, dsa, *checked, options) for path in paths or (demo_path(),)]
     outs = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
     files = {option: path for option, path in outs.items() if path}
     outputs.check(files, [part for run in runs for part in run.parts], devices=True)
@@ -114,7 +118,7 @@ def bench(
     about = facts.gather(limits, device)
     click.echo(facts.describe(about))
     loading: dict[str, Any] = {"dsa": dsa, "cache_type": cache_type, "threads": threads, "device": device}
-    loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
+    loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "overrides": overrides}
     rows: list[Row] = []
     code, failure = 0, None
     try:
@@ -163,10 +167,17 @@ class _Run:
     """A file, and the points of the sweep that are measured on it."""
 
     def __init__(
-        self, path: Path, modes: list[str], dsa: bool, cache_type: str, check_tensors: bool, options: dict[str, Any]
+        self,
+        path: Path,
+        modes: list[str],
+        dsa: bool,
+        cache_type: str,
+        check_tensors: bool,
+        overrides: dict[str, Value],
+        options: dict[str, Any],
     ):
         self._path = path
-        file = ModelFile.open(path)
+        file = ModelFile.open(path, overrides)
         self.parts = file.parts
         with Terminal() as terminal:
             # Before the limits are measured, which compiles kernels and takes seconds.

@@ -30,7 +30,7 @@ def kernels(model):
     found, inputs = [*polling.FUNCTIONS], set()
     layers = list(zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True))
     if cpu in place.layers:
-        found += norm.kernels() + rope.kernels()
+        found += norm.kernels() + rope.kernels(model.config)
     for backend, experts, layer, cache in layers:
         if experts is cpu and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

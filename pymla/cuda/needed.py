@@ -41,7 +41,7 @@ def kernels(model: Any) -> list[Kernel]:
     found, inputs = [], set()
     layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
     if any(map(_is_gpu, place.layers)):
-        found += norm.kernels() + rope.kernels()
+        found += norm.kernels() + rope.kernels(model.config)
     for on, experts, layer, cache in layers:
         if _is_gpu(experts) and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -115,7 +115,7 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     found = [
         *norm.kernels(),
         *norm.layer_norm_kernels(),
-        *rope.kernels(),
+        *rope.kernels(None),
         *sampling.kernels(),
         *limits.kernels(),
         *moe.router_kernels(),

@@ -1,15 +1,19 @@
-"""Rotary position embedding, on interleaved pairs and on halves. Twin of `pymla.reference.rope`."""
+"""Rotary position embedding, on interleaved pairs and on halves, and the attention temperature. Twin of
+`pymla.reference.rope`."""
 
 import math
 
+import numpy as np
 from numba import cuda, types
 
 from pymla.cuda.contract import check
-from pymla.cuda.runtime.array_types import D1, F3, I1, STRIDED3
+from pymla.cuda.runtime.array_types import D1, F2, F3, F32, I1, I64, STRIDED3
 from pymla.cuda.runtime.jit import kernel
 
 #: Threads of a block: pairs, and heads.
 _PAIRS, _HEADS = 32, 4
+#: Threads of a block that multiplies queries.
+_TEMPERING = 256
 
 
 def angles(positions, inv_freq, magnitude, out):
@@ -44,9 +48,21 @@ def _grid(x):
     return len(x), -(-x.shape[1] // _HEADS)
 
 
-def kernels():
-    """The kernels of this module."""
-    return [_angles, _rope_interleaved, _rope_neox]
+def temper(x, positions, scale, length):
+    """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place; `x` float32 (T, H, D), contiguous, `positions`
+    int32 (T,)."""
+    check.temper(x, positions, scale, length)
+    rows = x.reshape(len(x), -1)
+    _temper[(len(x), -(-rows.shape[1] // _TEMPERING)), _TEMPERING](rows, positions, scale, length)
+    return x
+
+
+def kernels(config):
+    """The kernels that this module launches, for a model with this configuration, or for any one where it is None."""
+    if config is None:
+        return [_angles, _rope_interleaved, _rope_neox, _temper]
+    rotate = _rope_interleaved if config.rope_interleave else _rope_neox
+    return [_angles, rotate, *([_temper] if config.attention_temperature else [])]
 
 
 @kernel(I1, D1, types.float64, F3, max_threads=_PAIRS, hot=False)
@@ -85,3 +101,12 @@ def _rope_neox(x, cos_sin):
             cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
             x[t, h, at] = one * cos - other * sin
             x[t, h, at + pairs] = one * sin + other * cos
+
+
+@kernel(F2, I1, F32, I64, max_threads=_TEMPERING)
+def _temper(x, positions, scale, length):
+    """A block takes some numbers of a token."""
+    t, i = cuda.blockIdx.x, cuda.blockIdx.y * _TEMPERING + cuda.threadIdx.x
+    lengths = positions[t] // length
+    if lengths > 0 and i < x.shape[1]:
+        x[t, i] *= np.float32(1) + scale * math.log(np.float32(1 + lengths))

@@ -7,7 +7,6 @@ The check costs little: of the values it looks only at norms, biases and routers
 tensor (`pymla.files.values`). `check_tensors` reads everything.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, cast
 
@@ -20,7 +19,7 @@ from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, find, is_run, model_tensors
+from pymla.models.tensors import TensorSpec, find, is_run, layer_of, model_tensors
 from pymla.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -80,7 +79,15 @@ def examine(
     tokenizer = _collect(problems, lambda: Tokenizer.from_gguf(file))
     if config and tokenizer:
         _collect(problems, lambda: _check_vocabulary(file, config, tokenizer))
-    if config:
+    if config and _is_nextn_alone(file, config):
+        problems.insert(
+            0,
+            PymlaError(
+                f"{file.path}: the file holds nothing but layers that predict further tokens (nextn), for use beside "
+                "the model's own file; take that one"
+            ),
+        )
+    elif config:
         problems += _layer_problems(file, config)
         tensors, found = _find_tensors(file, config)
         problems += found
@@ -106,6 +113,13 @@ def _check_vocabulary(file: ModelFile, config: ModelConfig, tokenizer: Tokenizer
         )
 
 
+def _is_nextn_alone(file: ModelFile, config: ModelConfig) -> bool:
+    """Whether a file lacks all layers that run and has others, which predict further tokens."""
+    layers = [layer for layer in map(layer_of, file.tensors) if layer is not None]
+    further = any(".nextn." in name for name in file.tensors)
+    return further and min(layers, default=0) >= config.num_hidden_layers
+
+
 def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError]:
     """Tensors that contradict the metadata, which would leave them out or take them for others.
 
@@ -114,8 +128,9 @@ def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError
     """
     layers: dict[int, list[str]] = {}
     for name in file.tensors:
-        if match := re.match(r"blk\.(\d{1,9})\.", name):
-            layers.setdefault(int(match[1]), []).append(name)
+        layer = layer_of(name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(name)
     run, key = config.num_hidden_layers, f"metadata {config.architecture}."
     count = f"{key}block_count is {run + config.num_nextn_predict_layers}"
     if config.num_nextn_predict_layers:

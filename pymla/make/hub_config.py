@@ -167,6 +167,8 @@ class HubConfig(Values):
             beta_fast=(yarn and self.rope["beta_fast"]) or None,
             beta_slow=(yarn and self.rope["beta_slow"]) or None,
             tie_word_embeddings=self.get("tie_word_embeddings", bool, False),
+            temperature_scale=self.rope["temperature"] if yarn else 0.0,
+            temperature_length=self.rope["original"] if yarn else 0,
             **self._indexer(),
         )
 
@@ -208,6 +210,7 @@ class HubConfig(Values):
         if yarn["mscale"] != yarn["mscale_all_dim"] or not yarn["mscale"]:
             equal = _json(yarn["mscale_all_dim"])
             self.refuse("mscale", yarn["mscale"], f"it must equal mscale_all_dim, which is {equal}, and not be 0")
+        yarn["temperature"] = self.number("llama_4_scaling_beta", 0.0, among=rope)
         self.require("truncate", bool, True, among=rope)
         if rope.get("attention_factor") is not None:
             self.refuse("attention_factor", rope["attention_factor"], "GGUF cannot hold it for this architecture")

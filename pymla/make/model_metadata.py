@@ -37,7 +37,9 @@ class Shape:
     ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
     ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. Of
     ``rope_factors`` (LongRoPE) the first are for sequences longer than ``yarn_original`` tokens, the second for others.
-    ``index_topk=0`` means no indexer; ``indexer_types=None`` that the file does not say which layers have one.
+    ``temperature_scale=0`` means no attention temperature, and ``num_nextn_predict_layers`` are behind
+    ``num_hidden_layers``. ``fused_experts`` puts gate and up of the experts into one tensor. ``index_topk=0`` means no
+    indexer; ``indexer_types=None`` that the file does not say which layers have one.
     """
 
     name: str
@@ -70,17 +72,29 @@ class Shape:
     beta_fast: float | None = 32.0
     beta_slow: float | None = 1.0
     tie_word_embeddings: bool = False
-    architecture: str = ARCHITECTURE
+    architecture: str = ARCHITECTURE  # as GGUF names it
     rope_factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # half of qk_rope_head_dim each
     attention_factor: float = 1.0  # on cos and sin
+    temperature_scale: float = 0.0
+    temperature_length: int = 0
+    num_nextn_predict_layers: int = 0
+    fused_experts: bool = False
     index_topk: int = 0
     index_n_heads: int = 0
     index_head_dim: int = 0
     indexer_types: tuple[str, ...] | None = None  # "full" or "shared", of each layer
 
+    @property
+    def dense_layers(self) -> int:
+        """Layers without experts, which come first."""
+        layers = self.num_hidden_layers
+        return min(self.first_k_dense_replace, layers) if self.n_routed_experts else layers
+
     def has_indexer(self, layer: int) -> bool:
-        """Whether a layer has an indexer of its own."""
-        return bool(self.index_topk) and (self.indexer_types is None or self.indexer_types[layer] == "full")
+        """Whether a layer has an indexer of its own, as those that predict further tokens always do."""
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return self.index_topk > 0
+        return self.indexer_types[layer] == "full"
 
 
 def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
@@ -93,7 +107,7 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
-        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers,
+        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers + shape.num_nextn_predict_layers,
         Keys.LLM.CONTEXT_LENGTH: shape.context_length,
         Keys.LLM.EMBEDDING_LENGTH: shape.hidden_size,
         Keys.LLM.FEED_FORWARD_LENGTH: shape.intermediate_size,
@@ -105,6 +119,8 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
         **({} if shape.architecture in DENSE else _experts(shape)),
         **_rope(shape),
     }
+    if shape.num_nextn_predict_layers:
+        llm[Keys.LLM.NEXTN_PREDICT_LAYERS] = shape.num_nextn_predict_layers
     general |= {key.format(arch=shape.architecture): value for key, value in llm.items()}
     if file_type is not None:
         general[Keys.General.FILE_TYPE] = int(file_type)
@@ -114,6 +130,9 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
 def _attention(shape: Shape, layout: str) -> dict[str, Value]:
     found: dict[str, Value] = {Keys.Attention.Q_LORA_RANK: shape.q_lora_rank} if shape.q_lora_rank else {}
     found[Keys.Attention.KV_LORA_RANK] = shape.kv_lora_rank
+    if shape.temperature_scale:
+        found[Keys.Attention.TEMPERATURE_SCALE] = float(shape.temperature_scale)
+        found[Keys.Attention.TEMPERATURE_LENGTH] = shape.temperature_length
     head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
     if layout == "split":
         return found | {
@@ -146,7 +165,7 @@ def _indexer(shape: Shape) -> dict[str, Value]:
 def _experts(shape: Shape) -> dict[str, Value]:
     # llama.cpp wants these keys of a dense model, too.
     found: dict[str, Value] = {
-        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: shape.dense_layers,
         Keys.LLM.EXPERT_SHARED_COUNT: shape.n_shared_experts,
         Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: shape.moe_intermediate_size,
     }

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pymla.files.gguf_reader import ModelFile
+from pymla.models.attention_temperature import AttentionTemperature
 from pymla.models.config_reader import read_config
 from pymla.models.indexer import Indexer
 from pymla.models.yarn import Yarn
 
-__all__ = ["Indexer", "ModelConfig", "Yarn"]
+__all__ = ["AttentionTemperature", "Indexer", "ModelConfig", "Yarn"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     logit_scale: float = 1.0  # that logits are divided by
+    rope_linear_factor: float = 1.0  # positions are divided by it; 1 with YaRN, which has a factor of its own
+    attention_temperature: AttentionTemperature | None = None
     indexer: Indexer | None = None  # of sparse attention; None: all positions are attended to
 
     @classmethod
@@ -95,13 +98,13 @@ class ModelConfig:
         return self.attention_factor * (1.0 if self.yarn is None else self.yarn.rope_magnitude)
 
     def inv_freq(self) -> np.ndarray:
-        """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, and with YaRN
-        `Yarn.mixed`.
+        """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, divided by
+        `rope_linear_factor`, and with YaRN `Yarn.mixed`.
 
         Returns
         -------
         float64 (qk_rope_head_dim / 2,)
         """
         dim = self.qk_rope_head_dim
-        frequencies = self.rope_theta ** (-np.arange(0, dim, 2) / dim)
+        frequencies = self.rope_theta ** (-np.arange(0, dim, 2) / dim) / self.rope_linear_factor
         return frequencies if self.yarn is None else self.yarn.mixed(frequencies, self.rope_theta)

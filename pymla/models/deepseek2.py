@@ -106,7 +106,7 @@ class DeepSeek2:
         start, stop, _ = heads.indices(self.config.num_attention_heads)
         size = self.config.qk_head_dim
         q = ops.matmul(w.rows(start * size, stop * size), c_q)  # (T, H * (nope + R))
-        return ops.rope(q.reshape(len(q), -1, size))  # (T, H, nope + R), the last R rotated
+        return ops.temper(ops.rope(q.reshape(len(q), -1, size)))  # (T, H, nope + R), the last R rotated
 
     def latent(self, ops: Operations, layer: Layer, h: MatrixInput) -> tuple[Array, Array]:
         """Latent rows, which the cache keeps, equations 1 and 3: ``c_kv``, normalised, and ``k_pe``, rotated."""

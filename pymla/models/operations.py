@@ -100,6 +100,14 @@ class Operations(NamedTuple):
         """`rope` on pairs of a number of the first half of the R and one of the second."""
         return self.backend.rope.rope_neox(x, self.cos_sin)
 
+    def temper(self, q: Array) -> Array:
+        """Multiply queries (T, H, D) by the attention temperature of the tokens' positions, in place, if the model has
+        one."""
+        temperature = self.config.attention_temperature
+        if temperature is None:
+            return q
+        return self.backend.rope.temper(q, self.step.positions, temperature.scale, temperature.length)
+
     # Attention --------------------------------------------------------------------------------------------------------
 
     def store(self, rows: Array, cache: QTensor) -> None:

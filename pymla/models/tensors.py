@@ -6,6 +6,7 @@ Names are those of llama.cpp's converter.
 """
 
 import math
+import re
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
@@ -108,12 +109,32 @@ def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -
     if config.indexer and config.indexer.full[index]:
         specs += _indexer(blk, config, config.indexer)
     specs.append(blk.weight("ffn_norm", (hidden,)))
-    if index < config.first_k_dense_replace:
+    if index < config.first_k_dense_replace or not config.n_routed_experts:
         return [*specs, *_ffn(blk, "", config.intermediate_size, hidden, gated=config.hidden_act == "silu")]
     specs += _experts(blk, config, names)
     if config.n_shared_experts:
         specs += _ffn(blk, "_shexp", config.n_shared_experts * config.moe_intermediate_size, hidden)
     return specs
+
+
+def nextn_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
+    """The tensors of a layer that predicts further tokens (nextn): those of a layer, behind a projection of the token's
+    embedding and the hidden state, and where a file has them an embedding, a norm and an output matrix of its own.
+
+    Such a layer lies behind those that run. It is never loaded; arguments as for `layer_tensors`.
+    """
+    blk, hidden, vocabulary = _Block(index), config.hidden_size, (config.vocab_size, config.hidden_size)
+    optional = {"embed_tokens": vocabulary, "shared_head_head": vocabulary, "shared_head_norm": (hidden,)}
+    shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
+    shapes |= {field: shape for field, shape in optional.items() if blk.name(f"nextn.{field}") in names}
+    own = [blk.weight(field, shape, stem=f"nextn.{field}") for field, shape in shapes.items()]
+    return [*own, *layer_tensors(config, index, names)]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, by its name; None for the embedding and what is behind the last layer."""
+    match = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(match[1]) if match else None
 
 
 class _Block(NamedTuple):
