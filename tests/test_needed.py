@@ -7,8 +7,8 @@ import pytest
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla import cpu
-from pymla.cpu import needed
+from pymla import cpu, ggml
+from pymla.cpu import attention, needed
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel
 
@@ -60,6 +60,21 @@ def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
         generate(language_model)
         missing = launched - set(needed.kernels(language_model.model))
     assert not missing, sorted(kernel.__name__ for kernel in missing)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("preset", ["tiny-v3.2", "tiny-glm"])
+def test_no_kernel_of_sparse_attention_is_missing(tmp_path, launched, preset, cache_type):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS[preset], context_length=512), seed=1)
+    for dsa in (True, False):
+        with pymla.load(path, device="cpu", ctx=512, cache_type=cache_type, dsa=dsa) as language_model:
+            generate(language_model)
+            wanted = set(needed.kernels(language_model.model))
+        assert not launched - wanted, sorted(kernel.__name__ for kernel in launched - wanted)
+        chosen = {kernel for kernel in wanted if kernel in attention.choose_kernels(ggml.F32)}
+        assert bool(chosen) == dsa
+        launched.clear()
 
 
 def test_a_type_is_compiled_alone(tmp_path):
