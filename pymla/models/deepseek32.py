@@ -64,7 +64,7 @@ class DeepSeek32(DeepSeek2):
         q = q.reshape(len(q), len(layer.indexer_proj.data), -1)  # (T, H, D)
         self.rotate_front(ops, q)
         weights = ops.matmul(layer.indexer_proj, h)  # (T, H)
-        ops.choose(q, weights, cache.index, out)
+        ops.choose(q, weights, cache.index_keys, out)
 
     def sparse(
         self,
