@@ -215,18 +215,19 @@ def main(shape, layers, qtype, depths, pp, tg, repeat, cache_type, device, threa
         points = []
         with tempfile.TemporaryDirectory() as folder:
             path = make_model(Path(folder) / "model.gguf", model, layout="split", qtype=qtype)
-            for sparse in (False, True):
-                measured = Measured(path, sparse, settings | {"ctx": depths[-1] + max(pp, 1)})
-                for depth in depths:
+            both = [Measured(path, sparse, settings | {"ctx": depths[-1] + pp}) for sparse in (False, True)]
+            for depth in depths:
+                for measured in both:  # by turns, so that a busy machine slows both down
                     points.append(measured.point(depth, tg, pp, repeat))
                     click.echo(line(points[-1]))
+            for measured in both:
                 measured.close()
     except PymlaError as error:
         raise click.ClickException(str(error)) from None
     what = {"shape": dataclasses.asdict(model), "qtype": qtype, "pp": pp, "tg": tg, "cache_type": cache_type}
     report = about | what | {"points": [dataclasses.asdict(each) for each in points]}
     outputs.write(json_path, (json.dumps(report, indent=1) + "\n").encode())
-    title = f"{model.name}, {layers} layers, {qtype}, {cache_type} cache, prompt of {pp}"
+    title = f"{model.name}, {layers} layer{'s' * (layers > 1)}, {qtype}, {cache_type} cache, prompt of {pp}"
     draw(points, plot_path, f"{title}\n{facts.describe_machine(about)}, {about['date'][:10]}")
 
 

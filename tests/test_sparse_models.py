@@ -5,10 +5,11 @@ import functools
 
 import numpy as np
 import pytest
+import sparse
 from cache_checks import give_way_and_come_back
 from compare import assert_close, relative_error
 from make_golden import SPARSE_SHAPES
-from make_model import make_model
+from make_model import PRESETS, make_model
 from test_golden import EXACT, GOLDEN, golden
 
 import pymla
@@ -141,7 +142,7 @@ def test_rows_that_are_not_chosen_are_never_read(name, device, cache_type, monke
     sequence = model.new_sequence()
     expected = model.forward([(sequence, ids)])
     model.cache.truncate(sequence, len(ids) - 1)
-    attention, sparse = BACKENDS[device].attention, BACKENDS[device].attention.sparse
+    attention, attend = BACKENDS[device].attention, BACKENDS[device].attention.sparse
     poisoned = []
 
     def poison(q, latent, rope, step, chosen, scale, out):
@@ -151,7 +152,7 @@ def test_rows_that_are_not_chosen_are_never_read(name, device, cache_type, monke
         others = np.setdiff1d(np.arange(len(latent.data)), slots)
         latent.data[others] = rope.data[others] = 0xFF
         poisoned.append(len(others))
-        return sparse(q, latent, rope, step, chosen, scale, out)
+        return attend(q, latent, rope, step, chosen, scale, out)
 
     monkeypatch.setattr(attention, "sparse", poison)
     batch = [(sequence, ids[-1:])]
@@ -164,9 +165,9 @@ def test_rows_that_are_not_chosen_are_never_read(name, device, cache_type, monke
 @each_device
 def test_layers_share_the_choice_of_the_last_one_with_an_indexer(device, monkeypatch):
     attention = BACKENDS[device].attention
-    calls, choose, sparse = [], attention.choose, attention.sparse
+    calls, choose, attend = [], attention.choose, attention.sparse
     monkeypatch.setattr(attention, "choose", lambda *a: (calls.append("choose"), choose(*a))[1])
-    monkeypatch.setattr(attention, "sparse", lambda *a: (calls.append(a[4].copy()), sparse(*a))[1])
+    monkeypatch.setattr(attention, "sparse", lambda *a: (calls.append(a[4].copy()), attend(*a))[1])
     model = made("glm-5", device)
     model.forward([(model.new_sequence(), golden("glm-5")["long_ids"][:60])])
     assert [type(call) is str for call in calls] == [True, False, False, False, True, False]
@@ -290,3 +291,22 @@ def test_quantised_files(tmp_path):
         with pymla.load(path, device=device, ctx=128) as model:
             found.append(model.logits(ids))
     assert_close(found[1], found[0], rtol_max=0.1, reason="int8 activations, keys and values")
+
+
+def test_the_benchmark(tmp_path):
+    """`bench/sparse.py` on a small model: both kinds of attention, above and below the number of chosen positions."""
+    path = make_model(tmp_path / "model.gguf", PRESETS["tiny-glm"], qtype="f32", seed=1)
+    points = []
+    for dsa in (True, False):
+        measured = sparse.Measured(path, dsa, {"device": "reference", "ctx": 120})
+        points += [measured.point(depth, 2, 16, 1) for depth in (40, 100)]
+        assert measured.sequence.length == 100
+        measured.close()
+    assert [(each.attention, each.n_kv) for each in points] == [
+        *[("sparse", 40), ("sparse", 100)],
+        *[("dense", 40), ("dense", 100)],
+    ]
+    assert [each.index_seconds is not None for each in points] == [False, True, False, False]
+    assert all(each.step_seconds > 0 and each.prompt_seconds > 0 for each in points)
+    assert sparse.line(points[0]).endswith("|          - |")
+    assert (sparse.small("glm-5.2", 5).has_indexer(3), sparse.small("v3.2", 2).moe_intermediate_size) == (False, 256)
