@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sparse
 from cache_checks import give_way_and_come_back
+from click.testing import CliRunner
 from compare import assert_close, relative_error
 from make_golden import SPARSE_SHAPES
 from make_model import PRESETS, make_model
@@ -14,6 +15,9 @@ from test_golden import EXACT, GOLDEN, golden
 
 import pymla
 from pymla import cpu, ggml, reference, scratch
+from pymla.cli.bench import bench
+from pymla.cli.generate import generate
+from pymla.cli.options import as_options
 from pymla.engine.model import Model
 from pymla.engine.runs import runs_of
 from pymla.errors import PymlaError
@@ -25,6 +29,7 @@ from pymla.pages import CACHE_TYPES, PAGE, IndexedCache, LatentCache
 NAMES = tuple(SPARSE_SHAPES)
 BACKENDS = {"reference": reference, "cpu": cpu}
 MLA = ("auto", "1", "3")
+COMMANDS = {"generate": generate, "bench": bench}
 #: Positions that are chosen.
 TOP_K = 24
 
@@ -274,6 +279,47 @@ def test_modes_that_attend_to_all_positions_are_refused(mla):
         pymla.load(GOLDEN / "v3.2.gguf", device="reference", mla=mla)
     with pytest.raises(PymlaError, match=words):
         made("v3.2", "reference", mla=mla)
+
+
+@pytest.mark.parametrize("command", [("generate", "x", "-n", 2), ("bench", "--pp", 8, "--tg", 1, "--ctx", 64)])
+def test_options_of_the_command_line(command, tmp_path):
+    path, options = GOLDEN / "v3.2.gguf", ["--device", "reference", "--cache-type", "f32"]
+
+    def run(*more):
+        return CliRunner().invoke(COMMANDS[command[0]], [*map(str, command[1:]), "-m", str(path), *options, *more])
+
+    for more in ([], ["--dsa", "off"], ["--dsa", "off", "--mla", "0"]):
+        result = run(*more)
+        assert result.exit_code == 0, result.output
+        if command[0] == "bench":
+            assert ("sparse attention" in result.output) == (not more)
+    with pytest.raises(PymlaError) as caught:
+        CliRunner().invoke(
+            COMMANDS[command[0]],
+            [*map(str, command[1:]), "-m", str(path), *options, "--mla", "2"],
+            catch_exceptions=False,
+        )
+    said = as_options(caught.value, COMMANDS[command[0]])
+    assert said == (
+        "--mla is 2, which attends to all positions, and this model's attention is sparse: choose auto, 1, 3, or turn "
+        "sparse attention off with --dsa"
+    )
+
+
+def test_layers_that_predict_further_tokens_are_left(tmp_path):
+    """They have an indexer, too, and the types of indexers do not count them."""
+    for preset in ("tiny-v3.2", "tiny-glm"):
+        shape = dataclasses.replace(PRESETS[preset], num_nextn_predict_layers=1)
+        path = make_model(tmp_path / f"{preset}.gguf", shape, layout="split", qtype="f32", seed=2)
+        assert "blk.4.indexer.proj.weight" in ModelFile.open(path).tensors
+        without = make_model(tmp_path / "without.gguf", PRESETS[preset], layout="split", qtype="f32", seed=2)
+        ids = np.arange(90)
+        found = []
+        for each in (path, without):
+            with pymla.load(each, device="reference", cache_type="f32", ctx=128) as model:
+                assert model.config.num_hidden_layers == len(model.config.indexer.full) == 4
+                found.append(model.logits(ids))
+        np.testing.assert_array_equal(*found)
 
 
 def test_dsa_is_a_flag():
