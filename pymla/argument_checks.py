@@ -110,6 +110,22 @@ class Call:
             worst = least if least < 0 else most
             raise PymlaError(f"{self.operation}: {name} has {worst}, and {things} go from 0 to {stop - 1}")
 
+    def chosen(self, step: Step, chosen: np.ndarray) -> None:
+        """Known positions of `Attention.choose`: ascending, from 0 to the token's own, then -1."""
+        if not len(chosen):
+            return
+        ends = chosen < 0
+        counts = chosen.shape[1] - ends.sum(axis=1)
+        behind = np.arange(chosen.shape[1]) >= counts[:, None]
+        steps_up = np.diff(chosen, axis=1) > 0
+        good = (ends == behind).all(axis=1) & (counts > 0) & (chosen.max(axis=1) <= step.positions)
+        good &= (steps_up | behind[:, 1:]).all(axis=1)
+        if not good.all():
+            t = int(np.flatnonzero(~good)[0])
+            self.refuse(
+                "chosen", f"no list of positions for token {t}", f"ascending ones up to {step.positions[t]}, then -1,"
+            )
+
     def step(self, step: Step, tokens: int, slots: int) -> None:
         """A step's own arrays, and that the pages that its tokens see are pages of a cache of so many slots."""
         tables, seq_of, positions = step.block_tables, step.seq_of, step.positions

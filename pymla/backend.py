@@ -132,7 +132,7 @@ class Quant(Protocol):
 
 
 class Norm(Protocol):
-    """RMS normalisation and the residual sum."""
+    """Normalisation and the residual sum."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> Array:
         """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis.
@@ -148,6 +148,22 @@ class Norm(Protocol):
         Notes
         -----
         Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+        """
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> Array:
+        """``out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` along the last axis.
+
+        Parameters
+        ----------
+        x : float array (T, K), with contiguous rows
+        weight, bias : float32 array (K,)
+        eps : float, at least 0
+        out : float array (T, K), contiguous
+            May be `x` itself.
+
+        Notes
+        -----
+        Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 4; the variance is that of K numbers, not K - 1.
         """
 
     def normed(self, x: Array, weight: Array, eps: float, out: Array, y: Array | None = None) -> MatrixInput:
@@ -411,6 +427,67 @@ class Attention(Protocol):
         self, q: Array, latent: QTensor, rope: QTensor, step: Step, scale: float, out: Array
     ) -> Array:
         """`absorbed` with the scores of all positions in memory at once instead of an online softmax (``--mla 2``)."""
+
+    def index_cache(self, qtype: int, width: int, slots: int) -> QTensor:
+        """Memory for the indexer's keys of so many slots, a multiple of 64. Its contents are not set; `store` writes
+        rows into it.
+
+        Parameters
+        ----------
+        qtype : int
+            F32, F16, BF16 or Q8_0. A backend may keep the rows in a form of its own, of the same precision.
+        width : int
+            Numbers of a key, D, a multiple of 32.
+        slots : int
+        """
+
+    def choose(self, q: Array, weights: Array, keys: QTensor, step: Step, out: Array) -> Array:
+        """The positions that each token attends to: the lightning indexer of sparse attention.
+
+        The score of position s for token t is ``I[t, s] = Σ_h weights[t, h] * max(0, q[t, h] · keys[s])``, for s ≤ p,
+        where p is the token's position.
+
+        Parameters
+        ----------
+        q : float array (T, H, D), contiguous
+            The indexer's queries, rotated. H is the number of the indexer's heads.
+        weights : float array (T, H), contiguous
+            Of any sign.
+        keys : QTensor of slots × D
+            Of `index_cache`.
+        step : Step
+            As for `absorbed`.
+        out : int32 array (T, k), contiguous
+            Out: the k positions of the largest scores, in ascending order; of equal scores the lower position. A token
+            with p < k sees them all: it gets 0 to p, and behind them -1, and no key is read for it.
+
+        Notes
+        -----
+        Cost: a token with p ≥ k multiplies H * D for every position that it sees; the keys of its sequence are read
+        once.
+
+        DeepSeek-V3.2-Exp (2025), section 2.1, equation 1.
+        """
+
+    def sparse(
+        self, q: Array, latent: QTensor, rope: QTensor, step: Step, chosen: Array, scale: float, out: Array
+    ) -> Array:
+        """`absorbed` over the chosen positions alone: no other row of the cache is read.
+
+        Parameters
+        ----------
+        q, latent, rope, step, scale, out
+            As for `absorbed`.
+        chosen : int32 array (T, k), contiguous
+            From `choose`: ascending positions from 0 to ``step.positions[t]``, one at least; -1 from the end of them
+            on.
+
+        Notes
+        -----
+        Cost: a token multiplies H * (2 * rank + R) for every chosen position, and reads its rows once for all heads.
+
+        DeepSeek-V3.2-Exp (2025), section 2.1, equation 2.
+        """
 
     def heads_at_once(self, config: ModelConfig, tokens: int, exact: bool) -> int:
         """How many heads' expanded keys and values of so many tokens the backend likes to have at a time; at least 1.

@@ -105,6 +105,13 @@ class Contract:
         call.float("x", x, out.shape, rows=True)
         call.array("weight", weight, FLOAT32, (out.shape[1],), contiguous=True)
 
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
+        call = self._call("layer_norm")
+        call.float("out", out, (None, None), contiguous=True)
+        call.float("x", x, out.shape, rows=True)
+        call.array("weight", weight, FLOAT32, (out.shape[1],), contiguous=True)
+        call.array("bias", bias, FLOAT32, (out.shape[1],), contiguous=True)
+
     def normed(self, x: Array, weight: Array, eps: float, out: Array, y: Array | None = None) -> None:
         call = self._call("normed")
         call.float("x", x, (None, None), contiguous=True)
@@ -243,7 +250,7 @@ class Contract:
         out: Array,
         operation: str = "absorbed",
     ) -> None:
-        """Also of `absorbed_materialised`, which `operation` then says."""
+        """Also of `absorbed_materialised` and `sparse`, which `operation` then says."""
         call = self._call(operation)
         call.float("q", q, (None, None, None), contiguous=True)
         call.float("out", out, (*q.shape[:2], None), rows=True)
@@ -254,6 +261,29 @@ class Contract:
         if call.cache("rope", rope, rotated) != slots:
             call.refuse("rope", f"of {len(rope.data)} slots", f"as many as latent has, {slots},")
         call.step(step, len(q), slots)
+
+    def choose(self, q: Array, weights: Array, keys: QTensor, step: Step, out: Array) -> None:
+        call = self._call("choose")
+        call.float("q", q, (None, None, None), contiguous=True)
+        call.float("weights", weights, q.shape[:2], contiguous=True)
+        if q.shape[2] < 1 or q.shape[2] % 32:
+            call.refuse("q", f"of {q.shape[2]} numbers a head", "a multiple of 32")
+        slots = call.cache("keys", keys, q.shape[2])
+        call.array("out", out, INT32, (len(q), None), contiguous=True)
+        if out.shape[1] < 1:
+            call.refuse("out", "of no positions", "one position at least")
+        call.step(step, len(q), slots)
+
+    def sparse(
+        self, q: Array, latent: QTensor, rope: QTensor, step: Step, chosen: Array, scale: float, out: Array
+    ) -> None:
+        self.absorbed(q, latent, rope, step, scale, out, "sparse")
+        call = self._call("sparse")
+        call.array("chosen", chosen, INT32, (len(q), None), contiguous=True)
+        if chosen.shape[1] < 1:
+            call.refuse("chosen", "of no positions", "one position at least")
+        if self._abilities.known():
+            call.chosen(step, chosen)
 
     def full(self, q: Array, keys: QTensor, values: QTensor, step: Step, scale: float, out: Array) -> None:
         call = self._call("full")

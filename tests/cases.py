@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from definitions import cached
-from make_golden import SHAPES
+from make_golden import SHAPES, SPARSE_SHAPES
 from make_model import PRESETS, Shape
 from random_weights import ONE, put_scales, random_blocks
 
@@ -17,7 +17,7 @@ from pymla.reference.quant import quantise, quantise_activations
 from pymla.tensor import QTensor
 
 #: Small models of every structure, for `make_model`. Tests vary them with `dataclasses.replace`.
-TINY: dict[str, Shape] = {**SHAPES, "tiny": PRESETS["tiny"]}
+TINY: dict[str, Shape] = {**SHAPES, **SPARSE_SHAPES, "tiny": PRESETS["tiny"]}
 
 #: Types for tests of whole operations. Among them is one with each value of each of their `features`, which is what the
 #: code around a type's own functions knows of it; the functions themselves are tested for every type

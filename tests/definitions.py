@@ -19,6 +19,11 @@ def rms_norm(x, weight, eps):
     return np.array([row / np.sqrt(row @ row / len(row) + eps) * weight for row in x.astype(np.float64)])
 
 
+def layer_norm(x, weight, bias, eps):
+    rows = x.astype(np.float64)
+    return np.array([(row - row.mean()) / np.sqrt(row.var() + eps) * weight + bias for row in rows])
+
+
 def rotated(x, positions, inv_freq, magnitude, layout):
     """Pairs at the end of every head of x (T, H, D), turned as complex numbers: neighbours, or with the layout "neox"
     a number of the first half and one of the second."""
@@ -97,6 +102,29 @@ def absorbed(q, latent: QTensor, rope: QTensor, step, scale):
     for t, (sequence, position) in enumerate(zip(step.seq_of, step.positions, strict=True)):
         c_kv = rows_of(latent, step, sequence, position + 1)
         keys = np.concatenate([c_kv, rows_of(rope, step, sequence, position + 1)], axis=1)
+        out.append([attend(head, keys, c_kv, scale) for head in q[t].astype(np.float64)])
+    return np.array(out)
+
+
+def index_scores(q, weights, keys: QTensor, step):
+    """The indexer's scores of every token for the positions that it sees: a list of T arrays."""
+    scores = []
+    for t, (sequence, position) in enumerate(zip(step.seq_of, step.positions, strict=True)):
+        rows, heads = rows_of(keys, step, sequence, position + 1), q[t].astype(np.float64)
+        scores.append(
+            np.array([sum(w * max(0, h @ row) for w, h in zip(weights[t], heads, strict=True)) for row in rows])
+        )
+    return scores
+
+
+def sparse(q, latent: QTensor, rope: QTensor, step, chosen, scale):
+    """Attention of q (T, H, rank + R) in the latent space over chosen positions (T, k): (T, H, rank)."""
+    out = []
+    for t, sequence in enumerate(step.seq_of):
+        positions = [p for p in chosen[t] if p >= 0]
+        slots = [step.block_tables[sequence, p // PAGE] * PAGE + p % PAGE for p in positions]
+        c_kv, k_pe = (cached(QTensor(rows.qtype, rows.data[slots])) for rows in (latent, rope))
+        keys = np.concatenate([c_kv, k_pe], axis=1)
         out.append([attend(head, keys, c_kv, scale) for head in q[t].astype(np.float64)])
     return np.array(out)
 

@@ -52,6 +52,15 @@ def latent(rng, backend, rank, rope, slots):
     return cache
 
 
+def index(rng, backend, width, slots):
+    """A cache of the indexer's keys of a type, with rows in it."""
+    qtype = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q8_0)[rng.integers(4)]
+    keys = backend.attention.index_cache(qtype, width, slots)
+    every = backend.memory.to_device(np.arange(slots, dtype=np.int32))
+    backend.attention.store(backend.memory.to_device(floats(rng, slots, width)), every, keys)
+    return keys
+
+
 class Case(NamedTuple):
     """Sizes and types of one call of every operation."""
 
@@ -132,6 +141,16 @@ def _norms(rng, backend, s):
                 "out": unset(s.tokens, s.columns),
             },
         )
+    yield (
+        norm.layer_norm,
+        {
+            "x": floats(rng, s.tokens, s.columns),
+            "weight": floats(rng, s.columns),
+            "bias": floats(rng, s.columns),
+            "eps": 1e-5,
+            "out": unset(s.tokens, s.columns),
+        },
+    )
     yield norm.add, {"x": floats(rng, s.tokens, s.columns), "y": floats(rng, s.tokens, s.columns)}
     yield (
         rope.angles,
@@ -206,6 +225,15 @@ def _attention(rng, backend, s):
         latents = {"latent": cache.latent, "rope": cache.rope, "step": step, "scale": 0.1}
         q = floats(rng, s.tokens, s.heads, s.rank + s.rope)
         yield operation, {"q": q, **latents, "out": unset(s.tokens, s.heads, s.rank)}
+    most = int(rng.integers(1, pages * PAGE + 1))
+    chosen = [list(range(p + 1))[-most:] for p in step.positions.tolist()]
+    chosen = np.array([each + [-1] * (most - len(each)) for each in chosen], np.int32)
+    q = floats(rng, s.tokens, s.heads, s.rank + s.rope)
+    latents = {"latent": cache.latent, "rope": cache.rope, "step": step, "chosen": chosen, "scale": 0.1}
+    yield attention.sparse, {"q": q, **latents, "out": unset(s.tokens, s.heads, s.rank)}
+    keys = index(rng, backend, s.rank, slots)
+    indexed = {"q": floats(rng, s.tokens, s.heads, s.rank), "weights": floats(rng, s.tokens, s.heads), "keys": keys}
+    yield attention.choose, {**indexed, "step": step, "out": np.zeros((s.tokens, most), np.int32)}
     written = rng.permutation(slots)[: s.tokens].astype(np.int32)
     yield attention.store, {"rows": floats(rng, s.tokens, s.rank), "slots": written, "cache": cache.latent}
     table = rng.integers(0, 5, pages).astype(np.int32)

@@ -625,6 +625,7 @@ def test_bad_prompts(refused, model, tmp_path):
         (["--logit-bias", "512=1"], ["token 512", "vocabulary has 512"]),
         (["--cache-type", "q4"], ["--cache-type", "'q4'", "q8_0"]),
         (["--mla", 7], ["--mla", "'7'", "auto"]),
+        (["--dsa", "yes"], ["--dsa", "'yes'", "on", "off"]),
         (["--system", "Be brief."], ["--system", "--chat"]),
         (["--template-var", "a=1"], ["--template-var", "--chat"]),
         (["--logprobs", 2], ["--logprobs", "--json"]),

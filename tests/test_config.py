@@ -11,7 +11,7 @@ from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.attention_temperature import AttentionTemperature
-from pymla.models.config import ModelConfig, Yarn
+from pymla.models.config import Indexer, ModelConfig, Yarn
 from pymla.models.metadata import NOT_RUN
 
 # Metadata of published files, without the architecture's prefix.
@@ -623,6 +623,81 @@ def test_groups_of_one_expert(load):
     assert load(V2 | {"expert_group_count": 160, "expert_group_used_count": 8}).n_group == 160
 
 
+# Indexers of sparse attention -----------------------------------------------------------------------------------------
+
+V32 = (
+    V3
+    | MLA
+    | {
+        "attention.indexer.head_count": 64,
+        "attention.indexer.key_length": 128,
+        "attention.indexer.top_k": 2048,
+    }
+)
+
+
+def sparse(load, arch="deepseek32", **changed):
+    """The configuration of V3.2, with some keys of the indexer changed."""
+    return load(V32 | {f"attention.indexer.{key}": value for key, value in changed.items()}, arch=arch)
+
+
+def test_v3_2(load):
+    config = sparse(load)
+    assert config.architecture == "deepseek32"
+    assert config.indexer == Indexer(heads=64, head_dim=128, top_k=2048, full=(True,) * 61)
+    assert dataclasses.replace(config, architecture="deepseek2", indexer=None) == load(V3 | MLA)
+    assert config.dense() == dataclasses.replace(config, indexer=None)
+    assert load(V32).indexer is None  # deepseek2 has none, whatever its file says
+
+
+def test_v3_2_with_a_layer_that_predicts_further_tokens(load):
+    config = load(V32 | {"block_count": 62, "nextn_predict_layers": 1}, arch="deepseek32")
+    assert (config.num_hidden_layers, config.num_nextn_predict_layers, len(config.indexer.full)) == (61, 1, 61)
+
+
+def test_layers_that_share_choices(load):
+    types = [True] * 3 + [False] * 58
+    assert sparse(load, "glm-dsa", types=types).indexer.full == tuple(types)
+    assert sparse(load, "glm-dsa").indexer == Indexer(64, 128, 2048, (True,) * 61, interleave=True)
+    # GLM-5.2, by the length of its context.
+    full = load(V32 | {"context_length": 1 << 20}, arch="glm-dsa").indexer.full
+    assert [i for i, each in enumerate(full) if each] == [0, 1, 2, *range(6, 61, 4)]
+    assert all(load(V32 | {"context_length": 1 << 20}, arch="deepseek32").indexer.full)
+
+
+def test_glm_without_a_gating_function(load):
+    assert load(without(V32, "expert_gating_func"), arch="glm-dsa").scoring_func == "sigmoid"
+    assert load(without(V3, "expert_gating_func")).scoring_func == "softmax"
+
+
+@pytest.mark.parametrize("key", ["head_count", "key_length", "top_k"])
+def test_missing_sizes_of_the_indexer(load, key):
+    with pytest.raises(PymlaError, match=rf"deepseek32\.attention\.indexer\.{key} is missing"):
+        load(without(V32, f"attention.indexer.{key}"), arch="deepseek32")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"key_length": 32}, "is 32; a multiple of 32, and at least the 64 rotated numbers, is expected"),
+        ({"key_length": 100}, "is 100; a multiple of 32"),
+        ({"top_k": 0}, "is 0; a number from 1"),
+        ({"types": [True] * 60}, "is of 60 layers; 61 are expected"),
+        ({"types": [False] + [True] * 60}, "is false for layer 0; there is no choice before it that it could share"),
+        ({"types": [2] * 61}, "is not a list of true and false"),
+        ({"types": True}, "types is True, but an array is expected"),
+    ],
+)
+def test_indexers_that_are_refused(load, changed, words):
+    with pytest.raises(PymlaError, match=words):
+        sparse(load, "glm-dsa", **changed)
+
+
+def test_an_indexer_needs_low_rank_queries(load):
+    with pytest.raises(PymlaError, match=r"q_lora_rank is 0; the indexer's queries come from the low-rank ones"):
+        load(without(V32, "attention.q_lora_rank"), arch="deepseek32")
+
+
 # Other families -------------------------------------------------------------------------------------------------------
 
 MINICPM3 = {
@@ -708,7 +783,7 @@ def test_the_size_of_a_value_has_a_default(load):
 
 
 def test_an_unknown_architecture(load):
-    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; pymla runs deepseek2, minicpm3, .*plm"):
+    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; pymla runs deepseek2, .*minicpm3, .*plm"):
         load(V2, arch="llama")
 
 

@@ -74,6 +74,20 @@ MINICPM3 = dataclasses.replace(
     attention_factor=1.2,
 )
 PLM = dataclasses.replace(DENSE, name="plm", architecture="plm")
+#: Sparse attention. The choice is made in the first layer, from numbers that no backend rounds.
+V32 = dataclasses.replace(
+    ALL_EXPERTS,
+    name="v3.2",
+    architecture="deepseek32",
+    q_lora_rank=32,
+    scoring_func="sigmoid",
+    index_topk=8,
+    index_n_heads=16,
+    index_head_dim=32,
+)
+GLM = dataclasses.replace(
+    V32, name="glm", architecture="glm-dsa", num_hidden_layers=2, indexer_types=("full", "shared")
+)
 VOCABULARY = 24
 IDS = np.random.default_rng(0).integers(VOCABULARY, size=100, dtype=np.int32)
 
@@ -161,6 +175,29 @@ def test_forms_of_attention_and_cache_types(folder, mla, cache_type, tolerance, 
     pair = Pair(folder, LITE, ggml.F32, backend, cache_type=cache_type, mla=mla)
     pair.step({"a": (0, 9)}, tolerance, logits="all")
     pair.step({"a": (9, 10)}, tolerance)
+
+
+@pytest.mark.parametrize("shape", [V32, GLM], ids=["v3.2", "glm"])
+def test_sparse_attention(folder, shape):
+    """A prompt of which the last token chooses, a generated token, and a step of tokens that choose and that do not."""
+    pair = Pair(folder, shape, ggml.F32, backend, cache_type="f32", cache_tokens=2 * 64)
+    pair.step({"a": (0, 9)}, HALF, logits="all")
+    pair.step({"a": (9, 10)}, HALF)
+    pair.step({"b": (30, 31), "a": (10, 11)}, HALF)
+
+
+def test_sparse_attention_over_mixed_rows(folder):
+    """Keys of the indexer have 8 bits then, whose rounding changes no choice of all positions but one."""
+    pair = Pair(folder, dataclasses.replace(V32, name="v3.2-most", index_topk=9), ggml.F32, backend, cache_type="q4_0")
+    pair.step({"a": (0, 9)}, HALF)
+    pair.step({"a": (9, 10)}, {"rtol_max": 0.3, "reason": "one position of ten may be another one"})
+
+
+def test_a_choice_that_layers_share_goes_to_the_gpu(folder):
+    placement = Placement(cpu, (cpu, backend), (cpu, backend), backend)
+    pair = Pair(folder, GLM, ggml.F32, placement, cache_type="f32")
+    pair.step({"a": (0, 9)}, HALF)
+    pair.step({"a": (9, 10)}, HALF)
 
 
 def test_sequences_in_one_batch(folder):

@@ -67,6 +67,16 @@ def test_no_kernel_of_a_golden_model_is_missing(launched, name, mla):
         launched.clear()
 
 
+@pytest.mark.parametrize("mla", ["auto", "1", "3"])
+@pytest.mark.parametrize("name", ["v3.2", "glm-5"])
+def test_no_kernel_of_a_golden_model_with_an_indexer_is_missing(launched, name, mla):
+    for cache_type in CACHE_TYPES:
+        check(GOLDEN / f"{name}.gguf", launched, cache_type=cache_type, mla=mla)
+        launched.clear()
+    without = check(GOLDEN / f"{name}.gguf", launched, mla=mla, dsa=False)
+    assert not [each.__name__ for each in without if each.__name__.startswith(("index", "sparse", "choose"))]
+
+
 @pytest.mark.parametrize("qtype", ["q4_0", "q8_0", "f16"])
 def test_no_kernel_of_a_type_is_missing(tmp_path, launched, qtype):
     path = make_model(tmp_path / "model.gguf", SHAPE, qtype=qtype, seed=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import TINY
 from compare import assert_close, relative_error
+from make_golden import SPARSE_SHAPES
 from make_model import make_model
 
 import pymla
@@ -38,7 +39,7 @@ def loaded(name, device="cpu", mla="auto", cache_type="f32"):
 
 def test_provenance_names_every_golden_file():
     models = json.loads((GOLDEN / "provenance.json").read_text())["models"]
-    assert sorted(models) == sorted(NAMES) == sorted(path.stem for path in GOLDEN.glob("*.gguf"))
+    assert sorted(models) == sorted((*NAMES, *SPARSE_SHAPES)) == sorted(path.stem for path in GOLDEN.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("mla", MLA)

@@ -15,7 +15,7 @@ from cases import (
     rows_to_norm,
 )
 from compare import assert_close
-from definitions import dense, rms_norm, rotated, tempered
+from definitions import dense, layer_norm, rms_norm, rotated, tempered
 from tested import SIMULATED, assert_quantised, each_backend
 
 from pymla import ggml
@@ -134,6 +134,21 @@ def test_rms_norm(backend, columns):
     actual = backend.result(backend.norm.rms_norm, backend.put(wide)[:, :columns], weight, eps, shape=x.shape)
     for row, wanted in zip(actual, rms_norm(x, weight, eps), strict=True):
         assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+
+
+@pytest.mark.parametrize("columns", [8, 70, 300])
+def test_layer_norm(backend, columns):
+    """As `test_rms_norm`, with a mean."""
+    x, weight, eps = rows_to_norm(columns)
+    x, bias = (x + x.std(1, keepdims=True)).astype(backend.dtype) / 3, backend.normal(columns).astype(np.float32)
+    wide = np.full((len(x), columns + 29), np.nan, backend.dtype)
+    wide[:, :columns] = x
+    actual = backend.result(backend.norm.layer_norm, backend.put(wide)[:, :columns], weight, bias, eps, shape=x.shape)
+    for row, wanted in zip(actual, layer_norm(x, weight, bias, eps), strict=True):
+        assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+    there = backend.put(x.copy())
+    backend.norm.layer_norm(there, backend.put(weight), backend.put(bias), eps, there)
+    np.testing.assert_array_equal(backend.memory.to_host(there), actual)
 
 
 @pytest.mark.parametrize("columns", [8, 32, 70, 96, 99, 1056, 2112])

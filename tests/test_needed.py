@@ -9,6 +9,7 @@ from make_model import PRESETS, make_model
 import pymla
 from pymla import cpu
 from pymla.cpu import needed
+from pymla.cpu.attention.largest import take_largest
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel
 
@@ -60,6 +61,20 @@ def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
         generate(language_model)
         missing = launched - set(needed.kernels(language_model.model))
     assert not missing, sorted(kernel.__name__ for kernel in missing)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("preset", ["tiny-v3.2", "tiny-glm"])
+def test_no_kernel_of_sparse_attention_is_missing(tmp_path, launched, preset, cache_type):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS[preset], context_length=512), seed=1)
+    for dsa in (True, False):
+        with pymla.load(path, device="cpu", ctx=512, cache_type=cache_type, dsa=dsa) as language_model:
+            generate(language_model)
+            wanted = set(needed.kernels(language_model.model))
+        assert not launched - wanted, sorted(kernel.__name__ for kernel in launched - wanted)
+        assert (take_largest in wanted) == dsa
+        launched.clear()
 
 
 def test_a_type_is_compiled_alone(tmp_path):

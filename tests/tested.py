@@ -10,9 +10,10 @@ import os
 import numpy as np
 import pytest
 from cases import as_multiplied, on_cpu, panel_codes
+from definitions import cached
 from operations import on
 
-from pymla import cpu, reference
+from pymla import cpu, ggml, reference
 from pymla.reference.quant import quantise_activations
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
@@ -77,6 +78,19 @@ class Tested:
     def latent(self, layout, blocks):
         """A latent cache that holds the rows of ggml blocks."""
         return [self.put(each) for each in blocks]
+
+    def index(self, blocks):
+        """A cache of an indexer's keys that holds the rows of ggml blocks; rows that are not numbers stay NaN."""
+        target = self.attention.index_cache(
+            blocks.qtype, ggml.columns(blocks.qtype, blocks.data.shape[1]), len(blocks.data)
+        )
+        nothing = np.full(target.data.shape, 0xFF, np.uint8)
+        self.memory.write(target.data, nothing)
+        with np.errstate(invalid="ignore"):
+            rows = cached(blocks).astype(self.dtype)
+        slots = np.flatnonzero(np.isfinite(rows).all(1)).astype(np.int32)
+        self.attention.store(self.put(rows[slots]), self.put(slots), target)
+        return target
 
 
 class Reference(Tested):

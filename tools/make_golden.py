@@ -130,6 +130,31 @@ _OF_LAYER = {
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
+_SPARSE = dataclasses.replace(
+    _SMALL,
+    q_lora_rank=32,
+    scoring_func="sigmoid",
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    index_topk=24,
+    index_n_heads=16,  # of few heads no score may be above 0, and equal ones leave the choice open
+    index_head_dim=64,
+)
+#: Models with an indexer; the long prompt has more tokens than it chooses.
+SPARSE_SHAPES = {
+    "v3.2": dataclasses.replace(_SPARSE, name="v3.2", architecture="deepseek32", n_group=4, topk_group=2, **_YARN),
+    "glm-5": dataclasses.replace(
+        _SPARSE,
+        name="glm-5",
+        architecture="glm-dsa",
+        num_hidden_layers=4,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        indexer_types=("full", "shared", "shared", "full"),
+    ),
+}
 
 
 #: transformers' classes of models, by a shape's name, where they are not those of DeepSeek.
@@ -142,7 +167,12 @@ CLASSES = {
 
 
 #: The same of other architectures than deepseek2, by their names.
-CLASSES_OF_FAMILIES = {"minicpm3": "MiniCPM3", "mistral4": "Mistral4"}
+CLASSES_OF_FAMILIES = {
+    "deepseek32": "DeepseekV32",
+    "glm-dsa": "GlmMoeDsa",
+    "minicpm3": "MiniCPM3",
+    "mistral4": "Mistral4",
+}
 
 
 def hf_class(shape: Shape) -> str:
@@ -166,6 +196,7 @@ def hf_config(shape: Shape):
         "num_key_value_heads": shape.num_attention_heads,
         "q_lora_rank": shape.q_lora_rank or None,
         "first_k_dense_replace": shape.dense_layers,
+        "indexer_types": list(shape.indexer_types) if shape.indexer_types else None,
         "mlp_layer_types": [
             "dense" if layer < shape.dense_layers else "sparse" for layer in range(shape.num_hidden_layers)
         ],
@@ -238,7 +269,7 @@ def random_model(shape: Shape, seed: int):
             if name in biases:
                 value.copy_(0.3 * noise)
             elif value.ndim == 1:
-                value.copy_(1 + 0.2 * noise)
+                value.copy_((not name.endswith(".bias")) + 0.2 * noise)
             elif "embed_tokens" in name:
                 value.copy_(noise)
             else:
@@ -263,8 +294,9 @@ def prompts(shape: Shape, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
-    """Experts chosen for every token in each layer, with relative `noise` on the embeddings."""
+def choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
+    """Experts, and positions to attend to, that are chosen for every token in each layer, with relative `noise` on the
+    embeddings."""
     import torch
 
     chosen = []
@@ -276,8 +308,14 @@ def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
     def record(_module, _inputs, output):
         chosen.append(np.sort(output[2].numpy(), axis=-1))
 
-    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    hooks = [gate.register_forward_hook(record) for gate in gates]
+    def record_positions(_module, _inputs, output):
+        positions = output[0].numpy()  # with any others behind them where a token sees fewer
+        seen = positions <= np.arange(len(positions))[:, None]
+        chosen.append(np.sort(np.where(seen, positions, -1), axis=-1))
+
+    modules = list(model.named_modules())
+    hooks = [module.register_forward_hook(record) for name, module in modules if name.endswith("mlp.gate")]
+    hooks += [m.register_forward_hook(record_positions) for name, m in modules if name.endswith("self_attn.indexer")]
     hooks.append(model.get_input_embeddings().register_forward_hook(disturb))
     try:
         logits(model, ids)
@@ -288,18 +326,19 @@ def expert_choices(model, ids, noise: float = 0.0) -> list[np.ndarray]:
 
 
 def choices_are_clear(model, ids, noise: float = 1e-5) -> bool:
-    """Whether rounding cannot change which experts are chosen, so that another engine must choose the same."""
-    exact, disturbed = expert_choices(model, ids), expert_choices(model, ids, noise)
+    """Whether rounding cannot change which experts and positions are chosen, so that another engine must choose the
+    same."""
+    exact, disturbed = choices(model, ids), choices(model, ids, noise)
     return all(np.array_equal(a, b) for a, b in zip(exact, disturbed, strict=True))
 
 
 def clear_model(shape: Shape, seed: int):
-    """The first model from `seed` on whose expert choices are clear for all prompts, and its seed."""
+    """The first model from `seed` on whose choices are clear for all prompts, and its seed."""
     for candidate in range(seed, seed + 100):
         model = random_model(shape, candidate)
         if all(choices_are_clear(model, ids) for ids in prompts(shape, candidate).values()):
             return model, candidate
-    raise RuntimeError(f"{shape.name}: no model with clear expert choices from seed {seed} on")
+    raise RuntimeError(f"{shape.name}: no model with clear choices from seed {seed} on")
 
 
 def save(model, shape: Shape, directory: Path):
@@ -347,9 +386,8 @@ def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
     """Convert a transformers model; `options` are convert's, where it knows the architecture."""
     from pymla.make.convert import convert
 
-    if shape.architecture != "deepseek2":
+    if shape.architecture not in ("deepseek2", "deepseek32", "glm-dsa"):
         return write_gguf(model, shape, path)
-
     with tempfile.TemporaryDirectory() as directory:
         save(model, shape, Path(directory))
         convert(directory, path, **{"qtype": "f32", "pre": "deepseek-llm", "name": shape.name} | options)
@@ -382,7 +420,7 @@ def _tensor_name(name: str) -> str:
 
 def make_golden(name: str, out: Path, seed: int) -> dict:
     """Write ``NAME.gguf`` and ``NAME.npz`` (ids and logits of every prompt); return their provenance."""
-    shape = SHAPES[name]
+    shape = (SHAPES | SPARSE_SHAPES)[name]
     model, used_seed = clear_model(shape, seed)
     to_gguf(model, shape, out / f"{name}.gguf")
     arrays = {}
@@ -401,7 +439,7 @@ def make_golden(name: str, out: Path, seed: int) -> dict:
     help="Folder to write to.  [default: tests/golden]",
 )
 @click.option("--seed", default=SEED, show_default=True)
-@click.option("--name", "names", multiple=True, type=click.Choice(list(SHAPES)), help="[default: all]")
+@click.option("--name", "names", multiple=True, type=click.Choice(list(SHAPES | SPARSE_SHAPES)), help="[default: all]")
 def main(out, seed, names):
     """Write the golden models, their logits and provenance.json, in which models that are not written stay."""
     import torch
@@ -421,7 +459,7 @@ def main(out, seed, names):
     }
     path = out / "provenance.json"
     kept = json.loads(path.read_text())["models"] if names else {}
-    written = {name: provenance | make_golden(name, out, seed) for name in names or SHAPES}
+    written = {name: provenance | make_golden(name, out, seed) for name in names or SHAPES | SPARSE_SHAPES}
     path.write_text(json.dumps({"models": kept | written}, indent=1) + "\n")
 
 

@@ -21,7 +21,7 @@ from pymla.errors import PymlaError
 from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
-from pymla.make.model_metadata import DENSE, LAYOUTS, Shape, model_metadata
+from pymla.make.model_metadata import LAYOUTS, Shape, model_metadata
 from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
@@ -31,6 +31,8 @@ QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
 MakeMatrix = Callable[..., NewTensor]
+#: Makes the weight of a norm of a name and size.
+MakeNorm = Callable[[str, int], NewTensor]
 
 
 def make_model(
@@ -99,7 +101,8 @@ def _resolve(shape: str | Shape, layers: int | None) -> Shape:
     if layers is not None:
         if layers < 1:
             raise PymlaError(f"a model needs at least one layer, not {layers}")
-        shape = replace(shape, num_hidden_layers=layers)
+        types = shape.indexer_types and shape.indexer_types[:layers]
+        shape = replace(shape, num_hidden_layers=layers, indexer_types=types)
     return shape
 
 
@@ -219,6 +222,8 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
             yield norm(blk + "nextn.enorm.weight", hidden)
             yield norm(blk + "nextn.hnorm.weight", hidden)
         yield from _attention(s, layout, matrix, norm, blk)
+        if s.has_indexer(i):
+            yield from _indexer(s, matrix, norm, blk, seed)
         yield norm(blk + "ffn_norm.weight", hidden)
         if i < s.dense_layers or not s.n_routed_experts:
             gated = s.architecture != "plm"
@@ -259,6 +264,16 @@ def _experts(s: Shape, matrix: MakeMatrix, blk: str) -> Iterator[NewTensor]:
         yield from _ffn(matrix, blk, "_exps", (experts,), inner, hidden)
     if s.n_shared_experts:
         yield from _ffn(matrix, blk, "_shexp", (), inner * s.n_shared_experts, hidden)
+
+
+def _indexer(s: Shape, matrix: MakeMatrix, norm: MakeNorm, blk: str, seed: int) -> Iterator[NewTensor]:
+    """The indexer of sparse attention. Its weights for heads are F32 in files of llama.cpp's converter."""
+    size, bias = s.index_head_dim, blk + "indexer.k_norm.bias"
+    yield matrix(blk + "indexer.attn_q_b.weight", s.index_n_heads * size, s.q_lora_rank)
+    yield matrix(blk + "indexer.attn_k.weight", size, s.hidden_size)
+    yield norm(blk + "indexer.k_norm.weight", size)
+    yield NewTensor(bias, (size,), ggml.F32, lambda: iter([normal(seed, bias, size) * np.float32(0.1)]))
+    yield matrix(blk + "indexer.proj.weight", s.index_n_heads, s.hidden_size, qtype=ggml.F32)
 
 
 def _ffn(
@@ -391,7 +406,7 @@ def main(preset, out, layers, layout, qtype, output_type, mix, seed, vocab):
 
     shape = PRESETS[preset]
     count = layers or shape.num_hidden_layers
-    if shape.architecture not in DENSE and bool(shape.q_lora_rank) == (count in (26, 27)):
+    if shape.architecture == "deepseek2" and bool(shape.q_lora_rank) == (count in (26, 27)):
         click.echo(
             "note: llama.cpp and ik_llama.cpp want q-LoRA unless a model has 26 or 27 layers: they refuse this file",
             err=True,

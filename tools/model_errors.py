@@ -15,7 +15,7 @@ import numpy as np
 from make_golden import SEED, clear_model, hf_class, logits, prompts, to_gguf
 from model_shapes import PRESETS, tiny
 
-from pymla.engine.forms import MLA_MODES
+from pymla.engine.forms import MLA_MODES, SPARSE_MODES
 from pymla.make.model_metadata import Shape
 
 
@@ -39,6 +39,11 @@ Examples:
 """
 
 
+def modes_of(shape: Shape) -> tuple[str, ...]:
+    """The modes in which a model runs."""
+    return SPARSE_MODES if shape.index_topk else MLA_MODES
+
+
 def errors(name: str, devices: tuple[str, ...]) -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
     """For each device the errors with a short and with a long prompt, by mode."""
     import pymla
@@ -51,7 +56,7 @@ def errors(name: str, devices: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
         path = to_gguf(model, shape, Path(folder) / "model.gguf")
         for device in devices:
             found = {}
-            for mla in MLA_MODES:
+            for mla in modes_of(shape):
                 with pymla.load(path, device=device, mla=mla, cache_type="f32") as loaded:
                     short, long = (_error(loaded.logits(ids[each]), expected[each]) for each in expected)
                 found[mla] = short, long
@@ -74,7 +79,7 @@ def main(models: tuple[str, ...], devices: tuple[str, ...]) -> None:
     click.echo("| --- | --- | --- |" + " ---: |" * len(MLA_MODES))
     for name in models or MODELS:
         for device, found in errors(name, devices):
-            cells = (f"{short:.0e}, {long:.0e}" for short, long in found.values())
+            cells = ("{:.0e}, {:.0e}".format(*found[mla]) if mla in found else "-" for mla in MLA_MODES)
             click.echo(f"| {name} | {hf_class(MODELS[name])} | {device} | {' | '.join(cells)} |")
 
 

@@ -356,6 +356,65 @@ PRESETS = {
     ),
 }
 
+_GLM_5 = Shape(
+    name="GLM-5",
+    architecture="glm-dsa",
+    hidden_size=6144,
+    num_hidden_layers=78,
+    intermediate_size=12288,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    n_shared_experts=1,
+    num_attention_heads=64,
+    vocab_size=154880,
+    first_k_dense_replace=3,
+    q_lora_rank=2048,
+    qk_nope_head_dim=192,
+    v_head_dim=256,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    scoring_func="sigmoid",
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    context_length=202752,
+    index_topk=2048,
+    index_n_heads=32,
+    index_head_dim=128,
+)
+_TINY_INDEXER = {"index_topk": 64, "index_n_heads": 16, "index_head_dim": 64}
+
+PRESETS |= {
+    "v3.2": dataclasses.replace(
+        PRESETS["v3"],
+        name="DeepSeek-V3.2",
+        architecture="deepseek32",
+        index_topk=2048,
+        index_n_heads=64,
+        index_head_dim=128,
+    ),
+    "glm-5": _GLM_5,
+    # Layers 0, 1 and 2 and every fourth from there on have an indexer.
+    "glm-5.2": dataclasses.replace(
+        _GLM_5,
+        name="GLM-5.2",
+        context_length=1 << 20,
+        indexer_types=tuple("full" if i < 3 or (i - 2) % 4 == 0 else "shared" for i in range(78)),
+    ),
+    "tiny-v3.2": dataclasses.replace(PRESETS["tiny"], name="tiny-v3.2", architecture="deepseek32", **_TINY_INDEXER),
+    "tiny-glm": dataclasses.replace(
+        PRESETS["tiny"],
+        name="tiny-glm",
+        architecture="glm-dsa",
+        n_group=1,
+        topk_group=1,
+        yarn_factor=1.0,
+        rope_theta=1e6,
+        indexer_types=("full", "shared", "shared", "full"),
+        **_TINY_INDEXER,
+    ),
+}
+
 #: Models that have the shape of another one, or differ in what is listed.
 _ALIKE = {
     "coder-v2-lite": ("v2-lite", {"name": "DeepSeek-Coder-V2-Lite"}),
@@ -400,4 +459,8 @@ def tiny(shape: Shape) -> Shape:
         yarn_original=32,
         temperature_length=32 if shape.temperature_scale else 0,
         rope_factors=shape.rope_factors and tuple(each[: shape.qk_rope_head_dim // 4] for each in shape.rope_factors),
+        index_topk=24 if shape.index_topk else 0,
+        index_n_heads=16 if shape.index_topk else 0,  # of few no score may be above 0, and equal ones leave it open
+        index_head_dim=64 if shape.index_topk else 0,
+        indexer_types=("full", "shared", "full") if shape.indexer_types else None,
     )

@@ -1,5 +1,5 @@
-"""Options that several commands have: the device that a model runs on, how thoroughly its file is checked, and metadata
-in place of the file's own."""
+"""Options that several commands have: the device that a model runs on, sparse attention, how thoroughly its file is
+checked, and metadata in place of the file's own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,16 @@ check_tensors_option = click.option(
     "--check-tensors",
     is_flag=True,
     help="Read the whole file first, and refuse it for NaN, infinity or holes anywhere.",
+)
+
+
+dsa_option = click.option(
+    "--dsa",
+    type=click.Choice(("on", "off")),
+    default="on",
+    show_default=True,
+    callback=lambda _context, _option, value: value == "on",
+    help="Sparse attention, in models that have it; off: attend to all positions.",
 )
 
 

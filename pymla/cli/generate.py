@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from pymla.cli import figures, interrupt
-from pymla.cli.device import check_tensors_option, device_options, override_option
+from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.inputs import argument, biases, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
 from pymla.cli.terminal import Terminal
@@ -92,6 +92,7 @@ def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
     help="Attention: 0 full K and V cache; 1 absorbed; 2 expanded prompt, absorbed generation, materialised scores; "
     "3 the same with online softmax; auto the cheaper in each step.",
 )
+@dsa_option
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
 @check_tensors_option

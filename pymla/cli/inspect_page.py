@@ -137,6 +137,8 @@ def _model_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
         ("heads", f"{config['num_attention_heads']}, sizes {_head_sizes(config)}"),
         ("ranks", f"queries {config['q_lora_rank'] or 'none'}, keys and values {config['kv_lora_rank']}"),
     ]
+    if config["indexer"]:
+        rows.append(("sparse attention", _indexer(config["indexer"])))
     if moe:
         rows += [("experts", _experts(config)), ("routing", _routing(config))]
     return [*rows, ("rope", _rope(config))]
@@ -153,6 +155,12 @@ def _nextn(nextn: dict[str, Any]) -> str:
 
 def _head_sizes(config: dict[str, Any]) -> str:
     return "nope {qk_nope_head_dim}, rope {qk_rope_head_dim}, v {v_head_dim}".format(**config)
+
+
+def _indexer(indexer: dict[str, Any]) -> str:
+    full = sum(indexer["full"])
+    text = "the best {top_k:,} positions, by {heads} heads of {head_dim}".format(**indexer)
+    return text if full == len(indexer["full"]) else f"{text} in {full} of {len(indexer['full'])} layers"
 
 
 def _experts(config: dict[str, Any]) -> str:

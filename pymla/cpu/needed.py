@@ -61,18 +61,25 @@ def _types(layer, *names):
 
 
 #: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
 _UNGATED = "ffn_up", "ffn_down"
 
 
 def _attention(model, layer, cache):
     """The kernels of a layer's attention in the model's mode."""
-    types = *(rows.qtype for rows in cache), layer.attn_k_b.qtype, layer.attn_v_b.qtype
+    types = *(rows.qtype for rows in cache[:2]), layer.attn_k_b.qtype, layer.attn_v_b.qtype
     if model.mla == "0":
         return attention.full_kernels(*types)
     found = attention.absorbed_kernels(*types, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(*types, exact=model.cache.exact)
+    if model.config.indexer:
+        found += attention.sparse_kernels(*types[:2])
+    if layer.has_indexer:
+        found += norm.layer_norm_kernels() + attention.choose_kernels(cache.index_keys.qtype)
     return found
 
 

@@ -77,7 +77,10 @@ def _is_gpu(backend: Any) -> bool:
 
 
 #: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
 _UNGATED = "ffn_up", "ffn_down"
 
 
@@ -87,7 +90,7 @@ def _types(layer: Any, *names: str) -> list[int]:
 
 def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     """The kernels of a layer's attention in the model's mode."""
-    config, types, matrices = model.config, tuple(rows.qtype for rows in cache), (layer.attn_k_b, layer.attn_v_b)
+    config, types, matrices = model.config, tuple(rows.qtype for rows in cache[:2]), (layer.attn_k_b, layer.attn_v_b)
     k_b, v_b = (w.qtype for w in matrices)
     latent, expanded = (config.kv_lora_rank, config.qk_rope_head_dim), (config.qk_head_dim, config.v_head_dim)
     if model.mla == "0":
@@ -95,6 +98,12 @@ def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     found = attention.absorbed_kernels(types, latent, k_b, v_b, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(types, expanded, k_b, v_b)
+    if config.indexer:
+        found += attention.sparse_kernels(types, latent)
+    if layer.has_indexer:
+        indexer = config.indexer
+        found += norm.layer_norm_kernels()
+        found += attention.indexer_kernels(cache.index_keys.qtype, indexer.head_dim, indexer.heads)
     return found
 
 
@@ -103,8 +112,15 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     reports and tests compile."""
     from pymla.cuda import limits  # only those who measure need it
 
-    found = [*norm.kernels(), *rope.kernels(None), *sampling.kernels(), *limits.kernels(), *moe.router_kernels()]
-    found += moe.relu_squared_kernels()
+    found = [
+        *norm.kernels(),
+        *norm.layer_norm_kernels(),
+        *rope.kernels(None),
+        *sampling.kernels(),
+        *limits.kernels(),
+        *moe.router_kernels(),
+        *moe.relu_squared_kernels(),
+    ]
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:
         found += quant.matmul_kernels(qtype) + quant.embedding_rows_kernels(qtype)
@@ -115,9 +131,12 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
         latent_types = qtype, ggml.F16 if ggml.BLOCK_SIZE[qtype] > 1 else qtype
         for materialised in (False, True):
             found += attention.absorbed_kernels(latent_types, LATENT_SIZES, *float_types, materialised)
+        found += attention.sparse_kernels(latent_types, LATENT_SIZES)
         found += attention.expanded_kernels(latent_types, EXPANDED_SIZES, *float_types)
         if qtype not in HADAMARD_TYPES:
             found += attention.full_kernels((qtype, qtype), EXPANDED_SIZES, *float_types)
+            for heads in INDEX_HEADS:
+                found += attention.indexer_kernels(qtype, INDEX_WIDTH, heads)
     return {each.__name__: each for each in found}
 
 
@@ -125,3 +144,5 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
 MIXED_TYPES = ggml.Q4_0, ggml.Q8_0, ggml.Q4_0
 #: Sizes of DeepSeek's models: of ``c_kv`` and ``k_pe``, and of a key and a value of a head.
 LATENT_SIZES, EXPANDED_SIZES = (512, 64), (192, 128)
+#: Numbers of a key of the indexer, and its heads in DeepSeek-V3.2 and in GLM-5.
+INDEX_WIDTH, INDEX_HEADS = 128, (64, 32)

@@ -1,4 +1,4 @@
-"""RMS normalisation and the residual sum. Twin of `pymla.reference.norm`.
+"""Normalisation and the residual sum. Twin of `pymla.reference.norm`.
 
 `normed` does all work between two products in one launch: the residual sum, the norm, and quantising.
 """
@@ -43,6 +43,17 @@ def rms_norm(x, weight, eps, out):
     return out
 
 
+def layer_norm(x, weight, bias, eps, out):
+    """``out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` along the last axis; float32 (T, K), `weight` and
+    `bias` float32 (K,).
+
+    `x` may be columns of a wider array.
+    """
+    check.layer_norm(x, weight, bias, eps, out)
+    _layer_norm[len(x), THREADS](x, weight, bias, eps, out)
+    return out
+
+
 def normed(x, weight, eps, out, y=None):
     """``x += y``, then ``out = rms_norm(x)`` as an `Activation`, quantised where its length permits: all float32
     (T, K), contiguous, `weight` float32 (K,)."""
@@ -67,21 +78,33 @@ def add(x, y):
 
 
 def kernels():
-    """The kernels of this module."""
+    """The kernels of every model's norms and residual sums."""
     return [_rms_norm, _normed, _add]
+
+
+def layer_norm_kernels():
+    """The kernels of `layer_norm`."""
+    return [_layer_norm]
 
 
 @device
 def scale_of(square, columns, eps, partial):
     """The factor that normalises a row, from every thread's part of its sum of squares."""
-    square = warp_sum(square)
+    return div(np.float32(1), sqrt(div(_block_sum(square, partial), to_f32(columns)) + eps))
+
+
+@device
+def _block_sum(x, partial):
+    """The sum over the block, for all threads. Each of a kernel's sums has an array `partial` of its own, because no
+    thread waits until the others have read it."""
+    x = warp_sum(x)
     if lane() == 0:
-        partial[cuda.threadIdx.x // WARP] = square
+        partial[cuda.threadIdx.x // WARP] = x
     cuda.syncthreads()
-    square = np.float32(0)
+    total = np.float32(0)
     for warp in range(_WARPS):
-        square += partial[warp]
-    return div(np.float32(1), sqrt(div(square, to_f32(columns)) + eps))
+        total += partial[warp]
+    return total
 
 
 @kernel(STRIDED2, F1, types.float32, F2, max_threads=THREADS)
@@ -96,6 +119,24 @@ def _rms_norm(x, weight, eps, out):
     scale = scale_of(square, columns, eps, partial)
     for k in range(i, columns, THREADS):
         out[t, k] = x[t, k] * scale * weight[k]
+
+
+@kernel(STRIDED2, F1, F1, types.float32, F2, max_threads=THREADS)
+def _layer_norm(x, weight, bias, eps, out):
+    """A block takes a token."""
+    sums = cuda.shared.array(_WARPS, np.float32)
+    squares = cuda.shared.array(_WARPS, np.float32)
+    t, i = cuda.blockIdx.x, cuda.threadIdx.x
+    columns = x.shape[1]
+    total, square = np.float32(0), np.float32(0)
+    for k in range(i, columns, THREADS):
+        total += x[t, k]
+    mean = div(_block_sum(total, sums), to_f32(columns))
+    for k in range(i, columns, THREADS):
+        square = fma(x[t, k] - mean, x[t, k] - mean, square)
+    scale = scale_of(square, columns, eps, squares)
+    for k in range(i, columns, THREADS):
+        out[t, k] = fma((x[t, k] - mean) * scale, weight[k], bias[k])
 
 
 class Rows(NamedTuple):

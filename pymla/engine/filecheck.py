@@ -14,6 +14,7 @@ import numpy as np
 
 from pymla import ggml
 from pymla.engine.cache_layout import row_layout
+from pymla.engine.forms import check_mode
 from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
@@ -50,6 +51,7 @@ def examine(
     cache_type: str = "q8_0",
     mla: str = "auto",
     *,
+    dsa: bool = True,
     check_tensors: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Examined:
@@ -58,8 +60,8 @@ def examine(
     Parameters
     ----------
     file : ModelFile
-    cache_type, mla : as for `pymla.load`
-        Not every type of cache holds every model's rows.
+    cache_type, mla, dsa : as for `pymla.load`
+        Not every type of cache holds every model's rows, and not every mode goes with sparse attention.
     check_tensors : whether to look at all values of all tensors, which reads the whole file
     progress : called with (bytes done, bytes in all) while all values are looked at
 
@@ -71,6 +73,8 @@ def examine(
     problems: list[PymlaError] = []
     config = _collect(problems, lambda: ModelConfig.from_gguf(file))
     if config:
+        config = config if dsa else config.dense()
+        _collect(problems, lambda: check_mode(config, mla))
         _collect(problems, lambda: row_layout(config, cache_type, mla))
     tokenizer = _collect(problems, lambda: Tokenizer.from_gguf(file))
     if config and tokenizer:
@@ -209,8 +213,7 @@ def _value_problems(
             scan = values.scan(info, report)
             if scan.first_not_finite is not None:
                 yield PymlaError(_not_finite(info, scan, scan.first_not_finite))
-            # A bias may well be zero: that of experts is where they are balanced without one.
-            elif spec.field != "exp_probs_b" and (hole := scan.hole(info)):
+            elif not spec.is_bias and (hole := scan.hole(info)):
                 yield PymlaError(_hole(info, None if scan.is_zero else hole))
         done += info.data.nbytes
 

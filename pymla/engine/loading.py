@@ -38,6 +38,7 @@ def load(
     cpu_moe: bool = False,
     cache_type: str = "q8_0",
     mla: str | int = "auto",
+    dsa: bool = True,
     threads: int | None = None,
     ctx: int | None = None,
     check_tensors: bool = False,
@@ -63,6 +64,9 @@ def load(
         the latent rows of all modes but "0".
     mla : str
         "auto", "0", "1", "2" or "3" (`pymla.engine.forms.MLA_MODES`).
+    dsa : bool
+        Whether the attention of models with an indexer is sparse, as they were trained; otherwise they attend to all
+        positions, and the indexer is left out.
     threads : int, optional
         All usable cores by default.
     ctx : int, optional
@@ -89,10 +93,10 @@ def load(
     mode = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
     threads = None if threads is None else checks.integer("threads", threads, 1)
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
-    check_tensors = checks.flag("check_tensors", check_tensors)
+    check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
     file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
-    found = examine(file, cache_type, mode, check_tensors=check_tensors, progress=report.checking)
+    found = examine(file, cache_type, mode, dsa=dsa, check_tensors=check_tensors, progress=report.checking)
     config, tokenizer = found.check()
     recommended = recommended_sampling(file)
     for warning in (*tokenizer.warnings, *recommended.warnings):

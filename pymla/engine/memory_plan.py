@@ -7,7 +7,7 @@ from pymla import ggml
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
 from pymla.models.tensors import transposed_type
-from pymla.scratch import DEVICE, HOST
+from pymla.scratch import CHOICE_SCRATCH, DEVICE, HOST, most_choosing
 
 #: Bytes of Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
@@ -89,11 +89,28 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
         + heads * (config.kv_lora_rank + config.v_head_dim)
         + 2 * inner  # gate and up
         + config.num_experts_per_tok * config.hidden_size
+        + index_values(config)
     )
     expanded = 0 if mla == "1" else heads * HOST.expanded_bytes(config, ctx, exact=True)
     logits = config.vocab_size * 4
     # The fifth byte of a value is its int8 copy, which matrices read.
-    return tokens * values * 5 + min(expanded, HOST.most_expanded) + logits
+    return tokens * values * 5 + min(expanded, HOST.most_expanded) + logits + choice_bytes(config, ctx)
+
+
+def index_values(config: ModelConfig) -> int:
+    """Numbers of the indexer's queries, weights and key of a token."""
+    indexer = config.indexer
+    return indexer.heads * (indexer.head_dim + 1) + indexer.head_dim if indexer else 0
+
+
+def choice_bytes(config: ModelConfig, ctx: int) -> int:
+    """Bytes of the positions that the tokens of a step choose, in a sequence of at most `ctx`: those of as many tokens
+    as choose at a time, and of the ones before them in the same step that attend to all positions; and of the scores
+    by which they choose."""
+    if config.indexer is None or ctx <= config.indexer.top_k:
+        return 0
+    top_k = config.indexer.top_k
+    return 4 * top_k * min(ctx, most_choosing(top_k) + top_k) + CHOICE_SCRATCH
 
 
 def device_scratch_bytes(config: ModelConfig, mla: str, ctx: int) -> int:

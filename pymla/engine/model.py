@@ -57,7 +57,7 @@ class Model:
     Raises
     ------
     PymlaError
-        There is no such mode or type of cache, or the type does not fit the model's sizes.
+        There is no such mode or type of cache, or it does not fit the model.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Model:
         cache_tokens: int | None = None,
         dtype: Any = np.float32,
     ):
-        check_mode(mla)
+        check_mode(config, mla)
         layers = config.num_hidden_layers
         place = backend if isinstance(backend, Placement) else Placement.on(backend, layers)
         self.placement, self.backend = place, place.output

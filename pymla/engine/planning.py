@@ -111,7 +111,7 @@ class Planner:
         return MemoryPlan(
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
-            cache=self._cache(ctx, self.config.num_hidden_layers - first),
+            cache=self._cache(ctx, range(first, self.config.num_hidden_layers)),
             scratch=device_scratch_bytes(self.config, self.mla, ctx),
             process=RESERVE,
         )
@@ -128,7 +128,7 @@ class Planner:
         return MemoryPlan(
             weights=self.file.nbytes - self.in_file(uploaded | self.interleaved | self.not_run),
             derived=sum(self._derived[:first]),
-            cache=self._cache(ctx, first),
+            cache=self._cache(ctx, range(first)),
             scratch=scratch,
             process=PROCESS_BYTES,
             plain=passing + sum(self._sizes[name] for name in self.interleaved - uploaded),
@@ -147,8 +147,8 @@ class Planner:
         tensors = (self.file.tensors[name] for name in names)
         return sum(ggml.tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors)
 
-    def _cache(self, ctx: int, layers: int) -> int:
-        return cache_bytes(self.config, self.cache_type, self.mla, ctx) * layers // self.config.num_hidden_layers
+    def _cache(self, ctx: int, layers: range) -> int:
+        return cache_bytes(self.config, self.cache_type, self.mla, ctx, layers)
 
 
 def choose(planner: Planner, wish: Wish, device: int, host: int) -> Choice:

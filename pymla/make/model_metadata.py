@@ -10,6 +10,9 @@ from pymla.files.gguf_writer import Value
 
 ARCHITECTURE = "deepseek2"
 
+#: A key that the gguf package does not have yet.
+_INDEXER_TYPES = "{arch}.attention.indexer.types"
+
 #: Architectures of dense networks alone, whose files have no keys of experts.
 DENSE = ("minicpm3", "plm")
 
@@ -35,7 +38,8 @@ class Shape:
     ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. Of
     ``rope_factors`` (LongRoPE) the first are for sequences longer than ``yarn_original`` tokens, the second for others.
     ``temperature_scale=0`` means no attention temperature, and ``num_nextn_predict_layers`` are behind
-    ``num_hidden_layers``. ``fused_experts`` puts gate and up of the experts into one tensor.
+    ``num_hidden_layers``. ``fused_experts`` puts gate and up of the experts into one tensor. ``index_topk=0`` means no
+    indexer; ``indexer_types=None`` that the file does not say which layers have one.
     """
 
     name: str
@@ -75,12 +79,22 @@ class Shape:
     temperature_length: int = 0
     num_nextn_predict_layers: int = 0
     fused_experts: bool = False
+    index_topk: int = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    indexer_types: tuple[str, ...] | None = None  # "full" or "shared", of each layer
 
     @property
     def dense_layers(self) -> int:
         """Layers without experts, which come first."""
         layers = self.num_hidden_layers
         return min(self.first_k_dense_replace, layers) if self.n_routed_experts else layers
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer has an indexer of its own, as those that predict further tokens always do."""
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return self.index_topk > 0
+        return self.indexer_types[layer] == "full"
 
 
 def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
@@ -101,6 +115,7 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
         Keys.Attention.LAYERNORM_RMS_EPS: float(shape.rms_norm_eps),
         Keys.LLM.VOCAB_SIZE: shape.vocab_size,
         **_attention(shape, layout),
+        **_indexer(shape),
         **({} if shape.architecture in DENSE else _experts(shape)),
         **_rope(shape),
     }
@@ -131,6 +146,19 @@ def _attention(shape: Shape, layout: str) -> dict[str, Value]:
     # Files of MiniCPM3 leave out what is the reader's default.
     if shape.architecture != "minicpm3" or shape.v_head_dim != shape.hidden_size // shape.num_attention_heads:
         found[Keys.Attention.VALUE_LENGTH] = shape.v_head_dim
+    return found
+
+
+def _indexer(shape: Shape) -> dict[str, Value]:
+    if not shape.index_topk:
+        return {}
+    found: dict[str, Value] = {
+        Keys.Attention.Indexer.HEAD_COUNT: shape.index_n_heads,
+        Keys.Attention.Indexer.KEY_LENGTH: shape.index_head_dim,
+        Keys.Attention.Indexer.TOP_K: shape.index_topk,
+    }
+    if shape.indexer_types is not None:
+        found[_INDEXER_TYPES] = [each == "full" for each in shape.indexer_types]
     return found
 
 

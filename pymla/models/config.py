@@ -1,16 +1,17 @@
 """The configuration of a model: its sizes and switches, and the numbers that follow from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.attention_temperature import AttentionTemperature
 from pymla.models.config_reader import read_config
+from pymla.models.indexer import Indexer
 from pymla.models.yarn import Yarn
 
-__all__ = ["AttentionTemperature", "ModelConfig", "Yarn"]
+__all__ = ["AttentionTemperature", "Indexer", "ModelConfig", "Yarn"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # that logits are divided by
     rope_linear_factor: float = 1.0  # positions are divided by it; 1 with YaRN, which has a factor of its own
     attention_temperature: AttentionTemperature | None = None
+    indexer: Indexer | None = None  # of sparse attention; None: all positions are attended to
 
     @classmethod
     def from_gguf(cls, file: ModelFile) -> "ModelConfig":
@@ -69,6 +71,10 @@ class ModelConfig:
             pymla does not implement.
         """
         return cls(**read_config(file))
+
+    def dense(self) -> "ModelConfig":
+        """The configuration of the same model that attends to all positions."""
+        return replace(self, indexer=None)
 
     @property
     def qk_head_dim(self) -> int:
@@ -90,6 +96,11 @@ class ModelConfig:
     def rope_magnitude(self) -> float:
         """Factor on cos and sin: `attention_factor`, times `Yarn.rope_magnitude`."""
         return self.attention_factor * (1.0 if self.yarn is None else self.yarn.rope_magnitude)
+
+    @property
+    def rope_layouts(self) -> set[bool]:
+        """Whether pairs are neighbours, in attention and in the indexer: true, false, or both."""
+        return {self.rope_interleave, *([self.indexer.interleave] if self.indexer else [])}
 
     def inv_freq(self) -> np.ndarray:
         """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, divided by

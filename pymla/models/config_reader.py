@@ -183,9 +183,9 @@ def _intermediate_size(read: Metadata, layers: int, dense: int) -> int:
 def _scoring_func(read: Metadata, layers: int, vocab_size: int) -> str:
     value = read.size("expert_gating_func", 0, minimum=0)
     if value == 0:
-        # Files from before the key was written are of V2, with one exception, told as llama.cpp tells it.
+        # Files of deepseek2 from before the key was written are of V2, with one exception, told as llama.cpp tells it.
         is_glm_4_7_flash = layers in (47, 48) and vocab_size == 154880
-        return "sigmoid" if is_glm_4_7_flash else "softmax"
+        return "sigmoid" if is_glm_4_7_flash else FAMILIES[read.architecture].default_scoring_func
     if value not in SCORING_FUNCS:
         read.refuse("expert_gating_func", value, "pymla implements 1 (softmax) and 2 (sigmoid)")
     return SCORING_FUNCS[value]

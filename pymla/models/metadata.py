@@ -56,7 +56,7 @@ class Metadata:
             raise PymlaError(f"{file.path}: metadata general.type is {kind!r}: the file holds {_PARTS[kind]}")
         self.architecture: str = file.get("general.architecture", str)
         if self.architecture not in FAMILIES:
-            runs = f"pymla runs {', '.join(FAMILIES)} (DeepSeek V2, V3, R1 and their relatives)"
+            runs = f"pymla runs {', '.join(FAMILIES)} (DeepSeek V2, V3, V3.2, R1, GLM-5 and their relatives)"
             reason = NOT_RUN.get(self.architecture)
             raise PymlaError(
                 f"{file.path}: metadata general.architecture is {self.architecture!r}, which pymla does not run"

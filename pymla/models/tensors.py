@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
-from pymla.models.config import ModelConfig
+from pymla.models.config import Indexer, ModelConfig
 
 #: Fields of `Weights` that divide rope's frequencies (LongRoPE), which a file has or has not.
 ROPE_FACTORS = ("rope_factors_long", "rope_factors_short")
@@ -42,7 +42,7 @@ class TensorSpec(NamedTuple):
     @property
     def stem(self) -> str:
         """The name without its layer and without ``.weight`` or ``.bias``."""
-        return self.name.split(".")[-2]
+        return self.name.removeprefix(f"blk.{self.layer}.").rpartition(".")[0]
 
     @property
     def weights(self) -> int:
@@ -57,7 +57,12 @@ class TensorSpec(NamedTuple):
     @property
     def is_norm(self) -> bool:
         """Whether it is the weight of a norm."""
-        return self.stem.endswith("_norm")
+        return self.stem.endswith("_norm") and not self.is_bias
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a bias, of a norm or of the experts' choice; one may well be zero."""
+        return self.name.endswith(".bias")
 
     @property
     def is_router(self) -> bool:
@@ -100,7 +105,10 @@ def outer_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
 def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
     """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
     blk, hidden = _Block(index), config.hidden_size
-    specs = [*_attention(blk, config, names), blk.weight("ffn_norm", (hidden,))]
+    specs = [*_attention(blk, config, names)]
+    if config.indexer and config.indexer.full[index]:
+        specs += _indexer(blk, config, config.indexer)
+    specs.append(blk.weight("ffn_norm", (hidden,)))
     if index < config.first_k_dense_replace or not config.n_routed_experts:
         return [*specs, *_ffn(blk, "", config.intermediate_size, hidden, gated=config.hidden_act == "silu")]
     specs += _experts(blk, config, names)
@@ -160,6 +168,16 @@ def _attention(blk: _Block, config: ModelConfig, names: Container[str]) -> Itera
     else:
         yield blk.weight("attn_kv_b", (heads * (nope + v), rank))
     yield blk.weight("attn_output", (hidden, heads * v))
+
+
+def _indexer(blk: _Block, config: ModelConfig, indexer: Indexer) -> Iterator[TensorSpec]:
+    """The indexer of sparse attention."""
+    hidden, heads, size = config.hidden_size, indexer.heads, indexer.head_dim
+    yield blk.weight("indexer_attn_q_b", (heads * size, config.q_lora_rank), stem="indexer.attn_q_b")
+    yield blk.weight("indexer_attn_k", (size, hidden), stem="indexer.attn_k")
+    yield blk.weight("indexer_k_norm", (size,), stem="indexer.k_norm")
+    yield TensorSpec(blk.name("indexer.k_norm", "bias"), ((size,),), "indexer_k_norm_bias", "layer", blk.layer)
+    yield blk.weight("indexer_proj", (heads, hidden), stem="indexer.proj")
 
 
 def _experts(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterator[TensorSpec]:

@@ -43,6 +43,11 @@ class Layer:
     attn_k_b: QTensor  # H matrices of nope rows and rank columns
     attn_v_b: QTensor  # H matrices of v rows and rank columns
     attn_output: QTensor
+    indexer_attn_q_b: Maybe  # of sparse attention, where the layer chooses positions
+    indexer_attn_k: Maybe
+    indexer_k_norm: Maybe
+    indexer_k_norm_bias: Maybe
+    indexer_proj: Maybe
     ffn_norm: Array
     ffn_gate: Maybe  # of a dense layer, or of the shared experts
     ffn_up: Maybe
@@ -52,6 +57,11 @@ class Layer:
     ffn_gate_exps: Maybe
     ffn_up_exps: Maybe
     ffn_down_exps: Maybe
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether it chooses positions to attend to; otherwise it attends to all, or to those chosen before."""
+        return self.indexer_proj is not None
 
     @property
     def ffn(self) -> Swiglu:

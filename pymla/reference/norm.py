@@ -1,4 +1,4 @@
-"""RMS normalisation and the residual sum."""
+"""Normalisation and the residual sum."""
 
 import numpy as np
 
@@ -24,6 +24,28 @@ def rms_norm(x, weight, eps, out):
     check.rms_norm(x, weight, eps, out)
     scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + x.dtype.type(eps))
     out[...] = x * scale * weight.astype(x.dtype)
+    return out
+
+
+def layer_norm(x, weight, bias, eps, out):
+    """``out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` along the last axis.
+
+    Parameters
+    ----------
+    x : float array (T, K)
+    weight, bias : float32 array (K,)
+    eps : float
+    out : float array (T, K)
+        May be `x` itself.
+
+    Notes
+    -----
+    Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 4.
+    """
+    check.layer_norm(x, weight, bias, eps, out)
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(np.mean(np.square(centred), axis=-1, keepdims=True) + x.dtype.type(eps))
+    out[...] = centred * scale * weight.astype(x.dtype) + bias.astype(x.dtype)
     return out
 
 

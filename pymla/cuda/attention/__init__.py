@@ -2,11 +2,13 @@
 
 Each form is a module: `absorbed` in `pymla.cuda.attention.absorbed_form`, with its scores in memory in
 `pymla.cuda.attention.materialised_form`, `expanded` in `pymla.cuda.attention.expanded_form`, `full` in
-`pymla.cuda.attention.full_form`. Rows move in and out of the cache in `pymla.cuda.attention.store_load`.
+`pymla.cuda.attention.full_form`, `sparse` in `pymla.cuda.attention.sparse_form`, and `choose`, which says what `sparse`
+attends to, in `pymla.cuda.attention.indexer`. Rows move in and out of the cache in `pymla.cuda.attention.store_load`.
 
-Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed`, and by `full` where sequences
-have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are float16 always.
-`absorbed_materialised`, and `full` for single tokens, compute in float32.
+Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed` and `sparse`, and by `full`
+where sequences have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are
+float16 always.
+`absorbed_materialised`, `full` for single tokens, and `choose` over float32 keys compute in float32.
 """
 
 from typing import NamedTuple
@@ -20,8 +22,11 @@ from pymla.cuda.attention.expanded_form import expanded, expanded_kernel
 from pymla.cuda.attention.expansion import copy_rope, join
 from pymla.cuda.attention.full_form import full, full_kernel
 from pymla.cuda.attention.full_token import full_token_kernel
+from pymla.cuda.attention.indexer import choose, choosing_kernels, index_cache
 from pymla.cuda.attention.materialised_form import absorbed_materialised, exponential_kernels, materialised_kernels
 from pymla.cuda.attention.mixed_rows import mix_heads
+from pymla.cuda.attention.sparse_form import combining_kernels as combining_chosen_kernels
+from pymla.cuda.attention.sparse_form import sparse, sparse_kernel
 from pymla.cuda.attention.splits import combining_kernels
 from pymla.cuda.attention.store_load import load_kernel, store_kernel
 from pymla.cuda.attention.tiles import THREADS
@@ -36,15 +41,20 @@ __all__ = [
     "absorbed",
     "absorbed_kernels",
     "absorbed_materialised",
+    "choose",
     "expand",
     "expanded",
     "expanded_kernels",
     "full",
     "full_kernels",
     "heads_at_once",
+    "index_cache",
+    "indexer_kernels",
     "keys_values",
     "latent_cache",
     "load",
+    "sparse",
+    "sparse_kernels",
     "store",
 ]
 
@@ -170,6 +180,17 @@ def full_kernels(types_of_rows, sizes, k_b, v_b):
     """The kernels of a cache of whole keys and values of these cache types; `sizes` as for `expanded_kernels`."""
     found = [*_stores(types_of_rows, "float16"), *_expand_kernels(k_b, v_b), *combining_kernels()]
     return [*found, full_kernel(types_of_rows, *sizes)[0], full_token_kernel(types_of_rows, *sizes)]
+
+
+def indexer_kernels(qtype, width, heads):
+    """The kernels that store an indexer's keys, of a cache type and `width` numbers, and choose by so many heads."""
+    return [*_stores((qtype,), "float32"), *choosing_kernels(qtype, width, heads)]
+
+
+def sparse_kernels(types_of_rows, sizes):
+    """The kernels of `sparse` that `absorbed_kernels` does not have, for the cache types and the sizes of ``c_kv`` and
+    ``k_pe``."""
+    return [sparse_kernel(types_of_rows, *sizes)[0], *combining_chosen_kernels()]
 
 
 def _stores(types_of_rows, source):

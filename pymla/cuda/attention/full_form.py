@@ -24,6 +24,7 @@ from pymla.cuda.attention.steps import (
     place,
     seen_by,
     sequence_of,
+    sequence_run,
 )
 from pymla.cuda.attention.tiles import THREADS, TILE, factor_type, fetch_rows, need_multiples_of_16, variant_of
 from pymla.cuda.contract import check, need_pages
@@ -53,7 +54,7 @@ def full_in_splits(q, keys, values, step, scale, out, splits=None):
     cache, arrays, target = CachePair.of(keys, values), StepArrays.of(step), place(out)
     types_of_rows = keys.qtype, values.qtype
     if tokens <= sequences:
-        partial = Partial.empty(out, arrays, tokens * heads, splits)
+        partial = Partial.empty(out, arrays.longest, tokens * heads, splits)
         full_token_kernel(types_of_rows, size, v)[(partial.splits, heads, tokens), THREADS](
             q.address, cache, arrays, scale * LOG2E, heads, partial.splits, partial.addresses, target
         )
@@ -102,15 +103,3 @@ def full_kernel(types_of_rows, size, v):
             attend(q, source, step.positions, run, length, cuda.blockIdx.y, heads, scale, out)
 
     return full, 2 * (key_bytes + value_bytes)
-
-
-@device
-def sequence_run(seq_of, begin, end, number):
-    """The tokens of a sequence, the one with a number among those of tokens `begin` to `end`: the first, and the one
-    behind the last; none where there are fewer sequences."""
-    start = stop = begin
-    for _ in range(number + 1):
-        start = stop
-        while stop < end and seq_of[stop] == seq_of[start]:
-            stop += 1
-    return start, stop

@@ -78,7 +78,7 @@ def _attend(q, cache, step, scale, scores, splits, out):
     write_scores[blocks, THREADS, 4 * WARPS * size](q.address, pair, step, scale * LOG2E, scores)
     _exponentials[(heads, tokens), THREADS](step, scores)
     groups = -(-heads // HEADS)
-    partial, target = Partial.empty(out, step, tokens * groups, splits), place(out)
+    partial, target = Partial.empty(out, step.longest, tokens * groups, splits), place(out)
     add_rows[(partial.splits, groups, tokens), THREADS](pair, step, scores, partial.splits, partial.addresses, target)
     combine(partial, step, out.shape, target)
 

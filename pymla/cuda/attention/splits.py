@@ -33,19 +33,20 @@ class Partial(NamedTuple):
     sums: DeviceArray  # float32 (T, splits, H, 2): the maximum, and the sum of exponentials
 
     @classmethod
-    def empty(cls, out, step, blocks, splits=None):
+    def empty(cls, out, longest, blocks, splits=None):
         """For results `out` (T, H, v).
 
         Parameters
         ----------
-        step : StepArrays
+        longest : int
+            Positions that a token attends to, at most.
         blocks : int
             Blocks of a launch that splits nothing.
         splits : int, optional
             By default as many as fill the device twice.
         """
         if splits is None:
-            most = step.longest // TILE // LEAST_TILES
+            most = longest // TILE // LEAST_TILES
             splits = max(1, min(most, 2 * multiprocessors() // max(1, blocks)))
         tokens, heads, v = out.shape
         # The result of a single block goes to `out` at once.
@@ -60,10 +61,15 @@ class Partial(NamedTuple):
 
 def combine(partial, step, shape, out):
     """Combine partial results; `out` is the `place` of results of `shape` (T, H, v)."""
-    tokens, heads, v = shape
+    _, heads, v = shape
     if partial.splits > 1:
-        blocks = -(-v // COMBINED_COLUMNS), heads, tokens
-        _combine_splits[blocks, THREADS](step, heads, v, partial.splits, partial.addresses, out)
+        _combine_splits[combining_blocks(shape), THREADS](step, heads, v, partial.splits, partial.addresses, out)
+
+
+def combining_blocks(shape):
+    """The grid that combines results of `shape` (T, H, v)."""
+    tokens, heads, v = shape
+    return -(-v // COMBINED_COLUMNS), heads, tokens
 
 
 def combining_kernels():
@@ -84,10 +90,10 @@ def boundary(tiles, shares, share):
     return ptx.nearest_int(ptx.to_f32(tiles * share) * ptx.rcp(ptx.to_f32(shares)))
 
 
-@kernel(STEP, I32, I32, I32, addresses(2), PLACE, max_threads=THREADS)
-def _combine_splits(step, heads, v, splits, partial, out):
-    """Combine the results of the shares of a token and head: values weighted by ``2 ** (their maximum - the largest)``.
-    Each warp takes some of the shares, a lane four columns.
+@device
+def combine_shares(length, heads, v, splits, partial, out):
+    """Combine the results of the shares of a token that attends to `length` positions, and a head: values weighted by
+    ``2 ** (their maximum - the largest)``. Each warp takes some of the shares, a lane four columns.
 
     Grid: groups of `COMBINED_COLUMNS` columns, heads, tokens.
     """
@@ -95,7 +101,7 @@ def _combine_splits(step, heads, v, splits, partial, out):
     sums = cuda.shared.array(WARPS, np.float32)
     values = cuda.shared.array((WARPS, COMBINED_COLUMNS), np.float32, alignment=16)
     head, t = cuda.blockIdx.y, cuda.blockIdx.z
-    _, shares = shares_of(seen_by(step, t), splits)
+    _, shares = shares_of(length, splits)
     if shares == 1:
         return
     warp, lane = cuda.threadIdx.x >> 5, cuda.threadIdx.x & 31
@@ -128,3 +134,12 @@ def _combine_splits(step, heads, v, splits, partial, out):
         value = ptx.fma(values[other, cuda.threadIdx.x], weight, value)
     if column < v:
         ptx.store_f32(out[0] + t * out[1] + head * out[2] + 4 * column, value * ptx.rcp(total))
+
+
+@kernel(STEP, I32, I32, I32, addresses(2), PLACE, max_threads=THREADS)
+def _combine_splits(step, heads, v, splits, partial, out):
+    """Combine the results of the shares of a token and head.
+
+    Grid: groups of `COMBINED_COLUMNS` columns, heads, tokens.
+    """
+    combine_shares(seen_by(step, cuda.blockIdx.z), heads, v, splits, partial, out)

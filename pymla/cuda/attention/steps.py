@@ -84,3 +84,15 @@ def sequence_of(step, t):
 def first_slot(step, sequence, page, cache):
     """The first slot of a page of a sequence."""
     return valid_index(step.tables[sequence, page], cache.pages) * PAGE
+
+
+@device
+def sequence_run(seq_of, begin, end, number):
+    """The tokens of a sequence, the one with a number among those of tokens `begin` to `end`: the first, and the one
+    behind the last; none where there are fewer sequences."""
+    start = stop = begin
+    for _ in range(number + 1):
+        start = stop
+        while stop < end and seq_of[stop] == seq_of[start]:
+            stop += 1
+    return start, stop

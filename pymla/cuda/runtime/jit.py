@@ -27,7 +27,7 @@ from pymla.host.kernel_signature import kernel_signature
 if SIMULATED:
     from pymla.cuda.runtime import simulated_memory, simulator
 
-__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled"]
+__all__ = ["KERNELS", "Kernel", "compile_all", "device", "folded", "kernel", "unrolled", "zipped"]
 
 #: Every kernel that was made so far, by name.
 KERNELS: dict[str, "Kernel"] = {}
@@ -100,6 +100,27 @@ def folded(function, count):
     @device
     def both(first, items, state, fixed):
         return right(first + half, items[half:], left(first, items[:half], state, fixed), fixed)
+
+    return both
+
+
+@functools.cache
+def zipped(count):
+    """A device function (first, second): the tuple of pairs ``(first[i], second[i])``, i < `count`, as items that
+    `unrolled` and `folded` take."""
+    if count == 1:
+
+        @device
+        def one(first, second):
+            return ((first[0], second[0]),)
+
+        return one
+    half = count // 2
+    left, right = zipped(half), zipped(count - half)
+
+    @device
+    def both(first, second):
+        return left(first[:half], second[:half]) + right(first[half:], second[half:])
 
     return both
 

@@ -11,6 +11,7 @@ Attention over them has several forms with the same result:
                           all heads meet the rows of the cache as they are, as in generation
 `absorbed_materialised`   the same with all scores in memory, for comparison with the online softmax
 `full`                    the cache holds keys and values of all heads, as in other models, for comparison
+`sparse`                  the absorbed form over some positions of each token, which an indexer chooses (`choose`)
 ========================  ======================================================================================
 
 The token at position p of its sequence sees the positions 0 to p. Rows behind them are never read: they may hold
@@ -27,20 +28,25 @@ from pymla.reference.attention.cache_rows import latent_cache, load, store
 from pymla.reference.attention.expanded_form import KeysValues as KeysValues
 from pymla.reference.attention.expanded_form import expand, expanded, keys_values
 from pymla.reference.attention.full_form import full
+from pymla.reference.attention.indexer import choose, index_cache
 from pymla.reference.attention.materialised_form import absorbed_materialised
+from pymla.reference.attention.sparse_form import sparse
 from pymla.scratch import HOST
 
 __all__ = [
     "absorb",
     "absorbed",
     "absorbed_materialised",
+    "choose",
     "expand",
     "expanded",
     "full",
     "heads_at_once",
+    "index_cache",
     "keys_values",
     "latent_cache",
     "load",
+    "sparse",
     "store",
 ]
 

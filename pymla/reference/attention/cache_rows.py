@@ -90,7 +90,12 @@ def load(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray
 def read_rows(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray:
     """`load` for arguments that were checked before."""
     positions = np.arange(len(out))
-    out[...] = dequantise(cache.data[block_table[positions // PAGE] * PAGE + positions % PAGE], cache.qtype)
-    if cache.qtype in HADAMARD_TYPES:
-        out[...] = mix(out) * out.dtype.type(READ)
+    out[...] = row_numbers(cache, block_table[positions // PAGE] * PAGE + positions % PAGE, out.shape[1], out.dtype)
     return out
+
+
+def row_numbers(cache: QTensor, slots: np.ndarray, width: int, dtype: np.dtype) -> np.ndarray:
+    """The rows in some slots of the cache as numbers: float array (len(slots), width)."""
+    rows = np.empty((len(slots), width), dtype)
+    rows[...] = dequantise(cache.data[slots], cache.qtype)
+    return mix(rows) * rows.dtype.type(READ) if cache.qtype in HADAMARD_TYPES else rows
