@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 
 from pymla.cpu.attention.cache_rows import read_cache_row_for
-from pymla.cpu.attention.splits import HEAD_GROUP
+from pymla.cpu.attention.splits import HEAD_GROUP, pages_of_split
 from pymla.cpu.machine.simd import (
     address,
     fma,
@@ -63,11 +63,10 @@ class Item(NamedTuple):
 
 @helper
 def take_item(number, step, scores):
-    """The item with a number. Positions in its pages behind the token's own get the lowest score."""
+    """The item with a number."""
     t, split = number // scores.splits, number % scores.splits
     seen = step.positions[t] + 1
-    pages = (seen + PAGE - 1) // PAGE if seen > scores.k else 0
-    first, stop = pages * split // scores.splits, pages * (split + 1) // scores.splits
+    first, stop = pages_of_split(seen if seen > scores.k else 0, split, scores.splits)
     return Item(t, first, stop)
 
 
@@ -128,6 +127,7 @@ def score_rows(qtype):
         """Over items of `scores`."""
         columns, groups = panels.queries.shape[1], panels.weights.shape[1] // HEAD_GROUP
         rows, page_scores = np.empty((PAGE, columns), np.float32), np.zeros(PAGE, np.float32)
+        products = np.empty((4, HEAD_GROUP), np.float32)
         for number in range(first, last):
             item = take_item(number, step, scores)
             t = item.token
@@ -137,7 +137,8 @@ def score_rows(qtype):
                 seen = min(PAGE, step.positions[t] + 1 - page * PAGE)
                 for s in range(seen):
                     read_row(keys, table[page] * PAGE + s, address(rows[s]), columns)
-                _score_keys(address(rows), seen, columns, query, weights, groups, address(page_scores))
+                at = address(page_scores)
+                _score_keys(address(rows), seen, columns, query, weights, groups, address(products), at)
                 for s in range(0, PAGE, LANES):
                     at = address(scores.ordered[t]) + 4 * (page * PAGE + s)
                     store_ordered(at, load_f32xL(address(page_scores) + 4 * s))
@@ -147,11 +148,10 @@ def score_rows(qtype):
 
 
 @helper
-def _score_keys(rows, seen, columns, query, weights, groups, out):
+def _score_keys(rows, seen, columns, query, weights, groups, products, out):
     """Scores of `seen` keys, float32 rows of `columns` numbers, with the panels of a query and the heads' weights. All
-    but the numbers are addresses."""
-    products = np.empty((4, HEAD_GROUP), np.float32)
-    at, row, zero = address(products), 4 * columns, splat_f32(np.float32(0))
+    but the numbers are addresses; at `products`, a tile's are kept."""
+    at, row, zero = products, 4 * columns, splat_f32(np.float32(0))
     for s in range(0, seen, 4):
         # A tile has four rows: those past the end repeat the last row.
         second, third, fourth = row * min(1, seen - 1 - s), row * min(2, seen - 1 - s), row * min(3, seen - 1 - s)
