@@ -229,7 +229,7 @@ def _dot4(builder, acc, codes, activations):
 def dot4(acc, codes, activations):
     """Add products with codes from 0 to 15, or to 255 with VNNI. After 8 of them, 32 weights of a row, the sums are in
     range again (vpdpbusd or vpmaddubsw)."""
-    return add_dots(acc, codes, activations)
+    return add_dots(acc, codes.view(np.uint8), activations)
 
 
 def _finish4(builder, acc):
