@@ -102,6 +102,7 @@ def sparse_rows(latent_type, rope_type):
             t = number // splits.count
             table, positions = step.block_tables[step.seq_of[t]], chosen[t, : count_chosen(chosen[t])]
             first_page, stop_page = pages_of_split(len(positions), number % splits.count, splits.count)
+            positions = positions[: PAGE * stop_page]
             for group in range(groups):
                 some = head_group(number, group, heads)
                 store_queries(q[t, some.begin : some.begin + some.heads], scale, queries, address(panels[group]))

@@ -69,6 +69,7 @@ def sparse_pages(latent_type):
             t = number // splits.count
             table, positions = step.block_tables[step.seq_of[t]], chosen[t, : count_chosen(chosen[t])]
             first_page, stop_page = pages_of_split(len(positions), number % splits.count, splits.count)
+            positions = positions[: PAGE * stop_page]
             for group in range(groups):
                 some, part = head_group(number, group, heads), _of_group(memory, group, rank, rotated, scratch)
                 take_queries(q[t, some.begin : some.begin + some.heads], scale, bits < 8, part.queries)
