@@ -205,6 +205,25 @@ def test_tokens_in_portions(cache_type, monkeypatch):
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_threads_share_a_token(cache_type):
+    """By positions, and from four threads on by heads as well."""
+    step, before = last_tokens(400, 1), cpu.thread_count()
+    caches, chosen = sparse_caches(cache_type, step), np.arange(0, 390, 3, dtype=np.int32)[None]
+    found = []
+    try:
+        for count in (1, 2, 3, 9):
+            cpu.set_threads(count)
+            choice, _ = chosen_and_attended(step, *caches, 130)
+            out = cpu.attention.sparse(normal(1, 53, 96), *caches[1], step, chosen, 0.1, poisoned(1, 53, 64))
+            found.append((choice, out))
+    finally:
+        cpu.set_threads(before)
+    for choice, out in found[1:]:
+        np.testing.assert_array_equal(choice, found[0][0])
+        np.testing.assert_allclose(out, found[0][1], atol=2e-3 if cache_type == "q8_0" else 2e-6)
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_recorded_steps_see_other_lengths(cache_type):
     """Recorded with a short sequence, and replayed with one that fills its pages."""
     full = last_tokens(400, 2)

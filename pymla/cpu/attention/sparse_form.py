@@ -8,6 +8,8 @@ integers.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import types
 
@@ -22,8 +24,10 @@ from pymla.cpu.attention.splits import (
     SPLITS,
     Splits,
     combine,
+    groups_of_part,
     head_group,
     leave_sums,
+    most_groups,
     pages_of_split,
     start_values,
 )
@@ -58,10 +62,11 @@ def sparse(
     at_once = max(1, _VALUE_BYTES // (4 * out.shape[1] * out.shape[2]))
     for begin in range(0, len(q), at_once):
         some = slice(begin, begin + at_once)
-        results = out[some]
-        splits = Splits.empty(results, _split_count(len(results)))
-        part = step.part(begin, begin + at_once)
-        attend[len(splits.values), 1](q[some], latent, rope, part, chosen[some], scale * LOG2E, splits)
+        results, tokens = out[some], step.part(begin, begin + at_once)
+        count, parts = _divided(*results.shape[:2])
+        splits = Splits.empty(results, count)
+        items = len(splits.values) * parts
+        attend[items, 1](q[some], latent, rope, tokens, chosen[some], scale * LOG2E, parts, splits)
         splits.combine(results, mixed)
     return out
 
@@ -76,11 +81,14 @@ def _kernel_over(latent: int, rope: int) -> Kernel:
     return sparse_form_int8.sparse_pages(latent) if latent in CODE_BITS else sparse_rows(latent, rope)
 
 
-def _split_count(tokens: int) -> int:
-    """Splits of each token, whose queries each of them quantises anew: as few as occupy all threads to the end, or
-    almost."""
+def _divided(tokens: int, heads: int) -> tuple[int, int]:
+    """Splits of each token's pages, and parts of its heads: together as few as occupy all threads to the end, or
+    almost. Each split quantises all queries and has values of its own, each part fetches all rows: about as much."""
     many = threads.thread_count()
-    return next(count for count in range(1, many + 1) if tokens * count % many == 0 or tokens * count > 4 * many)
+    count = next(each for each in range(1, many + 1) if tokens * each % many == 0 or tokens * each > 4 * many)
+    most = min(math.isqrt(count), -(-heads // HEAD_GROUP))
+    parts = next(each for each in range(most, 0, -1) if count % each == 0)
+    return count // parts, parts
 
 
 @variants
@@ -88,39 +96,40 @@ def sparse_rows(latent_type, rope_type):
     """The kernel for a cache of float types, or of the blocks of ggml's types."""
     read_latent, read_rope = read_cache_row_for(latent_type), read_cache_row_for(rope_type)
 
-    @kernel(F3, CACHE, CACHE, STEP, I2, types.float64, SPLITS)
-    def sparse_rows(first, last, q, latent, rope, step, chosen, scale, splits):
-        """Over rows of `splits`; arguments as `sparse_form_int8.sparse_pages` takes them."""
+    @kernel(F3, CACHE, CACHE, STEP, I2, types.float64, types.int64, SPLITS)
+    def sparse_rows(first, last, q, latent, rope, step, chosen, scale, parts, splits):
+        """Over rows of `splits` and parts of heads; arguments as `sparse_form_int8.sparse_pages` takes them."""
         heads, size, rank, padded = q.shape[1], q.shape[2], splits.rank, splits.values.shape[2]
-        groups, stride = (heads + HEAD_GROUP - 1) // HEAD_GROUP, 4 * (size + TILE_COLUMNS)
+        groups, stride = most_groups(heads, parts), 4 * (size + TILE_COLUMNS)
         queries = np.empty((HEAD_GROUP, size), np.float32)
         panels, states = np.empty((groups, size, HEAD_GROUP), np.float32), np.empty((groups, 2, HEAD_GROUP), np.float32)
         # Tiles of values may reach past a row.
         rows, scores = np.zeros((PAGE, size + TILE_COLUMNS), np.float32), np.empty((PAGE, HEAD_GROUP), np.float32)
         latent_rows, rope_rows = rows_of_cache(latent, latent.data.shape[1]), rows_of_cache(rope, rope.data.shape[1])
         for number in range(first, last):
-            t = number // splits.count
+            row, part = number // parts, number % parts
+            t, (begin, stop) = row // splits.count, groups_of_part(heads, part, parts)
             table, positions = step.block_tables[step.seq_of[t]], chosen[t, : count_chosen(chosen[t])]
-            first_page, stop_page = pages_of_split(len(positions), number % splits.count, splits.count)
+            first_page, stop_page = pages_of_split(len(positions), row % splits.count, splits.count)
             positions = positions[: PAGE * stop_page]
-            for group in range(groups):
-                some = head_group(number, group, heads)
-                store_queries(q[t, some.begin : some.begin + some.heads], scale, queries, address(panels[group]))
-                start_values(some, address(states[group]), splits)
+            for i in range(stop - begin):
+                some = head_group(row, begin + i, heads)
+                store_queries(q[t, some.begin : some.begin + some.heads], scale, queries, address(panels[i]))
+                start_values(some, address(states[i]), splits)
             for page in range(first_page, stop_page):
                 now, then = positions[PAGE * page : PAGE * (page + 1)], positions[PAGE * (page + 1) :]
                 seen = len(now)
                 for s in range(seen):
-                    slot, row = slot_of(now[s], table), address(rows[s])
-                    read_latent(latent, slot, row, rank)
-                    read_rope(rope, slot, row + 4 * rank, size - rank)
-                for group in range(groups):
-                    prefetch_share(then, group, groups, table, latent_rows, rope_rows)
-                    state, values = address(states[group]), address(splits.values[number, HEAD_GROUP * group])
-                    compute_scores(address(rows), stride, seen, address(panels[group]), size, address(scores))
+                    slot, at = slot_of(now[s], table), address(rows[s])
+                    read_latent(latent, slot, at, rank)
+                    read_rope(rope, slot, at + 4 * rank, size - rank)
+                for i in range(stop - begin):
+                    prefetch_share(then, i, stop - begin, table, latent_rows, rope_rows)
+                    state, values = address(states[i]), address(splits.values[row, HEAD_GROUP * (begin + i)])
+                    compute_scores(address(rows), stride, seen, address(panels[i]), size, address(scores))
                     heads_softmax(address(scores), seen, state, values, padded)
                     add_values(address(scores), address(rows), stride, seen, values, rank, 4 * padded)
-            for group in range(groups):
-                leave_sums(head_group(number, group, heads), address(states[group]), splits)
+            for i in range(stop - begin):
+                leave_sums(head_group(row, begin + i, heads), address(states[i]), splits)
 
     return sparse_rows

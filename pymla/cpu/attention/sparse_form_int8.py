@@ -19,7 +19,16 @@ from pymla.cpu.attention.codes import even
 from pymla.cpu.attention.next_page import NextPage
 from pymla.cpu.attention.page_scales import take_scales
 from pymla.cpu.attention.query_panels import queries_at, queries_bytes, take_queries
-from pymla.cpu.attention.splits import HEAD_GROUP, SPLITS, head_group, leave_sums, pages_of_split, start_values
+from pymla.cpu.attention.splits import (
+    HEAD_GROUP,
+    SPLITS,
+    groups_of_part,
+    head_group,
+    leave_sums,
+    most_groups,
+    pages_of_split,
+    start_values,
+)
 from pymla.cpu.cache_types import CODE_BITS
 from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_amx import configure, release
@@ -39,9 +48,9 @@ def sparse_pages(latent_type):
     bits = CODE_BITS[latent_type]
     take_page = take_page_for(bits)
 
-    @kernel(F3, CACHE, CACHE, STEP, I2, types.float64, SPLITS)
-    def sparse_pages(first, last, q, latent, rope, step, chosen, scale, splits):
-        """Over rows of `splits`: a token, and a split of the pages that its chosen rows make.
+    @kernel(F3, CACHE, CACHE, STEP, I2, types.float64, types.int64, SPLITS)
+    def sparse_pages(first, last, q, latent, rope, step, chosen, scale, parts, splits):
+        """Over rows of `splits`, a token and a split of the pages that its chosen rows make, and parts of the heads.
 
         Parameters
         ----------
@@ -51,11 +60,13 @@ def sparse_pages(latent_type):
         chosen : int32 array (T, k)
         scale : float
             Of the scores, times `LOG2E`.
+        parts : int
+            Of the heads, by whole groups.
         splits : Splits
             Out: running maximum and sum, and unnormalised values.
         """
         heads, rank, padded = q.shape[1], splits.rank, splits.values.shape[2]
-        rotated, groups = q.shape[2] - rank, (heads + HEAD_GROUP - 1) // HEAD_GROUP
+        rotated, groups = q.shape[2] - rank, most_groups(heads, parts)
         own, of_groups = allocate(scratch_bytes(rank, rotated, padded)), allocate(groups * _group_bytes(rank, rotated))
         gathered = allocate(PAGE * (latent.data.shape[1] + rope.data.shape[1]))
         clear_padding(scratch_at(address(own), rank, rotated, padded), rank, padded)
@@ -66,28 +77,29 @@ def sparse_pages(latent_type):
             scratch, memory = scratch_at(address(own), rank, rotated, padded), address(of_groups)
             # Nothing is prefetched from this page: chosen rows do not follow each other.
             page = NextPage(address(gathered), 0, address(gathered) + PAGE * latent.data.shape[1], 0)
-            t = number // splits.count
+            row, part = number // parts, number % parts
+            t, (begin, stop) = row // splits.count, groups_of_part(heads, part, parts)
             table, positions = step.block_tables[step.seq_of[t]], chosen[t, : count_chosen(chosen[t])]
-            first_page, stop_page = pages_of_split(len(positions), number % splits.count, splits.count)
+            first_page, stop_page = pages_of_split(len(positions), row % splits.count, splits.count)
             positions = positions[: PAGE * stop_page]
-            for group in range(groups):
-                some, part = head_group(number, group, heads), _of_group(memory, group, rank, rotated, scratch)
-                take_queries(q[t, some.begin : some.begin + some.heads], scale, bits < 8, part.queries)
-                start_values(some, part.state, splits)
+            for i in range(stop - begin):
+                some, own_scratch = head_group(row, begin + i, heads), _of_group(memory, i, rank, rotated, scratch)
+                take_queries(q[t, some.begin : some.begin + some.heads], scale, bits < 8, own_scratch.queries)
+                start_values(some, own_scratch.state, splits)
             for p in range(first_page, stop_page):
                 now, then = positions[PAGE * p : PAGE * (p + 1)], positions[PAGE * (p + 1) :]
                 gather_rows(now, table, rows, page.latent)
                 gather_rows(now, table, rope_rows, page.rope)
                 take_scales(page.latent + PAGE * rows.code_bytes, len(now), rank // 32, bits, scratch.scales)
                 taken, ahead = take_page(page, len(now), rank, scratch.codes, page)
-                for group in range(groups):
-                    prefetch_share(then, group, groups, table, rows, rope_rows)
-                    part = _of_group(memory, group, rank, rotated, scratch)
-                    values = address(splits.values[number, HEAD_GROUP * group])
-                    attend_page(taken, len(now), rank, part, values, padded, ahead)
-            for group in range(groups):
-                part = _of_group(memory, group, rank, rotated, scratch)
-                leave_sums(head_group(number, group, heads), part.state, splits)
+                for i in range(stop - begin):
+                    prefetch_share(then, i, stop - begin, table, rows, rope_rows)
+                    own_scratch = _of_group(memory, i, rank, rotated, scratch)
+                    values = address(splits.values[row, HEAD_GROUP * (begin + i)])
+                    attend_page(taken, len(now), rank, own_scratch, values, padded, ahead)
+            for i in range(stop - begin):
+                own_scratch = _of_group(memory, i, rank, rotated, scratch)
+                leave_sums(head_group(row, begin + i, heads), own_scratch.state, splits)
         if AMX:
             release()
 
@@ -101,9 +113,9 @@ def _group_bytes(rank, rotated):
 
 
 @helper
-def _of_group(memory, group, rank, rotated, scratch):
-    """`Scratch` with the queries and the state of a group of heads, of those in memory at an address."""
-    queries = queries_at(memory + _group_bytes(rank, rotated) * group, rank, rotated)
+def _of_group(memory, i, rank, rotated, scratch):
+    """`Scratch` with the queries and the state of the i-th group of heads of those in memory at an address."""
+    queries = queries_at(memory + _group_bytes(rank, rotated) * i, rank, rotated)
     state = queries.codes + queries_bytes(rank, rotated)
     return Scratch(
         queries,

@@ -110,6 +110,20 @@ def head_group(row, group, heads):
 
 
 @helper
+def groups_of_part(heads, part, parts):
+    """The first group of one of `parts` parts of the heads, and the group behind its last one."""
+    groups = (heads + HEAD_GROUP - 1) // HEAD_GROUP
+    return groups * part // parts, groups * (part + 1) // parts
+
+
+@helper
+def most_groups(heads, parts):
+    """Groups of heads that a part has at most."""
+    groups = (heads + HEAD_GROUP - 1) // HEAD_GROUP
+    return (groups + parts - 1) // parts
+
+
+@helper
 def start_values(item, state, splits):
     """Begin with the softmax of an `Item` or a `HeadGroup`: running maxima and sums, float32 (2, HEAD_GROUP) at the
     address `state`, and values of 0. Returns the address of the values, float32 (HEAD_GROUP, padded rank)."""
