@@ -15,16 +15,25 @@ SCALE = (NOPE + ROPE) ** -0.5
 #: New tokens of a prompt, and heads that are expanded at a time where the cache is long.
 NEW, SOME_HEADS = 128, 4
 
+#: Of DeepSeek-V3.2: the indexer's heads, numbers of its keys, positions that it chooses, and heads that attend to them.
+INDEX_HEADS, KEY, CHOSEN, SPARSE_HEADS = 64, 128, 2048, 128
+#: Tokens in the cache where attention is sparse, and new ones.
+SPARSE_LENGTHS, SPARSE_NEW = (8192, 32768, 131072), (1, 64)
+
+CHOICE = {
+    "rtol_max": 0.02,
+    "reason": "queries and keys may be 8-bit codes, and scores change places",
+}
 ATTENTION = {"rtol_max": 0.02, "reason": "queries, keys and softmax weights may be 8-bit codes"}
 INT8 = {"rtol_max": 0.1, "reason": "keys, values and softmax weights of 8 bits: 1 % of the length of a result"}
 EXPANDED = {"rtol_max": 1e-5, "reason": "the reference reads the same int8 rows, in another order"}
 
 
-def last_token(length):
-    """The step of one token behind `length` - 1 others."""
-    one = np.zeros(1, np.int32)
+def last_tokens(length, tokens=1):
+    """The step of the last tokens of `length`."""
+    zeros, positions = np.zeros(tokens, np.int32), np.arange(length - tokens, length, dtype=np.int32)
     table = np.arange(-(-length // PAGE), dtype=np.int32)[None]
-    return Step(one, one + length - 1, one, one + length - 1, table)
+    return Step(zeros, positions, zeros, positions, table)
 
 
 def random_cache(cache_type, length):
@@ -43,7 +52,7 @@ def random_cache(cache_type, length):
 def bench_decode(measure, cache_type, length):
     blocks, cache = random_cache(cache_type, length)
     q, out = normal(1, HEADS, RANK + ROPE), np.full((1, HEADS, RANK), np.nan, np.float32)
-    step = last_token(length)
+    step = last_tokens(length)
 
     def run():
         cpu.attention.absorbed(q, *cache, step, SCALE, out)
@@ -54,6 +63,53 @@ def bench_decode(measure, cache_type, length):
 
     nbytes = sum(rows.data.nbytes for rows in cache)
     measure(run, checks, macs=length * HEADS * (2 * RANK + ROPE), nbytes=nbytes, **ATTENTION)
+
+
+@pytest.mark.parametrize("tokens", SPARSE_NEW)
+@pytest.mark.parametrize("length", SPARSE_LENGTHS)
+@pytest.mark.parametrize("qtype", [ggml.F16, ggml.Q8_0], ids=ggml.NAME.get)
+def bench_choose(measure, qtype, length, tokens):
+    keys, rows = cpu.attention.index_cache(qtype, KEY, length), normal(length, KEY)
+    cpu.attention.store(rows, np.arange(length, dtype=np.int32), keys)
+    q, weights = normal(tokens, INDEX_HEADS, KEY, seed=1), normal(tokens, INDEX_HEADS, seed=2)
+    step, out = last_tokens(length, tokens), np.full((tokens, CHOSEN), -1, np.int32)
+
+    def run():
+        cpu.attention.choose(q, weights, keys, step, out)
+
+    def checks():
+        blocks = QTensor(ggml.F32, rows.view(np.uint8))
+        expected = np.empty((1, CHOSEN), np.int32)
+        reference.attention.choose(q[-1:], weights[-1:], blocks, last_tokens(length), expected)
+        yield tuple(np.sort(scores(positions)) for positions in (out[-1], expected[0]))
+
+    def scores(positions):
+        return weights[-1] @ np.maximum(q[-1] @ rows[positions].T, 0)
+
+    measure(run, checks, macs=tokens * length * INDEX_HEADS * KEY, nbytes=keys.data.nbytes, **CHOICE)
+
+
+@pytest.mark.parametrize("tokens", SPARSE_NEW)
+@pytest.mark.parametrize("length", SPARSE_LENGTHS)
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def bench_sparse(measure, cache_type, length, tokens):
+    blocks, cache = random_cache(cache_type, length)
+    q, out = normal(tokens, SPARSE_HEADS, RANK + ROPE), np.full((tokens, SPARSE_HEADS, RANK), np.nan, np.float32)
+    step, rng = last_tokens(length, tokens), np.random.default_rng(0)
+    rows = [np.sort(rng.choice(length - tokens, CHOSEN, replace=False)) for _ in range(tokens)]
+    chosen = np.array(rows, np.int32)
+
+    def run():
+        cpu.attention.sparse(q, *cache, step, chosen, SCALE, out)
+
+    def checks():
+        some, inputs = np.empty((1, 2, RANK), np.float32), q[-1:, -2:].copy()
+        expected = reference.attention.sparse(inputs, *blocks, last_tokens(length), chosen[-1:], SCALE, some)
+        yield out[-1:, -2:], expected
+
+    row_bytes = sum(rows.data.shape[1] for rows in cache)
+    macs = tokens * CHOSEN * SPARSE_HEADS * (2 * RANK + ROPE)
+    measure(run, checks, macs=macs, nbytes=tokens * CHOSEN * row_bytes, **ATTENTION)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["int8", "float32"])

@@ -148,7 +148,7 @@ def test_every_operation_is_called():
         if not name.startswith("_")
     }
     # These take sizes and no arrays, but for an activation, which is made for every call with one.
-    assert listed - called == {"Activation", "heads_at_once", "keys_values", "latent_cache"}
+    assert listed - called == {"Activation", "heads_at_once", "index_cache", "keys_values", "latent_cache"}
 
 
 def test_indices_of_a_recorded_step_are_not_looked_at(rng):

@@ -123,7 +123,11 @@ RANGES |= {("dot_signed_codes", "activations"): whole(-127, 127)}
 RANGES |= {("times_eighths", "starts"): lambda rng, count: 8 * rng.integers(-2032, 2033, count)}
 RANGES |= {("times_integers", sums): whole(-32767, 32767) for sums in ("first", "second")}
 RANGES |= {("times_integers", "integers"): whole(-32, 63)}
-RANGES |= {("dot4", "acc"): SMALL, ("dot4", "codes"): whole(0, 15), ("dot8", "activations"): whole(-127, 127)}
+RANGES |= {
+    ("dot4", "acc"): SMALL,
+    ("dot4", "codes"): whole(0, 255 if VNNI else 15),
+    ("dot8", "activations"): whole(-127, 127),
+}
 RANGES |= {("store_as_i16", "value"): whole(-32768, 32767), ("store_as_i8", "value"): whole(-128, 255)}
 RANGES |= {("store_codes", "value"): whole(-128, 255), ("exp2", "x"): at_most(127)}
 RANGES |= {("store_words", column): whole(-128, 255) for column in "abcd"}

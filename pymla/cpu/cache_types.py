@@ -15,19 +15,11 @@ CODE_BITS = {Q8_PAGES: 8, Q6_PAGES: 6, Q5_PAGES: 5, Q4_PAGES: 4}
 PAGES_OF = {qtype - 1000: qtype for qtype in CODE_BITS}
 
 
-def _code_bytes(bits):
-    return lambda width: width * bits // 8
-
-
 def _row_bytes(bits):
-    return lambda width: _code_bytes(bits)(width) + width // 32 * 2
+    return lambda width: width * bits // 8 + width // 32 * 2
 
-
-#: Bytes of the codes of a row of these types, by its numbers. In a page, the codes of all rows come before all scales.
-CODE_BYTES = {qtype: _code_bytes(bits) for qtype, bits in CODE_BITS.items()}
-CODE_BYTES[I16_PAGES] = lambda width: 2 * (width + width % 2)
 
 #: Bytes of a row of these types, by its numbers.
 ROW_BYTES = {qtype: _row_bytes(bits) for qtype, bits in CODE_BITS.items()}
-ROW_BYTES[I16_PAGES] = lambda width: CODE_BYTES[I16_PAGES](width) + 4
+ROW_BYTES[I16_PAGES] = lambda width: 2 * (width + width % 2) + 4
 ROW_BYTES[I8_PAGES] = lambda width: width + 4

@@ -85,6 +85,5 @@ def _attention(model, layer, cache):
 
 def _is_short(kernel):
     """Whether a kernel is compiled quickly: gemm and attention take several times as long as other kernels."""
-    return not any(
-        word in kernel.__name__ for word in ("panels", "pages", "absorbed_rows", "expanded_rows", "full_rows")
-    )
+    long = "panels", "pages", "absorbed_rows", "expanded_rows", "full_rows", "sparse_rows"
+    return not any(word in kernel.__name__ for word in long)

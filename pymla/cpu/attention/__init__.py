@@ -8,9 +8,9 @@ query are never read.
 `materialised_form`     the same with all scores in memory
 `expanded_form`         over keys and values of every head; `expanded_form_int8` over panels of codes
 `full_form`             over a cache of whole keys and values
-`sparse_form`           `absorbed_form` over chosen positions
-`indexer`               the choice of positions; its scores are made by `index_scores`, over keys of 8 bits by
-                        `index_scores_int8`, and the largest are found by `largest`
+`sparse_form`           `absorbed_form` over chosen positions; `sparse_form_int8` over rows of 4 to 8 bits
+`indexer`               the choice of positions, the `largest` of `index_scores`: those of `index_scores_f32`, or of
+                        `index_scores_int8` over keys of 8 bits (`index_keys`)
 `cache_rows`            rows into the cache, and back
 `kernels`               the kernels that each form launches
 ======================  ================================================================================

@@ -25,7 +25,7 @@ from pymla.pages import PAGE, Step
 from pymla.tensor import QTensor
 
 #: Columns of a float32 tile of values.
-_TILE_COLUMNS = 16
+TILE_COLUMNS = 16
 
 
 def absorb(q: np.ndarray, k_b: QTensor, out: np.ndarray) -> np.ndarray:
@@ -49,11 +49,6 @@ def absorbed(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: f
     rotated dimensions to 12: within 2 % of the largest result, most of it rounding of the weights.
     """
     check.absorbed(q, latent, rope, step, scale, out)
-    return attend(q, latent, rope, step, scale, out)
-
-
-def attend(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: float, out: np.ndarray) -> np.ndarray:
-    """`absorbed` of arguments that were checked."""
     splits = Splits.empty(out)
     _kernel_over(latent.qtype, rope.qtype)[splits.items, 1](q, latent, rope, step, scale * LOG2E, splits)
     return splits.combine(out, CODE_BITS.get(latent.qtype, 8) < 8)
@@ -92,19 +87,16 @@ def absorbed_rows(latent_type, rope_type):
     def absorbed_rows(first, last, q, latent, rope, step, scale, splits):
         """Over items of `splits`; arguments as `absorbed_form_int8.absorbed_pages` takes them."""
         heads, size, rank, padded = q.shape[1], q.shape[2], splits.rank, splits.values.shape[2]
-        stride = 4 * (size + _TILE_COLUMNS)
+        stride = 4 * (size + TILE_COLUMNS)
         queries, panel = np.empty((HEAD_GROUP, size), np.float32), np.empty((size, HEAD_GROUP), np.float32)
         # Tiles of values may reach past a row.
-        rows = np.zeros((PAGE, size + _TILE_COLUMNS), np.float32)
+        rows = np.zeros((PAGE, size + TILE_COLUMNS), np.float32)
         scores, state = np.empty((PAGE, HEAD_GROUP), np.float32), np.empty((2, HEAD_GROUP), np.float32)
         for number in range(first, last):
             item = take_item(number, heads, splits, step)
             if item.first_page == item.stop_page:
                 continue
-            for h in range(item.heads):
-                for i in range(size):
-                    queries[h, i] = q[item.token, item.begin + h, i] * np.float32(scale)
-            transpose_panel(address(queries), 4 * size, item.heads, size, address(panel))
+            store_queries(q[item.token, item.begin : item.begin + item.heads], scale, queries, address(panel))
             values = start_values(item, address(state), splits)
             table = step.block_tables[step.seq_of[item.token]]
             for page in range(item.first_page, item.stop_page):
@@ -113,16 +105,27 @@ def absorbed_rows(latent_type, rope_type):
                     slot, row = table[page] * PAGE + s, address(rows[s])
                     read_latent(latent, slot, row, rank)
                     read_rope(rope, slot, row + 4 * rank, size - rank)
-                _compute_scores(address(rows), stride, seen, address(panel), size, address(scores))
+                compute_scores(address(rows), stride, seen, address(panel), size, address(scores))
                 heads_softmax(address(scores), seen, address(state), values, padded)
-                _add_values(address(scores), address(rows), stride, seen, values, rank, 4 * padded)
+                add_values(address(scores), address(rows), stride, seen, values, rank, 4 * padded)
             leave_sums(item, address(state), splits)
 
     return absorbed_rows
 
 
 @helper
-def _compute_scores(rows, stride, seen, panel, size, scores):
+def store_queries(q, scale, scaled, panel):
+    """Queries of one token, float32 (H, size) of at most `HEAD_GROUP` heads, times a scale in `scaled`, float32
+    (HEAD_GROUP, size), then as a panel (size, HEAD_GROUP) at an address. Lanes without a head repeat the last one."""
+    heads, size = q.shape
+    for h in range(heads):
+        for i in range(size):
+            scaled[h, i] = q[h, i] * np.float32(scale)
+    transpose_panel(address(scaled), 4 * size, heads, size, panel)
+
+
+@helper
+def compute_scores(rows, stride, seen, panel, size, scores):
     """Scores (seen, HEAD_GROUP) of a panel of queries, (size, HEAD_GROUP), with rows `stride` bytes apart; all float32
     at addresses. Tiles have four rows: those past the end repeat the last row."""
     row_bytes = 4 * HEAD_GROUP
@@ -136,11 +139,11 @@ def _compute_scores(rows, stride, seen, panel, size, scores):
 
 
 @helper
-def _add_values(weights, rows, stride, seen, values, rank, value_bytes):
+def add_values(weights, rows, stride, seen, values, rank, value_bytes):
     """Add rows, `rank` numbers `stride` bytes apart, times the weights (seen, HEAD_GROUP) of each head, to the values
     of the heads, `value_bytes` apart; all float32 at addresses."""
     for h in range(0, HEAD_GROUP, 4):
-        for i in range(0, rank, _TILE_COLUMNS):
+        for i in range(0, rank, TILE_COLUMNS):
             at = values + value_bytes * h + 4 * i
             tile_f32(
                 weights + 4 * h, 4, 8, 12, 4 * HEAD_GROUP,

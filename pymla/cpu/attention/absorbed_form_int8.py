@@ -34,7 +34,7 @@ from pymla.pages import PAGE
 
 #: Bytes of the parts of `Scratch`: scores; running maxima and sums, with the scales of the weights; words of weights.
 _SCORE_BYTES = 4 * PAGE * HEAD_GROUP
-_STATE_BYTES = 3 * 4 * HEAD_GROUP
+STATE_BYTES = 3 * 4 * HEAD_GROUP
 _WORD_BYTES = 4 * PAGE // WORD * HEAD_GROUP
 
 
@@ -53,19 +53,19 @@ class Scratch(NamedTuple):
 
 
 @helper
-def _scratch_bytes(rank, rotated, padded):
+def scratch_bytes(rank, rotated, padded):
     """Bytes of `Scratch` for rows of `rank` and `rotated` numbers, and values padded to `padded` numbers."""
     of_page = PAGE * rank + PAGE // 32 * BLOCK_BYTES * (rank + padded)
-    own = _SCORE_BYTES + _STATE_BYTES + _WORD_BYTES + of_page + TILE_SCRATCH
+    own = _SCORE_BYTES + STATE_BYTES + _WORD_BYTES + of_page + TILE_SCRATCH
     return queries_bytes(rank, rotated) + page_scales_bytes(rank // 32) + own
 
 
 @helper
-def _scratch_at(memory, rank, rotated, padded):
+def scratch_at(memory, rank, rotated, padded):
     """`Scratch` in memory at an address. Every part begins with a cache line."""
     queries, scores = queries_at(memory, rank, rotated), memory + queries_bytes(rank, rotated)
     state = scores + _SCORE_BYTES
-    weights = Weights(state + _STATE_BYTES, state + 2 * 4 * HEAD_GROUP)
+    weights = Weights(state + STATE_BYTES, state + 2 * 4 * HEAD_GROUP)
     codes = weights.words + _WORD_BYTES
     words = codes + PAGE * rank
     panels = words + PAGE // 32 * BLOCK_BYTES * rank
@@ -95,8 +95,8 @@ def absorbed_pages(latent_type):
             Out: running maximum and sum, and unnormalised values.
         """
         heads, rank, padded = q.shape[1], splits.rank, splits.values.shape[2]
-        memory = allocate(_scratch_bytes(rank, q.shape[2] - rank, padded))
-        _clear_padding(_scratch_at(address(memory), rank, q.shape[2] - rank, padded), rank, padded)
+        memory = allocate(scratch_bytes(rank, q.shape[2] - rank, padded))
+        clear_padding(scratch_at(address(memory), rank, q.shape[2] - rank, padded), rank, padded)
         if AMX:
             configure()
         for number in range(first, last):
@@ -106,7 +106,7 @@ def absorbed_pages(latent_type):
             table = step.block_tables[step.seq_of[item.token]]
             ahead = next_page(latent, rope, table[item.first_page])
             prefetch_lines(ahead, 0, ahead.latent_lines + ahead.rope_lines)
-            scratch = _scratch_at(address(memory), rank, q.shape[2] - rank, padded)
+            scratch = scratch_at(address(memory), rank, q.shape[2] - rank, padded)
             take_queries(q[item.token, item.begin : item.begin + item.heads], scale, bits < 8, scratch.queries)
             values = start_values(item, scratch.state, splits)
             for p in range(item.first_page, item.stop_page):
@@ -114,7 +114,7 @@ def absorbed_pages(latent_type):
                 ahead = next_page(latent, rope, table[min(p + 1, item.stop_page - 1)])
                 take_scales(page.latent + PAGE * rank // 8 * bits, seen, rank // 32, bits, scratch.scales)
                 page, ahead = take_page(page, seen, rank, scratch.codes, ahead)
-                _attend_page(page, seen, rank, scratch, values, padded, ahead)
+                attend_page(page, seen, rank, scratch, values, padded, ahead)
             leave_sums(item, scratch.state, splits)
         if AMX:
             release()
@@ -149,7 +149,7 @@ def take_page_for(bits):
 
 
 @helper
-def _clear_padding(scratch, rank, padded):
+def clear_padding(scratch, rank, padded):
     """Zero the memory whose padding products read: scales, and panels of values."""
     for i in range(PAGE * scratch.scales.padded):
         store_f32(scratch.scales.scales + 4 * i, np.float32(0))
@@ -158,7 +158,7 @@ def _clear_padding(scratch, rank, padded):
 
 
 @helper
-def _attend_page(page, seen, rank, scratch, values, padded, ahead):
+def attend_page(page, seen, rank, scratch, values, padded, ahead):
     """Take the first `seen` rows of a page of bytes, whose scales are in the scratch, into the online softmax of 16
     heads, with values (16, padded) at an address, while `ahead` is prefetched."""
     queries, scales, weights, scores = scratch.queries, scratch.scales, scratch.weights, scratch.scores

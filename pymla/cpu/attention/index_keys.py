@@ -28,6 +28,15 @@ def mixed_together(columns):
 
 
 @helper
+def quantise_mixed(x, mixed, codes, bias):
+    """A key or a query at the address `x`, mixed in the array `mixed`, float32 (columns,), as codes at the address
+    `codes`; returns what `quantise_i8` does."""
+    copy(x, address(mixed), len(mixed))
+    mix_key(address(mixed), len(mixed))
+    return quantise_i8(address(mixed), len(mixed), codes, bias)
+
+
+@helper
 def mix_key(x, columns):
     """Mix a key or a query, `columns` float32 at the address `x`, in place. `columns` is a multiple of 32. The product
     of a mixed key and a mixed query is `mixed_together` times as large as before."""
@@ -40,9 +49,7 @@ def mix_key(x, columns):
 def write_key(page, row, x, columns):
     """Float32 at the address `x` become the key in a row of the page at an address."""
     mixed, codes = np.empty(columns, np.float32), np.empty(columns, np.int8)
-    copy(x, address(mixed), columns)
-    mix_key(address(mixed), columns)
-    scale, _ = quantise_i8(address(mixed), columns, address(codes), BIAS)
+    scale, _ = quantise_mixed(x, mixed, address(codes), BIAS)
     store_f32(page + PAGE * columns + 4 * row, scale)
     lane = _first_word(page, row, columns)
     for i in range(0, columns, 4):

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from pymla.cpu.attention.codes import quantise_i8
-from pymla.cpu.attention.index_keys import mix_key, mixed_together
+from pymla.cpu.attention.index_keys import mixed_together, quantise_mixed
 from pymla.cpu.attention.index_scores import SCORES, Scores, hide_unseen, take_item
 from pymla.cpu.attention.index_tiles import HEADS, Query, score_page
 from pymla.cpu.machine.simd import address
 from pymla.cpu.machine.simd_words import BIAS
-from pymla.cpu.matmul.matrices import copy
 from pymla.cpu.memory import empty
 from pymla.cpu.runtime.array_types import CACHE, F2, F3, I2, INT8_3, STEP
 from pymla.cpu.runtime.jit import Kernel, kernel
@@ -64,9 +62,7 @@ def store_queries(first, last, q, weights, out):
             out.codes[t, h, :] = 0
             out.starts[t, h], out.weights[t, h] = 0, 0
             continue
-        copy(address(q[t, h]), address(mixed), columns)
-        mix_key(address(mixed), columns)
-        scale, sums = quantise_i8(address(mixed), columns, address(out.codes[t, h]), 0)
+        scale, sums = quantise_mixed(address(q[t, h]), mixed, address(out.codes[t, h]), 0)
         out.starts[t, h] = np.int32(-BIAS * sums)
         out.weights[t, h] = weights[t, h] * (scale / np.float32(mixed_together(columns)))
 

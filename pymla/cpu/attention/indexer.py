@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.attention import index_scores, index_scores_int8
+from pymla.cpu.attention import index_scores_f32, index_scores_int8
 from pymla.cpu.attention.index_scores import Scores
 from pymla.cpu.attention.largest import take_largest
 from pymla.cpu.cache_types import I8_PAGES, ROW_BYTES
@@ -50,12 +50,12 @@ def choose(q: np.ndarray, weights: np.ndarray, keys: QTensor, step: Step, out: n
 def _choose(q: np.ndarray, weights: np.ndarray, keys: QTensor, step: Step, out: np.ndarray) -> None:
     """`choose` for tokens whose scores are in memory at the same time."""
     scores = Scores.empty(len(q), step.block_tables.shape[1], out.shape[1])
-    form = index_scores_int8 if keys.qtype == I8_PAGES else index_scores
+    form = index_scores_int8 if keys.qtype == I8_PAGES else index_scores_f32
     form.score(q, weights, keys, step, scores)
     take_largest[len(q), 1](scores.ordered, step.positions, out)
 
 
 def kernels(keys: int) -> list[Kernel]:
     """The kernels of `choose` over keys of a type."""
-    found = index_scores_int8.kernels() if keys == I8_PAGES else index_scores.kernels(keys)
+    found = index_scores_int8.kernels() if keys == I8_PAGES else index_scores_f32.kernels(keys)
     return [*found, take_largest]

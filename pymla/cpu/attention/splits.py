@@ -36,11 +36,11 @@ class Splits(NamedTuple):
     sums: np.ndarray  # float32 (T * count, H, 2): running maximum and sum
 
     @classmethod
-    def empty(cls, out: np.ndarray) -> Splits:
-        """For results `out` (T, H, rank); as many splits as give every thread two items."""
+    def empty(cls, out: np.ndarray, count: int | None = None) -> Splits:
+        """For results `out` (T, H, rank); with `count` splits, or as many as give every thread two items."""
         tokens, heads, rank = out.shape
         groups = -(-heads // HEAD_GROUP)
-        count = max(1, 2 * threads.thread_count() // max(1, tokens * groups))
+        count = count or max(1, 2 * threads.thread_count() // max(1, tokens * groups))
         padded = groups * HEAD_GROUP, -(-rank // VALUE_COLUMNS) * VALUE_COLUMNS
         values = empty((tokens * count, *padded), np.float32)
         return cls(count, rank, values, np.empty((tokens * count, heads, 2), np.float32))
@@ -81,17 +81,52 @@ def take_item(number, heads, splits, step):
     t, split = row // splits.count, row % splits.count
     count = min(HEAD_GROUP, heads - begin)
     length = step.positions[t] + 1
-    pages = (length + PAGE - 1) // PAGE
     for h in range(begin, begin + count):
         splits.sums[row, h, 0], splits.sums[row, h, 1] = -np.inf, 0
-    first_page, stop_page = pages * split // splits.count, pages * (split + 1) // splits.count
+    first_page, stop_page = pages_of_split(length, split, splits.count)
     return Item(row, t, begin, count, length, first_page, stop_page)
 
 
 @helper
+def pages_of_split(length, split, count):
+    """The first page of one of `count` splits of so many positions, and the page behind its last one."""
+    pages = (length + PAGE - 1) // PAGE
+    return pages * split // count, pages * (split + 1) // count
+
+
+class HeadGroup(NamedTuple):
+    """A group of heads of a row of partial results, as an `Item` has it."""
+
+    row: int
+    begin: int  # its first head
+    heads: int
+
+
+@helper
+def head_group(row, group, heads):
+    """The group with a number, of `heads` heads in all."""
+    begin = HEAD_GROUP * group
+    return HeadGroup(row, begin, min(HEAD_GROUP, heads - begin))
+
+
+@helper
+def groups_of_part(heads, part, parts):
+    """The first group of one of `parts` parts of the heads, and the group behind its last one."""
+    groups = (heads + HEAD_GROUP - 1) // HEAD_GROUP
+    return groups * part // parts, groups * (part + 1) // parts
+
+
+@helper
+def most_groups(heads, parts):
+    """Groups of heads that a part has at most."""
+    groups = (heads + HEAD_GROUP - 1) // HEAD_GROUP
+    return (groups + parts - 1) // parts
+
+
+@helper
 def start_values(item, state, splits):
-    """Begin with an item's softmax: running maxima and sums, float32 (2, HEAD_GROUP) at the address `state`, and values
-    of 0. Returns the address of the values, float32 (HEAD_GROUP, padded rank)."""
+    """Begin with the softmax of an `Item` or a `HeadGroup`: running maxima and sums, float32 (2, HEAD_GROUP) at the
+    address `state`, and values of 0. Returns the address of the values, float32 (HEAD_GROUP, padded rank)."""
     for h in range(HEAD_GROUP):
         store_f32(state + 4 * h, np.float32(-np.inf))
         store_f32(state + 4 * (HEAD_GROUP + h), np.float32(0))
@@ -102,7 +137,7 @@ def start_values(item, state, splits):
 
 @helper
 def leave_sums(item, state, splits):
-    """Keep the running maxima and sums of an item's heads."""
+    """Keep the running maxima and sums of the heads of an `Item` or a `HeadGroup`."""
     for h in range(item.heads):
         splits.sums[item.row, item.begin + h, 0] = load_f32(state + 4 * h)
         splits.sums[item.row, item.begin + h, 1] = load_f32(state + 4 * (HEAD_GROUP + h))

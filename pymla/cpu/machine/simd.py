@@ -15,7 +15,8 @@ array([0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5], dtype=float32)
 Here are memory (`pymla.cpu.machine.simd_memory`), arithmetic in float32 (`pymla.cpu.machine.simd_floats`) and codes
 (`pymla.cpu.machine.simd_codes`). Products of codes have modules of their own: `pymla.cpu.machine.simd_bytes` and
 `pymla.cpu.machine.simd_512` for rows of weights, `pymla.cpu.machine.simd_panels` for panels,
-`pymla.cpu.machine.simd_words` for attention, `pymla.cpu.machine.simd_amx` for tiles.
+`pymla.cpu.machine.simd_words` for attention, `pymla.cpu.machine.simd_amx` for tiles. `pymla.cpu.machine.simd_ordered`
+has scores as integers of the same order.
 """
 
 from pymla.cpu.machine.simd_codes import (
