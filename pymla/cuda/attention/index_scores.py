@@ -2,10 +2,12 @@
 sees, and their maxima over groups of neighbours.
 
 A block takes a share of the positions, 128 at a time: while they are computed the next ones are copied into the other
-half of shared memory. A warp keeps the queries of up to 64 heads of a token in registers, as the rows of the tensor
-cores' products, whose columns are positions; ReLU and the weighted sum over heads happen in registers too.
-Where no sequence has more than one token, four warps share a token's positions. In prompts each of them has a token of
-its own, one of four neighbours, and all read the same keys.
+half of shared memory. A warp keeps the queries of 32 heads of a token in registers, as the rows of the tensor cores'
+products, whose columns are positions. ReLU and the weighted sum over its heads happen in registers too, and sums of
+warps that share a token's heads meet in shared memory.
+
+Where no sequence has more than one token, the warps of a block share the token's positions. In prompts they have
+neighbouring tokens, which read the same keys.
 
 Factors are bfloat16 for bf16 keys and float16 for f16 and q8_0; keys of float32 are multiplied in float32, a thread for
 each position. Nothing is computed for a token that sees no more positions than are chosen. The grid depends on the
@@ -25,27 +27,29 @@ from pymla.cuda.attention.splits import boundary
 from pymla.cuda.attention.steps import STEP, first_slot, seen_by, sequence_of, sequence_run
 from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, factor_type, fetch_rows, swizzle
 from pymla.cuda.machine import ptx
-from pymla.cuda.runtime.array_types import F2, I64
+from pymla.cuda.runtime.array_types import I64
 from pymla.cuda.runtime.driver import multiprocessors
-from pymla.cuda.runtime.jit import device, folded, kernel, unrolled, zipped
+from pymla.cuda.runtime.jit import Kernel, device, folded, kernel, unrolled, zipped
 from pymla.errors import PymlaError
 from pymla.pages import PAGE
 
-__all__ = ["GROUP", "index_scores", "index_scores_kernel"]
+__all__ = ["GROUP", "index_scores", "plan_of"]
 
 #: Positions of a group of neighbours, whose largest score is kept beside the scores.
-GROUP = 8
-#: Positions of which a block has the keys in shared memory at a time, in so many tiles.
+GROUP_BITS = 3
+GROUP = 1 << GROUP_BITS
+#: Positions of which a block has the keys in shared memory at a time: one for each thread.
 POSITIONS = THREADS
-TILES = POSITIONS // TILE
-#: Neighbouring tokens of a prompt that share keys: one for each warp.
-WINDOW = WARPS
-#: Heads that a warp takes at a time, and words of a lane's fragments of their queries, at most.
-MOST_HEADS, QUERY_WORDS = 64, 128
+#: Positions that a warp takes at a time: the columns of two products of a tensor core.
+COLUMNS = 16
+#: Heads of a warp, and words of a lane's fragments of their queries, at most.
+WARP_HEADS, QUERY_WORDS = 32, 64
 #: Heads that share a key's numbers in registers, in float32.
 HEADS_AT_ONCE = 8
 #: Numbers of a key for which two stages of `POSITIONS` keys fit shared memory.
 LARGEST_KEY = 256
+#: Sums over heads of a lane's four columns of 16.
+NO_TOTALS = (ZERO,) * 4
 ONE = np.float32(1)
 
 
@@ -57,12 +61,25 @@ class Input(NamedTuple):
     keys: int  # address of the cache's rows
     pages: int  # of the cache
     heads: int  # H
+    head: int  # the first one that is computed; scores of those before are there
     most: int  # positions that are chosen: a token that sees no more has no scores
     window: int  # neighbouring tokens of a block
     splits: int  # blocks that share the positions
+    scores: int  # address of float32 (T, longest)
+    maxima: int  # address of float32 (T, longest // GROUP)
+    longest: int  # positions that the tables have room for
 
 
 INPUT = types.NamedUniTuple(I64, len(Input._fields), Input)
+
+
+class Plan(NamedTuple):
+    """A kernel and how it is launched."""
+
+    kernel: Kernel
+    heads: int  # that it takes at a time
+    window: int  # tokens of a prompt that a block takes
+    shared_bytes: int
 
 
 def index_scores(q, weights, keys, step, most, scores, maxima):
@@ -76,29 +93,32 @@ def index_scores(q, weights, keys, step, most, scores, maxima):
     most : int
     scores : float32 DeviceArray (T, 64 * pages)
         Out: a score that is not a number is −inf, and so is that of a position which a token does not see, up to the
-        next multiple of `TILE`. What is behind is not written.
+        next multiple of `GROUP`. What is behind is not written.
     maxima : float32 DeviceArray (T, 64 * pages // GROUP)
         Out: the largest score of each group.
     """
     tokens, heads, width = q.shape
-    sequences = len(step.tables)
-    window = 1 if tokens <= sequences else WINDOW
+    sequences, plan = len(step.tables), plan_of(keys.qtype, width, heads)
+    window = 1 if tokens <= sequences else plan.window
     windows, runs = -(-tokens // window), min(window, sequences)
     splits = max(1, min(-(-step.longest // POSITIONS), 2 * multiprocessors() // max(1, windows * runs)))
-    launched, shared_bytes = index_scores_kernel(keys.qtype, width, heads)
-    where = keys.data.address, len(keys.data) // PAGE
-    given = Input(q.address, weights.address, *where, heads, most, window, splits)
-    launched[(splits, windows, runs), THREADS, shared_bytes](given, step, scores, maxima)
+    inputs = q.address, weights.address, keys.data.address, len(keys.data) // PAGE
+    outputs = scores.address, maxima.address, step.longest
+    for head in range(0, heads, plan.heads):
+        given = Input(*inputs, heads, head, most, window, splits, *outputs)
+        plan.kernel[(splits, windows, runs), THREADS, plan.shared_bytes](given, step)
 
 
-def index_scores_kernel(qtype, width, heads):
-    """The kernel for keys of a cache type and `width` numbers and so many heads, and its bytes of shared memory."""
+def plan_of(qtype, width, heads):
+    """The `Plan` for keys of a cache type and `width` numbers, and so many heads."""
     if qtype == ggml.F32:
-        return _kernel_in_float32(width), 0
+        return Plan(_kernel_in_float32(width), heads, WARPS, 0)
     if width > LARGEST_KEY:
         raise PymlaError(f"keys of an indexer have at most {LARGEST_KEY} numbers on the CUDA backend, not {width}")
-    head_tiles = min(-(-heads // 16), MOST_HEADS // 16, QUERY_WORDS // (width // 4))
-    return _kernel_on_tensor_cores(qtype, width, head_tiles), 2 * 2 * width * POSITIONS
+    tiles = min(-(-heads // 16), WARP_HEADS // 16, QUERY_WORDS // (width // 4))
+    parts = next((parts for parts in (1, 2) if heads <= 16 * tiles * parts), WARPS)
+    nbytes = 2 * (2 * width * POSITIONS) + 4 * WARPS * POSITIONS
+    return Plan(_kernel_on_tensor_cores(qtype, width, tiles, parts), 16 * tiles * parts, WARPS // parts, nbytes)
 
 
 @device
@@ -109,8 +129,15 @@ def _tokens_of_block(given, step):
     start, stop = sequence_run(step.seq_of, begin, min(begin + given.window, step.positions.size), cuda.blockIdx.z)
     length = 0
     for t in range(start, stop):
-        length = max(length, seen_by(step, t))
-    return start, stop if length > given.most else start, length
+        length = max(length, _scored_by(given, step, t))
+    return start, stop if length else start, length
+
+
+@device
+def _scored_by(given, step, t):
+    """Positions of which token t has scores: all that it sees, or none."""
+    seen = seen_by(step, t)
+    return seen if seen > given.most else 0
 
 
 @device
@@ -124,14 +151,16 @@ def _share_of_block(given, length):
 
 
 @device
-def _store(scores, maxima, t, position, seen, x):
-    """Write the scores of 32 positions, of this lane's one, and the maxima of their groups; lanes of a group are
-    neighbours."""
+def _store(given, t, position, seen, x):
+    """Write the score of a lane's position, and the maximum of its group; lanes have neighbours."""
+    i = t * given.longest + position
+    if given.head:
+        x += ptx.fresh_f32(given.scores + 4 * i)
     x = x if x == x and position < seen else -INFINITY
-    scores[t, position] = x
+    ptx.store_f32(given.scores + 4 * i, x)
     top = ptx.group_max(x, GROUP)
     if position & GROUP - 1 == 0:
-        maxima[t, position // GROUP] = top
+        ptx.store_f32(given.maxima + 4 * (i >> GROUP_BITS), top)
 
 
 @device
@@ -141,29 +170,39 @@ def _relu(x):
 
 
 @functools.cache
-def _kernel_on_tensor_cores(qtype, width, head_tiles):
-    """The kernel that takes 16 * `head_tiles` heads at a time."""
-    factor, row_bytes = factor_type(qtype), ggml.row_bytes(qtype, width)
-    tile_bytes, heads_at_once = 2 * TILE * width, 16 * head_tiles
-    stage_bytes = TILES * tile_bytes
+def _kernel_on_tensor_cores(qtype, width, head_tiles, parts):
+    """The kernel in which `parts` warps share the heads of a token, 16 * `head_tiles` for each."""
+    factor, row_bytes, at_once = factor_type(qtype), ggml.row_bytes(qtype, width), 16 * head_tiles * parts
+    stage_bytes, own_positions = 2 * width * POSITIONS, POSITIONS * parts // WARPS
     fetch_tile = fetch_rows(qtype, factor, width)
-    load, score = _queries(factor, width, head_tiles), _score_of_tile(factor, width, head_tiles)
+    load, score = _queries(factor, width, head_tiles), _scores_of_columns(factor, width, head_tiles)
 
     @device
     def fetch(at, given, step, sequence, portion, length, thread):
-        for tile in range(TILES):
-            position = POSITIONS * portion + TILE * tile
-            if position < length:
-                slot = first_slot(step, sequence, position >> 6, given) + (position & TILE)
-                source = given.keys + slot * row_bytes
-                fetch_tile(at + tile_bytes * tile, source, row_bytes, length - position, thread)
+        first = POSITIONS * portion
+        for position in range(first, min(first + POSITIONS, length), TILE):
+            slot = first_slot(step, sequence, position >> 6, given) + (position & TILE)
+            source = given.keys + slot * row_bytes
+            fetch_tile(at + 2 * width * (position - first), source, row_bytes, length - position, thread)
         ptx.cp_async_commit()
 
+    @device
+    def store_sums(given, step, start, stop, begin, sums, thread):
+        """Write the scores of tokens, a thread for each position, as sums of the parts."""
+        for t in range(start, stop):
+            seen = _scored_by(given, step, t)
+            # Whole warps are inside.
+            if begin + (thread & ~31) < seen:
+                x = ZERO
+                for part in range(parts):
+                    x += ptx.load_shared_f32(sums + 4 * POSITIONS * (parts * (t - start) + part) + 4 * thread)
+                _store(given, t, begin + thread, seen, x)
+
     @kernel(
-        INPUT, STEP, F2, F2,
-        variant=f"{ggml.NAME[qtype].lower()},{width},{heads_at_once}", max_threads=THREADS, min_blocks=2,
+        INPUT, STEP,
+        variant=f"{ggml.NAME[qtype].lower()},{width},{at_once}", max_threads=THREADS, min_blocks=2,
     )  # fmt: skip
-    def index_scores(given, step, scores, maxima):
+    def index_scores(given, step):
         """Grid: splits, windows of tokens, sequences of a window."""
         start, stop, length = _tokens_of_block(given, step)
         first, last = _share_of_block(given, length)
@@ -172,41 +211,35 @@ def _kernel_on_tensor_cores(qtype, width, head_tiles):
         thread, sequence = cuda.threadIdx.x, sequence_of(step, start)
         warp, lane = thread >> 5, thread & 31
         base = ptx.shared_address(cuda.shared.array(0, np.int32, alignment=16))
-        # Warps have a token each, or share one.
-        alone = given.window == 1
-        own, own_tile, own_tiles = start + (0 if alone else warp), warp if alone else 0, WARPS if alone else 1
-        t = min(own, stop - 1)
-        seen = seen_by(step, t)
-        if own >= stop or seen <= given.most:
-            seen = 0
-        heads = given.heads
+        # Warps that do not share heads have tokens of their own, or positions of the only one.
+        place, part, alone = warp // parts, warp % parts, given.window == 1
+        t = start if alone else min(start + place, stop - 1)
+        seen = _scored_by(given, step, t) if alone or start + place < stop else 0
+        own_first, own_count = own_positions * place if alone else 0, own_positions if alone else POSITIONS
+        sums = base + 2 * stage_bytes
+        own_sums = sums + 4 * POSITIONS * (part if alone else warp) + 4 * _column(lane)
         key, stage = key_row(lane), 0
-        for head in range(0, heads, heads_at_once):
-            fetch(base + stage_bytes * stage, given, step, sequence, first, length, thread)
-            a, w = load(given.q + 4 * width * heads * t, given.weights + 4 * heads * t, head, heads, lane)
-            for portion in range(first, last):
-                ptx.cp_async_wait(0)
-                cuda.syncthreads()
-                if portion + 1 < last:
-                    fetch(base + stage_bytes * (stage ^ 1), given, step, sequence, portion + 1, length, thread)
-                for tile in range(own_tile, TILES, own_tiles):
-                    if POSITIONS * portion + TILE * tile < seen:
-                        x = score(a, w, base + stage_bytes * stage + tile_bytes * tile, key, lane)
-                        # Lanes have columns in the order in which `_sum_over_rows` leaves them.
-                        position = POSITIONS * portion + TILE * tile + _column(lane)
-                        if head:
-                            x += scores[t, position]
-                        if head + heads_at_once < heads:
-                            scores[t, position] = x
-                        else:
-                            _store(scores, maxima, t, position, seen, x)
-                stage ^= 1
+        fetch(base, given, step, sequence, first, length, thread)
+        a, w = load(given, t, given.head + 16 * head_tiles * part, lane)
+        for portion in range(first, last):
+            ptx.cp_async_wait(0)
+            cuda.syncthreads()
+            if portion + 1 < last:
+                fetch(base + stage_bytes * (stage ^ 1), given, step, sequence, portion + 1, length, thread)
+            at, begin = base + stage_bytes * stage, POSITIONS * portion
+            for position in range(own_first, min(own_first + own_count, seen - begin), COLUMNS):
+                x = score(a, w, at + 2 * width * position, key, lane)
+                if lane & 4 == 0:
+                    ptx.store_shared_f32(own_sums + 4 * position, x)
+            cuda.syncthreads()
+            store_sums(given, step, start, stop, begin, sums, thread)
+            stage ^= 1
 
     return index_scores
 
 
 def _queries(factor, width, head_tiles):
-    """A device function (q, weights, head, heads, lane): this lane's fragments of queries of 16 heads each from a head
+    """A device function (given, t, head, lane): this lane's fragments of token t's queries of 16 heads each from a head
     on, by 16 columns and then by heads, and the weights of its rows. Heads that there are not are zeros."""
     load_16, row_bytes = load_queries(FACTORS[factor][1], width), 4 * width
     steps, tiles = tuple(range(width // 16)), tuple(range(head_tiles))
@@ -238,16 +271,18 @@ def _queries(factor, width, head_tiles):
     all_steps, all_weights = unrolled(load_step, len(steps)), unrolled(load_weights, head_tiles)
 
     @device
-    def load(q, weights, head, heads, lane):
+    def load(given, t, head, lane):
+        heads = given.heads
+        q, weights = given.q + row_bytes * heads * t, given.weights + 4 * heads * t
         return all_steps(0, steps, (q, head, heads, lane)), all_weights(0, tiles, (weights, head, heads, lane))
 
     return load
 
 
-def _score_of_tile(factor, width, head_tiles):
-    """A device function (a, w, at, key, lane): the score of a position of the tile at an address of shared memory, from
-    what `_queries` loads and a lane's `key_row`."""
-    mma, mask, half = FACTORS[factor][0], swizzle(width), 32 * width
+def _scores_of_columns(factor, width, head_tiles):
+    """A device function (a, w, at, key, lane): the scores of 16 positions whose keys are at an address of shared
+    memory, of which a lane gets that of its `_column`; from what `_queries` loads and the lane's `key_row`."""
+    mma, mask = FACTORS[factor][0], swizzle(width)
     no_sums, pairs = ((ZERO,) * 8,) * head_tiles, zipped(head_tiles)
 
     @device
@@ -282,32 +317,29 @@ def _score_of_tile(factor, width, head_tiles):
 
     @device
     def score(a, w, at, key, lane):
-        first = at + 2 * width * key[0]
-        left = weigh_all(0, pairs(multiply_all(0, a, no_sums, (first, key)), w), (ZERO,) * 4, 0)
-        right = weigh_all(0, pairs(multiply_all(0, a, no_sums, (first + half, key)), w), (ZERO,) * 4, 0)
-        return _sum_over_rows(left, right, lane)
+        products = multiply_all(0, a, no_sums, (at + 2 * width * key[0], key))
+        return _sum_over_rows(weigh_all(0, pairs(products, w), NO_TOTALS, 0), lane)
 
     return score
 
 
 @device
-def _sum_over_rows(left, right, lane):
-    """The sum over the eight rows ``lane >> 2`` of eight columns of each lane: a lane gets that of one column, in three
-    exchanges, each of which halves the columns of a lane."""
-    a0, a1, a2, a3 = right if lane & 16 else left
-    b0, b1, b2, b3 = left if lane & 16 else right
-    a0, a1 = a0 + ptx.shfl_xor(b0, 16), a1 + ptx.shfl_xor(b1, 16)
-    a2, a3 = a2 + ptx.shfl_xor(b2, 16), a3 + ptx.shfl_xor(b3, 16)
-    c0, c1 = (a2, a3) if lane & 8 else (a0, a1)
-    d0, d1 = (a0, a1) if lane & 8 else (a2, a3)
-    c0, c1 = c0 + ptx.shfl_xor(d0, 8), c1 + ptx.shfl_xor(d1, 8)
-    return (c1 if lane & 4 else c0) + ptx.shfl_xor(c0 if lane & 4 else c1, 4)
+def _sum_over_rows(sums, lane):
+    """The sum over the eight rows ``lane >> 2`` of a lane's four columns, of which it gets one: the first two exchanges
+    halve the columns of a lane."""
+    s0, s1, s2, s3 = sums
+    upper, right = lane & 16, lane & 8
+    a0, a1 = (s2 if upper else s0), (s3 if upper else s1)
+    a0 += ptx.shfl_xor(s0 if upper else s2, 16)
+    a1 += ptx.shfl_xor(s1 if upper else s3, 16)
+    b = (a1 if right else a0) + ptx.shfl_xor(a0 if right else a1, 8)
+    return b + ptx.shfl_xor(b, 4)
 
 
 @device
 def _column(lane):
-    """The column of a tile that `_sum_over_rows` leaves with a lane. Eight neighbouring lanes have neighbours."""
-    return (lane & 24) + 2 * (lane & 3) + (lane >> 2 & 1)
+    """Which of 16 columns `_sum_over_rows` leaves with a lane, and with lane ``lane ^ 4``."""
+    return (lane >> 4 << 3) + 2 * (lane & 3) + (lane >> 3 & 1)
 
 
 @functools.cache
@@ -342,8 +374,8 @@ def _kernel_in_float32(width):
             total = weigh_heads(0, sums, total, (weights + 4 * head, last))
         return total
 
-    @kernel(INPUT, STEP, F2, F2, variant=f"f32,{width}", max_threads=THREADS)
-    def index_scores(given, step, scores, maxima):
+    @kernel(INPUT, STEP, variant=f"f32,{width}", max_threads=THREADS)
+    def index_scores(given, step):
         """A thread takes a position. Grid: splits, windows of tokens, sequences of a window."""
         start, stop, length = _tokens_of_block(given, step)
         first, last = _share_of_block(given, length)
@@ -355,12 +387,12 @@ def _kernel_in_float32(width):
             page = min(position, length - 1) >> 6
             key = given.keys + row_bytes * (first_slot(step, sequence, page, given) + (position & PAGE - 1))
             for t in range(start, stop):
-                seen = seen_by(step, t)
+                seen = _scored_by(given, step, t)
                 # Whole warps are inside.
-                if seen > given.most and position - ptx.lane() < seen:
+                if position - ptx.lane() < seen:
                     x = ZERO
                     if position < seen:
                         x = score(given.q + row_bytes * heads * t, given.weights + 4 * heads * t, heads, key)
-                    _store(scores, maxima, t, position, seen, x)
+                    _store(given, t, position, seen, x)
 
     return index_scores

@@ -9,8 +9,9 @@ token that sees no more positions than are chosen gets no scores.
 import numpy as np
 
 from pymla.cuda import memory
-from pymla.cuda.attention.index_scores import GROUP, WINDOW, index_scores, index_scores_kernel
+from pymla.cuda.attention.index_scores import GROUP, index_scores, plan_of
 from pymla.cuda.attention.steps import StepArrays
+from pymla.cuda.attention.tiles import WARPS
 from pymla.cuda.attention.top_positions import THREADS, choose_positions
 from pymla.cuda.contract import check, need_pages
 from pymla.errors import PymlaError
@@ -43,7 +44,7 @@ def choose(q, weights, keys, step, out):
     tokens, most, longest = len(q), out.shape[1], StepArrays.of(step).longest
     if longest <= most:
         longest = 0  # every token attends to all positions that it sees
-    at_once = max(WINDOW, SCORES_BYTES // (4 * max(1, longest)) // WINDOW * WINDOW)
+    at_once = max(WARPS, SCORES_BYTES // (4 * max(1, longest)) // WARPS * WARPS)
     for start in range(0, tokens, at_once):
         part = slice(start, min(start + at_once, tokens))
         arrays, count = StepArrays.of(step.part(part.start, part.stop)), part.stop - part.start
@@ -51,10 +52,11 @@ def choose(q, weights, keys, step, out):
         groups = memory.empty((count, most if longest else 0), np.int32)
         if longest:
             index_scores(q[part], weights[part], keys, arrays, most, scores, maxima)
-        choose_positions[count, THREADS](scores, maxima, arrays, groups, out[part])
+        values = scores.address, maxima.address
+        choose_positions[count, THREADS](values, longest, arrays, groups, out[part])
     return out
 
 
 def choosing_kernels(qtype, width, heads):
     """The kernels of `choose` for keys of a type and `width` numbers, and so many heads."""
-    return [index_scores_kernel(qtype, width, heads)[0], choose_positions]
+    return [plan_of(qtype, width, heads).kernel, choose_positions]

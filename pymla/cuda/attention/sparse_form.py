@@ -76,7 +76,7 @@ def combining_kernels():
 @functools.cache
 def sparse_kernel(types_of_rows, rank, rope):
     """The kernel for the cache types of latent and rope parts and their sizes, and its bytes of shared memory."""
-    attend, nbytes = block_of_heads(types_of_rows, rank, rope, CHOSEN, _slot_of_lane, ahead=True)
+    attend, nbytes = block_of_heads(types_of_rows, rank, rope, CHOSEN, _slot_of_lane, ahead=False)
 
     @kernel(
         I64, CACHE, STEP, I2, F32, I32, I32, addresses(2), PLACE,
