@@ -59,10 +59,10 @@ def bench_embedding(measure, tokens):
     ids = np.random.default_rng(0).integers(102400, size=tokens, dtype=np.int32)
 
     def run():
-        cpu.quant.embedding_rows(w, ids, out)
+        cpu.quant.embedding_rows(w, ids, 1.0, out)
 
     def checks():
-        yield out, reference.quant.embedding_rows(w, ids, np.empty_like(out))
+        yield out, reference.quant.embedding_rows(w, ids, 1.0, np.empty_like(out))
 
     measure(run, checks, nbytes=tokens * w.data.shape[1], **EXACT)
 

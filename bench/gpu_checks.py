@@ -126,9 +126,9 @@ def products(records, sizes):
         def embedding(w=w, there=there):
             ids = np.array([sizes.rows - 1, 0, 3, 3], np.int32)
             out = memory.empty((4, sizes.hidden), np.float32)
-            quant.embedding_rows(there, memory.to_device(ids), out)
+            quant.embedding_rows(there, memory.to_device(ids), 1.5, out)
             expected = np.empty((4, sizes.hidden), np.float32)
-            yield memory.to_host(out), reference.quant.embedding_rows(w, ids, expected)
+            yield memory.to_host(out), reference.quant.embedding_rows(w, ids, 1.5, expected)
 
         records.check(f"embedding_rows {name}", embedding, **EXACT)
         # Rows as wide as the latent space, where the type's blocks fit it.
@@ -191,13 +191,26 @@ def layers(records, sizes):
         rope.angles(memory.to_device(positions), memory.to_device(inv_freq), 1.2, there)
         yield memory.to_host(there), angles
         x = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
-        actual = memory.to_host(rope.rope_interleaved(memory.to_device(x), there))
-        yield actual, reference.rope.rope_interleaved(x.copy(), angles)
+        for name in ("rope_interleaved", "rope_neox"):
+            actual = memory.to_host(getattr(rope, name)(memory.to_device(x), there))
+            yield actual, getattr(reference.rope, name)(x.copy(), angles)
+
+    def squared():
+        x = normal(tokens, sizes.hidden)
+        yield memory.to_host(moe.relu_squared(memory.to_device(x))), reference.moe.relu_squared(x.copy())
+
+    def tempered():
+        positions = np.linspace(0, 160_000, tokens).astype(np.int32)
+        x = normal(tokens, sizes.heads, sizes.nope + sizes.rope)
+        there = rope.temper(memory.to_device(x), memory.to_device(positions), 0.1, 8192)
+        yield memory.to_host(there), reference.rope.temper(x.copy(), positions, 0.1, 8192)
 
     records.check("rms_norm", rms_norm, **EXACT)
     records.check("normed", normed, **EXACT)
     records.check("add", add, **SAME)
-    records.check("angles and rope_interleaved", rotated, **EXACT)
+    records.check("relu_squared", squared, **SAME)
+    records.check("angles, rope_interleaved and rope_neox", rotated, **EXACT)
+    records.check("temper", tempered, **EXACT)
     routers = {
         "V2-Lite": (64, 6, {"scoring_func": "softmax"}, False),
         "V2": (160, 6, {"scoring_func": "softmax", "n_group": 8, "topk_group": 3}, False),

@@ -114,13 +114,15 @@ class Quant(Protocol):
         Cost: T * H * N * K multiply-adds; the bytes of `w`, once.
         """
 
-    def embedding_rows(self, w: QTensor, tokens: Array, out: Array) -> Array:
-        """Rows of the embedding matrix as numbers: ``out[t] = W[tokens[t]]``.
+    def embedding_rows(self, w: QTensor, tokens: Array, scale: float, out: Array) -> Array:
+        """Rows of the embedding matrix as numbers: ``out[t] = scale * W[tokens[t]]``.
 
         Parameters
         ----------
         w : QTensor of V rows and K columns
         tokens : int32 array (T,), from 0 to V - 1
+        scale : float
+            1 gives the rows themselves.
         out : float array (T, K), contiguous
 
         Notes
@@ -186,7 +188,7 @@ class Norm(Protocol):
 
 
 class Rope(Protocol):
-    """Rotary position embedding on interleaved pairs, as DeepSeek's models use it."""
+    """Rotary position embedding, on the two layouts of pairs that models have."""
 
     def angles(self, positions: Array, inv_freq: Array, magnitude: float, out: Array) -> Array:
         """Cosine and sine of every position and frequency, times `magnitude`.
@@ -216,6 +218,38 @@ class Rope(Protocol):
         Notes
         -----
         Su et al., "RoFormer" (2021), equation 34; the interleaved layout of llama.cpp's ``LLAMA_ROPE_TYPE_NORM``.
+        """
+
+    def rope_neox(self, x: Array, cos_sin: Array) -> Array:
+        """Rotate pairs (i, i + R / 2) of the last R numbers of every head, in place. Returns `x`.
+
+        Parameters
+        ----------
+        x, cos_sin
+            As for `rope_interleaved`.
+
+        Notes
+        -----
+        The layout of GPT-NeoX and llama.cpp's ``LLAMA_ROPE_TYPE_NEOX``, transformers' ``rotate_half``.
+        """
+
+    def temper(self, x: Array, positions: Array, scale: float, length: int) -> Array:
+        """Multiply the queries of every token by the attention temperature of its position, in place:
+        ``x[t] *= 1 + scale * ln(1 + positions[t] // length)``. Returns `x`.
+
+        Queries below position `length` stay as they are.
+
+        Parameters
+        ----------
+        x : float array (T, H, D), contiguous
+        positions : int32 array (T,)
+        scale : float
+        length : int
+            At least 1.
+
+        Notes
+        -----
+        ``llm_graph_input_attn_temp`` of llama.cpp; ``get_llama_4_attn_scale`` of transformers' Mistral4.
         """
 
 
@@ -298,6 +332,15 @@ class MoE(Protocol):
         Notes
         -----
         Cost: 3 * T * F * K multiply-adds; the bytes of the three matrices, once.
+        """
+
+    def relu_squared(self, x: Array) -> Array:
+        """``x = max(x, 0)²`` of a float array (T, K), contiguous: the nonlinearity of a dense network without a gate.
+        Returns `x`.
+
+        Notes
+        -----
+        So et al., "Primer" (2021), section 3; transformers' ``relu2``.
         """
 
 

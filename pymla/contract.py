@@ -90,7 +90,7 @@ class Contract:
         call.float("out", out, (tokens, heads, None), rows=True)
         call.matrices("w", w, (heads, rows, out.shape[2]))
 
-    def embedding_rows(self, w: QTensor, tokens: Array, out: Array) -> None:
+    def embedding_rows(self, w: QTensor, tokens: Array, scale: float, out: Array) -> None:
         call = self._call("embedding_rows")
         call.float("out", out, (None, None), contiguous=True)
         rows = call.single("w", w, None, out.shape[1])
@@ -132,11 +132,24 @@ class Contract:
         call.float("out", out, (len(positions), len(inv_freq), 2), contiguous=True)
 
     def rope_interleaved(self, x: Array, cos_sin: Array) -> None:
-        call = self._call("rope_interleaved")
+        self._rope("rope_interleaved", x, cos_sin)
+
+    def rope_neox(self, x: Array, cos_sin: Array) -> None:
+        self._rope("rope_neox", x, cos_sin)
+
+    def _rope(self, operation: str, x: Array, cos_sin: Array) -> None:
+        call = self._call(operation)
         call.float("x", x, (None, None, None))
         call.float("cos_sin", cos_sin, (len(x), None, 2))
         if 2 * cos_sin.shape[1] > x.shape[2]:
             call.refuse("cos_sin", f"of {cos_sin.shape[1]} pairs", f"at most {x.shape[2] // 2}")
+
+    def temper(self, x: Array, positions: Array, scale: float, length: int) -> None:
+        call = self._call("temper")
+        call.float("x", x, (None, None, None), contiguous=True)
+        call.index("positions", positions, (len(x),), 1 << 31, "positions")
+        if length < 1:
+            call.refuse("length", str(length), "a number from 1 on")
 
     # Experts ---------------------------------------------------------------------------------------------------------
 
@@ -191,6 +204,9 @@ class Contract:
         call.single("up", up, rows, columns)
         call.single("down", down, columns, rows)
         call.float("out", out, (tokens, columns), contiguous=True)
+
+    def relu_squared(self, x: Array) -> None:
+        self._call("relu_squared").float("x", x, (None, None), contiguous=True)
 
     # The cache, and attention over it --------------------------------------------------------------------------------
 

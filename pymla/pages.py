@@ -6,7 +6,7 @@ A row belongs to a slot: position p of a sequence lies in slot ``block_table[p /
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,9 @@ CACHE_TYPES = {
     "q4_0": ggml.ID["Q4_0"],
 }
 
+#: ggml types of an indexer's keys; with any other type of latent rows they are Q8_0.
+INDEX_TYPES = (ggml.F32, ggml.F16, ggml.BF16, ggml.Q8_0)
+
 #: Types whose rows, those of ``c_kv`` alone, are mixed before they are rounded. Every 32 numbers x, a block, are stored
 #: as ``H x / 4`` and read as ``H y / 8``, where H is the Hadamard matrix of 32 rows of 1 and -1: ``H H / 32`` is the
 #: unit matrix, and a number that is much larger than the others makes no other number coarse.
@@ -45,11 +48,23 @@ class LatentCache(NamedTuple):
     rope: QTensor
 
 
+class IndexedCache(NamedTuple):
+    """A layer's cache where it chooses the positions to attend to: latent rows, and the indexer's keys, slots × D."""
+
+    latent: QTensor
+    rope: QTensor
+    index: QTensor
+
+
 class FullCache(NamedTuple):
     """A layer's cache for ``--mla 0``: slots × H * qk_head_dim and slots × H * v_head_dim."""
 
     keys: QTensor
     values: QTensor
+
+
+#: A layer's cache.
+LayerCache: TypeAlias = LatentCache | IndexedCache | FullCache
 
 
 class Step(NamedTuple):

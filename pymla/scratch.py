@@ -46,3 +46,15 @@ HOST = Portions(tokens=512, most_expanded=256 << 20)
 
 #: Fewer tokens do not fill a GPU, and with few heads at a time few of its multiprocessors have work.
 DEVICE = Portions(tokens=1024, most_expanded=1 << 30, on_device=True)
+
+#: Bytes of the positions that tokens of a step chose, which exist at a time: those of 8,192 tokens with 2,048 each.
+MOST_CHOSEN = 64 << 20
+
+#: Bytes that a backend has at a time for scores of positions and for rows that were chosen: on the host 16 MiB of each,
+#: on a GPU 36 MiB of scores.
+CHOICE_SCRATCH = 36 << 20
+
+
+def most_choosing(top_k: int) -> int:
+    """Tokens whose choices of `top_k` positions exist at a time."""
+    return max(1, MOST_CHOSEN // (4 * top_k))

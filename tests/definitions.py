@@ -24,15 +24,23 @@ def layer_norm(x, weight, bias, eps):
     return np.array([(row - row.mean()) / np.sqrt(row.var() + eps) * weight + bias for row in rows])
 
 
-def rotated(x, positions, inv_freq, magnitude):
-    """Pairs of neighbours at the end of every head of x (T, H, D), turned as complex numbers."""
-    result = x.astype(np.float64)
-    pairs = result[..., result.shape[-1] - 2 * len(inv_freq) :]
+def rotated(x, positions, inv_freq, magnitude, layout):
+    """Pairs at the end of every head of x (T, H, D), turned as complex numbers: neighbours, or with the layout "neox"
+    a number of the first half and one of the second."""
+    result, count = x.astype(np.float64), len(inv_freq)
+    numbers = result[..., result.shape[-1] - 2 * count :]
     for t, position in enumerate(positions):
         for i, frequency in enumerate(inv_freq):
-            turned = (pairs[t, :, 2 * i] + 1j * pairs[t, :, 2 * i + 1]) * magnitude * np.exp(1j * position * frequency)
-            pairs[t, :, 2 * i], pairs[t, :, 2 * i + 1] = turned.real, turned.imag
+            a, b = (i, i + count) if layout == "neox" else (2 * i, 2 * i + 1)
+            turned = (numbers[t, :, a] + 1j * numbers[t, :, b]) * magnitude * np.exp(1j * position * frequency)
+            numbers[t, :, a], numbers[t, :, b] = turned.real, turned.imag
     return result
+
+
+def tempered(x, positions, scale, length):
+    """Queries (T, H, D) times the attention temperature of their positions."""
+    factors = [1 + scale * np.log(1 + np.floor(position / length)) for position in positions]
+    return np.array([factor * query for factor, query in zip(factors, x.astype(np.float64), strict=True)])
 
 
 def route(logits, bias, used, config):

@@ -54,6 +54,19 @@ V3 = V2 | {
     "norm_topk_prob": True,
     "rope_interleave": True,
 }
+V32 = V3 | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_topk": 20,
+    "index_n_heads": 3,
+    "index_head_dim": 32,
+}
+#: Its last layer shares the choice of the first.
+GLM = V32 | {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "indexer_types": ["full", "shared"],
+}
 LITE = V2 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 
 
@@ -90,11 +103,17 @@ def shapes(c):
         found[attn + "kv_a_layernorm.weight"] = (rank,)
         found[attn + "kv_b_proj.weight"] = (heads * (nope + v), rank)
         found[attn + "o_proj.weight"] = (hidden, heads * v)
+        if "index_topk" in c and (c.get("indexer_types") or ["full"] * 2)[i] == "full":
+            index_heads, size = c["index_n_heads"], c["index_head_dim"]
+            found[attn + "indexer.wq_b.weight"] = (index_heads * size, c["q_lora_rank"])
+            found[attn + "indexer.wk.weight"] = (size, hidden)
+            found[attn + "indexer.k_norm.weight"] = found[attn + "indexer.k_norm.bias"] = (size,)
+            found[attn + "indexer.weights_proj.weight"] = (index_heads, hidden)
         if i < c["first_k_dense_replace"]:
             mlp(layer + "mlp.", c["intermediate_size"])
             continue
         found[layer + "mlp.gate.weight"] = (c["n_routed_experts"], hidden)
-        if c["model_type"] == "deepseek_v3":
+        if c["model_type"] != "deepseek_v2":
             found[layer + "mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
         for expert in range(c["n_routed_experts"]):
             mlp(f"{layer}mlp.experts.{expert}.", width)

@@ -123,6 +123,7 @@ def _products(rng, quant, s):
         {
             "w": tensor(rng, s.qtype, s.rows, s.columns),
             "tokens": rng.integers(0, s.rows, s.tokens).astype(np.int32),
+            "scale": 2.0,
             "out": unset(s.tokens, s.columns),
         },
     )
@@ -160,7 +161,17 @@ def _norms(rng, backend, s):
             "out": unset(s.tokens, 8, 2),
         },
     )
-    yield rope.rope_interleaved, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
+    for operation in (rope.rope_interleaved, rope.rope_neox):
+        yield operation, {"x": floats(rng, s.tokens, s.heads, 32), "cos_sin": floats(rng, s.tokens, 8, 2)}
+    yield (
+        rope.temper,
+        {
+            "x": floats(rng, s.tokens, s.heads, 32),
+            "positions": np.arange(s.tokens, dtype=np.int32),
+            "scale": 0.1,
+            "length": 2,
+        },
+    )
 
 
 def _experts(rng, moe, s):
@@ -201,6 +212,7 @@ def _experts(rng, moe, s):
             "out": unset(s.tokens, s.columns),
         },
     )
+    yield moe.relu_squared, {"x": floats(rng, s.tokens, inner)}
 
 
 def _attention(rng, backend, s):

@@ -68,7 +68,7 @@ def quick(monkeypatch):
 
 
 def row(**values):
-    fields = {"model": "m", "mla": "1", "cache_type": "f16", "device": "cpu", "threads": 2}
+    fields = {"model": "m", "mla": "1", "dsa": False, "cache_type": "f16", "device": "cpu", "threads": 2}
     fields |= {"pp": 4, "tg": 2, "n_kv": 64}
     fields |= {"pp_seconds": (0.5,), "tg_seconds": (4.0, 1.0, 2.0)}
     fields |= {"pp_macs": 10**10, "tg_bytes": 10**9, "cache_bytes": 1 << 20}

@@ -25,6 +25,7 @@ CONFIG = SimpleNamespace(
     kv_lora_rank=512,
     qk_rope_head_dim=64,
     num_hidden_layers=3,
+    indexer=None,
 )
 
 

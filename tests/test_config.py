@@ -10,7 +10,9 @@ import pytest
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
-from pymla.models.config import ModelConfig, Yarn
+from pymla.models.attention_temperature import AttentionTemperature
+from pymla.models.config import Indexer, ModelConfig, Yarn
+from pymla.models.metadata import NOT_RUN
 
 # Metadata of published files, without the architecture's prefix.
 V2_LITE = {
@@ -167,6 +169,7 @@ def test_v2_lite(load):
         group_score="max",
         rope_theta=10000.0,
         yarn=Yarn(40.0, 4096, float(np.float32(0.0707)), 32.0, 1.0),
+        original_context_length=4096,
     )
     assert config.qk_head_dim == 192
     assert config.softmax_scale == pytest.approx(0.1147, abs=5e-5)
@@ -360,6 +363,19 @@ def test_same_as_transformers(load, dim, theta, yarn):
         assert config.softmax_scale == pytest.approx(expected, rel=1e-7)
 
 
+def test_linear_scaling_is_that_of_transformers(load):
+    pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    config = load(without(V3, "rope.scaling.type", "rope.scaling.yarn_log_multiplier"))
+    theirs = transformers.DeepseekV3Config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 40.0}, qk_rope_head_dim=64
+    )
+    inv_freq, magnitude = rope_utils.ROPE_INIT_FUNCTIONS["linear"](theirs, "cpu")
+    np.testing.assert_allclose(config.inv_freq(), inv_freq.double().numpy(), rtol=1e-6)
+    assert config.rope_magnitude == magnitude
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +396,6 @@ def test_unknown_architecture(load):
         "attention.layer_norm_rms_epsilon",
         "attention.kv_lora_rank",
         "attention.key_length",
-        "attention.value_length",
         "expert_used_count",
         "expert_feed_forward_length",
         "rope.dimension_count",
@@ -437,7 +452,7 @@ def test_absurd_numbers(load, key, value):
         ("attention.head_count_kv", 2),
         ("attention.head_count_kv", 0),
         ("attention.layer_norm_rms_epsilon", 0.0),
-        ("attention.temperature_scale", 0.1),
+        ("attention.temperature_scale", -0.1),
         ("attention.sliding_window", 4096),
         ("block_count", 0),
         ("block_count", 100000),
@@ -482,7 +497,6 @@ def test_not_implemented(load, key, value):
     [
         (
             (
-                "attention.temperature_scale",
                 "attention.scale",
                 "attention.clamp_kqv",
                 "attention.max_alibi_bias",
@@ -523,6 +537,7 @@ PLAIN_EXPERTS = without(V2, "expert_group_count", "expert_group_used_count")
         ("attention.head_count", [1, 128, LARGEST], [0, LARGEST + 1]),
         ("attention.kv_lora_rank", [1, LARGEST], [0, LARGEST + 1]),
         ("attention.layer_norm_rms_epsilon", [1e-12, 0.99], [0.0, 1.0]),
+        ("attention.temperature_scale", [0.0, 0.1, 9e8], [-0.1, 1e9]),
         ("attention.value_length", [1, LARGEST], [0, LARGEST + 1]),
         ("attention.q_lora_rank", [0, 1, LARGEST], [-1, LARGEST + 1]),
         ("block_count", [1, 2, 4096], [0, 4097]),
@@ -590,9 +605,15 @@ def test_layers_in_front_of_the_experts(load):
     assert load(V2 | {"leading_dense_block_count": 0, "feed_forward_length": 0}).intermediate_size == 0
 
 
-def test_linear_scaling_without_a_type(load):
-    """llama.cpp takes a factor without a type for linear scaling."""
-    with pytest.raises(PymlaError, match=r"rope\.scaling\.type is linear"):
+def test_linear_scaling(load):
+    """llama.cpp takes a factor without a type for linear scaling. With a multiplier it is no such scaling."""
+    plain = without(V2, "rope.scaling.type", "rope.scaling.yarn_log_multiplier")
+    for scaling in ({}, {"rope.scaling.type": "linear"}):
+        config = load(plain | scaling)
+        assert (config.yarn, config.rope_linear_factor, config.rope_magnitude) == (None, 40.0, 1.0)
+        assert config.softmax_scale == pytest.approx(192**-0.5)
+        np.testing.assert_allclose(config.inv_freq(), [10000 ** (-2 * i / 64) / 40 for i in range(32)], rtol=1e-15)
+    with pytest.raises(PymlaError, match=r"type is linear; with factor 40 and yarn_log_multiplier 0.0707"):
         load(without(V2, "rope.scaling.type"))
 
 
@@ -600,3 +621,224 @@ def test_groups_of_one_expert(load):
     with pytest.raises(PymlaError, match="two or more"):
         load(V3 | {"expert_group_count": 256, "expert_group_used_count": 8})
     assert load(V2 | {"expert_group_count": 160, "expert_group_used_count": 8}).n_group == 160
+
+
+# Indexers of sparse attention -----------------------------------------------------------------------------------------
+
+V32 = (
+    V3
+    | MLA
+    | {
+        "attention.indexer.head_count": 64,
+        "attention.indexer.key_length": 128,
+        "attention.indexer.top_k": 2048,
+    }
+)
+
+
+def sparse(load, arch="deepseek32", **changed):
+    """The configuration of V3.2, with some keys of the indexer changed."""
+    return load(V32 | {f"attention.indexer.{key}": value for key, value in changed.items()}, arch=arch)
+
+
+def test_v3_2(load):
+    config = sparse(load)
+    assert config.architecture == "deepseek32"
+    assert config.indexer == Indexer(heads=64, head_dim=128, top_k=2048, full=(True,) * 61)
+    assert dataclasses.replace(config, architecture="deepseek2", indexer=None) == load(V3 | MLA)
+    assert config.dense() == dataclasses.replace(config, indexer=None)
+    assert load(V32).indexer is None  # deepseek2 has none, whatever its file says
+
+
+def test_v3_2_with_a_layer_that_predicts_further_tokens(load):
+    config = load(V32 | {"block_count": 62, "nextn_predict_layers": 1}, arch="deepseek32")
+    assert (config.num_hidden_layers, config.num_nextn_predict_layers, len(config.indexer.full)) == (61, 1, 61)
+
+
+def test_layers_that_share_choices(load):
+    types = [True] * 3 + [False] * 58
+    assert sparse(load, "glm-dsa", types=types).indexer.full == tuple(types)
+    assert sparse(load, "glm-dsa").indexer.full == (True,) * 61
+    # GLM-5.2, by the length of its context.
+    full = load(V32 | {"context_length": 1 << 20}, arch="glm-dsa").indexer.full
+    assert [i for i, each in enumerate(full) if each] == [0, 1, 2, *range(6, 61, 4)]
+    assert all(load(V32 | {"context_length": 1 << 20}, arch="deepseek32").indexer.full)
+
+
+def test_glm_without_a_gating_function(load):
+    assert load(without(V32, "expert_gating_func"), arch="glm-dsa").scoring_func == "sigmoid"
+    assert load(without(V3, "expert_gating_func")).scoring_func == "softmax"
+
+
+@pytest.mark.parametrize("key", ["head_count", "key_length", "top_k"])
+def test_missing_sizes_of_the_indexer(load, key):
+    with pytest.raises(PymlaError, match=rf"deepseek32\.attention\.indexer\.{key} is missing"):
+        load(without(V32, f"attention.indexer.{key}"), arch="deepseek32")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"key_length": 32}, "is 32; a multiple of 32, and at least the 64 rotated numbers, is expected"),
+        ({"key_length": 100}, "is 100; a multiple of 32"),
+        ({"top_k": 0}, "is 0; a number from 1"),
+        ({"types": [True] * 60}, "is of 60 layers; 61 are expected"),
+        ({"types": [False] + [True] * 60}, "is false for layer 0; there is no choice before it that it could share"),
+        ({"types": [2] * 61}, "is not a list of true and false"),
+        ({"types": True}, "types is True, but an array is expected"),
+    ],
+)
+def test_indexers_that_are_refused(load, changed, words):
+    with pytest.raises(PymlaError, match=words):
+        sparse(load, "glm-dsa", **changed)
+
+
+def test_an_indexer_needs_low_rank_queries(load):
+    with pytest.raises(PymlaError, match=r"q_lora_rank is 0; the indexer's queries come from the low-rank ones"):
+        load(without(V32, "attention.q_lora_rank"), arch="deepseek32")
+
+
+# Other families -------------------------------------------------------------------------------------------------------
+
+MINICPM3 = {
+    "block_count": 62,
+    "context_length": 32768,
+    "embedding_length": 2560,
+    "feed_forward_length": 6400,
+    "vocab_size": 73448,
+    "attention.head_count": 40,
+    "attention.head_count_kv": 40,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.q_lora_rank": 768,
+    "attention.kv_lora_rank": 256,
+    "attention.key_length": 96,
+    "rope.dimension_count": 32,
+}
+PLM = {
+    "block_count": 32,
+    "context_length": 4096,
+    "embedding_length": 2048,
+    "feed_forward_length": 8192,
+    "vocab_size": 151936,
+    "attention.head_count": 16,
+    "attention.head_count_kv": 16,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.kv_lora_rank": 512,
+    "attention.key_length": 192,
+    "attention.value_length": 128,
+    "rope.dimension_count": 64,
+    "rope.freq_base": 100000.0,
+}
+
+
+def test_minicpm3(load):
+    config = load(MINICPM3, arch="minicpm3")
+    assert (config.first_k_dense_replace, config.n_routed_experts, config.intermediate_size) == (62, 0, 6400)
+    assert (config.q_lora_rank, config.kv_lora_rank) == (768, 256)
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (64, 32, 64)
+    assert (config.rope_interleave, config.hidden_act) == (False, "silu")
+    assert (config.embedding_scale, config.logit_scale) == (12.0, 10.0)
+    assert config.residual_scale == pytest.approx(1.4 / 62**0.5)
+    assert (config.original_context_length, config.rope_magnitude) == (32768, 1.0)
+
+
+def test_what_minicpm3_reads(load):
+    """The keys of llama.cpp's older MiniCPM, which its converter leaves out for MiniCPM3."""
+    scales = {"embedding_scale": 2.5, "residual_scale": 0.5, "logit_scale": 4.0, "rope.scaling.attn_factor": 1.5}
+    config = load(MINICPM3 | scales | {"rope.scaling.original_context_length": 4096}, arch="minicpm3")
+    assert (config.embedding_scale, config.residual_scale, config.logit_scale) == (2.5, 0.5, 4.0)
+    assert (config.original_context_length, config.rope_magnitude) == (4096, 1.5)
+    for key in scales:
+        for value in (-1.0, math.nan):
+            with pytest.raises(PymlaError, match=rf"minicpm3\.{key} is {value}"):
+                load(MINICPM3 | {key: value}, arch="minicpm3")
+    with pytest.raises(PymlaError, match=r"minicpm3\.attention\.clamp_kqv is 1\.0"):
+        load(MINICPM3 | {"attention.clamp_kqv": 1.0}, arch="minicpm3")
+
+
+def test_plm(load):
+    config = load(PLM, arch="plm")
+    assert (config.rope_interleave, config.hidden_act) == (True, "relu2")
+    assert (config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim) == (0, 128, 128)
+    assert config.first_k_dense_replace == 32
+    with pytest.raises(PymlaError, match=r"plm\.embedding_scale is 12\.0"):
+        load(PLM | {"embedding_scale": 12.0}, arch="plm")
+
+
+def test_mistral4(load):
+    """A softmax, groups by their two best experts, and a temperature that files leave out."""
+    config = load(V2, arch="mistral4")
+    assert (config.scoring_func, config.n_group, config.group_score) == ("softmax", 8, "top2")
+    assert config.attention_temperature == AttentionTemperature(0.1, 4096)
+    given = {"attention.temperature_scale": 0.5, "attention.temperature_length": 100}
+    assert load(V2 | given, arch="mistral4").attention_temperature == AttentionTemperature(0.5, 100)
+    assert load(V2 | {"attention.temperature_scale": 0.0}, arch="mistral4").attention_temperature is None
+
+
+def test_the_size_of_a_value_has_a_default(load):
+    """As in llama.cpp; a file whose heads have another size is refused for its tensors."""
+    assert load(without(V2_LITE, "attention.value_length")).v_head_dim == 128
+    assert load(V2_LITE | {"attention.value_length": 96}).v_head_dim == 96
+
+
+def test_an_unknown_architecture(load):
+    with pytest.raises(PymlaError, match=r"'llama', which pymla does not run; pymla runs deepseek2, .*minicpm3, .*plm"):
+        load(V2, arch="llama")
+
+
+# Attention temperature, arrays, and what else an architecture leaves open ---------------------------------------------
+
+
+def test_attention_temperature(load):
+    scale = {"attention.temperature_scale": 0.1}
+    given = load(V3 | scale | {"attention.temperature_length": 8192}).attention_temperature
+    assert given == AttentionTemperature(pytest.approx(0.1), 8192)
+    assert load(V3).attention_temperature is None
+    assert load(V3 | {"attention.temperature_length": 8192}).attention_temperature is None
+    assert load(V3 | scale).attention_temperature.length == 4096  # the original context
+    with pytest.raises(PymlaError, match=r"attention\.temperature_length is missing"):
+        load(V3 | scale | {"rope.scaling.type": "none"})
+    with pytest.raises(PymlaError, match=r"attention\.temperature_length is 0"):
+        load(V3 | scale | {"attention.temperature_length": 0})
+
+
+def test_sizes_as_arrays(load):
+    """As llama.cpp takes them: a number for each of block_count layers, those that predict further tokens included."""
+    one = load(V2)
+    arrays = {
+        "attention.head_count": [128] * 60,
+        "attention.head_count_kv": [128] * 60,
+        "feed_forward_length": [12288] + [7] * 59,
+        "expert_feed_forward_length": [0] + [1536] * 59,
+    }
+    assert load(V2 | arrays) == one
+    further = {"nextn_predict_layers": 1, "block_count": 61}
+    assert load(V2 | further | {"expert_feed_forward_length": [0] + [1536] * 59 + [99]}).moe_intermediate_size == 1536
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "words"),
+    [
+        ("expert_feed_forward_length", [0] + [1536] * 58 + [768], "is an array of 768 to 1536; pymla runs layers"),
+        ("expert_feed_forward_length", [1536] * 59, "is an array; one number is expected, or 60, one for each layer"),
+        ("expert_feed_forward_length", [0] * 60, "is 0; a number from 1"),
+        ("expert_feed_forward_length", [1536.0] * 60, "is an array; one number is expected"),
+        ("attention.head_count", [128] * 59 + [64], "is an array of 64 to 128"),
+    ],
+)
+def test_arrays_that_are_refused(load, key, values, words):
+    with pytest.raises(PymlaError, match=rf"model\.gguf: metadata deepseek2\.{key} {words}"):
+        load(V2 | {key: values})
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_architectures_that_do_not_run_are_refused_with_the_reason(load, name):
+    with pytest.raises(PymlaError, match=rf"general\.architecture is '{name}', which pymla does not run, because it"):
+        load(V3, arch=name)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("adapter", "a LoRA adapter"), ("imatrix", "an importance matrix")])
+def test_files_that_hold_no_model(load, kind, words):
+    with pytest.raises(PymlaError, match=f"metadata general.type is '{kind}': the file holds {words}"):
+        load(V3, general={"general.type": kind})
+    assert load(V3, general={"general.type": "model"}) == load(V3)

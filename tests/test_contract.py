@@ -49,7 +49,8 @@ def test_an_out_of_the_wrong_shape(backend, rng):
 def test_a_token_past_the_table(backend, rng, token):
     w = tensor(rng, ggml.Q8_0, 64, 32)
     words = f"embedding_rows: tokens has {token}", "rows of w go from 0 to 63"
-    refused(backend.quant.embedding_rows, *words, w=w, tokens=np.array([1, token], np.int32), out=unset(2, 32))
+    tokens = np.array([1, token], np.int32)
+    refused(backend.quant.embedding_rows, *words, w=w, tokens=tokens, scale=1.0, out=unset(2, 32))
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -154,7 +155,7 @@ def test_indices_of_a_recorded_step_are_not_looked_at(rng):
     """They are written before each replay: what lies there while it is recorded means nothing."""
     w, tokens = tensor(rng, ggml.F32, 8, 32), np.array([10**6], np.int32)
     out = unset(1, 32)
-    graph = cpu.Graph(lambda: cpu.quant.embedding_rows(w, tokens, out))
+    graph = cpu.Graph(lambda: cpu.quant.embedding_rows(w, tokens, 1.0, out))
     tokens[0] = 3
     graph.replay()
     np.testing.assert_array_equal(out[0], w.data.view(np.float32)[3])

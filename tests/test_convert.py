@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 from hub import (
     CODER,
+    GLM,
     LITE,
     TOKENIZER_CONFIG,
     V2,
     V3,
+    V32,
     YARN,
     hub_folder,
     random_weights,
@@ -30,7 +32,7 @@ from pymla.make import convert as module
 from pymla.make.checkpoint_tensors import Plan
 from pymla.make.convert import LAYOUTS, QTYPES, convert
 from pymla.make.hub_tokenizer import detect_pre
-from pymla.models.config import ModelConfig, Yarn
+from pymla.models.config import Indexer, ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 from pymla.text.tokenizer import Tokenizer
@@ -44,7 +46,8 @@ def converted(tmp_path, config=V2, weights=None, dtype="F32", files=1, **options
 
 def expected_tensors(c, w, layout):
     """GGUF names and float32 values of a checkpoint, written down once more, from DESIGN's list and gguf's names."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, c["num_hidden_layers"])
+    # Which knows the indexer's names, too.
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM_DSA, c["num_hidden_layers"])
     found = {}
     experts = {}
     for name, value in w.items():
@@ -63,6 +66,8 @@ def expected_tensors(c, w, layout):
                     found[names.get_name(name.replace("kv_b", f"{letter}_b"), (".weight",))] = flat
         elif name.endswith("e_score_correction_bias"):
             found[names.get_name(name.replace("_bias", ".bias"), (".bias",))] = value
+        elif name.endswith("k_norm.bias"):
+            found[names.get_name(name, (".bias",))] = value
         else:
             found[names.get_name(name, (".weight",))] = value
     return found | {names.get_name(name, (".weight",)): np.stack(values) for name, values in experts.items()}
@@ -72,7 +77,7 @@ def assert_holds(file, expected, qtype, others=()):
     """Every tensor, and no other, in the type asked for, blocks exactly as quantised whole."""
     assert set(file.tensors) == set(expected)
     for name, value in expected.items():
-        plain = value.ndim == 1 or "ffn_gate_inp" in name
+        plain = value.ndim == 1 or "ffn_gate_inp" in name or "indexer.proj" in name
         wanted = ggml.F32 if plain else dict(others).get(name, qtype)
         info = file.tensors[name]
         assert (info.qtype, info.shape) == (wanted, value.shape), name
@@ -81,7 +86,7 @@ def assert_holds(file, expected, qtype, others=()):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("qtype", QTYPES)
-@pytest.mark.parametrize("config", [LITE, V2, V3], ids=["lite", "v2", "v3"])
+@pytest.mark.parametrize("config", [LITE, V2, V3, V32, GLM], ids=["lite", "v2", "v3", "v3.2", "glm"])
 def test_tensors_in_every_type_and_layout(tmp_path, config, qtype, layout):
     weights = random_weights(config)
     file = converted(tmp_path, config, weights, qtype=qtype, layout=layout)
@@ -98,6 +103,26 @@ def test_the_gguf_package_reads_the_same(tmp_path):
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_allclose(values, expected[tensor.name], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "full"),
+    [
+        (V32, "deepseek32", (True, True)),
+        (GLM, "glm-dsa", (True, False)),
+        (GLM | {"indexer_types": None}, "glm-dsa", (True, True)),
+    ],
+)
+def test_an_indexer_reads_back(tmp_path, config, architecture, full):
+    found = ModelConfig.from_gguf(converted(tmp_path, config))
+    assert found.architecture == architecture
+    assert found.indexer == Indexer(heads=3, head_dim=32, top_k=20, full=full)
+
+
+@pytest.mark.parametrize("types", [["full"], ["full", "half"], ["full", 1]])
+def test_types_of_an_indexer_that_are_refused(tmp_path, types):
+    with pytest.raises(PymlaError, match=r"indexer_types is .*; full or shared is expected for each of 2 layers"):
+        converted(tmp_path, GLM | {"indexer_types": types}, random_weights(GLM))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

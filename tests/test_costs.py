@@ -10,10 +10,11 @@ from pymla import ggml
 from pymla.engine.cache_layout import cache_bytes, row_bytes
 from pymla.engine.costs import step_ops, token_bytes, token_macs
 from pymla.engine.forms import cheaper_form
-from pymla.engine.memory_plan import derived_bytes, scratch_bytes, tensor_bytes
+from pymla.engine.memory_plan import choice_bytes, derived_bytes, scratch_bytes, tensor_bytes
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
-from pymla.models.config import ModelConfig, Yarn
+from pymla.models.config import Indexer, ModelConfig, Yarn
+from pymla.scratch import CHOICE_SCRATCH
 
 V2_LITE = ModelConfig(
     architecture="deepseek2",
@@ -43,6 +44,7 @@ V2_LITE = ModelConfig(
     group_score="max",
     rope_theta=10000.0,
     yarn=Yarn(40.0, 4096, 0.0707),
+    original_context_length=4096,
 )
 
 
@@ -102,11 +104,11 @@ def test_v2_lite_bytes():
     assert ops["experts"].nbytes == 26 * 6 * 3 * 1408 * 2048 // 32 * 18
 
 
-def test_derived_k_b_costs_its_16_bits():
+def test_transposed_k_b_costs_its_8_bits():
     file = token_bytes(V2_LITE, v2_lite_tensors(layout="all"), 0)
     derived = token_bytes(V2_LITE, v2_lite_tensors(layout="split"), 0)
     k_b = 27 * 16 * 512 * 128
-    assert derived - file == k_b * 2 - k_b * 18 // 32
+    assert derived - file == k_b * 34 // 32 - k_b * 18 // 32
 
 
 def test_macs_are_the_same_in_all_layouts():
@@ -235,7 +237,8 @@ def test_a_token_of_a_model_with_all_experts_reads_the_file(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "qtype", "size"), [("kv_b", "q4_0", 0), ("all", "q4_0", 0), ("split", "q4_0", 2), ("split", "f32", 4)]
+    ("layout", "qtype", "size"),
+    [("kv_b", "q4_0", 0), ("all", "q4_0", 0), ("split", "q4_0", 34 / 32), ("split", "f16", 2), ("split", "f32", 4)],
 )
 def test_derived(layout, qtype, size):
     tensors = v2_lite_tensors(ggml.ID[qtype.upper()], layout)
@@ -248,3 +251,62 @@ def test_scratch_grows_with_the_slice_and_is_bounded_in_the_context():
     assert scratch[-1] == scratch[-2]
     assert scratch_bytes(V2_LITE, "auto", 4096, 1024) > scratch_bytes(V2_LITE, "auto", 4096, 512)
     assert scratch_bytes(V2_LITE, "1", 163840, 512) < scratch[-1]
+
+
+# Sparse attention -----------------------------------------------------------------------------------------------------
+
+#: V3.2 with two layers that have an indexer and one that shares a choice.
+V32 = dataclasses.replace(
+    V2_LITE,
+    architecture="deepseek32",
+    hidden_size=7168,
+    num_hidden_layers=3,
+    first_k_dense_replace=3,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    n_routed_experts=0,
+    indexer=Indexer(heads=64, head_dim=128, top_k=2048, full=(True, False, True)),
+)
+
+
+def test_costs_of_sparse_attention():
+    pair, key = 128 * (2 * 512 + 64), 64 * 128
+    matrices = 64 * 128 * 1536 + 64 * 7168
+    for cached in (2048, 2049, 65536):
+        ops = {op.name: op for op in step_ops(V32, None, 1, cached, cache_type="q8_0")}
+        chosen = min(cached, 2048)
+        assert ops["attention"].macs == 3 * chosen * pair
+        assert ops["attention"].nbytes == 3 * chosen * (16 * 34 + 2 * 64)
+        assert ops["index keys"].macs == 2 * 128 * 7168
+        assert ops["index"].macs == (2 * (matrices + cached * key) if cached > 2048 else 0)
+        assert ops["index"].nbytes == (2 * cached * 4 * 34 if cached > 2048 else 0)
+    dense = {op.name: op for op in step_ops(V32.dense(), None, 1, 65536)}
+    assert not {"index", "index keys"} & dense.keys()
+    assert dense["attention"].macs == 32 * ops["attention"].macs
+
+
+def test_costs_of_a_prompt_of_sparse_attention():
+    """The first tokens attend to all positions, with expanded keys and values."""
+    ops = {op.name: op.macs for op in step_ops(V32, None, 3000, 3000)}
+    seen = sum(range(2049, 3001))
+    assert ops["index"] == 2 * (952 * (64 * 128 * 1536 + 64 * 7168) + seen * 64 * 128)
+    dense, sparse = 2048 * 2049 // 2 * 128 * 320, 952 * 2048 * 128 * (2 * 512 + 64)
+    assert ops["attention"] == 3 * (dense + sparse)
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "key"), [("f32", 512), ("f16", 256), ("bf16", 256), ("q8_0", 136), ("q4_0", 136)]
+)
+def test_rows_of_the_indexer(cache_type, key):
+    without = row_bytes(V32.dense(), cache_type, "auto")
+    assert row_bytes(V32, cache_type, "auto") == without + 2 * key
+    assert [row_bytes(V32, cache_type, "auto", [i]) - without // 3 for i in range(3)] == [key, 0, key]
+    assert cache_bytes(V32, cache_type, "auto", 65, range(1)) == 128 * (without // 3 + key)
+
+
+def test_memory_of_choices():
+    assert choice_bytes(V32.dense(), 1 << 17) == choice_bytes(V32, 2048) == 0
+    assert choice_bytes(V32, 4096) == 4096 * 4 * 2048 + CHOICE_SCRATCH
+    assert choice_bytes(V32, 1 << 17) == (8192 + 2048) * 4 * 2048 + CHOICE_SCRATCH
+    more = scratch_bytes(V32, "1", 4096, 512) - scratch_bytes(V32.dense(), "1", 4096, 512)
+    assert more == choice_bytes(V32, 4096) + 5 * 512 * (64 * 129 + 128)

@@ -67,7 +67,7 @@ def ints(*values):
 @pytest.mark.parametrize("qtype", TYPES, ids=ggml.NAME.get)
 def test_tokens(guarded, qtype):
     w, tokens = guarded.tensor(random_qtensor(qtype, 5, 256)), guarded.array(ints(*WILD, 5, 4))
-    out = memory.to_host(quant.embedding_rows(w, tokens, guarded.out(6, 256)))
+    out = memory.to_host(quant.embedding_rows(w, tokens, 1.0, guarded.out(6, 256)))
     np.testing.assert_array_equal(out, np.broadcast_to(out[-1], out.shape))
 
 
@@ -155,7 +155,7 @@ def test_arrays_without_anything_to_point_at_are_refused():
     tokens, out = memory.zeros(1, np.int32), memory.empty((1, 32), np.float32)
     nothing = QTensor(ggml.F16, memory.empty((0, 64), np.uint8))
     with pytest.raises(PymlaError, match="embedding_rows: tokens"):
-        quant.embedding_rows(nothing, tokens, out)
+        quant.embedding_rows(nothing, tokens, 1.0, out)
     with pytest.raises(PymlaError, match="store: slots"):
         attention.store(memory.zeros((1, 32), np.float32), tokens, nothing)
     with pytest.raises(PymlaError, match="load: "):

@@ -62,6 +62,21 @@ V3 = dataclasses.replace(
     n_group=2,
     topk_group=2,
 )
+TEMPERED = dataclasses.replace(LITE, name="tempered", temperature_scale=0.5, temperature_length=16)
+#: Sparse attention. The choice is made in the first layer, from numbers that no backend rounds.
+V32 = dataclasses.replace(
+    ALL_EXPERTS,
+    name="v3.2",
+    architecture="deepseek32",
+    q_lora_rank=32,
+    scoring_func="sigmoid",
+    index_topk=8,
+    index_n_heads=16,
+    index_head_dim=32,
+)
+GLM = dataclasses.replace(
+    V32, name="glm", architecture="glm-dsa", num_hidden_layers=2, indexer_types=("full", "shared"), index_topk=20
+)
 VOCABULARY = 24
 IDS = np.random.default_rng(0).integers(VOCABULARY, size=100, dtype=np.int32)
 
@@ -123,8 +138,8 @@ class Pair:
 
 @pytest.mark.parametrize(
     ("shape", "qtype", "cache_type", "tolerance"),
-    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES)],
-    ids=["lite", "v3"],
+    [(LITE, ggml.F32, "f16", HALF), (V3, ggml.Q8_0, "q8_0", CODES), (TEMPERED, ggml.F32, "f16", HALF)],
+    ids=["lite", "v3", "tempered"],
 )
 def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, tolerance):
     pair = Pair(folder, shape, qtype, backend, cache_type=cache_type)
@@ -143,6 +158,30 @@ def test_forms_of_attention_and_cache_types(folder, mla, cache_type, tolerance, 
     pair = Pair(folder, LITE, ggml.F32, backend, cache_type=cache_type, mla=mla)
     pair.step({"a": (0, 9)}, tolerance, logits="all")
     pair.step({"a": (9, 10)}, tolerance)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "q4_0"])
+@pytest.mark.parametrize("shape", [V32, GLM], ids=["v3.2", "glm"])
+def test_sparse_attention(folder, shape, cache_type):
+    """A prompt of which the last tokens choose, generated tokens, and steps of tokens that choose and that do not."""
+    # Keys of the indexer are float32; in the other cache they are 8-bit, and all are chosen.
+    shape = shape if cache_type == "f32" else dataclasses.replace(shape, name=f"{shape.name}-all", index_topk=64)
+    tolerance = HALF if cache_type == "f32" else CODES
+    pair = Pair(folder, shape, ggml.F32, backend, cache_type=cache_type, cache_tokens=4 * 64)
+    pair.step({"a": (0, 24)}, tolerance, logits="all")
+    pair.step({"a": (24, 25)}, tolerance)
+    pair.step({"b": (30, 37), "a": (25, 27), "c": (70, 71)}, tolerance, logits="all")
+    for i in range(2):
+        pair.step({"b": (37 + i, 38 + i), "a": (27 + i, 28 + i)}, tolerance)
+    pair.truncate("a", 12)
+    pair.step({"a": (50, 65)}, tolerance)
+
+
+def test_a_choice_that_layers_share_goes_to_the_gpu(folder):
+    placement = Placement(cpu, (cpu, backend), (cpu, backend), backend)
+    pair = Pair(folder, GLM, ggml.F32, placement, cache_type="f32")
+    pair.step({"a": (0, 30)}, HALF, logits="all")
+    pair.step({"a": (30, 31)}, HALF)
 
 
 def test_sequences_in_one_batch(folder):

@@ -20,8 +20,8 @@ from pymla.pages import CACHE_TYPES, HADAMARD_TYPES
 from pymla.text.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("v2-lite", "v2", "v3", "moonlight")
-SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128)
+NAMES = ("v2-lite", "v2", "v3", "moonlight", "minicpm3", "mistral4")
+SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=128, temperature_scale=0.1, temperature_length=64)
 
 
 @pytest.fixture
@@ -67,12 +67,28 @@ def test_no_kernel_of_a_golden_model_is_missing(launched, name, mla):
         launched.clear()
 
 
+@pytest.mark.parametrize("mla", ["auto", "1", "3"])
+@pytest.mark.parametrize("name", ["v3.2", "glm-5"])
+def test_no_kernel_of_a_golden_model_with_an_indexer_is_missing(launched, name, mla):
+    for cache_type in CACHE_TYPES:
+        check(GOLDEN / f"{name}.gguf", launched, cache_type=cache_type, mla=mla)
+        launched.clear()
+    without = check(GOLDEN / f"{name}.gguf", launched, mla=mla, dsa=False)
+    assert not [each.__name__ for each in without if each.__name__.startswith(("index", "sparse", "choose"))]
+
+
 @pytest.mark.parametrize("qtype", ["q4_0", "q8_0", "f16"])
 def test_no_kernel_of_a_type_is_missing(tmp_path, launched, qtype):
     path = make_model(tmp_path / "model.gguf", SHAPE, qtype=qtype, seed=1)
     wanted = check(path, launched)
     # What is compiled in vain: other sizes of products, and forms that this model's sizes never choose.
     assert len(set(wanted) - launched) <= 16, sorted(each.__name__ for each in set(wanted) - launched)
+
+
+@pytest.mark.parametrize("preset", ["tiny-minicpm3", "tiny-plm", "tiny-mistral4"])
+def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
+    shape = dataclasses.replace(PRESETS[preset], context_length=128)
+    check(make_model(tmp_path / "model.gguf", shape, seed=1), launched)
 
 
 def test_a_type_is_compiled_alone(tmp_path, launched):

@@ -4,6 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from model_errors import MODELS
+from model_shapes import PRESETS
+
+from pymla.models.metadata import NOT_RUN
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
@@ -31,3 +35,12 @@ def test_readme_is_short():
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     assert "pip install . " in commands[0]
     assert commands[1].endswith("python -m pytest")
+
+
+def test_every_model_is_listed():
+    """Presets, a row of errors for each that is built in another way, and architectures that do not run."""
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    named = {*(PRESETS.keys() - {"tiny"}), *NOT_RUN}
+    assert not [name for name in sorted(named) if f"`{name}`" not in text]
+    rows = re.findall(r"^\| (\S+) \| \w+ \| (?:reference|cpu) \|", text, re.MULTILINE)
+    assert rows == [name for name in MODELS for _ in ("reference", "cpu")]

@@ -216,3 +216,13 @@ def test_ffn(backend, qtype, tokens, add):
     expected = [swiglu(row.astype(np.float64), *map(dense, matrices)) for row in x] + before * add
     tolerance = INT8 if qtype in ggml.QUANTISED else EXACT
     assert_close(backend.memory.to_host(out), expected, **backend.tolerance(cpu=tolerance, cuda=tolerance))
+
+
+@pytest.mark.parametrize("columns", [1, 35])
+def test_relu_squared(backend, columns):
+    x = backend.normal(3, columns)
+    there = backend.put(x.copy())
+    assert backend.moe.relu_squared(there) is there
+    expected = [[max(value, 0.0) ** 2 for value in row] for row in x.astype(np.float64)]
+    tolerance = {"rtol_max": 1e-7, "reason": "one product"}
+    assert_close(backend.memory.to_host(there), expected, **backend.tolerance(cpu=tolerance, cuda=tolerance))

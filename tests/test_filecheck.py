@@ -297,6 +297,14 @@ def test_layers_that_contradict_the_metadata(sound, changed, refused, metadata, 
     refused(changed(metadata, layers(sound, count, nextn)), *words)
 
 
+def test_a_file_of_layers_that_predict_further_tokens_alone(sound, changed, refused):
+    """As llama.cpp's converter writes them, for use beside the model's own file: refused as what it is."""
+    without = dict.fromkeys(name for name in sound.tensors if name.startswith("blk."))
+    path = changed(block_count(5, 1), without | layers(sound, 5, [4]))
+    problems = refused(path, "holds nothing but layers that predict further tokens (nextn)")
+    assert len(problems) == 1
+
+
 def test_shared_experts_that_are_not_declared(changed, refused):
     path = changed({"deepseek2.expert_shared_count": 0})
     refused(path, "tensor blk.1.ffn_gate_shexp.weight is there", "expert_shared_count")

@@ -111,8 +111,8 @@ def test_rows_on_the_cpu_are_those_of_the_reference(qtype):
     for k in (*columns(qtype), *(() if qtype in ggml.QUANTISED else (1, 31))):
         w = QTensor(qtype, random_bytes(qtype, 9, k))
         tokens = np.array([8, 0, 3, 3], np.int32)
-        actual = cpu.quant.embedding_rows(w, tokens, np.full((4, k), np.nan, np.float32))
-        expected = reference.quant.embedding_rows(w, tokens, np.empty((4, k), np.float32))
+        actual = cpu.quant.embedding_rows(w, tokens, 1.0, np.full((4, k), np.nan, np.float32))
+        expected = reference.quant.embedding_rows(w, tokens, 1.0, np.empty((4, k), np.float32))
         fused = cpu_formats.FORMATS[qtype].minimum_each > 0
         tolerance = {"rtol_max": 2e-7, "reason": "d * code + m is rounded once"} if fused else {"rtol_max": 1e-12}
         assert_close(actual, expected, **{"reason": "the same product"} | tolerance)

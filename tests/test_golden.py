@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import TINY
 from compare import assert_close, relative_error
+from make_golden import SPARSE_SHAPES
 from make_model import make_model
 
 import pymla
@@ -18,7 +19,7 @@ from pymla import ggml
 from pymla.engine.model import Model
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("v2-lite", "v2", "v3", "moonlight")
+NAMES = ("v2-lite", "v2", "v3", "moonlight", "minicpm3", "mistral4")
 PROMPTS = ("one", "short", "long")
 BACKENDS = ("reference", "cpu")
 MLA = ("auto", "0", "1", "2", "3")
@@ -38,7 +39,7 @@ def loaded(name, device="cpu", mla="auto", cache_type="f32"):
 
 def test_provenance_names_every_golden_file():
     models = json.loads((GOLDEN / "provenance.json").read_text())["models"]
-    assert sorted(models) == sorted(NAMES) == sorted(path.stem for path in GOLDEN.glob("*.gguf"))
+    assert sorted(models) == sorted((*NAMES, *SPARSE_SHAPES)) == sorted(path.stem for path in GOLDEN.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("mla", MLA)
@@ -132,13 +133,15 @@ def test_pages_of_a_freed_sequence_serve_the_next(device):
 def with_layout(source, path, layout):
     """Write a copy of a F32 file with kv_b in another layout."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(path, "deepseek2")
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
 
     def value(key):
-        return reader.fields[f"deepseek2.{key}"].contents()
+        return reader.fields[f"{architecture}.{key}"].contents()
 
     heads, rank = value("attention.head_count"), value("attention.kv_lora_rank")
-    head_dim, v_dim = value("attention.key_length"), value("attention.value_length")
+    head_dim = value("attention.key_length")
+    v_dim = value("embedding_length") // heads if architecture == "minicpm3" else value("attention.value_length")
     nope = head_dim - value("rope.dimension_count")
     changed = {}
     if layout == "split":
@@ -151,11 +154,11 @@ def with_layout(source, path, layout):
         }
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
-            short = key.removeprefix("deepseek2.attention.")
+            short = key.removeprefix(f"{architecture}.attention.")
             sub_type = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(key, changed.pop(short, field.contents()), field.types[0], sub_type)
     for short, new in changed.items():
-        writer.add_uint32(f"deepseek2.attention.{short}", new)
+        writer.add_uint32(f"{architecture}.attention.{short}", new)
     for tensor in reader.tensors:
         if not tensor.name.endswith("attn_kv_b.weight") or layout == "all":
             writer.add_tensor(tensor.name, tensor.data)

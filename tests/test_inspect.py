@@ -1,5 +1,6 @@
 """``pymla inspect``, on files that run and on files that do not."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_files import write
-from make_model import make_model
+from make_model import PRESETS, make_model
 
 from pymla import ggml
 from pymla.cli.inspect import inspect
@@ -244,3 +245,41 @@ def test_not_a_model_file(tmp_path):
     result = CliRunner().invoke(inspect, [str(path)])
     assert isinstance(result.exception, PymlaError)
     assert "not a GGUF file" in str(result.exception)
+
+
+# Layers that predict further tokens, and the attention temperature ----------------------------------------------------
+
+
+def test_layers_that_predict_further_tokens_are_counted_and_not_planned(tmp_path):
+    plain = make_model(tmp_path / "plain.gguf", PRESETS["tiny"])
+    shape = dataclasses.replace(PRESETS["tiny"], num_nextn_predict_layers=1)
+    file = ModelFile.open(make_model(tmp_path / "nextn.gguf", shape))
+    found, without = report(file), report(ModelFile.open(plain))
+    of_layer = [each for name, each in file.tensors.items() if name.startswith("blk.4.")]
+    nbytes = sum(each.data.nbytes for each in of_layer)
+    assert found["nextn"] == {"layers": 1, "tensors": len(of_layer), "bytes": nbytes, "missing": []}
+    assert without["nextn"] is None
+    assert found["memory"]["not_run"] == nbytes
+    assert without["memory"]["not_run"] == 0
+    assert abs(found["memory"]["weights"] - without["memory"]["weights"]) < 4096  # the header is longer
+    assert found["memory"]["gpu"] == without["memory"]["gpu"]
+    text = " ".join(output(file.path).split())
+    assert f"nextn layers 1, not loaded: {len(of_layer)} tensors" in text
+    assert "nextn layers, not loaded" in text
+
+
+def test_declared_layers_that_a_file_does_not_hold(tmp_path, tiny):
+    overrides = {"deepseek2.block_count": 5, "deepseek2.nextn_predict_layers": 1}
+    found = report(ModelFile.open(tiny, overrides))
+    assert found["runs"]
+    assert found["nextn"] == {"layers": 1, "tensors": 0, "bytes": 0, "missing": []}
+    pairs = (f"--override-kv={key}=int:{value}" for key, value in overrides.items())
+    assert "1, which the file does not hold" in output(tiny, *pairs)
+
+
+def test_attention_temperature_and_linear_scaling(tiny):
+    text = output(tiny, "--override-kv=deepseek2.attention.temperature_scale=float:0.1")
+    assert "temperature 0.1 from 256 on" in " ".join(text.split())
+    linear = ("--override-kv=deepseek2.rope.scaling.type=str:linear",)
+    linear += ("--override-kv=deepseek2.rope.scaling.yarn_log_multiplier=float:0",)
+    assert "linear 4" in " ".join(output(tiny, *linear).split())

@@ -11,7 +11,7 @@ import side_by_side
 from cases import QUANTISED_REPRESENTATIVES
 
 from pymla import ggml
-from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, key_value_panels
+from pymla.cpu.attention import absorbed_form_int8, expanded_form_int8, index_scores_int8, key_value_panels
 from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.matmul import kernels
 from pymla.cpu.moe import by_rows, grouped
@@ -29,6 +29,7 @@ KERNELS = (
     key_value_panels.expand_panels(ggml.Q4_0, ggml.Q8_0),
     expanded_form_int8.expanded_panels,
     absorbed_form_int8.absorbed_pages(Q8_PAGES),
+    index_scores_int8.score_pages,
 )
 #: The tests of operations and of kernels, which compare with the reference at extreme codes as well and with Python.
 FILES = (
@@ -36,6 +37,7 @@ FILES = (
     "test_experts.py",
     "test_attention.py",
     "test_cpu_attention.py",
+    "test_sparse.py",
     "test_faults.py",
     "test_cpu_formats.py",
     "test_formats.py",

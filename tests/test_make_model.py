@@ -178,6 +178,17 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
         ("kimi-k2", 1026.4),
         ("glm-4.7-flash", 29.9),
         ("moonlight", 16.0),
+        ("v3.2", 671.9),
+        ("glm-5", 744.0),
+        ("glm-5.2", 743.0),
+        ("minicpm3-4b", 4.1),
+        ("plm-1.8b", 1.83),
+        ("mistral-small-4", 119.0),
+        ("gigachat3", 10.7),
+        ("kanana-2", 30.5),
+        ("joyai-llm-flash", 48.7),
+        ("youtu-llm", 1.96),
+        ("mistral-large-3", 673.0),
     ],
 )
 def test_presets_have_the_real_models_size(preset, billions):
@@ -185,6 +196,30 @@ def test_presets_have_the_real_models_size(preset, billions):
     tensors = script.model_tensors(PRESETS[preset], "kv_b", uniform(ggml.Q4_0, ggml.Q6_K), 0)
     count = sum(int(np.prod(t.shape)) for t in tensors)
     assert count / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_further_switches_of_a_shape(tmp_path):
+    shape = dataclasses.replace(
+        TINY, temperature_scale=0.1, temperature_length=128, num_nextn_predict_layers=1, fused_experts=True
+    )
+    tensors, metadata = read(make_model(tmp_path / "m.gguf", shape))
+    assert metadata["deepseek2.block_count"] == 3
+    assert metadata["deepseek2.nextn_predict_layers"] == 1
+    assert metadata["deepseek2.attention.temperature_scale"] == pytest.approx(0.1)
+    assert metadata["deepseek2.attention.temperature_length"] == 128
+    assert list(tensors["blk.2.nextn.eh_proj.weight"].shape) == [2 * shape.hidden_size, shape.hidden_size]
+    assert "blk.2.attn_output.weight" in tensors
+    assert "blk.1.ffn_gate_exps.weight" not in tensors
+    fused = [shape.hidden_size, 2 * shape.moe_intermediate_size, shape.n_routed_experts]
+    assert list(tensors["blk.1.ffn_gate_up_exps.weight"].shape) == fused
+
+
+def test_dense_throughout(tmp_path):
+    shape = dataclasses.replace(TINY, n_routed_experts=0, num_experts_per_tok=0, n_shared_experts=0)
+    tensors, metadata = read(make_model(tmp_path / "m.gguf", shape))
+    assert metadata["deepseek2.leading_dense_block_count"] == 2
+    assert "blk.1.ffn_gate.weight" in tensors
+    assert not any("exp" in name for name in tensors)
 
 
 def test_layers_option(tmp_path):

@@ -15,7 +15,7 @@ from cases import (
     rows_to_norm,
 )
 from compare import assert_close
-from definitions import dense, rms_norm, rotated
+from definitions import dense, layer_norm, rms_norm, rotated, tempered
 from tested import SIMULATED, assert_quantised, each_backend
 
 from pymla import ggml
@@ -94,8 +94,9 @@ def test_activations_are_quantised(backend):
 def test_embedding_rows(backend, qtype):
     k = 768 if qtype in ggml.QUANTISED else 99
     w, tokens = random_qtensor(qtype, 9, k), np.array([8, 0, 3, 3], np.int32)
-    actual = backend.result(backend.quant.embedding_rows, w, tokens, shape=(4, k))
-    assert_close(actual, dense(w)[tokens], **backend.tolerance(**both(EXACT)))
+    for scale in (1.0, 12.5):
+        actual = backend.result(backend.quant.embedding_rows, w, tokens, scale, shape=(4, k))
+        assert_close(actual, scale * dense(w)[tokens], **backend.tolerance(**both(EXACT)))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9] if SIMULATED else [1, 7])
@@ -135,6 +136,21 @@ def test_rms_norm(backend, columns):
         assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
 
 
+@pytest.mark.parametrize("columns", [8, 70, 300])
+def test_layer_norm(backend, columns):
+    """As `test_rms_norm`, with a mean."""
+    x, weight, eps = rows_to_norm(columns)
+    x, bias = (x + x.std(1, keepdims=True)).astype(backend.dtype) / 3, backend.normal(columns).astype(np.float32)
+    wide = np.full((len(x), columns + 29), np.nan, backend.dtype)
+    wide[:, :columns] = x
+    actual = backend.result(backend.norm.layer_norm, backend.put(wide)[:, :columns], weight, bias, eps, shape=x.shape)
+    for row, wanted in zip(actual, layer_norm(x, weight, bias, eps), strict=True):
+        assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+    there = backend.put(x.copy())
+    backend.norm.layer_norm(there, backend.put(weight), backend.put(bias), eps, there)
+    np.testing.assert_array_equal(backend.memory.to_host(there), actual)
+
+
 @pytest.mark.parametrize("columns", [8, 32, 70, 96, 99, 1056, 2112])
 def test_norm_and_residual(backend, columns):
     """Nothing or a second array is added first. What the norm gives is quantised as any activation."""
@@ -158,8 +174,9 @@ def test_norm_and_residual(backend, columns):
     np.testing.assert_array_equal(backend.memory.to_host(there), x + y)
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "neox"])
 @pytest.mark.parametrize("pairs", [2, 33])
-def test_rope(backend, pairs):
+def test_rope(backend, pairs, layout):
     """Of part of a wider array, as queries and keys are."""
     positions, inv_freq = np.array([0, 5, 100_000], np.int32), np.geomspace(1, 0.01, pairs)
     cos_sin = backend.result(backend.rope.angles, positions, inv_freq, 1.5, shape=(3, pairs, 2))
@@ -168,9 +185,21 @@ def test_rope(backend, pairs):
     assert_close(cos_sin, expected, **backend.tolerance(**both(EXACT)))
     x = backend.normal(3, 5, 2 * pairs + 7)
     there = backend.put(x.copy())
-    backend.rope.rope_interleaved(there[:, :, 1:-1], backend.put(cos_sin))
+    getattr(backend.rope, f"rope_{layout}")(there[:, :, 1:-1], backend.put(cos_sin))
     actual = backend.memory.to_host(there)
-    expected = rotated(x[..., 1:-1], positions, inv_freq, 1.5)
+    expected = rotated(x[..., 1:-1], positions, inv_freq, 1.5, layout)
     assert_close(actual[..., 1:-1], expected, **backend.tolerance(**both(EXACT)))
     np.testing.assert_array_equal(actual[..., :6], x[..., :6])
     np.testing.assert_array_equal(actual[..., -1], x[..., -1])
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_attention_temperature(backend, size):
+    """Below the length, at its multiples, and far beyond."""
+    positions = np.array([0, 99, 100, 299, 300, 1_000_000], np.int32)
+    x = backend.normal(len(positions), 3, size)
+    there = backend.put(x.copy())
+    assert backend.rope.temper(there, backend.put(positions), 0.1, 100) is there
+    actual = backend.memory.to_host(there)
+    assert_close(actual, tempered(x, positions, 0.1, 100), **backend.tolerance(**both(EXACT)))
+    np.testing.assert_array_equal(actual[:2], x[:2])

@@ -7,12 +7,12 @@ import pytest
 from make_model import PRESETS, make_model
 
 import pymla
-from pymla import cpu
-from pymla.cpu import needed
+from pymla import cpu, ggml
+from pymla.cpu import attention, needed
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel
 
-SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512)
+SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512, temperature_scale=0.1, temperature_length=64)
 
 
 @pytest.fixture
@@ -50,6 +50,31 @@ def test_no_kernel_is_missing(tmp_path, launched, qtype, cache_type, mla):
     # What is compiled in vain: forms that this model's sizes never choose, and the experts' other ways.
     assert len(wanted - launched) <= 12, sorted(each.__name__ for each in wanted - launched)
     assert {each.__name__ for each in wanted} <= {each.__name__ for each in compiling.COMPILED}
+
+
+@pytest.mark.parametrize("preset", ["tiny-minicpm3", "tiny-plm", "tiny-mistral4"])
+def test_no_kernel_of_another_family_is_missing(tmp_path, launched, preset):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS[preset], context_length=512), seed=1)
+    with pymla.load(path, device="cpu", ctx=512) as language_model:
+        generate(language_model)
+        missing = launched - set(needed.kernels(language_model.model))
+    assert not missing, sorted(kernel.__name__ for kernel in missing)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("preset", ["tiny-v3.2", "tiny-glm"])
+def test_no_kernel_of_sparse_attention_is_missing(tmp_path, launched, preset, cache_type):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS[preset], context_length=512), seed=1)
+    for dsa in (True, False):
+        with pymla.load(path, device="cpu", ctx=512, cache_type=cache_type, dsa=dsa) as language_model:
+            generate(language_model)
+            wanted = set(needed.kernels(language_model.model))
+        assert not launched - wanted, sorted(kernel.__name__ for kernel in launched - wanted)
+        chosen = {kernel for kernel in wanted if kernel in attention.choose_kernels(ggml.F32)}
+        assert bool(chosen) == dsa
+        launched.clear()
 
 
 def test_a_type_is_compiled_alone(tmp_path):

@@ -15,7 +15,7 @@ from pymla.cpu.runtime import isa
 
 HERE = Path(__file__).parent
 #: Operations that call exp, exp2, sine or cosine of the library: NumPy's and Numba's may differ in the last place.
-BY_LIBRARY = "router", "experts", "ffn", "absorbed", "absorbed_materialised", "angles"
+BY_LIBRARY = "router", "experts", "ffn", "absorbed", "absorbed_materialised", "sparse", "angles"
 
 
 @pytest.fixture(scope="module")

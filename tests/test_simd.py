@@ -20,6 +20,7 @@ from pymla.cpu.machine import (
     simd_amx,
     simd_bytes,
     simd_decoded,
+    simd_ordered,
     simd_panels,
     simd_rows,
     simd_words,
@@ -39,7 +40,18 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import fused, view
 from pymla.cpu.runtime.isa import AMX, ISA, LANES, VNNI
 
-MODULES = simd, simd_512, simd_amx, simd_bytes, simd_decoded, simd_panels, simd_rows, simd_words, fifth_bits
+MODULES = (
+    simd,
+    simd_512,
+    simd_amx,
+    simd_bytes,
+    simd_decoded,
+    simd_ordered,
+    simd_panels,
+    simd_rows,
+    simd_words,
+    fifth_bits,
+)
 #: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type.
 OF_TYPES = tuple(
     f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik")
@@ -75,7 +87,7 @@ ADDRESSES = {"address", "target", "codes", "first", "second", "panel", "row", "f
 ADDRESSES |= {f"row_{i}" for i in range(4)} | set("abcd")
 NUMBERS = {"stride": [18, 20, 34, 64], "factor_stride": [4, 12], "offset": [0, 2, 33], "value": [8, 32, 200]}
 NUMBERS |= {"count": range(1, LANES + 4), "shift": [0, 2, 4, 6], "right": [0, 3, 31], "left": [0, 5, 31]}
-NUMBERS |= {"number": [-128, -4, 0, 97, 128]}
+NUMBERS |= {"bits": [1, 6, 40, 1 << 15, (1 << 16) - 1], "number": [-128, -4, 0, 97, 128]}
 NUMBERS |= {"mask": [0x0F0F0F0F, 0xFFFFFFFF, 0x80000001]}
 
 EDGES = np.array([0, -0.0, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997, 1e-40, -1e-45, 3e38, -3e38, np.inf, -np.inf, np.nan])

@@ -8,7 +8,7 @@ import pytest
 from cases import poisoned_cache, ragged_step
 from compare import assert_close
 from definitions import index_scores, sparse
-from test_attention import EXACT, FLOAT, INTEGERS, PAGES, in_blocks, latent_layout, on_tensor_cores
+from test_attention import FLOAT, INTEGERS, PAGES, in_blocks, latent_layout, on_tensor_cores
 from tested import SIMULATED, each_backend
 
 from pymla import ggml
@@ -55,7 +55,8 @@ def test_choose(backend, case, qtype):
         count = min(most, len(scores))
         positions = chosen[t, :count]
         assert (chosen[t, count:] == -1).all()
-        assert (np.diff(positions) > 0).all() and positions[0] >= 0 and positions[-1] < len(scores)
+        assert (np.diff(positions) > 0).all()
+        assert 0 <= positions[0] <= positions[-1] < len(scores)
         worst = np.sort(scores)[-count]  # a score that backends round may take another one's place
         assert scores[positions].min() >= worst - (0.02 if rounded else 1e-5) * np.abs(scores).max()
 
@@ -112,7 +113,7 @@ def test_sparse(backend, case, cache_type):
     assert np.isfinite(expected).all()
     cache = backend.latent(layout, blocks)
     actual = backend.result_in_part(backend.attention.sparse, q, *cache, step, chosen, 0.1, shape=expected.shape)
-    tolerance = {"cpu": INTEGERS if in_blocks(cache_type) else EXACT, "cuda": on_tensor_cores(cache_type)}
+    tolerance = {"cpu": INTEGERS if in_blocks(cache_type) else FLOAT, "cuda": on_tensor_cores(cache_type)}
     assert_close(actual, expected, **backend.tolerance(**tolerance))
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from cases import TINY
-from make_model import make_model
+from make_model import PRESETS, make_model
 
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
@@ -14,15 +14,16 @@ from pymla.models.tensors import model_tensors, outer_tensors
 
 @pytest.mark.parametrize("layout", ["kv_b", "split"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", ["v2-lite", "v3"])
+@pytest.mark.parametrize("name", ["v2-lite", "v3", "minicpm3", "tiny-plm", "mistral4"])
 def test_a_file_holds_the_tensors_of_the_table(tmp_path, name, tied, layout):
-    shape = dataclasses.replace(TINY[name], tie_word_embeddings=tied)
+    shape = dataclasses.replace((PRESETS | TINY)[name], tie_word_embeddings=tied)
     file = ModelFile.open(make_model(tmp_path / "m.gguf", shape, layout=layout))
     config = ModelConfig.from_gguf(file)
     specs = model_tensors(config, file.tensors)
     assert sorted(spec.name for spec in specs) == sorted(file.tensors)
     assert specs[0].name == "token_embd.weight"
-    assert [spec for spec in specs if spec.part in ("embedding", "output")] == outer_tensors(config, file.tensors)
+    outer = [spec for spec in specs if spec.part in ("embedding", "output", "rope")]
+    assert outer == outer_tensors(config, file.tensors)
     for spec in specs:
         assert file.tensors[spec.name].shape in spec.shapes
         assert spec.weights == math.prod(file.tensors[spec.name].shape)
@@ -36,7 +37,8 @@ def test_a_file_holds_the_tensors_of_the_table(tmp_path, name, tied, layout):
             assert spec.layer == int(spec.name.split(".")[1])
             assert spec.part == ("experts" if stem.endswith("_exps") else "layer")
         else:
-            assert spec.part == ("embedding" if stem == "token_embd" else "output")
+            of_stem = {"token_embd": "embedding", "rope_factors_long": "rope", "rope_factors_short": "rope"}
+            assert spec.part == of_stem.get(stem, "output")
 
 
 def test_gate_and_up_in_one_tensor(tmp_path):

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from compare import assert_close
-from make_golden import SHAPES, clear_model, logits, prompts, to_gguf
+from make_golden import SHAPES, SPARSE_SHAPES, clear_model, logits, prompts, to_gguf
+from model_errors import MODELS, modes_of
 
 import pymla
 
@@ -27,6 +28,22 @@ CASES = {
     "Kimi-K2's YaRN": dataclasses.replace(MOONLIGHT, yarn_factor=32.0, yarn_original=16, beta_fast=1.0),
     "tied embeddings": dataclasses.replace(LITE, tie_word_embeddings=True),
 }
+V32, GLM = SPARSE_SHAPES.values()
+CASES |= {
+    **SPARSE_SHAPES,
+    "a single position": dataclasses.replace(V32, index_topk=1),
+    "a page of positions": dataclasses.replace(V32, index_topk=64),
+    "more positions than tokens": dataclasses.replace(GLM, index_topk=128),
+    "as many rotated numbers as a key has": dataclasses.replace(V32, index_head_dim=32, index_n_heads=24),
+    "odd heads of attention and of an indexer, uneven head sizes": dataclasses.replace(
+        GLM, num_attention_heads=5, qk_nope_head_dim=64, v_head_dim=96, kv_lora_rank=96, index_n_heads=17
+    ),
+    "every layer has an indexer, and YaRN": dataclasses.replace(
+        GLM, indexer_types=None, yarn_factor=4.0, yarn_original=32
+    ),
+    "one choice for all layers": dataclasses.replace(GLM, indexer_types=("full", *["shared"] * 3)),
+}
+CASES |= {f"as {name}": shape for name, shape in MODELS.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -36,26 +53,28 @@ def test_logits_equal_those_of_transformers(case, tmp_path):
     path = to_gguf(model, shape, tmp_path / "model.gguf")
     expected = {prompt: (ids, logits(model, ids)) for prompt, ids in prompts(shape, seed).items()}
     for device in ("reference", "cpu"):
-        for mla in ("auto", "0", "1", "2", "3"):
+        for mla in modes_of(shape):
             loaded = pymla.load(path, device=device, mla=mla, cache_type="f32")
             for ids, wanted in expected.values():
                 assert_close(loaded.logits(ids), wanted, rtol_max=1e-4, reason="float32 throughout")
 
 
 @pytest.mark.parametrize("layout", ["split", "all"])
-def test_converted_layouts_equal_transformers(layout, tmp_path):
-    model, seed = clear_model(V3, SEED)
-    path = to_gguf(model, V3, tmp_path / "model.gguf", layout=layout)
-    ids = prompts(V3, seed)["long"]
+@pytest.mark.parametrize("shape", [V3, V32], ids=["v3", "v3.2"])
+def test_converted_layouts_equal_transformers(shape, layout, tmp_path):
+    model, seed = clear_model(shape, SEED)
+    path = to_gguf(model, shape, tmp_path / "model.gguf", layout=layout)
+    ids = prompts(shape, seed)["long"]
     for device in ("reference", "cpu"):
         loaded = pymla.load(path, device=device, cache_type="f32")
         assert_close(loaded.logits(ids), logits(model, ids), rtol_max=1e-4, reason="float32 throughout")
 
 
-def test_greedy_generation_equals_that_of_transformers(tmp_path):
-    model, seed = clear_model(V3, SEED)
-    path = to_gguf(model, V3, tmp_path / "model.gguf")
-    sequence = prompts(V3, seed)["short"]
+@pytest.mark.parametrize("shape", [V3, MODELS["mistral-large-3"]], ids=["v3", "mistral-large-3"])
+def test_greedy_generation_equals_that_of_transformers(shape, tmp_path):
+    model, seed = clear_model(shape, SEED)
+    path = to_gguf(model, shape, tmp_path / "model.gguf")
+    sequence = prompts(shape, seed)["short"]
     engine = pymla.load(path, device="cpu", cache_type="f32").model
     state = engine.new_sequence()
     step = engine.forward([(state, sequence)])

@@ -15,6 +15,7 @@ from llama_losses import token_losses
 from perplexity import cut
 
 import pymla
+from pymla.cli.device import dsa_option
 from pymla.engine.cache_layout import row_bytes
 from pymla.errors import PymlaError
 from pymla.pages import CACHE_TYPES
@@ -53,8 +54,9 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 @click.option("--windows", "limit", type=click.IntRange(min=1), help="At most so many windows. [default: all]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--mla", default="auto", show_default=True)
+@dsa_option
 @click.option("--threads", type=click.IntRange(min=1))
-def main(model, text, window, limit, device, mla, threads):
+def main(model, text, window, limit, device, mla, dsa, threads):
     """Print a table of the cache types, for MODEL, a GGUF file, on the file TEXT."""
     from pymla.text.tokenizer import Tokenizer
 
@@ -66,8 +68,8 @@ def main(model, text, window, limit, device, mla, threads):
         click.echo("| --- | ---: | ---: | ---: | ---: | ---: |")
         exact = None
         for cache_type in CACHE_TYPES:
-            options = {"device": device, "cache_type": cache_type, "mla": mla, "threads": threads, "ctx": window}
-            with pymla.load(model, **options) as loaded:
+            options = {"device": device, "cache_type": cache_type, "mla": mla, "dsa": dsa, "threads": threads}
+            with pymla.load(model, ctx=window, **options) as loaded:
                 logits = np.array([loaded.logits(each.tolist()) for each in windows])
                 nbytes = row_bytes(loaded.config, cache_type, mla)
             loss = np.mean([token_losses(*each) for each in zip(logits, windows, strict=True)])

@@ -21,7 +21,7 @@ from pymla.errors import PymlaError
 from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
-from pymla.make.model_metadata import ARCHITECTURE, LAYOUTS, Shape, model_metadata
+from pymla.make.model_metadata import LAYOUTS, Shape, model_metadata
 from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
 from pymla.text.byte_alphabet import CHARACTERS
@@ -31,6 +31,8 @@ QTYPE_NAMES = tuple(ggml.NAME[t].lower() for t in QTYPES)
 
 #: Makes the tensor of a name and shape; of a type and standard deviation of its own, if they are given.
 MakeMatrix = Callable[..., NewTensor]
+#: Makes the weight of a norm of a name and size.
+MakeNorm = Callable[[str, int], NewTensor]
 
 
 def make_model(
@@ -87,7 +89,7 @@ def make_model(
     outputs.check_space(path, sum(t.nbytes for t in tensors))
     with outputs.replacing(path) as part:
         metadata = model_metadata(shape, layout, types.file_type) | tokenizer
-        gguf_writer.write(part, ARCHITECTURE, metadata, tensors, progress)
+        gguf_writer.write(part, shape.architecture, metadata, tensors, progress)
     return path
 
 
@@ -99,7 +101,8 @@ def _resolve(shape: str | Shape, layers: int | None) -> Shape:
     if layers is not None:
         if layers < 1:
             raise PymlaError(f"a model needs at least one layer, not {layers}")
-        shape = replace(shape, num_hidden_layers=layers)
+        types = shape.indexer_types and shape.indexer_types[:layers]
+        shape = replace(shape, num_hidden_layers=layers, indexer_types=types)
     return shape
 
 
@@ -201,8 +204,7 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     def norm(name, size):
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
-    hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
-    head_dim = s.qk_nope_head_dim + s.qk_rope_head_dim
+    hidden = s.hidden_size
     # Neither engine looks up rows that lie together with others.
     embedding = rows_apart(types.type_of("token_embd.weight", s.num_hidden_layers))
     embedding = fitting_type(embedding, (s.vocab_size, hidden))
@@ -210,39 +212,81 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden)
-    for i in range(s.num_hidden_layers):
+    for name, factors in zip(("long", "short"), s.rope_factors or (), strict=False):
+        values = np.array(factors, np.float32)
+        yield NewTensor(f"rope_factors_{name}.weight", values.shape, ggml.F32, lambda values=values: iter([values]))
+    for i in range(s.num_hidden_layers + s.num_nextn_predict_layers):
         blk = f"blk.{i}."
-        yield norm(blk + "attn_norm.weight", hidden)
-        if s.q_lora_rank:
-            yield matrix(blk + "attn_q_a.weight", s.q_lora_rank, hidden)
-            yield norm(blk + "attn_q_a_norm.weight", s.q_lora_rank)
-            yield matrix(blk + "attn_q_b.weight", heads * head_dim, s.q_lora_rank)
-        else:
-            yield matrix(blk + "attn_q.weight", heads * head_dim, hidden)
-        yield matrix(blk + "attn_kv_a_mqa.weight", rank + s.qk_rope_head_dim, hidden)
-        yield norm(blk + "attn_kv_a_norm.weight", rank)
-        kv_b = matrix(blk + "attn_kv_b.weight", heads * (s.qk_nope_head_dim + s.v_head_dim), rank)
-        if layout != "split":
-            yield kv_b
-        if layout != "kv_b":
-            yield from _split_kv_b(s, matrix, blk, flat=layout == "all")
-        yield matrix(blk + "attn_output.weight", hidden, heads * s.v_head_dim)
+        if i >= s.num_hidden_layers:
+            yield matrix(blk + "nextn.eh_proj.weight", hidden, 2 * hidden)
+            yield norm(blk + "nextn.enorm.weight", hidden)
+            yield norm(blk + "nextn.hnorm.weight", hidden)
+        yield from _attention(s, layout, matrix, norm, blk)
+        if s.has_indexer(i):
+            yield from _indexer(s, matrix, norm, blk, seed)
         yield norm(blk + "ffn_norm.weight", hidden)
-        if i < s.first_k_dense_replace:
-            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden)
-            continue
-        yield matrix(blk + "ffn_gate_inp.weight", s.n_routed_experts, hidden, qtype=ggml.F32)
-        if s.scoring_func == "sigmoid":
-            yield matrix(blk + "exp_probs_b.bias", s.n_routed_experts, qtype=ggml.F32, std=0.1)
-        yield from _ffn(matrix, blk, "_exps", (s.n_routed_experts,), s.moe_intermediate_size, hidden)
-        if s.n_shared_experts:
-            yield from _ffn(matrix, blk, "_shexp", (), s.moe_intermediate_size * s.n_shared_experts, hidden)
+        if i < s.dense_layers or not s.n_routed_experts:
+            gated = s.architecture != "plm"
+            yield from _ffn(matrix, blk, "", (), s.intermediate_size, hidden, gated=gated)
+        else:
+            yield from _experts(s, matrix, blk)
+
+
+def _attention(s: Shape, layout: str, matrix: MakeMatrix, norm: MakeMatrix, blk: str) -> Iterator[NewTensor]:
+    hidden, heads, rank = s.hidden_size, s.num_attention_heads, s.kv_lora_rank
+    queries = heads * (s.qk_nope_head_dim + s.qk_rope_head_dim)
+    yield norm(blk + "attn_norm.weight", hidden)
+    if s.q_lora_rank:
+        yield matrix(blk + "attn_q_a.weight", s.q_lora_rank, hidden)
+        yield norm(blk + "attn_q_a_norm.weight", s.q_lora_rank)
+        yield matrix(blk + "attn_q_b.weight", queries, s.q_lora_rank)
+    else:
+        yield matrix(blk + "attn_q.weight", queries, hidden)
+    yield matrix(blk + "attn_kv_a_mqa.weight", rank + s.qk_rope_head_dim, hidden)
+    yield norm(blk + "attn_kv_a_norm.weight", rank)
+    if layout != "split":
+        yield matrix(blk + "attn_kv_b.weight", heads * (s.qk_nope_head_dim + s.v_head_dim), rank)
+    if layout != "kv_b":
+        yield from _split_kv_b(s, matrix, blk, flat=layout == "all")
+    yield matrix(blk + "attn_output.weight", hidden, heads * s.v_head_dim)
+
+
+def _experts(s: Shape, matrix: MakeMatrix, blk: str) -> Iterator[NewTensor]:
+    """The router, the routed experts and the shared ones."""
+    experts, inner, hidden = s.n_routed_experts, s.moe_intermediate_size, s.hidden_size
+    yield matrix(blk + "ffn_gate_inp.weight", experts, hidden, qtype=ggml.F32)
+    if s.scoring_func == "sigmoid":
+        yield matrix(blk + "exp_probs_b.bias", experts, qtype=ggml.F32, std=0.1)
+    if s.fused_experts:
+        yield matrix(blk + "ffn_gate_up_exps.weight", experts, 2 * inner, hidden)
+        yield matrix(blk + "ffn_down_exps.weight", experts, hidden, inner)
+    else:
+        yield from _ffn(matrix, blk, "_exps", (experts,), inner, hidden)
+    if s.n_shared_experts:
+        yield from _ffn(matrix, blk, "_shexp", (), inner * s.n_shared_experts, hidden)
+
+
+def _indexer(s: Shape, matrix: MakeMatrix, norm: MakeNorm, blk: str, seed: int) -> Iterator[NewTensor]:
+    """The indexer of sparse attention. Its weights for heads are F32 in files of llama.cpp's converter."""
+    size, bias = s.index_head_dim, blk + "indexer.k_norm.bias"
+    yield matrix(blk + "indexer.attn_q_b.weight", s.index_n_heads * size, s.q_lora_rank)
+    yield matrix(blk + "indexer.attn_k.weight", size, s.hidden_size)
+    yield norm(blk + "indexer.k_norm.weight", size)
+    yield NewTensor(bias, (size,), ggml.F32, lambda: iter([normal(seed, bias, size) * np.float32(0.1)]))
+    yield matrix(blk + "indexer.proj.weight", s.index_n_heads, s.hidden_size, qtype=ggml.F32)
 
 
 def _ffn(
-    matrix: MakeMatrix, blk: str, suffix: str, experts: tuple[int, ...], inner: int, hidden: int
+    matrix: MakeMatrix,
+    blk: str,
+    suffix: str,
+    experts: tuple[int, ...],
+    inner: int,
+    hidden: int,
+    gated: bool = True,
 ) -> Iterator[NewTensor]:
-    yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
+    if gated:
+        yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_up{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
 
@@ -362,7 +406,7 @@ def main(preset, out, layers, layout, qtype, output_type, mix, seed, vocab):
 
     shape = PRESETS[preset]
     count = layers or shape.num_hidden_layers
-    if bool(shape.q_lora_rank) == (count in (26, 27)):
+    if shape.architecture == "deepseek2" and bool(shape.q_lora_rank) == (count in (26, 27)):
         click.echo(
             "note: llama.cpp and ik_llama.cpp want q-LoRA unless a model has 26 or 27 layers: they refuse this file",
             err=True,

@@ -19,6 +19,7 @@ import numpy as np
 from llama_losses import token_losses
 
 import pymla
+from pymla.cli.device import dsa_option
 from pymla.errors import PymlaError
 
 EXAMPLES = """\b
@@ -45,8 +46,8 @@ def cut(ids: list[int], bos_id: int, length: int, limit: int | None) -> np.ndarr
     return np.concatenate([np.full((len(rows), 1), bos_id, np.int64), rows], axis=1)
 
 
-def pymla_losses(model: Path, windows: np.ndarray, device: str, cache_type: str, mla: str, threads: int | None):
-    loaded = pymla.load(model, device=device, cache_type=cache_type, mla=mla, threads=threads, ctx=windows.shape[1])
+def pymla_losses(model: Path, windows: np.ndarray, options: dict):
+    loaded = pymla.load(model, ctx=windows.shape[1], **options)
     return np.array([token_losses(loaded.logits(window.tolist()), window) for window in windows])
 
 
@@ -103,11 +104,12 @@ def report(engine: str, losses: np.ndarray, seconds: float, reference: float | N
 @click.option("--device", default="auto", show_default=True)
 @click.option("--cache-type", "cache_types", multiple=True, help="pymla's cache, may be repeated. [default: f32, q8_0]")
 @click.option("--mla", default="auto", show_default=True)
+@dsa_option
 @click.option("--hf", type=click.Path(exists=True, path_type=Path), help="Hugging Face folder, for transformers.")
 @click.option("--llama-python", help="Python that has llama-cpp-python, for llama.cpp.")
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True)
-def main(model, text, window, limit, device, cache_types, mla, hf, llama_python, threads, as_json):
+def main(model, text, window, limit, device, cache_types, mla, dsa, hf, llama_python, threads, as_json):
     """Print the perplexity of MODEL, a GGUF file, on the file TEXT."""
     from pymla.text.tokenizer import Tokenizer
 
@@ -127,7 +129,8 @@ def main(model, text, window, limit, device, cache_types, mla, hf, llama_python,
         ids = tokenizer.encode(text.read_text(encoding="utf-8-sig"), add_bos=False)
         windows = cut(ids, tokenizer.bos_id, window, limit)
         for cache_type in cache_types or ("f32", "q8_0"):
-            add(f"pymla, cache {cache_type}", pymla_losses, model, windows, device, cache_type, mla, threads)
+            options = {"device": device, "cache_type": cache_type, "mla": mla, "dsa": dsa, "threads": threads}
+            add(f"pymla, cache {cache_type}", pymla_losses, model, windows, options)
         if hf:
             versions |= {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
             add("transformers, float32", transformers_losses, hf, windows, threads)

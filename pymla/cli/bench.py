@@ -11,16 +11,17 @@ import click
 
 from pymla.backend import Rates
 from pymla.cli import interrupt
-from pymla.cli.device import check_tensors_option, device_options
+from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.terminal import Terminal
 from pymla.engine.cache_layout import row_layout
 from pymla.engine.devices import find_device
 from pymla.engine.filecheck import examine
-from pymla.engine.forms import MLA_MODES
+from pymla.engine.forms import MLA_MODES, check_mode
 from pymla.engine.loading import demo_path, load
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
+from pymla.files.overrides import Value
 from pymla.measure import facts, sweep, table
 from pymla.measure import plot as plotting
 from pymla.measure.sweep import Row
@@ -69,9 +70,11 @@ there are no shares."""
 @click.option(
     "--mla", default="auto", show_default=True, metavar="MODE,…", help=f"Variants to measure: {', '.join(MLA_MODES)}."
 )
+@dsa_option
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
 @check_tensors_option
+@override_option
 @click.option(
     "--repeat", type=int, default=1, show_default=True, help="Measurements of each point; the median is shown."
 )
@@ -82,12 +85,14 @@ there are no shares."""
 def bench(
     paths: tuple[Path, ...],
     mla: str,
+    dsa: bool,
     cache_type: str,
     threads: int | None,
     device: str,
     gpu_layers: int | str | None,
     cpu_moe: bool,
     check_tensors: bool,
+    overrides: dict[str, Value],
     csv_path: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -99,7 +104,8 @@ def bench(
     measurement and writes the files with the rows so far.
     """
     modes = _modes(mla)
-    runs = [_Run(path, modes, cache_type, check_tensors, options) for path in paths or (demo_path(),)]
+    checked = cache_type, check_tensors, overrides
+    runs = [_Run(path, modes, dsa, *checked, options) for path in paths or (demo_path(),)]
     outs = {"--csv": csv_path, "--json": json_path, "--plot": plot_path}
     files = {option: path for option, path in outs.items() if path}
     outputs.check(files, [part for run in runs for part in run.parts], devices=True)
@@ -111,8 +117,8 @@ def bench(
         Terminal().running(f"the CPU: {why_cpu}")
     about = facts.gather(limits, device)
     click.echo(facts.describe(about))
-    loading: dict[str, Any] = {"cache_type": cache_type, "threads": threads, "device": device}
-    loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe}
+    loading: dict[str, Any] = {"dsa": dsa, "cache_type": cache_type, "threads": threads, "device": device}
+    loading |= {"gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "overrides": overrides}
     rows: list[Row] = []
     code, failure = 0, None
     try:
@@ -160,15 +166,25 @@ def _write(files: dict[str, Path], rows: list[Row], limits: Rates, about: dict[s
 class _Run:
     """A file, and the points of the sweep that are measured on it."""
 
-    def __init__(self, path: Path, modes: list[str], cache_type: str, check_tensors: bool, options: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        modes: list[str],
+        dsa: bool,
+        cache_type: str,
+        check_tensors: bool,
+        overrides: dict[str, Value],
+        options: dict[str, Any],
+    ):
         self._path = path
-        file = ModelFile.open(path)
+        file = ModelFile.open(path, overrides)
         self.parts = file.parts
         with Terminal() as terminal:
             # Before the limits are measured, which compiles kernels and takes seconds.
-            found = examine(file, cache_type, check_tensors=check_tensors, progress=terminal.checking)
+            found = examine(file, cache_type, dsa=dsa, check_tensors=check_tensors, progress=terminal.checking)
         config, _ = found.check()
         for mode in modes:
+            check_mode(config, mode)
             row_layout(config, cache_type, mode)
         self._limit = config.context_length
         self._ctx, self._settings = self._plan(**options)
@@ -213,6 +229,8 @@ class _Run:
         with terminal, load(self._path, ctx=self._ctx, report=terminal, **options) as language_model:
             terminal.close()
             name = f"{self._path.name}, mla {options['mla']}, {options['cache_type']} cache"
+            if language_model.config.indexer:
+                name += ", sparse attention"
             if language_model.device != "cpu":
                 name += f", {language_model.device}"
             click.echo(f"\n{name}\n\n{table.header()}")

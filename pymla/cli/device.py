@@ -1,11 +1,14 @@
-"""Options that several commands have: the device that a model runs on, and how thoroughly its file is checked."""
+"""Options that several commands have: the device that a model runs on, sparse attention, how thoroughly its file is
+checked, and metadata in place of the file's own."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from pymla.cli.inputs import overrides
 from pymla.engine.devices import DEVICES
+from pymla.files.overrides import Value
 
 
 class _Layers(click.ParamType):
@@ -23,6 +26,31 @@ check_tensors_option = click.option(
     "--check-tensors",
     is_flag=True,
     help="Read the whole file first, and refuse it for NaN, infinity or holes anywhere.",
+)
+
+
+dsa_option = click.option(
+    "--dsa",
+    type=click.Choice(("on", "off")),
+    default="on",
+    show_default=True,
+    callback=lambda _context, _option, value: value == "on",
+    help="Sparse attention, in models that have it; off: attend to all positions.",
+)
+
+
+def _overrides(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Value]:
+    return overrides(pairs)
+
+
+override_option = click.option(
+    "--override-kv",
+    "overrides",
+    multiple=True,
+    metavar="KEY=TYPE:VALUE",
+    callback=_overrides,
+    help="Metadata in place of the file's own, as deepseek2.expert_used_count=int:4; TYPE is int, float, bool or str. "
+    "Repeatable.",
 )
 
 

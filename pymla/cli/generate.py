@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from pymla.cli import figures, interrupt
-from pymla.cli.device import check_tensors_option, device_options
+from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.inputs import argument, biases, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
 from pymla.cli.terminal import Terminal
@@ -32,13 +32,14 @@ Examples:
   pymla generate -m model.gguf -f prompt.txt -n 100 --temperature 0 --quiet
   echo "Once upon a time" | pymla generate -m model.gguf --seed 7
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
+  pymla generate -m model.gguf --override-kv deepseek2.expert_used_count=int:4 "def "
 
 Tokens are chosen in llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature."""
 
 
 def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
     option = "--" + name.replace("_", "-")
-    return click.option(option, name, type=kind, default=DEFAULTS[name], show_default=True, help=help_)
+    return click.option(option, name, type=kind, help=f"{help_} [default: the file's, or {DEFAULTS[name]}]")
 
 
 @click.command(epilog=EXAMPLES)
@@ -89,9 +90,11 @@ def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
     help="Attention: 0 full K and V cache; 1 absorbed; 2 expanded prompt, absorbed generation, materialised scores; "
     "3 the same with online softmax; auto the cheaper in each step.",
 )
+@dsa_option
 @click.option("--threads", type=int, help="[default: all usable cores]")
 @device_options
 @check_tensors_option
+@override_option
 @click.option(
     "--echo/--no-echo", default=None, help="Print the prompt first. [default: on, but for --chat, --json, --quiet]"
 )
@@ -121,7 +124,7 @@ def generate(
     """
     options = {name: rest.pop(name) for name in list(rest) if name in DEFAULTS}
     options |= {"logit_bias": biases(logit_bias), "seed": seed, "logprobs": logprobs}
-    SamplingParams(**options)
+    SamplingParams.of(options)
     chat = chat or chat_template is not None
     for option, given in (("--system", system is not None), ("--template-var", template_vars)):
         if given and not chat:

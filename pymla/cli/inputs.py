@@ -1,15 +1,17 @@
 """Texts and pairs that a user gives to a command."""
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from pymla.errors import PymlaError
+from pymla.files.overrides import Value
 from pymla.files.textfile import decode
 from pymla.printable import shown
 
@@ -37,6 +39,39 @@ def variables(pairs: Iterable[str]) -> dict[str, Any]:
             raise PymlaError("--template-var messages: the messages are the prompt and --system")
         found[name] = _json_or_text(value)
     return found
+
+
+def overrides(pairs: Iterable[str]) -> dict[str, Value]:
+    """Metadata in place of a file's own, from KEY=TYPE:VALUE as llama.cpp has it."""
+    found = {}
+    for pair in pairs:
+        key, _, typed = pair.partition("=")
+        name, colon, value = typed.partition(":")
+        if not (key and colon and name in _TYPES):
+            raise PymlaError(
+                f"--override-kv {shown(pair)}: write KEY=TYPE:VALUE with the type {', '.join(_TYPES)}, "
+                "as in deepseek2.expert_used_count=int:4"
+            )
+        try:
+            found[argument(key)] = _TYPES[name](value)
+        except (KeyError, ValueError):
+            raise PymlaError(f"--override-kv {shown(pair)}: {shown(value)} is no {_TYPE_NAMES[name]}") from None
+    return found
+
+
+def _whole(text: str) -> int:
+    """An integer as GGUF holds it, of 64 bits."""
+    number = int(text)
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError
+    return number
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _json_or_text(value: str) -> Any:
@@ -79,3 +114,13 @@ def argument(text: str) -> str:
         return os.fsencode(text).decode()
     except UnicodeError:
         return text
+
+
+#: Types of ``--override-kv``: how each is read, and its name in messages.
+_TYPES: dict[str, Callable[[str], Value]] = {
+    "int": _whole,
+    "float": _real,
+    "bool": {"true": True, "false": False}.__getitem__,
+    "str": argument,
+}
+_TYPE_NAMES = {"int": "whole number of 64 bits", "float": "finite number", "bool": "true or false", "str": "text"}

@@ -67,6 +67,10 @@ def show(found: dict[str, Any], tensors: bool) -> None:
         page.table("Types", "type", "tensors", "weights", "size", rows=rows, numbers=(1, 2, 3))
     if found["tokenizer"]:
         page.table("Tokenizer", rows=_tokenizer_rows(found["tokenizer"]))
+    if any(found["sampling"].values()):
+        page.table("Sampling that the file recommends", rows=_sampling_rows(**found["sampling"]))
+    if found["overridden"]:
+        page.table("Overridden metadata", "key", "value", "in the file", rows=_overridden_rows(found))
     if found["memory"]:
         _show_memory(page, found["memory"], found["config"]["context_length"])
     if found["costs"]:
@@ -77,6 +81,18 @@ def show(found: dict[str, Any], tensors: bool) -> None:
             for tensor in found["tensors"]
         ]
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
+
+
+def _sampling_rows(recommended: dict[str, float], warnings: list[str]) -> list[tuple[Any, ...]]:
+    rows = [(name, f"{value:g}") for name, value in recommended.items()]
+    return rows + [("warning", _plain(warning, 1000)) for warning in warnings]
+
+
+def _overridden_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [
+        (_plain(key), _plain(found["metadata"][key]), "nothing" if value is None else _plain(value))
+        for key, value in found["overridden"].items()
+    ]
 
 
 def _type(entry: dict[str, Any]) -> str:
@@ -116,17 +132,35 @@ def _model_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
         ("context", f"{config['context_length']:,} tokens"),
         ("vocabulary", f"{config['vocab_size']:,} tokens"),
         ("layers", f"{config['num_hidden_layers']}, of them {moe} with experts"),
+        *([("nextn layers", _nextn(found["nextn"]))] if found["nextn"] else []),
         ("hidden size", f"{config['hidden_size']}, dense feed-forward {config['intermediate_size']}"),
         ("heads", f"{config['num_attention_heads']}, sizes {_head_sizes(config)}"),
         ("ranks", f"queries {config['q_lora_rank'] or 'none'}, keys and values {config['kv_lora_rank']}"),
     ]
+    if config["indexer"]:
+        rows.append(("sparse attention", _indexer(config["indexer"])))
     if moe:
         rows += [("experts", _experts(config)), ("routing", _routing(config))]
     return [*rows, ("rope", _rope(config))]
 
 
+def _nextn(nextn: dict[str, Any]) -> str:
+    """What becomes of layers that predict further tokens."""
+    if not nextn["tensors"]:
+        return f"{nextn['layers']}, which the file does not hold"
+    text = f"{nextn['layers']}, not loaded: {nextn['tensors']} tensors, {size_text(nextn['bytes'])}"
+    missing = len(nextn["missing"])
+    return f"{text}; {missing} missing" if missing else text
+
+
 def _head_sizes(config: dict[str, Any]) -> str:
     return "nope {qk_nope_head_dim}, rope {qk_rope_head_dim}, v {v_head_dim}".format(**config)
+
+
+def _indexer(indexer: dict[str, Any]) -> str:
+    full = sum(indexer["full"])
+    text = "the best {top_k:,} positions, by {heads} heads of {head_dim}".format(**indexer)
+    return text if full == len(indexer["full"]) else f"{text} in {full} of {len(indexer['full'])} layers"
 
 
 def _experts(config: dict[str, Any]) -> str:
@@ -148,9 +182,15 @@ def _routing(config: dict[str, Any]) -> str:
 
 
 def _rope(config: dict[str, Any]) -> str:
-    yarn = config["yarn"]
-    text = f"theta {config['rope_theta']:g}, softmax scale {config['softmax_scale']:.4f}"
-    return text if yarn is None else f"{text}, YaRN {yarn['factor']:g} × {yarn['original_context_length']}"
+    yarn, temperature = config["yarn"], config["attention_temperature"]
+    words = [f"theta {config['rope_theta']:g}", f"softmax scale {config['softmax_scale']:.4f}"]
+    if yarn is not None:
+        words.append(f"YaRN {yarn['factor']:g} × {yarn['original_context_length']}")
+    if config["rope_linear_factor"] != 1:
+        words.append(f"linear {config['rope_linear_factor']:g}")
+    if temperature is not None:
+        words.append("temperature {scale:g} from {length} on".format(**temperature))
+    return ", ".join(words)
 
 
 def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -180,6 +220,7 @@ def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> No
         *([("plain copies of interleaved weights", size_text(memory["plain"]))] if memory["plain"] else []),
         (f"scratch, prompts in slices of {memory['scratch_tokens']}", size_text(memory["scratch"])),
         ("program", size_text(memory["process"])),
+        *([("nextn layers, not loaded", size_text(memory["not_run"]))] if memory["not_run"] else []),
         ("available on this machine", size_text(memory["available"])),
     ]
     page.table("Memory", rows=rows, numbers=(1,))

@@ -17,9 +17,10 @@ from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.host.memory import available_memory
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import is_run
+from pymla.models.tensors import is_run, layer_of, nextn_tensors
 from pymla.pages import CACHE_TYPES
 from pymla.scratch import HOST
+from pymla.text.recommended import recommended_sampling
 from pymla.text.tokenizer import Tokenizer
 
 #: Tokens in the cache at which costs are shown.
@@ -59,11 +60,14 @@ def report(
         "runs": not problems,
         "problems": problems,
         "config": None if config is None else dataclasses.asdict(config) | {"softmax_scale": config.softmax_scale},
+        "nextn": None if config is None else _nextn(config, file),
         "types": _types(file),
         "tokenizer": _tokenizer(file, found.tokenizer),
+        "sampling": _sampling(file),
         "memory": memory,
         "costs": step_costs,
         "metadata": {key: _json(value) for key, value in file.metadata.items()},
+        "overridden": {key: _json(value) for key, value in file.overridden.items()},
         "tensors": [
             {
                 "name": tensor.name,
@@ -101,6 +105,32 @@ def _estimates(file: ModelFile, found: Examined) -> tuple[dict[str, Any] | None,
 def _layout(file: ModelFile) -> str | None:
     blk = "blk.0.attn_"
     return _LAYOUTS.get((f"{blk}kv_b.weight" in file.tensors, f"{blk}k_b.weight" in file.tensors))
+
+
+def _nextn(config: ModelConfig, file: ModelFile) -> dict[str, Any] | None:
+    """The layers that predict further tokens, which are not loaded: how many the metadata declares, and what the file
+    holds of them. None where there are none."""
+    present = {
+        name: tensor for name, tensor in file.tensors.items() if (layer_of(name) or 0) >= config.num_hidden_layers
+    }
+    declared = config.num_nextn_predict_layers
+    if not declared and not present:
+        return None
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + declared)
+    wanted = {spec.name for layer in layers for spec in nextn_tensors(config, layer, file.tensors)}
+    return {
+        "layers": declared,
+        "tensors": len(present),
+        "bytes": sum(tensor.data.nbytes for tensor in present.values()),
+        "missing": sorted(wanted - present.keys()) if present else [],
+    }
+
+
+def _sampling(file: ModelFile) -> dict[str, Any]:
+    """The sampling parameters that the file recommends, and what of them is not followed."""
+    recommended = recommended_sampling(file)
+    warnings = [warning.removeprefix(f"{file.path}: ") for warning in recommended.warnings]
+    return {"recommended": recommended.values, "warnings": warnings}
 
 
 def _types(file: ModelFile) -> list[dict[str, Any]]:
@@ -175,6 +205,7 @@ def _memory(config: ModelConfig, file: ModelFile) -> dict[str, Any]:
         "scratch": plan.scratch,
         "scratch_tokens": HOST.tokens,
         "process": plan.process,
+        "not_run": planner.in_file(planner.not_run),
         "available": available_memory(),
         "cache_per_1000_tokens": {cache_type: 1000 * nbytes for cache_type, nbytes in rows.items()},
         "cache_at_context_length": {

@@ -30,18 +30,21 @@ def kernels(model):
     found, inputs = [*polling.FUNCTIONS], set()
     layers = list(zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True))
     if cpu in place.layers:
-        found += norm.kernels() + rope.kernels()
+        found += norm.kernels() + rope.kernels(model.config)
     for backend, experts, layer, cache in layers:
         if experts is cpu and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
             inputs |= set(types)
         if backend is cpu:
-            types = _types(layer, *_MATRICES)
+            ungated = layer.ffn_gate is None and layer.ffn_up is not None
+            types = _types(layer, *_MATRICES, *(_UNGATED if ungated else ()))
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
             if layer.ffn_gate is not None:
                 found += moe.ffn_kernels(*_types(layer, "ffn_gate", "ffn_up", "ffn_down"))
+            if ungated:
+                found += moe.relu_squared_kernels()
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
     if place.embedding is cpu:
@@ -57,18 +60,26 @@ def _types(layer, *names):
     return [tensor.qtype for tensor in (getattr(layer, name) for name in names) if tensor is not None]
 
 
-#: Matrices of a layer that `quant.matmul` multiplies.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+#: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
+_UNGATED = "ffn_up", "ffn_down"
 
 
 def _attention(model, layer, cache):
     """The kernels of a layer's attention in the model's mode."""
-    types = *(rows.qtype for rows in cache), layer.attn_k_b.qtype, layer.attn_v_b.qtype
+    types = *(rows.qtype for rows in cache[:2]), layer.attn_k_b.qtype, layer.attn_v_b.qtype
     if model.mla == "0":
         return attention.full_kernels(*types)
     found = attention.absorbed_kernels(*types, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(*types, exact=model.cache.exact)
+    if model.config.indexer:
+        found += attention.sparse_kernels(*types[:2])
+    if layer.has_indexer:
+        found += norm.layer_norm_kernels() + attention.choose_kernels(cache.index.qtype)
     return found
 
 

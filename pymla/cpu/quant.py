@@ -86,10 +86,10 @@ def matmul_heads_transposed(w: QTensor, x: np.ndarray, out: np.ndarray) -> np.nd
     return out
 
 
-def embedding_rows(w: QTensor, tokens: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K)."""
-    check.embedding_rows(w, tokens, out)
-    kernels.embedding_rows(w.qtype)[len(tokens)](w.data, tokens, out)
+def embedding_rows(w: QTensor, tokens: np.ndarray, scale: float, out: np.ndarray) -> np.ndarray:
+    """Rows `tokens` (int32 (T,)) of the embedding matrix, times `scale`, as float32 (T, K)."""
+    check.embedding_rows(w, tokens, scale, out)
+    kernels.embedding_rows(w.qtype)[len(tokens)](w.data, tokens, scale, out)
     return out
 
 

@@ -1,4 +1,5 @@
-"""Rotary position embedding on interleaved pairs. Twin of `pymla.reference.rope`.
+"""Rotary position embedding, on interleaved pairs and on halves, and the attention temperature. Twin of
+`pymla.reference.rope`.
 
 >>> import numpy as np
 >>> from pymla.cpu import rope
@@ -32,9 +33,29 @@ def rope_interleaved(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
     return x
 
 
-def kernels() -> list[Kernel]:
-    """The kernels that this module launches."""
-    return [_angles, _rope_interleaved]
+def rope_neox(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
+    """As `rope_interleaved`, but a pair is a number of the first half of the rotated ones and one of the second."""
+    check.rope_neox(x, cos_sin)
+    _rope_neox[len(x)](x, cos_sin)
+    return x
+
+
+def temper(x: np.ndarray, positions: np.ndarray, scale: float, length: int) -> np.ndarray:
+    """``x[t] *= 1 + scale * ln(1 + positions[t] // length)``, in place.
+
+    `x` float32 (T, H, D), `positions` int32 (T,).
+    """
+    check.temper(x, positions, scale, length)
+    _temper[len(x)](x, positions, scale, length)
+    return x
+
+
+def kernels(config) -> list[Kernel]:
+    """The kernels that this module launches for a model with this configuration, or for any one where it is None."""
+    if config is None:
+        return [_angles, _rope_interleaved, _rope_neox, _temper]
+    rotate = _rope_interleaved if config.rope_interleave else _rope_neox
+    return [_angles, rotate, *([_temper] if config.attention_temperature else [])]
 
 
 @kernel(I1, D1, types.float64, F3)
@@ -58,3 +79,29 @@ def _rope_interleaved(first, last, x, cos_sin):
                 cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
                 x[t, h, at] = even * cos - odd * sin
                 x[t, h, at + 1] = even * sin + odd * cos
+
+
+@kernel(A3, A3)
+def _rope_neox(first, last, x, cos_sin):
+    _, heads, size = x.shape
+    pairs = cos_sin.shape[1]
+    for t in range(first, last):
+        for h in range(heads):
+            for i in range(pairs):
+                at = size - 2 * pairs + i
+                one, other = x[t, h, at], x[t, h, at + pairs]
+                cos, sin = cos_sin[t, i, 0], cos_sin[t, i, 1]
+                x[t, h, at] = one * cos - other * sin
+                x[t, h, at + pairs] = one * sin + other * cos
+
+
+@kernel(F3, I1, types.float64, types.int64)
+def _temper(first, last, x, positions, scale, length):
+    _, heads, size = x.shape
+    for t in range(first, last):
+        lengths = positions[t] // length
+        if lengths:
+            factor = np.float32(1 + scale * np.log(1.0 + lengths))
+            for h in range(heads):
+                for i in range(size):
+                    x[t, h, i] *= factor

@@ -41,14 +41,15 @@ def kernels(model: Any) -> list[Kernel]:
     found, inputs = [], set()
     layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
     if any(map(_is_gpu, place.layers)):
-        found += norm.kernels() + rope.kernels()
+        found += norm.kernels() + rope.kernels(model.config)
     for on, experts, layer, cache in layers:
         if _is_gpu(experts) and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
             inputs |= set(types)
         if _is_gpu(on):
-            types = _types(layer, *_MATRICES)
+            ungated = layer.ffn_gate is None and layer.ffn_up is not None
+            types = _types(layer, *_MATRICES, *(_UNGATED if ungated else ()))
             for qtype in types:
                 found += quant.matmul_kernels(qtype)
             if layer.ffn_gate_inp is not None:
@@ -57,6 +58,8 @@ def kernels(model: Any) -> list[Kernel]:
                 dense = _types(layer, "ffn_gate", "ffn_up", "ffn_down")
                 found += moe.ffn_kernels(*dense)
                 inputs |= set(dense)
+            if ungated:
+                found += moe.relu_squared_kernels()
             found += _attention(model, layer, cache)
             inputs |= {*types, layer.attn_k_b.qtype, layer.attn_v_b.qtype}
     if _is_gpu(place.embedding):
@@ -73,8 +76,12 @@ def _is_gpu(backend: Any) -> bool:
     return backend.NAME == NAME
 
 
-#: Matrices of a layer that `quant.matmul` multiplies.
-_MATRICES = "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"
+#: Matrices of a layer that `quant.matmul` multiplies, and those of a network without a gate.
+_MATRICES = (
+    *("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output", "ffn_gate_inp"),
+    *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
+)
+_UNGATED = "ffn_up", "ffn_down"
 
 
 def _types(layer: Any, *names: str) -> list[int]:
@@ -83,7 +90,7 @@ def _types(layer: Any, *names: str) -> list[int]:
 
 def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     """The kernels of a layer's attention in the model's mode."""
-    config, types, matrices = model.config, tuple(rows.qtype for rows in cache), (layer.attn_k_b, layer.attn_v_b)
+    config, types, matrices = model.config, tuple(rows.qtype for rows in cache[:2]), (layer.attn_k_b, layer.attn_v_b)
     k_b, v_b = (w.qtype for w in matrices)
     latent, expanded = (config.kv_lora_rank, config.qk_rope_head_dim), (config.qk_head_dim, config.v_head_dim)
     if model.mla == "0":
@@ -91,6 +98,12 @@ def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     found = attention.absorbed_kernels(types, latent, k_b, v_b, materialised=model.mla == "2")
     if model.mla != "1":
         found += attention.expanded_kernels(types, expanded, k_b, v_b)
+    if config.indexer:
+        found += attention.sparse_kernels(types, latent)
+    if layer.has_indexer:
+        indexer = config.indexer
+        found += norm.layer_norm_kernels()
+        found += attention.indexer_kernels(cache.index.qtype, indexer.head_dim, indexer.heads)
     return found
 
 
@@ -102,10 +115,11 @@ def everything(qtypes: Iterable[int] = ggml.SUPPORTED) -> dict[str, Kernel]:
     found = [
         *norm.kernels(),
         *norm.layer_norm_kernels(),
-        *rope.kernels(),
+        *rope.kernels(None),
         *sampling.kernels(),
         *limits.kernels(),
         *moe.router_kernels(),
+        *moe.relu_squared_kernels(),
     ]
     found += quant.activation_kernels(qtypes)
     for qtype in qtypes:

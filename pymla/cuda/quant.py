@@ -133,12 +133,12 @@ def matmul_heads_transposed(w, x, out):
     return out
 
 
-def embedding_rows(w, tokens, out):
-    """Rows `tokens` (int32 (T,)) of the embedding matrix as float32 (T, K). A token that is no row of the matrix gets
-    the last row."""
-    check.embedding_rows(w, tokens, out)
+def embedding_rows(w, tokens, scale, out):
+    """Rows `tokens` (int32 (T,)) of the embedding matrix, times `scale`, as float32 (T, K). A token that is no row of
+    the matrix gets the last row."""
+    check.embedding_rows(w, tokens, scale, out)
     need_any("embedding_rows", "tokens", tokens, len(w.data), "rows of w")
-    embedding_rows_kernel(w.qtype)[len(tokens), THREADS](Matrices.of(w), tokens, out)
+    embedding_rows_kernel(w.qtype)[len(tokens), THREADS](Matrices.of(w), tokens, scale, out)
     return out
 
 

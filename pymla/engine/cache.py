@@ -2,9 +2,9 @@
 
 A row belongs to a slot: position p of a sequence lies in slot ``block_table[p // 64] * 64 + p % 64`` of every layer. A
 layer keeps the normalised ``c_kv`` (kv_lora_rank values) and the rotated ``k_pe`` (qk_rope_head_dim values), or, for
-``--mla 0``, the keys and values of all heads (`pymla.engine.cache_layout`). q8_0 takes 34 bytes for 32 values, q6_0 26,
-q5_0 22 and q4_0 18; ``k_pe`` stays 16-bit then. Rows are stored as ggml blocks, or in a form that the backend's
-attention reads faster.
+``--mla 0``, the keys and values of all heads (`pymla.engine.cache_layout`); a layer with an indexer keeps its key as
+well. q8_0 takes 34 bytes for 32 values, q6_0 26, q5_0 22 and q4_0 18; ``k_pe`` stays 16-bit then, and an indexer's key
+8-bit. Rows are stored as ggml blocks, or in a form that the backend's attention reads faster.
 
 Memory is reserved for the whole cache at once. The host's is taken from the system page by page, when it is first
 written; a GPU's is taken at once.
@@ -24,10 +24,10 @@ import numpy as np
 
 from pymla import ggml
 from pymla.backend import Backend, Memory
-from pymla.engine.cache_layout import row_layout
+from pymla.engine.cache_layout import index_layout, row_layout
 from pymla.errors import CacheFull
 from pymla.models.config import ModelConfig
-from pymla.pages import CACHE_TYPES, PAGE, FullCache, LatentCache, Step, block_rows
+from pymla.pages import CACHE_TYPES, PAGE, FullCache, IndexedCache, LayerCache, Step, block_rows
 from pymla.tensor import QTensor
 
 
@@ -80,12 +80,17 @@ class PagedCache:
         self._holders: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._steps = 0
         layout, slots = row_layout(config, cache_type, mla), pages * PAGE
-        self.layers: list[LatentCache | FullCache] = []
-        for backend in backends:
+        self.layers: list[LayerCache] = []
+        for i, backend in enumerate(backends):
             if mla == "0":
                 self.layers.append(FullCache(*block_rows(backend.memory, layout, slots)))
+                continue
+            latent = backend.attention.latent_cache(layout, slots)
+            index = index_layout(config, cache_type, i)
+            if index is None:
+                self.layers.append(latent)
             else:
-                self.layers.append(backend.attention.latent_cache(layout, slots))
+                self.layers.append(IndexedCache(*latent, backend.attention.index_cache(*index, slots)))
         self.row_bytes = sum(rows.data.nbytes for layer in self.layers for rows in layer) // slots
         self.exact = ggml.BLOCK_SIZE[CACHE_TYPES[cache_type]] == 1
 

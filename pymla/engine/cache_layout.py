@@ -1,13 +1,15 @@
 """The rows of a token in the cache: their types, their widths, and the bytes that they take."""
 
+from collections.abc import Iterable
+
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
-from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, PAGE
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, INDEX_TYPES, PAGE
 
 
 def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int, int]]:
-    """The ggml type and the width of the two kinds of rows of a layer.
+    """The ggml type and the width of the two kinds of rows that attention reads in a layer.
 
     Raises
     ------
@@ -37,12 +39,35 @@ def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int
     return [(row_type, width) for _, row_type, _, width in layout]
 
 
-def row_bytes(config: ModelConfig, cache_type: str, mla: str) -> int:
-    """Bytes of a token in the cache, all layers, as ggml blocks."""
-    layout = row_layout(config, cache_type, mla)
-    return sum(ggml.row_bytes(qtype, width) for qtype, width in layout) * config.num_hidden_layers
+def index_layout(config: ModelConfig, cache_type: str, layer: int) -> tuple[int, int] | None:
+    """The ggml type and the width of the indexer's key in the cache of a layer; None where it has no indexer.
+
+    A float type of the cache is that of the key, too; with any other it has 8 bits, as fewer would change the choice.
+    """
+    if config.indexer is None or not config.indexer.full[layer]:
+        return None
+    qtype = CACHE_TYPES[cache_type]
+    return qtype if qtype in INDEX_TYPES else ggml.Q8_0, config.indexer.head_dim
 
 
-def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int) -> int:
-    """Bytes of a cache for `ctx` tokens, which are whole pages of 64."""
-    return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla)
+def attended_bytes(config: ModelConfig, cache_type: str, mla: str) -> int:
+    """Bytes of a token in the cache of a layer that attention reads, as ggml blocks."""
+    return sum(ggml.row_bytes(qtype, width) for qtype, width in row_layout(config, cache_type, mla))
+
+
+def index_bytes(config: ModelConfig, cache_type: str, layer: int) -> int:
+    """Bytes of a token in the cache of a layer that the indexer reads, as ggml blocks."""
+    layout = index_layout(config, cache_type, layer)
+    return ggml.row_bytes(*layout) if layout else 0
+
+
+def row_bytes(config: ModelConfig, cache_type: str, mla: str, layers: Iterable[int] | None = None) -> int:
+    """Bytes of a token in the cache, of some layers or of all, as ggml blocks."""
+    attended = attended_bytes(config, cache_type, mla)
+    numbers = range(config.num_hidden_layers) if layers is None else layers
+    return sum(attended + index_bytes(config, cache_type, layer) for layer in numbers)
+
+
+def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int, layers: Iterable[int] | None = None) -> int:
+    """Bytes of a cache for `ctx` tokens, which are whole pages of 64; of some layers or of all."""
+    return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla, layers)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pymla import ggml
-from pymla.engine.cache_layout import row_bytes
-from pymla.engine.forms import Form, form_of, pair_macs, seen_pairs, up_macs
-from pymla.engine.memory_plan import derived_size, tensor_bytes
+from pymla.engine.cache_layout import attended_bytes, index_bytes
+from pymla.engine.forms import Part, pair_macs, parts_of, seen_pairs, up_macs
+from pymla.engine.memory_plan import tensor_bytes, transposed_bytes
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
@@ -35,6 +35,9 @@ _OPS = {
     "attn_q_a": "query",
     "attn_q_b": "query",
     "attn_kv_a_mqa": "latent",
+    "indexer.attn_k": "index keys",
+    "indexer.attn_q_b": "index",
+    "indexer.proj": "index",
     "attn_output": "attention output",
     "ffn_gate": "dense",
     "ffn_up": "dense",
@@ -79,15 +82,20 @@ def step_ops(
         A tensor is missing.
     """
     costs = _Costs(config, tensors, tokens)
-    form = form_of(config, mla, tokens, cached)
-    cache_bytes = row_bytes(config, cache_type, mla) / config.num_hidden_layers * cached
+    parts, row = parts_of(config, mla, tokens, cached), attended_bytes(config, cache_type, mla)
+    choosing = sum(part.tokens for part in parts if part.form == "sparse")
     costs.embedding()
     for layer in range(config.num_hidden_layers):
         for spec in layer_tensors(config, layer, costs.names):
             if spec.stem in ("attn_kv_b", "attn_v_b"):
-                costs.attention(layer, form, cached, cache_bytes)
+                costs.attention_up(layer, parts)
+                costs.attention(parts, row)
+            elif spec.stem == "indexer.proj":
+                costs.choice(choosing, cached, index_bytes(config, cache_type, layer))
+            if _OPS.get(spec.stem) == "index":
+                costs.matrix(spec, choosing)
             elif spec.stem in _OPS:
-                costs.matrix(spec)
+                costs.matrix(spec, tokens)
     costs.output(logits)
     return [Op(name, round(macs), round(nbytes)) for name, (macs, nbytes) in costs.totals.items()]
 
@@ -105,17 +113,33 @@ class _Costs:
         row = self._bytes("token_embd.weight") / self._config.vocab_size
         self._add("embedding", 0, self._tokens * row)
 
-    def attention(self, layer: int, form: Form, cached: int, cache_bytes: float) -> None:
-        """The products with ``W_k_b`` and ``W_v_b``, and scores and values over the cache."""
-        heads, tokens = self._config.num_attention_heads, self._tokens
+    def attention_up(self, layer: int, parts: list[Part]) -> None:
+        """The products with ``W_k_b`` and ``W_v_b``."""
+        products = sum(part.cached if part.form == "expanded" else part.tokens for part in parts)
         up_bytes = 0 if self._tensors is None else _up_bytes(self._config, self._tensors, layer)
-        self._add("attention up", (cached if form == "expanded" else tokens) * heads * up_macs(self._config), up_bytes)
-        pairs = seen_pairs(tokens, cached)
-        self._add("attention", pairs * heads * pair_macs(self._config, form), cache_bytes)
+        self._add("attention up", products * self._config.num_attention_heads * up_macs(self._config), up_bytes)
 
-    def matrix(self, spec: TensorSpec) -> None:
-        """The product with a matrix, or with the chosen ones of a layer's experts."""
-        config, tokens = self._config, self._tokens
+    def attention(self, parts: list[Part], row: int) -> None:
+        """Scores and values over the cache, or over chosen positions; `row` are the bytes of a token in the cache."""
+        config, read = self._config, 0
+        for form, tokens, cached in parts:
+            if form == "sparse" and config.indexer:
+                pairs = tokens * config.indexer.top_k
+                read = max(read, min(cached, pairs))
+            else:
+                pairs, read = seen_pairs(tokens, cached), max(read, cached)
+            self._add("attention", pairs * config.num_attention_heads * pair_macs(config, form), 0)
+        self._add("attention", 0, read * row)
+
+    def choice(self, tokens: int, cached: int, row: int) -> None:
+        """Scores of the indexer for the tokens that choose; `row` are the bytes of its key in the cache."""
+        indexer = self._config.indexer
+        if tokens and indexer:
+            self._add("index", seen_pairs(tokens, cached) * indexer.heads * indexer.head_dim, cached * row)
+
+    def matrix(self, spec: TensorSpec, tokens: int) -> None:
+        """The product of so many tokens with a matrix, or with the chosen ones of a layer's experts."""
+        config = self._config
         used, of = (config.num_experts_per_tok, config.n_routed_experts) if spec.part == "experts" else (1, 1)
         read = self._bytes(spec.name) * (1 - (1 - used / of) ** tokens)
         self._add(_OPS[spec.stem], tokens * spec.weights * used // of, read)
@@ -170,9 +194,8 @@ def _up_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layer: int
     blk = f"blk.{layer}.attn_"
     if f"{blk}kv_b.weight" in tensors:
         return _tensor_bytes(tensors, blk + "kv_b.weight")
-    k_b = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     qtype = tensors[f"{blk}k_b.weight"].qtype if f"{blk}k_b.weight" in tensors else ggml.F32
-    return k_b * derived_size(qtype) + _tensor_bytes(tensors, blk + "v_b.weight")
+    return transposed_bytes(config, qtype) + _tensor_bytes(tensors, blk + "v_b.weight")
 
 
 def _tensor_bytes(tensors: Mapping[str, TensorInfo], name: str) -> int:

@@ -7,7 +7,6 @@ The check costs little: of the values it looks only at norms, biases and routers
 tensor (`pymla.files.values`). `check_tensors` reads everything.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, cast
 
@@ -15,11 +14,12 @@ import numpy as np
 
 from pymla import ggml
 from pymla.engine.cache_layout import row_layout
+from pymla.engine.forms import check_mode
 from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, find, is_run, model_tensors
+from pymla.models.tensors import TensorSpec, find, is_run, layer_of, model_tensors
 from pymla.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ def examine(
     cache_type: str = "q8_0",
     mla: str = "auto",
     *,
+    dsa: bool = True,
     check_tensors: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Examined:
@@ -59,8 +60,8 @@ def examine(
     Parameters
     ----------
     file : ModelFile
-    cache_type, mla : as for `pymla.load`
-        Not every type of cache holds every model's rows.
+    cache_type, mla, dsa : as for `pymla.load`
+        Not every type of cache holds every model's rows, and not every mode goes with sparse attention.
     check_tensors : whether to look at all values of all tensors, which reads the whole file
     progress : called with (bytes done, bytes in all) while all values are looked at
 
@@ -72,11 +73,21 @@ def examine(
     problems: list[PymlaError] = []
     config = _collect(problems, lambda: ModelConfig.from_gguf(file))
     if config:
+        config = config if dsa else config.dense()
+        _collect(problems, lambda: check_mode(config, mla))
         _collect(problems, lambda: row_layout(config, cache_type, mla))
     tokenizer = _collect(problems, lambda: Tokenizer.from_gguf(file))
     if config and tokenizer:
         _collect(problems, lambda: _check_vocabulary(file, config, tokenizer))
-    if config:
+    if config and _is_nextn_alone(file, config):
+        problems.insert(
+            0,
+            PymlaError(
+                f"{file.path}: the file holds nothing but layers that predict further tokens (nextn), for use beside "
+                "the model's own file; take that one"
+            ),
+        )
+    elif config:
         problems += _layer_problems(file, config)
         tensors, found = _find_tensors(file, config)
         problems += found
@@ -102,6 +113,13 @@ def _check_vocabulary(file: ModelFile, config: ModelConfig, tokenizer: Tokenizer
         )
 
 
+def _is_nextn_alone(file: ModelFile, config: ModelConfig) -> bool:
+    """Whether a file lacks all layers that run and has others, which predict further tokens."""
+    layers = [layer for layer in map(layer_of, file.tensors) if layer is not None]
+    further = any(".nextn." in name for name in file.tensors)
+    return further and min(layers, default=0) >= config.num_hidden_layers
+
+
 def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError]:
     """Tensors that contradict the metadata, which would leave them out or take them for others.
 
@@ -110,8 +128,9 @@ def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError
     """
     layers: dict[int, list[str]] = {}
     for name in file.tensors:
-        if match := re.match(r"blk\.(\d{1,9})\.", name):
-            layers.setdefault(int(match[1]), []).append(name)
+        layer = layer_of(name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(name)
     run, key = config.num_hidden_layers, f"metadata {config.architecture}."
     count = f"{key}block_count is {run + config.num_nextn_predict_layers}"
     if config.num_nextn_predict_layers:
@@ -194,8 +213,7 @@ def _value_problems(
             scan = values.scan(info, report)
             if scan.first_not_finite is not None:
                 yield PymlaError(_not_finite(info, scan, scan.first_not_finite))
-            # A bias may well be zero: that of experts is where they are balanced without one.
-            elif spec.field != "exp_probs_b" and (hole := scan.hole(info)):
+            elif not spec.is_bias and (hole := scan.hole(info)):
                 yield PymlaError(_hole(info, None if scan.is_zero else hole))
         done += info.data.nbytes
 

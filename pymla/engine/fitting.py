@@ -6,7 +6,7 @@
 from pymla import cuda
 from pymla.engine.cache_layout import row_bytes
 from pymla.engine.devices import find_device
-from pymla.engine.memory_plan import MemoryPlan, gib
+from pymla.engine.memory_plan import MemoryPlan, choice_bytes, gib
 from pymla.engine.planning import LEAST_CTX, Planner, Wish, choose
 from pymla.engine.report import Report
 from pymla.engine.split import Split
@@ -78,7 +78,7 @@ def _fit_cpu(planner: Planner, ctx: int | None, report: Report) -> int:
 
     if plan(wanted).allocated > available and ctx is None:
         row = row_bytes(config, planner.cache_type, planner.mla)
-        spare = available - plan(PAGE).allocated - HOST.most_expanded
+        spare = available - plan(PAGE).allocated - HOST.most_expanded - choice_bytes(config, wanted)
         wanted = max(PAGE, min(wanted, int(spare * 0.9) // row // PAGE * PAGE))
         if plan(wanted).allocated <= available:
             _warn_of_context(planner, wanted, report)

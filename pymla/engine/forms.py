@@ -3,9 +3,11 @@
 - The absorbed form attends in the latent space: ``W_k_b`` goes into the queries and ``W_v_b`` onto the result.
 - The expanded form computes keys and values of all heads from the cache first.
 - The full form reads keys and values of all heads from a cache that holds them.
+- The sparse form is the absorbed one over the positions that an indexer chose: of the tokens that see more positions
+  than it chooses. The tokens before them attend to all positions, in one of the other forms.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
@@ -14,23 +16,51 @@ from pymla.models.config import ModelConfig
 #: 2: expanded prompt, absorbed generation with materialised scores. 3: the same with online softmax.
 MLA_MODES = ("auto", "0", "1", "2", "3")
 
-Form = Literal["absorbed", "expanded", "full"]
+#: The modes that sparse attention goes with: "0" keeps no latent rows, and "2" keeps the scores of all positions.
+SPARSE_MODES = ("auto", "1", "3")
+
+Form = Literal["absorbed", "expanded", "full", "sparse"]
 
 
-def check_mode(mla: str) -> None:
-    """Raise a PymlaError unless `mla` is one of `MLA_MODES`."""
+class Part(NamedTuple):
+    """Neighbouring tokens of one sequence in a step whose attention takes one form."""
+
+    form: Form
+    tokens: int
+    cached: int  # tokens in the sequence's cache after them
+
+
+def check_mode(config: ModelConfig, mla: str) -> None:
+    """Raise a PymlaError unless `mla` is one of `MLA_MODES`, and of `SPARSE_MODES` where attention is sparse."""
     if mla not in MLA_MODES:
         raise PymlaError(f"unknown MLA mode {mla!r}; choose {', '.join(MLA_MODES)}")
+    if config.indexer and mla not in SPARSE_MODES:
+        raise PymlaError(
+            f"`mla` is {mla}, which attends to all positions, and this model's attention is sparse: choose "
+            f"{', '.join(SPARSE_MODES)}, or turn sparse attention off with `dsa`"
+        )
+
+
+def parts_of(config: ModelConfig, mla: str, tokens: int, cached: int) -> list[Part]:
+    """The forms of attention of one sequence in a step, in the order of its tokens; arguments as for `form_of`."""
+    sparse = min(tokens, max(0, cached - config.indexer.top_k)) if config.indexer else 0
+    dense, parts = tokens - sparse, []
+    if dense:
+        before = cached - sparse
+        parts.append(Part(form_of(config, mla, dense, before), dense, before))
+    if sparse:
+        parts.append(Part("sparse", sparse, cached))
+    return parts
 
 
 def form_of(config: ModelConfig, mla: str, tokens: int, cached: int) -> Form:
-    """The form of attention of one sequence in a step.
+    """The form of attention of tokens of one sequence that attend to all positions they see.
 
     Parameters
     ----------
     config : ModelConfig
     mla : one of `MLA_MODES`
-    tokens : new tokens of the sequence, T
+    tokens : new tokens of the sequence, T, at least 1
     cached : tokens in its cache after the step, S
     """
     if mla == "auto":
@@ -63,7 +93,7 @@ def up_macs(config: ModelConfig) -> int:
 
 def pair_macs(config: ModelConfig, form: Form) -> int:
     """Multiply-adds of one head for a query and a key."""
-    if form == "absorbed":
+    if form in ("absorbed", "sparse"):
         return 2 * config.kv_lora_rank + config.qk_rope_head_dim
     return config.qk_head_dim + config.v_head_dim
 

@@ -1,22 +1,27 @@
 """The forward pass: a transformer's stages through all layers, in slices of tokens, on the backends of its parts.
 
 Layers run one after the other over all tokens, so that the keys and values of a layer are expanded once. Intermediate
-results exist for a slice of tokens at a time, so that scratch memory stays bounded however long a prompt is.
+results exist for a slice of tokens at a time, so that scratch memory stays bounded however long a prompt is. The
+positions that tokens chose are needed until the last layer that shares the choice, for all tokens: a long prompt of
+sparse attention goes through the layers in portions (`pymla.engine.runs.portions_of`).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 
 from pymla.backend import Array, Backend, Progress
 from pymla.engine.cache import PagedCache
-from pymla.engine.runs import Run
+from pymla.engine.runs import Run, portions_of
 from pymla.engine.slices import even_slices, slices
 from pymla.models.deepseek2 import DeepSeek2
+from pymla.models.deepseek32 import DeepSeek32
 from pymla.models.operations import Operations
 from pymla.models.placement import Placement, moved
 from pymla.models.weights import Layer
-from pymla.pages import FullCache, LatentCache, Step
+from pymla.pages import LayerCache, Step
+from pymla.scratch import most_choosing
 
 
 class Forward:
@@ -28,16 +33,26 @@ class Forward:
         The family's stages, with the weights.
     placement : Placement
     cache : PagedCache
+    ctx : int
+        The longest sequence, in tokens.
     materialised : bool
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
         Of intermediate results.
     """
 
-    def __init__(self, transformer: DeepSeek2, placement: Placement, cache: PagedCache, materialised: bool, dtype: Any):
+    def __init__(
+        self,
+        transformer: DeepSeek2,
+        placement: Placement,
+        cache: PagedCache,
+        ctx: int,
+        materialised: bool,
+        dtype: Any,
+    ):
         self._transformer, self._placement, self._cache = transformer, placement, cache
         self._materialised, self._dtype = materialised, dtype
-        inv_freq = transformer.config.inv_freq()
+        inv_freq = transformer.inv_freq(ctx)
         self._inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(
@@ -55,38 +70,69 @@ class Forward:
         progress : callable(done, total), optional
             Told of layers.
         """
-        transformer, place = self._transformer, self._placement
+        place, layers = self._placement, len(self._placement.layers)
         operations = {backend: self._operations(backend, step) for backend, step in steps.items()}
-        backend = place.embedding
+        last = place.layers[-1]
+        indexer = self._transformer.config.indexer
+        portions = portions_of(runs, most_choosing(indexer.top_k) if indexer else 1)
+        results = []
+        for i, (start, stop, own_runs) in enumerate(portions):
+            own = {backend: ops.part(start, stop) for backend, ops in operations.items()}
+
+            def report(done: int, before: int = i * layers) -> None:
+                if progress:
+                    progress(before + done, len(portions) * layers)
+
+            x = self._through_layers(own, own_runs, report)
+            if rows is None:
+                results.append(x)
+            elif len(wanted := rows[(start <= rows) & (rows < stop)]):
+                results.append(last.memory.take(x, wanted - start))
+        if len(results) > 1:
+            results = [last.memory.to_device(np.concatenate([last.memory.to_host(x) for x in results]))]
+        return self._transformer.logits(operations[place.output], moved(results[0], last, place.output))
+
+    def _through_layers(
+        self, operations: dict[Backend, Operations], runs: list[Run], report: Callable[[int], None]
+    ) -> Array:
+        """The residual stream of tokens behind the last layer, (T, hidden), in the memory of that layer's backend."""
+        transformer, place = self._transformer, self._placement
+        backend, chosen = place.embedding, None
         x = transformer.embed(operations[backend])
-        layers = transformer.weights.layers
-        for i, (layer, cache) in enumerate(zip(layers, self._cache.layers, strict=True)):
-            x, backend = moved(x, backend, place.layers[i]), place.layers[i]
+        sparse = any(run.sparse_tokens for run in runs)
+        for i, (layer, cache) in enumerate(zip(transformer.weights.layers, self._cache.layers, strict=True)):
+            source, backend = backend, place.layers[i]
+            x = moved(x, source, backend)
             ops = operations[backend].with_experts_on(place.experts[i])
-            attended = self._attention(ops, layer, cache, x, runs)
+            if sparse:
+                chosen = ops.choices() if layer.has_indexer else moved(chosen, source, backend)
+            attended = self._attention(ops, layer, cache, x, runs, chosen)
             for part in slices(0, len(x), backend.SLICE):
                 # `ops` of all tokens, as no stage of this depends on positions.
                 transformer.feed_forward(ops, layer, x[part], attended[part])
-            if progress:
-                progress(i + 1, len(layers))
-        if rows is not None:
-            x = backend.memory.take(x, rows)
-        x = moved(x, backend, place.output)
-        return transformer.logits(operations[place.output], x)
+            report(i + 1)
+        return x
 
     def _operations(self, backend: Backend, step: Step) -> Operations:
         config, inv_freq = self._transformer.config, self._inv_freq[backend]
         return Operations.of(backend, config, step, inv_freq, self._dtype, self._materialised)
 
     def _attention(
-        self, ops: Operations, layer: Layer, cache: LatentCache | FullCache, x: Array, runs: list[Run]
+        self, ops: Operations, layer: Layer, cache: LayerCache, x: Array, runs: list[Run], chosen: Array | None
     ) -> Array:
-        """The result of all heads, (T, H * v), for the residual stream `x`; writes the tokens' rows into the cache."""
+        """The result of all heads, (T, H * v), for the residual stream `x`; writes the tokens' rows into the cache.
+
+        `chosen`, (T, k), gets the positions that tokens choose, or has those that they chose in a layer before.
+        """
         config = self._transformer.config
         out = ops.empty(len(x), config.num_attention_heads, config.v_head_dim)
         for run in runs:
-            attend = self._expanded if run.form == "expanded" else self._by_slices
-            attend(ops, layer, cache, x, run, out)
+            if run.form == "sparse":
+                self._sparse(ops, layer, cache, x, run, chosen, out)
+            elif run.form == "expanded":
+                self._expanded(ops, layer, cache, x, run, out)
+            else:
+                self._by_slices(ops, layer, cache, x, run, out)
         return out.reshape(len(x), -1)
 
     def _by_slices(self, ops: Operations, layer: Layer, cache: Any, x: Array, run: Run, out: Array) -> None:
@@ -96,11 +142,24 @@ class Forward:
             own = ops.part(part.start, part.stop)
             h = transformer.attention_input(own, layer, x[part])
             transformer.store(own, layer, cache, h)
-            q = transformer.queries(own, layer, h)
+            q = transformer.queries(own, layer, transformer.query_input(own, layer, h))
             if run.form == "full":
                 transformer.full(own, cache, q, out[part])
             else:
                 transformer.absorbed(own, layer, cache, q, out[part])
+
+    def _sparse(self, ops: Operations, layer: Layer, cache: Any, x: Array, run: Run, chosen: Array, out: Array) -> None:
+        """Attention of a run over chosen positions: writes its tokens of `out`, (T, H, v), and, where the layer has an
+        indexer, of `chosen`, (T, k)."""
+        transformer = cast(DeepSeek32, self._transformer)  # the family of every configuration with an indexer
+        for part in slices(run.start, run.stop, ops.backend.SLICE):
+            own = ops.part(part.start, part.stop)
+            h = transformer.attention_input(own, layer, x[part])
+            transformer.store(own, layer, cache, h)
+            c_q = transformer.query_input(own, layer, h)
+            if layer.has_indexer:
+                transformer.choose(own, layer, cache, h, c_q, chosen[part])
+            transformer.sparse(own, layer, cache, transformer.queries(own, layer, c_q), chosen[part], out[part])
 
     def _expanded(self, ops: Operations, layer: Layer, cache: Any, x: Array, run: Run, out: Array) -> None:
         """The expanded form of a run: writes its tokens of `out`, (T, H, v).
@@ -120,5 +179,6 @@ class Forward:
             keys_values = transformer.expand(ops, layer, c_kv, k_pe, heads, exact=exact)
             for part in parts:
                 own = ops.part(part.start, part.stop)
-                q = transformer.queries(own, layer, transformer.attention_input(own, layer, x[part]), heads)
+                h = transformer.attention_input(own, layer, x[part])
+                q = transformer.queries(own, layer, transformer.query_input(own, layer, h), heads)
                 transformer.expanded(own, q, keys_values, out[part, heads])

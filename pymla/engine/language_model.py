@@ -1,7 +1,7 @@
 """A model with its tokenizer: text in, text out."""
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,20 @@ class LanguageModel:
     tokenizer : Tokenizer
     model : Model
     file : ModelFile
+    recommended : dict of str and float
+        Defaults of sampling parameters that the file gives (`pymla.text.recommended`).
     """
 
-    def __init__(self, file: ModelFile, config: ModelConfig, tokenizer: Tokenizer, model: Model):
+    def __init__(
+        self,
+        file: ModelFile,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        model: Model,
+        recommended: Mapping[str, float] | None = None,
+    ):
         self.file, self.config, self.tokenizer = file, config, tokenizer
+        self.recommended = dict(recommended or {})
         self._model: Model | None = model
 
     @property
@@ -110,7 +120,7 @@ class LanguageModel:
         progress : callable(done, total), optional
             Told of the layers of the prompt's pass.
         **sampling
-            The fields of `SamplingParams`; None stands for a field's default.
+            The fields of `SamplingParams`; None stands for the file's default, or else the field's.
 
         Returns
         -------
@@ -121,7 +131,7 @@ class LanguageModel:
         ------
         PymlaError
         """
-        params = SamplingParams.of(sampling)
+        params = SamplingParams.of(sampling, self.recommended)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
         model = self.model
         self.file.check_unchanged()

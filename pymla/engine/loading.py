@@ -3,6 +3,7 @@
 import importlib.resources
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pymla.host.memory import available_memory
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.pages import CACHE_TYPES
+from pymla.text.recommended import recommended_sampling
 
 
 def demo_path() -> Path:
@@ -36,9 +38,11 @@ def load(
     cpu_moe: bool = False,
     cache_type: str = "q8_0",
     mla: str | int = "auto",
+    dsa: bool = True,
     threads: int | None = None,
     ctx: int | None = None,
     check_tensors: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> LanguageModel:
     """Load a model.
@@ -60,12 +64,17 @@ def load(
         the latent rows of all modes but "0".
     mla : str
         "auto", "0", "1", "2" or "3" (`pymla.engine.forms.MLA_MODES`).
+    dsa : bool
+        Whether the attention of models with an indexer is sparse, as they were trained; otherwise they attend to all
+        positions, and the indexer is left out.
     threads : int, optional
         All usable cores by default.
     ctx : int, optional
         Tokens of the longest sequence. By default the model's context length, cut to what the memory holds.
     check_tensors : bool
         Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.engine.filecheck`).
+    overrides : dict of str and int, float, bool or str, optional
+        Metadata that counts in place of the file's own, as ``{"deepseek2.expert_used_count": 4}``.
     report : Report, optional
         Told of progress and warnings.
 
@@ -84,12 +93,13 @@ def load(
     mode = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
     threads = None if threads is None else checks.integer("threads", threads, 1)
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
-    check_tensors = checks.flag("check_tensors", check_tensors)
+    check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
-    file = ModelFile.open(demo_path() if path is None else _path(path))
-    found = examine(file, cache_type, mode, check_tensors=check_tensors, progress=report.checking)
+    file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
+    found = examine(file, cache_type, mode, dsa=dsa, check_tensors=check_tensors, progress=report.checking)
     config, tokenizer = found.check()
-    for warning in tokenizer.warnings:
+    recommended = recommended_sampling(file)
+    for warning in (*tokenizer.warnings, *recommended.warnings):
         report.warn(warning)
     if ctx is not None and ctx > config.context_length:
         checks.refuse("ctx", ctx, f"this model's context goes from 1 to {config.context_length} tokens")
@@ -100,7 +110,7 @@ def load(
     model = Model(config, weights, place, cache_type=cache_type, mla=mode, ctx=ctx)
     for backend in place.backends:
         backend.compile_for(model, report.compiling, report.warn)
-    return LanguageModel(file, config, tokenizer, model)
+    return LanguageModel(file, config, tokenizer, model, recommended.values)
 
 
 def _path(path: Any) -> Path:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pymla import ggml
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.scratch import DEVICE, HOST
+from pymla.models.tensors import transposed_type
+from pymla.scratch import CHOICE_SCRATCH, DEVICE, HOST, most_choosing
 
 #: Bytes of Python, NumPy, Numba with LLVM, and the compiled kernels.
 PROCESS_BYTES = 300 << 20
@@ -61,18 +62,19 @@ def tensor_bytes(tensor: TensorInfo) -> int:
 def derived_bytes(config: ModelConfig, tensors: Mapping[str, TensorInfo], layers: Iterable[int] | None = None) -> int:
     """Bytes of the matrices that are transposed at load, where the file has k_b and v_b but not kv_b; of some layers,
     or of all."""
-    weights = config.num_attention_heads * config.kv_lora_rank * config.qk_nope_head_dim
     total = 0
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         k_b = tensors.get(f"blk.{layer}.attn_k_b.weight")
         if k_b is not None and f"blk.{layer}.attn_kv_b.weight" not in tensors:
-            total += weights * derived_size(k_b.qtype)
+            total += transposed_bytes(config, k_b.qtype)
     return total
 
 
-def derived_size(qtype: int) -> int:
-    """Bytes of a weight that is derived from one of type `qtype`: float32 stays exact, the others become 16-bit."""
-    return 4 if qtype == ggml.F32 else 2
+def transposed_bytes(config: ModelConfig, qtype: int) -> int:
+    """Bytes of a layer's ``W_k_b`` that is transposed from one of type `qtype`."""
+    columns = config.kv_lora_rank
+    rows = config.num_attention_heads * config.qk_nope_head_dim
+    return rows * ggml.row_bytes(transposed_type(ggml.plain_type(qtype), columns), columns)
 
 
 def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
@@ -87,11 +89,28 @@ def scratch_bytes(config: ModelConfig, mla: str, ctx: int, tokens: int) -> int:
         + heads * (config.kv_lora_rank + config.v_head_dim)
         + 2 * inner  # gate and up
         + config.num_experts_per_tok * config.hidden_size
+        + index_values(config)
     )
     expanded = 0 if mla == "1" else heads * HOST.expanded_bytes(config, ctx, exact=True)
     logits = config.vocab_size * 4
     # The fifth byte of a value is its int8 copy, which matrices read.
-    return tokens * values * 5 + min(expanded, HOST.most_expanded) + logits
+    return tokens * values * 5 + min(expanded, HOST.most_expanded) + logits + choice_bytes(config, ctx)
+
+
+def index_values(config: ModelConfig) -> int:
+    """Numbers of the indexer's queries, weights and key of a token."""
+    indexer = config.indexer
+    return indexer.heads * (indexer.head_dim + 1) + indexer.head_dim if indexer else 0
+
+
+def choice_bytes(config: ModelConfig, ctx: int) -> int:
+    """Bytes of the positions that the tokens of a step choose, in a sequence of at most `ctx`: those of as many tokens
+    as choose at a time, and of the ones before them in the same step that attend to all positions; and of the scores
+    by which they choose."""
+    if config.indexer is None or ctx <= config.indexer.top_k:
+        return 0
+    top_k = config.indexer.top_k
+    return 4 * top_k * min(ctx, most_choosing(top_k) + top_k) + CHOICE_SCRATCH
 
 
 def device_scratch_bytes(config: ModelConfig, mla: str, ctx: int) -> int:

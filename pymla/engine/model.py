@@ -16,7 +16,7 @@ from pymla.engine.recording import RecordedSteps
 from pymla.engine.runs import runs_of
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
-from pymla.models.deepseek2 import DeepSeek2
+from pymla.models.families import FAMILIES
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.pages import PAGE
@@ -57,7 +57,7 @@ class Model:
     Raises
     ------
     PymlaError
-        There is no such mode or type of cache, or the type does not fit the model's sizes.
+        There is no such mode or type of cache, or it does not fit the model.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Model:
         cache_tokens: int | None = None,
         dtype: Any = np.float32,
     ):
-        check_mode(mla)
+        check_mode(config, mla)
         layers = config.num_hidden_layers
         place = backend if isinstance(backend, Placement) else Placement.on(backend, layers)
         self.placement, self.backend = place, place.output
@@ -80,7 +80,8 @@ class Model:
         self.weights: Weights | None = weights
         pages = -(-(cache_tokens or ctx) // PAGE)
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, place.layers)
-        forward = Forward(DeepSeek2(config, weights), place, self.cache, mla == "2", dtype)
+        family = FAMILIES[config.architecture]
+        forward = Forward(family(config, weights), place, self.cache, ctx, mla == "2", dtype)
         self._forward: Forward | None = forward
         self._recorded: RecordedSteps | None = None
         # Where all of a model is on one backend. Not with ``--mla 2``: the scores of the longest context would be kept

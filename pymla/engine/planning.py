@@ -22,7 +22,7 @@ from pymla.engine.split import Split
 from pymla.errors import NoRoom
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import model_tensors
+from pymla.models.tensors import layer_of, model_tensors
 from pymla.pages import PAGE
 from pymla.scratch import DEVICE, HOST
 
@@ -87,12 +87,14 @@ class Planner:
                 self._sizes[spec.name] = tensor_bytes(file.tensors[spec.name])
         #: Names of the tensors that are loaded as copies with plain rows.
         self.interleaved = {name for name in self._parts if file.tensors[name].qtype in ggml.PLAIN}
+        #: Names of the tensors of layers that predict further tokens, which are not loaded.
+        self.not_run = {name for name in file.tensors if (layer_of(name) or 0) >= config.num_hidden_layers}
         self._derived = [derived_bytes(config, file.tensors, [i]) for i in range(config.num_hidden_layers)]
 
     def uploaded(self, split: Split) -> list[str]:
         """The names of the tensors that the GPU takes as they are in the file."""
         config, first = self.config, split.first(self.config)
-        there = {"output": split.output(config), "embedding": split.whole(config)}
+        there = {"output": split.output(config), "embedding": split.whole(config), "rope": False}
         tied = "output.weight" not in self._parts
         there["embedding"] |= tied and split.output(config)
         return [
@@ -109,7 +111,7 @@ class Planner:
         return MemoryPlan(
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
-            cache=self._cache(ctx, self.config.num_hidden_layers - first),
+            cache=self._cache(ctx, range(first, self.config.num_hidden_layers)),
             scratch=device_scratch_bytes(self.config, self.mla, ctx),
             process=RESERVE,
         )
@@ -124,9 +126,9 @@ class Planner:
         # Of a tensor for the GPU a plain copy is made on its way there, of one after the other.
         passing = max((self._sizes[name] for name in self.interleaved & uploaded), default=0)
         return MemoryPlan(
-            weights=self.file.nbytes - self._in_file(uploaded | self.interleaved),
+            weights=self.file.nbytes - self.in_file(uploaded | self.interleaved | self.not_run),
             derived=sum(self._derived[:first]),
-            cache=self._cache(ctx, first),
+            cache=self._cache(ctx, range(first)),
             scratch=scratch,
             process=PROCESS_BYTES,
             plain=passing + sum(self._sizes[name] for name in self.interleaved - uploaded),
@@ -134,18 +136,19 @@ class Planner:
 
     def read(self, split: Split) -> list[str] | None:
         """The names of the tensors that the CPU reads where they are in the file; None if these are all."""
-        elsewhere = self.interleaved.union(self.uploaded(split))
+        elsewhere = self.interleaved.union(self.not_run, self.uploaded(split))
         return [name for name in self.file.tensors if name not in elsewhere] if elsewhere else None
 
     def _uploaded(self, split: Split) -> int:
         return sum(self._sizes[name] for name in self.uploaded(split))
 
-    def _in_file(self, names: set[str]) -> int:
+    def in_file(self, names: set[str]) -> int:
+        """Bytes of tensors as they are in the file."""
         tensors = (self.file.tensors[name] for name in names)
         return sum(ggml.tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors)
 
-    def _cache(self, ctx: int, layers: int) -> int:
-        return cache_bytes(self.config, self.cache_type, self.mla, ctx) * layers // self.config.num_hidden_layers
+    def _cache(self, ctx: int, layers: range) -> int:
+        return cache_bytes(self.config, self.cache_type, self.mla, ctx, layers)
 
 
 def choose(planner: Planner, wish: Wish, device: int, host: int) -> Choice:

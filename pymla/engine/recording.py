@@ -1,7 +1,7 @@
 """Recorded steps: the step of sequences that go on by one token each, repeated without Python.
 
-A step is recorded once for each number of sequences that the backend has graphs for (`pymla.backend.StepGraph.size`),
-with memory of its own for the input. A replay writes the input and runs the graph.
+A step is recorded once for each form of attention and each number of sequences that the backend has graphs for
+(`pymla.backend.StepGraph.size`), with memory of its own for the input. A replay writes the input and runs the graph.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla.backend import Array, Backend, StepGraph
+from pymla.engine.forms import Form
 from pymla.engine.runs import Run
 from pymla.pages import PAGE, Step
 
@@ -37,7 +38,7 @@ class RecordedSteps:
     def __init__(self, backend: Backend, ctx: int, compute: Compute):
         self._backend, self._compute = backend, compute
         self._pages = -(-ctx // PAGE)
-        self._steps: dict[int, _Recorded] = {}
+        self._steps: dict[tuple[int, Form], _Recorded] = {}
 
     def size(self, step: Step) -> int | None:
         """Sequences of the recorded step that serves a step; None: it has to be computed."""
@@ -49,18 +50,22 @@ class RecordedSteps:
 
         The last sequence fills the places of missing ones: its token is computed again, and its cache rows are written
         again as they are.
+
+        Where one token attends to chosen positions, all do: the choice of a token that sees few positions is all of
+        them, so that its result is the same.
         """
         count = len(step.tokens)
-        if size not in self._steps:
-            self._steps[size] = self._record(size, runs)
-        recorded = self._steps[size]
+        form: Form = "sparse" if any(run.form == "sparse" for run in runs) else runs[0].form
+        if (size, form) not in self._steps:
+            self._steps[size, form] = self._record(size, runs[0]._replace(form=form, stop=size))
+        recorded = self._steps[size, form]
         if size > count:
             sources = np.minimum(np.arange(size), count - 1)
             step = Step(*(array[sources] for array in step))._replace(seq_of=np.arange(size, dtype=np.int32))
         self._backend.memory.write(recorded.packed, step.packed(self._pages))
         return recorded.graph.replay()[:count]
 
-    def _record(self, size: int, runs: list[Run]) -> _Recorded:
+    def _record(self, size: int, run: Run) -> _Recorded:
         packed = self._backend.memory.empty(((4 + self._pages) * size,), np.int32)
-        step, runs = Step.unpacked(packed, size, size), [runs[0]._replace(stop=size)]
-        return _Recorded(packed, self._backend.Graph(lambda: self._compute(step, runs)))
+        step = Step.unpacked(packed, size, size)
+        return _Recorded(packed, self._backend.Graph(lambda: self._compute(step, [run])))

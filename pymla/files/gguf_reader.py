@@ -1,7 +1,7 @@
 """GGUF files of one or several parts: metadata and tensors, without a copy of the bytes of either."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from pymla.errors import PymlaError
 from pymla.files import mapped_file
 from pymla.files.gguf_header import REQUIRED, Part, TensorInfo, typed
 from pymla.files.mapped_file import MappedFile
+from pymla.files.overrides import checked
 
 __all__ = ["REQUIRED", "ModelFile", "TensorInfo"]
 
@@ -30,16 +31,19 @@ class ModelFile:
         Size of all parts.
     metadata : dict[str, Any]
         Keys and values of the first part. Numbers are Python's, strings `str`, arrays `list[str]` or `np.ndarray`.
+    overridden : dict[str, Any]
+        For each key whose value in `metadata` is not the file's, the file's own value; None where it has none.
     tensors : dict[str, TensorInfo]
         Tensors of all parts by name, in the order of the file.
     """
 
-    def __init__(self, path: Path, parts: list[Part]):
+    def __init__(self, path: Path, parts: list[Part], overrides: Mapping[str, Any]):
         self.path = path
         self.parts = [part.path for part in parts]
         self.version = parts[0].version
         self.nbytes = sum(part.nbytes for part in parts)
-        self.metadata = parts[0].metadata
+        self.metadata = {**parts[0].metadata, **overrides}
+        self.overridden = {key: parts[0].metadata.get(key) for key in overrides}
         self.tensors: dict[str, TensorInfo] = {}
         self._sources = [part.source for part in parts]
         for part in parts:
@@ -52,15 +56,23 @@ class ModelFile:
                 self.tensors[tensor.name] = tensor
 
     @classmethod
-    def open(cls, path: str | Path) -> "ModelFile":
+    def open(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "ModelFile":
         """Map a file and read its header. Any part's path opens all parts of a split file.
+
+        Parameters
+        ----------
+        path : str or Path
+        overrides : dict of str and int, float, bool or str, optional
+            Metadata that counts in place of the file's own. Where the tensors lie and which parts there are is read
+            from the file.
 
         Raises
         ------
         PymlaError
-            The file cannot be read, is no GGUF file of version 2 or 3, is truncated or otherwise inconsistent, or a
-            part of it is missing.
+            The file cannot be read, is no GGUF file of version 2 or 3, is truncated or otherwise inconsistent, a part
+            of it is missing, or an override is none.
         """
+        overrides = checked(overrides)
         path = Path(path)
         first = Part(path)
         split = _SPLIT_NAME.fullmatch(path.name)
@@ -72,9 +84,9 @@ class ModelFile:
                 "give the parts the names they were published with"
             )
         if split is None or count == 1:
-            return cls(path, [first])
+            return cls(path, [first], overrides)
         parts = _all_parts(path, first, split)
-        file = cls(path, parts)
+        file = cls(path, parts, overrides)
         expected = parts[0].get("split.tensors.count", int, len(file.tensors))
         if len(file.tensors) != expected:
             raise PymlaError(

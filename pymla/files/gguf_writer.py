@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from pymla import ggml
 
 #: A value of the metadata. An int is written as uint32, a float as float32, arrays of numbers as int32 or float32.
-Value = bool | int | float | str | Sequence[str] | np.ndarray
+Value = bool | int | float | str | Sequence[str] | Sequence[bool] | np.ndarray
 Metadata = Mapping[str, Value]
 
 

@@ -84,6 +84,8 @@ class Plan:
         yield self._vector(blk + "attn_kv_a_norm.weight", attn + "kv_a_layernorm.weight", rank)
         yield from self._kv_b(blk, attn + "kv_b_proj.weight", heads, size("qk_nope_head_dim"), v_head_dim, rank)
         yield self._matrix(blk + "attn_output.weight", attn + "o_proj.weight", hidden, heads * v_head_dim)
+        if self.config.sparse and attn + "indexer.wk.weight" in self.checkpoint.names:
+            yield from self._indexer(blk + "indexer.", attn + "indexer.")
         yield self._vector(blk + "ffn_norm.weight", hf + "post_attention_layernorm.weight", hidden)
 
     def _kv_b(self, blk: str, source: str, heads: int, nope: int, v: int, rank: int) -> Iterator[FloatTensor]:
@@ -108,6 +110,16 @@ class Plan:
         k_name, v_name = blk + "attn_k_b.weight", blk + "attn_v_b.weight"
         yield FloatTensor(k_name, k_shape, self._fitting(k_name, nope, self.qtype), k_b)
         yield FloatTensor(v_name, v_shape, self._fitting(v_name, rank, self.qtype), v_b)
+
+    def _indexer(self, blk: str, hf: str) -> Iterator[FloatTensor]:
+        """The indexer of sparse attention."""
+        size = self.config.size
+        hidden, heads, width = size("hidden_size"), size("index_n_heads"), size("index_head_dim")
+        yield self._matrix(blk + "attn_q_b.weight", hf + "wq_b.weight", heads * width, size("q_lora_rank"))
+        yield self._matrix(blk + "attn_k.weight", hf + "wk.weight", width, hidden)
+        yield self._vector(blk + "k_norm.weight", hf + "k_norm.weight", width)
+        yield self._vector(blk + "k_norm.bias", hf + "k_norm.bias", width)
+        yield self._matrix(blk + "proj.weight", hf + "weights_proj.weight", heads, hidden, ggml.F32)
 
     def _ffn(self, blk: str, mlp: str, suffix: str, width: int) -> Iterator[FloatTensor]:
         """A dense network, or with suffix "_shexp" the shared experts."""

@@ -1,4 +1,4 @@
-"""Hugging Face DeepSeek V2 and V3 checkpoints to GGUF files.
+"""Hugging Face checkpoints of DeepSeek V2, V3, V3.2 and GLM-5 to GGUF files.
 
 Tensor names, metadata keys and values are those of llama.cpp's ``convert_hf_to_gguf.py`` (``conversion/deepseek.py``,
 class DeepseekV2Model) for the layout "split", those of ik_llama.cpp's for "all", and those that llama.cpp wrote before
@@ -21,7 +21,7 @@ from pymla.files.gguf_writer import NewTensor, Value
 from pymla.make.checkpoint_tensors import FloatTensor, Plan
 from pymla.make.hub_config import HubConfig
 from pymla.make.hub_tokenizer import END_KEYS, read_tokenizer
-from pymla.make.model_metadata import ARCHITECTURE, FILE_TYPES, LAYOUTS, model_metadata
+from pymla.make.model_metadata import FILE_TYPES, LAYOUTS, model_metadata
 from pymla.models.config import ModelConfig
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.tokenizer import Tokenizer
@@ -95,9 +95,9 @@ def convert(
         _check_text(folder, key, value)
     with outputs.replacing(path) as part:
         # Wrong metadata is found now, and not after hours of writing.
-        gguf_writer.write(part, ARCHITECTURE, metadata, ())
+        gguf_writer.write(part, shape.architecture, metadata, ())
         _check_loads(part, folder)
-        gguf_writer.write(part, ARCHITECTURE, metadata, tensors, progress)
+        gguf_writer.write(part, shape.architecture, metadata, tensors, progress)
         loaded = _check_loads(part, folder)
     plan.notes += tokenizer.notes
     plan.notes += [

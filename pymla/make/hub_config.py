@@ -13,7 +13,14 @@ from pymla.models.metadata import MAX_CONTEXT, MAX_SIZE
 from pymla.printable import shown
 
 #: Value of scoring_func where config.json has none, by the class that reads it.
-ARCHITECTURES = {"DeepseekV2ForCausalLM": "softmax", "DeepseekV3ForCausalLM": "sigmoid"}
+ARCHITECTURES = {
+    "DeepseekV2ForCausalLM": "softmax",
+    "DeepseekV3ForCausalLM": "sigmoid",
+    "DeepseekV32ForCausalLM": "sigmoid",
+    "GlmMoeDsaForCausalLM": "sigmoid",
+}
+#: GGUF's names of the architectures with an indexer; the others are deepseek2.
+_SPARSE = {"DeepseekV32ForCausalLM": "deepseek32", "GlmMoeDsaForCausalLM": "glm-dsa"}
 
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 _F32_MAX = float(np.finfo(np.float32).max)
@@ -63,7 +70,7 @@ class Values:
 
 
 class HubConfig(Values):
-    """config.json of a DeepSeek V2 or V3 model."""
+    """config.json of a model of one of `ARCHITECTURES`."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -71,6 +78,7 @@ class HubConfig(Values):
         architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             self.refuse("architectures", architecture, f"{' and '.join(ARCHITECTURES)} are converted")
+        self.sparse = _SPARSE.get(architecture)
         self.scoring_func = self.get("scoring_func", str, ARCHITECTURES[architecture])
         if self.scoring_func not in ("softmax", "sigmoid"):
             self.refuse("scoring_func", self.scoring_func, "softmax or sigmoid is expected")
@@ -159,7 +167,26 @@ class HubConfig(Values):
             beta_fast=(yarn and self.rope["beta_fast"]) or None,
             beta_slow=(yarn and self.rope["beta_slow"]) or None,
             tie_word_embeddings=self.get("tie_word_embeddings", bool, False),
+            temperature_scale=self.rope["temperature"] if yarn else 0.0,
+            temperature_length=self.rope["original"] if yarn else 0,
+            **self._indexer(),
         )
+
+    def _indexer(self) -> dict[str, Any]:
+        """The fields of the indexer of sparse attention, and the architecture."""
+        if self.sparse is None:
+            return {}
+        types = self.get("indexer_types", list)
+        layers = self.size("num_hidden_layers")
+        if types is not None and not (len(types) == layers and all(each in ("full", "shared") for each in types)):
+            self.refuse("indexer_types", types, f"full or shared is expected for each of {layers} layers")
+        return {
+            "architecture": self.sparse,
+            "index_topk": self.size("index_topk"),
+            "index_n_heads": self.size("index_n_heads"),
+            "index_head_dim": self.size("index_head_dim"),
+            "indexer_types": types and tuple(types),
+        }
 
     def _rope(self) -> dict[str, Any]:
         """Rope's parameters as transformers 5 names them, from older files, too."""
@@ -183,6 +210,7 @@ class HubConfig(Values):
         if yarn["mscale"] != yarn["mscale_all_dim"] or not yarn["mscale"]:
             equal = _json(yarn["mscale_all_dim"])
             self.refuse("mscale", yarn["mscale"], f"it must equal mscale_all_dim, which is {equal}, and not be 0")
+        yarn["temperature"] = self.number("llama_4_scaling_beta", 0.0, among=rope)
         self.require("truncate", bool, True, among=rope)
         if rope.get("attention_factor") is not None:
             self.refuse("attention_factor", rope["attention_factor"], "GGUF cannot hold it for this architecture")

@@ -1,4 +1,4 @@
-"""Metadata of a DeepSeek V2 or V3 model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
+"""Metadata of a model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,12 @@ from pymla import ggml
 from pymla.files.gguf_writer import Value
 
 ARCHITECTURE = "deepseek2"
+
+#: A key that the gguf package does not have yet.
+_INDEXER_TYPES = "{arch}.attention.indexer.types"
+
+#: Architectures of dense networks alone, whose files have no keys of experts.
+DENSE = ("minicpm3", "plm")
 
 #: How W_kv_b is stored: whole; as k_b and v_b; both.
 LAYOUTS = ("kv_b", "split", "all")
@@ -29,7 +35,11 @@ class Shape:
 
     ``n_routed_experts=0`` means a dense model, ``q_lora_rank=0`` queries of full rank, ``n_group=1`` no groups,
     ``yarn_factor=1`` no YaRN. ``scoring_func="sigmoid"`` brings the expert bias ``exp_probs_b``.
-    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default.
+    ``tie_word_embeddings`` leaves the output matrix out. ``beta_fast=None`` is the reader's default. Of
+    ``rope_factors`` (LongRoPE) the first are for sequences longer than ``yarn_original`` tokens, the second for others.
+    ``temperature_scale=0`` means no attention temperature, and ``num_nextn_predict_layers`` are behind
+    ``num_hidden_layers``. ``fused_experts`` puts gate and up of the experts into one tensor. ``index_topk=0`` means no
+    indexer; ``indexer_types=None`` that the file does not say which layers have one.
     """
 
     name: str
@@ -62,6 +72,29 @@ class Shape:
     beta_fast: float | None = 32.0
     beta_slow: float | None = 1.0
     tie_word_embeddings: bool = False
+    architecture: str = ARCHITECTURE  # as GGUF names it
+    rope_factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # half of qk_rope_head_dim each
+    attention_factor: float = 1.0  # on cos and sin
+    temperature_scale: float = 0.0
+    temperature_length: int = 0
+    num_nextn_predict_layers: int = 0
+    fused_experts: bool = False
+    index_topk: int = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    indexer_types: tuple[str, ...] | None = None  # "full" or "shared", of each layer
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers without experts, which come first."""
+        layers = self.num_hidden_layers
+        return min(self.first_k_dense_replace, layers) if self.n_routed_experts else layers
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer has an indexer of its own, as those that predict further tokens always do."""
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return self.index_topk > 0
+        return self.indexer_types[layer] == "full"
 
 
 def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str, Value]:
@@ -74,19 +107,21 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
     """
     general: dict[str, Value] = {Keys.General.TYPE: "model", Keys.General.NAME: shape.name}
     llm = {
-        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers,
+        Keys.LLM.BLOCK_COUNT: shape.num_hidden_layers + shape.num_nextn_predict_layers,
         Keys.LLM.CONTEXT_LENGTH: shape.context_length,
         Keys.LLM.EMBEDDING_LENGTH: shape.hidden_size,
         Keys.LLM.FEED_FORWARD_LENGTH: shape.intermediate_size,
         Keys.Attention.HEAD_COUNT: shape.num_attention_heads,
         Keys.Attention.LAYERNORM_RMS_EPS: float(shape.rms_norm_eps),
-        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: min(shape.first_k_dense_replace, shape.num_hidden_layers),
         Keys.LLM.VOCAB_SIZE: shape.vocab_size,
         **_attention(shape, layout),
-        **_experts(shape),
+        **_indexer(shape),
+        **({} if shape.architecture in DENSE else _experts(shape)),
         **_rope(shape),
     }
-    general |= {key.format(arch=ARCHITECTURE): value for key, value in llm.items()}
+    if shape.num_nextn_predict_layers:
+        llm[Keys.LLM.NEXTN_PREDICT_LAYERS] = shape.num_nextn_predict_layers
+    general |= {key.format(arch=shape.architecture): value for key, value in llm.items()}
     if file_type is not None:
         general[Keys.General.FILE_TYPE] = int(file_type)
     return general | {Keys.General.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION}
@@ -95,6 +130,9 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
 def _attention(shape: Shape, layout: str) -> dict[str, Value]:
     found: dict[str, Value] = {Keys.Attention.Q_LORA_RANK: shape.q_lora_rank} if shape.q_lora_rank else {}
     found[Keys.Attention.KV_LORA_RANK] = shape.kv_lora_rank
+    if shape.temperature_scale:
+        found[Keys.Attention.TEMPERATURE_SCALE] = float(shape.temperature_scale)
+        found[Keys.Attention.TEMPERATURE_LENGTH] = shape.temperature_length
     head_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
     if layout == "split":
         return found | {
@@ -104,16 +142,30 @@ def _attention(shape: Shape, layout: str) -> dict[str, Value]:
             Keys.Attention.KEY_LENGTH_MLA: head_dim,
             Keys.Attention.VALUE_LENGTH_MLA: shape.v_head_dim,
         }
-    return found | {
-        Keys.Attention.HEAD_COUNT_KV: shape.num_attention_heads,
-        Keys.Attention.KEY_LENGTH: head_dim,
-        Keys.Attention.VALUE_LENGTH: shape.v_head_dim,
+    found |= {Keys.Attention.HEAD_COUNT_KV: shape.num_attention_heads, Keys.Attention.KEY_LENGTH: head_dim}
+    # Files of MiniCPM3 leave out what is the reader's default.
+    if shape.architecture != "minicpm3" or shape.v_head_dim != shape.hidden_size // shape.num_attention_heads:
+        found[Keys.Attention.VALUE_LENGTH] = shape.v_head_dim
+    return found
+
+
+def _indexer(shape: Shape) -> dict[str, Value]:
+    if not shape.index_topk:
+        return {}
+    found: dict[str, Value] = {
+        Keys.Attention.Indexer.HEAD_COUNT: shape.index_n_heads,
+        Keys.Attention.Indexer.KEY_LENGTH: shape.index_head_dim,
+        Keys.Attention.Indexer.TOP_K: shape.index_topk,
     }
+    if shape.indexer_types is not None:
+        found[_INDEXER_TYPES] = [each == "full" for each in shape.indexer_types]
+    return found
 
 
 def _experts(shape: Shape) -> dict[str, Value]:
-    # llama.cpp wants these two keys of a dense model, too.
+    # llama.cpp wants these keys of a dense model, too.
     found: dict[str, Value] = {
+        Keys.LLM.LEADING_DENSE_BLOCK_COUNT: shape.dense_layers,
         Keys.LLM.EXPERT_SHARED_COUNT: shape.n_shared_experts,
         Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: shape.moe_intermediate_size,
     }
@@ -136,6 +188,10 @@ def _rope(shape: Shape) -> dict[str, Value]:
         Keys.Rope.DIMENSION_COUNT: shape.qk_rope_head_dim,
         Keys.Rope.FREQ_BASE: float(shape.rope_theta),
     }
+    if shape.rope_factors:
+        found[Keys.Rope.SCALING_ORIG_CTX_LEN] = shape.yarn_original
+    if shape.attention_factor != 1:
+        found[Keys.Rope.SCALING_ATTN_FACTOR] = shape.attention_factor
     if shape.yarn_factor == 1:
         return found
     found |= {

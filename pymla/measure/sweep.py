@@ -73,6 +73,7 @@ class Row:
 
     model: str  # the file's name
     mla: str
+    dsa: bool  # whether attention is sparse
     cache_type: str
     device: str  # "cpu", "cuda" or "reference"; with a + between them where layers are on several
     threads: int
@@ -220,6 +221,7 @@ class _Engine:
         return Row(
             model=Path(model.file.path).name,
             mla=self._model.mla,
+            dsa=model.config.indexer is not None,
             cache_type=self._model.cache.cache_type,
             device=model.device,
             threads=thread_count(self._model),

@@ -46,6 +46,7 @@ def _record(row: Row, limits: Rates) -> dict[str, Any]:
     return {
         "model": row.model,
         "mla": row.mla,
+        "dsa": row.dsa,
         "cache_type": row.cache_type,
         "device": row.device,
         "threads": row.threads,

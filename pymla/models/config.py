@@ -1,15 +1,17 @@
 """The configuration of a model: its sizes and switches, and the numbers that follow from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pymla.files.gguf_reader import ModelFile
+from pymla.models.attention_temperature import AttentionTemperature
 from pymla.models.config_reader import read_config
+from pymla.models.indexer import Indexer
 from pymla.models.yarn import Yarn
 
-__all__ = ["ModelConfig", "Yarn"]
+__all__ = ["AttentionTemperature", "Indexer", "ModelConfig", "Yarn"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,17 @@ class ModelConfig:
     group_score: str  # "max": a group counts as its best expert (V2); "top2": as the sum of its two best (V3)
     rope_theta: float
     yarn: Yarn | None
+    original_context_length: int  # that the model was trained with, before YaRN or LongRoPE
     num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens; they are not run
+    rope_interleave: bool = True  # whether rope's pairs are neighbours; otherwise of the two halves
+    hidden_act: str = "silu"  # of dense networks: "silu" of a gate, or "relu2", the square of ReLU, without a gate
+    attention_factor: float = 1.0  # on cos and sin
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer adds to the residual stream
+    logit_scale: float = 1.0  # that logits are divided by
+    rope_linear_factor: float = 1.0  # positions are divided by it; 1 with YaRN, which has a factor of its own
+    attention_temperature: AttentionTemperature | None = None
+    indexer: Indexer | None = None  # of sparse attention; None: all positions are attended to
 
     @classmethod
     def from_gguf(cls, file: ModelFile) -> "ModelConfig":
@@ -59,6 +71,10 @@ class ModelConfig:
             pymla does not implement.
         """
         return cls(**read_config(file))
+
+    def dense(self) -> "ModelConfig":
+        """The configuration of the same model that attends to all positions."""
+        return replace(self, indexer=None)
 
     @property
     def qk_head_dim(self) -> int:
@@ -78,17 +94,17 @@ class ModelConfig:
 
     @property
     def rope_magnitude(self) -> float:
-        """Factor on cos and sin (`Yarn.rope_magnitude`)."""
-        return 1.0 if self.yarn is None else self.yarn.rope_magnitude
+        """Factor on cos and sin: `attention_factor`, times `Yarn.rope_magnitude`."""
+        return self.attention_factor * (1.0 if self.yarn is None else self.yarn.rope_magnitude)
 
     def inv_freq(self) -> np.ndarray:
-        """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, and with YaRN
-        `Yarn.mixed`.
+        """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, divided by
+        `rope_linear_factor`, and with YaRN `Yarn.mixed`.
 
         Returns
         -------
         float64 (qk_rope_head_dim / 2,)
         """
         dim = self.qk_rope_head_dim
-        frequencies = self.rope_theta ** (-np.arange(0, dim, 2) / dim)
+        frequencies = self.rope_theta ** (-np.arange(0, dim, 2) / dim) / self.rope_linear_factor
         return frequencies if self.yarn is None else self.yarn.mixed(frequencies, self.rope_theta)

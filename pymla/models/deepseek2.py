@@ -5,8 +5,9 @@ prompt, or the next tokens of several sequences. `pymla.engine.forward` takes th
 slice, and chooses a form of attention; `ops` are the operations of a layer's backend on the T tokens.
 
 - `embed`
-- in every layer `attention_input` and `store`, then attention in one of its forms: `queries` and `absorbed`; `load`,
-  `expand`, `queries` and `expanded`; or `queries` and `full`; then `feed_forward`
+- in every layer `attention_input` and `store`, then attention in one of its forms: `query_input`, `queries` and
+  `absorbed`; `load`, `expand`, `query_input`, `queries` and `expanded`; or `query_input`, `queries` and `full`; then
+  `feed_forward`
 - `logits`
 
 Shapes: S rows of a sequence's cache, H heads, E experts, k experts of a token, V tokens of the vocabulary, R rotated
@@ -15,11 +16,21 @@ numbers of a head. Queries and keys have nope + R numbers a head, values v, and 
 DeepSeek-V3 (2024), arXiv:2412.19437, section 2.1, whose equations are cited; DeepSeek-V2 (2024), arXiv:2405.04434.
 """
 
-from pymla.backend import Array, KeysValues, MatrixInput
-from pymla.models.config import ModelConfig
-from pymla.models.operations import Operations
-from pymla.models.weights import Layer, Weights
-from pymla.pages import FullCache, LatentCache
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from pymla.pages import FullCache, IndexedCache, LatentCache, LayerCache
+
+# The reader of configurations asks the family for its own fields.
+if TYPE_CHECKING:
+    from pymla.backend import Array, KeysValues, MatrixInput
+    from pymla.models.config import ModelConfig
+    from pymla.models.metadata import Metadata
+    from pymla.models.operations import Operations
+    from pymla.models.weights import Layer, Weights
 
 
 class DeepSeek2:
@@ -29,10 +40,48 @@ class DeepSeek2:
     ----------
     config : ModelConfig
     weights : Weights
+
+    Attributes
+    ----------
+    own_keys : tuple of str
+        Keys of the metadata that this family reads and that must be neutral in files of the others.
+    default_scoring_func : str
+        Of the experts, where a file does not say it.
     """
+
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    default_scoring_func: ClassVar[str] = "softmax"
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config, self.weights = config, weights
+
+    @staticmethod
+    def own_fields(read: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a `ModelConfig` that this family has, or reads otherwise.
+
+        Parameters
+        ----------
+        read : Metadata
+        fields : dict
+            The fields of all families.
+        """
+        return {}
+
+    def inv_freq(self, ctx: int) -> np.ndarray:
+        """Radians by which each pair of the rotated part turns per position, in a model of at most `ctx` tokens.
+
+        These are `ModelConfig.inv_freq`, divided by factors where the file has them (LongRoPE): one set for sequences
+        within the original context and one for longer ones. As in llama.cpp, the longest sequence that the model is
+        loaded for decides, so that the rows of a cache agree.
+
+        Returns
+        -------
+        float64 (qk_rope_head_dim / 2,)
+        """
+        long = ctx > self.config.original_context_length
+        factors = self.weights.rope_factors_long if long else self.weights.rope_factors_short
+        frequencies = self.config.inv_freq()
+        return frequencies if factors is None else frequencies / factors
 
     def embed(self, ops: Operations) -> Array:
         """The residual stream as it enters the first layer."""
@@ -44,16 +93,20 @@ class DeepSeek2:
         """The input of attention: the residual stream `x`, (T, hidden), normalised."""
         return ops.normed(x, layer.attn_norm)  # (T, hidden)
 
-    def queries(self, ops: Operations, layer: Layer, h: MatrixInput, heads: slice = slice(None)) -> Array:
-        """Queries of some heads, equations 6 to 9: from the hidden state, or from its projection to q_lora_rank."""
-        w = layer.attn_q
-        if self.config.q_lora_rank:
-            c_q = ops.matmul(layer.attn_q_a, h)  # (T, q_lora_rank)
-            h, w = ops.normed(c_q, layer.attn_q_a_norm), layer.attn_q_b
+    def query_input(self, ops: Operations, layer: Layer, h: MatrixInput) -> MatrixInput:
+        """The input of queries: ``c_q``, (T, q_lora_rank), equation 6, normalised; without q-LoRA the hidden state."""
+        if not self.config.q_lora_rank:
+            return h
+        c_q = ops.matmul(layer.attn_q_a, h)  # (T, q_lora_rank)
+        return ops.normed(c_q, layer.attn_q_a_norm)
+
+    def queries(self, ops: Operations, layer: Layer, c_q: MatrixInput, heads: slice = slice(None)) -> Array:
+        """Queries of some heads, equations 7 to 9."""
+        w = layer.attn_q_b if self.config.q_lora_rank else layer.attn_q
         start, stop, _ = heads.indices(self.config.num_attention_heads)
         size = self.config.qk_head_dim
-        q = ops.matmul(w.rows(start * size, stop * size), h)  # (T, H * (nope + R))
-        return ops.rope(q.reshape(len(q), -1, size))  # (T, H, nope + R), the last R rotated
+        q = ops.matmul(w.rows(start * size, stop * size), c_q)  # (T, H * (nope + R))
+        return ops.temper(ops.rope(q.reshape(len(q), -1, size)))  # (T, H, nope + R), the last R rotated
 
     def latent(self, ops: Operations, layer: Layer, h: MatrixInput) -> tuple[Array, Array]:
         """Latent rows, which the cache keeps, equations 1 and 3: ``c_kv``, normalised, and ``k_pe``, rotated."""
@@ -62,23 +115,30 @@ class DeepSeek2:
         ops.rope(kv[:, None])
         return ops.rms_norm(kv[:, :rank], layer.attn_kv_a_norm), kv[:, rank:]  # (T, rank), (T, R)
 
-    def store(self, ops: Operations, layer: Layer, cache: LatentCache | FullCache, h: MatrixInput) -> None:
-        """Write the tokens' rows into the cache: latent ones, or for ``--mla 0`` keys and values of all heads."""
-        rows = self.latent(ops, layer, h)  # (T, rank), (T, R)
+    def cache_rows(self, ops: Operations, layer: Layer, cache: LayerCache, h: MatrixInput) -> tuple[Array, ...]:
+        """The tokens' rows of each kind that the cache keeps: latent ones, or for ``--mla 0`` keys and values of all
+        heads."""
+        c_kv, k_pe = self.latent(ops, layer, h)  # (T, rank), (T, R)
         if isinstance(cache, FullCache):
-            keys_values = self.expand(ops, layer, *rows, exact=True)  # (T, H, nope + R), (T, H, v)
-            rows = ops.as_rows(keys_values)  # (T, H * (nope + R)), (T, H * v)
-        for of_tokens, kept in zip(rows, cache, strict=True):
+            keys_values = self.expand(ops, layer, c_kv, k_pe, exact=True)  # (T, H, nope + R), (T, H, v)
+            return ops.as_rows(keys_values)  # (T, H * (nope + R)), (T, H * v)
+        return c_kv, k_pe
+
+    def store(self, ops: Operations, layer: Layer, cache: LayerCache, h: MatrixInput) -> None:
+        """Write the tokens' rows into the cache."""
+        for of_tokens, kept in zip(self.cache_rows(ops, layer, cache, h), cache, strict=True):
             ops.store(of_tokens, kept)
 
-    def absorbed(self, ops: Operations, layer: Layer, cache: LatentCache, q: Array, out: Array) -> None:
+    def absorbed(self, ops: Operations, layer: Layer, cache: LatentCache | IndexedCache, q: Array, out: Array) -> None:
         """Attention in the latent space (DeepSeek-V2, section 2.1.2): ``W_k_b`` goes into the queries and ``W_v_b``
         onto the result, so that all heads share the cache's rows. Writes `out`, (T, H, v)."""
         latent_q = ops.absorb(q, layer.attn_k_b)  # (T, H, rank + R)
         latent = ops.absorbed(latent_q, cache)  # (T, H, rank)
         ops.matmul_heads(layer.attn_v_b, latent, out)  # (T, H, v)
 
-    def load(self, ops: Operations, cache: LatentCache, block_table: Array, length: int) -> tuple[Array, Array]:
+    def load(
+        self, ops: Operations, cache: LatentCache | IndexedCache, block_table: Array, length: int
+    ) -> tuple[Array, Array]:
         """``c_kv`` and ``k_pe`` of the first S = `length` tokens of a sequence."""
         c_kv = ops.load(cache.latent, block_table, length, self.config.kv_lora_rank)
         k_pe = ops.load(cache.rope, block_table, length, self.config.qk_rope_head_dim)

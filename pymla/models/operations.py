@@ -12,7 +12,7 @@ from pymla.backend import Array, Backend, KeysValues, MatrixInput
 from pymla.models.config import ModelConfig
 from pymla.models.placement import moved, moved_input
 from pymla.models.weights import Swiglu
-from pymla.pages import LatentCache, Step
+from pymla.pages import IndexedCache, LatentCache, Step
 from pymla.tensor import QTensor
 
 
@@ -55,10 +55,10 @@ class Operations(NamedTuple):
 
     # Matrices and norms -----------------------------------------------------------------------------------------------
 
-    def embedding_rows(self, w: QTensor) -> Array:
-        """The tokens' rows of the embedding matrix, (T, hidden)."""
+    def embedding_rows(self, w: QTensor, scale: float = 1.0) -> Array:
+        """The tokens' rows of the embedding matrix, (T, hidden), times `scale`."""
         out = self.empty(len(self.step.tokens), self.config.hidden_size)
-        return self.backend.quant.embedding_rows(w, self.step.tokens, out)
+        return self.backend.quant.embedding_rows(w, self.step.tokens, scale, out)
 
     def activation(self, x: Array) -> MatrixInput:
         """Rows (T, K) as the input of matrices."""
@@ -76,13 +76,37 @@ class Operations(NamedTuple):
         """Normalised rows, (T, K)."""
         return self.backend.norm.rms_norm(x, weight, self.config.rms_norm_eps, self.empty(*x.shape))
 
-    def normed(self, x: Array, weight: Array, add: Array | None = None) -> MatrixInput:
-        """Normalised rows (T, K) as the input of matrices, after ``x += add``."""
-        return self.backend.norm.normed(x, weight, self.config.rms_norm_eps, self.empty(*x.shape), add)
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """Rows (T, K) with mean 0 and variance 1, times a weight, plus a bias."""
+        return self.backend.norm.layer_norm(x, weight, bias, eps, self.empty(*x.shape))
+
+    def normed(self, x: Array, weight: Array, add: Array | None = None, eps: float | None = None) -> MatrixInput:
+        """Normalised rows (T, K) as the input of matrices, after ``x += add``; `eps` is the configuration's by
+        default."""
+        eps = self.config.rms_norm_eps if eps is None else eps
+        return self.backend.norm.normed(x, weight, eps, self.empty(*x.shape), add)
+
+    def add(self, x: Array, y: Array) -> Array:
+        """``x += y``, (T, K)."""
+        return self.backend.norm.add(x, y)
 
     def rope(self, x: Array) -> Array:
         """Rotate the last R numbers of every head of `x`, (T, H, D), by the tokens' positions, in place."""
-        return self.backend.rope.rope_interleaved(x, self.cos_sin)
+        rope = self.backend.rope
+        rotate = rope.rope_interleaved if self.config.rope_interleave else rope.rope_neox
+        return rotate(x, self.cos_sin)
+
+    def rope_neox(self, x: Array) -> Array:
+        """`rope` on pairs of a number of the first half of the R and one of the second."""
+        return self.backend.rope.rope_neox(x, self.cos_sin)
+
+    def temper(self, q: Array) -> Array:
+        """Multiply queries (T, H, D) by the attention temperature of the tokens' positions, in place, if the model has
+        one."""
+        temperature = self.config.attention_temperature
+        if temperature is None:
+            return q
+        return self.backend.rope.temper(q, self.step.positions, temperature.scale, temperature.length)
 
     # Attention --------------------------------------------------------------------------------------------------------
 
@@ -99,12 +123,26 @@ class Operations(NamedTuple):
         out = self.empty(*q.shape[:2], self.config.kv_lora_rank + self.config.qk_rope_head_dim)
         return self.backend.attention.absorb(q, k_b, out)
 
-    def absorbed(self, latent_q: Array, cache: LatentCache) -> Array:
+    def absorbed(self, latent_q: Array, cache: LatentCache | IndexedCache) -> Array:
         """Attention of absorbed queries, (T, H, rank + R), over latent rows: (T, H, rank)."""
         attention = self.backend.attention
         attend = attention.absorbed_materialised if self.materialised else attention.absorbed
         out = self.empty(*latent_q.shape[:2], self.config.kv_lora_rank)
-        return attend(latent_q, *cache, self.step, self.config.softmax_scale, out)
+        return attend(latent_q, cache.latent, cache.rope, self.step, self.config.softmax_scale, out)
+
+    def choices(self) -> Array:
+        """Memory for the positions that the tokens attend to: int32 (T, k)."""
+        top_k = self.config.indexer.top_k if self.config.indexer else 0
+        return self.backend.memory.empty((len(self.step.tokens), top_k), np.int32)
+
+    def choose(self, q: Array, weights: Array, index: QTensor, out: Array) -> Array:
+        """The positions with the best scores, `out` (T, k), by the indexer's queries (T, H, D) and weights (T, H)."""
+        return self.backend.attention.choose(q, weights, index, self.step, out)
+
+    def sparse(self, latent_q: Array, cache: LatentCache | IndexedCache, chosen: Array) -> Array:
+        """`absorbed` over the chosen positions, (T, k)."""
+        out, scale = self.empty(*latent_q.shape[:2], self.config.kv_lora_rank), self.config.softmax_scale
+        return self.backend.attention.sparse(latent_q, cache.latent, cache.rope, self.step, chosen, scale, out)
 
     def keys_values(self, length: int, heads: int, exact: bool) -> KeysValues:
         """Memory for expanded keys (S, H, nope + R) and values (S, H, v). It is kept for the next layer: to take it
@@ -143,6 +181,10 @@ class Operations(NamedTuple):
         ids, weights = self.backend.memory.empty(shape, np.int32), self.empty(*shape)
         self.backend.moe.router(scores, bias, self.config, ids, weights)
         return ids, weights
+
+    def relu_squared(self, x: Array) -> Array:
+        """``x = max(x, 0)²``, (T, K), in place."""
+        return self.backend.moe.relu_squared(x)
 
     def add_ffn(self, h: MatrixInput, matrices: Swiglu, x: Array) -> None:
         """``x += down(silu(gate h) * up h)``."""

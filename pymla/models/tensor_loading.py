@@ -79,9 +79,14 @@ class TensorLoader:
         """A matrix of the file in the backend's memory."""
         return self.put(self.mapped(spec))
 
-    def vector(self, spec: TensorSpec) -> Array:
-        """A norm or a bias in the backend's memory, float32."""
-        return self._to_device(self.find(spec).data.view(np.float32))
+    def vector(self, spec: TensorSpec, divisor: float = 1.0) -> Array:
+        """A norm or a bias in the backend's memory, float32; divided by a number."""
+        values = self.numbers(spec)
+        return self._to_device(values if divisor == 1.0 else values / np.float32(divisor))
+
+    def numbers(self, spec: TensorSpec) -> np.ndarray:
+        """A float32 vector in the mapped file."""
+        return self.find(spec).data.view(np.float32)
 
     def _to_device(self, array: np.ndarray) -> Array:
         return self._backend.memory.to_device(array, self._progress)

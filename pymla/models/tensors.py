@@ -6,13 +6,26 @@ Names are those of llama.cpp's converter.
 """
 
 import math
+import re
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
-from pymla.models.config import ModelConfig
+from pymla.models.config import Indexer, ModelConfig
+
+#: Fields of `Weights` that divide rope's frequencies (LongRoPE), which a file has or has not.
+ROPE_FACTORS = ("rope_factors_long", "rope_factors_short")
+
+
+def transposed_type(qtype: int, columns: int) -> int:
+    """The type of a matrix of `columns` columns that is the transpose of one of type `qtype`, whose blocks lie across
+    its rows. Float types stay as they are. Others become Q8_0, which prompts multiply on integers as they do the blocks
+    of files that need no transposition, or F16 where 32 does not divide the columns."""
+    if qtype in ggml.FLOATS:
+        return qtype
+    return ggml.F16 if columns % ggml.BLOCK_SIZE[ggml.Q8_0] else ggml.Q8_0
 
 
 class TensorSpec(NamedTuple):
@@ -21,13 +34,15 @@ class TensorSpec(NamedTuple):
     name: str  # in the file
     shapes: tuple[tuple[int, ...], ...]  # any of these, NumPy order
     field: str  # of `Weights` or `Layer`; attn_kv_b and ffn_gate_up_exps hold two of their fields
-    part: str = "layer"  # of the model: "embedding", "output", "layer", or "experts", which a router chooses from
+    #: Of the model: "embedding", "output", "layer", "experts", which a router chooses from, or "rope", whose
+    #: frequencies are computed on the host.
+    part: str = "layer"
     layer: int = 0
 
     @property
     def stem(self) -> str:
         """The name without its layer and without ``.weight`` or ``.bias``."""
-        return self.name.split(".")[-2]
+        return self.name.removeprefix(f"blk.{self.layer}.").rpartition(".")[0]
 
     @property
     def weights(self) -> int:
@@ -42,7 +57,12 @@ class TensorSpec(NamedTuple):
     @property
     def is_norm(self) -> bool:
         """Whether it is the weight of a norm."""
-        return self.stem.endswith("_norm")
+        return self.stem.endswith("_norm") and not self.is_bias
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a bias, of a norm or of the experts' choice; one may well be zero."""
+        return self.name.endswith(".bias")
 
     @property
     def is_router(self) -> bool:
@@ -58,8 +78,8 @@ def model_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
     config : ModelConfig
     names : of the tensors that a file holds
         They decide where there are several ways: whether the output matrix is a tensor or the embedding again, the
-        layout of ``W_k_b`` and ``W_v_b`` (`pymla.models.weights`), gate and up of experts in one tensor or in two, and
-        whether experts have a bias.
+        layout of ``W_k_b`` and ``W_v_b`` (`pymla.models.weights`), gate and up of experts in one tensor or in two,
+        whether experts have a bias, and whether rope's frequencies have factors.
     """
     layers = (spec for index in range(config.num_hidden_layers) for spec in layer_tensors(config, index, names))
     embedding, *output = outer_tensors(config, names)
@@ -75,19 +95,46 @@ def outer_tensors(config: ModelConfig, names: Container[str] = ()) -> list[Tenso
     ]
     if "output.weight" in names:
         specs.append(TensorSpec("output.weight", (embedding,), "output", "output"))
+    factors = (config.qk_rope_head_dim // 2,)
+    for field in ROPE_FACTORS:
+        if f"{field}.weight" in names:
+            specs.append(TensorSpec(f"{field}.weight", (factors,), field, "rope"))
     return specs
 
 
 def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
     """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
     blk, hidden = _Block(index), config.hidden_size
-    specs = [*_attention(blk, config, names), blk.weight("ffn_norm", (hidden,))]
-    if index < config.first_k_dense_replace:
-        return [*specs, *_ffn(blk, "", config.intermediate_size, hidden)]
+    specs = [*_attention(blk, config, names)]
+    if config.indexer and config.indexer.full[index]:
+        specs += _indexer(blk, config, config.indexer)
+    specs.append(blk.weight("ffn_norm", (hidden,)))
+    if index < config.first_k_dense_replace or not config.n_routed_experts:
+        return [*specs, *_ffn(blk, "", config.intermediate_size, hidden, gated=config.hidden_act == "silu")]
     specs += _experts(blk, config, names)
     if config.n_shared_experts:
         specs += _ffn(blk, "_shexp", config.n_shared_experts * config.moe_intermediate_size, hidden)
     return specs
+
+
+def nextn_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -> list[TensorSpec]:
+    """The tensors of a layer that predicts further tokens (nextn): those of a layer, behind a projection of the token's
+    embedding and the hidden state, and where a file has them an embedding, a norm and an output matrix of its own.
+
+    Such a layer lies behind those that run. It is never loaded; arguments as for `layer_tensors`.
+    """
+    blk, hidden, vocabulary = _Block(index), config.hidden_size, (config.vocab_size, config.hidden_size)
+    optional = {"embed_tokens": vocabulary, "shared_head_head": vocabulary, "shared_head_norm": (hidden,)}
+    shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
+    shapes |= {field: shape for field, shape in optional.items() if blk.name(f"nextn.{field}") in names}
+    own = [blk.weight(field, shape, stem=f"nextn.{field}") for field, shape in shapes.items()]
+    return [*own, *layer_tensors(config, index, names)]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, by its name; None for the embedding and what is behind the last layer."""
+    match = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(match[1]) if match else None
 
 
 class _Block(NamedTuple):
@@ -123,6 +170,16 @@ def _attention(blk: _Block, config: ModelConfig, names: Container[str]) -> Itera
     yield blk.weight("attn_output", (hidden, heads * v))
 
 
+def _indexer(blk: _Block, config: ModelConfig, indexer: Indexer) -> Iterator[TensorSpec]:
+    """The indexer of sparse attention."""
+    hidden, heads, size = config.hidden_size, indexer.heads, indexer.head_dim
+    yield blk.weight("indexer_attn_q_b", (heads * size, config.q_lora_rank), stem="indexer.attn_q_b")
+    yield blk.weight("indexer_attn_k", (size, hidden), stem="indexer.attn_k")
+    yield blk.weight("indexer_k_norm", (size,), stem="indexer.k_norm")
+    yield TensorSpec(blk.name("indexer.k_norm", "bias"), ((size,),), "indexer_k_norm_bias", "layer", blk.layer)
+    yield blk.weight("indexer_proj", (heads, hidden), stem="indexer.proj")
+
+
 def _experts(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterator[TensorSpec]:
     """The router and the routed experts."""
     experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -138,9 +195,10 @@ def _experts(blk: _Block, config: ModelConfig, names: Container[str]) -> Iterato
     yield blk.weight("ffn_down_exps", (experts, hidden, inner), part="experts")
 
 
-def _ffn(blk: _Block, suffix: str, inner: int, hidden: int) -> Iterator[TensorSpec]:
+def _ffn(blk: _Block, suffix: str, inner: int, hidden: int, gated: bool = True) -> Iterator[TensorSpec]:
     """A dense feed-forward network, or the shared experts."""
-    yield blk.weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
+    if gated:
+        yield blk.weight("ffn_gate", (inner, hidden), stem=f"ffn_gate{suffix}")
     yield blk.weight("ffn_up", (inner, hidden), stem=f"ffn_up{suffix}")
     yield blk.weight("ffn_down", (hidden, inner), stem=f"ffn_down{suffix}")
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pymla import ggml, reference
+from pymla import reference
 from pymla.backend import Array, Progress
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.tensor_loading import TensorLoader, TotalProgress
-from pymla.models.tensors import TensorSpec, layer_tensors, outer_tensors
+from pymla.models.tensors import ROPE_FACTORS, TensorSpec, layer_tensors, outer_tensors, transposed_type
 from pymla.tensor import QTensor
 
 #: A tensor, or None where the model has no such tensor. `ModelConfig` tells which, and a type checker cannot know.
@@ -43,6 +43,11 @@ class Layer:
     attn_k_b: QTensor  # H matrices of nope rows and rank columns
     attn_v_b: QTensor  # H matrices of v rows and rank columns
     attn_output: QTensor
+    indexer_attn_q_b: Maybe  # of sparse attention, where the layer chooses positions
+    indexer_attn_k: Maybe
+    indexer_k_norm: Maybe
+    indexer_k_norm_bias: Maybe
+    indexer_proj: Maybe
     ffn_norm: Array
     ffn_gate: Maybe  # of a dense layer, or of the shared experts
     ffn_up: Maybe
@@ -52,6 +57,11 @@ class Layer:
     ffn_gate_exps: Maybe
     ffn_up_exps: Maybe
     ffn_down_exps: Maybe
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether it chooses positions to attend to; otherwise it attends to all, or to those chosen before."""
+        return self.indexer_proj is not None
 
     @property
     def ffn(self) -> Swiglu:
@@ -74,9 +84,11 @@ class Weights:
     """All tensors of a model."""
 
     token_embd: QTensor
-    output_norm: Array
+    output_norm: Array  # divided by `ModelConfig.logit_scale`
     output: QTensor
     layers: list[Layer]
+    rope_factors_long: Maybe = None  # float32 (R / 2,), in the mapped file, as the next one
+    rope_factors_short: Maybe = None
 
     @classmethod
     def from_gguf(
@@ -122,7 +134,10 @@ class Weights:
             output = token_embd
         else:
             output = loader.matrix(specs["token_embd"])
-        return cls(token_embd, loader.vector(specs["output_norm"]), output, layers)
+        # Logits that are divided by a number come from a norm that is.
+        output_norm = loader.vector(specs["output_norm"], config.logit_scale)
+        factors = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
+        return cls(token_embd, output_norm, output, layers, *factors)
 
 
 def _layer(loader: TensorLoader, experts: TensorLoader, config: ModelConfig, index: int) -> Layer:
@@ -156,9 +171,8 @@ def _kv_b(loader: TensorLoader, config: ModelConfig, specs: dict[str, TensorSpec
 
 
 def _transpose(w: QTensor) -> QTensor:
-    """Transposed matrices, read-only. Float types stay as they are; quantised ones become F16, which keeps more bits
-    than their blocks have, at half the size of F32."""
-    qtype = w.qtype if w.qtype not in ggml.QUANTISED else ggml.F16
+    """Transposed matrices, read-only (`transposed_type`)."""
+    qtype = transposed_type(w.qtype, w.data.shape[1])
     quantise, dequantise = reference.quant.quantise, reference.quant.dequantise
     data = np.stack([quantise(dequantise(matrix, w.qtype).T, qtype) for matrix in w.data])
     data.flags.writeable = False

@@ -102,6 +102,13 @@ def ffn(activation, gate, up, down, out, add=False):
     return out
 
 
+def relu_squared(x):
+    """``x = max(x, 0)²``, float array (T, K): the nonlinearity of a dense network without a gate."""
+    check.relu_squared(x)
+    x[...] = np.square(np.maximum(x, 0))
+    return x
+
+
 def _swiglu(x, gate, up, down):
     hidden = x @ gate.T
     return (hidden / (1 + np.exp(-hidden)) * (x @ up.T)) @ down.T

@@ -93,17 +93,18 @@ def matmul_heads_transposed(w, x, out):
     return out
 
 
-def embedding_rows(w, tokens, out):
-    """Rows of the embedding matrix.
+def embedding_rows(w, tokens, scale, out):
+    """Rows of the embedding matrix, times `scale`.
 
     Parameters
     ----------
     w : QTensor of V rows and K columns
     tokens : int32 array (T,)
+    scale : float
     out : float array (T, K)
     """
-    check.embedding_rows(w, tokens, out)
-    out[...] = dequantise(np.ascontiguousarray(w.data[tokens]), w.qtype)
+    check.embedding_rows(w, tokens, scale, out)
+    out[...] = dequantise(np.ascontiguousarray(w.data[tokens]), w.qtype).astype(out.dtype) * out.dtype.type(scale)
     return out
 
 

@@ -51,8 +51,9 @@ class SamplingParams:
     logprobs: int = 0  # alternatives to report for each token
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
-        """The parameters that a caller gave by name; None stands for the default.
+    def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> "SamplingParams":
+        """The parameters that a caller gave by name; None stands for the default: that of `defaults`, or else the
+        field's.
 
         Raises
         ------
@@ -65,7 +66,8 @@ class SamplingParams:
                 close = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(names)}"
                 raise PymlaError(f"there is no option `{name}`; {hint}")
-        return cls(**{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**(dict(defaults or {}) | given))
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():

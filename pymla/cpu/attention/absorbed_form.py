@@ -49,6 +49,11 @@ def absorbed(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: f
     rotated dimensions to 12: within 2 % of the largest result, most of it rounding of the weights.
     """
     check.absorbed(q, latent, rope, step, scale, out)
+    return attend(q, latent, rope, step, scale, out)
+
+
+def attend(q: np.ndarray, latent: QTensor, rope: QTensor, step: Step, scale: float, out: np.ndarray) -> np.ndarray:
+    """`absorbed` of arguments that were checked."""
     splits = Splits.empty(out)
     _kernel_over(latent.qtype, rope.qtype)[splits.items, 1](q, latent, rope, step, scale * LOG2E, splits)
     return splits.combine(out, CODE_BITS.get(latent.qtype, 8) < 8)

@@ -3,7 +3,8 @@
 Rows of float types, and keys and values of all heads, lie as ggml blocks. A latent cache of 8 bits or fewer has types
 of its own (`pymla.cpu.cache_types`): a page has the codes of its 64 rows first, and then their scales. It takes as many
 bytes as ggml's types, and 4 more for the scale of each row's rotated dimensions. Codes of 8 bits are multiplied where
-they lie, smaller ones are unpacked before (`pymla.cpu.machine.simd_words.unpack_codes`).
+they lie, smaller ones are unpacked before (`pymla.cpu.machine.simd_words.unpack_codes`). An indexer's keys of 8 bits
+have a type of their own as well (`pymla.cpu.attention.index_keys`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 from pymla import ggml
 from pymla.cpu.attention.codes import even, quantise_i16
 from pymla.cpu.attention.hadamard import mix, mix_read
-from pymla.cpu.cache_types import CODE_BITS, I16_PAGES, PAGES_OF, Q8_PAGES, ROW_BYTES
+from pymla.cpu.attention.index_keys import read_key, write_key
+from pymla.cpu.cache_types import CODE_BITS, I8_PAGES, I16_PAGES, PAGES_OF, Q8_PAGES, ROW_BYTES
 from pymla.cpu.contract import check
 from pymla.cpu.formats.legacy import write_q8
 from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
@@ -136,6 +138,12 @@ def write_cache_row_for(qtype):
                 mix(address(mixed), MIXED)
                 _write_codes(mixed, bits, codes + 4 * bits * block, scales + 2 * block)
 
+    elif qtype == I8_PAGES:
+
+        @helper
+        def write_cache_row(cache, slot, x, columns):
+            write_key(address(cache.data[slot // PAGE * PAGE]), slot % PAGE, x, columns)
+
     elif qtype == I16_PAGES:
 
         @helper
@@ -210,6 +218,12 @@ def read_cache_row_for(qtype):
                 for i in range(MIXED):
                     store_f32(out + 4 * (MIXED * block + i), scale * np.float32(np.int64(unpacked[i]) - 128))
             mix_read(out, columns)
+
+    elif qtype == I8_PAGES:
+
+        @helper
+        def read_cache_row(cache, slot, out, columns):
+            read_key(address(cache.data[slot // PAGE * PAGE]), slot % PAGE, out, columns)
 
     elif qtype == I16_PAGES:
 

@@ -25,6 +25,7 @@ from pymla.cpu.machine.simd import (
     round_even,
     splat_f32,
     splat_f32xL,
+    store_as_i8,
     store_as_i16,
     store_f32,
     store_f32xL,
@@ -69,6 +70,28 @@ def quantise_codes(x, count, codes, scale, bias):
         store_codes(codes + 4 // WORD * i, add(whole, bias))
         sums = add(sums, whole)
     return total(sums)
+
+
+@helper
+def quantise_i8(x, count, codes, bias):
+    """`count` float32, a multiple of 8, as bytes: codes from -127 to 127, plus `bias`, 0 or 128. Returns their scale,
+    and the sum of the codes without the bias.
+
+    `x` and `codes` are addresses. A number that is infinite or NaN makes the scale so.
+    """
+    most = splat_f32(np.float32(0))
+    for i in range(0, count, 8):
+        most = farther(absolute(load_f32x8(x + 4 * i)), most)
+    abs_max = farthest(most)
+    inverse = np.float32(0)
+    if abs_max > 0:
+        inverse = np.float32(127) / abs_max
+    factor, bias, sums = splat_f32(inverse), splat_f32(np.float32(bias)), splat_f32(np.float32(0))
+    for i in range(0, count, 8):
+        whole = round_even(mul(load_f32x8(x + 4 * i), factor))
+        store_as_i8(codes + i, add(whole, bias))
+        sums = add(sums, whole)
+    return abs_max / np.float32(127), total(sums)
 
 
 @helper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pymla.cpu.attention import absorbed_form, expanded_form, full_form, materialised_form
+from pymla.cpu.attention import absorbed_form, expanded_form, full_form, indexer, materialised_form, sparse_form
 from pymla.cpu.attention.cache_rows import load_kernels, store_kernels
 from pymla.cpu.quant import matmul_heads_kernels
 from pymla.cpu.runtime.jit import Kernel
@@ -25,3 +25,14 @@ def expanded_kernels(latent: int, rope: int, k_b: int, v_b: int, exact: bool) ->
     """Of the expanded form."""
     rows = [*store_kernels(latent, rope), *load_kernels(latent, rope)]
     return [*rows, *expanded_form.expand_kernels(k_b, v_b, exact), *expanded_form.kernels(exact)]
+
+
+def choose_kernels(keys: int) -> list[Kernel]:
+    """Of the indexer, with its cache of a type."""
+    return [*store_kernels(keys), *indexer.kernels(keys)]
+
+
+def sparse_kernels(latent: int, rope: int) -> list[Kernel]:
+    """Of the absorbed form over chosen positions, but for its queries and results, which are those of
+    `absorbed_kernels`."""
+    return sparse_form.kernels(latent, rope)

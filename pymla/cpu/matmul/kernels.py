@@ -1,6 +1,7 @@
 """The kernels of `pymla.cpu.quant`: products of matrices with few tokens (gemv), with many (gemm), and with a vector
 for each head."""
 
+import numpy as np
 from numba import types
 
 from pymla.cpu.formats import FORMATS
@@ -169,10 +170,13 @@ def embedding_rows(qtype):
     """`embedding_rows`."""
     dequantise_row = dequantise_row_for(qtype)
 
-    @kernel(WEIGHTS_BYTES, I1, F2)
-    def embedding_rows(first, last, data, tokens, out):
+    @kernel(WEIGHTS_BYTES, I1, types.float64, F2)
+    def embedding_rows(first, last, data, tokens, scale, out):
         """Over tokens."""
+        factor = np.float32(scale)
         for t in range(first, last):
             dequantise_row(address(data[tokens[t]]), address(out[t]), out.shape[1])
+            for i in range(out.shape[1]):
+                out[t, i] *= factor
 
     return embedding_rows

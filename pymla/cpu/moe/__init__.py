@@ -28,6 +28,7 @@ from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.matmul.unpacked import PAIR_ROWS
 from pymla.cpu.memory import empty
 from pymla.cpu.moe import by_rows, grouped, routing
+from pymla.cpu.moe.relu import relu_squared_tokens
 from pymla.cpu.moe.swiglu import silu_mul_tokens
 from pymla.cpu.quant import GEMV_TOKENS, matmul, matmul_kernels
 from pymla.cpu.runtime.isa import LANES
@@ -35,7 +36,7 @@ from pymla.cpu.runtime.jit import Kernel
 from pymla.ggml import QUANTISED, ROW_HEADER
 from pymla.tensor import QTensor
 
-__all__ = ["experts", "experts_kernels", "ffn", "ffn_kernels", "router"]
+__all__ = ["experts", "experts_kernels", "ffn", "ffn_kernels", "relu_squared", "relu_squared_kernels", "router"]
 
 _NO_BIAS = np.empty(0, np.float32)
 
@@ -175,6 +176,13 @@ def ffn(
     return norm.add(out, matmul(down, Activation(hidden), np.empty_like(out)))
 
 
+def relu_squared(x: np.ndarray) -> np.ndarray:
+    """``x = max(x, 0)²``, float32 (T, K)."""
+    check.relu_squared(x)
+    relu_squared_tokens[len(x)](x)
+    return x
+
+
 def experts_kernels(gate: int, up: int, down: int) -> list[Kernel]:
     """The kernels that `router` and `experts` launch for matrices of these types."""
     many = [grouped.down_panels(down)] if down in QUANTISED else []
@@ -192,3 +200,8 @@ def ffn_kernels(gate: int, up: int, down: int) -> list[Kernel]:
         silu_mul_tokens,
         *(each for qtype in (gate, up, down) for each in matmul_kernels(qtype)),
     ]
+
+
+def relu_squared_kernels() -> list[Kernel]:
+    """The kernels that `relu_squared` launches."""
+    return [relu_squared_tokens]

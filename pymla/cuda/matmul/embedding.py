@@ -1,4 +1,4 @@
-"""Rows of a matrix as float32."""
+"""Rows of a matrix, times a number, as float32."""
 
 import functools
 
@@ -8,7 +8,7 @@ from pymla import ggml
 from pymla.cuda.formats import FLOATS, FORMATS
 from pymla.cuda.machine.ptx import valid_index
 from pymla.cuda.matmul.operands import MATRICES, THREADS, row_address
-from pymla.cuda.runtime.array_types import F2, I1
+from pymla.cuda.runtime.array_types import F2, F32, I1
 from pymla.cuda.runtime.jit import kernel
 
 
@@ -22,8 +22,8 @@ def _quantised_kernel(qtype):
     """Rows as float32."""
     piece, weights = FORMATS[qtype].piece, FORMATS[qtype].weights
 
-    @kernel(MATRICES, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
-    def embedding_rows(w, tokens, out):
+    @kernel(MATRICES, I1, F32, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def embedding_rows(w, tokens, scale, out):
         """A block takes a token, every thread a piece."""
         t = cuda.blockIdx.x
         row = row_address(w, 0, valid_index(tokens[t], w.rows))
@@ -31,9 +31,9 @@ def _quantised_kernel(qtype):
             block, part = i >> 2, i & 3
             k = 32 * block + 4 * part
             w0, w1, w2, w3, w4, w5, w6, w7 = weights(piece(row, block, part))
-            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = w0, w1, w2, w3
+            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = scale * w0, scale * w1, scale * w2, scale * w3
             k += 16
-            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = w4, w5, w6, w7
+            out[t, k], out[t, k + 1], out[t, k + 2], out[t, k + 3] = scale * w4, scale * w5, scale * w6, scale * w7
 
     return embedding_rows
 
@@ -42,12 +42,12 @@ def _float_kernel(qtype):
     """Rows of floats as float32."""
     one, _, nbytes = FLOATS[qtype]
 
-    @kernel(MATRICES, I1, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
-    def embedding_rows(w, tokens, out):
+    @kernel(MATRICES, I1, F32, F2, variant=ggml.NAME[qtype].lower(), max_threads=THREADS)
+    def embedding_rows(w, tokens, scale, out):
         """A block takes a token."""
         t = cuda.blockIdx.x
         row = row_address(w, 0, valid_index(tokens[t], w.rows))
         for k in range(cuda.threadIdx.x, out.shape[1], THREADS):
-            out[t, k] = one(row + nbytes * k)
+            out[t, k] = scale * one(row + nbytes * k)
 
     return embedding_rows

@@ -14,15 +14,16 @@ from pymla.cuda import norm
 from pymla.cuda.contract import check, need_any
 from pymla.cuda.formats import FORMATS
 from pymla.cuda.machine.ptx import WARP
+from pymla.cuda.matmul.operands import THREADS
 from pymla.cuda.memory import empty
-from pymla.cuda.moe import routing
+from pymla.cuda.moe import relu, routing
 from pymla.cuda.moe.by_rows import down_kernel, experts_by_rows, gate_up_kernel
 from pymla.cuda.moe.grouped import combine_experts, experts_in_tiles, grouped_kernel, sort_pairs
 from pymla.cuda.moe.swiglu import multiply_gated, silu_mul
 from pymla.cuda.quant import FEW, Activation, matmul, matmul_kernels
 from pymla.tensor import QTensor
 
-__all__ = ["experts", "ffn", "router"]
+__all__ = ["experts", "ffn", "relu_squared", "router"]
 
 #: Pairs for each expert on average, from which tiles are faster than rows.
 FEW_PAIRS = 2
@@ -89,6 +90,18 @@ def ffn(activation, gate, up, down, out, add=False):
     if not add:
         return matmul(down, Activation(hidden), out)
     return norm.add(out, matmul(down, Activation(hidden), empty(out.shape, np.float32)))
+
+
+def relu_squared(x):
+    """``x = max(x, 0)²``, float32 (T, K), contiguous."""
+    check.relu_squared(x)
+    relu.relu_squared[-(-x.size // THREADS), THREADS](x.reshape(-1))
+    return x
+
+
+def relu_squared_kernels():
+    """The kernels of `relu_squared`."""
+    return [relu.relu_squared]
 
 
 def router_kernels():
