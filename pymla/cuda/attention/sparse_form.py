@@ -36,8 +36,7 @@ __all__ = ["sparse", "sparse_in_splits", "sparse_kernel"]
 def sparse(q, latent, rope, step, chosen, scale, out):
     """`pymla.cuda.attention.absorbed_form.absorbed` over the chosen positions of each token, int32 (T, k), contiguous.
 
-    The first negative position ends a token's list. A position that the token does not see, and that of a list without
-    any, counts as the token's own.
+    A position that the token does not see counts as the token's own, and so does a list without a position.
     """
     check.sparse(q, latent, rope, step, chosen, scale, out)
     need_pages("sparse", step, latent)
@@ -98,7 +97,7 @@ def sparse_kernel(types_of_rows, rank, rope):
 
 @device
 def chosen_by(chosen, t, seen):
-    """Positions in the list of token t, at least one."""
+    """Positions in the list of token t, one at least: those before the first negative number."""
     most = min(seen, chosen.shape[1])
     # The list of nearly every token is full.
     if chosen[t, most - 1] >= 0:
