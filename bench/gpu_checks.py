@@ -388,11 +388,11 @@ def sparse(records, sizes):
         if whole:
             yield actual, expected
             return
-        yield np.sort(actual), actual
         for t in range(len(q)):
             count = min(most, int(step.positions[t]) + 1)
             table = step.block_tables[step.seq_of[t]]
             found = [each[t, :count] for each in (actual, expected)]
+            yield np.diff(found[0], prepend=-1) > 0, np.ones(count)
             rows = [dequantise(keys.data[table[p // PAGE] * PAGE + p % PAGE], qtype) for p in found]
             yield tuple(np.sort(weights[t] @ np.maximum(q[t] @ each.T, 0)) for each in rows)
 
