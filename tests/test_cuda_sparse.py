@@ -16,7 +16,7 @@ from pymla.cuda import attention, memory
 from pymla.cuda.attention import indexer, top_positions
 from pymla.cuda.attention.index_scores import GROUP, plan_of
 from pymla.cuda.attention.index_scores import index_scores as write_scores
-from pymla.cuda.attention.sparse_form import sparse_in_splits, sparse_kernel
+from pymla.cuda.attention.sparse_form import TEAMS, sparse_in_splits, sparse_kernel
 from pymla.cuda.attention.steps import StepArrays
 from pymla.cuda.runtime.jit import KERNELS, kernel
 from pymla.errors import PymlaError
@@ -24,6 +24,7 @@ from pymla.pages import CACHE_TYPES, PAGE, Step
 from pymla.tensor import QTensor
 
 CUDA = BACKENDS[0]
+F1, L1 = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
 #: Numbers that no factor of 16 bits rounds, and products of them that no sum rounds.
 SMALL = np.arange(-4, 5)
 
@@ -165,7 +166,7 @@ def test_keys_are_in_the_order_of_numbers():
         for i in range(len(x)):
             out[i] = top_positions.key_of(x[i])
 
-    made = kernel(types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C"), variant="test")(body)
+    made = kernel(F1, L1, variant="test")(body)
     del KERNELS[made.__name__]
     made[1, 1](memory.to_device(numbers), keys)
     found = memory.to_host(keys)
@@ -206,7 +207,7 @@ def test_where_all_positions_are_chosen_there_are_no_scores(monkeypatch):
     assert memory.to_host(out)[0].tolist() == [*range(70), *[-1] * 58]
 
 
-def check_sparse(cache_type, heads, rank, rope, counts, splits):
+def check_sparse(cache_type, heads, rank, rope, counts, splits, teams=1):
     """Tokens of one sequence each, with so many chosen positions of 300."""
     lengths = (300,) * len(counts)
     step = ragged_step(lengths, (1,) * len(counts), 5 * len(counts))
@@ -217,7 +218,7 @@ def check_sparse(cache_type, heads, rank, rope, counts, splits):
         row[:count] = np.sort(rng.choice(300, count, replace=False))
     q = CUDA.normal(len(counts), heads, rank + rope, seed=2)
     cache, out = CUDA.latent(layout, blocks), CUDA.unset(len(counts), heads, rank)
-    sparse_in_splits(CUDA.put(q), *cache, on_device(step), CUDA.put(chosen), 0.1, out, splits)
+    sparse_in_splits(CUDA.put(q), *cache, on_device(step), CUDA.put(chosen), 0.1, out, splits, teams)
     assert_close(memory.to_host(out), sparse(q, *blocks, step, chosen, 0.1), **HALF)
 
 
@@ -232,6 +233,15 @@ def test_chosen_rows_that_wait_in_their_own_type(cache_type):
     """Rows of blocks are copied as they are where 16 divides their bytes."""
     assert ggml.row_bytes(CACHE_TYPES[cache_type], 256) % 16 == 0
     check_sparse(cache_type, 2, 256, 16, (40,), None)
+    check_sparse(cache_type, 17, 256, 16, (3,), None, teams=2)
+
+
+@pytest.mark.parametrize("heads", [3, 17, 33])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "f32"])
+def test_teams_share_rows(cache_type, heads):
+    """Of heads that do not fill the last team, or leave one without any."""
+    check_sparse(cache_type, heads, 32, 16, (70, 33), 1, teams=2)
+    check_sparse(cache_type, heads, 32, 16, (280,), 2, teams=2)
 
 
 def test_what_does_not_fit_is_refused():
@@ -252,8 +262,10 @@ def test_what_does_not_fit_is_refused():
 def test_blocks_fit_shared_memory():
     """Two blocks on a multiprocessor of Ampere's large cards, which have 164 KiB, one on those that have 100."""
     layouts = [tuple(qtype for qtype, _ in latent_layout(name, 512, 64)) for name in CACHE_TYPES]
-    sizes = [sparse_kernel(types, 512, 64)[1] for types in layouts]
+    sizes = [sparse_kernel(layout, 512, 64, 1)[1] for layout in layouts]
     sizes += [plan_of(ggml.F16, 128, heads).shared_bytes for heads in (32, 64)]
     for nbytes in sizes:
         assert 2 * (nbytes + 1024) <= 164 * 1024
         assert nbytes + 1024 <= 100 * 1024
+    for layout in layouts:  # a block of several teams has a multiprocessor for itself
+        assert sparse_kernel(layout, 512, 64, TEAMS)[1] + 1024 <= 100 * 1024

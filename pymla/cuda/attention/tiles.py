@@ -4,10 +4,11 @@ A tile is 32 rows of 16-bit values without gaps. A row's pieces of 16 bytes are 
 eight rows of a matrix, which are read together, lie in different banks. Functions here make device functions for
 sizes and types.
 
-The rows of a tile are neighbours in the cache (`IN_ORDER`), or lie in slots of their own (`CHOSEN`), of which lane r of
-every warp knows that of row r.
+The rows of a tile are neighbours in the cache (`IN_ORDER`), or lie in slots of their own (`chosen_rows`), of which lane
+r of every warp knows that of row r.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from pymla import ggml
@@ -21,8 +22,6 @@ TILE = 32
 #: Warps and threads of a block of every form of attention.
 WARPS = 4
 THREADS = WARPS * ptx.WARP
-#: Threads that copy a chosen row.
-LANES = THREADS // TILE
 
 
 def need_multiples_of_16(*sizes):
@@ -117,29 +116,29 @@ def _chosen_row(source, stride, row):
     return source[0] + stride * ptx.shfl_idx(source[1], row)
 
 
-def _copy_chosen_rows(width, wide, first):
-    """`RowOrder.copy_rows` of chosen rows."""
+def _copy_chosen_rows(lanes, width, wide, first):
+    """`RowOrder.copy_rows` of chosen rows, with so many threads for each."""
     pieces, mask, skip = width // 8, swizzle(wide), first // 8
 
     @device
     def copy(target, source, stride, rows, thread):
-        row = thread // LANES
+        row = thread // lanes
         to, at, nbytes = target + 2 * wide * row, _chosen_row(source, stride, row), 16 if row < rows else 0
-        for piece in range(thread % LANES, pieces, LANES):
+        for piece in range(thread % lanes, pieces, lanes):
             ptx.cp_async_16(to + 16 * ((skip + piece) ^ (row & mask)), at + 16 * piece, nbytes)
 
     return copy
 
 
-def _convert_chosen_rows(halves, width, wide, first):
+def _convert_chosen_rows(lanes, halves, width, wide, first):
     """`RowOrder.convert_rows` of chosen rows."""
     pieces, mask, skip = width // 8, swizzle(wide), first // 8
 
     @device
     def convert(target, source, stride, rows, thread):
-        row = thread // LANES
+        row = thread // lanes
         to, at = target + 2 * wide * row, _chosen_row(source, stride, row)
-        for piece in range(thread % LANES, pieces, LANES):
+        for piece in range(thread % lanes, pieces, lanes):
             w0, w1, w2, w3 = 0, 0, 0, 0
             if row < rows:
                 w0, w1, w2, w3 = halves(at, piece)
@@ -148,14 +147,14 @@ def _convert_chosen_rows(halves, width, wide, first):
     return convert
 
 
-def _copy_chosen_whole(row_bytes):
+def _copy_chosen_whole(lanes, row_bytes):
     """`RowOrder.copy_whole` of chosen rows."""
 
     @device
     def copy(target, source, rows, thread):
-        row = thread // LANES
+        row = thread // lanes
         at, nbytes = _chosen_row(source, row_bytes, row), 16 if row < rows else 0
-        for byte in range(16 * (thread % LANES), row_bytes, 16 * LANES):
+        for byte in range(16 * (thread % lanes), row_bytes, 16 * lanes):
             ptx.cp_async_16(target + row_bytes * row + byte, at + byte, nbytes)
 
     return copy
@@ -176,12 +175,18 @@ class RowOrder(NamedTuple):
     copy_whole: object
     #: `copy_whole` takes rows of a multiple of so many bytes.
     alignment: int
+    #: Threads that copy a tile together.
+    threads: int
 
 
 #: A tile's rows are in neighbouring slots; `place` is the first of them.
-IN_ORDER = RowOrder(_in_order, _copy_rows_in_order, _convert_rows_in_order, _copy_whole_in_order, 1)
-#: A tile's rows are in any slots; `place` of lane r is that of row r.
-CHOSEN = RowOrder(_chosen, _copy_chosen_rows, _convert_chosen_rows, _copy_chosen_whole, 16)
+IN_ORDER = RowOrder(_in_order, _copy_rows_in_order, _convert_rows_in_order, _copy_whole_in_order, 1, THREADS)
+
+
+def chosen_rows(threads):
+    """The `RowOrder` of rows in any slots, copied by so many threads; `place` of lane r is that of row r."""
+    makers = (partial(make, threads // TILE) for make in (_copy_chosen_rows, _convert_chosen_rows, _copy_chosen_whole))
+    return RowOrder(_chosen, *makers, 16, threads)
 
 
 def fetch_rows(qtype, factor, width, wide=None, first=0, order=IN_ORDER):
@@ -197,21 +202,22 @@ def fetch_rows(qtype, factor, width, wide=None, first=0, order=IN_ORDER):
     return order.convert_rows(CACHE_ROWS[qtype].halves, width, wide, first)
 
 
-def unpack_rows(qtype, rank, rope):
-    """A device function (target, source, thread) that makes a tile of rows in shared memory, as `RowOrder.copy_whole`
-    left them: rows of `rank` values of a cache type with blocks, and behind them rows of `rope` float16."""
+def unpack_rows(qtype, rank, rope, threads):
+    """A device function (target, source, thread) with which so many threads make a tile of rows in shared memory, as
+    `RowOrder.copy_whole` left them: rows of `rank` values of a cache type with blocks, and behind them rows of `rope`
+    float16."""
     halves, row_bytes, size = CACHE_ROWS[qtype].shared_halves, ggml.row_bytes(qtype, rank), rank + rope
     pieces, lanes, mask = rank // 8, lanes_of_row(rank), swizzle(size)
     rope_pieces, rope_lanes = rope // 8, lanes_of_row(rope)
 
     @device
     def unpack(target, source, thread):
-        for row in range(thread // lanes, TILE, THREADS // lanes):
+        for row in range(thread // lanes, TILE, threads // lanes):
             to = target + 2 * size * row
             for piece in range(thread % lanes, pieces, lanes):
                 h0, h1, h2, h3 = halves(source + row_bytes * row, piece)
                 ptx.store_shared_u32x4(to + 16 * (piece ^ (row & mask)), h0, h1, h2, h3)
-        for row in range(thread // rope_lanes, TILE, THREADS // rope_lanes):
+        for row in range(thread // rope_lanes, TILE, threads // rope_lanes):
             to, at = target + 2 * size * row, source + TILE * row_bytes + 2 * rope * row
             for piece in range(thread % rope_lanes, rope_pieces, rope_lanes):
                 w0, w1, w2, w3 = ptx.load_shared_u32x4(at + 16 * piece)
