@@ -124,7 +124,7 @@ class Measured:
         began = time.perf_counter()
         for layer in self.model.cache.layers:
             if len(layer) == 3:
-                backend.attention.choose(q, weights, layer.index, step, out)
+                backend.attention.choose(q, weights, layer.index_keys, step, out)
         backend.memory.to_host(out)
         seconds = time.perf_counter() - began
         self.model.cache.truncate(self.sequence, depth)

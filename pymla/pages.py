@@ -53,7 +53,7 @@ class IndexedCache(NamedTuple):
 
     latent: QTensor
     rope: QTensor
-    index: QTensor
+    index_keys: QTensor
 
 
 class FullCache(NamedTuple):

@@ -116,7 +116,7 @@ def test_the_gguf_package_reads_the_same(tmp_path):
 def test_an_indexer_reads_back(tmp_path, config, architecture, full):
     found = ModelConfig.from_gguf(converted(tmp_path, config))
     assert found.architecture == architecture
-    assert found.indexer == Indexer(heads=3, head_dim=32, top_k=20, full=full)
+    assert found.indexer == Indexer(heads=3, head_dim=32, top_k=20, full=full, interleave=architecture == "glm-dsa")
 
 
 @pytest.mark.parametrize("types", [["full"], ["full", "half"], ["full", 1]])

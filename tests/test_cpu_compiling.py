@@ -121,7 +121,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(cache, tmp_path):
 
 def small_kernels():
     """Kernels as if nothing had been compiled: (kernel, Compiled)."""
-    kernels = [*norm.kernels(), *rope.kernels(), activations.quantise_activations]
+    kernels = [*norm.kernels(), *rope.kernels(None), activations.quantise_activations]
     kernels += quant.embedding_rows_kernels(ggml.Q4_0)
     for kernel in kernels:
         made = compiling.Compiled(kernel.py_func, kernel._build)

@@ -189,7 +189,7 @@ def test_what_a_layer_keeps(name, device, cache_type):
         assert type(layer) is (IndexedCache if full else LatentCache)
     wanted = {"f32": ggml.F32, "f16": ggml.F16, "bf16": ggml.BF16}.get(cache_type, ggml.Q8_0)
     if device == "reference":
-        index = model.cache.layers[0].index
+        index = model.cache.layers[0].index_keys
         assert (index.qtype, index.data.shape) == (wanted, (2 * PAGE, ggml.row_bytes(wanted, 64)))
     assert all(type(layer) is LatentCache for layer in made(name, device, dense=True).cache.layers)
 

@@ -79,7 +79,7 @@ def _attention(model, layer, cache):
     if model.config.indexer:
         found += attention.sparse_kernels(*types[:2])
     if layer.has_indexer:
-        found += norm.layer_norm_kernels() + attention.choose_kernels(cache.index.qtype)
+        found += norm.layer_norm_kernels() + attention.choose_kernels(cache.index_keys.qtype)
     return found
 
 

@@ -54,8 +54,8 @@ def kernels(config) -> list[Kernel]:
     """The kernels that this module launches for a model with this configuration, or for any one where it is None."""
     if config is None:
         return [_angles, _rope_interleaved, _rope_neox, _temper]
-    rotate = _rope_interleaved if config.rope_interleave else _rope_neox
-    return [_angles, rotate, *([_temper] if config.attention_temperature else [])]
+    rotate = [_rope_interleaved if interleave else _rope_neox for interleave in config.rope_layouts]
+    return [_angles, *rotate, *([_temper] if config.attention_temperature else [])]
 
 
 @kernel(I1, D1, types.float64, F3)

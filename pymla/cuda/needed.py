@@ -103,7 +103,7 @@ def _attention(model: Any, layer: Any, cache: Any) -> list[Kernel]:
     if layer.has_indexer:
         indexer = config.indexer
         found += norm.layer_norm_kernels()
-        found += attention.indexer_kernels(cache.index.qtype, indexer.head_dim, indexer.heads)
+        found += attention.indexer_kernels(cache.index_keys.qtype, indexer.head_dim, indexer.heads)
     return found
 
 

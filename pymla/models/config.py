@@ -97,6 +97,11 @@ class ModelConfig:
         """Factor on cos and sin: `attention_factor`, times `Yarn.rope_magnitude`."""
         return self.attention_factor * (1.0 if self.yarn is None else self.yarn.rope_magnitude)
 
+    @property
+    def rope_layouts(self) -> set[bool]:
+        """Whether pairs are neighbours, in attention and in the indexer: true, false, or both."""
+        return {self.rope_interleave, *([self.indexer.interleave] if self.indexer else [])}
+
     def inv_freq(self) -> np.ndarray:
         """Radians by which each pair of the rotated part turns per position: ``theta^(-2i/d)``, divided by
         `rope_linear_factor`, and with YaRN `Yarn.mixed`.

@@ -31,7 +31,8 @@ KEY_EPS = 1e-6
 
 
 class DeepSeek32(DeepSeek2):
-    """DeepSeek-V3.2: the indexer rotates pairs of halves, where attention rotates neighbours."""
+    """The stages in which these models differ from DeepSeek-V3. Attention rotates pairs of neighbours, and the indexer
+    those of GLM-5, but pairs of halves in DeepSeek-V3.2."""
 
     default_scoring_func = "sigmoid"
 
@@ -63,7 +64,7 @@ class DeepSeek32(DeepSeek2):
         q = q.reshape(len(q), len(layer.indexer_proj.data), -1)  # (T, H, D)
         self.rotate_front(ops, q)
         weights = ops.matmul(layer.indexer_proj, h)  # (T, H)
-        ops.choose(q, weights, cache.index, out)
+        ops.choose(q, weights, cache.index_keys, out)
 
     def sparse(
         self,
@@ -81,12 +82,8 @@ class DeepSeek32(DeepSeek2):
 
     def rotate_front(self, ops: Operations, x: Array) -> None:
         """Rotate the first R numbers of every head of the indexer's queries or keys, (T, H, D), in place."""
-        ops.rope_neox(x[..., : self.config.qk_rope_head_dim])
-
-
-class GlmDsa(DeepSeek32):
-    """GLM-5: the indexer rotates neighbours, as attention does."""
-
-    def rotate_front(self, ops: Operations, x: Array) -> None:
-        """As in DeepSeek-V3.2, on pairs of neighbours."""
-        ops.rope(x[..., : self.config.qk_rope_head_dim])
+        front = x[..., : self.config.qk_rope_head_dim]
+        if self.config.indexer and self.config.indexer.interleave:
+            ops.rope(front)
+        else:
+            ops.rope_neox(front)

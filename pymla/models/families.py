@@ -1,7 +1,7 @@
 """The family of each architecture."""
 
 from pymla.models.deepseek2 import DeepSeek2
-from pymla.models.deepseek32 import DeepSeek32, GlmDsa
+from pymla.models.deepseek32 import DeepSeek32
 from pymla.models.minicpm3 import MiniCPM3
 from pymla.models.mistral4 import Mistral4
 from pymla.models.plm import PLM
@@ -10,7 +10,7 @@ from pymla.models.plm import PLM
 FAMILIES: dict[str, type[DeepSeek2]] = {
     "deepseek2": DeepSeek2,
     "deepseek32": DeepSeek32,
-    "glm-dsa": GlmDsa,
+    "glm-dsa": DeepSeek32,
     "minicpm3": MiniCPM3,
     "mistral4": Mistral4,
     "plm": PLM,

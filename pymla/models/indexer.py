@@ -20,6 +20,7 @@ class Indexer:
     head_dim: int  # numbers of a query's head, and of a key; the first ``qk_rope_head_dim`` are rotated
     top_k: int  # positions that a token attends to, at most
     full: tuple[bool, ...]  # of each layer: whether it has an indexer; the others share the last choice before them
+    interleave: bool = False  # whether rope's pairs are neighbours; otherwise of the two halves
 
 
 def read_indexer(read: Metadata, fields: dict[str, Any]) -> Indexer:
@@ -48,6 +49,7 @@ def read_indexer(read: Metadata, fields: dict[str, Any]) -> Indexer:
         head_dim=head_dim,
         top_k=read.size("attention.indexer.top_k"),
         full=_full_layers(read, fields["num_hidden_layers"], fields["context_length"]),
+        interleave=read.architecture == "glm-dsa",
     )
 
 

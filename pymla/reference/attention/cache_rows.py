@@ -90,7 +90,7 @@ def load(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray
 def read_rows(cache: QTensor, block_table: np.ndarray, out: np.ndarray) -> np.ndarray:
     """`load` for arguments that were checked before."""
     positions = np.arange(len(out))
-    out[...] = row_numbers(cache, block_table[positions // PAGE] * PAGE + positions % PAGE, *out.shape[1:], out.dtype)
+    out[...] = row_numbers(cache, block_table[positions // PAGE] * PAGE + positions % PAGE, out.shape[1], out.dtype)
     return out
 
 
