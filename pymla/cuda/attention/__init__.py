@@ -7,8 +7,7 @@ attends to, in `pymla.cuda.attention.indexer`. Rows move in and out of the cache
 
 Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed` and `sparse`, and by `full`
 where sequences have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are
-float16 always.
-`absorbed_materialised`, `full` for single tokens, and `choose` over float32 keys compute in float32.
+float16 always. `absorbed_materialised`, `full` for single tokens, and `choose` over float32 keys compute in float32.
 """
 
 from typing import NamedTuple
