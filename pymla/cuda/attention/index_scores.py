@@ -21,11 +21,12 @@ import numpy as np
 from numba import cuda, types
 
 from pymla import ggml
+from pymla.cuda.attention.cache_rows import CACHE_ROWS
 from pymla.cuda.attention.products import FACTORS, key_row, load_queries
 from pymla.cuda.attention.softmax import INFINITY, ZERO
 from pymla.cuda.attention.splits import boundary
 from pymla.cuda.attention.steps import STEP, first_slot, seen_by, sequence_of, sequence_run
-from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, factor_type, fetch_rows, swizzle
+from pymla.cuda.attention.tiles import IN_ORDER, THREADS, TILE, WARPS, factor_type, fetch_rows, swizzle, unpack_rows
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.array_types import I64
 from pymla.cuda.runtime.driver import multiprocessors
@@ -73,6 +74,25 @@ class Input(NamedTuple):
 INPUT = types.NamedUniTuple(I64, len(Input._fields), Input)
 
 
+class _Layout(NamedTuple):
+    """Shared memory of a block: offsets in bytes, and how far the second one of two is behind the first."""
+
+    next_keys: int
+    waiting: int  # of keys in blocks, in their own type; 0: there are none
+    next_waiting: int
+    sums: int  # of the warps, float32 (WARPS, POSITIONS)
+    nbytes: int
+
+    @classmethod
+    def of(cls, qtype, width):
+        """Two portions of keys; or, of keys in blocks, one portion and two that wait."""
+        keys, waiting = 2 * width * POSITIONS, ggml.row_bytes(qtype, width) * POSITIONS
+        sums_bytes = 4 * WARPS * POSITIONS
+        if CACHE_ROWS[qtype].shared_halves is None:
+            return cls(keys, 0, 0, 2 * keys, 2 * keys + sums_bytes)
+        return cls(0, keys, waiting, keys + 2 * waiting, keys + 2 * waiting + sums_bytes)
+
+
 class Plan(NamedTuple):
     """A kernel and how it is launched."""
 
@@ -117,8 +137,8 @@ def plan_of(qtype, width, heads):
         raise PymlaError(f"keys of an indexer have at most {LARGEST_KEY} numbers on the CUDA backend, not {width}")
     tiles = min(-(-heads // 16), WARP_HEADS // 16, QUERY_WORDS // (width // 4))
     parts = next((parts for parts in (1, 2) if heads <= 16 * tiles * parts), WARPS)
-    nbytes = 2 * (2 * width * POSITIONS) + 4 * WARPS * POSITIONS
-    return Plan(_kernel_on_tensor_cores(qtype, width, tiles, parts), 16 * tiles * parts, WARPS // parts, nbytes)
+    launched, nbytes = _kernel_on_tensor_cores(qtype, width, tiles, parts), _Layout.of(qtype, width).nbytes
+    return Plan(launched, 16 * tiles * parts, WARPS // parts, nbytes)
 
 
 @device
@@ -172,19 +192,11 @@ def _relu(x):
 @functools.cache
 def _kernel_on_tensor_cores(qtype, width, head_tiles, parts):
     """The kernel in which `parts` warps share the heads of a token, 16 * `head_tiles` for each."""
-    factor, row_bytes, at_once = factor_type(qtype), ggml.row_bytes(qtype, width), 16 * head_tiles * parts
-    stage_bytes, own_positions = 2 * width * POSITIONS, POSITIONS * parts // WARPS
-    fetch_tile = fetch_rows(qtype, factor, width)
+    factor, at_once, own_positions = factor_type(qtype), 16 * head_tiles * parts, POSITIONS * parts // WARPS
     load, score = _queries(factor, width, head_tiles), _scores_of_columns(factor, width, head_tiles)
-
-    @device
-    def fetch(at, given, step, sequence, portion, length, thread):
-        first = POSITIONS * portion
-        for position in range(first, min(first + POSITIONS, length), TILE):
-            slot = first_slot(step, sequence, position >> 6, given) + (position & TILE)
-            source = given.keys + slot * row_bytes
-            fetch_tile(at + 2 * width * (position - first), source, row_bytes, length - position, thread)
-        ptx.cp_async_commit()
+    layout = _Layout.of(qtype, width)
+    stages = _stages_in_blocks if layout.waiting else _stages_of_tiles
+    (fetch, prepare), next_keys, at_sums = stages(qtype, width, layout), layout.next_keys, layout.sums
 
     @device
     def store_sums(given, step, start, stop, begin, sums, thread):
@@ -216,17 +228,18 @@ def _kernel_on_tensor_cores(qtype, width, head_tiles, parts):
         t = start if alone else min(start + place, stop - 1)
         seen = _scored_by(given, step, t) if alone or start + place < stop else 0
         own_first, own_count = own_positions * place if alone else 0, own_positions if alone else POSITIONS
-        sums = base + 2 * stage_bytes
+        sums = base + at_sums
         own_sums = sums + 4 * POSITIONS * (part if alone else warp) + 4 * _column(lane)
         key, stage = key_row(lane), 0
-        fetch(base, given, step, sequence, first, length, thread)
+        fetch(base, 0, given, step, sequence, first, length, thread)
         a, w = load(given, t, given.head + 16 * head_tiles * part, lane)
         for portion in range(first, last):
             ptx.cp_async_wait(0)
             cuda.syncthreads()
             if portion + 1 < last:
-                fetch(base + stage_bytes * (stage ^ 1), given, step, sequence, portion + 1, length, thread)
-            at, begin = base + stage_bytes * stage, POSITIONS * portion
+                fetch(base, stage ^ 1, given, step, sequence, portion + 1, length, thread)
+            prepare(base, stage, thread)
+            at, begin = base + next_keys * stage, POSITIONS * portion
             for position in range(own_first, min(own_first + own_count, seen - begin), COLUMNS):
                 x = score(a, w, at + 2 * width * position, key, lane)
                 if lane & 4 == 0:
@@ -236,6 +249,52 @@ def _kernel_on_tensor_cores(qtype, width, head_tiles, parts):
             stage ^= 1
 
     return index_scores
+
+
+def _stages_of_tiles(qtype, width, layout):
+    """How keys come to shared memory as tiles: device functions (fetch, prepare). ``fetch(base, stage, given, step,
+    sequence, portion, length, thread)`` begins to copy a portion of the positions, of which `length` are there, and
+    ``prepare(base, stage, thread)`` makes tiles of keys that have come."""
+    row_bytes, next_keys = ggml.row_bytes(qtype, width), layout.next_keys
+    fetch_tile = fetch_rows(qtype, factor_type(qtype), width)
+
+    @device
+    def fetch(base, stage, given, step, sequence, portion, length, thread):
+        first, at = POSITIONS * portion, base + next_keys * stage
+        for position in range(first, min(first + POSITIONS, length), TILE):
+            slot = first_slot(step, sequence, position >> 6, given) + (position & TILE)
+            source = given.keys + slot * row_bytes
+            fetch_tile(at + 2 * width * (position - first), source, row_bytes, length - position, thread)
+        ptx.cp_async_commit()
+
+    @device
+    def prepare(base, stage, thread):
+        pass
+
+    return fetch, prepare
+
+
+def _stages_in_blocks(qtype, width, layout):
+    """`_stages_of_tiles` of keys in blocks, which wait in their own type."""
+    row_bytes, waiting, next_waiting = ggml.row_bytes(qtype, width), layout.waiting, layout.next_waiting
+    copy, unpack = IN_ORDER.copy_whole(row_bytes), unpack_rows(qtype, width, 0, THREADS)
+
+    @device
+    def fetch(base, stage, given, step, sequence, portion, length, thread):
+        first, at = POSITIONS * portion, base + waiting + next_waiting * stage
+        for position in range(first, min(first + POSITIONS, length), TILE):
+            slot = first_slot(step, sequence, position >> 6, given) + (position & TILE)
+            copy(at + row_bytes * (position - first), given.keys + slot * row_bytes, length - position, thread)
+        ptx.cp_async_commit()
+
+    @device
+    def prepare(base, stage, thread):
+        at = base + waiting + next_waiting * stage
+        for first in range(0, POSITIONS, TILE):
+            unpack(base + 2 * width * first, at + row_bytes * first, thread)
+        cuda.syncthreads()
+
+    return fetch, prepare
 
 
 def _queries(factor, width, head_tiles):

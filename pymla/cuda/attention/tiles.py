@@ -205,10 +205,10 @@ def fetch_rows(qtype, factor, width, wide=None, first=0, order=IN_ORDER):
 def unpack_rows(qtype, rank, rope, threads):
     """A device function (target, source, thread) with which so many threads make a tile of rows in shared memory, as
     `RowOrder.copy_whole` left them: rows of `rank` values of a cache type with blocks, and behind them rows of `rope`
-    float16."""
+    float16, which may be 0."""
     halves, row_bytes, size = CACHE_ROWS[qtype].shared_halves, ggml.row_bytes(qtype, rank), rank + rope
     pieces, lanes, mask = rank // 8, lanes_of_row(rank), swizzle(size)
-    rope_pieces, rope_lanes = rope // 8, lanes_of_row(rope)
+    rope_pieces, rope_lanes = rope // 8, lanes_of_row(rope) if rope else 1
 
     @device
     def unpack(target, source, thread):
