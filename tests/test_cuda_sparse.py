@@ -14,8 +14,9 @@ from tested import BACKENDS
 from pymla import ggml
 from pymla.cuda import attention, memory
 from pymla.cuda.attention import indexer, top_positions
-from pymla.cuda.attention.index_scores import GROUP, plan_of
+from pymla.cuda.attention.index_input import GROUP
 from pymla.cuda.attention.index_scores import index_scores as write_scores
+from pymla.cuda.attention.index_scores import plan_of
 from pymla.cuda.attention.sparse_form import TEAMS, sparse_in_splits, sparse_kernel
 from pymla.cuda.attention.steps import StepArrays
 from pymla.cuda.runtime.jit import KERNELS, kernel

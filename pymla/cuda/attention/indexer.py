@@ -9,7 +9,8 @@ time as `pymla.scratch.CHOICE_SCRATCH` has room for; then a block for each token
 import numpy as np
 
 from pymla.cuda import memory
-from pymla.cuda.attention.index_scores import GROUP, index_scores, plan_of
+from pymla.cuda.attention.index_input import GROUP
+from pymla.cuda.attention.index_scores import index_scores, plan_of
 from pymla.cuda.attention.steps import StepArrays
 from pymla.cuda.attention.tiles import WARPS
 from pymla.cuda.attention.top_positions import THREADS, choose_positions

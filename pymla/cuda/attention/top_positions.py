@@ -9,7 +9,7 @@ threads run.
 import numpy as np
 from numba import cuda
 
-from pymla.cuda.attention.index_scores import GROUP
+from pymla.cuda.attention.index_input import GROUP
 from pymla.cuda.attention.softmax import ZERO
 from pymla.cuda.attention.steps import STEP, seen_by
 from pymla.cuda.machine import ptx
