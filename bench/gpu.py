@@ -37,13 +37,14 @@ SECTIONS = {
     "layers": 60,
     "experts": 180,
     "attention": 180,
+    "sparse": 120,
     "sampling": 60,
     "logits": 240,
     "kernels": 150,
     "sweep": 240,
 }
 #: Of these the simulator can say something.
-SIMULATED = ("device", "products", "layers", "experts", "attention", "sampling", "logits")
+SIMULATED = ("device", "products", "layers", "experts", "attention", "sparse", "sampling", "logits")
 
 #: The environment of a process whose kernels run in the simulator.
 SIMULATOR = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
@@ -121,6 +122,7 @@ def run_section(name, records, quick, simulate):
         "layers": lambda: gpu_checks.layers(records, sizes),
         "experts": lambda: gpu_checks.experts(records, sizes),
         "attention": lambda: gpu_checks.attention(records, sizes),
+        "sparse": lambda: gpu_checks.sparse(records, sizes),
         "sampling": lambda: gpu_checks.sampling(records, sizes),
         "logits": lambda: gpu_models.logits(records, simulate),
         "kernels": lambda: gpu_times.kernels(records, quick),

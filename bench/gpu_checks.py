@@ -10,6 +10,7 @@ from shapes import normal
 
 from pymla import ggml, reference
 from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, PAGE, Step
+from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
 from pymla.text.sampling import SamplingParams
 
@@ -42,6 +43,7 @@ class Sizes(NamedTuple):
     tokens: tuple  # one, few, many
     wide: tuple  # rows and tokens of a product that fills the device with its largest tiles
     lengths: tuple  # of sequences
+    index: tuple  # the indexer's heads, numbers of a key, and positions that are chosen
     vocab: int
     draws: int
 
@@ -62,6 +64,7 @@ REAL = Sizes(
     tokens=(1, 5, 100),
     wide=(4000, 1000),
     lengths=(1, 63, 2500, 4097),
+    index=(64, 128, 512),
     vocab=102400,
     draws=4096,
 )
@@ -82,6 +85,7 @@ TOY = Sizes(
     tokens=(1, 2, 9),
     wide=(5, 9),
     lengths=(1, 35),
+    index=(2, 32, 20),
     vocab=300,
     draws=1,
 )
@@ -167,6 +171,12 @@ def layers(records, sizes):
         norm.rms_norm(memory.to_device(x), memory.to_device(weight), 1e-6, out)
         yield memory.to_host(out), reference.norm.rms_norm(x, weight, 1e-6, np.empty_like(x))
 
+    def layer_norm():
+        x, weight, bias = normal(tokens, sizes.hidden), normal(sizes.hidden, seed=1), normal(sizes.hidden, seed=2)
+        out = memory.empty(x.shape, np.float32)
+        norm.layer_norm(*map(memory.to_device, (x, weight, bias)), 1e-6, out)
+        yield memory.to_host(out), reference.norm.layer_norm(x, weight, bias, 1e-6, np.empty_like(x))
+
     def normed():
         x, y = normal(tokens, sizes.hidden), normal(tokens, sizes.hidden, seed=1)
         weight = normal(sizes.hidden, seed=2)
@@ -206,6 +216,7 @@ def layers(records, sizes):
         yield memory.to_host(there), reference.rope.temper(x.copy(), positions, 0.1, 8192)
 
     records.check("rms_norm", rms_norm, **EXACT)
+    records.check("layer_norm", layer_norm, **EXACT)
     records.check("normed", normed, **EXACT)
     records.check("add", add, **SAME)
     records.check("relu_squared", squared, **SAME)
@@ -348,6 +359,84 @@ def attention(records, sizes):
         )
 
     records.check("expand and expanded", expanded, **HALF)
+
+
+def sparse(records, sizes):
+    """The indexer's choice over every type of keys, and attention over chosen positions with every type of cache; rows
+    that no token may see, or that were not chosen, are NaN."""
+    from pymla.cuda import attention as forms
+    from pymla.cuda import memory
+
+    heads, width, most = sizes.index
+    pages = sum(-(-n // PAGE) for n in sizes.lengths) + 2
+    single, several = (1,) * len(sizes.lengths), tuple(min(n, sizes.tokens[-1]) for n in sizes.lengths)
+
+    def choose(qtype, new, whole):
+        """The scores of the chosen positions beside the largest ones; of small whole numbers, which nothing rounds, the
+        positions themselves."""
+        step = ragged_step(sizes.lengths, new, pages)
+        (keys,) = poisoned_cache([(qtype, width)], step, sizes.lengths, pages)
+        q, weights = normal(len(step.positions), heads, width), normal(len(step.positions), heads, seed=1)
+        if whole:
+            rows = keys.data.view(np.float32)
+            q, weights, rows[...] = np.rint(q), np.rint(weights), np.rint(rows)
+        out = memory.to_device(np.zeros((len(q), most), np.int32))
+        forms.choose(*map(memory.to_device, (q, weights)), on_device(keys), Step(*map(memory.to_device, step)), out)
+        actual, expected = memory.to_host(out), np.empty((len(q), most), np.int32)
+        reference.attention.choose(q.astype(np.float64), weights.astype(np.float64), keys, step, expected)
+        yield actual < 0, expected < 0
+        if whole:
+            yield actual, expected
+            return
+        for t in range(len(q)):
+            count = min(most, int(step.positions[t]) + 1)
+            table = step.block_tables[step.seq_of[t]]
+            found = [each[t, :count] for each in (actual, expected)]
+            yield np.diff(found[0], prepend=-1) > 0, np.ones(count)
+            rows = [dequantise(keys.data[table[p // PAGE] * PAGE + p % PAGE], qtype) for p in found]
+            yield tuple(np.sort(weights[t] @ np.maximum(q[t] @ each.T, 0)) for each in rows)
+
+    for qtype in (ggml.F32, ggml.F16, ggml.BF16, ggml.Q8_0):
+        tolerance = {ggml.F32: EXACT, ggml.BF16: BFLOAT}.get(qtype, HALF)
+        for name, new in (("single tokens", single), ("prompts", several)):
+            case = f"choose, {name}, {ggml.NAME[qtype]} keys"
+            records.check(case, lambda qtype=qtype, new=new: choose(qtype, new, False), **tolerance)
+    for name, new in (("single tokens", single), ("prompts", several)):
+        records.check(f"choose, {name}, equal scores", lambda new=new: choose(ggml.F32, new, True), **SAME)
+
+    def attend(layout, new, heads):
+        step, rng = ragged_step(sizes.lengths, new, pages), np.random.default_rng(4)
+        chosen = np.full((len(step.positions), most), -1, np.int32)
+        for row, position in zip(chosen, step.positions, strict=True):
+            count = min(most, int(position) + 1)
+            row[:count] = np.sort(rng.choice(position + 1, count, replace=False))
+        cache = poisoned_cache(layout, step, sizes.lengths, pages)
+        kept = np.unique(
+            np.concatenate(
+                [
+                    step.block_tables[sequence, row[row >= 0] // PAGE] * PAGE + row[row >= 0] % PAGE
+                    for sequence, row in zip(step.seq_of, chosen, strict=True)
+                ]
+            )
+        )
+        for rows in cache:
+            data = rows.data[kept]
+            rows.data[...] = 0xFF
+            rows.data[kept] = data
+        q = normal(len(chosen), heads, sizes.rank + sizes.rope, seed=2)
+        out, there = memory.empty((len(q), heads, sizes.rank), np.float32), map(on_device, cache)
+        arrays = Step(*map(memory.to_device, step))
+        forms.sparse(memory.to_device(q), *there, arrays, memory.to_device(chosen), SCALE, out)
+        expected = np.empty((len(q), 2, sizes.rank), np.float32)
+        last = q[:, -2:].copy()
+        yield memory.to_host(out)[:, -2:], reference.attention.sparse(last, *cache, step, chosen, SCALE, expected)
+
+    for cache_type in CACHE_TYPES:
+        tolerance = BFLOAT if cache_type == "bf16" else HALF
+        layout = latent_layout(cache_type, sizes.rank, sizes.rope)
+        for name, new in (("single tokens", single), ("prompts", several)):
+            case = f"sparse, {name}, {cache_type} cache"
+            records.check(case, lambda layout=layout, new=new: attend(layout, new, sizes.many_heads), **tolerance)
 
 
 def sampling(records, sizes):

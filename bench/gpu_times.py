@@ -18,6 +18,8 @@ from pymla.tensor import QTensor
 
 #: Bytes that are gone through before a matrix is used again: several times the second-level cache.
 COLD = 256 << 20
+#: Sizes of DeepSeek-V3.2's sparse attention: heads and numbers of the indexer, chosen positions, heads.
+INDEX_HEADS, INDEX_WIDTH, CHOSEN, SPARSE_HEADS = 64, 128, 2048, 128
 #: Launches of a graph, at least, and from Python, for their time.
 LAUNCHES, HOST_LAUNCHES = 16, 1000
 
@@ -102,6 +104,11 @@ def kernels(records, quick):
     decode(records, found, "full", "f16", 8, 4096, HEADS)
     for length in (1024, 32768) if quick else (512, 1024, 4096, 16384, 32768):
         prompt(records, length)
+    for length in (8192, 131072) if quick else (8192, 32768, 131072):
+        for tokens in (1, 512):
+            choose(records, found, "f16", tokens, length)
+            sparse(records, "f16", tokens, length)
+    choose(records, found, "q8_0", 1, 131072)
     for tokens in (1, 512) if quick else (1, 2, 8, 64, 512, 1024):
         experts(records, found, tokens)
 
@@ -194,9 +201,67 @@ def prompt(records, length, tokens=512):
         out = memory.empty((tokens, HEADS, V), np.float32)
         return seconds([lambda: attention.expanded(q, kv, positions, SCALE, out)])
 
-    pairs = tokens * length - tokens * (tokens - 1) // 2
-    operations = 2 * pairs * HEADS * (NOPE + ROPE + V)
+    operations = 2 * pairs_of(tokens, length) * HEADS * (NOPE + ROPE + V)
     records.time(f"expanded, {tokens} tokens of {length}", measure, amount=operations, unit="TFLOP/s")
+
+
+def last_tokens(tokens, length):
+    """The step of the last tokens of a sequence, on the device."""
+    from pymla.cuda import memory
+
+    positions, zeros = np.arange(length - tokens, length, dtype=np.int32), np.zeros(tokens, np.int32)
+    table = np.arange(-(-length // PAGE), dtype=np.int32)[None]
+    return Step(*map(memory.to_device, Step(zeros, positions, zeros, positions, table)))
+
+
+def choose(records, found, cache_type, tokens, length):
+    """The indexer's choice, in the sizes of DeepSeek-V3.2: of one token as a share of the copy bandwidth."""
+
+    def measure():
+        from pymla.cuda import attention, memory
+
+        step, keys = last_tokens(tokens, length), rows(CACHE_TYPES[cache_type], INDEX_WIDTH, step_slots(length))
+        q = memory.to_device(normal(tokens, INDEX_HEADS, INDEX_WIDTH))
+        weights, out = memory.to_device(normal(tokens, INDEX_HEADS)), memory.empty((tokens, CHOSEN), np.int32)
+        return seconds([lambda: attention.choose(q, weights, keys, step, out)])
+
+    name = f"choose {cache_type}, {tokens} of {length}, {INDEX_HEADS} heads"
+    if tokens == 1:
+        nbytes = length * ggml.row_bytes(CACHE_TYPES[cache_type], INDEX_WIDTH)
+        records.time(name, measure, amount=nbytes, unit="TB/s", limit=found.read)
+    else:
+        operations = 2 * pairs_of(tokens, length) * INDEX_HEADS * INDEX_WIDTH
+        records.time(name, measure, amount=operations, unit="TFLOP/s")
+
+
+def sparse(records, cache_type, tokens, length):
+    """Attention of the last tokens of a sequence over chosen positions, in the sizes of DeepSeek-V3.2."""
+
+    def measure():
+        from pymla.cuda import attention, memory
+
+        rng, most, qtype = np.random.default_rng(0), min(CHOSEN, length), CACHE_TYPES[cache_type]
+        step, slots = last_tokens(tokens, length), step_slots(length)
+        cache = rows(qtype, RANK, slots), rows(qtype, ROPE, slots)
+        some = [np.sort(rng.choice(length - tokens + 1, most, replace=False)) for _ in range(min(tokens, 16))]
+        chosen = memory.to_device(np.resize(np.array(some, np.int32), (tokens, most)))
+        q = memory.to_device(normal(tokens, SPARSE_HEADS, RANK + ROPE))
+        out = memory.empty((tokens, SPARSE_HEADS, RANK), np.float32)
+        return seconds([lambda: attention.sparse(q, *cache, step, chosen, SCALE, out)])
+
+    operations = 2 * tokens * min(CHOSEN, length) * SPARSE_HEADS * (2 * RANK + ROPE)
+    name = f"sparse {cache_type}, {tokens} of {length}, {SPARSE_HEADS} heads"
+    records.time(name, measure, amount=operations, unit="TFLOP/s")
+
+
+def step_slots(length):
+    """Slots of whole pages for a sequence."""
+    return -(-length // PAGE) * PAGE
+
+
+def pairs_of(tokens, length):
+    """Pairs of the last tokens of a sequence and the positions that they see."""
+    return tokens * length - tokens * (tokens - 1) // 2
 
 
 def experts(records, found, tokens):

@@ -51,7 +51,7 @@ DEVICE = Portions(tokens=1024, most_expanded=1 << 30, on_device=True)
 MOST_CHOSEN = 64 << 20
 
 #: Bytes that a backend has at a time for scores of positions and for rows that were chosen: on the host 16 MiB of each,
-#: on a GPU 36 MiB of scores.
+#: on a GPU 36 MiB of scores and of groups of them, which mostly stay in the second-level cache.
 CHOICE_SCRATCH = 36 << 20
 
 

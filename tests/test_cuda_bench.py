@@ -27,7 +27,8 @@ def records(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "seconds", seconds)
     monkeypatch.setattr(limits, "measure", lambda: FOUND)
     sizes = {"LAUNCHES": 1, "COLD": 0, "HIDDEN": 64, "HEADS": 2, "RANK": 32, "NOPE": 16, "ROPE": 16, "V": 32}
-    for name, value in {**sizes, "EXPERTS": 4, "USED": 2, "INNER": 32}.items():
+    sizes |= {"EXPERTS": 4, "USED": 2, "INNER": 32}
+    for name, value in {**sizes, "INDEX_HEADS": 2, "INDEX_WIDTH": 32, "CHOSEN": 8, "SPARSE_HEADS": 2}.items():
         monkeypatch.setattr(gpu_times, name, value)
     return gpu_records.Records(tmp_path / "records", "test")
 
@@ -43,10 +44,13 @@ def test_kernels_are_timed(records):
     for form in ("absorbed", "absorbed_materialised", "full"):
         gpu_times.decode(records, FOUND, form, "f16", 2, 64, 2)
     gpu_times.prompt(records, 64, tokens=8)
+    for tokens in (1, 3):
+        gpu_times.choose(records, FOUND, "f16", tokens, 70)
+        gpu_times.sparse(records, "f16", tokens, 70)
     gpu_times.experts(records, FOUND, 1)
     gpu_times.experts(records, FOUND, 9)
     results = found(records)
-    assert [each["failure"] for each in results] == [None] * 9
+    assert [each["failure"] for each in results] == [None] * 13
     # The f16 cache of two sequences of 64 tokens has rows of 48 values.
     assert next(each["rate"] for each in results if each["name"].startswith("absorbed f16")) == 2 * 64 * 48 * 2
 

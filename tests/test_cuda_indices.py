@@ -131,6 +131,61 @@ def test_steps(guarded, operation, cache_type):
             np.testing.assert_array_equal(attend(guarded, operation, step, cache_type, 1), expected)
 
 
+def choose(guarded, step, qtype, tokens, most=7):
+    """The choice of positions among those of two pages."""
+    keys = guarded.tensor(random_qtensor(qtype, 2 * PAGE, 32))
+    arrays = Step(*(guarded.array(each) for each in step))
+    out = guarded.array(np.full((tokens, most), -7, np.int32))
+    q, weights = guarded.array(normal(tokens, 2, 32)), guarded.array(normal(tokens, 2, seed=1))
+    return memory.to_host(attention.choose(q, weights, keys, arrays, out))
+
+
+@pytest.mark.parametrize("qtype", [ggml.F16, ggml.Q8_0, ggml.F32], ids=ggml.NAME.get)
+def test_steps_of_the_indexer(guarded, qtype):
+    """Positions, sequences and pages, of a single token and of a prompt."""
+    expected = choose(guarded, step_of((63,), (1,), (0, 1)), qtype, 1)
+    assert (np.diff(expected) > 0).all()
+    of_prompt = choose(guarded, step_of((61, 62, 63), (1,) * 3, (0, 1)), qtype, 3)
+    for wild in WILD:
+        for step in (
+            step_of((wild,), (1,), (0, 1)),
+            step_of((63,), (wild,), (0, 1)),
+            step_of((wild,), (wild,), (wild, wild)),
+        ):
+            np.testing.assert_array_equal(choose(guarded, step, qtype, 1), expected)
+        step = step_of((61, 62, wild), (wild,) * 3, (0, wild))
+        np.testing.assert_array_equal(choose(guarded, step, qtype, 3), of_prompt)
+
+
+def attend_chosen(guarded, step, chosen, cache_type):
+    """Sparse attention over a cache of two pages."""
+    heads, rank, rope = 2, 32, 32
+    cache = [guarded.tensor(random_qtensor(CACHE_TYPES[cache_type], 2 * PAGE, w, seed=w)) for w in (rank, rope)]
+    arrays, tokens = Step(*(guarded.array(each) for each in step)), len(chosen)
+    q, out = guarded.array(normal(tokens, heads, rank + rope)), guarded.out(tokens, heads, rank)
+    return memory.to_host(attention.sparse(q, *cache, arrays, guarded.array(chosen), 0.1, out))
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0", "f32"])
+def test_chosen_positions(guarded, cache_type):
+    """A position that the token does not see is its own; the first negative one ends the list."""
+    step = step_of((62,), (1,), (0, 1))
+
+    def result(*chosen, step=step):
+        return attend_chosen(guarded, step, ints(*chosen)[None], cache_type)
+
+    expected = result(3, 7, 62, -1)
+    for wild in (2**31 - 1, 10**6, 63):
+        np.testing.assert_array_equal(result(3, 7, wild, -1), expected)
+        np.testing.assert_array_equal(result(3, 7, wild, -(2**31)), expected)
+    np.testing.assert_array_equal(result(-1, -1, -1, -1), result(62, -1, -1, -1))
+    for wild in WILD:
+        other = step_of((63,), (wild,), (0, wild))
+        np.testing.assert_array_equal(
+            result(3, 7, 63, -1, step=other), result(3, 7, 63, -1, step=step_of((63,), (1,), (0, 1)))
+        )
+
+
 @pytest.mark.parametrize("wild", WILD)
 def test_prompts_of_full_attention(guarded, wild):
     right = attend(guarded, "full", step_of((61, 62, 63), (0, 0, 0), (1,)), "f16", 3)
@@ -165,6 +220,12 @@ def test_arrays_without_anything_to_point_at_are_refused():
     q, result = memory.zeros((1, 1, 64), np.float32), memory.empty((1, 1, 32), np.float32)
     with pytest.raises(PymlaError, match=r"absorbed: step\.block_tables"):
         attention.absorbed(q, nothing, nothing, step, 1.0, result)
+    chosen = memory.zeros((1, 1), np.int32)
+    with pytest.raises(PymlaError, match=r"sparse: step\.block_tables"):
+        attention.sparse(q, nothing, nothing, step, chosen, 1.0, result)
+    index_q, weights = memory.zeros((1, 1, 32), np.float32), memory.zeros((1, 1), np.float32)
+    with pytest.raises(PymlaError, match=r"choose: step\.block_tables"):
+        attention.choose(index_q, weights, nothing, step, chosen)
     with pytest.raises(PymlaError, match=r"absorbed: step\.positions"):
         attention.absorbed(q, rows, rows, step._replace(block_tables=memory.empty((1, 0), np.int32)), 1.0, result)
     with pytest.raises(PymlaError, match=r"absorbed: step\.seq_of"):

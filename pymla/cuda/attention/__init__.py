@@ -7,8 +7,7 @@ attends to, in `pymla.cuda.attention.indexer`. Rows move in and out of the cache
 
 Tensor cores multiply 16-bit factors: a float32 cache is rounded to float16 by `absorbed` and `sparse`, and by `full`
 where sequences have several tokens, and so are bfloat16 rows beside rows of another type; expanded keys and values are
-float16 always.
-`absorbed_materialised`, `full` for single tokens, and `choose` over float32 keys compute in float32.
+float16 always. `absorbed_materialised`, `full` for single tokens, and `choose` over float32 keys compute in float32.
 """
 
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 
 from pymla.contract import FLOAT16, FLOAT32
 from pymla.cuda import memory, quant
+from pymla.cuda.attention import sparse_form
 from pymla.cuda.attention.absorbed_form import absorbed, absorbed_kernel
 from pymla.cuda.attention.expanded_form import expanded, expanded_kernel
 from pymla.cuda.attention.expansion import copy_rope, join
@@ -25,8 +25,7 @@ from pymla.cuda.attention.full_token import full_token_kernel
 from pymla.cuda.attention.indexer import choose, choosing_kernels, index_cache
 from pymla.cuda.attention.materialised_form import absorbed_materialised, exponential_kernels, materialised_kernels
 from pymla.cuda.attention.mixed_rows import mix_heads
-from pymla.cuda.attention.sparse_form import combining_kernels as combining_chosen_kernels
-from pymla.cuda.attention.sparse_form import sparse, sparse_kernel
+from pymla.cuda.attention.sparse_form import sparse
 from pymla.cuda.attention.splits import combining_kernels
 from pymla.cuda.attention.store_load import load_kernel, store_kernel
 from pymla.cuda.attention.tiles import THREADS
@@ -190,7 +189,7 @@ def indexer_kernels(qtype, width, heads):
 def sparse_kernels(types_of_rows, sizes):
     """The kernels of `sparse` that `absorbed_kernels` does not have, for the cache types and the sizes of ``c_kv`` and
     ``k_pe``."""
-    return [sparse_kernel(types_of_rows, *sizes)[0], *combining_chosen_kernels()]
+    return sparse_form.sparse_kernels(types_of_rows, *sizes)
 
 
 def _stores(types_of_rows, source):

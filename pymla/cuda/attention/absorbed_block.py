@@ -3,6 +3,7 @@ together against its cache rows.
 
 A block takes one token, 16 heads (rows of a tensor core's product; rows without a head are zeros) and a share of the
 positions, in tiles of 32 rows. While one tile is computed the next one is copied into the other half of shared memory.
+It may have several teams of four warps, each with 16 heads, for which a tile is copied once.
 
 - Scores: each of four warps multiplies its quarter of the queries, which stays in registers, with its quarter of every
   row; the four parts meet in shared memory, so that a row is read once and queries not at all.
@@ -33,7 +34,7 @@ from pymla.cuda.attention.products import (
 )
 from pymla.cuda.attention.softmax import INFINITY, ZERO, online_softmax
 from pymla.cuda.attention.splits import boundary, shares_of
-from pymla.cuda.attention.tiles import TILE, WARPS, factor_type, fetch_rows, unpack_rows
+from pymla.cuda.attention.tiles import THREADS, TILE, WARPS, factor_type, fetch_rows, unpack_rows
 from pymla.cuda.machine import ptx
 from pymla.cuda.runtime.jit import device, folded, unrolled
 
@@ -74,24 +75,25 @@ class _Layout(NamedTuple):
     nbytes: int
 
     @classmethod
-    def of(cls, size, waiting):
-        """For rows of `size` values. Two tiles, and the parts of the scores; or, where rows of `waiting` bytes wait in
-        their own type, one tile and two of such rows: once they are unpacked, parts of the scores take their place."""
+    def of(cls, size, waiting, teams):
+        """For rows of `size` values and so many teams of warps. Two tiles, and the parts of the scores; or, where rows
+        of `waiting` bytes wait in their own type, one tile and two of such rows: once they are unpacked, parts of the
+        scores take their place."""
         tile = 2 * TILE * size
         if waiting:
-            parts = max(PARTS, TILE * waiting)
+            parts = max(teams * PARTS, TILE * waiting)
             return cls(0, tile, parts, tile + 2 * parts)
-        return cls(tile, 2 * tile, 0, 2 * tile + PARTS)
+        return cls(tile, 2 * tile, 0, 2 * tile + teams * PARTS)
 
 
 def block_of_heads(types_of_rows, rank, rope, order, look, ahead):
     """The device function of a block, and its bytes of shared memory, for the cache types of latent and rope parts and
     their sizes.
 
-    (q, source, length, scale, heads, splits, partial, out): values of a token, 16 heads and a share of its `length`
-    rows. ``source[0]`` is the cache, a `CachePair`; the rest is for `look`. ``partial`` are addresses of unnormalised
-    values (T, splits, H, rank), and of maxima and sums (T, splits, H, 2). A share that is all goes to `out`, a `place`,
-    at once. Grid: splits, groups of heads, tokens.
+    (q, source, length, scale, heads, splits, partial, out): values of a token, 16 heads for each team of four warps,
+    and a share of its `length` rows. ``source[0]`` is the cache, a `CachePair`; the rest is for `look`. ``partial`` are
+    addresses of unnormalised values (T, splits, H, rank), and of maxima and sums (T, splits, H, 2). A share that is all
+    goes to `out`, a `place`, at once. Grid: splits, groups of heads, tokens.
 
     Parameters
     ----------
@@ -109,7 +111,8 @@ def block_of_heads(types_of_rows, rank, rope, order, look, ahead):
     row_bytes = ggml.row_bytes(latent_type, rank), ggml.row_bytes(rope_type, rope)
     in_blocks = CACHE_ROWS[latent_type].shared_halves is not None and rope_type == factor
     in_blocks = in_blocks and not any(nbytes % order.alignment for nbytes in row_bytes)
-    layout = _Layout.of(size, sum(row_bytes) if in_blocks else 0)
+    teams = order.threads // THREADS
+    layout = _Layout.of(size, sum(row_bytes) if in_blocks else 0, teams)
     next_tile, at_parts, next_parts = layout.next_tile, layout.parts, layout.next_parts
     softmax, no_values, indices = online_softmax(pack), ((ZERO,) * 8,) * own_groups, tuple(range(own_steps))
     queries_of_warp = unrolled(load_queries(pack, size), own_steps)
@@ -121,13 +124,15 @@ def block_of_heads(types_of_rows, rank, rope, order, look, ahead):
 
     @device
     def block(q, source, length, scale, heads, splits, partial, out):
-        split, head, t = cuda.blockIdx.x, HEADS * cuda.blockIdx.y, cuda.blockIdx.z
+        split, t, thread = cuda.blockIdx.x, cuda.blockIdx.z, cuda.threadIdx.x
         tiles, shares = shares_of(length, splits)
         if split >= shares:
             return
         begin, end = boundary(tiles, shares, split), boundary(tiles, shares, split + 1)
-        thread = cuda.threadIdx.x
-        warp, lane = thread >> 5, thread & 31
+        warp, lane, team, head = thread >> 5, thread & 31, 0, HEADS * cuda.blockIdx.y
+        if teams > 1:
+            team, warp = warp // WARPS, warp % WARPS
+            head = HEADS * (teams * cuda.blockIdx.y + team)
         base = ptx.shared_address(cuda.shared.array(0, np.int32, alignment=16))
         place = look(source, begin, lane)
         fetch(base, 0, source[0], place, length - TILE * begin, thread)
@@ -152,7 +157,7 @@ def block_of_heads(types_of_rows, rank, rope, order, look, ahead):
             prepare(base, stage, thread)
             at = base + stage * next_tile
             part = scores_of_warp(0, a, NO_SCORES, (own_steps * warp, at + 2 * size * key[0], key))
-            parts = base + at_parts + stage * next_parts + 16 * lane
+            parts = base + at_parts + stage * next_parts + PARTS * team + 16 * lane
             _write_part(parts + 2048 * warp, part)
             cuda.syncthreads()
             scores = (
@@ -215,7 +220,8 @@ def _stages_in_blocks(types_of_rows, rank, rope, layout, order):
     """`_stages_of_tiles` of latent rows in blocks, which wait in their own type."""
     latent_bytes, rope_bytes = ggml.row_bytes(types_of_rows[0], rank), ggml.row_bytes(types_of_rows[1], rope)
     source_of, fetch_latent, fetch_rope = order.source, order.copy_whole(latent_bytes), order.copy_whole(rope_bytes)
-    unpack, at_parts, next_parts = unpack_rows(types_of_rows[0], rank, rope), layout.parts, layout.next_parts
+    unpack = unpack_rows(types_of_rows[0], rank, rope, order.threads)
+    at_parts, next_parts = layout.parts, layout.next_parts
 
     @device
     def fetch(base, stage, cache, place, seen, thread):

@@ -9,18 +9,20 @@ threads run.
 import numpy as np
 from numba import cuda
 
-from pymla.cuda.attention.index_scores import GROUP
+from pymla.cuda.attention.index_input import GROUP
 from pymla.cuda.attention.softmax import ZERO
 from pymla.cuda.attention.steps import STEP, seen_by
 from pymla.cuda.machine import ptx
-from pymla.cuda.runtime.array_types import F2, I2
+from pymla.cuda.runtime.array_types import I2, I64, addresses
 from pymla.cuda.runtime.jit import device, kernel
 
 __all__ = ["choose_positions"]
 
 #: Threads of a block. It has as many warps as a warp has lanes, at most: a warp adds up what the warps have.
-THREADS = 1024
+THREADS = 512
 WARPS = THREADS // ptx.WARP
+#: Sums of warps, of two kinds.
+ALL_PARTS = 2 * WARPS
 #: Bits of a digit, and the counters of its values.
 DIGIT = 11
 BINS = 1 << DIGIT
@@ -33,8 +35,7 @@ _WORD = 0xFFFFFFFF
 
 @device
 def _read_maximum(source, i):
-    maxima, _, t = source
-    return maxima[t, i]
+    return ptx.load_f32(source[0] + 4 * i)
 
 
 @device
@@ -51,7 +52,7 @@ def _position(source, i):
 
 @device
 def _read_score(source, i):
-    return source[0][source[2], _position(source, i)]
+    return ptx.load_f32(source[0] + 4 * _position(source, i))
 
 
 @device
@@ -172,9 +173,10 @@ _choose_groups = _selection(_read_maximum, _write_group)
 _choose_scores = _selection(_read_score, _write_position)
 
 
-@kernel(F2, F2, STEP, I2, I2, max_threads=THREADS)
-def choose_positions(scores, maxima, step, groups, out):
-    """A block takes a token. `groups` is room for as many groups as `out` has positions."""
+@kernel(addresses(2), I64, STEP, I2, I2, max_threads=THREADS)
+def choose_positions(values, longest, step, groups, out):
+    """A block takes a token. `values` are addresses of scores (T, longest) and maxima (T, longest // GROUP); `groups`
+    is room for as many groups as `out` has positions."""
     t, thread = cuda.blockIdx.x, cuda.threadIdx.x
     seen, most = seen_by(step, t), out.shape[1]
     if seen <= most:
@@ -182,16 +184,16 @@ def choose_positions(scores, maxima, step, groups, out):
             out[t, i] = i if i < seen else -1
         return
     bins = cuda.shared.array(BINS, np.int32)
-    parts = cuda.shared.array(2 * WARPS, np.int32)
+    parts = cuda.shared.array(ALL_PARTS, np.int32)
     found = cuda.shared.array(2, np.int32)
     shared = bins, parts, found
     count = (seen + GROUP - 1) // GROUP
     if count > most:
-        _choose_groups((maxima, groups, t), count, most, groups, shared)
+        _choose_groups((values[1] + 4 * (longest // GROUP) * t, groups, t), count, most, groups, shared)
         count = most
     else:
         for i in range(thread, count, THREADS):
             groups[t, i] = i
     cuda.syncthreads()
     # A position that the token does not see has a score of −inf and is behind all others: none is chosen.
-    _choose_scores((scores, groups, t), GROUP * count, most, out, shared)
+    _choose_scores((values[0] + 4 * longest * t, groups, t), GROUP * count, most, out, shared)
