@@ -60,8 +60,8 @@ def matmul_panels(qtype):
         """Over groups of `PAIR_ROWS` rows of each matrix."""
         tokens, groups = len(x.x), (w.rows + PAIR_ROWS - 1) // PAIR_ROWS
         scratch, results = allocate(SCRATCH), allocate_f32(tokens + SPARE_COLUMNS, PAIR_ROWS)
-        buffers = Buffers(address(scratch), address(results))
         for item in range(first, last):
+            buffers = Buffers(address(scratch), address(results))  # in the loop, so that it keeps the arrays alive
             matrix, begin = item // groups, item % groups * PAIR_ROWS
             at = address(out[0, matrix * w.rows + begin :])
             multiply_rows(w, matrix, begin, x, index, (0, tokens), buffers, at, 4 * out.shape[1])

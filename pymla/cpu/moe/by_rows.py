@@ -25,13 +25,13 @@ def gate_up_rows(gate_type, up_type):
         the first expert that has tokens, then all of the second, so that a thread reads long stretches of memory. `x`
         and `y` are the same activations, for each matrix in the order of its type."""
         columns, results = x.x.shape[1], np.empty((2, min(last - first, gate.rows) + 7), np.float32)
-        g, u = address(results[0]), address(results[1])
         begin, e = 0, next_expert(starts, -1)
         while begin < last and e < gate.number:
             until = min(last - begin, gate.rows)
             size = rows_at_once(starts[e + 1] - starts[e], gate.row_stride, gate.rows)
             for r in range(max(first - begin, 0), until, size):
                 count = min(size, until - r)
+                g, u = address(results[0]), address(results[1])  # in the loop, so that it keeps the array alive
                 for i in range(starts[e], starts[e + 1]):
                     t = tokens[i]
                     dot_gate(row_at(gate, e, r), gate.row_stride, count, parts(x, t), columns, g)

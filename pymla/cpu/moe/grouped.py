@@ -45,8 +45,8 @@ def gate_up_panels(qtype):
         groups = (gate.rows + LANES - 1) // LANES
         most = most_tokens(starts, first // groups, (last - 1) // groups + 1)
         scratch, results = allocate(SCRATCH), allocate_f32(most + SPARE_COLUMNS + 1, PAIR_ROWS)
-        buffers = Buffers(address(scratch), address(results))
         for item in range(first, last):
+            buffers = Buffers(address(scratch), address(results))  # in the loop, so that it keeps the arrays alive
             e, row = item // groups, item % groups * LANES
             begin, end = starts[e], starts[e + 1]
             if begin == end:
@@ -73,8 +73,8 @@ def expert_panels(qtype):
         groups = (w.rows + PAIR_ROWS - 1) // PAIR_ROWS
         most = most_tokens(starts, first // groups, (last - 1) // groups + 1)
         scratch, results = allocate(SCRATCH), allocate_f32(most + SPARE_COLUMNS + 1, PAIR_ROWS)
-        buffers = Buffers(address(scratch), address(results))
         for item in range(first, last):
+            buffers = Buffers(address(scratch), address(results))  # in the loop, so that it keeps the arrays alive
             e, begin = item // groups, item % groups * PAIR_ROWS
             if starts[e] == starts[e + 1]:
                 continue
@@ -115,7 +115,6 @@ def down_panels(qtype):
         experts = len(starts) - 1
         scratch = allocate(SCRATCH)
         results = allocate_f32(most_tokens(starts, 0, experts) + SPARE_COLUMNS, PAIR_ROWS)
-        buffers = Buffers(address(scratch), address(results))
         if not add:
             for t in range(len(out)):
                 for r in range(first * PAIR_ROWS, min(last * PAIR_ROWS, down.rows)):
@@ -124,6 +123,7 @@ def down_panels(qtype):
             if starts[e] == starts[e + 1]:
                 continue
             for group in range(first, last):
+                buffers = Buffers(address(scratch), address(results))  # in the loop, so that it keeps the arrays alive
                 begin = group * PAIR_ROWS
                 count = min(PAIR_ROWS, down.rows - begin)
                 row, stride = _any_row_at(down, shared, e, begin)
