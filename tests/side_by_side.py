@@ -14,11 +14,15 @@ import os
 import subprocess
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pymla.host.cores import usable_cores
+
+#: Files of tests that take long: where all tests run, each has a process of its own (`test_files_beside.py`).
+FILES = ("test_transformers.py", "test_golden.py", "test_sparse_models.py", "test_families.py", "test_compositions.py")
 
 #: Of `run`: what ``nice`` adds by default.
 NICENESS = 10
@@ -43,6 +47,12 @@ class SideBySide:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.addinivalue_line("markers", "side_by_side(run): run(*parameters) begins with the session")
+
+    def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
+        """Where all tests run, `FILES` are not collected, and elsewhere the tests that run them are not."""
+        runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        ignored = FILES if runs_all else ("test_files_beside.py",)
+        return True if collection_path.name in ignored else None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
