@@ -14,6 +14,8 @@ from pymla.cuda.runtime.jit import kernel
 _PAIRS, _HEADS = 32, 4
 #: Threads of a block that multiplies queries.
 _TEMPERING = 256
+#: Positions are below it, and a length from there on tempers nothing.
+_LONGEST = 2**31
 
 
 def angles(positions, inv_freq, magnitude, out):
@@ -53,7 +55,7 @@ def temper(x, positions, scale, length):
     int32 (T,)."""
     check.temper(x, positions, scale, length)
     rows = x.reshape(len(x), -1)
-    _temper[(len(x), -(-rows.shape[1] // _TEMPERING)), _TEMPERING](rows, positions, scale, length)
+    _temper[(len(x), -(-rows.shape[1] // _TEMPERING)), _TEMPERING](rows, positions, scale, min(length, _LONGEST))
     return x
 
 
@@ -107,6 +109,7 @@ def _rope_neox(x, cos_sin):
 def _temper(x, positions, scale, length):
     """A block takes some numbers of a token."""
     t, i = cuda.blockIdx.x, cuda.blockIdx.y * _TEMPERING + cuda.threadIdx.x
-    lengths = positions[t] // length
+    # In 32 bits: a division of 64 bits takes some 100 instructions.
+    lengths = np.uint32(positions[t]) // np.uint32(length)
     if lengths > 0 and i < x.shape[1]:
         x[t, i] *= np.float32(1) + scale * math.log(np.float32(1 + lengths))
