@@ -129,6 +129,7 @@ RANGES |= {
     ("dot8", "activations"): whole(-127, 127),
 }
 RANGES |= {("store_as_i16", "value"): whole(-32768, 32767), ("store_as_i8", "value"): whole(-128, 255)}
+RANGES |= {("store_as_u16xL", "value"): whole(0, 65535)}
 RANGES |= {("store_codes", "value"): whole(-128, 255), ("exp2", "x"): at_most(127)}
 RANGES |= {("store_words", column): whole(-128, 255) for column in "abcd"}
 RANGES |= {("farther", "x"): positive, ("farther", "y"): positive, ("farthest", "x"): positive}

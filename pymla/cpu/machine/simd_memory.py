@@ -264,6 +264,16 @@ def load_u8x8(address):
     return read_lanes(address, np.uint8, 8).astype(np.float32)
 
 
+@operation(
+    f32xL,
+    types.int64,
+    emit=lambda b, address: b.uitofp(read(b, address, ir.VectorType(I16, LANES)), ir.VectorType(F32, LANES)),
+)
+def load_u16xL(address):
+    """`LANES` uint16 from memory as float32 (vpmovzxwd, vcvtdq2ps)."""
+    return read_lanes(address, np.uint16, LANES).astype(np.float32)
+
+
 def _load_f32x4(builder, address):
     four = read(builder, address, ir.VectorType(F32, 4))
     return shuffle(builder, four, constant(four.type, 0.0), list(range(8)))
@@ -375,6 +385,17 @@ def store_as_i16(address, value):
 def store_as_i8(address, value):
     """Eight float32, whole numbers from -128 to 255, to memory as bytes. NaN becomes any number."""
     write_lanes(address, truncated(value, np.int8))
+
+
+def _store_as_u16(builder, address, value):
+    words = builder.fptosi(value, ir.VectorType(I32, LANES))
+    write(builder, address, builder.trunc(words, ir.VectorType(I16, LANES)))
+
+
+@operation(types.void, types.int64, f32xL, emit=_store_as_u16)
+def store_as_u16xL(address, value):
+    """`LANES` float32, whole numbers from 0 to 65535, to memory as uint16. NaN becomes any number."""
+    write_lanes(address, truncated(value, np.uint16))
 
 
 def _store_transposed(builder, address, *rows):
