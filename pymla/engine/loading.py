@@ -41,6 +41,7 @@ def load(
     dsa: bool = True,
     threads: int | None = None,
     ctx: int | None = None,
+    cache_tokens: int | None = None,
     check_tensors: bool = False,
     overrides: Mapping[str, Any] | None = None,
     report: Report | None = None,
@@ -71,6 +72,9 @@ def load(
         All usable cores by default.
     ctx : int, optional
         Tokens of the longest sequence. By default the model's context length, cut to what the memory holds.
+    cache_tokens : int, optional
+        Tokens that the cache holds for all sequences together, each in whole pages of 64; `ctx` by default, and never
+        fewer.
     check_tensors : bool
         Read the whole file first, and refuse it for NaN, infinity or holes in any tensor (`pymla.engine.filecheck`).
     overrides : dict of str and int, float, bool or str, optional
@@ -93,6 +97,7 @@ def load(
     mode = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
     threads = None if threads is None else checks.integer("threads", threads, 1)
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
+    cache_tokens = 1 if cache_tokens is None else checks.integer("cache_tokens", cache_tokens, 1)
     check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
     file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
@@ -103,11 +108,12 @@ def load(
         report.warn(warning)
     if ctx is not None and ctx > config.context_length:
         checks.refuse("ctx", ctx, f"this model's context goes from 1 to {config.context_length} tokens")
-    planner = Planner(config, file, cache_type, mode)
+    planner = Planner(config, file, cache_type, mode, cache_tokens)
     split, ctx = fit(device, wish, planner, report)
     place = placement(device, split, config, threads, report)
     weights = _weights(planner, place, split, report)
-    model = Model(config, weights, place, cache_type=cache_type, mla=mode, ctx=ctx)
+    room = max(ctx, cache_tokens)
+    model = Model(config, weights, place, cache_type=cache_type, mla=mode, ctx=ctx, cache_tokens=room)
     for backend in place.backends:
         backend.compile_for(model, report.compiling, report.warn)
     return LanguageModel(file, config, tokenizer, model, recommended.values)

@@ -4,7 +4,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.pages import PAGE
 from pymla.text.sampling import SamplingParams
+
+#: Tokens of a step after which logits are wanted: `Model.forward`.
+Wanted: TypeAlias = 'Literal["last", "all"] | np.ndarray'
 
 
 class Model:
@@ -117,22 +120,22 @@ class Model:
         """Chooses tokens for one sequence from rows of `step`'s logits (`pymla.backend.TokenSampler`)."""
         return self.backend.sampling.Sampler(params, history)
 
-    def forward(
-        self, batch: Batch, logits: Literal["last", "all"] = "last", progress: Progress | None = None
-    ) -> np.ndarray:
+    def forward(self, batch: Batch, logits: Wanted = "last", progress: Progress | None = None) -> np.ndarray:
         """Append tokens to sequences and predict the tokens that follow.
 
         Parameters
         ----------
         batch : list of (Sequence, int array)
             At least one token each. An interrupted pass leaves the sequences as they were.
-        logits : "last" or "all"
+        logits : "last", "all", or int array (n,)
+            The tokens after which logits are computed: the last one of each sequence, all of them, or those with these
+            numbers, ascending, among the tokens of the batch; at least one.
         progress : callable(done, total), optional
             Told of layers. A GPU may be behind.
 
         Returns
         -------
-        float32 array (len(batch), V), after the last token of each sequence, or (T, V), after every token
+        float32 array (len(batch), V), (T, V), or (n, V)
 
         Raises
         ------
@@ -144,7 +147,7 @@ class Model:
         with self.turn:
             return self.backend.memory.to_host(self.step(batch, logits, progress)).astype(np.float32)
 
-    def step(self, batch: Batch, logits: Literal["last", "all"] = "last", progress: Progress | None = None) -> Array:
+    def step(self, batch: Batch, logits: Wanted = "last", progress: Progress | None = None) -> Array:
         """`forward` with logits that stay in the memory of `backend`, where the next step may overwrite them: hold
         `turn` until they are read."""
         with self.turn:
@@ -162,14 +165,17 @@ class Model:
         if self._stepping:
             raise PymlaError("a model cannot be used by the progress callback of its own step; use it afterwards")
 
-    def _step(self, forward: Forward, batch: Batch, logits: str, progress: Progress | None) -> Array:
+    def _step(self, forward: Forward, batch: Batch, logits: Wanted, progress: Progress | None) -> Array:
         step = self.cache.extend(batch)
         runs = runs_of(self.config, self.mla, batch)
         size = self._recorded.size(step) if self._recorded else None
+        rows = logits if isinstance(logits, np.ndarray) else None
         if self._recorded and size:
             result = self._recorded.replay(step, runs, size)
+            result = result if rows is None else self.backend.memory.take(result, rows)
         else:
-            rows = None if logits == "all" else np.cumsum([len(new) for _, new in batch]) - 1
+            if isinstance(logits, str) and logits == "last":
+                rows = np.cumsum([len(new) for _, new in batch]) - 1
             steps = {backend: step.on(backend) for backend in self.placement.backends}
             result = forward.logits(steps, runs, rows, progress)
         self.cache.advance(batch)

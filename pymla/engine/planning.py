@@ -73,10 +73,13 @@ class Planner:
     file : ModelFile
     cache_type, mla : str
         As for `Model`.
+    cache_tokens : int
+        Tokens that the cache holds at least, and that a step may have, of all sequences together.
     """
 
-    def __init__(self, config: ModelConfig, file: ModelFile, cache_type: str, mla: str):
+    def __init__(self, config: ModelConfig, file: ModelFile, cache_type: str, mla: str, cache_tokens: int = 1):
         self.config, self.file, self.cache_type, self.mla = config, file, cache_type, mla
+        self._cache_tokens = cache_tokens
         # The part and the layer of every tensor that a backend takes as it is in the file.
         self._parts: dict[str, tuple[str, int]] = {}
         self._sizes: dict[str, int] = {}  # as tensors are loaded
@@ -112,7 +115,7 @@ class Planner:
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
             cache=self._cache(ctx, range(first, self.config.num_hidden_layers)),
-            scratch=device_scratch_bytes(self.config, self.mla, ctx),
+            scratch=device_scratch_bytes(self.config, self.mla, max(ctx, self._cache_tokens)),
             process=RESERVE,
         )
 
@@ -148,7 +151,7 @@ class Planner:
         return sum(ggml.tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors)
 
     def _cache(self, ctx: int, layers: range) -> int:
-        return cache_bytes(self.config, self.cache_type, self.mla, ctx, layers)
+        return cache_bytes(self.config, self.cache_type, self.mla, max(ctx, self._cache_tokens), layers)
 
 
 def choose(planner: Planner, wish: Wish, device: int, host: int) -> Choice:

@@ -1,6 +1,6 @@
 """Files of log-probabilities: what a model, the *base*, says after every token of a text that counts, so that other
-models can be compared with it. The format is that of llama.cpp's ``llama-perplexity --kl-divergence-base`` (`perplexity`
-and `kl_divergence` in tools/perplexity/perplexity.cpp): each program compares with the other's files.
+models can be compared with it. The format is that of llama.cpp's ``llama-perplexity --kl-divergence-base``
+(`perplexity` and `kl_divergence` in tools/perplexity/perplexity.cpp): each program compares with the other's files.
 
 =================  =====================================================================================
 8 bytes            ``_logits_``
@@ -12,8 +12,8 @@ records (w, r)     the log-probabilities after tokens n // 2 to n - 2 of every w
 =================  =====================================================================================
 
 Everything is little-endian. A *record* is V + 4 uint16, or V + 5 where V is odd. The first four are two float32,
-`scale` and `low`; then come V codes, ``round((x - least) / scale)`` of the logits x, where `least` is the smallest logit,
-or the largest less 16 if that is more. Code c stands for the log-probability ``scale * c + low``.
+`scale` and `low`; then come V codes, ``round((x - least) / scale)`` of the logits x, where `least` is the smallest
+logit, or the largest less 16 if that is more. Code c stands for the log-probability ``scale * c + low``.
 
 Files are large, 84 MB for a window of 512 tokens with a vocabulary of 163,840: they are written and read window by
 window.

@@ -61,8 +61,8 @@ def decode(records: np.ndarray, vocab_size: int) -> np.ndarray:
 def divergence(
     logits: np.ndarray, log_sums: np.ndarray, records: np.ndarray, out: np.ndarray, same_top: np.ndarray
 ) -> np.ndarray:
-    """The Kullback-Leibler divergence of each row of logits from a base, ``out[t] = Σ_i p_i * (ln p_i - ln q_i)`` over the
-    tokens whose p, the base's probability, is above ``exp(-16)``; and whether both have the same likeliest token.
+    """The Kullback-Leibler divergence of each row of logits from a base, ``out[t] = Σ_i p_i * (ln p_i - ln q_i)`` over
+    the tokens whose p, the base's probability, is above ``exp(-16)``; and whether both have the same likeliest token.
 
     Parameters
     ----------
