@@ -102,8 +102,13 @@ def prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 
 def read(path: Path) -> str:
     """The text of a file."""
+    return decode(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file."""
     try:
-        return decode(path.read_bytes(), path)
+        return path.read_bytes()
     except OSError as error:
         raise PymlaError(f"{path}: {error.strerror}") from None
 

@@ -68,8 +68,9 @@ class Terminal(Report):
         """Layers of the prompt that are computed."""
         self.show("prompt, layers", done, total)
 
-    def show(self, title: str, done: int, total: int, delay: float = 1.0) -> None:
-        """Show how much of a piece of work is done, once it has taken `delay` seconds."""
+    def show(self, title: str, done: int, total: int, delay: float = 1.0, note: str = "") -> None:
+        """Show how much of a piece of work is done, once it has taken `delay` seconds; on a terminal with a note beside
+        the title, such as a result so far."""
         if title != self._title:
             self.begin(title)
         if not self._enabled or time.monotonic() - self._began < delay:
@@ -86,7 +87,8 @@ class Terminal(Report):
             interrupt.terminal_reset = interrupt.WITHOUT_BAR
             self._bar.start()
             self._task = self._bar.add_task(title, total=total)
-        self._bar.update(self._task, completed=done, total=total, refresh=True)
+        described = f"{title}, {note}" if note else title
+        self._bar.update(self._task, completed=done, total=total, description=described, refresh=True)
 
 
 class _NoBar:
