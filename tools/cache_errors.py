@@ -12,10 +12,11 @@ from typing import NamedTuple
 import click
 import numpy as np
 from llama_losses import token_losses
-from perplexity import cut
+from perplexity import spread_windows, with_bos
 
 import pymla
 from pymla.cli.device import dsa_option
+from pymla.cli.inputs import read
 from pymla.engine.cache_layout import row_bytes
 from pymla.errors import PymlaError
 from pymla.pages import CACHE_TYPES
@@ -62,8 +63,7 @@ def main(model, text, window, limit, device, mla, dsa, threads):
 
     try:
         tokenizer = Tokenizer.from_gguf(model)
-        ids = tokenizer.encode(text.read_text(encoding="utf-8-sig"), add_bos=False)
-        windows = cut(ids, tokenizer.bos_id, window, limit)
+        windows = with_bos(spread_windows(tokenizer.encode(read(text)), tokenizer, window, limit))
         click.echo("| cache | bytes a token | perplexity | logits, rms | divergence, nats | same likeliest token |")
         click.echo("| --- | ---: | ---: | ---: | ---: | ---: |")
         exact = None

@@ -1,7 +1,7 @@
 """Perplexity of a GGUF file on a text: pymla's, and on the same tokens that of transformers and of llama.cpp.
 
-The text is cut into windows of the same number of tokens; each is read on its own, behind the BOS token, and every
-token of it counts. The held-out text of the demo model comes from ``tools/train_demo.py --heldout-out``.
+Windows overlap by one token: each is read on its own, behind the BOS token, and every other token of it counts, unlike
+those of ``pymla perplexity``. The held-out text of the demo model comes from ``tools/train_demo.py --heldout-out``.
 """
 
 import importlib.metadata
@@ -20,7 +20,9 @@ from llama_losses import token_losses
 
 import pymla
 from pymla.cli.device import dsa_option
+from pymla.cli.inputs import read
 from pymla.errors import PymlaError
+from pymla.make.perplexity import Windows, cache_tokens, cut, window_losses
 
 EXAMPLES = """\b
 Examples:
@@ -29,26 +31,32 @@ Examples:
 """
 
 
-def cut(ids: list[int], bos_id: int, length: int, limit: int | None) -> np.ndarray:
-    """Whole windows of `length` tokens, BOS and then text: int64 (windows, length), at most `limit`, evenly spread.
+def spread_windows(ids: list[int], tokenizer, length: int, limit: int | None) -> Windows:
+    """Windows of `length` tokens, of which all but the first count: at most `limit`, evenly spread over the text.
 
     Raises
     ------
     PymlaError
         The text is shorter than one window.
     """
-    count = len(ids) // (length - 1)
-    if count == 0:
-        raise PymlaError(f"the text has {len(ids)} tokens; a window of {length} needs {length - 1}: take --window")
-    rows = np.asarray(ids[: count * (length - 1)], np.int64).reshape(count, length - 1)
-    if limit is not None and limit < count:
-        rows = rows[np.linspace(0, count - 1, limit).astype(int)]
-    return np.concatenate([np.full((len(rows), 1), bos_id, np.int64), rows], axis=1)
+    windows = cut(ids, length, tokenizer, stride=length - 1)
+    count = len(windows.tokens)
+    if limit is None or limit >= count:
+        return windows
+    return windows._replace(tokens=windows.tokens[np.linspace(0, count - 1, limit).astype(int)])
 
 
-def pymla_losses(model: Path, windows: np.ndarray, options: dict):
-    loaded = pymla.load(model, ctx=windows.shape[1], **options)
-    return np.array([token_losses(loaded.logits(window.tolist()), window) for window in windows])
+def with_bos(windows: Windows) -> np.ndarray:
+    """The tokens of windows as engines read them: int64 (windows, length)."""
+    tokens = windows.tokens.astype(np.int64)
+    if windows.bos is not None:
+        tokens[:, 0] = windows.bos
+    return tokens
+
+
+def pymla_losses(model: Path, windows: Windows, options: dict):
+    with pymla.load(model, ctx=windows.ctx, cache_tokens=cache_tokens(windows.ctx), **options) as loaded:
+        return np.array(list(window_losses(loaded.model, windows)))
 
 
 def transformers_losses(folder: Path, windows: np.ndarray, threads: int | None):
@@ -126,25 +134,25 @@ def main(model, text, window, limit, device, cache_types, mla, dsa, hf, llama_py
 
     try:
         tokenizer = Tokenizer.from_gguf(model)
-        ids = tokenizer.encode(text.read_text(encoding="utf-8-sig"), add_bos=False)
-        windows = cut(ids, tokenizer.bos_id, window, limit)
+        windows = spread_windows(tokenizer.encode(read(text)), tokenizer, window, limit)
+        tokens = with_bos(windows)
         for cache_type in cache_types or ("f32", "q8_0"):
             options = {"device": device, "cache_type": cache_type, "mla": mla, "dsa": dsa, "threads": threads}
             add(f"pymla, cache {cache_type}", pymla_losses, model, windows, options)
         if hf:
             versions |= {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
-            add("transformers, float32", transformers_losses, hf, windows, threads)
+            add("transformers, float32", transformers_losses, hf, tokens, threads)
         if llama_python:
             for cache_type in ("f32", "f16"):
-                add(f"llama.cpp, cache {cache_type}", llama_losses, llama_python, model, windows, cache_type, threads)
+                add(f"llama.cpp, cache {cache_type}", llama_losses, llama_python, model, tokens, cache_type, threads)
     except PymlaError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     if as_json:
-        found = {"model": str(model), "text": str(text), "windows": len(windows), "window": window}
+        found = {"model": str(model), "text": str(text), "windows": len(tokens), "window": window}
         click.echo(json.dumps(found | {"rows": rows, "versions": versions}, indent=2))
         return
-    click.echo(f"{model} on {text}: {len(windows)} windows of {window} tokens")
+    click.echo(f"{model} on {text}: {len(tokens)} windows of {window} tokens")
     for row in rows:
         relative = "" if row["relative_to_first"] is None else f"  {row['relative_to_first']:+.4%}"
         click.echo(

@@ -174,7 +174,8 @@ class _Job(NamedTuple):
 
     def load(self, ctx: int, cache_tokens: int) -> LanguageModel:
         """Load the weights."""
-        with self.terminal:
+        with self.terminal as terminal:
+            measuring.compile_kernels(terminal.compiling, terminal.warn)
             return load(ctx=ctx, cache_tokens=cache_tokens, report=self.terminal, **self.loading)
 
     def report(self, device: str, result: dict[str, Any], text: str, rate: str) -> None:

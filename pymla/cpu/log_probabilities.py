@@ -11,6 +11,8 @@ through it in blocks: terms are summed in float32 within a block, and the sums o
 array([11.5129])
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import types
 
@@ -35,8 +37,9 @@ from pymla.cpu.machine.simd import (
     where_positive,
 )
 from pymla.cpu.runtime.array_types import D1, F2, I1
+from pymla.cpu.runtime.compiling import compile_all
 from pymla.cpu.runtime.isa import LANES
-from pymla.cpu.runtime.jit import Kernel, helper, kernel
+from pymla.cpu.runtime.jit import helper, kernel
 from pymla.files.kl_base import RANGE, record_words
 
 #: Columns of a block; `LANES` divides it.
@@ -80,9 +83,9 @@ def divergence(
     return out
 
 
-def kernels() -> list[Kernel]:
-    """The kernels of this module."""
-    return [_log_sum_exp, _encode, _divergence]
+def compile_kernels(progress: Callable[[int, int, str], object], warn: Callable[[str], object]) -> None:
+    """Have the kernels of this module ready; arguments as for `pymla.backend.Backend.compile_for`."""
+    compile_all([each.compiled for each in (_log_sum_exp, _encode, _divergence)], progress, warn)
 
 
 def _check(operation: str, logits: np.ndarray, records: np.ndarray | None = None, **numbers: np.ndarray) -> None:

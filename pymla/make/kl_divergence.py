@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla.cpu import log_probabilities
 from pymla.engine.model import Model
 from pymla.errors import PymlaError
 from pymla.files import kl_base
@@ -106,6 +105,8 @@ def compare_windows(
 
 def compare(logits: np.ndarray, records: np.ndarray, targets: np.ndarray, where: str) -> Comparison:
     """Compare rows of logits, float32 (n, V), with a base's records, for the tokens that followed, int (n,)."""
+    from pymla.cpu import log_probabilities  # which imports Numba
+
     log_sums, rows = log_sums_of(logits, where), np.arange(len(logits))
     heads = np.ascontiguousarray(records[:, :4]).view("<f4").astype(np.float64)
     base_losses = -(heads[:, 0] * records[rows, 4 + targets] + heads[:, 1])

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla import checks
-from pymla.cpu import log_probabilities
 from pymla.engine.cache import Batch
 from pymla.engine.model import Model
 from pymla.errors import PymlaError
@@ -251,6 +250,13 @@ def step_logits(
         return np.ascontiguousarray(logits, np.float32)
 
 
+def compile_kernels(progress: Callable[[int, int, str], object], warn: Callable[[str], object]) -> None:
+    """Have the kernels of log-probabilities ready; arguments as for `pymla.backend.Backend.compile_for`."""
+    from pymla.cpu import log_probabilities  # which imports Numba
+
+    log_probabilities.compile_kernels(progress, warn)
+
+
 def log_sums_of(logits: np.ndarray, where: str) -> np.ndarray:
     """What logits, float32 (n, V), are above log-probabilities in nats, float64 (n,).
 
@@ -259,6 +265,8 @@ def log_sums_of(logits: np.ndarray, where: str) -> np.ndarray:
     PymlaError
         A logit is NaN or plus infinity; `where` says what the logits belong to.
     """
+    from pymla.cpu import log_probabilities  # which imports Numba
+
     log_sums = log_probabilities.log_sum_exp(logits, np.empty(len(logits)))
     if not np.isfinite(log_sums).all():
         raise PymlaError(f"a logit of {where} is not finite: the model's weights are damaged, or overflow")
@@ -290,9 +298,16 @@ def window_losses(
         log_sums = log_sums_of(piece.logits, f"window {piece.window}")
         losses[part] = log_sums - piece.logits[np.arange(len(targets)), targets]
         if base is not None:
-            records = np.empty((len(log_sums), kl_base.record_words(piece.logits.shape[1])), np.uint16)
-            base.write(log_probabilities.encode(piece.logits, log_sums, records))
+            base.write(_records(piece.logits, log_sums))
         del piece  # its logits, before the next step computes others
         if part.stop == windows.counted:
             yield losses
             losses = np.empty(windows.counted)
+
+
+def _records(logits: np.ndarray, log_sums: np.ndarray) -> np.ndarray:
+    """Logits, float32 (n, V), as records of a file."""
+    from pymla.cpu import log_probabilities  # which imports Numba
+
+    records = np.empty((len(logits), kl_base.record_words(logits.shape[1])), np.uint16)
+    return log_probabilities.encode(logits, log_sums, records)
