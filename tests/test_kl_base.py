@@ -98,7 +98,7 @@ def test_a_file_without_all_records_does_not_appear(tmp_path, tokens, records):
 
 def test_a_disk_without_room(tmp_path, tokens, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-    with pytest.raises(PymlaError, match="base: needs 0.0 GiB"), kl_base.writing(tmp_path / "base", tokens, VOCAB):
+    with pytest.raises(PymlaError, match="base: needs 0"), kl_base.writing(tmp_path / "base", tokens, VOCAB):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -153,10 +153,11 @@ def test_any_bytes(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "base")
         path.write_bytes(found)
+        message = ""
         try:
             tokens, records = read_all(path)
-        except PymlaError as error:
-            assert str(error).isprintable()
-            assert len(str(error)) < 1000
-        else:
             assert len(records) == len(tokens)
+        except PymlaError as error:
+            message = str(error)
+        assert message.isprintable()
+        assert len(message) < 1000

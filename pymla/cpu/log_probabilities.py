@@ -40,12 +40,10 @@ from pymla.cpu.runtime.array_types import D1, F2, I1
 from pymla.cpu.runtime.compiling import compile_all
 from pymla.cpu.runtime.isa import LANES
 from pymla.cpu.runtime.jit import helper, kernel
-from pymla.files.kl_base import RANGE, record_words
+from pymla.files.kl_base import LEAST_SCALE, RANGE, record_words
 
 #: Columns of a block; `LANES` divides it.
 BLOCK = 1024
-#: Scales below this are 0 in a record: their reciprocal is no float32.
-_LEAST_SCALE = np.float32(1e-30)
 #: Codes of a record begin behind so many uint16.
 _HEAD = 4
 
@@ -149,7 +147,7 @@ def _encode(first, last, logits, log_sums, records):
         most = _most(row, np.float32(1), 0, columns)
         least = max(-_most(row, np.float32(-1), 0, columns), most - np.float32(RANGE))
         scale = (most - least) / np.float32(65535)
-        if scale < _LEAST_SCALE:
+        if scale < LEAST_SCALE:
             scale, inverse = np.float32(0), np.float32(0)
         else:
             inverse = np.float32(1) / scale

@@ -34,6 +34,8 @@ MAGIC = b"_logits_"
 #: What the largest logit of a record is at most above that of code 0, and the log-probability, without its sign, from
 #: which on a token of the base counts in a divergence.
 RANGE = 16
+#: Smaller scales are written as 0: their reciprocal is no float32.
+LEAST_SCALE = 1e-30
 
 _HEADER_BYTES = len(MAGIC) + 12
 #: How far rounding may lift the largest log-probability of a record above 0.

@@ -5,7 +5,7 @@ Records are rows of log-probabilities as files have them (`pymla.files.kl_base`)
 
 import numpy as np
 
-from pymla.files.kl_base import RANGE
+from pymla.files.kl_base import LEAST_SCALE, RANGE
 
 
 def log_sum_exp(logits: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -39,6 +39,7 @@ def encode(logits: np.ndarray, log_sums: np.ndarray, out: np.ndarray) -> np.ndar
     largest = logits.max(-1)
     least = np.maximum(logits.min(-1), largest - RANGE)
     heads = np.stack([(largest - least) / 65535, least - log_sums], axis=1).astype(np.float32)
+    heads[heads[:, 0] < LEAST_SCALE, 0] = 0
     scale = heads[:, :1].astype(np.float64)
     above = np.maximum(logits - least[:, None], 0)
     out[...] = 0
