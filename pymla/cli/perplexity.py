@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,7 +198,7 @@ class _Collected(NamedTuple):
 def _collect(
     terminal: Terminal,
     title: str,
-    results: Callable[[measuring.Progress], Iterator[Any]],
+    results: Callable[[measuring.Progress], Generator[Any, None, None]],
     note: Callable[[list[Any]], str],
 ) -> _Collected:
     """Collect results as they come, until they end or the user interrupts them.
@@ -263,7 +263,7 @@ def _measure(job: _Job, windows: measuring.Windows, base_out: Path | None) -> in
 
 def _losses(
     model: Model, windows: measuring.Windows, base_out: Path | None, progress: measuring.Progress
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Losses of windows; the file is complete with the last one."""
     if base_out is None:
         yield from measuring.window_losses(model, windows, None, progress)

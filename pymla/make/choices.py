@@ -14,7 +14,7 @@ import csv
 import io
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,7 +310,7 @@ def tokenised(question: Question, tokenizer: Tokenizer) -> Task:
 
 def answer_scores(
     model: Model, tasks: Sequence[Task], progress: Callable[[int, int], object] | None = None
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Mean log-probabilities of the answers of one task after the other, float64 (answers,), in nats.
 
     What the answers of a task share goes through the model once. Several tasks go through it together.

@@ -6,7 +6,7 @@ probability of the token that follows in the text.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +75,7 @@ def check_same(
 
 def compare_windows(
     model: Model, windows: Windows, base: kl_base.BaseFile, progress: Progress | None = None
-) -> Iterator[Comparison]:
+) -> Generator[Comparison, None, None]:
     """Compare a model with a base, one window after the other.
 
     Parameters
@@ -99,7 +99,7 @@ def compare_windows(
         parts.append(compare(piece.logits, records, targets, f"window {piece.window}"))
         del piece  # its logits, before the next step computes others
         if stop == windows.counted:
-            yield Comparison(*map(np.concatenate, zip(*parts, strict=True)))
+            yield Comparison(*(np.concatenate(each) for each in zip(*parts, strict=True)))
             parts = []
 
 
@@ -148,7 +148,7 @@ class Statistics(NamedTuple):
 
 def statistics(comparisons: Sequence[Comparison]) -> Statistics:
     """The statistics of windows that were compared; at least one."""
-    losses, base_losses, divergences, same_top = map(np.concatenate, zip(*comparisons, strict=True))
+    losses, base_losses, divergences, same_top = (np.concatenate(each) for each in zip(*comparisons, strict=True))
     own, base = perplexity([losses]), perplexity([base_losses])
     log_ratio = mean(losses - base_losses)
     ratio = math.exp(min(log_ratio.value, 700.0))

@@ -14,7 +14,7 @@ Mean(value=10.3707, error=0.2519)
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -221,9 +221,9 @@ def _several(model: Model, windows: Windows, numbers: range, tokens: _Tokens) ->
     finally:
         for sequence, _ in batch:
             model.free(sequence)
-    tokens.add(count)
     for i, number in enumerate(numbers):
         yield Piece(number, 0, logits[i * windows.counted : (i + 1) * windows.counted])
+    tokens.add(count)
 
 
 def _window_in_parts(model: Model, windows: Windows, window: int, rows: int, tokens: _Tokens) -> Iterator[Piece]:
@@ -275,7 +275,7 @@ def log_sums_of(logits: np.ndarray, where: str) -> np.ndarray:
 
 def window_losses(
     model: Model, windows: Windows, base: kl_base.BaseWriter | None = None, progress: Progress | None = None
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """The negative log-probabilities of the tokens that count, float64 (``windows.counted``,) in nats, of one window
     after the other.
 
