@@ -123,7 +123,8 @@ def perplexity(
     if given:
         ((name, file),) = given.items()
         return _score(job, _KINDS[name], file, tasks)
-    ids = None if text_file is None else job.tokenizer.encode(read(text_file))
+    # llama.cpp's programs leave out the line end at the end of a file.
+    ids = None if text_file is None else job.tokenizer.encode(read(text_file).removesuffix("\n"))
     if base_in is not None:
         return _compare(job, base_in, ctx, ids, chunks)
     if ids is None:

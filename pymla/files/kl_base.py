@@ -83,7 +83,7 @@ class BaseFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file: BinaryIO = path.open("rb", buffering=0)
         except OSError as error:
             raise PymlaError(f"{path}: {error.strerror or error}") from error
         try:
