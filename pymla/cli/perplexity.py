@@ -133,7 +133,7 @@ def perplexity(
     if base_out is not None:
         inputs = [*job.file.parts, *([] if text_file is None else [text_file])]
         outputs.check({"--kl-base": base_out}, inputs)
-        outputs.check_space(base_out, kl_base.file_bytes(*windows.tokens.shape, job.config.vocab_size))
+        outputs.check_space(base_out, kl_base.file_bytes(len(windows.tokens), windows.ctx, job.config.vocab_size))
     return _measure(job, windows, base_out)
 
 

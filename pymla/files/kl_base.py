@@ -173,7 +173,7 @@ class BaseWriter:
         """Append records, uint16 (n, ``record_words(V)``)."""
         if records.shape[1:] != (self._words,) or len(records) > self.missing:
             raise ValueError(f"records {records.shape}; {self.missing} of {self._words} words are missing")
-        self._file.write(np.ascontiguousarray(records, "<u2"))
+        self._file.write(np.ascontiguousarray(records, "<u2").data)
         self.missing -= len(records)
 
 
@@ -198,7 +198,7 @@ def writing(path: Path, tokens: np.ndarray, vocab_size: int) -> Iterator[BaseWri
     with outputs.replacing(path) as part:
         with part.open("rb+") as file:
             file.write(MAGIC + np.array([ctx, vocab_size, windows], "<i4").tobytes())
-            file.write(np.ascontiguousarray(tokens, "<i4"))
+            file.write(np.ascontiguousarray(tokens, "<i4").data)
             writer = BaseWriter(file, record_words(vocab_size), windows * records_of_window(ctx))
             yield writer
         if writer.missing:
