@@ -129,7 +129,7 @@ READERS = {
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_bytes(read, data):
     found = bytearray(READERS[read])
     for _ in range(data.draw(st.integers(1, 3))):
@@ -255,7 +255,7 @@ def test_scores_are_those_of_the_definition(loaded, monkeypatch):
     tasks = tasks_of(loaded)
     assert len(tasks) > 6
     expected = [[by_definition(loaded, answer) for answer in task.answers] for task in tasks]
-    for most, row_bytes in ((64, 1 << 30), (2, 1 << 30), (64, 4 * 288 * 9)):
+    for most, row_bytes in ((64, 1 << 30), (2, 4 * 288 * 9)):
         monkeypatch.setattr(choices, "MOST_TASKS", most)
         monkeypatch.setattr(choices, "LOGITS_BYTES", row_bytes)
         told = []

@@ -142,7 +142,7 @@ def test_a_file_that_becomes_shorter(written):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_bytes(data):
     rng = np.random.default_rng(0)
     sound = as_bytes(rng.integers(0, VOCAB, (WINDOWS, CTX)), np.zeros((WINDOWS * RECORDS, WORDS), np.uint16))

@@ -21,8 +21,11 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.host.memory import available_memory
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
-from pymla.pages import CACHE_TYPES
+from pymla.pages import CACHE_TYPES, PAGE
 from pymla.text.recommended import recommended_sampling
+
+#: Slots of a cache are numbers of 32 bits.
+MOST_SLOTS = (1 << 31) - PAGE
 
 
 def demo_path() -> Path:
@@ -97,7 +100,7 @@ def load(
     mode = checks.choice("mla", str(mla) if isinstance(mla, int) else mla, MLA_MODES)
     threads = None if threads is None else checks.integer("threads", threads, 1)
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
-    cache_tokens = 1 if cache_tokens is None else checks.integer("cache_tokens", cache_tokens, 1)
+    cache_tokens = 1 if cache_tokens is None else checks.integer("cache_tokens", cache_tokens, 1, MOST_SLOTS)
     check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
     file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
