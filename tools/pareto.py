@@ -122,7 +122,7 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("size, MiB")
         axes.set_ylabel("mean divergence from the base, nats")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         figure.suptitle(title, fontsize=11)
