@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+import make_imatrix_golden
 import numpy as np
 import pytest
 from compare import assert_close
@@ -34,7 +35,7 @@ def collected(path, chunks, device="cpu"):
     """The entries of a model on some chunks."""
     dtype = np.float64 if device == "reference" else np.float32
     with pymla.load(path, device=device, mla="1", cache_type="f32", ctx=128) as language_model:
-        collector = Collector(language_model, 128, process_output=True, dtype=dtype)
+        collector = Collector(language_model.model, language_model.file, 128, process_output=True, dtype=dtype)
         for tokens in chunks:
             collector.read(tokens)
         return collector.importance(["text"], 64)
@@ -131,7 +132,7 @@ def test_a_quantised_model(tmp_path):
 def test_chunks_add_up_and_an_interrupted_one_counts_nothing(defined, monkeypatch):
     path, chunks, sums, counts = defined("v2-lite")
     with pymla.load(path, device="cpu", mla="1", cache_type="f32", ctx=128) as language_model:
-        collector = Collector(language_model, 128, process_output=True)
+        collector = Collector(language_model.model, language_model.file, 128, process_output=True)
         collector.read(chunks[0])
         forward, passes = collector._model.forward, iter([KeyboardInterrupt])
 
@@ -156,7 +157,7 @@ def test_inputs_that_are_not_finite(defined):
     """The chunk is left out, and the message names a tensor."""
     path, chunks, *_ = defined("v2-lite")
     with pymla.load(path, device="cpu", mla="1", cache_type="f32", ctx=128) as language_model:
-        collector = Collector(language_model, 128, process_output=True)
+        collector = Collector(language_model.model, language_model.file, 128, process_output=True)
         collector.read(chunks[0])
         entries = collector.importance().entries
         weights = language_model.model.weights
@@ -355,7 +356,35 @@ def test_progress_of_collecting(defined):
     with pymla.load(path, device="cpu", mla="1", cache_type="f32", ctx=128) as language_model:
         perplexity = Perplexity()
         collect(
-            Collector(language_model, 128), np.repeat(chunks, 2, axis=0), perplexity, lambda *each: told.append(each)
+            Collector(language_model.model, language_model.file, 128),
+            np.repeat(chunks, 2, axis=0),
+            perplexity,
+            lambda *each: told.append(each),
         )
     assert told == [(1, 2), (2, 2)]
     assert perplexity.value > 1
+
+
+# The figures of llama.cpp ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", make_imatrix_golden.LAYOUTS)
+def test_sums_equal_those_of_llama_cpp(layout, tmp_path, run):
+    """Those of tools/make_imatrix_golden.py."""
+    golden = Importance.read(GOLDEN / "imatrix" / f"{layout}.gguf")
+    path, text = make_imatrix_golden.make(tmp_path / "m.gguf", layout), tmp_path / "text.txt"
+    text.write_text(make_imatrix_golden.TEXT)
+    options = "--ctx", make_imatrix_golden.CTX, "--process-output", "--device", "cpu"
+    code, _, err = run("imatrix", "-m", path, "-f", text, "-o", tmp_path / "i.gguf", *options)
+    assert code == 0, err
+    importance = Importance.read(tmp_path / "i.gguf")
+    assert (importance.chunks, importance.chunk_size) == (golden.chunks, golden.chunk_size)
+    # What llama.cpp does not see in the layout is here in addition.
+    more = {name.split(".")[2] for name in importance.entries.keys() - golden.entries.keys()}
+    assert more == ({"attn_k_b", "attn_v_b"} if layout == "kv_b" else {"attn_kv_b"})
+    assert golden.entries.keys() <= importance.entries.keys()
+    for name, entry in golden.entries.items():
+        own = importance.entries[name]
+        np.testing.assert_array_equal(own.counts, entry.counts, name)
+        assert_close(own.sums, entry.sums, rtol_max=1e-4, reason=f"{name}: float32 here and there")
+    assert importance.never_chosen() == golden.never_chosen()

@@ -146,7 +146,7 @@ def _collect(
     terminal = _Terminal()
     with terminal, load(path, ctx=output.ctx, cache_type="f32", mla="1", report=terminal, **options) as language_model:
         cut = chunks_of(*_tokens(language_model, text, parse_special), output.ctx, from_chunk, chunks)
-        collector = Collector(language_model, output.ctx, process_output=process_output)
+        collector = Collector(language_model.model, language_model.file, output.ctx, process_output=process_output)
         Importance.merged([*output.before, collector.importance()], output.ctx)  # refuses files of another model
         perplexity = None if no_ppl else Perplexity()
 

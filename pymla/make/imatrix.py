@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymla.backend import Array
-from pymla.engine.language_model import LanguageModel
 from pymla.engine.model import Model
 from pymla.engine.slices import slices
 from pymla.errors import PymlaError
+from pymla.files.gguf_reader import ModelFile
 from pymla.files.imatrix_entries import Entry
 from pymla.make.importance import Importance
 from pymla.make.observed_backend import address, observed
@@ -96,8 +96,10 @@ class Collector:
 
     Parameters
     ----------
-    language_model : LanguageModel
-        Its own model and cache are left alone.
+    model : Model
+        Its weights and its placement are shared; its cache is left alone.
+    file : ModelFile
+        That the weights come from.
     ctx : int
         Tokens of the longest chunk.
     process_output : bool
@@ -112,16 +114,21 @@ class Collector:
     """
 
     def __init__(
-        self, language_model: LanguageModel, ctx: int = CTX, *, process_output: bool = False, dtype: Any = np.float32
+        self,
+        model: Model,
+        file: ModelFile,
+        ctx: int = CTX,
+        *,
+        process_output: bool = False,
+        dtype: Any = np.float32,
     ):
-        given = language_model.model
-        if given.weights is None:
-            raise PymlaError(f"{language_model.file.path}: this model was closed; load it again")
-        self._file, self._output = language_model.file, process_output
+        if model.weights is None:
+            raise PymlaError(f"{file.path}: this model was closed; load it again")
+        self._file, self._output = file, process_output
         watched: dict[int, _Inputs] = {}
-        place = _around(given.placement, watched)
-        self._model = Model(given.config, given.weights, place, cache_type="f32", mla="1", ctx=ctx, dtype=dtype)
-        for where, inputs in _inputs(self._model, self._file.tensors, process_output):
+        place = _around(model.placement, watched)
+        self._model = Model(model.config, model.weights, place, cache_type="f32", mla="1", ctx=ctx, dtype=dtype)
+        for where, inputs in _inputs(self._model, file.tensors, process_output):
             watched[address(where)] = inputs
         self._inputs = list(watched.values())
         self.chunks = 0
