@@ -7,7 +7,7 @@ llama.cpp and ik_llama.cpp.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -194,7 +194,7 @@ class Importance:
         sums = entry.sums.reshape(heads, columns).sum(0, dtype=np.float64)
         return (sums / inputs if inputs else np.ones(columns)).astype(np.float32)[None]
 
-    def _refuse(self, entry: Entry, name: str, matrices: int, columns: int) -> None:
+    def _refuse(self, entry: Entry, name: str, matrices: int, columns: int) -> NoReturn:
         have = " x ".join(map(str, entry.sums.shape))
         raise PymlaError(
             f"{self.source}: has {have} columns for {shown(name)}, and the tensor {matrices} x {columns}: it is of "
