@@ -1,8 +1,8 @@
 """Tests that wait for a process of its own: the process begins with the session, beside the other tests.
 
 Most tests keep one core busy. Processes of tests marked ``side_by_side(run=…)`` take the cores that are left: as many
-run at a time as there are cores, at a low priority, so that tests of time do not notice them. The marked tests come
-last and take their results from the fixture `beside`::
+run at a time as there are cores, each on one of them, at a low priority, so that tests of time do not notice them. The
+marked tests come last and take their results from the fixture `beside`::
 
     @pytest.mark.parametrize("name", FILES)
     @pytest.mark.side_by_side(run=lambda name: side_by_side.run([sys.executable, name]))
@@ -11,6 +11,7 @@ last and take their results from the fixture `beside`::
 """
 
 import os
+import queue
 import subprocess
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,11 +39,24 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def _stay_on_a_core(cores: queue.SimpleQueue[int]) -> None:
+    """Keep the calling thread, and the processes that it starts, on a core of its own: threads of kernels that wait for
+    each other would spend a third of the time on waiting for a core."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
 class SideBySide:
     """A plugin: starts what selected tests wait for."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(usable_cores())
+        count = usable_cores()
+        if hasattr(os, "sched_setaffinity") and count == len(os.sched_getaffinity(0)):
+            cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+            for core in sorted(os.sched_getaffinity(0)):
+                cores.put(core)
+            self._pool = ThreadPoolExecutor(count, initializer=_stay_on_a_core, initargs=(cores,))
+        else:  # a quota in place of cores, or no such call
+            self._pool = ThreadPoolExecutor(count)
         self._futures: dict[Hashable, Future] = {}
 
     def pytest_configure(self, config: pytest.Config) -> None:

@@ -205,10 +205,10 @@ def test_the_estimate_so_far_is_shown(monkeypatch, run):  # noqa: F811
     shown = []
     monkeypatch.setattr(
         "pymla.cli.terminal.Terminal.show",
-        lambda self, title, done, total, delay=1.0, note="": shown.append((title, done, total, note)),
+        lambda self, title, done, total, delay=1.0, figure="": shown.append((title, done, total, figure)),
     )
     assert run("perplexity", *OPTIONS, *WINDOWS)[0] == 0
     shown = [each for each in shown if each[0] == "tokens"]
     assert shown[0][3] == ""
     assert shown[-1][1:3] == (256, 256)
-    assert re.fullmatch(r"PPL = [\d.]+ ± [\d.]+", shown[-1][3])
+    assert re.fullmatch(r", PPL = [\d.]+ ± [\d.]+", shown[-1][3])

@@ -13,6 +13,7 @@ COMMANDS = {
     "bench": "Measure prompt and generation speed as the context grows.",
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "generate": "Generate text from a prompt.",
+    "imatrix": "Collect or merge importance matrices, for quantising.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
     "perplexity": "Measure how well a model predicts a text, or answers questions.",
 }

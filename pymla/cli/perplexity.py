@@ -215,11 +215,11 @@ def _collect(
     try:
         with (
             interrupt.graceful(),
-            contextlib.closing(results(lambda done, total: terminal.show(title, done, total, note=shown))) as found,
+            contextlib.closing(results(lambda done, total: terminal.show(title, done, total, figure=shown))) as found,
         ):
             for each in found:
                 items.append(each)
-                shown = note(items)
+                shown = f", {note(items)}"
     except KeyboardInterrupt:
         code = interrupt.CODE
     finally:
