@@ -166,6 +166,13 @@ def test_a_prompt_and_generated_tokens(folder, shape, qtype, cache_type, toleran
     pair.step({"a": (11, 12)}, tolerance)
 
 
+def test_logits_of_chosen_tokens(folder):
+    """Of several sequences, and of a recorded step."""
+    pair = Pair(folder, LITE, ggml.F32, backend)
+    pair.step({"a": (0, 5), "b": (5, 8)}, HALF, logits=np.array([3, 4, 7]))
+    pair.step({"a": (8, 9), "b": (9, 10)}, HALF, logits=np.array([1]))
+
+
 @pytest.mark.parametrize(
     ("mla", "cache_type", "tolerance"),
     [("0", "f16", HALF), ("1", "bf16", BFLOAT), ("2", "q8_0", HALF), ("3", "f32", HALF)],
