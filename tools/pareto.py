@@ -55,11 +55,16 @@ def base_of(model: Path, text: Path, kept: Path | None, ctx: int, chunks: int | 
         return
     with tempfile.TemporaryDirectory() as folder, pymla.load(model, **loading(ctx, options)) as loaded:
         path = kept or Path(folder, "base.kld")
-        windows = perplexity.cut(loaded.tokenize(read(text)), ctx, loaded.tokenizer, chunks)
+        windows = perplexity.cut(tokens_of(loaded, text), ctx, loaded.tokenizer, chunks)
         with kl_base.writing(path, windows.tokens, loaded.config.vocab_size) as writer:
             for _ in perplexity.window_losses(loaded.model, windows, writer):
                 pass
         yield path
+
+
+def tokens_of(loaded, text: Path) -> list[int]:
+    """The tokens of a text file, as ``pymla perplexity`` reads it."""
+    return loaded.tokenize(read(text).removesuffix("\n"))
 
 
 def loading(ctx: int, options: dict) -> dict:
@@ -72,7 +77,7 @@ def measure(path: Path, series: str, base: kl_base.BaseFile, text: Path, options
     file = ModelFile.open(path)
     weights = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     with pymla.load(path, **loading(base.ctx, options)) as loaded:
-        kl_divergence.check_same(base, loaded.config.vocab_size, None, loaded.tokenize(read(text)))
+        kl_divergence.check_same(base, loaded.config.vocab_size, None, tokens_of(loaded, text))
         windows = kl_divergence.windows_of(base, perplexity.bos_of(loaded.tokenizer))
         found = kl_divergence.statistics(list(kl_divergence.compare_windows(loaded.model, windows, base)))
     bits = 8 * file.nbytes / weights
