@@ -55,9 +55,10 @@ PROTECTED = {
 }
 
 #: Types of so few bits that llama.cpp makes them with an importance matrix only (``tensor_requires_imatrix``).
-_NEED_IMPORTANCE = (ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS)
+NEED_IMPORTANCE = (ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS)
 
-_OUTER = ("token_embd.weight", "output.weight")
+#: The embeddings and the output matrix, which have no importance matrix and need none.
+OUTER = ("token_embd.weight", "output.weight")
 
 
 class Rule(NamedTuple):
@@ -114,25 +115,34 @@ class Recipe:
             raise PymlaError(f"architecture {shown(architecture)}: types are known for the tensors of {known} only")
         model = Model.of(tensors, layers, queries_per_key, self.importance)
         walk = None if self.mix is None else Walk(self.mix, model)
-        chosen = {tensor.name: self._choose(tensor, walk, model) for tensor in walk_order(tensors)}
+        chosen = {tensor.name: self._choose(tensor, walk, model.tied) for tensor in walk_order(tensors)}
         return {tensor.name: chosen[tensor.name] for tensor in tensors}
+
+    def free(self, tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """The matrices for which neither a rule nor an option of the user has a type."""
+        tied = "output.weight" not in {tensor.name for tensor in tensors}
+        return [
+            tensor
+            for tensor in tensors
+            if self._kept(tensor) is None and not self._asked(tensor.name, tied) and not self._ruled(tensor.name)
+        ]
 
     def unused(self, tensors: Iterable[TensorInfo]) -> list[Rule]:
         """The user's rules that match no tensor whose type they could change."""
         names = [tensor.name for tensor in tensors if self._kept(tensor) is None]
         return [rule for rule in self.rules if not any(rule.pattern.search(name) for name in names)]
 
-    def _choose(self, tensor: TensorInfo, walk: Walk | None, model: Model) -> Choice:
+    def _choose(self, tensor: TensorInfo, walk: Walk | None, tied: bool) -> Choice:
         kept = self._kept(tensor)
         if kept is not None:
             return Choice(tensor.qtype, kept)
         if walk is None or self.mix is None:
             return Choice(tensor.qtype, "copied")
-        choice = self._outer(tensor.name) or self._ruled(tensor.name)
+        choice = self._asked(tensor.name, tied) or self._ruled(tensor.name)
         if choice is None and self.pure:
             choice = Choice(self.mix.qtype, f"pure {ggml.NAME[self.mix.qtype]}")
         if choice is None:
-            choice = self._protected(tensor, self._mixed(tensor, walk, model))
+            choice = self._protected(tensor, walk.choose(tensor))
         return _fitting(tensor, choice)
 
     def _kept(self, tensor: TensorInfo) -> str | None:
@@ -153,10 +163,11 @@ class Recipe:
             return "the output is left as it is"
         return None
 
-    def _outer(self, name: str) -> Choice | None:
+    def _asked(self, name: str, tied: bool) -> Choice | None:
+        """The type that is asked for the embeddings or for the output matrix, which may be one."""
         if name == "token_embd.weight" and self.token_embedding_type is not None:
             return Choice(self.token_embedding_type, "asked for the embeddings")
-        if name == "output.weight" and self.output_type is not None:
+        if name == ("token_embd.weight" if tied else "output.weight") and self.output_type is not None:
             return Choice(self.output_type, "asked for the output")
         return None
 
@@ -165,12 +176,6 @@ class Recipe:
             if rule.pattern.search(name):
                 return Choice(rule.qtype, rule.where)
         return None
-
-    def _mixed(self, tensor: TensorInfo, walk: Walk, model: Model) -> Choice:
-        choice = walk.choose(tensor)
-        if model.tied and tensor.name == "token_embd.weight" and self.output_type is not None:
-            return Choice(self.output_type, "asked for the output, which the embeddings are, too")
-        return choice
 
     def _protected(self, tensor: TensorInfo, choice: Choice) -> Choice:
         """The choice of a mix, or the type that protects the tensor from few bits."""
@@ -196,10 +201,10 @@ def _fitting(tensor: TensorInfo, choice: Choice) -> Choice:
 
 def needs_importance(name: str, qtype: int, recipe: Recipe) -> bool:
     """Whether llama.cpp makes a tensor of a type with an importance matrix only."""
-    if name in _OUTER:
+    if name in OUTER:
         return False
     small = recipe.mix is not None and recipe.mix.name == "Q2_K_S"
-    return qtype in _NEED_IMPORTANCE or (small and qtype == ggml.Q2_K)
+    return qtype in NEED_IMPORTANCE or (small and qtype == ggml.Q2_K)
 
 
 def recipe_for(
