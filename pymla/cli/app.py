@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "generate": "Generate text from a prompt.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
+    "quantize": "Write a GGUF file in other types.",
 }
 
 
