@@ -144,7 +144,7 @@ def _write_recipe(plan: "Plan", path: Path) -> None:
 
     assert plan.found is not None  # a size was given
     outputs.check({"--recipe-out": path}, plan.file.parts, devices=True)
-    outputs.write(path, recipe_text(plan.found.choices, f"{plan.file.path.name}: {summary(plan)}").encode())
+    outputs.write(path, recipe_text(plan.found.choices, one_line(f"{plan.file.path.name}: {summary(plan)}")).encode())
 
 
 def _write(plan: "Plan", out: Path, keep_split: bool) -> None:
