@@ -14,6 +14,8 @@ COMMANDS = {
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "generate": "Generate text from a prompt.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
+    "merge": "Make one GGUF file of the parts of a model.",
+    "split": "Write a GGUF file as several parts.",
 }
 
 
