@@ -175,10 +175,8 @@ def store_as_bytes(address, value):
 def _store_nibbles(builder, address, low, high):
     words = ir.VectorType(I32, 16)
     low, high = builder.fptosi(low, words), builder.fptosi(high, words)
-    low = builder.and_(low, constant(words, 15))
-    write(
-        builder, address, builder.trunc(builder.or_(low, builder.shl(high, constant(words, 4))), ir.VectorType(I8, 16))
-    )
+    both = builder.or_(builder.and_(low, constant(words, 15)), builder.shl(high, constant(words, 4)))
+    write(builder, address, builder.trunc(both, ir.VectorType(I8, 16)))
 
 
 @operation(types.void, types.int64, f32x16, f32x16, emit=_store_nibbles)

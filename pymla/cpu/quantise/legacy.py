@@ -2,8 +2,8 @@
 whose name ends in 1. Layouts are those of `pymla.reference.formats.legacy`.
 
 For each block the scale, or the scale and the minimum, come from `pymla.cpu.quantise.search` and are rounded to IEEE
-halves. Codes are the nearest ones under the rounded numbers. A weight costs two passes of sixteen candidates where there
-is a scale alone, and four where there is a minimum: 8 and 16 cycles with registers of 512 bits.
+halves. Codes are the nearest ones under the rounded numbers. A weight costs two passes of sixteen candidates where
+there is a scale alone, and four where there is a minimum: 8 and 16 cycles with registers of 512 bits.
 """
 
 import numpy as np

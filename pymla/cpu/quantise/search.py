@@ -230,8 +230,8 @@ def line_search_for(size, top, is_below_zero, rounds):
     not positive where `is_below_zero`.
 
     The first candidates spread a range of `top` - 1 to `top` + 0.75 codes over all weights, from the lowest weight on
-    or around the middle. Each of `rounds` then takes the best scale and offset so far, and moves the codes of the lowest
-    and the highest weight by some steps each, half as large as in the round before.
+    or around the middle. Each of `rounds` then takes the best scale and offset so far, and moves the codes of the
+    lowest and the highest weight by some steps each, half as large as in the round before.
     """
     most = np.float32(top)
 

@@ -186,8 +186,8 @@ def _best_halves(scales, minima, mixed, products, offsets, dmin):
 
 def _lines_for(size, top, largest):
     """Make ``take(x, w, halves, found, taken)``, a pass under the halves d and dmin (both relative to the largest
-    weight): `taken` are the integer scales of all small blocks, then the integer minima, from 0 to `largest`. It returns
-    the error, less Σwxx, and the best halves for these integers and codes."""
+    weight): `taken` are the integer scales of all small blocks, then the integer minima, from 0 to `largest`. It
+    returns the error, less Σwxx, and the best halves for these integers and codes."""
 
     @helper
     def take(x, w, halves, found, taken):
