@@ -10,8 +10,9 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from pymla import ggml
 
-#: A value of the metadata. An int is written as uint32, a float as float32, arrays of numbers as int32 or float32.
-Value = bool | int | float | str | Sequence[str] | Sequence[bool] | np.ndarray
+#: A value of the metadata. An int is written as uint32, a NumPy int32 as that, a float as float32, arrays of numbers as
+#: int32 or float32.
+Value = bool | int | np.int32 | float | str | Sequence[str] | Sequence[bool] | np.ndarray
 Metadata = Mapping[str, Value]
 
 
@@ -64,6 +65,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
+    elif isinstance(value, np.int32):
+        writer.add_int32(key, int(value))
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):
