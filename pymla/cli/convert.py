@@ -30,9 +30,9 @@ Examples:
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
-    default="kv_b",
+    default="split",
     show_default=True,
-    help="kv_b; split: k_b and v_b, as llama.cpp writes now; all: the three, as ik_llama.cpp writes.",
+    help="split: k_b and v_b, as llama.cpp writes now; kv_b; all: the three, as ik_llama.cpp writes.",
 )
 @click.option("--pre", help="Name of the pre-tokenizer. [default: found out from tokenizer.json]")
 @click.option("--name", help="The model's name in the file. [default: the folder's]")

@@ -1,11 +1,9 @@
-"""Hugging Face checkpoints of DeepSeek V2, V3, V3.2 and GLM-5 to GGUF files.
+"""Hugging Face checkpoints to GGUF files.
 
-Tensor names, metadata keys and values are those of llama.cpp's ``convert_hf_to_gguf.py`` (``conversion/deepseek.py``,
-class DeepseekV2Model) for the layout "split", those of ik_llama.cpp's for "all", and those that llama.cpp wrote before
-April 2025 for "kv_b". The file is written piece by piece: memory holds some rows of one tensor, or one layer's kv_b.
+The file is written piece by piece: memory holds some rows of one tensor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +16,11 @@ from pymla.files import gguf_writer, outputs
 from pymla.files.checkpoint import Checkpoint
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
-from pymla.make.checkpoint_tensors import FloatTensor, Plan
+from pymla.make.checkpoint_tensors import Plan
 from pymla.make.hub_config import HubConfig
 from pymla.make.hub_tokenizer import END_KEYS, read_tokenizer
-from pymla.make.model_metadata import FILE_TYPES, LAYOUTS, model_metadata
+from pymla.make.model_metadata import FILE_TYPES, LAYOUTS
+from pymla.make.writing import Source
 from pymla.models.config import ModelConfig
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.tokenizer import Tokenizer
@@ -46,7 +45,8 @@ def convert(
     path: str | Path,
     *,
     qtype: str = "q8_0",
-    layout: str = "kv_b",
+    layout: str = "split",
+    mtp: bool | None = None,
     pre: str | None = None,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -64,6 +64,7 @@ def convert(
     qtype : type of the matrices: "f32", "f16", "bf16", "q8_0" or "q4_0"
     layout : how W_kv_b is stored: "kv_b" (whole; llama.cpp before April 2025, ik_llama.cpp), "split" (k_b and v_b;
         llama.cpp since) or "all" (all three; ik_llama.cpp)
+    mtp : whether layers that predict further tokens are kept; by default those of V3.2 and GLM are
     pre : name of the pre-tokenizer; found out by default
     name : the model's name in the metadata; the folder's by default
     progress : called with (bytes written, bytes in all)
@@ -82,22 +83,24 @@ def convert(
     _check_arguments(qtype, layout, pre, name)
     folder, path = Path(folder), Path(path)
     config = HubConfig(folder / "config.json")
-    plan = Plan(config, Checkpoint(folder, config.fp8_block()), layout, QTYPES[qtype])
+    plan = Plan(config, Checkpoint(folder, config.fp8_block()), layout, mtp)
     outputs.check({"the output": path}, (each for each in folder.iterdir() if each.suffix in _SOURCES))
-    tensors = [_quantised(tensor, folder) for tensor in plan.tensors()]
+    sources = list(plan.sources())
+    types = _types(sources, QTYPES[qtype], plan.notes)
+    tensors = [_quantised(source, types[source.name], folder) for source in sources]
     plan.check_leftovers()
     outputs.check_space(path, sum(tensor.nbytes for tensor in tensors))
     tokenizer = read_tokenizer(config, pre)
     # A folder's name may hold bytes that are not Unicode.
-    shape = config.shape((name or folder.resolve().name).encode(errors="replace").decode())
-    metadata = model_metadata(shape, layout, FILE_TYPES[QTYPES[qtype]]) | tokenizer.metadata()
+    name = (name or folder.resolve().name).encode(errors="replace").decode()
+    metadata = plan.metadata(name, FILE_TYPES[QTYPES[qtype]]) | tokenizer.metadata()
     for key, value in metadata.items():
         _check_text(folder, key, value)
     with outputs.replacing(path) as part:
         # Wrong metadata is found now, and not after hours of writing.
-        gguf_writer.write(part, shape.architecture, metadata, ())
+        gguf_writer.write(part, plan.architecture, metadata, ())
         _check_loads(part, folder)
-        gguf_writer.write(part, shape.architecture, metadata, tensors, progress)
+        gguf_writer.write(part, plan.architecture, metadata, tensors, progress)
         loaded = _check_loads(part, folder)
     plan.notes += tokenizer.notes
     plan.notes += [
@@ -128,28 +131,42 @@ def _check_text(folder: Path, key: str, value: Value) -> None:
                 raise PymlaError(f"{folder}: {key} has {text!r:.60}, which is not valid Unicode") from error
 
 
-def _quantised(tensor: FloatTensor, folder: Path) -> NewTensor:
+def _types(sources: Sequence[Source], qtype: int, notes: list[str]) -> dict[str, int]:
+    """The type of each tensor: float32 for vectors, routers and an indexer's weights of heads."""
+    output = "output.weight" if any(source.name == "output.weight" for source in sources) else "token_embd.weight"
+    found = {}
+    for name, shape, _ in sources:
+        wanted = ggml.Q8_0 if qtype == ggml.Q4_0 and name == output else qtype
+        if len(shape) == 1 or name.endswith(("ffn_gate_inp.weight", "indexer.proj.weight")):
+            wanted = ggml.F32
+        elif shape[-1] % ggml.BLOCK_SIZE[wanted]:
+            notes.append(f"{name} is F16: {shape[-1]} columns are no multiple of {ggml.NAME[wanted]}'s block")
+            wanted = ggml.F16
+        found[name] = wanted
+    return found
+
+
+def _quantised(source: Source, qtype: int, folder: Path) -> NewTensor:
     """A tensor with its values in its type."""
 
     def pieces() -> Iterator[np.ndarray]:
-        return (_blocks(tensor, rows, folder) for rows in tensor.rows())
+        return (_blocks(source.name, qtype, rows, folder) for rows in source.rows())
 
-    return NewTensor(tensor.name, tensor.shape, tensor.qtype, pieces)
+    return NewTensor(source.name, source.shape, qtype, pieces)
 
 
-def _blocks(tensor: FloatTensor, rows: np.ndarray, folder: Path) -> np.ndarray:
+def _blocks(name: str, qtype: int, rows: np.ndarray, folder: Path) -> np.ndarray:
     """Rows of a tensor in its type. llama.cpp writes infinite scales where a value is too large; here that is an
     error, because nothing sensible can be computed with them."""
     largest = max(rows.max(), -rows.min())
-    if not _holds(tensor.qtype, largest):
-        wider = [name for name, qtype in reversed(QTYPES.items()) if _holds(qtype, largest)]
+    if not _holds(qtype, largest):
+        wider = [each for each, wide in reversed(QTYPES.items()) if _holds(wide, largest)]
         raise PymlaError(
-            f"{folder}: {tensor.name} holds {largest:g}, too large for {ggml.NAME[tensor.qtype]}; "
-            f"take {' or '.join(wider)} as `qtype`"
+            f"{folder}: {name} holds {largest:g}, too large for {ggml.NAME[qtype]}; take {' or '.join(wider)} as `qtype`"
         )
     # Scales so small that float16 has 0 for them give weights of 0.
     with np.errstate(all="ignore"):
-        return quantise(rows, tensor.qtype)
+        return quantise(rows, qtype)
 
 
 def _holds(qtype: int, value: float) -> bool:
