@@ -112,7 +112,7 @@ def quantize(
     for note in plan.notes:
         click.echo(f"note: {one_line(as_options(note, quantize))}", err=True)
     if not dry_run:
-        _write(plan, out, keep_split)
+        _write(plan, out, keep_split, [] if imatrix is None else [imatrix])
 
 
 def _check(qtype: str | None, target_size: int | None, recipe_out: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -147,13 +147,13 @@ def _write_recipe(plan: "Plan", path: Path) -> None:
     outputs.write(path, recipe_text(plan.found.choices, one_line(f"{plan.file.path.name}: {summary(plan)}")).encode())
 
 
-def _write(plan: "Plan", out: Path, keep_split: bool) -> None:
+def _write(plan: "Plan", out: Path, keep_split: bool, inputs: list[Path]) -> None:
     from pymla.cli.progress import WriteProgress
     from pymla.cli.quantize_page import summary
     from pymla.make.quantize import write
 
     with interrupt.graceful(), WriteProgress() as shown:
-        paths = write(plan, out, keep_split=keep_split, note=shown.note, progress=shown)
+        paths = write(plan, out, keep_split=keep_split, inputs=inputs, note=shown.note, progress=shown)
     for path in paths:
         click.echo(f"{path}: {size_text(path.stat().st_size)}", err=True)
     click.echo(summary(plan), err=True)

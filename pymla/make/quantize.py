@@ -25,6 +25,7 @@ def write(
     path: Path,
     *,
     keep_split: bool = False,
+    inputs: Sequence[Path] = (),
     note: Callable[[str], object] = lambda text: None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -34,6 +35,7 @@ def write(
     ----------
     keep_split : write as many files as there are, with the same tensors in each; `path` is then the name without
         numbers
+    inputs : files that the plan was made of beside the model: an interrupted run goes on only where they are the same
     note : told, in one line each, what becomes of an interrupted run
     progress : called with (bytes written, bytes in all, the tensor that is being written)
 
@@ -60,7 +62,7 @@ def write(
         importance=plan.importance,
         copies={row.name: partial(file.read, file.tensors[row.name]) for row in plan.rows if row.qtype == row.source},
         split=[parts[part] for part in file.parts] if keep_split else None,
-        resume=Resume(file.parts, note),
+        resume=Resume([*file.parts, *inputs], note),
         progress=progress,
     )
 
