@@ -1,7 +1,7 @@
 """Recipes: rules of the user, what is kept, what is protected, and reasons."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pymla import ggml
@@ -243,6 +243,7 @@ def result_or_message(path):
 
 @given(st.lists(st.one_of(st.binary(max_size=20), st.sampled_from([b"\n", b"=", b"Q4_K", b"(", b"[", b"*", b"#"]))))
 @example([b"(" * 5000, b"=Q4_K"])
+@settings(deadline=None)
 def test_any_bytes_are_rules_or_an_error_of_one_line(tmp_path_factory, parts):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(b"".join(parts))
