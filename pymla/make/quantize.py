@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pymla import ggml
+from pymla.cpu.checkpoint_types import from_bf16
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.make.importance import Importance
@@ -74,7 +75,9 @@ def _float_rows(file: ModelFile, tensor: TensorInfo) -> Iterator[np.ndarray]:
     for data in file.read(tensor):
         blocks = data.reshape(-1, width)
         for start in range(0, len(blocks), step):
-            yield dequantise(blocks[start : start + step], tensor.qtype)
+            piece = np.ascontiguousarray(blocks[start : start + step])
+            # Most models are published in BF16.
+            yield from_bf16(piece.view(np.uint16)) if tensor.qtype == ggml.BF16 else dequantise(piece, tensor.qtype)
 
 
 def selected(importance: Importance, include: Sequence[str], exclude: Sequence[str]) -> Importance:
