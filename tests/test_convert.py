@@ -31,7 +31,7 @@ from pymla.make import checkpoint_tensors
 from pymla.make import convert as module
 from pymla.make.checkpoint_tensors import Plan
 from pymla.make.convert import LAYOUTS, QTYPES, convert
-from pymla.make.hub_tokenizer import detect_pre
+from pymla.make.hub_tokenizer_bpe import detect_pre
 from pymla.models.config import Indexer, ModelConfig, Yarn
 from pymla.reference.quant import dequantise, quantise
 from pymla.text.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS
@@ -180,7 +180,7 @@ def test_other_source_types_and_several_files(tmp_path, dtype, files):
     if dtype == "F16":
         weights = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
     file = converted(tmp_path, V2, weights, dtype, files, qtype="f32")
-    assert_holds(file, expected_tensors(V2, weights, "kv_b"), ggml.F32)
+    assert_holds(file, expected_tensors(V2, weights, "split"), ggml.F32)
 
 
 def fused(weights):
@@ -200,7 +200,7 @@ def test_fused_experts_and_small_pieces(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(checkpoint_tensors, "PIECE_WEIGHTS", piece)
     weights = random_weights(V2)
     file = converted(tmp_path, V2, fused(weights), qtype="q8_0")
-    assert_holds(file, expected_tensors(V2, weights, "kv_b"), ggml.Q8_0)
+    assert_holds(file, expected_tensors(V2, weights, "split"), ggml.Q8_0)
 
 
 def test_float8_weights_with_scales_per_block(tmp_path):
@@ -222,7 +222,7 @@ def test_float8_weights_with_scales_per_block(tmp_path):
         [[np.float32(value(int(codes[i, j]))) * scales[i // 48, j // 40] for j in range(64)] for i in range(96)]
     )
     file = converted(tmp_path, config, stored, qtype="f32")
-    assert_holds(file, expected_tensors(config, weights, "kv_b"), ggml.F32)
+    assert_holds(file, expected_tensors(config, weights, "split"), ggml.F32)
 
 
 def test_columns_that_do_not_fit_a_block_become_f16(tmp_path):
@@ -253,14 +253,14 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     folder = hub_folder(tmp_path / "nextn", V3, weights | extra)
     done = convert(folder, tmp_path / "m.gguf", qtype="f32", pre="deepseek-coder")
     assert done.notes == ("layers 2 predict further tokens and are left out",)
-    assert_holds(ModelFile.open(done.path), expected_tensors(V3, weights, "kv_b"), ggml.F32)
+    assert_holds(ModelFile.open(done.path), expected_tensors(V3, weights, "split"), ggml.F32)
 
 
 def test_a_dense_model(tmp_path):
     config = V3 | {"first_k_dense_replace": 2, "n_routed_experts": None}
     weights = random_weights(V3 | {"first_k_dense_replace": 2})
     file = converted(tmp_path, config, weights, qtype="f32")
-    assert_holds(file, expected_tensors(config, weights, "kv_b"), ggml.F32)
+    assert_holds(file, expected_tensors(config, weights, "split"), ggml.F32)
     read = ModelConfig.from_gguf(file)
     assert (read.n_routed_experts, read.first_k_dense_replace) == (0, 2)
 
@@ -507,10 +507,10 @@ def test_tensors_that_load_would_refuse(tmp_path, monkeypatch):
     folder = hub_folder(tmp_path / "Tiny", V2, random_weights(V2))
 
     def missing(plan):
-        yield from list(Plan.every_tensor(plan))[:-1]
+        yield from list(Plan.every_source(plan))[:-1]
 
-    monkeypatch.setattr(Plan, "every_tensor", Plan.tensors, raising=False)
-    monkeypatch.setattr(Plan, "tensors", missing)
+    monkeypatch.setattr(Plan, "every_source", Plan.sources, raising=False)
+    monkeypatch.setattr(Plan, "sources", missing)
     with pytest.raises(PymlaError, match=r"would not load: tensor blk\.1\.ffn_down_shexp\.weight is missing"):
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
     assert not list(tmp_path.glob("m.gguf*"))

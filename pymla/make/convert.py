@@ -29,7 +29,7 @@ from pymla.text.tokenizer import Tokenizer
 QTYPES = {"f32": ggml.F32, "f16": ggml.F16, "bf16": ggml.BF16, "q8_0": ggml.Q8_0, "q4_0": ggml.Q4_0}
 
 # Files of a Hugging Face folder that hold a model.
-_SOURCES = (".safetensors", ".json", ".jinja")
+_SOURCES = (".safetensors", ".json", ".jinja", ".model")
 
 
 class Conversion(NamedTuple):
@@ -162,7 +162,8 @@ def _blocks(name: str, qtype: int, rows: np.ndarray, folder: Path) -> np.ndarray
     if not _holds(qtype, largest):
         wider = [each for each, wide in reversed(QTYPES.items()) if _holds(wide, largest)]
         raise PymlaError(
-            f"{folder}: {name} holds {largest:g}, too large for {ggml.NAME[qtype]}; take {' or '.join(wider)} as `qtype`"
+            f"{folder}: {name} holds {largest:g}, too large for {ggml.NAME[qtype]}; "
+            f"take {' or '.join(wider)} as `qtype`"
         )
     # Scales so small that float16 has 0 for them give weights of 0.
     with np.errstate(all="ignore"):
