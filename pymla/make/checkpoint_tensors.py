@@ -204,9 +204,9 @@ class Plan:
         """Whether a layer has an indexer of its own. One that predicts further tokens may do without."""
         if not self.config.sparse:
             return False
-        types = self.config.get("indexer_types", list)
         if layer >= self._layers:
             return self._has(attn + "indexer.wk.weight")
+        types = self.config.indexer_types
         return types is None or types[layer] == "full"
 
     def _indexer(self, blk: str, hf: str) -> Iterator[Source]:
