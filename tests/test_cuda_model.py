@@ -19,6 +19,7 @@ from pymla.cuda import backend, memory
 from pymla.engine import forward
 from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
+from pymla.make.imatrix import Collector
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
@@ -290,3 +291,16 @@ def test_tokens_are_chosen_on_the_device(folder, monkeypatch):
     biased = model.sampler(SamplingParams(temperature=0, logit_bias={3: 1e6})).sample(logits[0])
     assert biased.token == 3
     assert copied == [8] * 3 + [4 * VOCABULARY] * 2
+
+
+def test_what_matrices_read(folder):
+    """Importance matrices are collected through the backend, whichever it is."""
+    found = []
+    for each in (backend, reference):
+        collector = Collector(made(folder, LITE, ggml.F32, each), file_of(folder, LITE, ggml.F32), 64)
+        collector.read(IDS[:5])
+        found.append(collector.importance().entries)
+    assert found[0].keys() == found[1].keys()
+    for name, entry in found[1].items():
+        np.testing.assert_array_equal(found[0][name].counts, entry.counts)
+        assert_close(found[0][name].sums, entry.sums, **HALF)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import quants
-from make_model import PRESETS, fitting_type, make_model
-from mixes import uniform
+from make_model import PRESETS, make_model
+from model_mixes import uniform
 
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
+from pymla.make.fallbacks import fitting_type, rows_apart
 from pymla.make.model_metadata import FILE_TYPES
 from pymla.reference.quant import dequantise
 
@@ -47,7 +48,7 @@ def test_weights_have_the_asked_type(tmp_path, qtype):
     assert file.tensors["blk.0.ffn_gate_exps.weight"].qtype == qtype
     assert file.tensors["blk.0.ffn_gate_inp.weight"].qtype == ggml.F32
     assert file.tensors["output.weight"].qtype == (qtype if plain in ggml.FLOATS else ggml.Q6_K)
-    assert file.tensors["token_embd.weight"].qtype == script.rows_apart(qtype)
+    assert file.tensors["token_embd.weight"].qtype == rows_apart(qtype)
     assert file.metadata.get("general.file_type") == FILE_TYPES.get(qtype)
     info = file.tensors["blk.0.ffn_gate_exps.weight"]
     w = dequantise(info.data.reshape(-1, ggml.row_bytes(qtype, 256)), qtype)

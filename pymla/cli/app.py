@@ -13,7 +13,10 @@ COMMANDS = {
     "bench": "Measure prompt and generation speed as the context grows.",
     "convert": "Convert a Hugging Face checkpoint to GGUF.",
     "generate": "Generate text from a prompt.",
+    "imatrix": "Collect or merge importance matrices, for quantising.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
+    "merge": "Make one GGUF file of the parts of a model.",
+    "split": "Write a GGUF file as several parts.",
 }
 
 

@@ -68,8 +68,8 @@ class Terminal(Report):
         """Layers of the prompt that are computed."""
         self.show("prompt, layers", done, total)
 
-    def show(self, title: str, done: int, total: int, delay: float = 1.0) -> None:
-        """Show how much of a piece of work is done, once it has taken `delay` seconds."""
+    def show(self, title: str, done: int, total: int, delay: float = 1.0, figure: str = "") -> None:
+        """Show how much of a piece of work is done, once it has taken `delay` seconds; with a bar a figure, too."""
         if title != self._title:
             self.begin(title)
         if not self._enabled or time.monotonic() - self._began < delay:
@@ -86,7 +86,7 @@ class Terminal(Report):
             interrupt.terminal_reset = interrupt.WITHOUT_BAR
             self._bar.start()
             self._task = self._bar.add_task(title, total=total)
-        self._bar.update(self._task, completed=done, total=total, refresh=True)
+        self._bar.update(self._task, description=title + figure, completed=done, total=total, refresh=True)
 
 
 class _NoBar:
