@@ -11,12 +11,12 @@ from hub_models import MODELS, SAMPLING, language_weights, stored_weights, write
 
 from pymla import ggml
 from pymla.errors import PymlaError
-from pymla.files.checkpoint import Checkpoint
 from pymla.files.gguf_reader import ModelFile
 from pymla.make.checkpoint_names import CheckpointNames
 from pymla.make.checkpoint_tensors import Plan
 from pymla.make.convert import convert
 from pymla.make.hub_config import CLASSES, HubConfig
+from pymla.make.hub_weights import HubWeights
 from pymla.models.config import ModelConfig
 from pymla.models.families import FAMILIES
 from pymla.models.tensors import nextn_tensors
@@ -193,7 +193,7 @@ def test_sources_come_in_pieces_of_one_matrix(folders, monkeypatch):
     config = HubConfig(folders["Mistral-Small-4"] / "config.json")
     for piece in (200, 1 << 22):
         monkeypatch.setattr("pymla.make.checkpoint_tensors.PIECE_WEIGHTS", piece)
-        for source in Plan(config, Checkpoint(folders["Mistral-Small-4"]), "split").sources():
+        for source in Plan(config, HubWeights(folders["Mistral-Small-4"]), "split").sources():
             rows, matrix = 0, source.shape[-2] if len(source.shape) > 1 else 1
             for part in source.rows():
                 assert part.dtype == np.float32

@@ -9,7 +9,7 @@ from pymla.make import mistral_params
 from pymla.make.json_values import Values
 from pymla.make.model_metadata import ARCHITECTURE, DENSE, Shape
 from pymla.make.rope_parameters import Rope, read_rope
-from pymla.models.metadata import MAX_CONTEXT, MAX_SIZE
+from pymla.models.metadata import MAX_CONTEXT
 from pymla.models.minicpm3 import BASE_WIDTH, DEPTH_SCALE, EMBEDDING_SCALE
 
 
@@ -81,19 +81,6 @@ class HubConfig(Values):
     def sparse(self) -> bool:
         """Whether an indexer chooses the positions that are attended to."""
         return self.architecture in ("deepseek32", "glm-dsa")
-
-    def fp8_block(self) -> tuple[int, int]:
-        """Rows and columns of a float8 tensor that share a scale."""
-        quantisation = self.get("quantization_config", dict)
-        if quantisation is None:
-            return 128, 128
-        method = quantisation.get("quant_method")
-        if method != "fp8":
-            self.refuse("quantization_config.quant_method", method, "only fp8 is converted")
-        block = quantisation.get("weight_block_size", [128, 128])
-        if not (isinstance(block, list) and len(block) == 2 and all(_is_size(size) for size in block)):
-            self.refuse("quantization_config.weight_block_size", block, f"two sizes from 1 to {MAX_SIZE} are expected")
-        return block[0], block[1]
 
     @property
     def dense_layers(self) -> int:
@@ -249,7 +236,3 @@ class HubConfig(Values):
     def _default(self, key: str, absent: Any, null: Any) -> Any:
         """What a key stands for that has no value: it is absent, or null."""
         return null if key in self._values else absent
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_SIZE
