@@ -203,6 +203,23 @@ def test_sources_come_in_pieces_of_one_matrix(folders, monkeypatch):
             assert rows * source.shape[-1] == np.prod(source.shape), source.name
 
 
+def test_float8_as_mistral_stores_it(tmp_path):
+    """A scale for a matrix, and one for what it is multiplied by, which nothing needs."""
+    folder = write_folder(tmp_path / "Mistral-Large-3", "Mistral-Large-3")
+    model = MODELS["Mistral-Large-3"]
+    write_json(folder / "params.json", model.config | {"quantization": {"qformat_weight": "fp8_e4m3"}})
+    weights = stored_weights(model)
+    name = "layers.1.experts.2.w2"
+    codes = np.full((64, 32), 0x38, np.uint8)  # 1
+    codes[3, 5] = 0xC0  # -2
+    weights |= {f"{name}.weight": ("F8_E4M3", codes), f"{name}.qscale_weight": np.float32([0.25]).reshape(())}
+    weights[f"{name}.qscale_act"] = np.float32([2.0]).reshape(())
+    safetensors(folder / "consolidated.safetensors", weights)
+    found = ModelFile.open(converted(folder, tmp_path / "m.gguf").path).tensors["blk.1.ffn_down_exps.weight"]
+    values = found.data.view(np.float32).reshape(found.shape)[2]
+    assert (values[0, 0], values[3, 5], values[63, 31]) == (0.25, -0.5, 0.25)
+
+
 def test_recommended_sampling(folders, tmp_path):
     file = ModelFile.open(converted(folders["V3"], tmp_path / "m.gguf").path)
     found = recommended_sampling(file)
