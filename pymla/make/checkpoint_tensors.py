@@ -22,8 +22,8 @@ from pymla.make.writing import Source
 #: Weights that are read at a time, in whole rows.
 PIECE_WEIGHTS = 1 << 22
 
-#: Ends of names of tensors that hold no weights: rope's frequencies, and scales of quantised activations.
-_NO_WEIGHTS = ("rotary_emb.inv_freq", "activation_scale", ".input_scale", ".qscale_act")
+#: The end of the names of tensors that older checkpoints have and nobody reads.
+_FREQUENCIES = "rotary_emb.inv_freq"
 
 #: Tensors that a layer which predicts further tokens has beside those of an ordinary layer, in the checkpoint and in
 #: GGUF, and those of them that it may lack.
@@ -120,7 +120,7 @@ class Plan:
             layer = layer_of(name)
             if layer is not None and layer >= self._layers + self._nextn_layers:
                 behind.add(layer)
-            elif not name.endswith(_NO_WEIGHTS):
+            elif not name.endswith(_FREQUENCIES):
                 stored = self._names.stored[name]
                 raise PymlaError(f"{self.checkpoint.folder}: tensor {stored} is not one of this architecture's")
         if behind:
@@ -215,9 +215,9 @@ class Plan:
         """Whether a layer has an indexer of its own. One that predicts further tokens may do without."""
         if not self.config.sparse:
             return False
-        types = self.config.get("indexer_types", list)
         if layer >= self._layers:
             return self._has(attn + "indexer.wk.weight")
+        types = self.config.indexer_types
         return types is None or types[layer] == "full"
 
     def _indexer(self, blk: str, hf: str) -> Iterator[Source]:

@@ -47,7 +47,6 @@ CLASSES = {
 }
 
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
-_MLP_LAYER_TYPES = ["dense", "sparse"]
 
 
 class HubConfig(Values):
@@ -93,9 +92,8 @@ class HubConfig(Values):
         if kinds is None or self.get("first_k_dense_replace", int) is not None:
             return min(self.size("first_k_dense_replace", 0, 0), layers)
         dense = kinds.count("dense")
-        if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-            reason = f"{' and '.join(_MLP_LAYER_TYPES)} are expected for {layers} layers, in this order"
-            self.refuse("mlp_layer_types", kinds, reason)
+        if len(kinds) != layers or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+            self.refuse("mlp_layer_types", kinds, f"dense and then sparse ones are expected, for {layers} layers")
         return dense
 
     @property
@@ -112,6 +110,16 @@ class HubConfig(Values):
         if self.architecture != "minicpm3":
             return self.size("v_head_dim")
         return self.size("v_head_dim", self.size("hidden_size") // self.size("num_attention_heads"))
+
+    @property
+    def indexer_types(self) -> tuple[str, ...] | None:
+        """Of each layer, "full" if it has an indexer of its own, "shared" if not; None: all have one."""
+        types, layers = self.get("indexer_types", list), self.size("num_hidden_layers")
+        if types is None:
+            return None
+        if len(types) != layers or not all(each in ("full", "shared") for each in types):
+            self.refuse("indexer_types", types, f"full or shared is expected for each of {layers} layers")
+        return tuple(types)
 
     @property
     def tied(self) -> bool:
@@ -207,15 +215,11 @@ class HubConfig(Values):
 
     def _indexer_fields(self) -> dict[str, Any]:
         """The fields of the indexer of sparse attention."""
-        types = self.get("indexer_types", list)
-        layers = self.size("num_hidden_layers")
-        if types is not None and not (len(types) == layers and all(each in ("full", "shared") for each in types)):
-            self.refuse("indexer_types", types, f"full or shared is expected for each of {layers} layers")
         return {
             "index_topk": self.size("index_topk"),
             "index_n_heads": self.size("index_n_heads"),
             "index_head_dim": self.size("index_head_dim"),
-            "indexer_types": types and tuple(types),
+            "indexer_types": self.indexer_types,
         }
 
     def _scale_fields(self) -> dict[str, Any]:
