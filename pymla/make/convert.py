@@ -172,19 +172,16 @@ def prepare(
         that GGUF cannot, or makes a file that would not load.
     """
     _check_arguments(qtype, layout, pre, name)
+    auto = qtype.lower() == AUTO
+    rules: dict[str, Any] = {"tensor_types": tensor_types, "recipe": recipe}
+    recipe_for("F16" if auto else qtype, **rules)  # refuses unknown names before anything is read
     folder = Path(folder)
     config = HubConfig(folder / "config.json")
     plan = Plan(config, HubWeights(folder, read_quantisation(config)), layout, mtp)
     sources = list(plan.sources())
     plan.check_leftovers()
     importance = None if imatrix is None else Importance.read(imatrix)
-    auto = qtype.lower() == AUTO
-    chosen = recipe_for(
-        auto_type(plan, sources) if auto else qtype,
-        tensor_types=tensor_types,
-        recipe=recipe,
-        importance=importance is not None,
-    )
+    chosen = recipe_for(auto_type(plan, sources) if auto else qtype, importance=importance is not None, **rules)
     if chosen.mix is None:
         raise PymlaError(f"{qtype} is no type of a new file; choose a type or a mix")
     tokenizer = read_tokenizer(config, pre)
