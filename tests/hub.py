@@ -103,7 +103,7 @@ def shapes(c):
         found[attn + "kv_a_layernorm.weight"] = (rank,)
         found[attn + "kv_b_proj.weight"] = (heads * (nope + v), rank)
         found[attn + "o_proj.weight"] = (hidden, heads * v)
-        if "index_topk" in c and (c.get("indexer_types") or ["full"] * 2)[i] == "full":
+        if "index_topk" in c and (c.get("indexer_types") or ["full"] * (i + 1))[i] == "full":
             index_heads, size = c["index_n_heads"], c["index_head_dim"]
             found[attn + "indexer.wq_b.weight"] = (index_heads * size, c["q_lora_rank"])
             found[attn + "indexer.wk.weight"] = (size, hidden)

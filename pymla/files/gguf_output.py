@@ -39,12 +39,14 @@ class Refused(PymlaError):
 
 
 class Resume(NamedTuple):
-    """What lets a run go on where an interrupted one stopped."""
+    """What a run that may be interrupted, and go on later, knows of its inputs and its result."""
 
     #: Files that are read. None of them is written over, and a run begins anew where one of them has changed.
     inputs: Sequence[Path]
     #: Told, in one line each, what becomes of an interrupted run.
     note: Callable[[str], object] = lambda text: None
+    #: Told of the files when they are complete. If it raises PymlaError, none of them takes its name.
+    check: Callable[[Sequence[Path]], object] = lambda files: None
 
 
 def write_files(files: Sequence[NewFile], resume: Resume | None = None, progress: Progress | None = None) -> None:
@@ -78,6 +80,8 @@ def write_files(files: Sequence[NewFile], resume: Resume | None = None, progress
                 opened = run.open(parts.paths, start, stack)
                 outputs.check_space(paths[0], run.total - run.ends[start])
                 _Writing(run, opened, journal, progress).write(start)
+                if resume is not None:
+                    _check(parts.paths, resume)
             except Refused:
                 if journal is not None:
                     journal.remove()
@@ -90,6 +94,13 @@ def write_files(files: Sequence[NewFile], resume: Resume | None = None, progress
         raise
     if journal is not None:
         journal.remove()
+
+
+def _check(paths: Sequence[Path], resume: Resume) -> None:
+    try:
+        resume.check(paths)
+    except PymlaError as error:
+        raise Refused(str(error)) from error
 
 
 class _Run:
@@ -205,7 +216,8 @@ class _Writing:
             data = piece if tensor.encode is None else tensor.encode(piece)
             written += data.nbytes
             if number != complete or written > tensor.nbytes:
-                raise ValueError(f"{tensor.name}: its pieces are not its bytes")
+                name = run.tensors[min(number, complete)][1].name
+                raise ValueError(f"{name}: its pieces are not its bytes")
             write_all(self._files[file].write, data)
             self._progress(run.ends[number] + written, run.total, tensor.name)
             if written == tensor.nbytes:

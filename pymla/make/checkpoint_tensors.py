@@ -11,19 +11,19 @@ from functools import partial
 import numpy as np
 
 from pymla.errors import PymlaError
-from pymla.files.checkpoint import Checkpoint
 from pymla.files.gguf_writer import Value
 from pymla.make.checkpoint_names import CheckpointNames, layer_of
 from pymla.make.generation_config import sampling_metadata
 from pymla.make.hub_config import HubConfig
+from pymla.make.hub_weights import HubWeights
 from pymla.make.model_metadata import DENSE, model_metadata
 from pymla.make.writing import Source
 
 #: Weights that are read at a time, in whole rows.
 PIECE_WEIGHTS = 1 << 22
 
-#: Ends of names of tensors that hold no weights: rope's frequencies, and scales of quantised activations.
-_NO_WEIGHTS = ("rotary_emb.inv_freq", "activation_scale", ".input_scale", ".qscale_act")
+#: The end of the names of tensors that older checkpoints have and nobody reads.
+_FREQUENCIES = "rotary_emb.inv_freq"
 
 #: Tensors that a layer which predicts further tokens has beside those of an ordinary layer, in the checkpoint and in
 #: GGUF, and those of them that it may lack.
@@ -60,13 +60,14 @@ class Plan:
         Two tensors have one name, or there are no layers to keep.
     """
 
-    def __init__(self, config: HubConfig, checkpoint: Checkpoint, layout: str = "split", mtp: bool | None = None):
+    def __init__(self, config: HubConfig, checkpoint: HubWeights, layout: str = "split", mtp: bool | None = None):
         self.config, self.checkpoint = config, checkpoint
         self.architecture = config.architecture
         self.layout = "kv_b" if self.architecture in DENSE else layout
         self.notes: list[str] = []
         self._names = CheckpointNames.of(checkpoint.names, checkpoint.folder)
         self._used: set[str] = set()
+        self._rows_of: dict[str, list[tuple[str, int, int]]] = {}  # see `_spans`
         if self._names.others:
             count, modules = self._names.other_tensors, ", ".join(self._names.others)
             self.notes.append(f"{count} tensors of {modules} are left out: the file holds the language model only")
@@ -102,6 +103,16 @@ class Plan:
             yield from self._nextn(f"blk.{layer}.nextn.", f"layers.{layer}.")
             yield from self._layer(layer)
 
+    def stored_type(self, name: str) -> int | None:
+        """The type of GGUF in which the checkpoint has all weights of a tensor, bit for bit; None: there is none."""
+        types = {self.checkpoint.qtype(self._names.stored[source]) for source, *_ in self._rows_of.get(name, ())}
+        return types.pop() if len(types) == 1 else None
+
+    def stored_pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of a tensor in its `stored_type`, some rows at a time: uint8 (rows, row bytes)."""
+        for source, first, stop in self._pieces(name):
+            yield self.checkpoint.blocks(source, first, stop)
+
     def check_leftovers(self) -> None:
         """Raise PymlaError for a tensor that `sources` did not take, unless the file need not have it."""
         behind = set()
@@ -109,7 +120,7 @@ class Plan:
             layer = layer_of(name)
             if layer is not None and layer >= self._layers + self._nextn_layers:
                 behind.add(layer)
-            elif not name.endswith(_NO_WEIGHTS):
+            elif not name.endswith(_FREQUENCIES):
                 stored = self._names.stored[name]
                 raise PymlaError(f"{self.checkpoint.folder}: tensor {stored} is not one of this architecture's")
         if behind:
@@ -198,15 +209,15 @@ class Plan:
         v_shape = (heads * v, rank) if flat else (heads, v, rank)
         values = [(hf, start + nope, start + nope + v) for start in starts]
         yield Source(blk + "attn_k_b.weight", k_shape, k_b)
-        yield Source(blk + "attn_v_b.weight", v_shape, partial(self._rows, values, rank))
+        yield self._spans(blk + "attn_v_b.weight", v_shape, values)
 
     def _has_indexer(self, layer: int, attn: str) -> bool:
         """Whether a layer has an indexer of its own. One that predicts further tokens may do without."""
         if not self.config.sparse:
             return False
-        types = self.config.get("indexer_types", list)
         if layer >= self._layers:
             return self._has(attn + "indexer.wk.weight")
+        types = self.config.indexer_types
         return types is None or types[layer] == "full"
 
     def _indexer(self, blk: str, hf: str) -> Iterator[Source]:
@@ -246,7 +257,7 @@ class Plan:
             for source in sources:
                 self._take(source, (rows, columns))
             spans = [(source, 0, rows) for source in sources]
-            yield self._spans(f"{blk}ffn_{part}_exps.weight", spans, rows, columns)
+            yield self._spans(f"{blk}ffn_{part}_exps.weight", (len(spans), rows, columns), spans)
 
     def _stacked_experts(self, blk: str, hf: str, hidden: int, width: int) -> Iterator[Source]:
         """Experts stored in one tensor, gate above up, as transformers 5 holds them. Files of Mistral 4 have that
@@ -258,38 +269,44 @@ class Plan:
         starts = range(0, experts * 2 * width, 2 * width)
         if self.architecture == "mistral4":
             both = [(gate_up, start, start + 2 * width) for start in starts]
-            yield self._spans(blk + "ffn_gate_up_exps.weight", both, 2 * width, hidden)
+            yield self._spans(blk + "ffn_gate_up_exps.weight", (experts, 2 * width, hidden), both)
         else:
             gates = [(gate_up, start, start + width) for start in starts]
             ups = [(gate_up, start + width, start + 2 * width) for start in starts]
-            yield self._spans(blk + "ffn_gate_exps.weight", gates, width, hidden)
-            yield self._spans(blk + "ffn_up_exps.weight", ups, width, hidden)
+            yield self._spans(blk + "ffn_gate_exps.weight", (experts, width, hidden), gates)
+            yield self._spans(blk + "ffn_up_exps.weight", (experts, width, hidden), ups)
         downs = [(down, start, start + hidden) for start in range(0, experts * hidden, hidden)]
-        yield self._spans(blk + "ffn_down_exps.weight", downs, hidden, width)
-
-    def _spans(self, name: str, spans: list[tuple[str, int, int]], rows: int, columns: int) -> Source:
-        """A tensor with a matrix for each of some spans of rows."""
-        return Source(name, (len(spans), rows, columns), partial(self._rows, spans, columns))
+        yield self._spans(blk + "ffn_down_exps.weight", (experts, hidden, width), downs)
 
     def _matrix(self, name: str, source: str, rows: int, columns: int) -> Source:
         self._take(source, (rows, columns))
-        return Source(name, (rows, columns), partial(self._rows, [(source, 0, rows)], columns))
+        return self._spans(name, (rows, columns), [(source, 0, rows)])
 
     def _vector(self, name: str, source: str, size: int) -> Source:
         self._take(source, (size,))
-        return Source(name, (size,), partial(self._rows, [(source, 0, 1)], size))
+        return self._spans(name, (size,), [(source, 0, 1)])
+
+    def _spans(self, name: str, shape: tuple[int, ...], spans: list[tuple[str, int, int]]) -> Source:
+        """A tensor of the rows of others, one after the other: (name, from row, to row)."""
+        self._rows_of[name] = spans
+        return Source(name, shape, partial(self._rows, name))
 
     def _take(self, source: str, shape: tuple[int, ...]) -> None:
         """Check that a tensor is there and of a shape. A missing one is named as transformers stores it."""
         self.checkpoint.expect(self._names.stored.get(source, _usual_name(source)), shape)
         self._used.add(source)
 
-    def _rows(self, spans: list[tuple[str, int, int]], columns: int) -> Iterator[np.ndarray]:
-        """Rows of several tensors one after the other, a few at a time."""
-        step = max(1, PIECE_WEIGHTS // columns)
-        for source, start, stop in spans:
+    def _rows(self, name: str) -> Iterator[np.ndarray]:
+        for source, first, stop in self._pieces(name):
+            yield self.checkpoint.rows(source, first, stop)
+
+    def _pieces(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """The rows of a tensor, a few at a time: name in the checkpoint, from row, to row."""
+        for source, start, stop in self._rows_of[name]:
+            stored = self._names.stored[source]
+            step = max(1, PIECE_WEIGHTS // self.checkpoint.encoding(stored).shape[-1])
             for first in range(start, stop, step):
-                yield self.checkpoint.rows(self._names.stored[source], first, min(first + step, stop))
+                yield stored, first, min(first + step, stop)
 
 
 def _usual_name(source: str) -> str:

@@ -9,7 +9,7 @@ from pymla.make import mistral_params
 from pymla.make.json_values import Values
 from pymla.make.model_metadata import ARCHITECTURE, DENSE, Shape
 from pymla.make.rope_parameters import Rope, read_rope
-from pymla.models.metadata import MAX_CONTEXT, MAX_SIZE
+from pymla.models.metadata import MAX_CONTEXT
 from pymla.models.minicpm3 import BASE_WIDTH, DEPTH_SCALE, EMBEDDING_SCALE
 
 
@@ -47,7 +47,6 @@ CLASSES = {
 }
 
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
-_MLP_LAYER_TYPES = ["dense", "sparse"]
 
 
 class HubConfig(Values):
@@ -83,19 +82,6 @@ class HubConfig(Values):
         """Whether an indexer chooses the positions that are attended to."""
         return self.architecture in ("deepseek32", "glm-dsa")
 
-    def fp8_block(self) -> tuple[int, int]:
-        """Rows and columns of a float8 tensor that share a scale."""
-        quantisation = self.get("quantization_config", dict)
-        if quantisation is None:
-            return 128, 128
-        method = quantisation.get("quant_method")
-        if method != "fp8":
-            self.refuse("quantization_config.quant_method", method, "only fp8 is converted")
-        block = quantisation.get("weight_block_size", [128, 128])
-        if not (isinstance(block, list) and len(block) == 2 and all(_is_size(size) for size in block)):
-            self.refuse("quantization_config.weight_block_size", block, f"two sizes from 1 to {MAX_SIZE} are expected")
-        return block[0], block[1]
-
     @property
     def dense_layers(self) -> int:
         """Leading layers without experts."""
@@ -106,9 +92,8 @@ class HubConfig(Values):
         if kinds is None or self.get("first_k_dense_replace", int) is not None:
             return min(self.size("first_k_dense_replace", 0, 0), layers)
         dense = kinds.count("dense")
-        if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-            reason = f"{' and '.join(_MLP_LAYER_TYPES)} are expected for {layers} layers, in this order"
-            self.refuse("mlp_layer_types", kinds, reason)
+        if len(kinds) != layers or kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+            self.refuse("mlp_layer_types", kinds, f"dense and then sparse ones are expected, for {layers} layers")
         return dense
 
     @property
@@ -125,6 +110,16 @@ class HubConfig(Values):
         if self.architecture != "minicpm3":
             return self.size("v_head_dim")
         return self.size("v_head_dim", self.size("hidden_size") // self.size("num_attention_heads"))
+
+    @property
+    def indexer_types(self) -> tuple[str, ...] | None:
+        """Of each layer, "full" if it has an indexer of its own, "shared" if not; None: all have one."""
+        types, layers = self.get("indexer_types", list), self.size("num_hidden_layers")
+        if types is None:
+            return None
+        if len(types) != layers or not all(each in ("full", "shared") for each in types):
+            self.refuse("indexer_types", types, f"full or shared is expected for each of {layers} layers")
+        return tuple(types)
 
     @property
     def tied(self) -> bool:
@@ -220,15 +215,11 @@ class HubConfig(Values):
 
     def _indexer_fields(self) -> dict[str, Any]:
         """The fields of the indexer of sparse attention."""
-        types = self.get("indexer_types", list)
-        layers = self.size("num_hidden_layers")
-        if types is not None and not (len(types) == layers and all(each in ("full", "shared") for each in types)):
-            self.refuse("indexer_types", types, f"full or shared is expected for each of {layers} layers")
         return {
             "index_topk": self.size("index_topk"),
             "index_n_heads": self.size("index_n_heads"),
             "index_head_dim": self.size("index_head_dim"),
-            "indexer_types": types and tuple(types),
+            "indexer_types": self.indexer_types,
         }
 
     def _scale_fields(self) -> dict[str, Any]:
@@ -245,7 +236,3 @@ class HubConfig(Values):
     def _default(self, key: str, absent: Any, null: Any) -> Any:
         """What a key stands for that has no value: it is absent, or null."""
         return null if key in self._values else absent
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_SIZE

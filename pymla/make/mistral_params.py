@@ -69,7 +69,7 @@ def _renamed(values: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
 
 
 def _rope(params: Values) -> dict[str, Any]:
-    rope = {"rope_theta": params.number("rope_theta", 10000.0)}
+    rope: dict[str, Any] = {"rope_theta": params.number("rope_theta", 10000.0)}
     yarn = params.get("yarn", dict)
     if not yarn:
         if params.get("llama_4_scaling", dict):

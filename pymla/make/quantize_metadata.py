@@ -55,10 +55,11 @@ def new_metadata(file: ModelFile, file_type: int | None, importance: Importance 
         keys.pop(Keys.General.FILE_TYPE, None)
         if file_type is not None:
             keys[Keys.General.FILE_TYPE] = file_type
-    return keys if importance is None else keys | _about_importance(importance)
+    return keys if importance is None else keys | importance_keys(importance)
 
 
-def _about_importance(importance: Importance) -> dict[str, Value]:
+def importance_keys(importance: Importance) -> dict[str, Value]:
+    """The keys that say with which importance matrix weights are quantised."""
     texts = {"file": importance.source, "dataset": next(iter(importance.datasets), "")}
     keys: dict[str, Value] = {
         f"quantize.imatrix.{key}": encoded(GGUFValueType.STRING, _shortened(text))
