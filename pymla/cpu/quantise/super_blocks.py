@@ -94,7 +94,7 @@ def _scales_for(size, low, high, integers):
 
     @helper
     def take(x, w, d, found, taken):
-        error, products, squares = 0.0, 0.0, 0.0
+        error = products = squares = np.float64(0)
         inverse_d = inverse_of(d)
         for block in range(SIZE // size):
             at = 4 * size * block
@@ -191,7 +191,7 @@ def _lines_for(size, top, largest):
 
     @helper
     def take(x, w, halves, found, taken):
-        error, scales, minima, mixed, products, offsets = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        error = scales = minima = mixed = products = offsets = np.float64(0)
         d, dmin = halves
         inverse_d, inverse_dmin = inverse_of(d), inverse_of(dmin)
         for block in range(SIZE // size):
