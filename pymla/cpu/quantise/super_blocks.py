@@ -181,7 +181,7 @@ def _best_halves(scales, minima, mixed, products, offsets, dmin):
         if d > 0 and dmin >= _ZERO:
             return np.float32(d), dmin
         dmin = _ZERO
-    return np.float32(max(products / scales, 0.0)) if scales > 0 else _ZERO, dmin
+    return np.float32(max((products + mixed * dmin) / scales, 0.0)) if scales > 0 else _ZERO, dmin
 
 
 def _lines_for(size, top, largest):
