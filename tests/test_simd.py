@@ -23,6 +23,7 @@ from pymla.cpu.machine import (
     simd_ordered,
     simd_panels,
     simd_rows,
+    simd_search,
     simd_words,
 )
 from pymla.cpu.machine.intrinsics import (
@@ -49,6 +50,7 @@ MODULES = (
     simd_ordered,
     simd_panels,
     simd_rows,
+    simd_search,
     simd_words,
     fifth_bits,
 )
