@@ -8,7 +8,6 @@ rounded to a half, and the small blocks say exactly what they can do with it.
 from typing import NamedTuple
 
 import numpy as np
-from pymla.cpu.quantise.search import half_scale
 
 from pymla.cpu.machine.simd import (
     address,
@@ -22,6 +21,7 @@ from pymla.cpu.machine.simd import (
     store_f32x32,
     sub,
 )
+from pymla.cpu.quantise.search import half_scale
 from pymla.cpu.runtime.compiling import helper
 
 #: Sizes of a range of candidates.

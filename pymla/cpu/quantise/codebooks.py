@@ -18,8 +18,6 @@ multiples of each for a small block, are compared by the curves' exact values.
 """
 
 import numpy as np
-from pymla.cpu.quantise.quantiser import Quantiser
-from pymla.cpu.quantise.search import SMALLEST
 
 from pymla import ggml
 from pymla.codebooks import codebook
@@ -39,6 +37,8 @@ from pymla.cpu.machine.simd_search import lanes_at_least, largest_four, lowest_b
 from pymla.cpu.quantise import block_scales
 from pymla.cpu.quantise.block_scales import Multiples, choice_for, nearest_number_for, vertex
 from pymla.cpu.quantise.fields import writer_for
+from pymla.cpu.quantise.quantiser import Quantiser
+from pymla.cpu.quantise.search import SMALLEST
 from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.cpu.runtime.isa import LANES
 from pymla.vectors import VECTORS

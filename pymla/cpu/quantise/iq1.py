@@ -15,8 +15,6 @@ number of the block is found by `block_scales`, whose candidates are compared by
 """
 
 import numpy as np
-from pymla.cpu.quantise.quantiser import Quantiser
-from pymla.cpu.quantise.search import SMALLEST
 
 from pymla import ggml
 from pymla.codebooks import codebook
@@ -41,6 +39,8 @@ from pymla.cpu.quantise import block_scales
 from pymla.cpu.quantise.block_scales import Multiples, choice_for, nearest_number_for, vertex
 from pymla.cpu.quantise.codebooks import CACHE_LINE, LEAST_IMPORTANCE, aligned, largest_magnitude
 from pymla.cpu.quantise.fields import writer_for
+from pymla.cpu.quantise.quantiser import Quantiser
+from pymla.cpu.quantise.search import SMALLEST
 from pymla.cpu.runtime.compiling import helper
 from pymla.cpu.runtime.isa import LANES
 from pymla.vectors import IQ1_M_HALF, IQ1_M_SCALES, VECTORS
@@ -65,8 +65,8 @@ _ZERO, _ONE, _EIGHTH, _TWO, _FOUR = (np.float32(value) for value in (0, 1, 1 / 8
 _LOWEST = np.float32(-np.inf)
 
 # Where the numbers of a block are in its scratch: of each weight ``2 w x`` and w; of each small block its own scale,
-# what that explains and its number; a curve; what `block_scales` works in; and from where a cache line begins the values
-# of patterns of first and of second halves, and the sums of patterns of each group.
+# what that explains and its number; a curve; what `block_scales` works in; and from where a cache line begins the
+# values of patterns of first and of second halves, and the sums of patterns of each group.
 _SLOPES, _WEIGHTS, _WANTED, _GAINS, _NUMBERS, _VALUES = 0, 256, 512, 528, 544, 560
 _WORK = _VALUES + len(_CURVE)
 _HALVES = _WORK + block_scales.SCRATCH
