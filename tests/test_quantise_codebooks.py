@@ -2,9 +2,13 @@
 llama.cpp leaves."""
 
 import functools
+import json
+from pathlib import Path
 
+import golden_quantise
 import numpy as np
 import pytest
+from golden_quantise import weighted_error
 
 from pymla import ggml
 from pymla.codebooks import codebook
@@ -15,6 +19,8 @@ from pymla.planes import Plane
 from pymla.reference.formats import FORMATS
 from pymla.vectors import VECTORS, Field
 
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "quantise_errors.json").read_text())
+CASES = {case.name: case for case in golden_quantise.cases()}
 IQ2_AND_3 = ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS, ggml.IQ3_S
 IQ1 = ggml.IQ1_S, ggml.IQ1_M
 TYPES = pytest.mark.parametrize("qtype", IQ2_AND_3 + IQ1, ids=lambda qtype: ggml.NAME[qtype])
@@ -109,6 +115,19 @@ def test_small_blocks_have_the_best_multiple_of_the_number_of_the_block(qtype):
             for other in {max(number - 1, 0), min(number + 1, 15)} - {number}:
                 least = least_error(qtype, own_x, own_w, d * (layout.times * other + layout.plus))
                 assert found <= least + TOLERANCE * (w * x**2).sum()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@TYPES
+def test_error_is_below_that_of_llama_cpp(qtype, case):
+    """llama.cpp has some of these types only with an importance."""
+    assert GOLDEN["crc32"] == golden_quantise.checksum(), (
+        "NumPy draws other numbers: run tools/golden_quantise.py again"
+    )
+    found = weighted_error(quantise(case.rows, qtype, case.importance), qtype, case.rows, case.importance)
+    expected = GOLDEN["errors"][ggml.NAME[qtype]].get(case.name, 0.5)
+    print(f"{found / expected:.4f} of the error of llama.cpp")
+    assert found < expected
 
 
 @TYPES
