@@ -302,7 +302,7 @@ def _group_writer_for(vectors, together):
             _, pattern = best_vector(sums + group * _GROUP, is_down, scale, halves)
             second = second_with(halves + _ROW, pattern, best_second(halves + _ROW, pattern))
             write_index(block, group, np.int64(_INDEX[pattern, second]))
-            write_down(block, group, np.int64(is_down))
+            write_down(block, group, 1 if is_down else 0)
 
     return write_groups
 
