@@ -24,6 +24,7 @@ from pymla.cpu.machine import (
     simd_panels,
     simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
 )
 from pymla.cpu.machine.intrinsics import (
@@ -51,6 +52,7 @@ MODULES = (
     simd_panels,
     simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
     fifth_bits,
 )
