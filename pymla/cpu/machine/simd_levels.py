@@ -1,8 +1,8 @@
 """The nearest levels of a table, which codes stand for, of sixteen numbers at once.
 
 The levels are ascending, 2, 4, … 64 of them. A number is compared with the middle between the two levels that halve the
-table, then with that of the half where it lies, and so on; an instruction picks a middle for each lane out of a register
-of them. The portable level compares a number with all middles.
+table, then with that of the half where it lies, and so on; an instruction picks a middle for each lane out of a
+register of them. The portable level compares a number with all middles.
 """
 
 import itertools
