@@ -1,6 +1,6 @@
 """The quantisers of all families of types."""
 
-from pymla.cpu.quantise import floats, k_quants, legacy
+from pymla.cpu.quantise import floats, ik_quants, iq4, k_quants, legacy, ternary
 from pymla.cpu.quantise.quantiser import Quantiser
 
 #: By the number of a type in `pymla.ggml`.
@@ -8,4 +8,7 @@ QUANTISERS: dict[int, Quantiser] = {
     **floats.QUANTISERS,
     **legacy.QUANTISERS,
     **k_quants.QUANTISERS,
+    **iq4.QUANTISERS,
+    **ternary.QUANTISERS,
+    **ik_quants.QUANTISERS,
 }
