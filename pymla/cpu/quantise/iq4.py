@@ -112,8 +112,8 @@ _E4M3 = np.array(
 
 @helper
 def mxfp4(x, w, block, scratch):
-    """32 weights with a scale that is a power of two: the best of sixteen neighbouring ones, of which the first makes the
-    farthest weight a multiple from 1 to 2. The last level is 12."""
+    """32 weights with a scale that is a power of two: the best of sixteen, of which the first makes the farthest weight
+    a multiple from 1 to 2. The last level is 12."""
     weights = scaled(x, w, scratch, 1)
     take(weights, 0, 32)
     codes = weights.work + 4 * _CODES_AT

@@ -51,7 +51,7 @@ from pymla.cpu.machine.simd_quantise import (
 )
 from pymla.cpu.quantise.packing import code_packer, field_writer
 from pymla.cpu.quantise.quantiser import Quantiser
-from pymla.cpu.quantise.search import extremes, inverse_of, write_scaled
+from pymla.cpu.quantise.search import extremes, inverse_of
 from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.planes import LAYOUTS, ROW_FLOAT, ROW_HALF
 
@@ -116,11 +116,11 @@ def scaled(x, w, scratch, small_blocks):
 @inlined
 def take(block, i, each):
     """Weights and importance of a small block of `each` weights to the work memory."""
-    write_scaled(block.x + 4 * each * i, each, block.per_unit, block.work)
-    least = splat_f32x16(_LEAST_IMPORTANCE)
-    for at in range(4 * each * i, 4 * each * (i + 1), 64):
-        to = block.work + 4 * _WEIGHTS_AT + at - 4 * each * i
-        store_f32x16(to, larger(load_f32x16(block.w + at), least))
+    per_unit, least = splat_f32x16(block.per_unit), splat_f32x16(_LEAST_IMPORTANCE)
+    x, w, work = block.x + 4 * each * i, block.w + 4 * each * i, block.work
+    for at in range(0, 4 * each, 64):
+        store_f32x16(work + at, mul(load_f32x16(x + at), per_unit))
+        store_f32x16(work + 4 * _WEIGHTS_AT + at, larger(load_f32x16(w + at), least))
 
 
 @inlined
