@@ -42,6 +42,8 @@ SMALLEST = np.float32(2.0**-40)
 LARGEST_HALF, SMALLEST_HALF = np.float32(65504), np.float32(2.0**-24)
 LARGEST_FLOAT = np.finfo(np.float32).max
 _ZERO, _ONE, _HALF, _QUARTER = (np.float32(value) for value in (0, 1, 0.5, 0.25))
+#: Relative error, and more, of a difference of two sums.
+_ROUNDING = np.float32(2e-6)
 #: Codes by which the ends of a line are moved in the first round, from one candidate to the next.
 _FIRST_STEP = np.float32(0.4)
 #: Steps of a search that goes on from its last candidate: more would clip all weights but the smallest.
@@ -214,8 +216,12 @@ def error_of(scale, offset, sums, total_w, total_wx):
 def best_line(sums, total_w, total_wx, is_below_zero):
     """For each lane the scale and the offset of the smallest error; the offset at most 0 where `is_below_zero`."""
     q, qq, xq = sums
-    determinant = sub(mul(total_w, qq), mul(q, q))
-    scale = where_positive(determinant, div(sub(mul(total_w, xq), mul(total_wx, q)), determinant))
+    products = mul(total_w, qq)
+    determinant = sub(products, mul(q, q))
+    slope = div(sub(mul(total_w, xq), mul(total_wx, q)), determinant)
+    # Where all codes are the same, the difference is nothing but rounding.
+    differ = fma(products, splat_f32x16(-_ROUNDING), determinant)
+    scale = where_positive(differ, larger(slope, splat_f32x16(_ZERO)))
     offset = div(sub(total_wx, mul(scale, q)), total_w)
     if is_below_zero:
         alone = where_positive(qq, div(xq, qq))
