@@ -1,11 +1,30 @@
 """What tests of quantisers share: errors, and whether blocks are as a search leaves them."""
 
+import json
+from pathlib import Path
+
+import golden_quantise
 import numpy as np
 
 from pymla import ggml, planes
 from pymla.cpu.quantise import quantise
 from pymla.cpu.quantise.frame import quantised_rows
 from pymla.reference.formats import blocks_of_rows, dequantise_rows
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "quantise_errors.json").read_text())
+CASES = list(golden_quantise.cases())
+
+
+def assert_errors_are_below_those_of_ggml(qtype, at_most):
+    """The recorded errors of the C++ programs, times a factor."""
+    assert GOLDEN["crc32"] == golden_quantise.checksum(), (
+        "NumPy draws other numbers: run tools/golden_quantise.py again"
+    )
+    for case in CASES:
+        data = quantise(case.rows, qtype, case.importance)
+        found = golden_quantise.weighted_error(data, qtype, case.rows, case.importance)
+        expected = GOLDEN["errors"][ggml.NAME[qtype]][case.name]
+        assert found <= at_most * expected, (ggml.NAME[qtype], case.name, found / expected)
 
 
 def weights(n, columns, seed=0):

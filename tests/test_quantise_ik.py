@@ -3,6 +3,7 @@
 import pytest
 from quantising import (
     assert_codes_are_nearest,
+    assert_errors_are_below_those_of_ggml,
     assert_extremes_are_finite,
     assert_python_does_the_same,
     errors,
@@ -21,6 +22,11 @@ def test_blocks_are_what_the_search_meant(qtype):
     x, importance = weights(2, 768)
     for given in (importance, None):
         assert_codes_are_nearest(x, qtype, quantise(x, qtype, given))
+
+
+@types
+def test_errors_are_below_those_of_ik_llama_cpp(qtype):
+    assert_errors_are_below_those_of_ggml(qtype, 1.0)
 
 
 @types

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from quantising import (
     assert_codes_are_nearest,
+    assert_errors_are_below_those_of_ggml,
     assert_extremes_are_finite,
     assert_python_does_the_same,
     errors,
@@ -18,6 +19,8 @@ from pymla.reference.formats import FORMATS, dequantise_rows
 
 TYPES = (ggml.IQ4_NL, ggml.IQ4_XS, ggml.MXFP4, ggml.NVFP4, ggml.TQ1_0, ggml.TQ2_0)
 BLOCKS = 12
+#: The error, relative to that of llama.cpp, that no case may exceed. It has no search for MXFP4, TQ1_0 and TQ2_0.
+AT_MOST = {ggml.IQ4_NL: 0.95, ggml.IQ4_XS: 0.95, ggml.MXFP4: 0.95, ggml.TQ1_0: 0.5, ggml.TQ2_0: 0.5}
 
 
 def names(*types):
@@ -115,6 +118,11 @@ def test_ternary_codes_are_nearest(qtype):
     scale = np.abs(found).max(axis=1, keepdims=True)
     expected = np.where(np.abs(x.reshape(-1, 256)) > scale / 2, np.copysign(scale, x.reshape(-1, 256)), 0)
     np.testing.assert_array_equal(found, expected)
+
+
+@names(*AT_MOST)
+def test_errors_are_below_those_of_llama_cpp(qtype):
+    assert_errors_are_below_those_of_ggml(qtype, AT_MOST[qtype])
 
 
 @names(*TYPES)

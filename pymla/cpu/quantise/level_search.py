@@ -202,15 +202,15 @@ def fit_for(sums, levels, moved, each, spread):
 
 
 def choice_for(numbers, options, is_half):
-    """Make ``choose(block)``, the second step: two candidates for `d`, 0 where all weights are about zero.
+    """Make ``choose(block, start)``, the second step, with two starts: the best `d` of 32, 0 where all weights are about
+    zero.
 
-    One gives the scale that is farthest from zero a number near the lowest one, the other near the highest one; where
-    numbers are symmetric, the second one gives it a number that is nearer to zero.
+    They give the scale that is farthest from zero a number near the lowest one, or near the highest one; where numbers
+    are symmetric, a number near the lowest one, or nearer to zero.
     """
-    width, parts = np.float32(1 / 64), 2
-    is_symmetric = numbers.lowest == -numbers.highest
+    width, is_symmetric = np.float32(1 / 64), numbers.lowest == -numbers.highest
     ends = np.array([numbers.lowest, numbers.lowest if is_symmetric else numbers.highest], np.float32)
-    starts = np.array([1.12, 0.62 if is_symmetric else 1.12], np.float32)
+    first_ratios = np.array([1.12, 0.62 if is_symmetric else 1.12], np.float32)
     lowest, step, last = (np.float32(value) for value in (numbers.lowest, numbers.step, numbers.count - 1))
     first_k = np.float32(-numbers.lowest / numbers.step)
 
@@ -241,13 +241,11 @@ def choice_for(numbers, options, is_half):
             cost = smaller(parabola, cost)
         return cost
 
-    @inlined
-    def choose_near(block, farthest, end, start):
-        """The best `d` that gives the scale `farthest` the number ``end * start`` or one of the next ones."""
-        best_cost, best = _ZERO, _ZERO
-        for part in range(parts):
-            ratio = ramp(start - np.float32(16 * part) * width, -width)
-            d = div(splat_f32x16(farthest / end), ratio)
+    @helper
+    def choose(block, start):
+        at_end, best_cost, best = splat_f32x16(farthest_scale(block) / ends[start]), _ZERO, _ZERO
+        for part in range(2):
+            d = div(at_end, ramp(first_ratios[start] - np.float32(16 * part) * width, -width))
             if is_half:
                 d = halves(d, block)
             per_step, cost = div(splat_f32x16(_ONE / step), d), splat_f32x16(_ZERO)
@@ -257,13 +255,6 @@ def choice_for(numbers, options, is_half):
             if least < best_cost:
                 best_cost, best = least, lane_value(d, first_lane(cost, least))
         return best
-
-    @helper
-    def choose(block):
-        farthest = farthest_scale(block)
-        if farthest == _ZERO:
-            return _ZERO, _ZERO
-        return choose_near(block, farthest, ends[0], starts[0]), choose_near(block, farthest, ends[1], starts[1])
 
     return choose
 
@@ -344,9 +335,9 @@ def search_for(level, levels, numbers, moved, each, spread, is_half):
             fit(block, i)
             store_f32(record_of(block, i) + _KEPT, _ZERO)
             store_f32(record_of(block, i) + _KEPT + 4, _ZERO)
-        chosen, best_error, best = choose(block), 0.0, _ZERO
+        best_error, best = 0.0, _ZERO
         for start in range(2):
-            d = chosen[start]
+            d = choose(block, start)
             for _ in range(_ATTEMPTS):
                 if d == _ZERO:
                     break
