@@ -202,8 +202,7 @@ def fit_for(sums, levels, moved, each, spread):
 
 
 def choice_for(numbers, options, is_half):
-    """Make ``choose(block, start)``, the second step, with two starts: the best `d` of 32, 0 where all weights are about
-    zero.
+    """Make ``choose(block, start)``, the second step, with two starts: the best `d` of 32, 0 where all weights are zero.
 
     They give the scale that is farthest from zero a number near the lowest one, or near the highest one; where numbers
     are symmetric, a number near the lowest one, or nearer to zero.
