@@ -109,7 +109,7 @@ def scaled(x, w, scratch, small_blocks):
     low, high = extremes(address(x), len(x))
     _, exponent = math.frexp(max(high, -low))
     exponent = np.int32(min(max(exponent - 1, -120), 126))
-    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
+    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, np.int32(-exponent)))
     return Scaled(address(x), address(w), address(scratch), small_blocks, exponent, unit, per_unit)
 
 
@@ -202,7 +202,7 @@ def fit_for(sums, levels, moved, each, spread):
 
 
 def choice_for(numbers, options, is_half):
-    """Make ``choose(block, start)``, the second step, with two starts: the best `d` of 32, 0 where all weights are zero.
+    """Make ``choose(block, start)``, the second step, with two starts: the best of 32 `d`, 0 where all weights are 0.
 
     They give the scale that is farthest from zero a number near the lowest one, or near the highest one; where numbers
     are symmetric, a number near the lowest one, or nearer to zero.
