@@ -42,7 +42,8 @@ TYPES = {
         *(ggml.Q2_K, ggml.Q3_K, ggml.Q4_K, ggml.Q5_K, ggml.Q6_K),
         *(ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS, ggml.IQ3_S),
         *(ggml.IQ4_NL, ggml.IQ4_XS, ggml.MXFP4, ggml.TQ1_0, ggml.TQ2_0),
-        *(ggml.IQ2_K, ggml.IQ3_K, ggml.IQ4_K, ggml.IQ5_K, ggml.IQ6_K, ggml.IQ4_KS, ggml.IQ5_KS),
+        *(ggml.IQ2_K, ggml.IQ3_K, ggml.IQ4_K, ggml.IQ5_K, ggml.IQ6_K),
+        *(ggml.IQ2_KS, ggml.IQ3_KS, ggml.IQ4_KS, ggml.IQ5_KS),
     )
 }
 
