@@ -112,7 +112,7 @@ def test_a_dry_run_for_people(run, source, tmp_path):
     assert code == 0
     assert "Not possible: blk.0.attn_q.weight: " in " ".join(out.split())
     words = " ".join(out.split())
-    assert re.search(r"blk\.1\.ffn_gate_inp\.weight .*? F32 F32 .*? a router", words)
+    assert re.search(r"blk\.1\.ffn_gate_inp\.weight \d+ × 96 F32 → F32 \S+ \S+ a router", words)
     assert "bits per weight" in words
 
 
