@@ -16,6 +16,7 @@ COMMANDS = {
     "imatrix": "Collect or merge importance matrices, for quantising.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
     "merge": "Make one GGUF file of the parts of a model.",
+    "quantize": "Write a GGUF file in other types.",
     "split": "Write a GGUF file as several parts.",
 }
 

@@ -30,8 +30,8 @@ Examples:
     metavar="TYPE",
     default="auto",
     show_default=True,
-    help="Type of the matrices or mix of types, such as BF16, Q8_0 or Q4_K_M, as for pymla quantize. auto: BF16 or F16, "
-    "as the checkpoint has it; BF16 for float8. Vectors and routers are F32.",
+    help="Type of the matrices, or mix of types, such as BF16, Q8_0 or Q4_K_M, as for pymla quantize. auto: BF16 or "
+    "F16, as the checkpoint has it; BF16 for float8. Vectors and routers are F32.",
 )
 @click.option(
     "--tensor-type",

@@ -27,10 +27,14 @@ class WriteProgress:
 
     It is called with (bytes written, bytes in all, what is being written). Bytes that are there at the first call, from
     an interrupted run, count for no rate. Take it as a context: the bar goes away at the end.
+
+    Parameters
+    ----------
+    console : standard error by default
     """
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._began: tuple[float, int] | None = None  # seconds, and bytes that were there
@@ -81,7 +85,7 @@ class WriteProgress:
         began, before = self._began
         rate = (done - before) / (now - began)
         left = f", {duration((total - done) / rate)} left" if rate else ""
-        return f"{size_text(done)} of {size_text(total)}, {size_text(rate)}/s{left}: {name}"
+        return f"{size_text(done)} of {size_text(total)}, {size_text(rate)}/s{left}: {one_line(name)}"
 
 
 def duration(seconds: float) -> str:

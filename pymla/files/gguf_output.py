@@ -216,7 +216,8 @@ class _Writing:
             data = piece if tensor.encode is None else tensor.encode(piece)
             written += data.nbytes
             if number != complete or written > tensor.nbytes:
-                raise ValueError(f"{tensor.name}: its pieces are not its bytes")
+                name = run.tensors[min(number, complete)][1].name
+                raise ValueError(f"{name}: its pieces are not its bytes")
             write_all(self._files[file].write, data)
             self._progress(run.ends[number] + written, run.total, tensor.name)
             if written == tensor.nbytes:

@@ -1,6 +1,7 @@
 """GGUF files of several parts: names and metadata as llama.cpp's ``gguf-split`` gives them (``tools/gguf-split``)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,3 +84,9 @@ def by_size(tensors: Sequence[NewTensor], most: int) -> list[list[NewTensor]]:
 def by_number(tensors: Sequence[NewTensor], most: int) -> list[list[NewTensor]]:
     """Tensors in groups of `most`, in their order."""
     return [list(tensors[i : i + most]) for i in range(0, len(tensors), most)] or [[]]
+
+
+def by_counts(tensors: Sequence[NewTensor], counts: Iterable[int]) -> list[list[NewTensor]]:
+    """Tensors in groups of so many each, in their order."""
+    following = iter(tensors)
+    return [list(islice(following, count)) for count in counts]

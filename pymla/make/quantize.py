@@ -1,17 +1,20 @@
 """Writing a GGUF file in other types, as a plan says (`pymla.make.quantize_plan`)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pymla import ggml
+from pymla.cpu.checkpoint_types import from_bf16
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.make.importance import Importance
 from pymla.make.quantize_metadata import architecture, new_metadata
 from pymla.make.quantize_plan import Plan
-from pymla.make.writing import Source, write_model
+from pymla.make.writing import Progress, Resume, Source, write_model
 from pymla.reference.quant import dequantise
 
 #: Weights of a tensor that are made float32 at a time.
@@ -23,14 +26,19 @@ def write(
     path: Path,
     *,
     keep_split: bool = False,
-    progress: Callable[[int, int, str], object] | None = None,
+    inputs: Sequence[Path] = (),
+    note: Callable[[str], object] = lambda text: None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write the file of a plan. It appears under its name when it is complete.
 
     Parameters
     ----------
-    keep_split : write as many files as there are, with the same tensors in each; `path` is the name without numbers
-    progress : called with (bytes written, bytes in all, tensor)
+    keep_split : write as many files as there are, with the same tensors in each; `path` is then the name without
+        numbers
+    inputs : files that the plan was made of beside the model: an interrupted run goes on only where they are the same
+    note : told, in one line each, what becomes of an interrupted run
+    progress : called with (bytes written, bytes in all, the tensor that is being written)
 
     Returns
     -------
@@ -45,10 +53,31 @@ def write(
     if plan.refusals:
         raise PymlaError(plan.refusals[0])
     file = plan.file
-    sources = [Source(each.name, each.shape, _float_rows(file, each)) for each in file.tensors.values()]
-    types = {row.name: row.qtype for row in plan.rows}
-    metadata = new_metadata(file, plan.file_type, plan.importance)
-    return write_model(path, architecture(file), metadata, sources, types, importance=plan.importance)
+    parts = Counter(tensor.path for tensor in file.tensors.values())
+    return write_model(
+        path,
+        architecture(file),
+        new_metadata(file, plan.file_type, plan.importance),
+        [Source(each.name, each.shape, partial(_float_rows, file, each)) for each in file.tensors.values()],
+        {row.name: row.qtype for row in plan.rows},
+        importance=plan.importance,
+        copies={row.name: partial(file.read, file.tensors[row.name]) for row in plan.rows if row.qtype == row.source},
+        split=[parts[part] for part in file.parts] if keep_split else None,
+        resume=Resume([*file.parts, *inputs], note),
+        progress=progress,
+    )
+
+
+def _float_rows(file: ModelFile, tensor: TensorInfo) -> Iterator[np.ndarray]:
+    """The rows of a tensor as float32 (r, columns), in order."""
+    width, together = ggml.row_bytes(tensor.qtype, tensor.shape[-1]), ggml.ROWS_TOGETHER[tensor.qtype]
+    step = max(1, PIECE_WEIGHTS // (tensor.shape[-1] * together)) * together
+    for data in file.read(tensor):
+        blocks = data.reshape(-1, width)
+        for start in range(0, len(blocks), step):
+            piece = np.ascontiguousarray(blocks[start : start + step])
+            # Most models are published in BF16.
+            yield from_bf16(piece.view(np.uint16)) if tensor.qtype == ggml.BF16 else dequantise(piece, tensor.qtype)
 
 
 def selected(importance: Importance, include: Sequence[str], exclude: Sequence[str]) -> Importance:
@@ -72,21 +101,3 @@ class _Selected(Importance):
         if self._include and not any(text in name for text in self._include):
             return False
         return not any(text in name for text in self._exclude)
-
-
-def _float_rows(file: ModelFile, tensor: TensorInfo) -> Callable[[], Iterator[np.ndarray]]:
-    """Makes the rows of a tensor as float32 (r, columns), in order, each piece of one matrix."""
-
-    def rows() -> Iterator[np.ndarray]:
-        in_matrix, columns = tensor.shape[-2:]
-        together = ggml.ROWS_TOGETHER[tensor.qtype]
-        step = max(1, PIECE_WEIGHTS // (columns * together)) * together
-        done = 0
-        for data in file.read(tensor):
-            blocks = data.reshape(-1, ggml.row_bytes(tensor.qtype, columns))
-            while len(blocks):
-                count = min(step, in_matrix - done % in_matrix, len(blocks))
-                yield dequantise(blocks[:count], tensor.qtype)
-                done, blocks = done + count, blocks[count:]
-
-    return rows

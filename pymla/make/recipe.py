@@ -286,7 +286,7 @@ def _parse(text: str, source: str, where: str) -> Rule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python will read some expressions in another way one day
             pattern = re.compile(expression, re.IGNORECASE)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise PymlaError(f"{source}: {shown(expression)} is no regular expression: {error}") from error
     return Rule(pattern, qtype, where)
 

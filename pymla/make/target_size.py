@@ -33,7 +33,6 @@ from pymla.make.knapsack import Option, solve
 from pymla.make.mixes import Choice, bits
 from pymla.make.recipe import NEED_IMPORTANCE, OUTER
 from pymla.reference.quant import dequantise
-from pymla.reference.quant import quantise as round_floats
 
 #: Types that are tried, of llama.cpp, so that all programs load the file; others where rows do not fit.
 CANDIDATES = (
@@ -186,7 +185,7 @@ class _Sample:
         """The squared error of what the rows give in a type, as a share of what they give; 0 where that is nothing."""
         error = signal = 0.0
         for rows, weights, uses in self._pieces:
-            blocks = round_floats(rows, qtype) if qtype in ggml.FLOATS else quantise(rows, qtype, weights)
+            blocks = quantise(rows, qtype, weights)
             error += uses * _energy(rows - dequantise(blocks, qtype), weights)
             signal += uses * _energy(rows, weights)
         return error / signal if signal > 0 else 0.0

@@ -61,7 +61,7 @@ def write_model(
     *,
     importance: "Importance | None" = None,
     copies: Mapping[str, Pieces] | None = None,
-    split: int | None = None,
+    split: int | Sequence[int] | None = None,
     resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -76,8 +76,8 @@ def write_model(
     types : the ggml type of each tensor by name
     importance : of the columns of matrices that are quantised
     copies : tensors that are written as they are, in their type of `types`; the rows of their sources are not read
-    split : bytes of a part, at most, where its tensors are more than one; a model of one part is one file without a
-        number. None: one file
+    split : bytes of a part, at most, where its tensors are more than one; or how many tensors each part has. A model of
+        one part is one file without a number. None: one file
     resume : what lets the run go on where an interrupted one stopped
     progress : called with (bytes written, bytes in all, the tensor that is being written), before the first piece and
         after each
@@ -102,13 +102,18 @@ def write_model(
         else:
             tensors.append(_quantised(source, qtype, importance))
     metadata = {"general.architecture": architecture, **metadata}
-    groups = [tensors] if split is None else gguf_parts.by_size(tensors, split)
+    groups = [tensors] if split is None else _groups(tensors, split)
     files = [NewFile(path, metadata, tensors)] if len(groups) == 1 else gguf_parts.in_parts(path, metadata, groups)
     try:
         write_files(files, resume, progress)
     except Refused as error:
         raise Refused(f"{path}: cannot be written: {error}") from error
     return [file.path for file in files]
+
+
+def _groups(tensors: Sequence[NewTensor], split: int | Sequence[int]) -> list[list[NewTensor]]:
+    """The tensors of each part, as `split` of `write_model` says."""
+    return gguf_parts.by_size(tensors, split) if isinstance(split, int) else gguf_parts.by_counts(tensors, split)
 
 
 def _copied(source: Source, qtype: int, pieces: Pieces) -> NewTensor:
