@@ -136,7 +136,7 @@ def prepare(
     *,
     qtype: str = AUTO,
     tensor_types: Sequence[str] = (),
-    recipe: Path | None = None,
+    recipe: str | Path | None = None,
     imatrix: str | Path | None = None,
     layout: str = "split",
     mtp: bool | None = None,
@@ -173,7 +173,7 @@ def prepare(
     """
     _check_arguments(qtype, layout, pre, name)
     auto = qtype.lower() == AUTO
-    rules: dict[str, Any] = {"tensor_types": tensor_types, "recipe": recipe}
+    rules: dict[str, Any] = {"tensor_types": tensor_types, "recipe": None if recipe is None else Path(recipe)}
     recipe_for("F16" if auto else qtype, **rules)  # refuses unknown names before anything is read
     folder = Path(folder)
     config = HubConfig(folder / "config.json")
