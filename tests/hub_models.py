@@ -366,6 +366,8 @@ def write_folder(folder, name):
     if model.tokenizer == "sentencepiece":
         config = config | {"bos_token_id": 1, "eos_token_id": [2, 282]}
     write_json(folder / model.file, config)
+    if model.file != "config.json":  # llama.cpp's converter wants one, of which it uses nothing
+        write_json(folder / "config.json", {"architectures": ["MistralLarge3ForCausalLM"]})
     weights = "consolidated.safetensors" if model.names == "mistral" else "model.safetensors"
     safetensors(folder / weights, stored_weights(model))
     _TOKENIZERS[model.tokenizer](folder)

@@ -342,10 +342,13 @@ def test_longrope_beyond_the_original_context(tmp_path):
     assert config.attention_factor == pytest.approx((1 + np.log(256 / 64) / np.log(64)) ** 0.5)
 
 
-def test_config_json_comes_before_params_json(folders, tmp_path):
+def test_the_weights_decide_between_config_json_and_params_json(tmp_path):
     folder = write_folder(tmp_path / "V2", "V2")
     write_json(folder / "params.json", {"dim": 1})
-    assert HubConfig(folder / "config.json").architecture == "deepseek2"
-    config = HubConfig(folders["Mistral-Large-3"] / "config.json")
+    assert HubConfig(folder / "config.json").path.name == "config.json"
+    folder = write_folder(tmp_path / "Mistral-Large-3", "Mistral-Large-3")
+    assert HubConfig(folder / "config.json").path.name == "params.json"
+    (folder / "config.json").unlink()
+    config = HubConfig(folder / "config.json")
     assert config.path.name == "params.json"
     assert config.shape("x").temperature_scale == pytest.approx(0.1)

@@ -50,7 +50,7 @@ _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
 class HubConfig(Values):
-    """config.json of a model of one of `CLASSES`, or params.json where there is no config.json.
+    """config.json of a model of one of `CLASSES`, or the params.json beside it that describes the weights.
 
     Values of the language model of a model that also sees, which are in an object "text_config", count as if they stood
     at the top.
@@ -62,9 +62,8 @@ class HubConfig(Values):
     """
 
     def __init__(self, path: Path):
-        params = path.with_name("params.json")
-        super().__init__(params if params.exists() and not path.exists() else path)
-        if self.path == params:
+        super().__init__(mistral_params.configuration(path))
+        if self.path.name == mistral_params.NAME:
             self._values = mistral_params.as_hub_config(self, self._values)
         self.family = self._family()
         self._values = self._values | self.get("text_config", dict, {})

@@ -5,9 +5,12 @@ Mistral publishes large models for its package mistral-common: ``params.json``, 
 converter (``conversion/mistral.py``, class MistralMoeModel). Names of tensors: `pymla.make.checkpoint_names`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from pymla.make.json_values import Values
+
+NAME = "params.json"
 
 #: Class that stands for such a file in `pymla.make.hub_config.CLASSES`; transformers has none.
 CLASS = "MistralMoe"
@@ -43,6 +46,17 @@ _YARN_KEYS = {
     "alpha": "beta_slow",
 }
 _CONTEXT_LENGTH = 128_000
+
+
+def configuration(path: Path) -> Path:
+    """The file that describes the weights of a folder: the params.json beside the config.json `path` where that is
+    absent, or where all weights are in files for mistral-common."""
+    params = path.with_name(NAME)
+    if not params.exists():
+        return path
+    weights = [each.name for each in path.parent.glob("*.safetensors")]
+    theirs = all(name.startswith("consolidated") for name in weights)
+    return params if theirs or not path.exists() else path
 
 
 def as_hub_config(params: Values, values: dict[str, Any]) -> dict[str, Any]:
