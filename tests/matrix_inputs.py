@@ -74,7 +74,7 @@ class MatrixInputs:
             c_q, q = None, self._product("attn_q", h)
         q = self._rotated(q.reshape(tokens, heads, -1), c.rope_interleave)
         if c.attention_temperature:
-            q = tempered(q, self._positions, *c.attention_temperature)
+            q = tempered(q, self._positions, c.attention_temperature.scale, c.attention_temperature.length)
         kv = self._product("attn_kv_a_mqa", h)
         c_kv, k_pe = self._norm(kv[:, :rank], "attn_kv_a_norm"), self._rotated(kv[:, None, rank:], c.rope_interleave)
         k_b, v_b = np.split(self._weight("attn_kv_b").reshape(heads, -1, rank), [nope], axis=1)

@@ -1,8 +1,15 @@
 """Weights of checkpoints that are quantised: the kernels against definitions and torch, and which of them are read."""
 
+import json
+import math
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hub import V3, hub_folder, random_weights, safetensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pymla import ggml
 from pymla.cpu import checkpoint_types as cpu
@@ -293,3 +300,58 @@ def test_what_config_json_may_not_say(tmp_path, found, message):
     with pytest.raises(PymlaError, match=message) as error:
         read_quantisation(HubConfig(folder / "config.json"))
     assert "\n" not in str(error.value)
+
+
+#: A weight of each kind.
+EVERY_KIND = {
+    "a": ("F8_E4M3", random_codes(4, 40) & 63),
+    "a_scale_inv": np.ones((1, 1), np.float32),
+    "b": ("F8_E4M3", random_codes(4, 40) & 63),
+    "b_scale": np.ones((4, 1), np.float32),
+    "c_packed": ("I32", np.ones((2, 8), np.int32)),
+    "c_scale": ("BF16", np.ones((2, 2), np.uint16)),
+    "d_packed": ("U8", random_codes(2, 32)),
+    "d_scale": ("F8_E8M0", np.full((2, 2), 127, np.uint8)),
+    "e": ("BF16", np.ones((3, 5), np.uint16)),
+}
+KINDS = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "U8", "I8", "I32", "I64", "F4", ""])
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 32, 40, 128, 2**40]), max_size=4)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_header_gives_weights_or_one_line(data):
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "model.safetensors"
+        safetensors(path, EVERY_KIND)
+        raw = path.read_bytes()
+        stop = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:stop])
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))
+            change = data.draw(st.sampled_from(["dtype", "shape", "name", "remove"]))
+            if change == "dtype":
+                header[name]["dtype"] = data.draw(KINDS)
+            elif change == "shape":
+                header[name]["shape"] = data.draw(SHAPES)
+            elif change == "name":
+                other = data.draw(st.sampled_from(["a", "c", "c_zero_point", "d_scale_inv", "e_scale", "f"]))
+                header[other] = header.pop(name)
+            elif len(header) > 2:
+                del header[name]
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[stop:])
+        try:
+            weights = HubWeights(place)
+            for name in weights.names:
+                shape = weights.encoding(name).shape
+                weights.expect(name, shape)
+                if not shape:
+                    continue  # no tensor of a model
+                rows = min(3, math.prod(shape[:-1]))
+                assert weights.rows(name, 0, rows).shape == (rows, shape[-1])
+                if weights.qtype(name) is not None:
+                    assert len(weights.blocks(name, 0, rows)) == rows
+        except PymlaError as error:
+            message = str(error)
+            assert message.isprintable()

@@ -369,7 +369,7 @@ def test_progress_of_collecting(defined):
 
 
 @pytest.mark.parametrize("layout", make_imatrix_golden.LAYOUTS)
-def test_sums_equal_those_of_llama_cpp(layout, tmp_path, run):
+def test_sums_equal_those_of_llama_cpp(layout, tmp_path, run):  # noqa: F811
     """Those of tools/make_imatrix_golden.py."""
     golden = Importance.read(GOLDEN / "imatrix" / f"{layout}.gguf")
     path, text = make_imatrix_golden.make(tmp_path / "m.gguf", layout), tmp_path / "text.txt"

@@ -4,11 +4,13 @@ import math
 import struct
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.imatrix_entries import MOST, Entry
 from pymla.make.imatrix_statistics import layer_statistics, tensor_statistics
@@ -211,16 +213,21 @@ def test_what_is_refused(tmp_path):
         Importance.read(tmp_path / "nothing")
 
 
+def test_a_chunk_size_that_is_missing(tmp_path):
+    """Counts are tokens, and the older format's are chunks: a file must say how many tokens a chunk has."""
+    for metadata, match in (({}, "imatrix.chunk_size is missing"), ({"imatrix.chunk_size": 0}, "chunk_size is 0")):
+        tensors = {name: (np.ones((1, 1), np.float32), ggml.F32) for name in ("a.in_sum2", "a.counts")}
+        gguf_files.write(tmp_path / "i.gguf", metadata, tensors, "imatrix")
+        with pytest.raises(PymlaError, match=match):
+            Importance.read(tmp_path / "i.gguf")
+
+
 def test_pairs_of_tensors(tmp_path):
     path = tmp_path / "i.gguf"
     for suffix, missing in ((".in_sum2", ".counts"), (".counts", ".in_sum2")):
-        writer = gguf.GGUFWriter(path, "imatrix")
-        for name in ("a.in_sum2", "a.counts", f"b{suffix}"):
-            writer.add_tensor(name, np.ones((1, 1), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        names = "a.in_sum2", "a.counts", f"b{suffix}"
+        tensors = {name: (np.ones((1, 1), np.float32), ggml.F32) for name in names}
+        gguf_files.write(path, {}, tensors, "imatrix")
         with pytest.raises(PymlaError, match=f"tensor 'b{missing}' is missing"):
             Importance.read(path)
 

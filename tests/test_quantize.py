@@ -313,7 +313,8 @@ def test_weights_that_are_not_finite_are_refused(refused, source, tmp_path):
     data[start + 100 : start + 102] = b"\x80\x7f"  # infinity
     bad.write_bytes(data)
     refused("quantize", bad, tmp_path / "out.gguf", "Q8_0", parts=[name])
-    refused("quantize", bad, tmp_path / "out.gguf", "--target-size", "100M", parts=[name])
+    with pytest.raises(PymlaError, match=f"{name} holds weights that are NaN or infinite"):
+        make_plan(ModelFile.open(bad), recipe_for("Q8_0"), size=10**8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gguf"]
 
 
@@ -378,10 +379,10 @@ def test_a_target_size_is_kept_and_used(run, source, imatrix, tmp_path):
     assert ruled["target"]["error"] > found["target"]["error"] - found["target"]["least_error"] * 1e-9
 
 
-def test_a_size_that_is_too_small(refused, source, tmp_path):
-    refused(
-        "quantize", source, tmp_path / "out.gguf", "--target-size", "10K", parts=["--target-size: the smallest types"]
-    )
+def test_a_size_that_is_too_small(run, source, tmp_path):
+    code, _, err = run("quantize", source, tmp_path / "out.gguf", "--target-size", "10K")
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert err.splitlines()[-1].startswith("pymla: error: --target-size: the smallest types take ")
 
 
 def test_a_size_with_room_for_the_model_as_it_is(run, source, tmp_path):

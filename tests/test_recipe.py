@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from pymla import ggml
 from pymla.cpu.quantise import QUANTISERS
 from pymla.errors import PymlaError
-from pymla.make.fallbacks import fitting_type
 from pymla.make.mixes import MIXES, bits
 from pymla.make.recipe import PROTECTED, TYPES, TensorInfo, needs_importance, read_rules, recipe_for
 
@@ -95,11 +94,9 @@ def test_fall_backs_are_explained():
     types, reasons = chosen("Q4_K_S", exact_mix=True)
     assert types["blk.0.attn_k_b.weight"] == "Q5_0"
     assert reasons["blk.0.attn_k_b.weight"] == "mix Q4_K_S; 64 columns are no multiple of 256: Q5_0 for Q4_K"
-    # ik_llama.cpp falls back to a type that has no quantiser.
     types, reasons = chosen("IQ5_K")
-    assert ggml.NAME[fitting_type(ggml.IQ5_K, (256, 96))] == "Q6_0"
-    assert types["blk.0.ffn_down_exps.weight"] == "Q8_0"
-    assert reasons["blk.0.ffn_down_exps.weight"] == "mix IQ5_K; 96 columns are no multiple of 256: Q8_0 for IQ5_K"
+    assert types["blk.0.ffn_down_exps.weight"] == "Q6_0"
+    assert reasons["blk.0.ffn_down_exps.weight"] == "mix IQ5_K; 96 columns are no multiple of 256: Q6_0 for IQ5_K"
 
 
 def test_low_bit_mixes_protect_keys_values_and_shared_experts():

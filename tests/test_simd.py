@@ -24,6 +24,7 @@ from pymla.cpu.machine import (
     simd_panels,
     simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
 )
 from pymla.cpu.machine.intrinsics import (
@@ -51,12 +52,14 @@ MODULES = (
     simd_panels,
     simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
     fifth_bits,
 )
-#: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type.
+#: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type, and
+#: tests/test_simd_levels.py those of every table of levels.
 OF_TYPES = tuple(
-    f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik")
+    f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik", "levels")
 )
 PACKAGE = {
     name: each for name, each in OPERATIONS.items() if name.startswith("pymla.") and not name.startswith(OF_TYPES)

@@ -1,11 +1,15 @@
 """Models in several files from one, and one from several."""
 
+import signal
+import textwrap
+
 import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
 from gguf_files import write
+from test_interrupts import started
 
 from pymla import ggml
 from pymla.cli.merge import merge as merge_command
@@ -165,3 +169,36 @@ def test_sizes(text, nbytes):
 def test_sizes_that_are_none(text):
     with pytest.raises(Exception, match="is no size"):
         Size().convert(text, None, None)
+
+
+SLOW = """
+    import time
+    from pymla import cli
+    from pymla.files import gguf_output
+    gguf_output.RECORD_BYTES = 1
+    write_all = gguf_output.write_all
+    def slow(write, data):
+        time.sleep(0.05)
+        print("ready", flush=True)
+        write_all(write, data)
+    gguf_output.write_all = slow
+    cli.main()
+"""
+
+
+def test_ctrl_c(tmp_path, model):
+    arguments = "split", str(model), str(tmp_path / "p"), "--max-tensors", "3"
+    process = started("-c", textwrap.dedent(SLOW), *arguments)
+    for _ in range(12):
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == [
+        f"pymla: {tmp_path / 'p-00001-of-00003.gguf'}: interrupted; the same command goes on where it stopped"
+    ]
+    assert not list(tmp_path.glob("p-*.gguf"))
+    result = CliRunner().invoke(split_command, arguments[1:])
+    assert result.exit_code == 0, result.output
+    assert "goes on" in result.stderr
+    assert held(sorted(tmp_path.glob("p-*"))) == held([model])

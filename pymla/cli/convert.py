@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pymla.cli import interrupt
+from pymla.cli.options import as_options
 from pymla.cli.sizes import SIZE
+from pymla.printable import one_line
 
 if TYPE_CHECKING:
     from pymla.make.convert import Prepared
@@ -67,18 +69,24 @@ def convert(folder: Path, out: Path, split: int | None, dry_run: bool, **options
     is complete. A run that was interrupted goes on where it stopped if it is called again.
     """
     from pymla.cli.progress import WriteProgress
+    from pymla.cli.terminal import Terminal
     from pymla.make.convert import prepare
+    from pymla.make.quantize import compile_kernels
 
     # The gguf package warns of things that do not matter here, such as how a pair of texts is joined.
     logging.getLogger("gguf").setLevel(logging.ERROR)
     prepared = prepare(folder, **options)
     if dry_run:
         _show(prepared)
+    for note in prepared.notes:
+        click.echo(f"note: {one_line(as_options(note, convert))}", err=True)
+    if dry_run:
         return
+    with interrupt.graceful(), Terminal() as terminal:
+        made = {choice.qtype for name, choice in prepared.choices.items() if name not in prepared.copies}
+        compile_kernels(made, terminal.compiling, terminal.warn)
     with interrupt.graceful(), WriteProgress() as shown:
         done = prepared.write(out, split=split, note=shown.note, progress=shown)
-    for note in done.notes:
-        click.echo(f"note: {note}", err=True)
     parts = f" and {len(done.parts) - 1} more" if len(done.parts) > 1 else ""
     click.echo(f"{done.path}{parts}: {done.nbytes / 2**20:.1f} MiB", err=True)
 
@@ -90,7 +98,6 @@ def _show(prepared: "Prepared") -> None:
     from pymla import ggml
     from pymla.cli.page import Page
     from pymla.host.memory import size_text
-    from pymla.printable import one_line
 
     rows, nbytes, weights = [], 0, 0
     for source in prepared.sources:
@@ -104,5 +111,3 @@ def _show(prepared: "Prepared") -> None:
     page.table("Tensors", "name", "shape", "type", "size", "reason", rows=rows, numbers=(3,))
     totals = [("weights", f"{weights:,}"), ("tensors", size_text(nbytes))]
     page.table("File", rows=[*totals, ("bits per weight", f"{8 * nbytes / weights:.3f}")], numbers=(1,))
-    for note in prepared.notes:
-        click.echo(f"note: {note}", err=True)

@@ -88,19 +88,23 @@ def quantize(
 
         set_threads(threads)
     from pymla.cli import quantize_page
+    from pymla.make.quantize import compile_kernels
     from pymla.make.quantize_plan import make_plan
     from pymla.make.recipe import recipe_for
 
+    file = ModelFile.open(model)
+    _check_places(file, {"OUT": None if dry_run or keep_split else out, "--recipe-out": recipe_out})
     importance = _importance(imatrix, include_weights, exclude_weights)
     # A target size needs no mix: all types that the user does not give are found.
     recipe = recipe_for(qtype or "Q8_0", importance=importance is not None, **recipe_options)
     with interrupt.graceful(), Terminal() as terminal:
         plan = make_plan(
-            ModelFile.open(model),
+            file,
             recipe,
             importance,
             size=target_size,
             allow_requantize=allow_requantize,
+            prepare=lambda types: compile_kernels(types, terminal.compiling, terminal.warn),
             progress=lambda done, total: terminal.show("measuring the errors of types, tensors", done, total),
         )
     if recipe_out is not None:
@@ -112,6 +116,9 @@ def quantize(
     for note in plan.notes:
         click.echo(f"note: {one_line(as_options(note, quantize))}", err=True)
     if not dry_run:
+        with interrupt.graceful(), Terminal() as terminal:
+            changed = {row.qtype for row in plan.rows if row.qtype != row.source}
+            compile_kernels([] if plan.refusals else changed, terminal.compiling, terminal.warn)
         _write(plan, out, keep_split, [] if imatrix is None else [imatrix])
 
 
@@ -123,6 +130,11 @@ def _check(qtype: str | None, target_size: int | None, recipe_out: Path | None, 
         raise PymlaError("--recipe-out writes what --target-size finds; give both")
     if as_json and not dry_run:
         raise PymlaError("--json prints a plan; give --dry-run, too")
+
+
+def _check_places(file: ModelFile, paths: dict[str, Path | None]) -> None:
+    """Raise PymlaError, before any work, for a file that could not be written."""
+    outputs.check({name: path for name, path in paths.items() if path is not None}, file.parts)
 
 
 def _importance(path: Path | None, include: tuple[str, ...], exclude: tuple[str, ...]) -> "Importance | None":
@@ -143,7 +155,6 @@ def _write_recipe(plan: "Plan", path: Path) -> None:
     from pymla.make.target_size import recipe_text
 
     assert plan.found is not None  # a size was given
-    outputs.check({"--recipe-out": path}, plan.file.parts, devices=True)
     outputs.write(path, recipe_text(plan.found.choices, one_line(f"{plan.file.path.name}: {summary(plan)}")).encode())
 
 

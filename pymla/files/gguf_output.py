@@ -68,7 +68,8 @@ def write_files(files: Sequence[NewFile], resume: Resume | None = None, progress
     paths = [file.path for file in files]
     names = ["the output"] if len(files) == 1 else [f"part {number + 1}" for number in range(len(files))]
     outputs.check(dict(zip(names, paths, strict=True)), resume.inputs if resume else ())
-    run, journal = _Run(files), None
+    run = _Run(files)
+    journal: Journal | None = None
     try:
         with outputs.replacing_all(paths) as parts, ExitStack() as stack:
             start = 0
@@ -148,13 +149,12 @@ class _Run:
         return found
 
     def open(self, paths: Sequence[Path], start: int, stack: ExitStack) -> list[FileIO]:
-        """The files, positioned behind what is complete; headers are written if nothing is."""
+        """The files, with their headers, positioned behind what is complete."""
         opened = []
         for path, header, size in zip(paths, self.headers, self.sizes(start), strict=True):
             file = stack.enter_context(FileIO(path, "r+"))
-            if not start:
-                file.truncate(0)
-                write_all(file.write, header)
+            # Of an interrupted run only what is recorded is certainly on the disk: not the headers of later files.
+            write_all(file.write, header)
             file.truncate(size)
             file.seek(size)
             opened.append(file)

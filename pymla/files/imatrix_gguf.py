@@ -13,7 +13,7 @@ import numpy as np
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files import gguf_writer
-from pymla.files.gguf_reader import ModelFile
+from pymla.files.gguf_reader import REQUIRED, ModelFile
 from pymla.files.gguf_writer import NewTensor
 from pymla.files.imatrix_entries import LONGEST_CHUNK, MOST, Entry, ImatrixData, checked
 from pymla.printable import shown
@@ -42,9 +42,8 @@ def read(path: Path) -> ImatrixData:
     datasets = file.get(_DATASETS, list, [])
     if not all(isinstance(each, str) for each in datasets):
         raise PymlaError(f"{path}: metadata {_DATASETS} is {shown(datasets)}, but an array of strings is expected")
-    return ImatrixData(
-        entries, tuple(datasets), _natural(file, _CHUNKS, MOST), _natural(file, _CHUNK_SIZE, LONGEST_CHUNK)
-    )
+    chunks = _number(file, _CHUNKS, 0, MOST, default=0)
+    return ImatrixData(entries, tuple(datasets), chunks, _number(file, _CHUNK_SIZE, 1, LONGEST_CHUNK))
 
 
 def write(path: Path, data: ImatrixData) -> None:
@@ -85,11 +84,11 @@ def _whole(path: Path, name: str, counts: np.ndarray) -> np.ndarray:
     return np.rint(counts).astype(np.int64)
 
 
-def _natural(file: ModelFile, key: str, most: int) -> int:
-    """A number of the metadata; 0 where the file has none."""
-    value = file.get(key, int, 0)
-    if not 0 <= value <= most:
-        raise PymlaError(f"{file.path}: metadata {key} is {value}; a number from 0 to {most} is expected")
+def _number(file: ModelFile, key: str, least: int, most: int, default: object = REQUIRED) -> int:
+    """A number of the metadata."""
+    value = file.get(key, int, default)
+    if not least <= value <= most:
+        raise PymlaError(f"{file.path}: metadata {key} is {value}; a number from {least} to {most} is expected")
     return value
 
 

@@ -1,7 +1,7 @@
 """Reading in a thread, beside the work on what was read before."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ AHEAD = 2
 _END = object()
 
 
-def read_ahead(items: Iterable[T]) -> Iterator[T]:
+def read_ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The items of an iterable, in order, of which the next ones are made in a thread meanwhile.
 
     What the iterable raises is raised here when its turn comes. Where the system allows no further thread, items are

@@ -22,7 +22,7 @@ from pymla.files.gguf_writer import Metadata, Value
 from pymla.make.checkpoint_tensors import Plan
 from pymla.make.hub_config import HubConfig
 from pymla.make.hub_quantisation import read_quantisation
-from pymla.make.hub_tokenizer import END_KEYS, read_tokenizer
+from pymla.make.hub_tokenizer import END_KEYS, HubTokenizer, read_tokenizer
 from pymla.make.hub_weights import HubWeights
 from pymla.make.importance import Importance
 from pymla.make.model_metadata import LAYOUTS
@@ -136,7 +136,7 @@ def prepare(
     *,
     qtype: str = AUTO,
     tensor_types: Sequence[str] = (),
-    recipe: Path | None = None,
+    recipe: str | Path | None = None,
     imatrix: str | Path | None = None,
     layout: str = "split",
     mtp: bool | None = None,
@@ -172,19 +172,16 @@ def prepare(
         that GGUF cannot, or makes a file that would not load.
     """
     _check_arguments(qtype, layout, pre, name)
+    auto = qtype.lower() == AUTO
+    rules: dict[str, Any] = {"tensor_types": tensor_types, "recipe": None if recipe is None else Path(recipe)}
+    recipe_for("F16" if auto else qtype, **rules)  # refuses unknown names before anything is read
     folder = Path(folder)
     config = HubConfig(folder / "config.json")
     plan = Plan(config, HubWeights(folder, read_quantisation(config)), layout, mtp)
     sources = list(plan.sources())
     plan.check_leftovers()
     importance = None if imatrix is None else Importance.read(imatrix)
-    auto = qtype.lower() == AUTO
-    chosen = recipe_for(
-        auto_type(plan, sources) if auto else qtype,
-        tensor_types=tensor_types,
-        recipe=recipe,
-        importance=importance is not None,
-    )
+    chosen = recipe_for(auto_type(plan, sources) if auto else qtype, importance=importance is not None, **rules)
     if chosen.mix is None:
         raise PymlaError(f"{qtype} is no type of a new file; choose a type or a mix")
     tokenizer = read_tokenizer(config, pre)
@@ -198,14 +195,7 @@ def prepare(
     for key, value in metadata.items():
         _check_text(folder, key, value)
     loaded = _check_metadata(folder, plan.architecture, metadata)
-    notes = [*plan.notes, *_fall_backs(choices), *tokenizer.notes]
-    unused = chosen.unused([TensorInfo(source.name, source.shape) for source in sources])
-    notes += [f"{rule.where} matches no tensor that is quantised" for rule in unused]
-    notes += [
-        f"token {i}, {tokenizer.tokens[i]!r:.60}, ends a text, too, and GGUF has no key for it; give it as `stop`"
-        for i in tokenizer.ends[len(END_KEYS) :]
-        if i not in loaded.eos_ids
-    ]
+    notes = (*plan.notes, *_notes_on_types(chosen, sources, choices), *_notes_on_tokens(tokenizer, loaded))
     copies = {
         source.name: partial(plan.stored_pieces, source.name)
         for source in sources
@@ -213,7 +203,7 @@ def prepare(
     }
     inputs = sorted(path for path in folder.iterdir() if path.suffix in _SOURCES)
     inputs += [] if imatrix is None else [Path(imatrix)]
-    return Prepared(folder, plan.architecture, metadata, sources, choices, copies, importance, inputs, tuple(notes))
+    return Prepared(folder, plan.architecture, metadata, sources, choices, copies, importance, inputs, notes)
 
 
 def _check_arguments(qtype: object, layout: object, pre: object, name: object) -> None:
@@ -264,9 +254,24 @@ def _check_choices(
             raise PymlaError(f"tensor {source.name}: {ggml.NAME[qtype]} needs an importance matrix; {lacking}")
 
 
-def _fall_backs(choices: Mapping[str, Choice]) -> list[str]:
-    """A note for each tensor that has another type than was chosen, because that does not fit."""
-    return [f"{name}: {choice.reason}" for name, choice in choices.items() if "no multiple of" in choice.reason]
+def _notes_on_types(recipe: Recipe, sources: Sequence[Source], choices: Mapping[str, Choice]) -> list[str]:
+    """Notes for tensors that are F16 because no type of blocks fits them, and for rules that match nothing."""
+    f16 = [(name, choice) for name, choice in choices.items() if choice.qtype == ggml.F16]
+    notes = [f"{name}: {choice.reason}" for name, choice in f16 if "no multiple of" in choice.reason]
+    unused = recipe.unused([TensorInfo(source.name, source.shape) for source in sources])
+    return notes + [f"{rule.where} matches no tensor that is quantised" for rule in unused]
+
+
+def _notes_on_tokens(tokenizer: HubTokenizer, loaded: Tokenizer) -> list[str]:
+    """Notes of the tokenizer, and for tokens that end a text of which the file cannot say so."""
+    return [
+        *tokenizer.notes,
+        *(
+            f"token {i}, {tokenizer.tokens[i]!r:.60}, ends a text, too, and GGUF has no key for it; give it as `stop`"
+            for i in tokenizer.ends[len(END_KEYS) :]
+            if i not in loaded.eos_ids
+        ),
+    ]
 
 
 def _check_text(folder: Path, key: str, value: Value) -> None:

@@ -167,7 +167,7 @@ class Collector:
     def importance(self, datasets: Sequence[str] = (), chunk_size: int = CTX) -> Importance:
         """The sums so far; arguments as of `Importance`."""
         self._commit()
-        entries = {}
+        entries: dict[str, Entry] = {}
         for inputs in self._inputs:
             entry = Entry(inputs.total.sums, inputs.total.counts)
             entries |= dict.fromkeys(inputs.names, entry)

@@ -7,7 +7,7 @@ llama.cpp and ik_llama.cpp.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -78,17 +78,19 @@ class Importance:
         return cls(data.entries, data.datasets, data.chunk_size, path)
 
     def write(self, path: Path, form: Literal["gguf", "dat"] = "gguf") -> None:
-        """Write a file, beside an older one of the name, whose place it takes when it is complete.
+        """Write a file, beside an older one of the name, whose place it takes when it is complete. Pieces of text of
+        unknown size are written as 512 tokens.
 
         Raises
         ------
         PymlaError
             It cannot be written, or a sum is too large for float32.
         """
-        for name, entry in self.entries.items():
+        known = self if self.chunk_size else Importance.merged([self])
+        for name, entry in known.entries.items():
             if entry.sums.max() > np.finfo(np.float32).max:
                 raise PymlaError(f"{path}: a sum for {shown(name)} is {entry.sums.max():g}, too large for float32")
-        data = ImatrixData(self.entries, self.datasets, self.chunks, self.chunk_size)
+        data = ImatrixData(known.entries, known.datasets, known.chunks, known.chunk_size)
         with outputs.replacing(path) as part:
             (imatrix_gguf.write if form == "gguf" else imatrix_dat.write)(part, data)
 
@@ -194,7 +196,7 @@ class Importance:
         sums = entry.sums.reshape(heads, columns).sum(0, dtype=np.float64)
         return (sums / inputs if inputs else np.ones(columns)).astype(np.float32)[None]
 
-    def _refuse(self, entry: Entry, name: str, matrices: int, columns: int) -> None:
+    def _refuse(self, entry: Entry, name: str, matrices: int, columns: int) -> NoReturn:
         have = " x ".join(map(str, entry.sums.shape))
         raise PymlaError(
             f"{self.source}: has {have} columns for {shown(name)}, and the tensor {matrices} x {columns}: it is of "

@@ -374,7 +374,9 @@ IK_MIXES: dict[str, Mix] = {
         "IQ5_K": 141,
         "IQ6_K": 142,
         "IQ4_KS": 145,
+        "IQ2_KS": 147,
         "IQ5_KS": 150,
+        "IQ3_KS": 154,
     }.items()
 }
 

@@ -1,7 +1,7 @@
 """Writing a GGUF file in other types, as a plan says (`pymla.make.quantize_plan`)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from pymla import ggml
 from pymla.cpu.checkpoint_types import from_bf16
+from pymla.cpu.quantise import quantise_kernels
+from pymla.cpu.runtime.compiling import compile_all
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.make.importance import Importance
@@ -19,6 +21,13 @@ from pymla.reference.quant import dequantise
 
 #: Weights of a tensor that are made float32 at a time.
 PIECE_WEIGHTS = 2 << 20
+
+
+def compile_kernels(
+    qtypes: Iterable[int], progress: Callable[[int, int, str], object], warn: Callable[[str], object]
+) -> None:
+    """Have the quantisers of some types ready; other arguments as for `pymla.backend.Backend.compile_for`."""
+    compile_all([each.compiled for qtype in sorted(set(qtypes)) for each in quantise_kernels(qtype)], progress, warn)
 
 
 def write(

@@ -20,6 +20,9 @@ _OF_THE_FILE = (
     Keys.General.ALIGNMENT,
 )
 
+#: Stands for the ``general.file_type`` of the source, whatever it is.
+SAME_FILE_TYPE = -1
+
 #: Bytes of a text that llama.cpp's overrides of metadata hold.
 _LONGEST_TEXT = 127
 
@@ -41,15 +44,17 @@ def new_metadata(file: ModelFile, file_type: int | None, importance: Importance 
     Parameters
     ----------
     file : the source
-    file_type : ``general.file_type``; None: left out
+    file_type : ``general.file_type``; None: left out; `SAME_FILE_TYPE`: as the source has it
     importance : with which weights are quantised
     """
     keys: dict[str, Value] = dict(file.encoded_metadata())
-    for key in (*_OF_THE_FILE, Keys.General.ARCHITECTURE, Keys.General.FILE_TYPE):
+    for key in (*_OF_THE_FILE, Keys.General.ARCHITECTURE):
         keys.pop(key, None)
     keys[Keys.General.QUANTIZATION_VERSION] = gguf.GGML_QUANT_VERSION
-    if file_type is not None:
-        keys[Keys.General.FILE_TYPE] = file_type
+    if file_type != SAME_FILE_TYPE:
+        keys.pop(Keys.General.FILE_TYPE, None)
+        if file_type is not None:
+            keys[Keys.General.FILE_TYPE] = file_type
     return keys if importance is None else keys | importance_keys(importance)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, Keys
@@ -17,7 +17,7 @@ from pymla.make import target_size
 from pymla.make.importance import Importance
 from pymla.make.mixes import Choice, TensorInfo
 from pymla.make.model_metadata import FILE_TYPES
-from pymla.make.quantize_metadata import architecture, new_metadata
+from pymla.make.quantize_metadata import SAME_FILE_TYPE, architecture, new_metadata
 from pymla.make.recipe import OUTER, Recipe, needs_importance
 from pymla.reference.formats import FORMATS, INTERLEAVED
 
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
     file: ModelFile
     rows: tuple[Row, ...]  # in the order of the file
-    file_type: int | None  # general.file_type; None: left out
+    file_type: int | None  # general.file_type, as in `new_metadata`
     importance: Importance | None
     refusals: tuple[str, ...] = ()  # why it cannot be carried out
     notes: tuple[str, ...] = ()  # for the user
@@ -87,6 +87,7 @@ def make_plan(
     *,
     size: int | None = None,
     allow_requantize: bool = False,
+    prepare: Callable[[set[int]], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Plan:
     """What a recipe makes of a file. Nothing is written.
@@ -97,6 +98,7 @@ def make_plan(
     size : bytes of the file; types are found with which it is not larger (`pymla.make.target_size`), for all matrices
         that the user has no type for
     allow_requantize : whether tensors of quantised types may be quantised again
+    prepare : called with the types that are measured for a size, before the first is
     progress : called with (tensors measured, tensors in all) where types are found for a size
 
     Raises
@@ -109,10 +111,12 @@ def make_plan(
     arch = architecture(file)
     layers = file.get(Keys.LLM.BLOCK_COUNT.format(arch=arch), int)
     choices = recipe.choose(tensors, arch, layers, _queries_per_key(file, arch))
-    file_type = file.get(Keys.General.FILE_TYPE, int, None) if recipe.mix is None else recipe.mix.file_type
+    file_type = SAME_FILE_TYPE if recipe.mix is None else recipe.mix.file_type
     plan = Plan(file, _rows(file, choices), file_type, importance)
     if size is not None:
-        plan = _of_size(plan, {tensor.name for tensor in recipe.free(tensors)}, size, layers, progress)
+        free = {tensor.name for tensor in recipe.free(tensors)}
+        measured = _measured(plan, free, layers, allow_requantize, prepare, progress)
+        plan = _of_size(plan, measured, size)
     plan = _checked(plan, recipe, allow_requantize)
     unused = tuple(f"{rule.where} matches no tensor that is quantised" for rule in recipe.unused(tensors))
     return plan._replace(notes=plan.notes + unused)
@@ -134,15 +138,28 @@ def _rows(file: ModelFile, choices: Mapping[str, Choice]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _of_size(
-    plan: Plan, names: Collection[str], size: int, layers: int, progress: Callable[[int, int], object] | None
-) -> Plan:
-    """A plan in which tensors of these names have types with which the file is not larger than a size."""
-    tensors = [tensor for tensor in plan.file.tensors.values() if tensor.name in names]
-    for tensor in tensors:
-        _check_readable(tensor)
+def _measured(
+    plan: Plan,
+    names: Collection[str],
+    layers: int,
+    allow_requantize: bool,
+    prepare: Callable[[set[int]], object] | None,
+    progress: Callable[[int, int], object] | None,
+) -> list[target_size.Measured]:
+    """What types cost the tensors of these names."""
+    rows = [row for row in plan.rows if row.name in names]
+    for row in rows:
+        _check_readable(plan.file.tensors[row.name])
+        if row.source not in ggml.FLOATS and not allow_requantize:
+            raise PymlaError(_twice(plan.file, row))
+    tensors = [plan.file.tensors[row.name] for row in rows]
     output = "output.weight" if "output.weight" in plan.file.tensors else "token_embd.weight"
-    measured = target_size.measure(tensors, layers, output, plan.importance, progress)
+    return target_size.measure(tensors, layers, output, plan.importance, prepare=prepare, progress=progress)
+
+
+def _of_size(plan: Plan, measured: Sequence[target_size.Measured], size: int) -> Plan:
+    """A plan in which measured tensors have types with which the file is not larger than a size."""
+    names = {each.name for each in measured}
     # Every tensor may be followed by bytes up to the next multiple of the alignment.
     fixed = plan.header_bytes + GGUF_DEFAULT_ALIGNMENT * len(plan.rows)
     fixed += sum(row.nbytes for row in plan.rows if row.name not in names)
@@ -168,10 +185,7 @@ def _checked(plan: Plan, recipe: Recipe, allow_requantize: bool) -> Plan:
             continue
         _check_readable(plan.file.tensors[row.name])
         if row.source not in ggml.FLOATS and not allow_requantize:
-            refusals.append(
-                f"{plan.file.path}: {row.name} is {ggml.NAME[row.source]} already, and what is quantised twice is "
-                "worse; take a file in F32, F16 or BF16, or give `allow_requantize`"
-            )
+            refusals.append(_twice(plan.file, row))
         has_importance = plan.importance is not None and plan.importance.columns(row.name, row.shape) is not None
         if needs_importance(row.name, row.qtype, recipe) and not has_importance:
             reason = "" if plan.importance is None else f", and {plan.importance.source} has nothing for it"
@@ -183,6 +197,14 @@ def _checked(plan: Plan, recipe: Recipe, allow_requantize: bool) -> Plan:
         more = f" and {len(without) - 1} more tensors" if len(without) > 1 else ""
         notes.append(f"{plan.importance.source}: has nothing for {without[0]}{more}, whose weights count alike")
     return plan._replace(refusals=tuple(refusals), notes=tuple(notes))
+
+
+def _twice(file: ModelFile, row: Row) -> str:
+    """Why a quantised tensor is not quantised again."""
+    return (
+        f"{file.path}: {row.name} is {ggml.NAME[row.source]} already, and quantised twice is worse; take a file "
+        "in F32, F16 or BF16, or give `allow_requantize`"
+    )
 
 
 def _check_readable(tensor: FileTensor) -> None:

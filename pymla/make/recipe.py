@@ -38,11 +38,12 @@ TYPES = {
     ggml.NAME[qtype]: qtype
     for qtype in (
         *(ggml.F32, ggml.F16, ggml.BF16),
-        *(ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q5_1, ggml.Q8_0),
+        *(ggml.Q4_0, ggml.Q4_1, ggml.Q5_0, ggml.Q5_1, ggml.Q6_0, ggml.Q8_0),
         *(ggml.Q2_K, ggml.Q3_K, ggml.Q4_K, ggml.Q5_K, ggml.Q6_K),
         *(ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS, ggml.IQ3_S),
-        *(ggml.IQ4_NL, ggml.IQ4_XS, ggml.MXFP4, ggml.TQ1_0, ggml.TQ2_0),
-        *(ggml.IQ2_K, ggml.IQ3_K, ggml.IQ4_K, ggml.IQ5_K, ggml.IQ6_K, ggml.IQ4_KS, ggml.IQ5_KS),
+        *(ggml.IQ4_NL, ggml.IQ4_XS, ggml.MXFP4, ggml.NVFP4, ggml.TQ1_0, ggml.TQ2_0),
+        *(ggml.IQ2_K, ggml.IQ3_K, ggml.IQ4_K, ggml.IQ5_K, ggml.IQ6_K),
+        *(ggml.IQ2_KS, ggml.IQ3_KS, ggml.IQ4_KS, ggml.IQ5_KS),
     )
 }
 
@@ -192,8 +193,6 @@ def _fitting(tensor: TensorInfo, choice: Choice) -> Choice:
     qtype = fitting_type(choice.qtype, tensor.shape)
     if qtype == choice.qtype:
         return choice
-    if ggml.NAME[qtype] not in TYPES:
-        qtype = ggml.Q8_0
     block, columns = ggml.BLOCK_SIZE[choice.qtype], tensor.shape[-1]
     why = f"{columns:,} columns are no multiple of {block}: {ggml.NAME[qtype]} for {ggml.NAME[choice.qtype]}"
     return Choice(qtype, f"{choice.reason}; {why}")

@@ -67,8 +67,9 @@ def measure(
     layers: int,
     output: str,
     importance: Importance | None = None,
-    progress: Callable[[int, int], object] | None = None,
     candidates: Sequence[int] = CANDIDATES,
+    prepare: Callable[[set[int]], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Measured]:
     """What each candidate type costs each tensor.
 
@@ -77,21 +78,33 @@ def measure(
     tensors : of a file, whose types are to be found
     layers : ``block_count``
     output : name of the tensor that makes the logits
-    progress : called with (tensors done, tensors in all)
     candidates : ggml types; a type that does not fit is taken as the one that it falls back to, and those that need an
         importance matrix are left out where there is none for a tensor
+    prepare : called with the types that will be tried, before the first is
+    progress : called with (tensors done, tensors in all)
 
     Raises
     ------
     PymlaError
         A weight is NaN or infinite, or the importance matrix is that of another model.
     """
+    columns = [importance.columns(each.name, each.shape) if importance else None for each in tensors]
+    types = [_types(each, of is not None, candidates) for each, of in zip(tensors, columns, strict=True)]
+    if prepare is not None:
+        prepare(set().union(*types))
     found = []
     for done, tensor in enumerate(tensors):
         if progress is not None:
             progress(done, len(tensors))
-        weight = layers if tensor.name == output else 1
-        found.append(_measured(tensor, importance, candidates, weight))
+        sample = _Sample(tensor, columns[done], _uses(importance, tensor))
+        weight = max(1, layers) if tensor.name == output else 1
+        options = {
+            qtype: Option(ggml.tensor_bytes(qtype, tensor.shape), weight * sample.relative_error(qtype))
+            for qtype in types[done]
+        }
+        if tensor.qtype in ggml.FLOATS:
+            options[tensor.qtype] = Option(tensor.data.nbytes, 0.0)
+        found.append(Measured(tensor.name, options))
     if progress is not None:
         progress(len(tensors), len(tensors))
     return found
@@ -139,20 +152,12 @@ def recipe_text(choices: Mapping[str, Choice], title: str) -> str:
     return "\n".join([f"# {title}", *rules]) + "\n"
 
 
-def _measured(tensor: TensorInfo, importance: Importance | None, candidates: Sequence[int], weight: int) -> Measured:
-    """A tensor's candidates, each once, from few bytes to many, and the tensor as it is if that is of floats."""
-    columns = importance.columns(tensor.name, tensor.shape) if importance else None
+def _types(tensor: TensorInfo, has_importance: bool, candidates: Sequence[int]) -> list[int]:
+    """The candidates for a tensor, each once, from few bits to many."""
     fitting = {fitting_type(qtype, tensor.shape) for qtype in candidates}
-    if columns is None and tensor.name not in OUTER:
+    if not has_importance and tensor.name not in OUTER:
         fitting -= set(NEED_IMPORTANCE)
-    sample = _Sample(tensor, columns, _uses(importance, tensor))
-    options = {
-        qtype: Option(ggml.tensor_bytes(qtype, tensor.shape), weight * sample.relative_error(qtype))
-        for qtype in sorted(fitting, key=bits)
-    }
-    if tensor.qtype in ggml.FLOATS:
-        options[tensor.qtype] = Option(tensor.data.nbytes, 0.0)
-    return Measured(tensor.name, options)
+    return sorted(fitting, key=bits)
 
 
 def _uses(importance: Importance | None, tensor: TensorInfo) -> np.ndarray:

@@ -117,7 +117,7 @@ def _groups(tensors: Sequence[NewTensor], split: int | Sequence[int]) -> list[li
 
 
 def _copied(source: Source, qtype: int, pieces: Pieces) -> NewTensor:
-    return NewTensor(source.name, source.shape, qtype, pieces, _Checked(source, qtype))
+    return NewTensor(source.name, source.shape, qtype, partial(_checked, source, qtype, pieces))
 
 
 def _quantised(source: Source, qtype: int, importance: "Importance | None") -> NewTensor:
@@ -186,31 +186,29 @@ class _Encoder:
             )
 
 
-class _Checked:
-    """Passes the bytes of a tensor on that are finite, piece by piece in their order."""
-
-    def __init__(self, source: Source, qtype: int):
-        self._name, self._shape, self._qtype = source.name, source.shape, qtype
-        self._done = 0  # bytes
-
-    def __call__(self, data: np.ndarray) -> np.ndarray:
-        data = data.reshape(-1)
-        if self._qtype in _FLOAT_WORDS:
-            dtype, infinity = _FLOAT_WORDS[self._qtype]
+def _checked(source: Source, qtype: int, pieces: Pieces) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, whose weights are finite."""
+    done = 0  # bytes
+    for piece in pieces():
+        data = piece.reshape(-1)
+        if qtype in _FLOAT_WORDS:
+            dtype, infinity = _FLOAT_WORDS[qtype]
             words = data.view(dtype)
             if largest_magnitude(words) >= infinity:
                 finite = words & np.iinfo(dtype).max >> 1 < infinity
-                raise _not_finite(self._name, self._shape, self._done // words.itemsize, finite)
+                raise _not_finite(source.name, source.shape, done // words.itemsize, finite)
         else:
-            self._check_scales(data)
-        self._done += data.nbytes
-        return data
+            _check_scales(source, qtype, data, done)
+        done += data.nbytes
+        yield data
 
-    def _check_scales(self, data: np.ndarray) -> None:
-        found = values.scan(TensorInfo(self._name, self._qtype, (1, self._shape[-1]), data, Path()))
-        if found.first_not_finite is not None:
-            block = self._done // ggml.unit_bytes(self._qtype, self._shape[-1]) + found.first_not_finite
-            raise Refused(f"tensor {self._name} has a scale that is infinite or NaN in block {block}; make it again")
+
+def _check_scales(source: Source, qtype: int, data: np.ndarray, done: int) -> None:
+    """Raise Refused for a scale that is not finite in bytes of a quantised tensor, from byte `done` on."""
+    found = values.scan(TensorInfo(source.name, qtype, (1, source.shape[-1]), data, Path()))
+    if found.first_not_finite is not None:
+        block = done // ggml.unit_bytes(qtype, source.shape[-1]) + found.first_not_finite
+        raise Refused(f"tensor {source.name} has a scale that is infinite or NaN in block {block}; make it again")
 
 
 def _not_finite(name: str, shape: tuple[int, ...], start: int, finite: np.ndarray) -> Refused:

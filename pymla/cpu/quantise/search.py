@@ -150,11 +150,10 @@ def scale_search_for(size, low, high):
     def best_of(x, w, inverse):
         """What the best candidate lowers the error by, its lane, its inverse scale, and the scale of its codes."""
         xq, qq = signed_sums(x, w, size, inverse, low, high)
-        gain = where_positive(qq, div(mul(xq, xq), qq))
-        lane = first_lane(gain, largest(gain))
-        products = lane_value(qq, lane)
-        scale = lane_value(xq, lane) / products if products > _ZERO else _ZERO
-        return lane_value(gain, lane), lane, lane_value(inverse, lane), scale
+        gain = div(mul(xq, xq), qq)
+        best = largest(gain)
+        lane = first_lane(gain, best)
+        return best, lane, lane_value(inverse, lane), lane_value(xq, lane) / lane_value(qq, lane)
 
     @helper
     def search(x, w):
@@ -175,9 +174,7 @@ def scale_search_for(size, low, high):
                 break
         step = fine / farthest
         gain, lane, inverse, scale = best_of(x, w, ramp(best_inverse - np.float32(8) * step, step))
-        found = scale if gain > best_gain else best_scale
-        # Nothing that matters is far from zero: the scale that holds all weights.
-        return found if found != _ZERO else farthest / np.float32(low)
+        return scale if gain > best_gain else best_scale
 
     return search
 
@@ -261,8 +258,6 @@ def line_search_for(size, top, is_below_zero, rounds):
         if span < SMALLEST:
             return _ZERO, low
         sum_w, sum_wx = weighted_sums(x, w, size)
-        if sum_w <= _ZERO:
-            return span / most, low
         total_w, total_wx = splat_f32x16(sum_w), splat_f32x16(sum_wx)
         codes = ramp_of_halves(most - _ONE, _QUARTER, most - _ONE, _QUARTER)
         inverse = mul(codes, splat_f32x16(_ONE / span))
