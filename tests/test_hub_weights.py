@@ -119,6 +119,7 @@ def test_the_largest_magnitude(backend):
     values[39_999] = np.nan
     assert backend.largest_magnitude(values.view(np.uint32)) > 0x7F800000
     assert backend.largest_magnitude(np.zeros(0, np.uint16)) == 0
+    assert cpu.largest_magnitude(values[:39_999].view(np.uint32), alone=True) == 0x7F800000
 
 
 def test_kernels_refuse_arrays_that_do_not_fit():

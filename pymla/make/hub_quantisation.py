@@ -42,7 +42,7 @@ def _compressed_tensors(config: HubConfig, found: dict) -> Quantisation:
     weights = [each.get("weights") if isinstance(each, dict) else None for each in tables]
     if not weights or not all(isinstance(each, dict) and each == weights[0] for each in weights):
         config.refuse(f"{key}.config_groups", groups, "groups with the same weights are expected")
-    only = weights[0]
+    only: dict = weights[0] or {}
     if kind == "pack-quantized":
         bits, group = only.get("num_bits"), only.get("group_size")
         if bits != 4:

@@ -31,7 +31,7 @@ class HubWeights(Checkpoint):
         """
         stored = self.stored(name, start, stop)
         values = _as_float32(stored)
-        if checkpoint_types.largest_magnitude(values.reshape(-1).view(np.uint32)) >= _INFINITY:
+        if checkpoint_types.largest_magnitude(values.reshape(-1).view(np.uint32), alone=True) >= _INFINITY:
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise PymlaError(
                 f"{stored.encoding.codes.path}: tensor {name} holds infinity or NaN, or a number that float32 does not "
