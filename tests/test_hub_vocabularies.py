@@ -95,7 +95,7 @@ def test_damaged_names_of_special_tokens(decoder, tmp_path):
 
 
 def tekken(folder, **changes):
-    tekken_tokenizer(folder)
+    tekken_tokenizer(folder, special=24)
     values = json.loads((folder / "tekken.json").read_text())
     for key, value in changes.items():
         place = values["config"] if key in values["config"] else values
