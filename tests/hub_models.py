@@ -258,13 +258,20 @@ def glm_tokenizer(folder):
         for i, name in enumerate(names)
     ]
     tokenizer["added_tokens"] = tokenizer["added_tokens"][2:] + added
-    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", _in_vocabulary(tokenizer))
     settings = {"eos_token": names[0], "pad_token": names[0], "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", settings)
 
 
+def _in_vocabulary(tokenizer):
+    """A tokenizer.json whose added tokens are in its vocabulary, too: otherwise the tokenizers package, which
+    llama.cpp's converter asks, gives them ids of its own."""
+    tokenizer["model"]["vocab"] |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return tokenizer
+
+
 def bpe_tokenizer(folder):
-    write_json(folder / "tokenizer.json", tokenizer_json(CODER))
+    write_json(folder / "tokenizer.json", _in_vocabulary(tokenizer_json(CODER)))
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 

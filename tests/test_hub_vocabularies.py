@@ -216,7 +216,7 @@ def assert_read_as_sentencepiece_does(path, model):
     assert [NORMAL if each == USER else each for each in kinds] == [kind(model, i) for i in ids]
 
 
-@pytest.mark.parametrize("options", [{}, {"model_type": "unigram", "byte_fallback": False}])
+@pytest.mark.parametrize("options", [{}, {"byte_fallback": False}])
 def test_models_that_sentencepiece_trains(options, tmp_path):
     model = trained_sentencepiece(**options)
     (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
