@@ -26,6 +26,7 @@ V2 = {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "q_lora_rank": 32,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,

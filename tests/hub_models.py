@@ -44,15 +44,15 @@ _KIMI |= {"eos_token_id": 271, "pad_token_id": 299}
 _MOONLIGHT = _KIMI | _PLAIN_ROPE | {"q_lora_rank": None, "model_type": "deepseek_v3"}
 _MISTRAL_ROPE = {"rope_type": "yarn", "type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0}
 _MISTRAL_ROPE |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 64}
-_MISTRAL_ROPE |= {"llama_4_scaling_beta": 0.1}
+_MISTRAL_ROPE |= {"llama_4_scaling_beta": 0.1, "partial_rotary_factor": 1 / 3}
 _MISTRAL_4 = V2 | _NO_GROUPS
-_MISTRAL_4 |= {"architectures": ["Mistral4ForCausalLM"], "model_type": "mistral4", "rope_parameters": _MISTRAL_ROPE}
+_MISTRAL_4 |= {"model_type": "mistral4", "rope_parameters": _MISTRAL_ROPE}
 _MISTRAL_4 |= {"norm_topk_prob": True, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0}
-_MISTRAL_4 = {key: value for key, value in _MISTRAL_4.items() if key != "topk_method"}
+_MISTRAL_4 = {key: value for key, value in _MISTRAL_4.items() if key not in ("topk_method", "architectures")}
 
 #: Sizes of a model without experts.
 _DENSE = {key: value for key, value in V2.items() if not key.startswith(("moe", "n_", "num_experts", "topk", "routed"))}
-_DENSE |= _PLAIN_ROPE | {"tie_word_embeddings": True, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+_DENSE |= _PLAIN_ROPE | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 del _DENSE["first_k_dense_replace"], _DENSE["norm_topk_prob"]
 _MINICPM3 = _DENSE | {
     "architectures": ["MiniCPM3ForCausalLM"],
@@ -258,13 +258,20 @@ def glm_tokenizer(folder):
         for i, name in enumerate(names)
     ]
     tokenizer["added_tokens"] = tokenizer["added_tokens"][2:] + added
-    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", _in_vocabulary(tokenizer))
     settings = {"eos_token": names[0], "pad_token": names[0], "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", settings)
 
 
+def _in_vocabulary(tokenizer):
+    """A tokenizer.json whose added tokens are in its vocabulary, too: otherwise the tokenizers package, which
+    llama.cpp's converter asks, gives them ids of its own."""
+    tokenizer["model"]["vocab"] |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return tokenizer
+
+
 def bpe_tokenizer(folder):
-    write_json(folder / "tokenizer.json", tokenizer_json(CODER))
+    write_json(folder / "tokenizer.json", _in_vocabulary(tokenizer_json(CODER)))
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -286,7 +293,7 @@ def tiktoken_tokenizer(folder):
     write_json(folder / "tokenizer_config.json", settings | {"chat_template": "{{ messages[0]['content'] }}"})
 
 
-def tekken_tokenizer(folder):
+def tekken_tokenizer(folder, special=30):
     """Mistral's: special tokens, of which the file names none, then byte pairs."""
     vocab = [
         {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": token.decode(errors="replace")}
@@ -295,8 +302,8 @@ def tekken_tokenizer(folder):
     config = {
         "pattern": r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+|\s+",
         "num_vocab_tokens": len(vocab),
-        "default_vocab_size": 24 + len(vocab),
-        "default_num_special_tokens": 24,
+        "default_vocab_size": special + len(vocab),
+        "default_num_special_tokens": special,
         "version": "v3",
     }
     write_json(folder / "tekken.json", {"config": config, "vocab": vocab, "type": "Tekken", "version": 1})

@@ -198,7 +198,7 @@ def fused(weights):
     return rest | {prefix + "gate_up_proj": gate_up, prefix + "down_proj": stack("down")}
 
 
-@pytest.mark.parametrize("piece", [100, 1 << 22])
+@pytest.mark.parametrize("piece", [2000, 1 << 22])
 def test_fused_experts_and_small_pieces(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(checkpoint_tensors, "PIECE_WEIGHTS", piece)
     weights = random_weights(V2)
@@ -657,7 +657,7 @@ def test_a_disk_that_becomes_full(tmp_path, limit):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(PymlaError, match=r"m\.gguf: cannot be written \(File too large\)"):
+        with pytest.raises(PymlaError, match=r"cannot be written \(File too large\)"):
             convert(folder, out, pre="deepseek-coder")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -95,7 +95,7 @@ def test_damaged_names_of_special_tokens(decoder, tmp_path):
 
 
 def tekken(folder, **changes):
-    tekken_tokenizer(folder)
+    tekken_tokenizer(folder, special=24)
     values = json.loads((folder / "tekken.json").read_text())
     for key, value in changes.items():
         place = values["config"] if key in values["config"] else values
@@ -216,7 +216,7 @@ def assert_read_as_sentencepiece_does(path, model):
     assert [NORMAL if each == USER else each for each in kinds] == [kind(model, i) for i in ids]
 
 
-@pytest.mark.parametrize("options", [{}, {"model_type": "unigram", "byte_fallback": False}])
+@pytest.mark.parametrize("options", [{}, {"byte_fallback": False}])
 def test_models_that_sentencepiece_trains(options, tmp_path):
     model = trained_sentencepiece(**options)
     (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())

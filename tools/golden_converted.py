@@ -78,11 +78,15 @@ def convert_all(source: Path, folders: Path) -> None:
 
 
 def _fast_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a tokenizer.json, whatever class the model's configuration names."""
+    """The tokenizer of a tokenizer.json, whatever class the model's configuration names. The converter of V3.2 insists
+    on a tokenizer that puts BOS in front of a text."""
     import transformers
 
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    tokenizer.add_bos_token = True
+    class Tokenizer(transformers.PreTrainedTokenizerFast):
+        pass
+
+    tokenizer = Tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+    Tokenizer.add_bos_token = True  # not before: with it, a tokenizer is made only if it has a BOS
     return tokenizer
 
 

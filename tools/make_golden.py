@@ -340,6 +340,8 @@ def save(model, shape: Shape, directory: Path):
 
     if shape.name == "Mistral-Large-3":
         _save_consolidated(model, shape, directory)
+    elif hf_class(shape) == "Kimi_K25":
+        _save_kimi(model, directory)
     else:
         model.save_pretrained(directory)
     metadata = synthetic_tokenizer(shape.vocab_size)
@@ -353,6 +355,18 @@ def save(model, shape: Shape, directory: Path):
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": bos, "eos_token": eos, "pad_token": eos}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _save_kimi(model, directory: Path):
+    """A checkpoint of a model that sees. transformers 5.24 itself would give the layers of the language model the name
+    of those of the vision tower."""
+    from safetensors.torch import save_file
+
+    model.config.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, directory / "model.safetensors")
 
 
 def _save_consolidated(model, shape: Shape, directory: Path):

@@ -68,8 +68,7 @@ class HubConfig(Values):
         self.family = self._family()
         self._values = self._values | self.get("text_config", dict, {})
         self._check_variant()
-        rope_dim = self.size("qk_rope_head_dim")
-        self.rope: Rope = read_rope(self, rope_dim, self.context_length, self.architecture == "minicpm3")
+        self.rope = self._rope()
 
     @property
     def architecture(self) -> str:
@@ -190,6 +189,12 @@ class HubConfig(Values):
             ("rope_interleave", bool, True),
         ):
             self.require(key, kind, only)
+
+    def _rope(self) -> Rope:
+        rope_dim = self.size("qk_rope_head_dim")
+        # transformers turns a part of the head in Mistral 4, and has a head apart that is turned in the others.
+        head_dim = rope_dim + (self.size("qk_nope_head_dim") if self.architecture == "mistral4" else 0)
+        return read_rope(self, rope_dim, head_dim, self.context_length, self.architecture == "minicpm3")
 
     def _rope_fields(self) -> dict[str, Any]:
         """The fields of RoPE, YaRN, LongRoPE and the attention temperature."""

@@ -2,7 +2,7 @@
 
 The meaning of the file is mistral-common's (``tokens/tokenizers/tekken.py``). Metadata is that of llama.cpp's converter
 (``_set_vocab_mistral``, gguf-py's ``MistralVocab``): all pairs of tokens that make a token are merges of it, scores are
-0 though nothing reads them, BOS is put in front of a text.
+integers, all 0, which nothing reads, and BOS is put in front of a text.
 """
 
 from typing import Any
@@ -58,7 +58,7 @@ def read_tekken(values: Values, vocab_size: int, pre: str | None) -> HubVocabula
         types,
         ids,
         _merges(ranks),
-        scores=np.zeros(vocab_size, np.float32),
+        scores=np.zeros(vocab_size, np.int32),
         special={key: ids[name] for key, name in _KEYS.items() if name in ids},
         add={"bos": True, "eos": False},
     )

@@ -32,7 +32,7 @@ class HubVocabulary(NamedTuple):
     types: list[TokenType]
     ids: dict[str, int]  # of the tokens by which the files name special ones
     merges: list[str] | None = None  # of byte-level BPE
-    scores: np.ndarray | None = None  # float32, of SentencePiece
+    scores: np.ndarray | None = None  # of SentencePiece, float32; Tekken has zeros, int32
     special: Mapping[str, int] = MappingProxyType({})  # ids that the vocabulary's file has for bos, eos, unk or pad
     add: Mapping[str, bool] = MappingProxyType({})  # whether it says that bos and eos are put around a text
     #: Special tokens with which the tokenizer's post-processor begins and ends a text.

@@ -46,12 +46,13 @@ class Rope(NamedTuple):
         return self.scaling if isinstance(self.scaling, LongRope) else None
 
 
-def read_rope(values: Values, rope_dim: int, context_length: int, long_rope: bool) -> Rope:
+def read_rope(values: Values, rope_dim: int, head_dim: int, context_length: int, long_rope: bool) -> Rope:
     """The parameters of a config.json.
 
     Parameters
     ----------
     rope_dim : dimensions of a head that are turned
+    head_dim : those of which ``partial_rotary_factor`` is the share that is turned
     context_length : of the model; LongRoPE's default of the factor on cos and sin depends on it
     long_rope : whether the model's GGUF files can hold LongRoPE's factors
 
@@ -63,8 +64,10 @@ def read_rope(values: Values, rope_dim: int, context_length: int, long_rope: boo
     rope = values.get("rope_parameters", dict) or values.get("rope_scaling", dict) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = values.number("rope_theta", values.number("rope_theta", 10000.0), among=rope)
-    values.require("partial_rotary_factor", (float, int), 1.0, among=rope)
-    values.require("partial_rotary_factor", (float, int), 1.0)
+    for place in (rope, None):
+        share = values.number("partial_rotary_factor", among=place)
+        if share is not None and round(head_dim * share) != rope_dim:
+            values.refuse("partial_rotary_factor", share, f"{rope_dim / head_dim:g} is expected by the sizes of a head")
     if kind == "default":
         return Rope(theta)
     if kind == "yarn":

@@ -68,7 +68,8 @@ def read_model(path: Path) -> Model:
 
 
 def _model(data: memoryview) -> Model:
-    pieces, normaliser, dummy_prefix = [], "", True
+    pieces: list[Piece] = []
+    normaliser, dummy_prefix = "", True
     for number, value in _fields(data):
         if number == _PIECES:
             pieces.append(_piece(len(pieces), _message(number, value)))
