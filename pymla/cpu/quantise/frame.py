@@ -8,6 +8,7 @@ import numpy as np
 from numba import types
 
 from pymla import ggml
+from pymla.cpu.quantise.quantiser import LEAST
 from pymla.cpu.quantise.table import QUANTISERS
 from pymla.cpu.runtime.array_types import WEIGHTS_F1
 from pymla.cpu.runtime.jit import Kernel, kernel, variants
@@ -33,8 +34,9 @@ def quantise(
         A type of `QUANTISERS`.
     importance : float32 array (K,), optional
         Of each column, not negative; such as the mean squared input of a matrix. Only ratios between the columns of a
-        block matter. A block without any importance is quantised as if all of its columns had the same, as all are by
-        default. Types of floats are rounded to nearest, whatever it is.
+        block matter, and none counts less than `LEAST` of the largest one. A block without any importance is quantised
+        as if all of its columns had the same, as all have by default. Types of floats are rounded to nearest, whatever
+        it is.
     out : uint8 array (n, row_bytes), C-contiguous, optional
         Written to, by default a new array.
 
@@ -88,7 +90,7 @@ def _relative(importance: np.ndarray | None, columns: int, together: int) -> np.
     runs = importance.astype(np.float64).reshape(-1, together)
     largest = runs.max(axis=1, keepdims=True)
     relative = np.divide(runs, largest, out=np.ones_like(runs), where=largest > 0)
-    return relative.astype(np.float32).reshape(-1)
+    return np.maximum(relative, LEAST).astype(np.float32).reshape(-1)
 
 
 @variants

@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 from pymla.cpu.runtime.compiling import Helper
 
+#: The least importance that a weight has, relative to the largest one of its block: so that columns that no calibration
+#: text ever reached are not thrown away.
+LEAST = 2.0**-20
+
 
 class Quantiser(NamedTuple):
     """How weights become a type of tensors.
@@ -12,7 +16,7 @@ class Quantiser(NamedTuple):
     ``sum(w * (x - dequantised)**2)``, or one near it, and no scale that is NaN or infinite, for any finite weights:
 
     - `x`: float32 (block size,), finite
-    - `w`: float32 (block size,), the importance of each weight: from 0 to 1, and 1 at least once
+    - `w`: float32 (block size,), the importance of each weight: from `LEAST` to 1, and 1 at least once
     - `block`: uint8 (block bytes,), written to, all of it
     - `scratch`: float32 (scratch,), the thread's own, with anything in it
 

@@ -42,6 +42,8 @@ SMALLEST = np.float32(2.0**-40)
 LARGEST_HALF, SMALLEST_HALF = np.float32(65504), np.float32(2.0**-24)
 LARGEST_FLOAT = np.finfo(np.float32).max
 _ZERO, _ONE, _HALF, _QUARTER = (np.float32(value) for value in (0, 1, 0.5, 0.25))
+#: Relative error, and more, of a difference of two sums.
+_ROUNDING = np.float32(2e-6)
 #: Codes by which the ends of a line are moved in the first round, from one candidate to the next.
 _FIRST_STEP = np.float32(0.4)
 #: Steps of a search that goes on from its last candidate: more would clip all weights but the smallest.
@@ -148,11 +150,10 @@ def scale_search_for(size, low, high):
     def best_of(x, w, inverse):
         """What the best candidate lowers the error by, its lane, its inverse scale, and the scale of its codes."""
         xq, qq = signed_sums(x, w, size, inverse, low, high)
-        gain = where_positive(qq, div(mul(xq, xq), qq))
-        lane = first_lane(gain, largest(gain))
-        products = lane_value(qq, lane)
-        scale = lane_value(xq, lane) / products if products > _ZERO else _ZERO
-        return lane_value(gain, lane), lane, lane_value(inverse, lane), scale
+        gain = div(mul(xq, xq), qq)
+        best = largest(gain)
+        lane = first_lane(gain, best)
+        return best, lane, lane_value(inverse, lane), lane_value(xq, lane) / lane_value(qq, lane)
 
     @helper
     def search(x, w):
@@ -173,9 +174,7 @@ def scale_search_for(size, low, high):
                 break
         step = fine / farthest
         gain, lane, inverse, scale = best_of(x, w, ramp(best_inverse - np.float32(8) * step, step))
-        found = scale if gain > best_gain else best_scale
-        # Nothing that matters is far from zero: the scale that holds all weights.
-        return found if found != _ZERO else farthest / np.float32(low)
+        return scale if gain > best_gain else best_scale
 
     return search
 
@@ -214,8 +213,12 @@ def error_of(scale, offset, sums, total_w, total_wx):
 def best_line(sums, total_w, total_wx, is_below_zero):
     """For each lane the scale and the offset of the smallest error; the offset at most 0 where `is_below_zero`."""
     q, qq, xq = sums
-    determinant = sub(mul(total_w, qq), mul(q, q))
-    scale = where_positive(determinant, div(sub(mul(total_w, xq), mul(total_wx, q)), determinant))
+    products = mul(total_w, qq)
+    determinant = sub(products, mul(q, q))
+    slope = div(sub(mul(total_w, xq), mul(total_wx, q)), determinant)
+    # Where all codes are the same, the difference is nothing but rounding.
+    differ = fma(products, splat_f32x16(-_ROUNDING), determinant)
+    scale = where_positive(differ, larger(slope, splat_f32x16(_ZERO)))
     offset = div(sub(total_wx, mul(scale, q)), total_w)
     if is_below_zero:
         alone = where_positive(qq, div(xq, qq))
@@ -255,8 +258,6 @@ def line_search_for(size, top, is_below_zero, rounds):
         if span < SMALLEST:
             return _ZERO, low
         sum_w, sum_wx = weighted_sums(x, w, size)
-        if sum_w <= _ZERO:
-            return span / most, low
         total_w, total_wx = splat_f32x16(sum_w), splat_f32x16(sum_wx)
         codes = ramp_of_halves(most - _ONE, _QUARTER, most - _ONE, _QUARTER)
         inverse = mul(codes, splat_f32x16(_ONE / span))

@@ -94,7 +94,7 @@ def _scales_for(size, low, high, integers):
 
     @helper
     def take(x, w, d, found, taken):
-        error, products, squares = 0.0, 0.0, 0.0
+        error = products = squares = np.float64(0)
         inverse_d = inverse_of(d)
         for block in range(SIZE // size):
             at = 4 * size * block
@@ -181,7 +181,7 @@ def _best_halves(scales, minima, mixed, products, offsets, dmin):
         if d > 0 and dmin >= _ZERO:
             return np.float32(d), dmin
         dmin = _ZERO
-    return np.float32(max(products / scales, 0.0)) if scales > 0 else _ZERO, dmin
+    return np.float32(max((products + mixed * dmin) / scales, 0.0)) if scales > 0 else _ZERO, dmin
 
 
 def _lines_for(size, top, largest):
@@ -191,7 +191,7 @@ def _lines_for(size, top, largest):
 
     @helper
     def take(x, w, halves, found, taken):
-        error, scales, minima, mixed, products, offsets = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        error = scales = minima = mixed = products = offsets = np.float64(0)
         d, dmin = halves
         inverse_d, inverse_dmin = inverse_of(d), inverse_of(dmin)
         for block in range(SIZE // size):
