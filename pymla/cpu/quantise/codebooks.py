@@ -50,7 +50,7 @@ LEAST_IMPORTANCE = np.float32(1e-7)
 #: them: as parts of the scale that just reaches the largest weight.
 _CURVE = (1.15 * 0.9 ** np.arange(40)).astype(np.float32)
 #: Candidates for the number of a block.
-_SIZES = block_scales.ranges(0.93, 1.45, 3)
+_SIZES = block_scales.ranges(0.9, 1.4, 3)
 
 _ZERO, _TWO = np.float32(0), np.float32(2)
 _LOWEST = np.float32(-np.inf)
