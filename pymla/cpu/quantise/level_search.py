@@ -105,8 +105,8 @@ def scaled(x, w, scratch, small_blocks):
     reach."""
     low, high = extremes(address(x), len(x))
     _, exponent = math.frexp(max(high, -low))
-    exponent = np.int32(min(max(exponent - 1, -120), 126))
-    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, np.int32(-exponent)))
+    exponent = min(max(exponent - 1, -120), 126)
+    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
     return Scaled(address(x), address(w), address(scratch), small_blocks, exponent, unit, per_unit)
 
 
