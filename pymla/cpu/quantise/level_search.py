@@ -56,9 +56,6 @@ from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.planes import LAYOUTS, ROW_FLOAT, ROW_HALF
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-#: The least importance of a weight, beside 1 for the most important one of a block: small blocks without any importance
-#: keep their weights.
-_LEAST_IMPORTANCE = np.float32(2.0**-30)
 #: A small block whose weights are all below this, where the largest of the block is 1 or more, is zero.
 _SMALLEST = np.float32(2.0**-40)
 #: Floats of the work memory: weights and importance of a small block, codes of a block; records of small blocks.
@@ -108,19 +105,19 @@ def scaled(x, w, scratch, small_blocks):
     reach."""
     low, high = extremes(address(x), len(x))
     _, exponent = math.frexp(max(high, -low))
-    exponent = np.int32(min(max(exponent - 1, -120), 126))
-    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, np.int32(-exponent)))
+    exponent = min(max(exponent - 1, -120), 126)
+    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
     return Scaled(address(x), address(w), address(scratch), small_blocks, exponent, unit, per_unit)
 
 
 @inlined
 def take(block, i, each):
     """Weights and importance of a small block of `each` weights to the work memory."""
-    per_unit, least = splat_f32x16(block.per_unit), splat_f32x16(_LEAST_IMPORTANCE)
+    per_unit = splat_f32x16(block.per_unit)
     x, w, work = block.x + 4 * each * i, block.w + 4 * each * i, block.work
     for at in range(0, 4 * each, 64):
         store_f32x16(work + at, mul(load_f32x16(x + at), per_unit))
-        store_f32x16(work + 4 * _WEIGHTS_AT + at, larger(load_f32x16(w + at), least))
+        store_f32x16(work + 4 * _WEIGHTS_AT + at, load_f32x16(w + at))
 
 
 @inlined
