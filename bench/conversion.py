@@ -7,15 +7,13 @@ all of the result is on the disk. Weights repeat every 32 MiB, which no file sys
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -68,7 +66,7 @@ def main(folder: Path, gib: float, types: tuple[str, ...], rounds: int, cold: bo
     nbytes = sum(path.stat().st_size for path in files)
     program = [sys.executable, "-m", "pymla", "convert", str(source), str(target / "m.gguf"), "--type"]
     commands = {"cp": ["cp", *map(str, files), str(target)]} | {each: [*program, each] for each in types}
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    found: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             target.mkdir()
@@ -80,6 +78,14 @@ def main(folder: Path, gib: float, types: tuple[str, ...], rounds: int, cold: bo
     if not keep:
         shutil.rmtree(source)
     click.echo(json.dumps(_report(found, nbytes) | {"cold": cold, "machine": facts.machine()}, indent=2))
+
+
+class Run(NamedTuple):
+    """What a command took."""
+
+    seconds: float  # until its results were on the disk
+    cpu_seconds: float  # of all cores
+    peak: int  # bytes of memory
 
 
 def make_checkpoint(folder: Path, gib: float) -> None:
@@ -130,8 +136,7 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _run(command: list[str], target: Path) -> tuple[float, int]:
-    """Seconds until the results of a command are on the disk, and the most memory that it took, in bytes."""
+def _run(command: list[str], target: Path) -> Run:
     began = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -142,23 +147,23 @@ def _run(command: list[str], target: Path) -> tuple[float, int]:
     for path in target.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return time.monotonic() - began, _peak(usage)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Run(time.monotonic() - began, usage.ru_utime + usage.ru_stime, peak)
 
 
-def _peak(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _report(found: dict[str, list[Run]], nbytes: int) -> dict[str, Any]:
+    def median(name: str) -> float:
+        return statistics.median(run.seconds for run in found[name])
 
-
-def _report(found: dict[str, list[tuple[float, int]]], nbytes: int) -> dict[str, Any]:
-    median: Callable[[str], float] = lambda name: statistics.median(seconds for seconds, _ in found[name])  # noqa: E731
     return {
         "bytes": nbytes,
         "runs": {
             name: {
-                "seconds": [round(seconds, 2) for seconds, _ in runs],
+                "seconds": [round(run.seconds, 2) for run in runs],
+                "cpu_seconds": [round(run.cpu_seconds, 2) for run in runs],
                 "bytes_per_second": round(nbytes / median(name)),
                 "of_cp": round(median("cp") / median(name), 3),
-                "peak_bytes": max(peak for _, peak in runs),
+                "peak_bytes": max(run.peak for run in runs),
             }
             for name, runs in found.items()
         },

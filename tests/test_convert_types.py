@@ -193,8 +193,9 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     ],
 )
 def test_types_that_are_refused(tmp_path, options, message):
+    folder = folder_of(tmp_path, V2 | {"hidden_size": 256})
     with pytest.raises(PymlaError, match=message):
-        prepare(folder_of(tmp_path), pre="deepseek-coder", **options)
+        prepare(folder, pre="deepseek-coder", **options)
 
 
 def test_a_dry_run_writes_nothing(tmp_path):

@@ -119,6 +119,7 @@ def test_the_largest_magnitude(backend):
     values[39_999] = np.nan
     assert backend.largest_magnitude(values.view(np.uint32)) > 0x7F800000
     assert backend.largest_magnitude(np.zeros(0, np.uint16)) == 0
+    assert cpu.largest_magnitude(values[:39_999].view(np.uint32), alone=True) == 0x7F800000
 
 
 def test_kernels_refuse_arrays_that_do_not_fit():
@@ -319,7 +320,7 @@ SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 32, 40, 128, 2**40]), ma
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_header_gives_weights_or_one_line(data):
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.safetensors"

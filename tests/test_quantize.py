@@ -59,6 +59,13 @@ def imatrix(source):
     return path
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose rows are multiples of 256, for the most part."""
+    shape = dataclasses.replace(TINY, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0)
+    return make_model(tmp_path_factory.mktemp("wide") / "f16.gguf", shape, qtype="f16", layout="split")
+
+
 def types(path):
     return {name: ggml.NAME[tensor.qtype] for name, tensor in ModelFile.open(path).tensors.items()}
 
@@ -78,7 +85,7 @@ def test_every_name_is_known(run, source, tmp_path, imatrix):
     """Names of mixes, of types, and other names of them; nothing is written."""
     for name in (*MIXES, *ALIASES, "COPY", "q4_k_m", "Iq2_Xs"):
         found = plan_of(run, source, tmp_path / "out.gguf", name, "--imatrix", imatrix)
-        assert not [text for text in found["refusals"] if "blk.1.ffn_down_shexp" not in text], name
+        assert found["refusals"] == [], name
     assert not list(tmp_path.iterdir())
 
 
@@ -107,12 +114,12 @@ def pymla_size(nbytes):
     return size_text(nbytes)
 
 
-def test_a_dry_run_for_people(run, source, tmp_path):
-    code, out, _ = run("quantize", source, tmp_path / "out.gguf", "iq2_xxs", "--dry-run")
+def test_a_dry_run_for_people(run, wide, tmp_path):
+    code, out, _ = run("quantize", wide, tmp_path / "out.gguf", "iq2_xxs", "--dry-run")
     assert code == 0
-    assert "Not possible: blk.0.attn_q.weight: " in " ".join(out.split())
     words = " ".join(out.split())
-    assert re.search(r"blk\.1\.ffn_gate_inp\.weight .*? F32 F32 .*? a router", words)
+    assert "Not possible: blk.0.attn_q_a.weight: IQ2_XXS needs an importance matrix (--imatrix)" in words
+    assert re.search(r"blk\.0\.ffn_gate_inp\.weight \d+ × 256 F32 → F32 \S+ \S+ a router", words)
     assert "bits per weight" in words
 
 
@@ -203,7 +210,7 @@ def test_importance_changes_codes(run, source, imatrix, tmp_path):
         assert run("quantize", source, out, "Q4_0", "--pure", *options)[0] == 0
         outs[name] = {name: tensor.data.tobytes() for name, tensor in ModelFile.open(out).tensors.items()}
     quantised = [name for name in outs["with"] if outs["with"][name] != outs["without"][name]]
-    assert {"blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight", "blk.1.attn_k_b.weight"} <= set(quantised)
+    assert {"blk.0.attn_q_a.weight", "blk.1.ffn_up_exps.weight", "blk.1.attn_k_b.weight"} <= set(quantised)
     assert "blk.1.ffn_down_shexp.weight" not in quantised
     for name in quantised:
         experts = "exps" in name
@@ -235,10 +242,8 @@ def test_notes_name_what_the_importance_matrix_lacks(run, source, imatrix, tmp_p
     ]
 
 
-def test_types_of_few_bits_need_an_importance_matrix(refused, source, imatrix, tmp_path):
-    shape = dataclasses.replace(TINY, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0)
-    wide = make_model(tmp_path / "wide.gguf", shape, qtype="f16", layout="split")
-    parts = ["blk.0.attn_q.weight: IQ2_XXS needs an importance matrix (--imatrix)"]
+def test_types_of_few_bits_need_an_importance_matrix(refused, wide, imatrix, tmp_path):
+    parts = ["blk.0.attn_q_a.weight: IQ2_XXS needs an importance matrix (--imatrix)"]
     line = refused("quantize", wide, tmp_path / "out.gguf", "IQ2_XXS", parts=parts)
     assert line.endswith("(--imatrix)")
     # It is of another model.
@@ -308,7 +313,7 @@ def test_interleaved_and_block_types_can_be_read(tmp_path):
 def test_weights_that_are_not_finite_are_refused(refused, source, tmp_path):
     file, bad = ModelFile.open(source), tmp_path / "bad.gguf"
     name = "blk.1.attn_output.weight"
-    start = file.tensors[name].data.ctypes.data - np.frombuffer(file._sources[0].map, np.uint8).ctypes.data
+    start = source.read_bytes().index(file.tensors[name].data.tobytes())
     data = bytearray(source.read_bytes())
     data[start + 100 : start + 102] = b"\x80\x7f"  # infinity
     bad.write_bytes(data)
@@ -376,7 +381,6 @@ def test_a_target_size_is_kept_and_used(run, source, imatrix, tmp_path):
     assert {qtype for name, qtype in by_name.items() if "exps" in name} == {"Q8_0"}
     assert by_name["output.weight"] == "Q4_0"
     assert ruled["file_bytes"] <= size
-    assert ruled["target"]["error"] > found["target"]["error"] - found["target"]["least_error"] * 1e-9
 
 
 def test_a_size_that_is_too_small(run, source, tmp_path):
@@ -450,7 +454,7 @@ def test_small_tensors_get_more_bits_than_large_ones():
         )
 
     tensors = [measured("large", 64000), measured("small", 640)]
-    limit = ggml.tensor_bytes(ggml.Q5_0, (64640, 64))
+    limit = ggml.tensor_bytes(ggml.Q5_0, (64640, 64)) - 1
     found = target_size.choose(tensors, limit)
     assert {name: ggml.NAME[choice.qtype] for name, choice in found.choices.items()} == {
         "large": "Q4_0",

@@ -213,7 +213,7 @@ def test_a_recipe_file(tmp_path):
         ("ffn_down = Q4_K_M", "line 2: unknown type 'Q4_K_M'; choose F32, F16"),
         ("ffn_down = Q4_0_R8", "line 2: unknown type 'Q4_0_R8'"),
         ("ffn_(down = Q4_K", r"line 2: 'ffn_\(down' is no regular expression: missing \)"),
-        ("a{99999999999} = Q4_K", "line 2: 'a{99999999999}' is no regular expression"),
+        ("a{99999999999} = Q4_K", r"line 2: 'a\{99999999999\}' is no regular expression"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path, line, message):

@@ -34,5 +34,13 @@ class Page:
         self.console.print(Text(f"\n{title}", style="bold"))
         self.console.print(Padding(table, (0, 0, 0, 1), expand=False))
 
+    def lines(self, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+        """Print a table that may be wider than the page: a row is one line."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        self.console.print(Text(f"\n{title}", style="bold"))
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            self.console.print(Text(f" {'  '.join(cells)}".rstrip()), soft_wrap=True)
+
     def warn(self, message: str) -> None:
         self.console.print(Text(message, style="bold red"))

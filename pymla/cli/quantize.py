@@ -107,6 +107,7 @@ def quantize(
             prepare=lambda types: compile_kernels(types, terminal.compiling, terminal.warn),
             progress=lambda done, total: terminal.show("measuring the errors of types, tensors", done, total),
         )
+    plan = plan._replace(refusals=tuple(as_options(each, quantize) for each in plan.refusals))
     if recipe_out is not None:
         _write_recipe(plan, recipe_out)
     if as_json:

@@ -5,7 +5,7 @@ from typing import Any
 from pymla import ggml
 from pymla.cli.page import Page
 from pymla.host.memory import size_text
-from pymla.make.quantize_plan import Plan
+from pymla.make.quantize_plan import Plan, Row
 from pymla.printable import one_line
 
 
@@ -43,23 +43,18 @@ def show(plan: Plan) -> None:
     page = Page()
     for refusal in plan.refusals[:1]:
         page.warn(f"Not possible: {one_line(refusal)}")
-    rows = [
-        (
-            one_line(row.name, 60),
-            " × ".join(map(str, row.shape)),
-            ggml.NAME[row.source],
-            ggml.NAME[row.qtype],
-            size_text(row.nbytes),
-            row.reason,
-        )
-        for row in plan.rows
-    ]
-    if rows:
-        page.table("Tensors", "name", "shape", "from", "to", "size", "reason", rows=rows, numbers=(4,))
+    page.lines("Tensors", [_cells(row) for row in plan.rows])
     types = [(each["type"], each["tensors"], f"{each['weights']:,}", size_text(each["bytes"])) for each in _types(plan)]
     if types:
         page.table("Types", "type", "tensors", "weights", "size", rows=types, numbers=(1, 2, 3))
     page.table("File", rows=_totals(plan), numbers=(1,))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Name, shape, types, size and reason."""
+    shape = " × ".join(map(str, row.shape))
+    types = f"{ggml.NAME[row.source]} → {ggml.NAME[row.qtype]}"
+    return one_line(row.name, 60), shape, types, size_text(row.nbytes), row.reason
 
 
 def summary(plan: Plan) -> str:

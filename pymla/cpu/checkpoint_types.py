@@ -80,10 +80,18 @@ def from_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return out
 
 
-def largest_magnitude(words: np.ndarray) -> int:
-    """The largest of some floats as the bits that it has without its sign; contiguous uint16 or uint32 (n,)."""
+def largest_magnitude(words: np.ndarray, alone: bool = False) -> int:
+    """The largest of some floats as the bits that it has without its sign; contiguous uint16 or uint32 (n,).
+
+    With `alone` it is found on the calling thread, beside kernels of other threads: for a thread that reads, while
+    another one keeps the cores busy.
+    """
     out = np.zeros(-(-words.size // _CHUNK), words.dtype)
-    (_largest_16 if words.dtype == np.uint16 else _largest_32)[out.size](words, out)
+    largest = _largest_16 if words.dtype == np.uint16 else _largest_32
+    if alone:
+        largest(0, out.size, words, out)
+    else:
+        largest[out.size](words, out)
     return int(out.max(initial=0))
 
 

@@ -8,6 +8,7 @@ sizes and times, that would write the same metadata, tensors and types, and is o
 run begins anew. Nothing stays where less than that was written, or where the input was refused (`Refused`).
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pymla import __version__
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_parts import NewFile
@@ -97,6 +97,15 @@ def write_files(files: Sequence[NewFile], resume: Resume | None = None, progress
         journal.remove()
 
 
+@functools.cache
+def _program() -> bytes:
+    """A digest of this package's sources, which is the version of the program that writes, also between releases."""
+    package, digest = Path(__file__).resolve().parents[1], hashlib.blake2b()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(f"{source.relative_to(package)}\0".encode() + source.read_bytes())
+    return digest.digest()
+
+
 def _check(paths: Sequence[Path], resume: Resume) -> None:
     try:
         resume.check(paths)
@@ -130,7 +139,7 @@ class _Run:
 
     def key(self, inputs: Iterable[Path]) -> str:
         """A digest that two runs share only if they write the same bytes."""
-        digest = hashlib.blake2b(__version__.encode(), digest_size=32)
+        digest = hashlib.blake2b(_program(), digest_size=32)
         for header in self.headers:
             digest.update(len(header).to_bytes(8, "little") + header)
         for path in inputs:

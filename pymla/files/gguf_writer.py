@@ -125,7 +125,7 @@ def write_all(write: Callable[[memoryview], int | None], data: bytes | np.ndarra
     OSError
         The disk is full, for example.
     """
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    view = memoryview(data if isinstance(data, bytes) else data.data).cast("B") if len(data) else memoryview(b"")
     while view:
         view = view[write(view[:WRITE_BYTES]) :]
 
@@ -155,8 +155,8 @@ def _value(value: Value) -> bytes | None:
         kind, dtype = (GGUFValueType.FLOAT32, "<f4") if value.dtype.kind == "f" else (GGUFValueType.INT32, "<i4")
         return _array(kind, value.size, value.astype(dtype).tobytes())
     if isinstance(value[0], bool):
-        return _array(GGUFValueType.BOOL, len(value), bytes(value))
-    return _array(GGUFValueType.STRING, len(value), b"".join(map(_text, value)))
+        return _array(GGUFValueType.BOOL, len(value), np.array(value, np.bool_).tobytes())
+    return _array(GGUFValueType.STRING, len(value), b"".join(_text(str(each)) for each in value))
 
 
 def _array(kind: GGUFValueType, count: int, raw: bytes) -> bytes:

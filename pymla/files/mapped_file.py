@@ -96,7 +96,7 @@ class MappedFile:
     def read(self, data: np.ndarray) -> np.ndarray:
         """The bytes of `data`, a view of the map, from the disk instead of the map: uint8 (n,)."""
         begin, found = data.ctypes.data - self.begin, np.empty(data.nbytes, np.uint8)
-        view = memoryview(found)
+        view = found.data
         try:
             while view and (count := os.preadv(self._descriptor, [view], begin + data.nbytes - len(view))):
                 view = view[count:]

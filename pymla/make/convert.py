@@ -233,9 +233,9 @@ def _choices(
     tensors = [TensorInfo(source.name, source.shape) for source in sources]
     found = recipe.choose(tensors, arch, layers, heads // keys if keys else 0)
     if auto:
-        kept = [name for name, choice in found.items() if choice.qtype != ggml.F32]
+        free = [name for name in found if not any(rule.pattern.search(name) for rule in recipe.rules)]
         as_stored = Choice(ggml.MXFP4, "as in the checkpoint")
-        found |= {name: as_stored for name in kept if plan.stored_type(name) == ggml.MXFP4}
+        found |= {name: as_stored for name in free if plan.stored_type(name) == ggml.MXFP4}
     return found
 
 
@@ -292,7 +292,8 @@ def _check_metadata(folder: Path, architecture: str, metadata: Metadata) -> Toke
             gguf_writer.write(path, architecture, metadata, ())
             return _loaded(folder, [path])
     except OSError as error:
-        raise PymlaError(f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}") from error
+        place = error.filename or tempfile.gettempdir()
+        raise PymlaError(f"{place}: cannot be written ({error.strerror or error})") from error
 
 
 def _loaded(folder: Path, parts: Sequence[Path]) -> Tokenizer:

@@ -38,10 +38,11 @@ def _compressed_tensors(config: HubConfig, found: dict) -> Quantisation:
     if kind not in _FORMATS:
         config.refuse(f"{key}.format", kind, f"{', '.join(_FORMATS)} are converted")
     groups = found.get("config_groups")
-    weights = [each.get("weights") for each in groups.values()] if _is_table(groups) else None
+    tables = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [each.get("weights") if isinstance(each, dict) else None for each in tables]
     if not weights or not all(isinstance(each, dict) and each == weights[0] for each in weights):
         config.refuse(f"{key}.config_groups", groups, "groups with the same weights are expected")
-    only = weights[0]
+    only: dict = weights[0] or {}
     if kind == "pack-quantized":
         bits, group = only.get("num_bits"), only.get("group_size")
         if bits != 4:
@@ -53,10 +54,6 @@ def _compressed_tensors(config: HubConfig, found: dict) -> Quantisation:
     if not _is_block(block):
         config.refuse(f"{key}.config_groups.weights.block_structure", block, "two sizes are expected")
     return Quantisation(block=(block[0], block[1]))
-
-
-def _is_table(groups: object) -> bool:
-    return isinstance(groups, dict) and all(isinstance(each, dict) for each in groups.values())
 
 
 def _is_block(block: object) -> bool:

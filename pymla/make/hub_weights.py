@@ -31,7 +31,7 @@ class HubWeights(Checkpoint):
         """
         stored = self.stored(name, start, stop)
         values = _as_float32(stored)
-        if checkpoint_types.largest_magnitude(values.reshape(-1).view(np.uint32)) >= _INFINITY:
+        if checkpoint_types.largest_magnitude(values.reshape(-1).view(np.uint32), alone=True) >= _INFINITY:
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise PymlaError(
                 f"{stored.encoding.codes.path}: tensor {name} holds infinity or NaN, or a number that float32 does not "
@@ -60,11 +60,11 @@ def _as_float32(stored: StoredRows) -> np.ndarray:
     kind, codes, scales = stored.encoding.kind, stored.codes, stored.scales
     if kind == "BF16":
         return checkpoint_types.from_bf16(codes)
-    if kind == "MXFP4":
-        return checkpoint_types.from_mxfp4(codes, scales)
     if scales is None:
         with np.errstate(over="ignore"):
             return codes.astype(np.float32, copy=False)
+    if kind == "MXFP4":
+        return checkpoint_types.from_mxfp4(codes, scales)
     numbers = _scales(stored)
     if kind == "INT4":
         return checkpoint_types.from_int4(codes, numbers)

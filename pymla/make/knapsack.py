@@ -59,7 +59,7 @@ def solve(items: Sequence[Sequence[Option]], limit: int) -> Solution | None:
     _exchange(items, chosen, limit)
     options = [options[at] for options, at in zip(items, chosen, strict=True)]
     cost = sum(option.cost for option in options)
-    return Solution(chosen, sum(option.nbytes for option in options), cost, min(cost, least_cost))
+    return Solution(chosen, sum(option.nbytes for option in options), cost, max(0.0, min(cost, least_cost)))
 
 
 def _hull(options: Sequence[Option]) -> list[int]:

@@ -194,8 +194,8 @@ def _checked(source: Source, qtype: int, pieces: Pieces) -> Iterator[np.ndarray]
         if qtype in _FLOAT_WORDS:
             dtype, infinity = _FLOAT_WORDS[qtype]
             words = data.view(dtype)
-            if largest_magnitude(words) >= infinity:
-                finite = words & np.iinfo(dtype).max >> 1 < infinity
+            if largest_magnitude(words, alone=True) >= infinity:
+                finite = words & np.iinfo(words.dtype).max >> 1 < infinity
                 raise _not_finite(source.name, source.shape, done // words.itemsize, finite)
         else:
             _check_scales(source, qtype, data, done)

@@ -58,9 +58,10 @@ def from_int4(codes, scales):
     float32 array (R, K)
     """
     nibbles = codes[..., None] >> np.arange(0, 32, 4, dtype=np.int32) & 15
-    grouped = (nibbles - 8).astype(np.float32).reshape(*scales.shape, -1)
+    rows, columns = len(codes), 8 * codes.shape[1]
+    grouped = (nibbles - 8).astype(np.float32).reshape(*scales.shape, columns // max(1, scales.shape[1]))
     with np.errstate(over="ignore"):
-        return (grouped * scales[..., None]).reshape(len(codes), -1)
+        return (grouped * scales[..., None]).reshape(rows, columns)
 
 
 def from_mxfp4(codes, scales):
@@ -79,7 +80,7 @@ def from_mxfp4(codes, scales):
     """
     numbers = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*scales.shape, MX_GROUP)
     with np.errstate(over="ignore"):
-        return (numbers * E8M0[scales][..., None]).reshape(len(codes), -1)
+        return (numbers * E8M0[scales][..., None]).reshape(len(codes), 2 * codes.shape[1])
 
 
 def mxfp4_blocks(codes, scales):
@@ -87,7 +88,8 @@ def mxfp4_blocks(codes, scales):
     columns j and j + 16. Arguments are those of `from_mxfp4`; returns uint8 (R, K / 32 * 17)."""
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, MX_GROUP)
     halves = nibbles[..., : MX_GROUP // 2] | nibbles[..., MX_GROUP // 2 :] << 4
-    return np.concatenate([scales[..., None], halves], axis=-1).reshape(len(codes), -1)
+    blocks = np.concatenate([scales[..., None], halves], axis=-1)
+    return blocks.reshape(len(codes), scales.shape[1] * blocks.shape[-1])
 
 
 def largest_magnitude(words):
