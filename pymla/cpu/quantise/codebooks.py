@@ -47,8 +47,10 @@ from pymla.vectors import VECTORS
 #: becomes a number near it.
 LEAST_IMPORTANCE = np.float32(1e-7)
 #: Scales at which a small block's curve is computed, four at a time until four in a row explain less than those before
-#: them: as parts of the scale that just reaches the largest weight.
+#: them: as parts of the scale that just reaches the largest weight. Where all weights are about equally large, four
+#: larger ones may be better, with which weights are the smaller levels.
 _CURVE = (1.15 * 0.9 ** np.arange(40)).astype(np.float32)
+_LARGER_SCALES = 4
 #: Candidates for the number of a block.
 _SIZES = block_scales.ranges(0.9, 1.4, 3)
 
@@ -60,7 +62,7 @@ _LOWEST = np.float32(-np.inf)
 # does.
 _SLOPES = block_scales.SCRATCH
 _WEIGHTS, _ODD, _VALUES = _SLOPES + 256, _SLOPES + 512, _SLOPES + 544
-_SUMS = _VALUES + len(_CURVE)
+_SUMS = _VALUES + _LARGER_SCALES + len(_CURVE)
 #: Bytes of a cache line.
 CACHE_LINE = 64
 
@@ -258,13 +260,14 @@ def _explained_for(search):
 def _own_scale_for(search, explained):
     """Make ``own_scale(scratch, small, reach)``: the scale that a small block would choose, and what it explains;
     `reach` is the scale that just reaches its largest weight."""
-    curve = _CURVE
+    larger_scales = np.geomspace(search.table.max() / search.table.min(), 1.4, _LARGER_SCALES)
+    curve = np.concatenate([larger_scales, _CURVE]).astype(np.float32)
 
     @helper
     def own_scale(scratch, small, reach):
         values = scratch[_VALUES : _VALUES + len(curve)]
         at = count = 0
-        while count < len(curve) and at >= count - 4:
+        while count < len(curve) and (at >= count - 4 or count < 12):
             first = count
             values[first], values[first + 1], values[first + 2], values[first + 3] = explained(
                 scratch,
