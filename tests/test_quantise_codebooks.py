@@ -175,6 +175,13 @@ def test_a_block_with_one_weight(qtype):
     assert error(rows, np.ones(256), found) < 9
 
 
+@TYPES
+def test_weights_of_one_size_stay(qtype):
+    """Every codebook has an entry of equal magnitudes, if only of the smallest ones."""
+    rows = np.repeat(np.float32([[0.3], [-70]]), 256, axis=1)
+    np.testing.assert_allclose(dequantised(quantise(rows, qtype), qtype), rows, rtol=2e-3)
+
+
 def test_numbers_are_written_to_their_places():
     """Fields of words, of which some numbers reach into a second byte, and planes, one above the other."""
     fields = Field(2, 5, per=3, stride=2), Plane(8, 2, 1, 5)
