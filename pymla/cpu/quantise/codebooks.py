@@ -5,8 +5,8 @@ The error of a group of weights x with the scale s, an entry g and its best sign
     Σ w (|x| - s g)²  =  Σ w x²  -  s (Σ 2 w |x| g  -  s Σ w g²)
 
 so that each entry is a straight line over s: the two sums of all entries are taken once for a block, and a scale then
-costs a product and a comparison for sixteen entries. No entry is left out, as it may be where only those near the
-rounded weights are looked at, and importance and magnitudes decide together.
+costs a product and a comparison for each register of entries. No entry is left out, as it may be where only those near
+the rounded weights are looked at, and importance and magnitudes decide together.
 
 Some types store seven signs for eight weights, the last one so that the number of negative weights is even. Where it is
 odd, one weight gets the wrong sign, which costs ``4 w |x| g`` of the sum above: the cheapest weight is another one for

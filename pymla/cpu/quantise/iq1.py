@@ -7,9 +7,8 @@ The error of a group of weights x with the scale s, a vector g and the shift δ 
 The sums over g are those of its first four numbers and of its last four, for which there are 81 patterns each. With a
 scale and a shift each pattern has a value, and a vector's is the sum of two. The search begins with the first half of
 the vector that was best with another scale, and the best second half of those that the codebook has with it. Only first
-halves follow that could do better with the very best second half: one or two of 81, so that the best vector of all is
-found in a tenth of the time that 2,048 of them would take. The shift with the higher bound comes first, and often the
-bound of the other one is lower than what is found.
+halves follow that could do better with the very best second half: one or two of 81, and the best vector of all is among
+them. The shift with the higher bound comes first, and often the bound of the other one is lower than what is found.
 
 Which scale a small block would choose is found without the codebook: each weight takes the best of three levels. The
 number of the block is found by `block_scales`, whose candidates are compared by the best vectors.
