@@ -7,9 +7,8 @@ The error of a group of weights x with the scale s, a vector g and the shift δ 
 The sums over g are those of its first four numbers and of its last four, for which there are 81 patterns each. With a
 scale and a shift each pattern has a value, and a vector's is the sum of two. The search begins with the first half of
 the vector that was best with another scale, and the best second half of those that the codebook has with it. Only first
-halves follow that could do better with the very best second half: one or two of 81, so that the best vector of all is
-found in a tenth of the time that 2,048 of them would take. The shift with the higher bound comes first, and often the
-bound of the other one is lower than what is found.
+halves follow that could do better with the very best second half: one or two of 81, and the best vector of all is among
+them. The shift with the higher bound comes first, and often the bound of the other one is lower than what is found.
 
 Which scale a small block would choose is found without the codebook: each weight takes the best of three levels. The
 number of the block is found by `block_scales`, whose candidates are compared by the best vectors.
@@ -37,9 +36,9 @@ from pymla.cpu.machine.simd import (
 )
 from pymla.cpu.machine.simd_search import lanes_at_least, largest_four, lowest_bit
 from pymla.cpu.quantise import block_scales
-from pymla.cpu.quantise.block_scales import Multiples, choice_for, nearest_number_for, vertex
+from pymla.cpu.quantise.block_scales import GAINS, NUMBERS, WANTED, Multiples, choice_for, nearest_number, vertex
 from pymla.cpu.quantise.codebooks import CACHE_LINE, LEAST_IMPORTANCE, aligned, largest_magnitude
-from pymla.cpu.quantise.fields import writer_for
+from pymla.cpu.quantise.fields import places_of, write
 from pymla.cpu.quantise.quantiser import Quantiser
 from pymla.cpu.quantise.search import SMALLEST
 from pymla.cpu.runtime.compiling import helper
@@ -65,15 +64,14 @@ _MULTIPLES = Multiples(2, 1, 7)
 _ZERO, _ONE, _EIGHTH, _HALF, _TWO, _FOUR = (np.float32(value) for value in (0, 1, 1 / 8, 1 / 2, 2, 4))
 _LOWEST = np.float32(-np.inf)
 
-# Where the numbers of a block are in its scratch: of each weight ``2 w x`` and w; of each group what all its vectors
-# explain by their shift and by their scale, and the likely first halves of its best vectors, moved up and down; of each
-# small block its own scale, what that explains and its number; of the groups with a shift the largest values of second
-# halves; a curve; what `block_scales` works in; and from where a cache line begins the values of patterns of the groups
-# with a shift, and the sums of patterns of each group.
-_SLOPES, _WEIGHTS, _SHIFTED, _SPREAD, _LIKELY, _WANTED, _GAINS, _NUMBERS = 0, 256, 512, 544, 576, 640, 656, 672
-_MOST, _CURVE_VALUES = 688, 696
-_WORK = _CURVE_VALUES + len(_CURVE)
-_VALUES = _WORK + block_scales.SCRATCH
+# Where the numbers of a block are in its scratch, behind those of `block_scales`: of each weight ``2 w x`` and w; of
+# each group what all its vectors explain by their shift and by their scale, and the likely first halves of its best
+# vectors, moved up and down; of the groups with a shift the largest values of second halves; a curve; and from where a
+# cache line begins the values of patterns of the groups with a shift, and the sums of patterns of each group.
+_SLOPES = block_scales.SCRATCH
+_WEIGHTS, _SHIFTED, _SPREAD = _SLOPES + 256, _SLOPES + 512, _SLOPES + 544
+_LIKELY, _MOST, _CURVE_VALUES = _SLOPES + 576, _SLOPES + 640, _SLOPES + 648
+_VALUES = _CURVE_VALUES + len(_CURVE)
 _SCRATCH = _VALUES + (CACHE_LINE + 4 * _GROUP_VALUES + 32 * _GROUP_SUMS) // 4
 
 
@@ -315,7 +313,7 @@ def _best_number_for(small_block, together):
     """Make ``best_number(scratch, small, wanted, d)``: the number of a small block with which it explains most, of the
     two around its own scale, and what it explains."""
     groups, with_shift = small_block // 8, together // 8
-    nearest_number = nearest_number_for(_MULTIPLES)
+    times, plus, top = (np.float32(each) for each in _MULTIPLES)
     last = np.float32(_MULTIPLES.top - 1)
 
     @helper
@@ -328,10 +326,10 @@ def _best_number_for(small_block, together):
 
     @helper
     def best_number(scratch, small, wanted, d):
-        below = min(np.float32(int(nearest_number(wanted, d))), last)
+        below = min(np.float32(int(nearest_number(wanted, d, times, plus, top))), last)
         above = below + _ONE
-        gain = explained(scratch, small, d * (_TWO * below + _ONE))
-        gain_above = explained(scratch, small, d * (_TWO * above + _ONE))
+        gain = explained(scratch, small, d * (times * below + plus))
+        gain_above = explained(scratch, small, d * (times * above + plus))
         return (above, gain_above) if gain_above > gain else (below, gain)
 
     return best_number
@@ -341,7 +339,7 @@ def _group_writer_for(vectors, together):
     """Make ``write_groups(scratch, first, scale, block)``: the best vectors of the groups that have one shift, and that
     shift."""
     with_shift = together // 8
-    write_index, write_down = writer_for(vectors.indices, 32), writer_for((vectors.down,), 32)
+    indices, directions = places_of(vectors.indices, 32), places_of((vectors.down,), 32)
 
     @helper
     def write_groups(scratch, first, scale, block):
@@ -350,13 +348,13 @@ def _group_writer_for(vectors, together):
             second = aligned(scratch, _VALUES) + i * _GROUP_VALUES + 2 * _ROW * is_down + _ROW
             pattern = int(scratch[_LIKELY + 2 * (first + i) + is_down])
             other = second_with(second, pattern, best_second(second, pattern))
-            write_index(block, first + i, np.int64(_INDEX[pattern, other]))
-            write_down(block, first + i, is_down)
+            write(block, indices, first + i, np.int64(_INDEX[pattern, other]))
+            write(block, directions, first + i, is_down)
 
     return write_groups
 
 
-_write_nibble = writer_for((IQ1_M_HALF,), 4)
+_NIBBLES = places_of((IQ1_M_HALF,), 4)
 
 
 @helper
@@ -365,7 +363,7 @@ def move_half(block):
     bits = np.int64(block[0]) | np.int64(block[1]) << 8
     block[:2] = 0
     for i in range(4):
-        _write_nibble(block, i, bits >> 4 * i)
+        write(block, _NIBBLES, i, bits >> 4 * i)
 
 
 def _quantiser(qtype, small_block, together, scale_fields, is_spread):
@@ -374,33 +372,31 @@ def _quantiser(qtype, small_block, together, scale_fields, is_spread):
     small_blocks = 256 // small_block
     own_scale, best_number = _own_scale_for(small_block, together), _best_number_for(small_block, together)
     choose = choice_for(_MULTIPLES, small_blocks, _SIZES, best_number)
-    write_number = writer_for(scale_fields, small_blocks)
+    numbers = places_of(scale_fields, small_blocks)
     write_groups = _group_writer_for(VECTORS[qtype], together)
 
     @helper
     def quantise_block(x, w, block, scratch):
         block[:] = 0
-        largest_x = largest_magnitude(x)
+        largest_x = largest_magnitude(x, 0, len(x))
         if not largest_x > SMALLEST:
             return
         prepare(x, w, largest_x, scratch)
         fill(scratch)
-        wanted, gains = scratch[_WANTED : _WANTED + small_blocks], scratch[_GAINS : _GAINS + small_blocks]
         for small in range(small_blocks):
-            farthest = largest_magnitude(x[small * small_block : (small + 1) * small_block])
-            wanted[small], gains[small] = own_scale(scratch, small, farthest / largest_x)
+            farthest = largest_magnitude(x, small * small_block, (small + 1) * small_block) / largest_x
+            scratch[WANTED + small], scratch[GAINS + small] = own_scale(scratch, small, farthest)
             for group in range(small * small_block // 8, (small + 1) * small_block // 8):
-                guess(x, scratch, group, wanted[small] * largest_x)
-        numbers, work = scratch[_NUMBERS : _NUMBERS + small_blocks], scratch[_WORK : _WORK + block_scales.SCRATCH]
-        d = choose(block, scratch, wanted, gains, largest_x, numbers, work)
+                guess(x, scratch, group, scratch[WANTED + small] * largest_x)
+        d = choose(block, scratch, largest_x)
         if d > _ZERO:
             if is_spread:
                 move_half(block)
             for small in range(small_blocks):
-                write_number(block, small, int(numbers[small]))
-                scale = d * (_TWO * numbers[small] + _ONE)
+                number = scratch[NUMBERS + small]
+                write(block, numbers, small, int(number))
                 for first in range(small * small_block // 8, (small + 1) * small_block // 8, together // 8):
-                    write_groups(scratch, first, scale, block)
+                    write_groups(scratch, first, d * (_TWO * number + _ONE), block)
 
     return Quantiser(quantise_block, _SCRATCH)
 
