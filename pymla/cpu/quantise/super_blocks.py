@@ -28,6 +28,7 @@ from pymla.cpu.quantise.search import (
     code_sums,
     error_of,
     extremes,
+    farthest_of,
     half_scale,
     inverse_of,
     line_search_for,
@@ -135,7 +136,9 @@ def scaled_super_blocks_for(size, low, high, integers, starts):
         found, taken, spare = scratch[_FOUND:_TAKEN], scratch[_TAKEN:INTEGERS], address(scratch[_SPARE:])
         farthest = _ZERO
         for block in range(count):
-            found[block] = search(scaled + 4 * size * block, w + 4 * size * block)
+            at = 4 * size * block
+            own = farthest_of(scaled + at, size)
+            found[block] = search(scaled + at, w + at, own) if abs(own) >= SMALLEST else _ZERO
             farthest = found[block] if abs(found[block]) > abs(farthest) else farthest
         least, best = np.inf, _ZERO
         for start in range(starts):
