@@ -31,6 +31,7 @@ from pymla.cpu.quantise.search import (
     inverse_of,
     line_search_for,
     scale_search_for,
+    weighted_sums,
     write_scaled,
 )
 from pymla.cpu.runtime.compiling import helper, inlined
@@ -103,7 +104,8 @@ def _with_minimum(top, write):
         span, d = min(largest - m, LARGEST_FLOAT), _ZERO
         if span >= SMALLEST:
             write_scaled(source, _SIZE, _ONE / span, -m / span, scaled)
-            scale, offset = search(scaled, address(w))
+            sums = weighted_sums(scaled, address(w), _SIZE)
+            scale, offset = search(scaled, address(w), (_ZERO, _ONE), sums)
             d, m = scale * span, m + offset * span
         m = half_offset(m, at + 2)
         inverse = inverse_of(half_scale(d, at))

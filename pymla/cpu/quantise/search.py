@@ -163,10 +163,11 @@ def scale_search_for(size, low, high, is_fine=False):
     def best_of(x, w, inverse):
         """What the best candidate lowers the error by, its lane, and the scale of its codes."""
         xq, qq = signed_sums(x, w, size, inverse, low, high)
-        gains = div(mul(xq, xq), qq)
+        scales = div(xq, qq)
+        gains = mul(xq, scales)
         gain = largest(gains)
         lane = first_lane(gains, gain)
-        return gain, lane, lane_value(xq, lane) / lane_value(qq, lane)
+        return gain, lane, lane_value(scales, lane)
 
     @helper
     def search(x, w, farthest):
@@ -221,8 +222,9 @@ def error_of(scale, offset, sums, total_w, total_wx):
 
 
 @inlined
-def best_line(sums, total_w, total_wx, is_below_zero):
-    """For each lane the scale and the offset of the smallest error; the offset at most 0 where `is_below_zero`."""
+def best_line(sums, total_w, total_wx, inverse_w, is_below_zero):
+    """For each lane the scale and the offset of the smallest error; the offset at most 0 where `is_below_zero`.
+    `inverse_w` is ``1 / total_w``."""
     q, qq, xq = sums
     products = mul(total_w, qq)
     determinant = sub(products, mul(q, q))
@@ -230,7 +232,7 @@ def best_line(sums, total_w, total_wx, is_below_zero):
     # Where all codes are the same, the difference is nothing but rounding.
     differ = fma(products, splat_f32x16(-_ROUNDING), determinant)
     scale = where_positive(differ, larger(slope, splat_f32x16(_ZERO)))
-    offset = div(sub(total_wx, mul(scale, q)), total_w)
+    offset = mul(sub(total_wx, mul(scale, q)), inverse_w)
     if is_below_zero:
         alone = where_positive(qq, div(xq, qq))
         scale = add(scale, where_positive(offset, sub(alone, scale)))
@@ -239,9 +241,10 @@ def best_line(sums, total_w, total_wx, is_below_zero):
 
 
 def line_search_for(size, top, is_below_zero, rounds):
-    """Make ``search(x, w)``: the scale and the offset of `size` weights at an address, of size 1 or less, of importance
-    w: a weight is about ``scale * code + offset``, with codes from 0 to `top`. The scale is not negative; the offset is
-    not positive where `is_below_zero`.
+    """Make ``search(x, w, ends, sums)``: the scale and the offset of `size` weights at an address, of size 1 or less,
+    of importance w: a weight is about ``scale * code + offset``, with codes from 0 to `top`. `ends` are the smallest
+    and the largest weight, `sums` those of w and of w·x. The scale is not negative; the offset is not positive where
+    `is_below_zero`.
 
     The first candidates spread a range of `top` - 1 to `top` + 0.75 codes over all weights, from the lowest weight on
     or around the middle. Each of `rounds` then takes the best scale and offset so far, and moves the codes of the
@@ -250,31 +253,31 @@ def line_search_for(size, top, is_below_zero, rounds):
     most = np.float32(top)
 
     @inlined
-    def best_of(x, w, inverse, shift, total_w, total_wx):
+    def best_of(x, w, inverse, shift, sum_w, sum_wx):
         """The error of the best candidate, its scale and its offset."""
+        total_w, total_wx = splat_f32x16(sum_w), splat_f32x16(sum_wx)
         sums = code_sums(x, w, size, inverse, shift, top)
-        scale, offset = best_line(sums, total_w, total_wx, is_below_zero)
+        scale, offset = best_line(sums, total_w, total_wx, splat_f32x16(_ONE / sum_w), is_below_zero)
         error = error_of(scale, offset, sums, total_w, total_wx)
         smallest_error = smallest(error)
         lane = first_lane(error, smallest_error)
         return smallest_error, lane_value(scale, lane), lane_value(offset, lane)
 
     @helper
-    def search(x, w):
+    def search(x, w, ends, sums):
         """Scale and offset; the scale is 0 where all weights are about equal."""
-        low, high = extremes(x, size)
+        low, high = ends
         if is_below_zero:
             low = min(low, _ZERO)
         span = high - low
         if span < SMALLEST:
             return _ZERO, low
-        sum_w, sum_wx = weighted_sums(x, w, size)
-        total_w, total_wx = splat_f32x16(sum_w), splat_f32x16(sum_wx)
+        sum_w, sum_wx = sums
         codes = ramp_of_halves(most - _ONE, _QUARTER, most - _ONE, _QUARTER)
         inverse = mul(codes, splat_f32x16(_ONE / span))
         middle = ramp_of_halves(_ZERO, _ZERO, _HALF, -_HALF * _QUARTER)
         shift = sub(middle, mul(inverse, splat_f32x16(low)))
-        error, scale, offset = best_of(x, w, inverse, shift, total_w, total_wx)
+        error, scale, offset = best_of(x, w, inverse, shift, sum_w, sum_wx)
         step, mean = _FIRST_STEP, sum_wx / sum_w
         for _ in range(rounds):
             if scale <= _ZERO:
@@ -283,7 +286,7 @@ def line_search_for(size, top, is_below_zero, rounds):
             inverse = ramps_of_four(slope - step / span, step / span)
             middle = ramp_of_fours((mean - offset) * slope - _HALF * step, _HALF * step)
             shift = sub(middle, mul(inverse, splat_f32x16(mean)))
-            new_error, new_scale, new_offset = best_of(x, w, inverse, shift, total_w, total_wx)
+            new_error, new_scale, new_offset = best_of(x, w, inverse, shift, sum_w, sum_wx)
             if new_error < error:
                 error, scale, offset = new_error, new_scale, new_offset
             step *= -_HALF

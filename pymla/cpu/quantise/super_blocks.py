@@ -73,6 +73,20 @@ def _normalise(x, scaled):
 
 
 @inlined
+def _keep(scratch):
+    """Keep the integers of the present pass."""
+    for i in range(2 * MOST):
+        scratch[INTEGERS + i] = scratch[_TAKEN + i]
+
+
+@inlined
+def _keep_zeros(scratch):
+    """Keep zeros in the place of integers."""
+    for i in range(2 * MOST):
+        scratch[INTEGERS + i] = _ZERO
+
+
+@inlined
 def _held(scale, size, spare):
     """The scale of weights divided by `size` that is nearest to `scale` and, times `size`, an IEEE half."""
     return half_scale(scale * size, spare) / size
@@ -131,7 +145,7 @@ def scaled_super_blocks_for(size, low, high, integers, starts):
     def best_half(scaled, w, largest, scratch):
         """The half, and the integers of the best pass."""
         if largest == _ZERO:
-            scratch[INTEGERS:CODES] = _ZERO
+            _keep_zeros(scratch)
             return _ZERO
         found, taken, spare = scratch[_FOUND:_TAKEN], scratch[_TAKEN:INTEGERS], address(scratch[_SPARE:])
         farthest = _ZERO
@@ -148,7 +162,7 @@ def scaled_super_blocks_for(size, low, high, integers, starts):
                 error, better = take(scaled, w, d, found, taken)
                 if error < least:
                     least, best = error, d
-                    scratch[INTEGERS : INTEGERS + count] = taken[:count]
+                    _keep(scratch)
                 d = _held(better, largest, spare)
         return half_scale(best * largest, spare)
 
@@ -235,14 +249,14 @@ def line_super_blocks_for(size, top, largest, rounds, starts):
     def best_halves(scaled, w, largest_weight, scratch):
         """The halves, and the integers of the best pass."""
         if largest_weight == _ZERO:
-            scratch[INTEGERS:CODES] = _ZERO
+            _keep_zeros(scratch)
             return _ZERO, _ZERO
         found, taken, spare = scratch[_FOUND:_TAKEN], scratch[_TAKEN:INTEGERS], address(scratch[_SPARE:])
         largest_scale, largest_minimum = _ZERO, _ZERO
         for block in range(count):
             at, own = 4 * size * block, found[4 * block : 4 * block + 4]
-            scale, offset = search(scaled + at, w + at)
             sum_w, sum_wx = weighted_sums(scaled + at, w + at, size)
+            scale, offset = search(scaled + at, w + at, extremes(scaled + at, size), (sum_w, sum_wx))
             own[0], own[1], own[2], own[3] = scale, -offset, sum_w, sum_wx
             largest_scale, largest_minimum = max(largest_scale, own[0]), max(largest_minimum, own[1])
         least, best, best_minimum = np.inf, _ZERO, _ZERO
@@ -254,7 +268,7 @@ def line_super_blocks_for(size, top, largest, rounds, starts):
                 error, better = take(scaled, w, (d, dmin), found, taken)
                 if error < least:
                     least, best, best_minimum = error, d, dmin
-                    scratch[INTEGERS : INTEGERS + 2 * MOST] = taken
+                    _keep(scratch)
                 d, dmin = _held(better[0], largest_weight, spare), _held(better[1], largest_weight, spare)
         return half_scale(best * largest_weight, spare), half_scale(best_minimum * largest_weight, spare)
 
