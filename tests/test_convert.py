@@ -646,7 +646,7 @@ def test_a_full_disk_is_found_out_before_writing(tmp_path, monkeypatch):
         convert(folder, tmp_path / "m.gguf", pre="deepseek-coder")
 
 
-@pytest.mark.parametrize("limit", [20_000, 50_000, -1])
+@pytest.mark.parametrize("limit", [10, 3000, 50_000, -1])
 def test_a_disk_that_becomes_full(tmp_path, limit):
     """A limit on the size of files: the system refuses to write on, in the header, the vocabulary, the tensors, or when
     the last bytes leave the buffer."""
