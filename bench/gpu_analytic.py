@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gpu_models import CTX, PROMPT, SHAPE, SMALL
 from make_model import make_model, model_tensors
-from mixes import uniform
+from model_mixes import uniform
 
 import pymla
 from pymla import ggml

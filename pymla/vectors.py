@@ -62,6 +62,10 @@ def _odd_eighths(planes: tuple[Plane | Places, ...]) -> Scales:
 
 _IQ1_M_INDICES = Field(0, 8), Field(32, 3, per=2, step=4, shift=8)
 _IQ1_M_DOWN = Field(32, 1, per=2, first=3, step=4)
+#: Four words of 16 bits with four scales each, ``(2 * number + 1) / 8``, of 16 weights; the fields behind them are the
+#: bits of the half that they multiply, the lowest ones first.
+IQ1_M_SCALES = Field(48, 3, per=4, stride=2)
+IQ1_M_HALF = Field(48, 4, stride=2, first=12)
 
 VECTORS: dict[int, Vectors] = {
     # A word of 64 bits for 32 weights: four indices, four times seven signs, and a scale.

@@ -26,6 +26,7 @@ V2 = {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "q_lora_rank": 32,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
@@ -103,7 +104,7 @@ def shapes(c):
         found[attn + "kv_a_layernorm.weight"] = (rank,)
         found[attn + "kv_b_proj.weight"] = (heads * (nope + v), rank)
         found[attn + "o_proj.weight"] = (hidden, heads * v)
-        if "index_topk" in c and (c.get("indexer_types") or ["full"] * 2)[i] == "full":
+        if "index_topk" in c and (c.get("indexer_types") or ["full"] * (i + 1))[i] == "full":
             index_heads, size = c["index_n_heads"], c["index_head_dim"]
             found[attn + "indexer.wq_b.weight"] = (index_heads * size, c["q_lora_rank"])
             found[attn + "indexer.wk.weight"] = (size, hidden)

@@ -9,6 +9,7 @@ import operations
 from cases import REPRESENTATIVES, latent_layout, on_cpu, poisoned_cache, ragged_step, random_qtensor
 
 from pymla import cpu, ggml
+from pymla.cpu.quantise import quantise
 
 
 def normal(*shape):
@@ -71,11 +72,19 @@ def operated(seed):
                 yield f"{name} {j}", array
 
 
+def quantised():
+    """(name, blocks) of quantisers of each kind: of a scale, and of scales and minima of a super-block."""
+    for qtype in (ggml.Q4_0, ggml.Q4_K):
+        yield f"quantised {ggml.NAME[qtype]}", quantise(normal(1, 256), qtype, np.exp(normal(256)))
+
+
 def results():
     """All of them, by name. Shares of pages depend on the number of threads."""
     cpu.set_threads(2)
     return {
-        name: np.array(array) for made in (products(), functions(), attended(), operated(8)) for name, array in made
+        name: np.array(array)
+        for made in (products(), functions(), attended(), operated(8), quantised())
+        for name, array in made
     }
 
 

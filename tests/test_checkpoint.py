@@ -6,14 +6,16 @@ import pytest
 from hub import V2, hub_folder, random_weights, safetensors, write_json
 
 from pymla.errors import PymlaError
-from pymla.files.checkpoint import INDEX, Checkpoint, read_json
+from pymla.files.checkpoint import INDEX, read_json
+from pymla.files.checkpoint_encodings import Quantisation
+from pymla.make.hub_weights import HubWeights
 
 
 @pytest.mark.parametrize("files", [1, 2])
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16"])
 def test_rows(tmp_path, dtype, files):
     weights = random_weights(V2)
-    checkpoint = Checkpoint(hub_folder(tmp_path / "Tiny", V2, weights, dtype, files))
+    checkpoint = HubWeights(hub_folder(tmp_path / "Tiny", V2, weights, dtype, files))
     assert checkpoint.names == set(weights)
     name = "model.layers.0.mlp.down_proj.weight"
     np.testing.assert_array_equal(checkpoint.rows(name, 3, 9), weights[name][3:9])
@@ -35,7 +37,7 @@ def test_every_float8_value(tmp_path):
     codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8).reshape(2, 127)
     scale = np.array([[1.5], [0.25]], np.float32)
     safetensors(tmp_path / "model.safetensors", {"x": ("F8_E4M3", codes), "x_scale_inv": scale})
-    checkpoint = Checkpoint(tmp_path, (1, 128))
+    checkpoint = HubWeights(tmp_path, Quantisation((1, 128)))
     checkpoint.expect("x", (2, 127))
     assert checkpoint.names == {"x"}
     expected = np.array([[e4m3(int(code)) for code in row] for row in codes], np.float32) * scale
@@ -47,7 +49,7 @@ def test_float8_not_a_number(tmp_path):
     stored = {"x": ("F8_E4M3", np.array([[127]], np.uint8)), "x_scale_inv": np.ones((1, 1), np.float32)}
     safetensors(tmp_path / "model.safetensors", stored)
     with pytest.raises(PymlaError, match="tensor x holds infinity or NaN"):
-        Checkpoint(tmp_path).read("x")
+        HubWeights(tmp_path).read("x")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_float8_not_a_number(tmp_path):
 def test_what_is_expected_and_not_there(tmp_path, stored, message):
     safetensors(tmp_path / "model.safetensors", stored)
     with pytest.raises(PymlaError, match=message):
-        Checkpoint(tmp_path).expect("x", (2, 3))
+        HubWeights(tmp_path).expect("x", (2, 3))
 
 
 TENSORS = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("abc")}
@@ -89,7 +91,7 @@ def header(path, entries, data=b""):
 def test_shards_without_an_index(tmp_path, names):
     shards(tmp_path, **names)
     (tmp_path / "._model-00001-of-00003.safetensors").write_bytes(b"of another system")
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = HubWeights(tmp_path)
     assert checkpoint.names == set(TENSORS)
     assert len(checkpoint.files) == 3
     for name, value in TENSORS.items():
@@ -99,7 +101,7 @@ def test_shards_without_an_index(tmp_path, names):
 @pytest.mark.parametrize("name", ["weights.safetensors", "model-00001-of-00001.safetensors"])
 def test_one_file_of_another_name(tmp_path, name):
     safetensors(tmp_path / name, TENSORS)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = HubWeights(tmp_path)
     assert (checkpoint.names, checkpoint.files) == (set(TENSORS), [tmp_path / name])
 
 
@@ -118,16 +120,16 @@ def test_shards_that_do_not_make_a_set(tmp_path, sets, message):
     for each in sets:
         shards(tmp_path, **each)
     with pytest.raises(PymlaError, match=message):
-        Checkpoint(tmp_path)
+        HubWeights(tmp_path)
 
 
 def test_two_files_without_an_index(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         safetensors(tmp_path / name, TENSORS)
     with pytest.raises(PymlaError, match="2 safetensors files of 2 sets"):
-        Checkpoint(tmp_path)
+        HubWeights(tmp_path)
     safetensors(tmp_path / "model.safetensors", TENSORS)
-    assert Checkpoint(tmp_path).files == [tmp_path / "model.safetensors"]
+    assert HubWeights(tmp_path).files == [tmp_path / "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_an_index_that_is_wrong(tmp_path, places, message):
     safetensors(folder / "3.safetensors", {"a": TENSORS["a"], "b": TENSORS["b"]})
     write_json(folder / INDEX, {"weight_map": places})
     with pytest.raises(PymlaError, match=message) as error:
-        Checkpoint(folder)
+        HubWeights(folder)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 1000
 
@@ -194,7 +196,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_damaged_headers(tmp_path, entries, message):
     header(tmp_path / "model.safetensors", entries, bytes(16))
     with pytest.raises(PymlaError, match=message) as error:
-        Checkpoint(tmp_path)
+        HubWeights(tmp_path)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 1000
 
@@ -203,7 +205,7 @@ def test_odd_headers_that_are_sound(tmp_path):
     entries = {"__metadata__": {"format": "pt"}, "none": ENTRY | {"shape": [0, 5], "data_offsets": [8, 8]}, "a": ENTRY}
     entries["kind"] = ENTRY | {"dtype": "NEW", "data_offsets": [8, 16]}
     header(tmp_path / "model.safetensors", entries, bytes(16))
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = HubWeights(tmp_path)
     assert checkpoint.names == {"none", "a", "kind"}
     checkpoint.expect("a", (2,))
     with pytest.raises(PymlaError, match="tensor kind is of type NEW"):
@@ -213,7 +215,7 @@ def test_odd_headers_that_are_sound(tmp_path):
 def test_a_file_that_becomes_shorter(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors(path, TENSORS)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = HubWeights(tmp_path)
     checkpoint.expect("c", (2, 3))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(PymlaError, match="has become shorter"):
@@ -226,7 +228,7 @@ def test_numbers_that_float32_does_not_hold(tmp_path, value):
     stored = {"x": value, "x_scale_inv": np.full((1, 1), 1e38, np.float32)}
     safetensors(tmp_path / "model.safetensors", stored)
     with pytest.raises(PymlaError, match="tensor x holds infinity or NaN, or a number that float32 does not hold"):
-        Checkpoint(tmp_path).read("x")
+        HubWeights(tmp_path).read("x")
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000])

@@ -639,7 +639,7 @@ def test_bad_options(refused, model, options, parts):
 def test_bad_commands(refused):
     refused("generat", parts=["'generat'", "--help"])
     refused("inspect", parts=["FILE", "inspect --help"])
-    refused("convert", "x", "y", "--type", "q9", parts=["--type", "'q9'", "q8_0"])
+    refused("convert", "x", "y", "--type", "q9", parts=["'q9'", "Q8_0"])
 
 
 def test_no_command_is_a_question(run):

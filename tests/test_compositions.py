@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from make_model import PRESETS, make_model, model_tensors
-from mixes import LLAMA_QUANTIZE, MIXES, PUBLIC_FILES
+from model_mixes import MIXES, PUBLIC_FILES
 
 import pymla
 from pymla import ggml
@@ -42,9 +42,12 @@ SHAPES = {
     ),
 }
 
+#: Mixes of llama.cpp, from many bits to few.
+_OF_LLAMA = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs", "iq3_xxs", "iq2_xxs", "iq1_s")
+
 #: Name to shape, layout and mix.
 COMPOSITIONS = {name: (file.preset, file.layout, file.mix) for name, file in PUBLIC_FILES.items()} | {
-    f"V2-Lite {mix}": ("v2-lite", "split", mix) for mix in LLAMA_QUANTIZE
+    f"V2-Lite {mix}": ("v2-lite", "split", mix) for mix in _OF_LLAMA
 }
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from hub import V3, hub_folder, random_weights, write_json
+from hub_models import write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pymla
 from pymla.errors import PymlaError
-from pymla.make.convert import QTYPES, convert
+from pymla.make.convert import LAYOUTS, convert
 
 JSON_FILES = (
     "config.json",
@@ -24,6 +25,9 @@ JSON_FILES = (
     "model.safetensors.index.json",
 )
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+#: Types that compile few kernels.
+TYPES = ("auto", "F32", "BF16", "Q8_0")
 
 #: What JSON can hold and no field of a sound folder does; and values that are one too many or one too few.
 ODD = [
@@ -79,7 +83,7 @@ def mutate_bytes(raw, draw):
 def mutate_file(path, draw):
     """Change what is in a file: its JSON, or its bytes as they come."""
     raw = path.read_bytes()
-    if not draw(st.integers(0, 4)):
+    if path.suffix not in (".json", ".safetensors") or not draw(st.integers(0, 4)):
         path.write_bytes(mutate_bytes(raw, draw))
         return
     start = 8 if path.suffix == ".safetensors" else 0
@@ -91,23 +95,23 @@ def mutate_file(path, draw):
     path.write_bytes((len(text).to_bytes(8, "little") if start else b"") + text + raw[stop:])
 
 
-@given(st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-def test_any_folder(sound, data):
-    draw = data.draw
+def check_changed(sound, file, draw, pre):
+    """A folder in which one file is changed gives a file that loads, or one line."""
     with tempfile.TemporaryDirectory() as place:
         folder, out = Path(place) / "Tiny", Path(place) / "out" / "m.gguf"
         shutil.copytree(sound, folder)
         out.parent.mkdir()
-        mutate_file(folder / draw(st.sampled_from((*JSON_FILES, *SHARDS, "config.json", "tokenizer.json"))), draw)
+        mutate_file(folder / file, draw)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 convert(
                     folder,
                     out,
-                    qtype=draw(st.sampled_from(list(QTYPES))),
-                    pre=draw(st.sampled_from(("deepseek-coder", None))),
+                    qtype=draw(st.sampled_from(TYPES)),
+                    layout=draw(st.sampled_from(LAYOUTS)),
+                    mtp=draw(st.sampled_from((None, False, True))),
+                    pre=pre,
                 )
         except PymlaError as error:
             message = str(error)
@@ -118,3 +122,29 @@ def test_any_folder(sound, data):
         assert list(out.parent.iterdir()) == [out]
         with pymla.load(out, device="reference", ctx=1):
             pass
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+def test_any_folder(sound, data):
+    files = (*JSON_FILES, *SHARDS, "config.json", "tokenizer.json")
+    pre = data.draw(st.sampled_from(("deepseek-coder", None)))
+    check_changed(sound, data.draw(st.sampled_from(files)), data.draw, pre)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Sound folders of other architectures, each with another kind of vocabulary."""
+    place = tmp_path_factory.mktemp("others")
+    found = [write_folder(place / name, name) for name in ("Kimi-K2.5", "Mistral-Large-3", "MiniCPM3", "GLM-5")]
+    for folder in found:
+        convert(folder, place / "m.gguf", pre="glm4" if folder.name == "GLM-5" else None)
+    return found
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+def test_any_folder_of_another_architecture(others, data):
+    sound = data.draw(st.sampled_from(others))
+    files = sorted(path.name for path in sound.iterdir())
+    check_changed(sound, data.draw(st.sampled_from(files)), data.draw, "glm4" if sound.name == "GLM-5" else None)

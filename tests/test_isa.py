@@ -51,6 +51,7 @@ FILES = (
     "test_gemv.py",
     "test_gemm.py",
     "test_simd.py",
+    "test_simd_levels.py",
     "test_python_level.py",
 )
 

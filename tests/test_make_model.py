@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import quants
-from make_model import PRESETS, fitting_type, make_model
-from mixes import uniform
+from make_model import PRESETS, make_model
+from model_mixes import uniform
 
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
+from pymla.make.fallbacks import fitting_type, rows_apart
 from pymla.make.model_metadata import FILE_TYPES
 from pymla.reference.quant import dequantise
 
@@ -47,7 +48,7 @@ def test_weights_have_the_asked_type(tmp_path, qtype):
     assert file.tensors["blk.0.ffn_gate_exps.weight"].qtype == qtype
     assert file.tensors["blk.0.ffn_gate_inp.weight"].qtype == ggml.F32
     assert file.tensors["output.weight"].qtype == (qtype if plain in ggml.FLOATS else ggml.Q6_K)
-    assert file.tensors["token_embd.weight"].qtype == script.rows_apart(qtype)
+    assert file.tensors["token_embd.weight"].qtype == rows_apart(qtype)
     assert file.metadata.get("general.file_type") == FILE_TYPES.get(qtype)
     info = file.tensors["blk.0.ffn_gate_exps.weight"]
     w = dequantise(info.data.reshape(-1, ggml.row_bytes(qtype, 256)), qtype)
@@ -166,7 +167,8 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
     assert "blk.1.attn_q.weight" in tensors
     assert not {"blk.1.exp_probs_b.bias", "output.weight"} & tensors.keys()
     assert metadata["deepseek2.expert_gating_func"] == 1
-    assert not {"deepseek2.expert_group_count", "deepseek2.rope.scaling.type"} & metadata.keys()
+    assert [metadata[f"deepseek2.expert_group_{key}count"] for key in ("", "used_")] == [1, 1]
+    assert "deepseek2.rope.scaling.type" not in metadata
 
 
 @pytest.mark.parametrize(

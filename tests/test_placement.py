@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from make_model import PRESETS, make_model, model_tensors
-from mixes import uniform
+from model_mixes import uniform
 from test_costs import V2_LITE, v2_lite_tensors
 
 from pymla import ggml

@@ -22,7 +22,9 @@ from pymla.cpu.machine import (
     simd_decoded,
     simd_ordered,
     simd_panels,
+    simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
 )
 from pymla.cpu.machine.intrinsics import (
@@ -48,13 +50,16 @@ MODULES = (
     simd_decoded,
     simd_ordered,
     simd_panels,
+    simd_quantise,
     simd_rows,
+    simd_search,
     simd_words,
     fifth_bits,
 )
-#: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type.
+#: Operations that are made for a type, of which tests/test_cpu_formats.py compiles those of every type, and
+#: tests/test_simd_levels.py those of every table of levels.
 OF_TYPES = tuple(
-    f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik")
+    f"pymla.cpu.machine.simd_{name}." for name in ("planes", "scales", "vectors", "trellis", "trits", "ik", "levels")
 )
 PACKAGE = {
     name: each for name, each in OPERATIONS.items() if name.startswith("pymla.") and not name.startswith(OF_TYPES)
@@ -134,6 +139,10 @@ RANGES |= {("store_codes", "value"): whole(-128, 255), ("exp2", "x"): at_most(12
 RANGES |= {("store_words", column): whole(-128, 255) for column in "abcd"}
 RANGES |= {("farther", "x"): positive, ("farther", "y"): positive, ("farthest", "x"): positive}
 RANGES |= {("sum_blocks", sums): SMALL for sums in "abcd"} | {("first_lanes", "count"): whole(0, LANES)}
+RANGES |= {("store_as_bytes", "value"): whole(-128, 255), ("lane_value", "lane"): whole(0, 15)}
+RANGES |= {("store_nibbles", codes): whole(0, 255) for codes in ("low", "high")}
+RANGES |= {("store_sixteenths", codes): whole(0, 255) for codes in ("low", "high")}
+RANGES |= {("store_high_pairs", codes): whole(0, 63) for codes in ("low", "high")}
 RANGES |= {("times_scales_8", sums): whole(-40000, 40000) for sums in ("low", "high")}
 
 

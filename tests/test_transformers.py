@@ -59,7 +59,7 @@ def test_logits_equal_those_of_transformers(case, tmp_path):
                 assert_close(loaded.logits(ids), wanted, rtol_max=1e-4, reason="float32 throughout")
 
 
-@pytest.mark.parametrize("layout", ["split", "all"])
+@pytest.mark.parametrize("layout", ["kv_b", "all"])
 @pytest.mark.parametrize("shape", [V3, V32], ids=["v3", "v3.2"])
 def test_converted_layouts_equal_transformers(shape, layout, tmp_path):
     model, seed = clear_model(shape, SEED)

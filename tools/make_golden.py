@@ -15,11 +15,6 @@ import click
 import numpy as np
 from make_model import Shape, synthetic_tokenizer
 
-from pymla import ggml
-from pymla.files import gguf_writer
-from pymla.files.gguf_writer import NewTensor
-from pymla.make.model_metadata import FILE_TYPES, model_metadata
-
 SEED = 20
 _SMALL = Shape(
     name="",
@@ -107,28 +102,25 @@ SHAPES = {
     ),
 }
 
-#: Names of modules in transformers' models of the architectures that `convert` does not know, and those of tensors.
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_OF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.kv_b_proj": "attn_kv_b",
-    "self_attn.o_proj": "attn_output",
+#: mistral-common's names of modules outside the layers and inside, by those of transformers.
+_MISTRAL_OUTER = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+_MISTRAL_LAYER = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_a_proj": "attention.wq_a",
+    "self_attn.q_a_layernorm": "attention.q_a_norm",
+    "self_attn.q_b_proj": "attention.wq_b",
+    "self_attn.kv_a_proj_with_mqa": "attention.wkv_a_with_mqa",
+    "self_attn.kv_a_layernorm": "attention.kv_a_norm",
+    "self_attn.kv_b_proj": "attention.wkv_b",
+    "self_attn.o_proj": "attention.wo",
     "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.gate": "gate",
+    "mlp.shared_experts.gate_proj": "shared_experts.w1",
+    "mlp.shared_experts.down_proj": "shared_experts.w2",
+    "mlp.shared_experts.up_proj": "shared_experts.w3",
 }
 _SPARSE = dataclasses.replace(
     _SMALL,
@@ -342,14 +334,14 @@ def clear_model(shape: Shape, seed: int):
 
 
 def save(model, shape: Shape, directory: Path):
-    """A Hugging Face directory: configuration, safetensors and the synthetic tokenizer.
-
-    The tensors of another class than DeepSeek's are those of DeepSeek-V3, and are saved as such a checkpoint.
-    """
+    """A Hugging Face directory: configuration, safetensors and the synthetic tokenizer. Mistral-Large-3 is saved as
+    Mistral publishes it."""
     import tokenizers
 
-    if shape.name in CLASSES:
-        _save_as_v3(model, shape, directory)
+    if shape.name == "Mistral-Large-3":
+        _save_consolidated(model, shape, directory)
+    elif hf_class(shape) == "Kimi_K25":
+        _save_kimi(model, directory)
     else:
         model.save_pretrained(directory)
     metadata = synthetic_tokenizer(shape.vocab_size)
@@ -365,57 +357,89 @@ def save(model, shape: Shape, directory: Path):
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def _save_as_v3(model, shape: Shape, directory: Path):
-    """The language model of a model, as a checkpoint of DeepSeek-V3."""
+def _save_kimi(model, directory: Path):
+    """A checkpoint of a model that sees. transformers 5.24 itself would give the layers of the language model the name
+    of those of the vision tower."""
     from safetensors.torch import save_file
 
-    others = ["model.vision_tower.", "model.mm_projector."] + ["lm_head."] * shape.tie_word_embeddings
-    state = {
-        name.replace("model.language_model.", "model."): value.contiguous()
-        for name, value in model.state_dict().items()
-        if not name.startswith(tuple(others))
-    }
+    model.config.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": [type(model).__name__]}))
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, directory / "model.safetensors")
-    config = hf_config(dataclasses.replace(shape, name="", scoring_func="sigmoid")).to_dict()
-    config |= {"architectures": ["DeepseekV3ForCausalLM"], "scoring_func": shape.scoring_func}
-    config |= {"rope_parameters": _rope_parameters(shape)}
-    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _save_consolidated(model, shape: Shape, directory: Path):
+    """A checkpoint for mistral-common: params.json and tensors by that package's names."""
+    from safetensors.torch import save_file
+
+    save_file(dict(_consolidated(model.state_dict())), directory / "consolidated.safetensors")
+    (directory / "params.json").write_text(json.dumps(_params(shape)))
+
+
+def _params(shape: Shape) -> dict:
+    """The params.json of a shape."""
+    sizes = ("vocab_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return {name: getattr(shape, name) for name in sizes} | {
+        "dim": shape.hidden_size,
+        "n_layers": shape.num_hidden_layers,
+        "n_heads": shape.num_attention_heads,
+        "n_kv_heads": shape.num_attention_heads,
+        "hidden_dim": shape.intermediate_size,
+        "norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "max_position_embeddings": shape.context_length,
+        "tied_embeddings": shape.tie_word_embeddings,
+        "yarn": {
+            "factor": shape.yarn_factor,
+            "original_max_position_embeddings": shape.yarn_original,
+            "beta": shape.beta_fast,
+            "alpha": shape.beta_slow,
+            "apply_scale": False,
+        },
+        "llama_4_scaling": {
+            "beta": shape.temperature_scale,
+            "original_max_position_embeddings": shape.temperature_length,
+        },
+        "moe": {
+            "first_k_dense_replace": shape.first_k_dense_replace,
+            "route_every_n": 1,
+            "num_experts": shape.n_routed_experts,
+            "num_experts_per_tok": shape.num_experts_per_tok,
+            "num_expert_groups": shape.n_group,
+            "num_expert_groups_per_tok": shape.topk_group,
+            "routed_scale": shape.routed_scaling_factor,
+            "expert_hidden_dim": shape.moe_intermediate_size,
+            "num_shared_experts": shape.n_shared_experts,
+        },
+    }
+
+
+def _consolidated(state):
+    """Names and values of a model's tensors as mistral-common has them."""
+    for name, value in state.items():
+        module = name.removesuffix(".weight")
+        if module in _MISTRAL_OUTER:
+            yield f"{_MISTRAL_OUTER[module]}.weight", value
+            continue
+        layer, _, inner = module.removeprefix("model.layers.").partition(".")
+        if inner in _MISTRAL_LAYER:
+            yield f"layers.{layer}.{_MISTRAL_LAYER[inner]}.weight", value
+            continue
+        parts = ("w2",) if inner.endswith("down_proj") else ("w1", "w3")
+        for expert, matrix in enumerate(value):
+            for part, weights in zip(parts, matrix.chunk(len(parts)), strict=True):
+                yield f"layers.{layer}.experts.{expert}.{part}.weight", weights.contiguous()
 
 
 def to_gguf(model, shape: Shape, path: Path, **options) -> Path:
-    """Convert a transformers model; `options` are convert's, where it knows the architecture."""
+    """Convert a transformers model; `options` are convert's."""
     from pymla.make.convert import convert
 
-    if shape.architecture not in ("deepseek2", "deepseek32", "glm-dsa"):
-        return write_gguf(model, shape, path)
     with tempfile.TemporaryDirectory() as directory:
         save(model, shape, Path(directory))
         convert(directory, path, **{"qtype": "f32", "pre": "deepseek-llm", "name": shape.name} | options)
     return path
-
-
-def write_gguf(model, shape: Shape, path: Path) -> Path:
-    """Write a transformers model as a file of float32, in the layout "kv_b"."""
-    arrays = {_tensor_name(name): value.numpy() for name, value in model.state_dict().items()}
-    if shape.tie_word_embeddings:
-        del arrays["output.weight"]
-    for name, factors in zip(("long", "short"), shape.rope_factors or (), strict=False):
-        arrays[f"rope_factors_{name}.weight"] = np.array(factors, np.float32)
-    tensors = [
-        NewTensor(name, array.shape, ggml.F32, lambda array=array: iter([array])) for name, array in arrays.items()
-    ]
-    metadata = model_metadata(shape, "kv_b", FILE_TYPES[ggml.F32]) | synthetic_tokenizer(shape.vocab_size)
-    gguf_writer.write(path, shape.architecture, metadata, tensors)
-    return path
-
-
-def _tensor_name(name: str) -> str:
-    """The name in GGUF of a tensor of transformers."""
-    module = name.removesuffix(".weight")
-    if module in _OUTER:
-        return f"{_OUTER[module]}.weight"
-    layer, _, rest = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_OF_LAYER[rest]}.weight"
 
 
 def make_golden(name: str, out: Path, seed: int) -> dict:

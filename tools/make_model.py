@@ -5,14 +5,14 @@ load the file too. A seed gives the same model in all three kv_b layouts.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import gguf
 import numpy as np
-from mixes import MIXES, Mix, uniform
+from model_mixes import MIXES, uniform
 from model_shapes import PRESETS
 from random_weights import normal, random_blocks
 
@@ -21,6 +21,8 @@ from pymla.errors import PymlaError
 from pymla.files import gguf_writer, outputs
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.gguf_writer import NewTensor, Value
+from pymla.make.fallbacks import fitting_type, rows_apart
+from pymla.make.mixes import Mix, Model, TensorInfo, Walk, walk_order
 from pymla.make.model_metadata import LAYOUTS, Shape, model_metadata
 from pymla.reference.formats import FORMATS, INTERLEAVED
 from pymla.reference.quant import QUANTISERS, dequantise, quantise
@@ -194,10 +196,33 @@ def synthetic_tokenizer(vocab_size: int) -> dict[str, Value]:
 
 def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewTensor]:
     """Every tensor of the file, in llama.cpp's order; weights are drawn when `NewTensor.pieces` is called."""
+    matrices: list[TensorInfo] = []
+
+    def ask(name: str, shape: tuple[int, ...]) -> int:
+        matrices.append(TensorInfo(name, shape))
+        return ggml.F32
+
+    # Rules of mixes count matrices, so that all have to be known first.
+    for _ in _tensors(s, layout, ask, seed):
+        pass
+    # As many heads of keys as of queries are what files say that have kv_b.
+    layers = s.num_hidden_layers + s.num_nextn_predict_layers
+    walk = Walk(types, Model.of(matrices, layers, queries_per_key=1, importance=True))
+    chosen = {tensor.name: walk.choose(tensor).qtype for tensor in walk_order(matrices)}
+
+    def type_of(name: str, shape: tuple[int, ...]) -> int:
+        # Neither engine looks up rows that lie together with others.
+        qtype = rows_apart(chosen[name]) if name == "token_embd.weight" else chosen[name]
+        return fitting_type(qtype, shape)
+
+    return _tensors(s, layout, type_of, seed)
+
+
+def _tensors(s: Shape, layout: str, type_of: Callable[[str, tuple[int, ...]], int], seed: int) -> Iterator[NewTensor]:
+    """Every tensor of the file. The type of most matrices is that of their name and shape."""
 
     def matrix(name, *shape, qtype=None, std=None):
-        if qtype is None:
-            qtype = fitting_type(types.type_of(name, s.num_hidden_layers), shape)
+        qtype = type_of(name, shape) if qtype is None else qtype
         std = shape[-1] ** -0.5 if std is None else std
         return NewTensor(name, shape, qtype, lambda: random_blocks(seed, name, shape, qtype, std))
 
@@ -205,10 +230,7 @@ def model_tensors(s: Shape, layout: str, types: Mix, seed: int) -> Iterator[NewT
         return NewTensor(name, (size,), ggml.F32, lambda: iter([normal(seed, name, size) * np.float32(0.1) + 1]))
 
     hidden = s.hidden_size
-    # Neither engine looks up rows that lie together with others.
-    embedding = rows_apart(types.type_of("token_embd.weight", s.num_hidden_layers))
-    embedding = fitting_type(embedding, (s.vocab_size, hidden))
-    yield matrix("token_embd.weight", s.vocab_size, hidden, qtype=embedding, std=1.0)
+    yield matrix("token_embd.weight", s.vocab_size, hidden, std=1.0)
     yield norm("output_norm.weight", hidden)
     if not s.tie_word_embeddings:
         yield matrix("output.weight", s.vocab_size, hidden)
@@ -289,37 +311,6 @@ def _ffn(
         yield matrix(f"{blk}ffn_gate{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_up{suffix}.weight", *experts, inner, hidden)
     yield matrix(f"{blk}ffn_down{suffix}.weight", *experts, hidden, inner)
-
-
-#: Types that llama.cpp and ik_llama.cpp write where rows are no multiple of 256 or 64.
-_FALLBACKS = {
-    **dict.fromkeys((ggml.Q2_0, ggml.Q2_K, ggml.Q3_K, ggml.TQ1_0, ggml.TQ2_0), ggml.Q4_0),
-    **dict.fromkeys((ggml.Q4_K, ggml.IQ4_K, ggml.IQ5_KS), ggml.Q5_0),
-    ggml.Q5_K: ggml.Q5_1,
-    ggml.IQ5_K: ggml.Q6_0,
-    **dict.fromkeys((ggml.IQ1_S, ggml.IQ1_M, ggml.IQ2_XXS, ggml.IQ2_XS, ggml.IQ2_S, ggml.IQ3_XXS), ggml.IQ4_NL),
-    **dict.fromkeys((ggml.IQ3_S, ggml.IQ4_XS, ggml.IQ2_K, ggml.IQ3_K, ggml.IQ2_KS, ggml.IQ3_KS), ggml.IQ4_NL),
-    **dict.fromkeys((ggml.IQ4_KS, ggml.IQ4_KSS, ggml.IQ2_KL), ggml.IQ4_NL),
-    **dict.fromkeys((ggml.IQ1_KT, ggml.IQ2_KT, ggml.IQ3_KT, ggml.IQ4_KT), ggml.IQ4_NL),
-}
-
-
-def rows_apart(qtype: int) -> int:
-    """The type of files nearest to an interleaved one, and any other type itself."""
-    plain = ggml.plain_type(qtype)
-    return ggml.IQ1_M if plain == ggml.IQ1_M_R1 else plain
-
-
-def fitting_type(qtype: int, shape: Sequence[int]) -> int:
-    """`qtype`, or the type that the engines' tools fall back to where it does not fit a matrix: the plain type where
-    rows are no multiple of those that lie together, and another one where columns are no multiple of the block."""
-    rows = shape[-2] if len(shape) > 1 else 1
-    if rows % ggml.ROWS_TOGETHER[qtype] or shape[-1] % ggml.BLOCK_SIZE[qtype]:
-        qtype = rows_apart(qtype)
-    for candidate in (qtype, _FALLBACKS.get(qtype, ggml.Q8_0)):
-        if shape[-1] % ggml.BLOCK_SIZE[candidate] == 0:
-            return candidate
-    return ggml.F16
 
 
 def _split_kv_b(s: Shape, matrix: MakeMatrix, blk: str, flat: bool) -> Iterator[NewTensor]:

@@ -15,7 +15,10 @@ COMMANDS = {
     "generate": "Generate text from a prompt.",
     "imatrix": "Collect or merge importance matrices, for quantising.",
     "inspect": "Show what is in a GGUF file, and what it costs to run.",
+    "merge": "Make one GGUF file of the parts of a model.",
     "perplexity": "Measure how well a model predicts a text, or answers questions.",
+    "quantize": "Write a GGUF file in other types.",
+    "split": "Write a GGUF file as several parts.",
 }
 
 

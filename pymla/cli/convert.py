@@ -2,17 +2,23 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pymla.cli import interrupt
-from pymla.make.convert import LAYOUTS, QTYPES
-from pymla.make.convert import convert as write_gguf
+from pymla.cli.options import as_options
+from pymla.cli.sizes import SIZE
+from pymla.printable import one_line
+
+if TYPE_CHECKING:
+    from pymla.make.convert import Prepared
 
 EXAMPLES = """\b
 Examples:
-  pymla convert DeepSeek-V2-Lite v2-lite-q8_0.gguf
-  pymla convert DeepSeek-V3 v3.gguf --type q4_0 --layout split
+  pymla convert DeepSeek-V2-Lite v2-lite-bf16.gguf
+  pymla convert DeepSeek-V3 v3.gguf --type Q8_0 --split-max-size 40G
+  pymla convert DeepSeek-V3 v3.gguf --type Q4_K_M --imatrix v3.imatrix.gguf --tensor-type 'ffn_down_exps=Q5_K' --dry-run
 """
 
 
@@ -21,48 +27,87 @@ Examples:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--type",
+    "--outtype",
     "qtype",
-    type=click.Choice(list(QTYPES)),
-    default="q8_0",
+    metavar="TYPE",
+    default="auto",
     show_default=True,
-    help="Type of the matrices. Norms and router are F32; with q4_0 the output matrix is Q8_0.",
+    help="Type of the matrices, or mix of types, such as BF16, Q8_0 or Q4_K_M, as for pymla quantize. auto: BF16 or "
+    "F16, as the checkpoint has it; BF16 for float8. Vectors and routers are F32.",
+)
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    help="Type of tensors in whose name the expression is found. The first that is found counts.",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="File of such rules, one on a line.")
+@click.option(
+    "--imatrix", type=click.Path(path_type=Path), help="Importance matrix, of pymla imatrix or llama-imatrix."
 )
 @click.option(
     "--layout",
-    type=click.Choice(LAYOUTS),
-    default="kv_b",
+    type=click.Choice(("split", "kv_b", "all")),
+    default="split",
     show_default=True,
-    help="kv_b; split: k_b and v_b, as llama.cpp writes now; all: the three, as ik_llama.cpp writes.",
+    help="split: k_b and v_b, as llama.cpp writes now; kv_b; all: the three, as ik_llama.cpp writes.",
 )
+@click.option(
+    "--mtp/--no-mtp",
+    default=None,
+    help="Keep layers that predict further tokens, or leave them out. [default: those of V3.2 and GLM are kept]",
+)
+@click.option("--split-max-size", "split", type=SIZE, help="Write parts of at most this size: 40G is 40·10⁹ bytes.")
 @click.option("--pre", help="Name of the pre-tokenizer. [default: found out from tokenizer.json]")
 @click.option("--name", help="The model's name in the file. [default: the folder's]")
-def convert(folder: Path, out: Path, qtype: str, layout: str, pre: str | None, name: str | None) -> None:
-    """Convert FOLDER, a DeepSeek V2 or V3 model as Hugging Face has it, to the GGUF file OUT.
+@click.option("--dry-run", is_flag=True, help="Print what each tensor becomes and why, and write nothing.")
+def convert(folder: Path, out: Path, split: int | None, dry_run: bool, **options: Any) -> None:
+    """Convert FOLDER, a model as Hugging Face has it, to the GGUF file OUT.
 
-    FOLDER holds config.json, tokenizer.json and safetensors. OUT appears when it is complete.
+    FOLDER holds config.json, a tokenizer, and safetensors in BF16, F16, F32, float8, int4 or MXFP4. OUT appears when it
+    is complete. A run that was interrupted goes on where it stopped if it is called again.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from pymla.cli.progress import WriteProgress
+    from pymla.cli.terminal import Terminal
+    from pymla.make.convert import prepare
+    from pymla.make.quantize import compile_kernels
 
     # The gguf package warns of things that do not matter here, such as how a pair of texts is joined.
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    interrupt.terminal_reset = interrupt.WITHOUT_BAR
-    # Without a thread of its own, which a limit on processes may refuse.
-    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=False)
-    with interrupt.graceful(), shown as bar:
-        task = bar.add_task("", visible=False)
-        done = write_gguf(
-            folder,
-            out,
-            qtype=qtype,
-            layout=layout,
-            pre=pre,
-            name=name,
-            progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True, refresh=True),
-        )
-    interrupt.terminal_reset = b""
-    for note in done.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"{done.path}: {done.nbytes / 2**20:.1f} MiB", err=True)
+    prepared = prepare(folder, **options)
+    if dry_run:
+        _show(prepared)
+    for note in prepared.notes:
+        click.echo(f"note: {one_line(as_options(note, convert))}", err=True)
+    if dry_run:
+        return
+    with interrupt.graceful(), Terminal() as terminal:
+        made = {choice.qtype for name, choice in prepared.choices.items() if name not in prepared.copies}
+        compile_kernels(made, terminal.compiling, terminal.warn)
+    with interrupt.graceful(), WriteProgress() as shown:
+        done = prepared.write(out, split=split, note=shown.note, progress=shown)
+    parts = f" and {len(done.parts) - 1} more" if len(done.parts) > 1 else ""
+    click.echo(f"{done.path}{parts}: {done.nbytes / 2**20:.1f} MiB", err=True)
+
+
+def _show(prepared: "Prepared") -> None:
+    """Print what each tensor becomes."""
+    import math
+
+    from pymla import ggml
+    from pymla.cli.page import Page
+    from pymla.host.memory import size_text
+
+    rows, nbytes, weights = [], 0, 0
+    for source in prepared.sources:
+        choice = prepared.choices[source.name]
+        size = ggml.tensor_bytes(choice.qtype, source.shape)
+        nbytes, weights = nbytes + size, weights + math.prod(source.shape)
+        shape, qtype = " × ".join(map(str, source.shape)), ggml.NAME[choice.qtype]
+        copied = "; copied" if source.name in prepared.copies else ""
+        rows.append((one_line(source.name, 60), shape, qtype, size_text(size), choice.reason + copied))
+    page = Page()
+    page.table("Tensors", "name", "shape", "type", "size", "reason", rows=rows, numbers=(3,))
+    totals = [("weights", f"{weights:,}"), ("tensors", size_text(nbytes))]
+    page.table("File", rows=[*totals, ("bits per weight", f"{8 * nbytes / weights:.3f}")], numbers=(1,))

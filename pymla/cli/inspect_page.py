@@ -1,52 +1,18 @@
 """The report on a model file as tables, for people."""
 
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from pymla.cli.inspect_report import PROMPT_TOKENS
+from pymla.cli.page import Page
 from pymla.host.memory import size_text
 from pymla.printable import one_line
 
 _MOST_PROBLEMS = 10  # that are shown
 
 
-class _Page:
-    """Tables, one below the other. Names and values come from the file, so markup in them is printed as it stands."""
-
-    def __init__(self) -> None:
-        self.console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
-
-    def table(self, title: str, *columns: str, rows: Sequence[tuple[Any, ...]], numbers: tuple[int, ...] = ()) -> None:
-        """Print a table. Columns whose index is in `numbers` are aligned to the right; no columns, no header."""
-        width = len(rows[0])
-        table = Table(box=box.SIMPLE_HEAD if columns else None, show_header=bool(columns), show_edge=False)
-        for index in range(width):
-            right = index in numbers
-            table.add_column(
-                columns[index] if columns else "",
-                justify="right" if right else "left",
-                no_wrap=right,
-                overflow="fold",
-            )
-        for row in rows:
-            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-        self.console.print(Text(f"\n{title}", style="bold"))
-        self.console.print(Padding(table, (0, 0, 0, 1), expand=False))
-
-    def warn(self, message: str) -> None:
-        self.console.print(Text(message, style="bold red"))
-
-
 def show(found: dict[str, Any], tensors: bool) -> None:
     """Print a report of `pymla.cli.inspect_report.report`, with a list of all tensors if that is asked for."""
-    page = _Page()
+    page = Page()
     for problem in found["problems"][:_MOST_PROBLEMS]:
         page.warn(f"Not run: {_plain(problem, 1000)}")
     more = len(found["problems"]) - _MOST_PROBLEMS
@@ -213,7 +179,7 @@ def _tokenizer_rows(tokenizer: dict[str, Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> None:
+def _show_memory(page: Page, memory: dict[str, Any], context_length: int) -> None:
     rows = [
         ("weights, mapped from the file", size_text(memory["weights"])),
         ("k_b, derived at load", size_text(memory["derived"])),
@@ -237,7 +203,7 @@ def _show_memory(page: _Page, memory: dict[str, Any], context_length: int) -> No
     page.table("On a GPU, cache q8_0", "what", *contexts, rows=totals, numbers=tuple(range(1, len(contexts) + 1)))
 
 
-def _show_costs(page: _Page, step_costs: list[dict[str, Any]]) -> None:
+def _show_costs(page: Page, step_costs: list[dict[str, Any]]) -> None:
     rows = []
     for cost in step_costs:
         prompt, generation = cost["prompt"], cost["generation"]

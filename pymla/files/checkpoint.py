@@ -1,11 +1,11 @@
-"""Hugging Face checkpoints: the tensors of a folder of safetensors files, read piece by piece.
+"""Hugging Face checkpoints: the tensors of a folder of safetensors files, read piece by piece as they are stored.
 
 The format is eight bytes with the size of a JSON header, the header, then the tensors' bytes (Hugging Face's
 ``safetensors`` README). It is read here and not by the safetensors package, whose NumPy interface has no bfloat16.
+Numbers are made of what is stored in `pymla.make.hub_weights`.
 """
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,33 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymla.errors import PymlaError
+from pymla.files.checkpoint_encodings import DTYPES, Encoding, Entry, Quantisation, encoding, weights
 from pymla.files.textfile import decode
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_SCALE = "_scale_inv"
 # One of several files of a checkpoint, as it is named where there is no index.
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors", re.ASCII)
 _MAX_JSON = 1 << 30
 _MAX_HEADER = 100 << 20  # the safetensors package's own limit
 _MAX_NAME = 200
 _MAX_DIMS = 8
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F8_E4M3": np.dtype("u1"),
-}
 
 
-class _Entry(NamedTuple):
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # its bytes in the file
-    stop: int
+class StoredRows(NamedTuple):
+    """Rows of a weight, seen as a matrix, as they are stored."""
+
+    encoding: Encoding
+    codes: np.ndarray  # (rows, ...), of the type of `DTYPES`
+    scales: np.ndarray | None = None  # those of the blocks that hold the rows: (block rows, block columns)
+    first: int = 0  # rows of the first block that lie before them
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,13 +66,12 @@ class Checkpoint:
     ----------
     folder : one with ``model.safetensors.index.json`` and the files that it names in the folder, with
         ``model.safetensors``, with all of ``NAME-00001-of-00003.safetensors`` and so on, or with one other file
-    fp8_block : rows and columns that share a scale where weights are stored as float8, as DeepSeek V3's are; the
-        scales of tensor ``x`` are in ``x_scale_inv``
+    quantisation : what config.json says of quantised weights
 
     Attributes
     ----------
     names : set[str]
-        Of all tensors, scales of float8 tensors excepted.
+        Of all weights. Scales, and what else belongs to the weights beside them, have no name here.
     files : list[Path]
         All files that are read.
 
@@ -89,10 +82,11 @@ class Checkpoint:
         files belong together.
     """
 
-    def __init__(self, folder: str | Path, fp8_block: tuple[int, int] = (128, 128)):
+    def __init__(self, folder: str | Path, quantisation: Quantisation | None = None):
         self.folder = Path(folder)
-        self._fp8_block = fp8_block
-        self._entries: dict[str, _Entry] = {}
+        self._quantisation = quantisation or Quantisation()
+        self._entries: dict[str, Entry] = {}
+        self._encodings: dict[str, Encoding] = {}
         present = _names_in(self.folder)
         places = _read_index(self.folder / INDEX, present) if INDEX in present else {}
         names = sorted(set(places.values())) or _without_index(self.folder, present)
@@ -101,80 +95,44 @@ class Checkpoint:
         for path in paths:
             self._add(path)
         self._check_places(places)
-        self.names = {
-            name for name in self._entries if not (name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._entries)
-        }
+        self.names = weights(self._entries)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check that a tensor is there, readable and of a shape.
+        """Check that a weight is there, readable and of a shape.
 
         Raises
         ------
         PymlaError
-            The tensor is missing, of another shape or type, or truncated; the message says which.
+            The weight or its scales are missing, of another shape or type, or truncated; the message says which.
         """
-        entry = self._entries.get(name)
-        if entry is None:
-            raise PymlaError(f"{self.folder}: tensor {name} is missing; config.json and weights do not belong together")
-        if entry.shape != shape:
-            raise PymlaError(f"{entry.path}: tensor {name} has shape {entry.shape}; config.json asks for {shape}")
-        if entry.dtype not in _DTYPES:
-            raise PymlaError(f"{entry.path}: tensor {name} is of type {entry.dtype}; {', '.join(_DTYPES)} are read")
-        itemsize = _DTYPES[entry.dtype].itemsize
-        if entry.stop - entry.start != math.prod(shape) * itemsize or entry.stop > entry.path.stat().st_size:
-            raise PymlaError(f"{entry.path}: tensor {name} does not fit the file; it is truncated, download it again")
-        if entry.dtype == "F8_E4M3":
-            if len(shape) != 2:
-                raise PymlaError(f"{entry.path}: tensor {name} is float8 of shape {shape}; only matrices are read")
-            blocks = zip(shape, self._fp8_block, strict=True)
-            self.expect(name + _SCALE, tuple(-(-size // block) for size, block in blocks))
+        found = self.encoding(name)
+        if found.shape != shape:
+            path = found.codes.path
+            raise PymlaError(f"{path}: tensor {name} has shape {found.shape}; config.json asks for {shape}")
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, float32, in its shape."""
-        shape = self._entries[name].shape
-        return self.rows(name, 0, math.prod(shape[:-1])).reshape(shape)
+    def encoding(self, name: str) -> Encoding:
+        """How a weight is stored; see `expect` for what it raises."""
+        found = self._encodings.get(name)
+        if found is None:
+            found = self._encodings[name] = encoding(self._entries, name, self.folder, self._quantisation)
+        return found
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows of a tensor seen as a matrix, all leading dimensions as one: float32 (stop - start, columns).
+    def stored(self, name: str, start: int, stop: int) -> StoredRows:
+        """Rows of a weight seen as a matrix, all leading dimensions as one.
 
         Raises
         ------
         PymlaError
-            The file cannot be read, or a value is infinite or not a number.
+            The file cannot be read, or `encoding` raises.
         """
-        entry = self._entries[name]
-        columns = entry.shape[-1]
-        dtype = _DTYPES[entry.dtype]
-        try:
-            raw = np.fromfile(
-                entry.path, dtype, (stop - start) * columns, offset=entry.start + start * columns * dtype.itemsize
-            )
-        except OSError as error:
-            raise PymlaError(f"{entry.path}: cannot be read ({error.strerror or error})") from error
-        if raw.size != (stop - start) * columns:
-            raise PymlaError(f"{entry.path}: has become shorter while it was read; download it again")
-        raw = raw.reshape(stop - start, columns)
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = self._as_float32(name, raw, start)
-        if not np.isfinite(values).all():
-            raise PymlaError(
-                f"{entry.path}: tensor {name} holds infinity or NaN, or a number that float32 does not hold; "
-                "download it again"
-            )
-        return values
-
-    def _as_float32(self, name: str, raw: np.ndarray, start: int) -> np.ndarray:
-        """The values of rows, from row `start` on, of which `raw` has the bytes as they lie in the file."""
-        dtype = self._entries[name].dtype
-        if dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        if dtype == "F8_E4M3":
-            rows, columns = (
-                (first + np.arange(count)) // block
-                for first, count, block in zip((start, 0), raw.shape, self._fp8_block, strict=True)
-            )
-            return _E4M3[raw] * self.read(name + _SCALE)[rows[:, None], columns]
-        return raw.astype(np.float32, copy=False)
+        found = self.encoding(name)
+        codes = _read_rows(found.codes, start, stop)
+        if found.scales is None:
+            return StoredRows(found, codes)
+        block = found.block[0]
+        columns = -(-found.shape[-1] // found.block[1])
+        scales = _read_rows(found.scales, start // block, -(-stop // block), columns)
+        return StoredRows(found, codes, scales, start % block)
 
     def _add(self, path: Path) -> None:
         """Take in the tensors of a file."""
@@ -251,7 +209,7 @@ def _without_index(folder: Path, present: set[str]) -> list[str]:
     return names
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file."""
     try:
         size = path.stat().st_size
@@ -296,7 +254,7 @@ def _is_fit_to_print(name: str) -> bool:
     return name.isprintable() and len(name) <= _MAX_NAME
 
 
-def _entry(path: Path, name: str, fields: Any, data_start: int) -> _Entry:
+def _entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
     _check_tensor_name(path, name)
     try:
         dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
@@ -307,16 +265,17 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> _Entry:
     names_fit = isinstance(dtype, str) and _is_fit_to_print(dtype)
     if not (numbers_fit and names_fit and start <= stop and len(shape) <= _MAX_DIMS):
         raise PymlaError(f"{path}: tensor {name} has a damaged header entry; download it again")
-    return _Entry(path, dtype, shape, data_start + start, data_start + stop)
+    return Entry(path, dtype, shape, data_start + start, data_start + stop)
 
 
-def _e4m3() -> np.ndarray:
-    """Values of the 256 float8 codes of one sign, four exponent and three mantissa bits; 127 and 255 are NaN."""
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    values[(code & 127) == 127] = np.nan
-    return np.where(code < 128, values, -values).astype(np.float32)
-
-
-_E4M3 = _e4m3()
+def _read_rows(entry: Entry, start: int, stop: int, columns: int | None = None) -> np.ndarray:
+    """Rows of a tensor seen as a matrix, whose columns are those of its last dimension where nothing is said."""
+    columns, dtype = entry.shape[-1] if columns is None else columns, DTYPES[entry.dtype]
+    count, offset = (stop - start) * columns, entry.start + start * columns * dtype.itemsize
+    try:
+        raw = np.fromfile(entry.path, dtype, count, offset=offset)
+    except OSError as error:
+        raise PymlaError(f"{entry.path}: cannot be read ({error.strerror or error})") from error
+    if raw.size != count:
+        raise PymlaError(f"{entry.path}: has become shorter while it was read; download it again")
+    return raw.reshape(stop - start, columns)

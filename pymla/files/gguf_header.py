@@ -102,6 +102,7 @@ class Part:
         tensor_count = self._count("tensors", _MIN_TENSOR_INFO)
         entry_count = self._count("metadata entries", _MIN_ENTRY)
         self.metadata: dict[str, Any] = {}
+        self._values: dict[str, tuple[int, int]] = {}  # bytes of a key's value with its type: from, to
         for _ in range(entry_count):
             self._read_entry()
         infos = [self._read_tensor_info(number) for number in range(tensor_count)]
@@ -115,6 +116,11 @@ class Part:
     def get(self, key: str, kind: type, default: Any) -> Any:
         """A value of the metadata, as `typed`."""
         return typed(self.path, self.metadata, key, kind, default)
+
+    def encoded(self) -> dict[str, bytes]:
+        """The metadata as the bytes that stand in the file: of each value the number of its type, uint32, and what
+        follows."""
+        return {key: self.map[start:stop] for key, (start, stop) in self._values.items()}
 
     def check_split(self, number: int, count: int) -> None:
         """Raise PymlaError unless the metadata says that this is part `number`, from 0, of `count`."""
@@ -190,6 +196,7 @@ class Part:
         self._reading = f"metadata {key}"
         if key in self.metadata:
             self._fail(f"{self._reading} occurs twice; the file is damaged")
+        start = self._at
         value_type = self._u32()
         if value_type == GGUFValueType.STRING:
             self.metadata[key] = self._string()
@@ -197,6 +204,7 @@ class Part:
             self.metadata[key] = self._array()
         else:
             self.metadata[key] = self._numbers(value_type, 1).item()
+        self._values[key] = start, self._at
 
     def _array(self) -> list[str] | np.ndarray:
         value_type = self._u32()

@@ -1,17 +1,25 @@
 """GGUF files of one or several parts: metadata and tensors, without a copy of the bytes of either."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
+
+from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.files import mapped_file
 from pymla.files.gguf_header import REQUIRED, Part, TensorInfo, typed
+from pymla.files.gguf_writer import Encoded
 from pymla.files.mapped_file import MappedFile
 from pymla.files.overrides import checked
 
 __all__ = ["REQUIRED", "ModelFile", "TensorInfo"]
+
+#: Bytes of a tensor that `ModelFile.read` gives at a time, at most.
+READ_BYTES = 16 << 20
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -45,6 +53,7 @@ class ModelFile:
         self.metadata = {**parts[0].metadata, **overrides}
         self.overridden = {key: parts[0].metadata.get(key) for key in overrides}
         self.tensors: dict[str, TensorInfo] = {}
+        self._first = parts[0]
         self._sources = [part.source for part in parts]
         for part in parts:
             for tensor in part.tensors:
@@ -110,6 +119,34 @@ class ModelFile:
             The key is absent and has no default, or its value is of another type.
         """
         return typed(self.path, self.metadata, key, kind, default)
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which tensors of the first part begin at a multiple."""
+        return self._first.get("general.alignment", int, GGUF_DEFAULT_ALIGNMENT)
+
+    def encoded_metadata(self) -> dict[str, Encoded]:
+        """The metadata of the first part for another file, as it stands there: overrides do not count."""
+        return {key: Encoded(raw) for key, raw in self._first.encoded().items()}
+
+    def read(self, tensor: TensorInfo) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, read and not mapped, so that they do not count as memory of this process.
+
+        Yields
+        ------
+        uint8 array (n,)
+            Whole rows, of an interleaved type as many as lie together: up to `READ_BYTES`, or one row.
+
+        Raises
+        ------
+        PymlaError
+            The file cannot be read, or has become shorter.
+        """
+        source = next(source for source in self._sources if source.path == tensor.path)
+        rows = ggml.ROWS_TOGETHER[tensor.qtype] * ggml.row_bytes(tensor.qtype, tensor.shape[-1])
+        step = max(1, READ_BYTES // rows) * rows
+        for start in range(0, tensor.data.size, step):
+            yield source.read(tensor.data[start : start + step])
 
     def check_unchanged(self) -> None:
         """Raise PymlaError if something wrote to the file since it was opened.

@@ -93,6 +93,19 @@ class MappedFile:
             with contextlib.suppress(OSError):  # it is only advice
                 self.map.madvise(mmap.MADV_WILLNEED, start, begin + stop - start)
 
+    def read(self, data: np.ndarray) -> np.ndarray:
+        """The bytes of `data`, a view of the map, from the disk instead of the map: uint8 (n,)."""
+        begin, found = data.ctypes.data - self.begin, np.empty(data.nbytes, np.uint8)
+        view = found.data
+        try:
+            while view and (count := os.preadv(self._descriptor, [view], begin + data.nbytes - len(view))):
+                view = view[count:]
+        except OSError as error:
+            raise PymlaError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if view:
+            self._refuse("the file has become shorter")
+        return found
+
     def pages_of(self, views: Iterable[np.ndarray]) -> list[tuple[int, int]]:
         """The whole pages that hold some views of the map: from byte, to byte, without gaps between neighbours."""
         spans: list[tuple[int, int]] = []

@@ -2,14 +2,16 @@
 
 A file is written beside its place, as ``NAME.part``, and takes its name when it is complete, so that an
 older file of that name survives every failure. A partial file that a killed process leaves is overwritten by the next
-process that writes the file.
+process that writes the file, or continued by one that knows what is in it (`pymla.files.gguf_output`).
+
+Files that belong together, as the parts of a split model, take their names together, when all are complete.
 """
 
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pymla.errors import PymlaError
@@ -65,23 +67,76 @@ def replacing(path: Path) -> Iterator[Path]:
     PymlaError
         The file cannot be written, or another process is writing it.
     """
-    _check_place(path, devices=False)
-    target, part = Path(os.path.realpath(path)), _part(path)
+    with replacing_all([path]) as parts:
+        os.truncate(parts.paths[0], 0)
+        yield parts.paths[0]
+
+
+class Parts:
+    """The partial files of outputs that are being written.
+
+    Attributes
+    ----------
+    paths : list of Path
+        In the order of the outputs.
+    keep : bool
+        Whether they stay if the block raises.
+    """
+
+    def __init__(self, outputs: Iterable[Path]):
+        self.paths = [_part(path) for path in outputs]
+        self.keep = False
+
+
+@contextmanager
+def replacing_all(outputs: Sequence[Path]) -> Iterator[Parts]:
+    """Write files that take their names together, when all of them are complete, as `replacing`.
+
+    Yields
+    ------
+    Parts
+        The files to write, with the contents that an earlier process left. They are removed if the block raises, unless
+        it has set `Parts.keep`.
+
+    Raises
+    ------
+    PymlaError
+        A file cannot be written, or another process is writing it.
+    """
+    for path in outputs:
+        _check_place(path, devices=False)
+    parts = Parts(outputs)
     try:
-        with _locked(path, part) as is_still_ours:
+        with ExitStack() as locks:
+            ours: list[Callable[[], bool]] = []
             try:
-                yield part
-                with part.open("rb+") as file:
-                    os.fsync(file)  # a disk may say only now that it is full
-                if target.exists():
-                    shutil.copymode(target, part)
-                part.replace(target)
+                for path, part in zip(outputs, parts.paths, strict=True):
+                    ours.append(locks.enter_context(_locked(path, part)))
+                yield parts
+                for part in parts.paths:
+                    with part.open("rb+") as file:
+                        os.fsync(file)  # a disk may say only now that it is full
+                _give_names(outputs, parts.paths)
             except BaseException:
-                if is_still_ours():
-                    part.unlink(missing_ok=True)
+                for is_still_ours, part in zip(ours, parts.paths, strict=False):
+                    if not parts.keep and is_still_ours():
+                        part.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(outputs[0], error) from error
+
+
+def _give_names(outputs: Sequence[Path], parts: Sequence[Path]) -> None:
+    """Give partial files their names. Of several, the first comes last, and an older first one goes before: whoever
+    opens the set meanwhile finds it incomplete, and never a mixture of old and new."""
+    targets = [Path(os.path.realpath(path)) for path in outputs]
+    for target, part in zip(targets, parts, strict=True):
+        if target.exists():
+            shutil.copymode(target, part)
+    if len(targets) > 1:
+        targets[0].unlink(missing_ok=True)
+    for target, part in reversed(list(zip(targets, parts, strict=True))):
+        part.replace(target)
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -171,10 +226,11 @@ def _is_standard_stream(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, part: Path) -> Iterator[Callable[[], bool]]:
-    """Lock an empty partial file for this process. Yields a function that tells whether it still has its name."""
+    """Lock a partial file for this process, a new one if there is none. Yields a function that tells whether it still
+    has its name."""
     if fcntl is None:
         # Windows neither replaces nor removes a file that another process has open: no lock is needed.
-        part.write_bytes(b"")
+        part.touch()
         yield lambda: True
         return
     descriptor = _open_locked(path, part)
@@ -191,7 +247,6 @@ def _open_locked(path: Path, part: Path) -> int:
             _lock(path, descriptor)
             # Between opening and locking, another process may have given the file its final name, or removed it.
             if _is_open_as(descriptor, part):
-                os.ftruncate(descriptor, 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)

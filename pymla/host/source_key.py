@@ -11,7 +11,7 @@ import numba
 #: Sources beside the folders of kernels whose numbers are part of kernels: types, their sizes, layouts and codebooks,
 #: the size of a page, constants, the size of a cache line, and how arguments are laid out.
 _SHARED = (
-    *("ggml.py", "ik_types.py", "planes.py", "vectors.py", "trellis.py", "trits.py", "codebooks.py"),
+    *("ggml.py", "ik_types.py", "planes.py", "vectors.py", "trellis.py", "trits.py", "codebooks.py", "small_floats.py"),
     *("pages.py", "constants.py", "tensor.py", "host/arrays.py", "host/arguments.py"),
 )
 

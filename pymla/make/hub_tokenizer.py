@@ -1,4 +1,8 @@
-"""The tokenizer of a Hugging Face folder, as llama.cpp's converter writes a byte-level BPE into GGUF metadata.
+"""The tokenizer of a Hugging Face folder, as llama.cpp's converter writes it into GGUF metadata.
+
+The vocabulary is in one of four files, each with a reader of its own: ``tokenizer.json`` (byte-level BPE),
+``tiktoken.model`` (Kimi), ``tekken.json`` (Mistral) and ``tokenizer.model`` (SentencePiece). Special tokens, ends of a
+text and chat templates come from the files beside it.
 
 Where several files say the same, that one counts which transformers reads: names in tokenizer_config.json come before
 ids in config.json, chat_template.jinja before the template in tokenizer_config.json. The gguf package's SpecialVocab is
@@ -6,20 +10,32 @@ not used: it takes one id for the end of a text, and trusts the shape of everyth
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
-import numpy as np
-from tokenizers import Tokenizer, normalizers
+from gguf import TokenType
 
 from pymla.errors import PymlaError
 from pymla.files.gguf_writer import Value
 from pymla.files.textfile import decode
-from pymla.make.hub_config import HubConfig, Values
+from pymla.make import (
+    generation_config,
+    hub_tokenizer_bpe,
+    hub_tokenizer_tekken,
+    hub_tokenizer_tiktoken,
+    sentencepiece_model,
+)
+from pymla.make.hub_config import HubConfig
+from pymla.make.hub_tokenizer_bpe import is_byte_level, read_bpe
+from pymla.make.hub_tokenizer_sentencepiece import read_sentencepiece
+from pymla.make.hub_tokenizer_tekken import read_tekken
+from pymla.make.hub_tokenizer_tiktoken import read_tiktoken
+from pymla.make.hub_vocabulary import HubVocabulary
+from pymla.make.json_values import Values
 from pymla.printable import shown
-from pymla.text.pre_tokenizers import IGNORE_MERGES, PRE_TOKENIZERS
+from pymla.text.pre_tokenizers import PRE_TOKENIZERS
 
 #: Special tokens that have a key in GGUF, the end of a text apart.
 _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
@@ -27,40 +43,29 @@ _SPECIAL = ("bos", "unk", "sep", "pad", "mask")
 #: Keys of up to three tokens that end a text.
 END_KEYS = ("eos", "eot", "eom")
 
-# Where pre-tokenizers differ: line ends, indentation, digits in rows, Chinese, Japanese and Korean beside Latin text,
-# capitals, accents, symbols, contractions, punctuation beside letters. The accent written apart shows a normaliser.
-_PROBE = (
-    "def f(x_1):\n    return  x*3333 + 12.5e-10\r\n\n\n \t\n  I'm sure, we'LL see: 'it's'!!  \n"
-    "在apple工作1314151天～ 「東京」はひらがなカタカナ、한국어도 됩니다。 нещо на Български Ça été e\u0301 ΑΒΓ\n"
-    "fooBar HTTPServer's ʰX 中abc中ABC ab、cㄅㄆ한a //\n/ \u0301x\n"
-    '$100 ^_^ <tag/>#!/bin/sh (a)[b]{c} 3.3 3..3 ½ ² Ⅷ ٣٤ 🚀 👩\u200d🚀 \u00a0x\u3000y\u2003z ----==== `"""` end   '
-)
-_USER_DEFINED = gguf.TokenType.USER_DEFINED
+#: Files that hold a vocabulary, the first to be taken before others.
+_FILES = (hub_tokenizer_bpe.NAME, hub_tokenizer_tiktoken.NAME, hub_tokenizer_tekken.NAME, sentencepiece_model.NAME)
 
 
 class HubTokenizer(NamedTuple):
     """A tokenizer as GGUF holds it."""
 
-    tokens: list[str]
-    types: list[gguf.TokenType]
-    merges: list[str]
-    pre: str
+    vocabulary: HubVocabulary
     special: dict[str, int]  # ids by the name of their key: bos, unk, sep, pad, mask
     ends: list[int]  # ids of all tokens that end a text, the most usual first
     add: dict[str, bool]  # whether bos and eos are put around a text, where the files say so
     chat_template: str | list[dict[str, str]] | None
     notes: list[str]  # for the user
 
+    @property
+    def tokens(self) -> list[str]:
+        """Texts of the tokens, by their ids."""
+        return self.vocabulary.tokens
+
     def metadata(self) -> dict[str, Value]:
         """Keys and values of the tokenizer."""
         keys = gguf.Keys.Tokenizer
-        found: dict[str, Value] = {
-            keys.MODEL: "gpt2",
-            keys.PRE: self.pre,
-            keys.LIST: self.tokens,
-            keys.TOKEN_TYPE: np.array(self.types, np.int32),
-            keys.MERGES: self.merges,
-        }
+        found = self.vocabulary.metadata()
         for name, token_id in (*self.special.items(), *zip(END_KEYS, self.ends, strict=False)):
             found[getattr(keys, f"{name.upper()}_ID")] = token_id
         for name, value in self.add.items():
@@ -91,160 +96,66 @@ def read_tokenizer(config: HubConfig, pre: str | None = None) -> HubTokenizer:
     PymlaError
         A file is missing or damaged, or says something that is not converted.
     """
-    folder, vocab_size = config.path.parent, config.size("vocab_size")
-    path = folder / "tokenizer.json"
+    folder = config.path.parent
     if pre is not None and pre not in PRE_TOKENIZERS:
         raise PymlaError(f"unknown pre-tokenizer {pre!r} as `pre`; choose {', '.join(PRE_TOKENIZERS)}")
-    values = Values(path)
-    model = _bpe(values)
-    entries = _entries(values, model, vocab_size)
-    tokens, types = zip(*(entries.get(i, (f"[PAD{i}]", gguf.TokenType.UNUSED)) for i in range(vocab_size)), strict=True)
-    notes: list[str] = []
     settings = Values(folder / "tokenizer_config.json", optional=True)
-    ids = _ids_by_content(values, model)
-    special = dict(_special(settings, config, ids, vocab_size, notes))
-    ends = list(_ends(settings, config, ids, tokens, types, notes))
-    return HubTokenizer(
-        list(tokens),
-        list(types),
-        _merges(path, model),
-        pre or detect_pre(path),
-        special,
-        ends,
-        _added(settings, values, ids, special.get("bos"), ends),
-        _chat_template(settings, notes),
-        notes,
-    )
+    vocabulary = _read_vocabulary(folder, settings, config.size("vocab_size"), pre)
+    notes = list(vocabulary.notes)
+    special = dict(_special(settings, config, vocabulary, notes))
+    ends = list(_ends(settings, config, vocabulary, notes))
+    add = _added(settings, vocabulary, special.get("bos"), ends)
+    return HubTokenizer(vocabulary, special, ends, add, _chat_template(settings, notes), notes)
 
 
-def detect_pre(path: Path) -> str:
-    """Name of the pre-tokenizer that leads to the tokens of a file's own in a telling text.
-
-    Of several, one that also cuts the text in the same places comes first, then one that takes pieces which are tokens
-    as the file does, with or without merging them (``ignore_merges``). Pieces may differ in files that say the same
-    differently: DeepSeek's take numbers apart digit by digit, llama.cpp's deepseek-llm leaves them whole, and no merge
-    of that vocabulary joins digits.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
-        own = tokenizer.pre_tokenizer
-        pieces = own.pre_tokenize_str(_PROBE) if own else None
-        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-        ignore_merges = bool(getattr(tokenizer.model, "ignore_merges", False))
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        reason = ascii(str(error))[1:-1]
-        raise PymlaError(f"{path}: cannot be read by the tokenizers package ({reason:.200})") from error
-    tokenizer.normalizer = normalizers.Sequence([])  # llama.cpp's have none
-    found: dict[tuple[bool, bool], str] = {}
-    for name, pre_tokenizer in PRE_TOKENIZERS.items():
-        tokenizer.pre_tokenizer = pre_tokenizer
-        if tokenizer.encode(_PROBE, add_special_tokens=False).ids == ids:
-            same_pieces = pre_tokenizer.pre_tokenize_str(_PROBE) == pieces
-            found.setdefault((same_pieces, (name in IGNORE_MERGES) == ignore_merges), name)
-    if not found:
-        raise PymlaError(f"{path}: its pre-tokenizer is none of {', '.join(PRE_TOKENIZERS)}; name one as `pre`")
-    return found[max(found)]
+def _read_vocabulary(folder: Path, settings: Values, vocab_size: int, pre: str | None) -> HubVocabulary:
+    """The vocabulary, from the first of `_FILES` that is there."""
+    json, tiktoken, tekken, sentencepiece = (folder / name for name in _FILES)
+    if json.exists():
+        values = Values(json)
+        if is_byte_level(values) or not sentencepiece.exists():
+            return read_bpe(values, vocab_size, pre)
+    elif tiktoken.exists():
+        return read_tiktoken(tiktoken, settings, vocab_size, pre)
+    elif tekken.exists():
+        return read_tekken(Values(tekken), vocab_size, pre)
+    elif not sentencepiece.exists():
+        raise PymlaError(f"{folder}: no tokenizer: {', '.join(_FILES)} are converted, and none is there")
+    return read_sentencepiece(sentencepiece, settings, vocab_size)
 
 
-def _bpe(values: Values) -> dict[str, Any]:
-    """The model of a tokenizer.json."""
-    model = values.get("model", dict, {})
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise PymlaError(f"{values.path}: no byte-pair encoding; other tokenizers are not converted")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            values.refuse(f"model.{key}", model[key], "GGUF cannot hold it")
-    return model
-
-
-def _entries(values: Values, model: dict[str, Any], vocab_size: int) -> dict[int, tuple[str, gguf.TokenType]]:
-    """Tokens and their types by id."""
-    vocab = model["vocab"]
-    added = _added_tokens(values)
-    ids = [*vocab.values(), *(token["id"] for token in added)]
-    for token_id in ids:
-        if type(token_id) is not int:
-            values.refuse("damaged vocabulary: an id", token_id, "download it again")
-    if not ids or len(set(vocab.values())) < len(vocab):
-        raise PymlaError(f"{values.path}: damaged vocabulary: empty, or two tokens have one id; download it again")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        found = f"token ids {shown(min(ids))} to {shown(max(ids))}"
-        raise PymlaError(f"{values.path}: has {found}; config.json's vocab_size is {vocab_size}")
-    entries = {token_id: (token, gguf.TokenType.NORMAL) for token, token_id in vocab.items()}
-    for token in added:
-        content, special = token["content"], token.get("special") or _looks_special(token["content"])
-        # llama.cpp compares a user-defined token with the text as it stands.
-        entry = (content, gguf.TokenType.CONTROL) if special else (content.replace("▁", " "), _USER_DEFINED)
-        entries[token["id"]] = entry
-    return entries
-
-
-def _added_tokens(values: Values) -> list[dict[str, Any]]:
-    added = values.get("added_tokens", list, [])
-    if not all(isinstance(each, dict) and "id" in each and isinstance(each.get("content"), str) for each in added):
-        raise PymlaError(f"{values.path}: damaged vocabulary: added_tokens without an id or content; download it again")
-    return added
-
-
-def _looks_special(token: str) -> bool:
-    """Whether it is a control token by its looks: DeepSeek's files do not flag all of theirs."""
-    return token.startswith(("<|", "<｜")) and token.endswith(("|>", "｜>"))
-
-
-def _ids_by_content(values: Values, model: dict[str, Any]) -> dict[str, int]:
-    return model["vocab"] | {token["content"]: token["id"] for token in _added_tokens(values)}
-
-
-def _merges(path: Path, model: dict[str, Any]) -> list[str]:
-    """Merges, which files have as strings or as pairs."""
-    merges = model.get("merges")
-    if not isinstance(merges, list):
-        raise PymlaError(f"{path}: no list of merges; download it again")
-    return [_merge(path, merge) for merge in merges]
-
-
-def _merge(path: Path, merge: Any) -> str:
-    if isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge):
-        merge = " ".join(merge)
-    if not isinstance(merge, str):
-        raise PymlaError(f"{path}: damaged merges: {shown(merge)}; two tokens are expected, download it again")
-    return merge
-
-
-def _named(settings: Values, name: str, ids: dict[str, int]) -> int | None:
-    """The id of a special token that tokenizer_config.json names."""
+def _named(settings: Values, name: str, vocabulary: HubVocabulary) -> int | None:
+    """The id of a special token that tokenizer_config.json names, or the vocabulary itself."""
     token = settings.get(f"{name}_token", (str, dict))
     if isinstance(token, dict):
         token = settings.get("content", str, among=token)
-    return ids.get(token)
+    return vocabulary.ids.get(token, vocabulary.special.get(name))
 
 
 def _special(
-    settings: Values, config: HubConfig, ids: dict[str, int], vocab_size: int, notes: list[str]
+    settings: Values, config: HubConfig, vocabulary: HubVocabulary, notes: list[str]
 ) -> Iterator[tuple[str, int]]:
-    """Names and ids of the special tokens that there are."""
+    """Names and ids of the special tokens that there are, first by the tokenizer's files, then by config.json, then by
+    the model's class."""
     for name in _SPECIAL:
-        token_id = _named(settings, name, ids)
+        token_id = _named(settings, name, vocabulary)
         if token_id is None:
             token_id = config.get(f"{name}_token_id", int)
-        if _is_token(token_id, f"{name}_token_id of config.json", vocab_size, notes):
+        if token_id is None and name in config.family.special:
+            token_id = vocabulary.ids.get(config.family.special[name])
+        where = f"{name}_token_id of {config.path.name}"
+        if token_id is not None and _is_token(token_id, where, len(vocabulary.tokens), notes):
             yield name, token_id
 
 
-def _ends(
-    settings: Values,
-    config: HubConfig,
-    ids: dict[str, int],
-    tokens: Sequence[str],
-    types: Sequence[int],
-    notes: list[str],
-) -> Iterator[int]:
+def _ends(settings: Values, config: HubConfig, vocabulary: HubVocabulary, notes: list[str]) -> Iterator[int]:
     """Ids of tokens that end a text, each once: first the token that the tokenizer names, then the tokens at which
     transformers ends a generation, then the tokens of config.json."""
-    first = _named(settings, "eos", ids)
+    tokens, types = vocabulary.tokens, vocabulary.types
+    first = _named(settings, "eos", vocabulary)
     found = [] if first is None else [first]
     yield from found
-    for values in (Values(config.path.with_name("generation_config.json"), optional=True), config):
+    for values in (Values(config.path.with_name(generation_config.NAME), optional=True), config):
         where = f"eos_token_id of {values.path.name}"
         given = values.get("eos_token_id", (int, list), [])
         for token_id in given if isinstance(given, list) else [given]:
@@ -253,16 +164,16 @@ def _ends(
             if token_id in found or not _is_token(token_id, where, len(tokens), notes):
                 continue
             # Saved configurations carry defaults that are another model's: there, common text would end a generation.
-            if found and types[token_id] not in (gguf.TokenType.CONTROL, _USER_DEFINED):
+            if found and types[token_id] not in (TokenType.CONTROL, TokenType.USER_DEFINED):
                 notes.append(f"{where}: token {token_id}, {tokens[token_id]!r:.60}, is ordinary text and left out")
                 continue
             found.append(token_id)
             yield token_id
 
 
-def _is_token(token_id: int | None, where: str, vocab_size: int, notes: list[str]) -> bool:
+def _is_token(token_id: int, where: str, vocab_size: int, notes: list[str]) -> bool:
     """Whether there is such a token; -1 stands for none."""
-    if token_id is None or token_id == -1:
+    if token_id == -1:
         return False
     if 0 <= token_id < vocab_size:
         return True
@@ -270,36 +181,19 @@ def _is_token(token_id: int | None, where: str, vocab_size: int, notes: list[str
     return False
 
 
-def _added(settings: Values, values: Values, ids: dict[str, int], bos: int | None, ends: list[int]) -> dict[str, bool]:
+def _added(settings: Values, vocabulary: HubVocabulary, bos: int | None, ends: list[int]) -> dict[str, bool]:
     """Whether the tokenizer puts BOS and EOS around a text, where the files say so."""
-    first, last = _template_ends(values)
-    found = {}
+    first, last = vocabulary.around
+    found = dict(vocabulary.add)
     if first is not None:
-        found["bos"] = ids.get(first) == bos
+        found["bos"] = vocabulary.ids.get(first) == bos
     if last is not None:
-        found["eos"] = ids.get(last) in ends
+        found["eos"] = vocabulary.ids.get(last) in ends
     for name in ("bos", "eos"):
         flag = settings.get(f"add_{name}_token", bool)
         if flag is not None:
             found[name] = flag
     return found
-
-
-def _template_ends(values: Values) -> tuple[str | None, str | None]:
-    """Special tokens with which a tokenizer's post-processor begins and ends a text."""
-    post_processor = values.get("post_processor", dict, {})
-    for processor in values.get("processors", list, [post_processor], among=post_processor):
-        if isinstance(processor, dict) and processor.get("type") == "TemplateProcessing":
-            pieces = values.get("single", list, [], among=processor)
-            if len(pieces) > 1:
-                return _special_name(pieces[0]), _special_name(pieces[-1])
-    return None, None
-
-
-def _special_name(piece: Any) -> str | None:
-    token = piece.get("SpecialToken") if isinstance(piece, dict) else None
-    name = token.get("id") if isinstance(token, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def _chat_template(settings: Values, notes: list[str]) -> str | list[dict[str, str]] | None:

@@ -1,5 +1,6 @@
 """Metadata of a model in GGUF, under the keys of llama.cpp's ``convert_hf_to_gguf.py``."""
 
+import math
 from dataclasses import dataclass
 
 import gguf
@@ -7,6 +8,7 @@ from gguf import Keys, LlamaFileType
 
 from pymla import ggml
 from pymla.files.gguf_writer import Value
+from pymla.models.minicpm3 import BASE_WIDTH, DEPTH_SCALE, EMBEDDING_SCALE
 
 ARCHITECTURE = "deepseek2"
 
@@ -75,6 +77,9 @@ class Shape:
     architecture: str = ARCHITECTURE  # as GGUF names it
     rope_factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # half of qk_rope_head_dim each
     attention_factor: float = 1.0  # on cos and sin
+    embedding_scale: float = EMBEDDING_SCALE  # this and the next two are of MiniCPM3 only
+    residual_scale: float | None = None  # None: MiniCPM3-4B's for the number of layers
+    logit_scale: float | None = None  # None: MiniCPM3-4B's for the hidden size
     temperature_scale: float = 0.0
     temperature_length: int = 0
     num_nextn_predict_layers: int = 0
@@ -118,6 +123,7 @@ def model_metadata(shape: Shape, layout: str, file_type: int | None) -> dict[str
         **_indexer(shape),
         **({} if shape.architecture in DENSE else _experts(shape)),
         **_rope(shape),
+        **(_scales(shape) if shape.architecture == "minicpm3" else {}),
     }
     if shape.num_nextn_predict_layers:
         llm[Keys.LLM.NEXTN_PREDICT_LAYERS] = shape.num_nextn_predict_layers
@@ -175,12 +181,21 @@ def _experts(shape: Shape) -> dict[str, Value]:
         Keys.LLM.EXPERT_COUNT: shape.n_routed_experts,
         Keys.LLM.EXPERT_USED_COUNT: shape.num_experts_per_tok,
         Keys.LLM.EXPERT_WEIGHTS_SCALE: float(shape.routed_scaling_factor),
-        Keys.LLM.EXPERT_WEIGHTS_NORM: shape.norm_topk_prob,
         Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType[shape.scoring_func.upper()]),
+        Keys.LLM.EXPERT_GROUP_COUNT: shape.n_group,
+        Keys.LLM.EXPERT_GROUP_USED_COUNT: shape.topk_group if shape.n_group > 1 else 1,
     }
-    if shape.n_group > 1:
-        found |= {Keys.LLM.EXPERT_GROUP_COUNT: shape.n_group, Keys.LLM.EXPERT_GROUP_USED_COUNT: shape.topk_group}
-    return found
+    return found | ({Keys.LLM.EXPERT_WEIGHTS_NORM: True} if shape.norm_topk_prob else {})
+
+
+def _scales(shape: Shape) -> dict[str, Value]:
+    """MiniCPM3's factors that are not those of MiniCPM3-4B, which readers take where a file has none."""
+    known = {
+        Keys.LLM.EMBEDDING_SCALE: (shape.embedding_scale, EMBEDDING_SCALE),
+        Keys.LLM.RESIDUAL_SCALE: (shape.residual_scale, DEPTH_SCALE / math.sqrt(shape.num_hidden_layers)),
+        Keys.LLM.LOGIT_SCALE: (shape.logit_scale, shape.hidden_size / BASE_WIDTH),
+    }
+    return {key: float(value) for key, (value, usual) in known.items() if value not in (None, usual)}
 
 
 def _rope(shape: Shape) -> dict[str, Value]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pymla.models.weights import Layer, Weights
 
 #: The numbers of MiniCPM3-4B, which converters do not write.
-_EMBEDDING_SCALE, _DEPTH_SCALE, _BASE_WIDTH = 12.0, 1.4, 256
+EMBEDDING_SCALE, DEPTH_SCALE, BASE_WIDTH = 12.0, 1.4, 256
 
 
 class MiniCPM3(DeepSeek2):
@@ -42,13 +42,13 @@ class MiniCPM3(DeepSeek2):
 
     @staticmethod
     def own_fields(read: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
-        depth_scale = _DEPTH_SCALE / math.sqrt(fields["num_hidden_layers"])
+        depth_scale = DEPTH_SCALE / math.sqrt(fields["num_hidden_layers"])
         return {
             "rope_interleave": False,
             "attention_factor": read.number("rope.scaling.attn_factor", 1.0),
-            "embedding_scale": read.number("embedding_scale", 0.0) or _EMBEDDING_SCALE,
+            "embedding_scale": read.number("embedding_scale", 0.0) or EMBEDDING_SCALE,
             "residual_scale": read.number("residual_scale", 0.0) or depth_scale,
-            "logit_scale": read.number("logit_scale", 0.0) or fields["hidden_size"] / _BASE_WIDTH,
+            "logit_scale": read.number("logit_scale", 0.0) or fields["hidden_size"] / BASE_WIDTH,
         }
 
     def embed(self, ops: Operations) -> Array:

@@ -106,7 +106,7 @@ def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -
     """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
     blk, hidden = _Block(index), config.hidden_size
     specs = [*_attention(blk, config, names)]
-    if config.indexer and config.indexer.full[index]:
+    if config.indexer and _has_indexer(blk, config.indexer, names):
         specs += _indexer(blk, config, config.indexer)
     specs.append(blk.weight("ffn_norm", (hidden,)))
     if index < config.first_k_dense_replace or not config.n_routed_experts:
@@ -168,6 +168,11 @@ def _attention(blk: _Block, config: ModelConfig, names: Container[str]) -> Itera
     else:
         yield blk.weight("attn_kv_b", (heads * (nope + v), rank))
     yield blk.weight("attn_output", (hidden, heads * v))
+
+
+def _has_indexer(blk: _Block, indexer: Indexer, names: Container[str]) -> bool:
+    """Whether a layer has an indexer of its own. One behind those that run (nextn) may attend to all positions."""
+    return indexer.full[blk.layer] if blk.layer < len(indexer.full) else blk.name("indexer.proj") in names
 
 
 def _indexer(blk: _Block, config: ModelConfig, indexer: Indexer) -> Iterator[TensorSpec]:

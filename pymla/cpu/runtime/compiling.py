@@ -10,6 +10,7 @@ import inspect
 import itertools
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import numba
@@ -31,6 +32,8 @@ from pymla.host.source_key import is_part_of, source_key
 #: Every `Compiled` that modules have made so far.
 COMPILED: list["Compiled"] = []
 _SOURCES = Path(__file__).resolve().parents[1]
+#: Held while a function is compiled or loaded: Numba does not expect two threads that load at a time.
+_BUILDING = threading.RLock()
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -152,7 +155,9 @@ class Compiled:
     def result(self):
         """The object that `build` returned: a Numba dispatcher or C function."""
         if self._result is None:
-            self._result = self._build(_Kept(self.name) if self.is_kept else NullCache())
+            with _BUILDING:
+                if self._result is None:
+                    self._result = self._build(_Kept(self.name) if self.is_kept else NullCache())
         return self._result
 
     @property

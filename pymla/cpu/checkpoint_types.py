@@ -1,0 +1,161 @@
+"""Weights as checkpoints store them, to float32, on all cores. Twin of `pymla.reference.checkpoint_types`,
+with the same bits.
+
+>>> import numpy as np
+>>> from pymla.cpu import checkpoint_types
+>>> checkpoint_types.from_e4m3(np.array([[0x38, 0xC0]], np.uint8), np.float32([[2.0]]), (128, 128), 0)
+array([[ 2., -4.]], dtype=float32)
+"""
+
+import numpy as np
+from numba import types
+
+from pymla.cpu.runtime.array_types import F2, WEIGHTS_BYTES, WEIGHTS_F1
+from pymla.cpu.runtime.jit import kernel
+from pymla.small_floats import E2M1, E4M3, E8M0, MX_GROUP
+
+#: Floats of an item of `largest_magnitude`.
+_CHUNK = 1 << 14
+
+_U16 = types.Array(types.uint16, 1, "C", readonly=True)
+_U32 = types.Array(types.uint32, 1, "C", readonly=True)
+_INT4_WORDS = types.Array(types.int32, 2, "C", readonly=True)
+_SCALES = types.Array(types.float32, 2, "C", readonly=True)
+_U16_OUT = types.Array(types.uint16, 1, "C")
+_U32_OUT = types.Array(types.uint32, 1, "C")
+
+
+def from_bf16(codes: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 numbers, contiguous uint16 of any shape, as float32."""
+    out = np.empty(codes.shape, np.float32)
+    _from_bf16[codes.size](codes.reshape(-1), out.reshape(-1).view(np.uint32))
+    return out
+
+
+def from_e4m3(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int], first: int) -> np.ndarray:
+    """Numbers of eight bits with a scale for each block of a matrix; contiguous arrays.
+
+    Raises
+    ------
+    ValueError
+        There are too few scales, or too many columns of them.
+    """
+    rows, columns = codes.shape
+    if len(scales) * block[0] < first + rows or scales.shape[1] != -(-columns // block[1]):
+        raise ValueError(f"scales {scales.shape} for codes {codes.shape} from row {first} on, in blocks of {block}")
+    out = np.empty(codes.shape, np.float32)
+    _from_e4m3[rows](codes, scales, block, first, E4M3, out)
+    return out
+
+
+def from_int4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Integers from -8 to 7, eight in a word, with a scale for a group of columns; contiguous arrays.
+
+    Raises
+    ------
+    ValueError
+        Groups are not whole words, or there are not as many rows of scales as of codes.
+    """
+    rows, words = codes.shape
+    if len(scales) != rows or (words and (not scales.shape[1] or words % scales.shape[1])):
+        raise ValueError(f"scales {scales.shape} for codes {codes.shape}")
+    out = np.empty((rows, 8 * words), np.float32)
+    _from_int4[rows](codes, scales, out)
+    return out
+
+
+def from_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Numbers of four bits with a power of two for every 32 columns; contiguous arrays.
+
+    Raises
+    ------
+    ValueError
+        There is not a scale for every 32 columns.
+    """
+    rows, pairs = codes.shape
+    if scales.shape != (rows, 2 * pairs // MX_GROUP) or 2 * pairs % MX_GROUP:
+        raise ValueError(f"scales {scales.shape} for codes {codes.shape}")
+    out = np.empty((rows, 2 * pairs), np.float32)
+    _from_mxfp4[rows](codes, scales, E2M1, E8M0, out)
+    return out
+
+
+def largest_magnitude(words: np.ndarray, alone: bool = False) -> int:
+    """The largest of some floats as the bits that it has without its sign; contiguous uint16 or uint32 (n,).
+
+    With `alone` it is found on the calling thread, beside kernels of other threads: for a thread that reads, while
+    another one keeps the cores busy.
+    """
+    out = np.zeros(-(-words.size // _CHUNK), words.dtype)
+    largest = _largest_16 if words.dtype == np.uint16 else _largest_32
+    if alone:
+        largest(0, out.size, words, out)
+    else:
+        largest[out.size](words, out)
+    return int(out.max(initial=0))
+
+
+@kernel(_U16, _U32_OUT)
+def _from_bf16(first, last, codes, bits):
+    for i in range(first, last):
+        bits[i] = np.int64(codes[i]) << 16
+
+
+@kernel(WEIGHTS_BYTES, _SCALES, types.UniTuple(types.int64, 2), types.int64, WEIGHTS_F1, F2)
+def _from_e4m3(first, last, codes, scales, block, start, numbers, out):
+    """Items are rows."""
+    columns, width = codes.shape[1], block[1]
+    for r in range(first, last):
+        group = (start + r) // block[0]
+        for b in range(scales.shape[1]):
+            scale = scales[group, b]
+            for c in range(b * width, min((b + 1) * width, columns)):
+                out[r, c] = numbers[codes[r, c]] * scale
+
+
+@kernel(_INT4_WORDS, _SCALES, F2)
+def _from_int4(first, last, codes, scales, out):
+    """Items are rows."""
+    groups = scales.shape[1]
+    for r in range(first, last):
+        width = codes.shape[1] // max(1, groups)
+        for g in range(groups):
+            scale = scales[r, g]
+            for w in range(g * width, (g + 1) * width):
+                word = codes[r, w]
+                for i in range(8):
+                    out[r, 8 * w + i] = np.float32((word >> 4 * i & 15) - 8) * scale
+
+
+@kernel(WEIGHTS_BYTES, WEIGHTS_BYTES, WEIGHTS_F1, WEIGHTS_F1, F2)
+def _from_mxfp4(first, last, codes, scales, numbers, powers, out):
+    """Items are rows."""
+    for r in range(first, last):
+        for b in range(scales.shape[1]):
+            scale = powers[scales[r, b]]
+            for i in range(MX_GROUP // 2 * b, MX_GROUP // 2 * (b + 1)):
+                byte = codes[r, i]
+                out[r, 2 * i] = numbers[byte & 15] * scale
+                out[r, 2 * i + 1] = numbers[byte >> 4] * scale
+
+
+@kernel(_U16, _U16_OUT)
+def _largest_16(first, last, words, out):
+    """Items are `_CHUNK` words."""
+    for chunk in range(first, last):
+        largest = np.uint16(0)
+        for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, words.size)):
+            magnitude = np.uint16(words[i] & 0x7FFF)
+            largest = max(largest, magnitude)
+        out[chunk] = largest
+
+
+@kernel(_U32, _U32_OUT)
+def _largest_32(first, last, words, out):
+    """Items are `_CHUNK` words."""
+    for chunk in range(first, last):
+        largest = np.uint32(0)
+        for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, words.size)):
+            magnitude = np.uint32(words[i] & 0x7FFFFFFF)
+            largest = max(largest, magnitude)
+        out[chunk] = largest
