@@ -414,21 +414,17 @@ def level_quantiser(qtype, numbers, spread):
     search = search_for(level, levels, numbers, moved, each, spread, not is_float)
     write = writer_for(layout, store_codes, numbers, moved, nbytes)
 
-    @inlined
-    def found(x, w, scratch):
-        """The block or row, and its `d`."""
-        block = scaled(x, w, scratch, len(x) // each)
-        return block, search(block)
-
     @helper
     def quantise_block(x, w, out, scratch):
-        block, d = found(x, w, scratch)
+        block = scaled(x, w, scratch, len(x) // each)
+        d = search(block)
         write(block, 0, d, out, scratch[_CODES_AT:_RECORDS_AT].view(np.uint8))
         store_f16(address(out) + scale_at, d * block.unit)
 
     @helper
     def quantise_row(x, w, out, scratch):
-        block, d = found(x, w, scratch)
+        block = scaled(x, w, scratch, len(x) // each)
+        d = search(block)
         for b in range(len(x) // 256):
             at = header + b * nbytes
             write(block, b * (256 // each), d, out[at : at + nbytes], scratch[_CODES_AT:_RECORDS_AT].view(np.uint8))
