@@ -33,6 +33,7 @@ from pymla.cpu.machine.simd_decoded import store_f32x16
 
 __all__ = [
     "broadcast_f32x16",
+    "clipped",
     "first_lane",
     "lane_value",
     "load_f32x16",
@@ -157,6 +158,20 @@ def first_lane(x, value):
 def lane_value(x, lane):
     """The number in a lane, from 0 to 15."""
     return x[lane]
+
+
+def _clipped(builder, x, top):
+    words = ir.VectorType(I32, 16)
+    bits, most, zero = builder.bitcast(x, words), builder.bitcast(top, words), constant(words, 0)
+    bits = builder.select(builder.icmp_signed("<", bits, most), bits, most)
+    return builder.bitcast(builder.select(builder.icmp_signed(">", bits, zero), bits, zero), x.type)
+
+
+@operation(f32x16, f32x16, f32x16, emit=_clipped)
+def clipped(x, top):
+    """`x`, but at least 0 and at most `top`, which is not negative (vpminsd, vpmaxsd on their bits, which order such
+    numbers as the numbers do: the units that multiply floats are free meanwhile)."""
+    return np.maximum(np.minimum(x.view(np.int32), top.view(np.int32)), 0).view(np.float32)
 
 
 # Codes and floats to memory

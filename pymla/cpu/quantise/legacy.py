@@ -2,8 +2,8 @@
 whose name ends in 1. Layouts are those of `pymla.reference.formats.legacy`.
 
 For each block the scale, or the scale and the minimum, come from `pymla.cpu.quantise.search` and are rounded to IEEE
-halves. Codes are the nearest ones under the rounded numbers. A weight costs two passes of sixteen candidates where
-there is a scale alone, and four where there is a minimum: 8 and 16 cycles with registers of 512 bits.
+halves. Codes are the nearest ones under the rounded numbers. A weight costs one pass of sixteen candidates where there
+is a scale alone, and two where there is a minimum: 4 and 8 cycles with registers of 512 bits.
 """
 
 import numpy as np
@@ -20,23 +20,26 @@ from pymla.cpu.machine.simd_quantise import (
 )
 from pymla.cpu.quantise.quantiser import Quantiser
 from pymla.cpu.quantise.search import (
+    LARGEST,
     LARGEST_FLOAT,
     SMALLEST,
     codes_of,
     extremes,
+    farthest_of,
     half_offset,
     half_scale,
     inverse_of,
     line_search_for,
     scale_search_for,
+    weighted_sums,
     write_scaled,
 )
 from pymla.cpu.runtime.compiling import helper, inlined
 
 _SIZE = 32
 _ZERO, _ONE = np.float32(0), np.float32(1)
-#: Rounds of the search for scale and minimum.
-_ROUNDS = 3
+#: Rounds of the search for scale and minimum: two more lower the error by 0.2 %.
+_ROUNDS = 1
 
 
 @inlined
@@ -67,26 +70,26 @@ def _write_8(low, high, codes):
     store_as_bytes(codes + 16, sub(high, zero))
 
 
-def _with_scale(low, high, write):
+def _with_scale(low, high, write, is_fine=False):
     """The quantiser of a type with a scale, whose codes are from `low` to `high`. ``write(first, last, address)``
     stores sixteen codes and sixteen more, as numbers from 0 on."""
-    search = scale_search_for(_SIZE, low, high)
-    top, zero = np.float32(high - low), np.float32(-low)
+    search = scale_search_for(_SIZE, low, high, is_fine)
+    top, zero, lowest = np.float32(high - low), np.float32(-low), np.float32(low)
 
     @helper
     def quantise_block(x, w, block, scratch):
-        source, at, scaled = address(x), address(block), address(scratch)
-        smallest, largest = extremes(source, _SIZE)
-        size, d = max(largest, -smallest), _ZERO
-        if size >= SMALLEST:
-            write_scaled(source, _SIZE, _ONE / size, _ZERO, scaled)
-            d = search(scaled, address(w)) * size
+        source, at = address(x), address(block)
+        farthest, d = farthest_of(source, _SIZE), _ZERO
+        if abs(farthest) > LARGEST:
+            d = farthest / lowest
+        elif abs(farthest) >= SMALLEST:
+            d = search(source, address(w), farthest)
         inverse = splat_f32x16(inverse_of(half_scale(d, at)))
         zeros, tops = splat_f32x16(zero), splat_f32x16(top)
         first = codes_of(load_f32x16(source), inverse, zeros, tops)
         write(first, codes_of(load_f32x16(source + 64), inverse, zeros, tops), at + 2)
 
-    return Quantiser(quantise_block, _SIZE)
+    return Quantiser(quantise_block)
 
 
 def _with_minimum(top, write):
@@ -101,7 +104,8 @@ def _with_minimum(top, write):
         span, d = min(largest - m, LARGEST_FLOAT), _ZERO
         if span >= SMALLEST:
             write_scaled(source, _SIZE, _ONE / span, -m / span, scaled)
-            scale, offset = search(scaled, address(w))
+            sums = weighted_sums(scaled, address(w), _SIZE)
+            scale, offset = search(scaled, address(w), (_ZERO, _ONE), sums)
             d, m = scale * span, m + offset * span
         m = half_offset(m, at + 2)
         inverse = inverse_of(half_scale(d, at))
@@ -117,6 +121,6 @@ QUANTISERS = {
     ggml.Q4_1: _with_minimum(15, _write_4),
     ggml.Q5_0: _with_scale(-16, 15, _write_5),
     ggml.Q5_1: _with_minimum(31, _write_5),
-    ggml.Q6_0: _with_scale(-32, 31, _write_6),
+    ggml.Q6_0: _with_scale(-32, 31, _write_6, is_fine=True),
     ggml.Q8_0: _with_scale(-127, 127, _write_8),
 }

@@ -28,6 +28,7 @@ from pymla.cpu.quantise.search import (
     code_sums,
     error_of,
     extremes,
+    farthest_of,
     half_scale,
     inverse_of,
     line_search_for,
@@ -69,6 +70,20 @@ def _normalise(x, scaled):
     size = max(high, -low)
     write_scaled(x, SIZE, _ONE / size if size >= SMALLEST else _ZERO, _ZERO, scaled)
     return size if size >= SMALLEST else _ZERO
+
+
+@inlined
+def _keep(scratch):
+    """Keep the integers of the present pass."""
+    for i in range(2 * MOST):
+        scratch[INTEGERS + i] = scratch[_TAKEN + i]
+
+
+@inlined
+def _keep_zeros(scratch):
+    """Keep zeros in the place of integers."""
+    for i in range(2 * MOST):
+        scratch[INTEGERS + i] = _ZERO
 
 
 @inlined
@@ -130,12 +145,14 @@ def scaled_super_blocks_for(size, low, high, integers, starts):
     def best_half(scaled, w, largest, scratch):
         """The half, and the integers of the best pass."""
         if largest == _ZERO:
-            scratch[INTEGERS:CODES] = _ZERO
+            _keep_zeros(scratch)
             return _ZERO
         found, taken, spare = scratch[_FOUND:_TAKEN], scratch[_TAKEN:INTEGERS], address(scratch[_SPARE:])
         farthest = _ZERO
         for block in range(count):
-            found[block] = search(scaled + 4 * size * block, w + 4 * size * block)
+            at = 4 * size * block
+            own = farthest_of(scaled + at, size)
+            found[block] = search(scaled + at, w + at, own) if abs(own) >= SMALLEST else _ZERO
             farthest = found[block] if abs(found[block]) > abs(farthest) else farthest
         least, best = np.inf, _ZERO
         for start in range(starts):
@@ -145,7 +162,7 @@ def scaled_super_blocks_for(size, low, high, integers, starts):
                 error, better = take(scaled, w, d, found, taken)
                 if error < least:
                     least, best = error, d
-                    scratch[INTEGERS : INTEGERS + count] = taken[:count]
+                    _keep(scratch)
                 d = _held(better, largest, spare)
         return half_scale(best * largest, spare)
 
@@ -232,14 +249,14 @@ def line_super_blocks_for(size, top, largest, rounds, starts):
     def best_halves(scaled, w, largest_weight, scratch):
         """The halves, and the integers of the best pass."""
         if largest_weight == _ZERO:
-            scratch[INTEGERS:CODES] = _ZERO
+            _keep_zeros(scratch)
             return _ZERO, _ZERO
         found, taken, spare = scratch[_FOUND:_TAKEN], scratch[_TAKEN:INTEGERS], address(scratch[_SPARE:])
         largest_scale, largest_minimum = _ZERO, _ZERO
         for block in range(count):
             at, own = 4 * size * block, found[4 * block : 4 * block + 4]
-            scale, offset = search(scaled + at, w + at)
             sum_w, sum_wx = weighted_sums(scaled + at, w + at, size)
+            scale, offset = search(scaled + at, w + at, extremes(scaled + at, size), (sum_w, sum_wx))
             own[0], own[1], own[2], own[3] = scale, -offset, sum_w, sum_wx
             largest_scale, largest_minimum = max(largest_scale, own[0]), max(largest_minimum, own[1])
         least, best, best_minimum = np.inf, _ZERO, _ZERO
@@ -251,7 +268,7 @@ def line_super_blocks_for(size, top, largest, rounds, starts):
                 error, better = take(scaled, w, (d, dmin), found, taken)
                 if error < least:
                     least, best, best_minimum = error, d, dmin
-                    scratch[INTEGERS : INTEGERS + 2 * MOST] = taken
+                    _keep(scratch)
                 d, dmin = _held(better[0], largest_weight, spare), _held(better[1], largest_weight, spare)
         return half_scale(best * largest_weight, spare), half_scale(best_minimum * largest_weight, spare)
 
