@@ -167,7 +167,8 @@ def test_switches_of_a_shape_show_in_the_file(tmp_path):
     assert "blk.1.attn_q.weight" in tensors
     assert not {"blk.1.exp_probs_b.bias", "output.weight"} & tensors.keys()
     assert metadata["deepseek2.expert_gating_func"] == 1
-    assert not {"deepseek2.expert_group_count", "deepseek2.rope.scaling.type"} & metadata.keys()
+    assert [metadata[f"deepseek2.expert_group_{key}count"] for key in ("", "used_")] == [1, 1]
+    assert "deepseek2.rope.scaling.type" not in metadata
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def _experts(shape: Shape) -> dict[str, Value]:
         Keys.LLM.EXPERT_WEIGHTS_SCALE: float(shape.routed_scaling_factor),
         Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType[shape.scoring_func.upper()]),
         Keys.LLM.EXPERT_GROUP_COUNT: shape.n_group,
-        Keys.LLM.EXPERT_GROUP_USED_COUNT: shape.topk_group,
+        Keys.LLM.EXPERT_GROUP_USED_COUNT: shape.topk_group if shape.n_group > 1 else 1,
     }
     return found | ({Keys.LLM.EXPERT_WEIGHTS_NORM: True} if shape.norm_topk_prob else {})
 
