@@ -441,7 +441,7 @@ def test_generated_control_characters(model):
 
 
 def test_help(run):
-    for args in ([], ["generate"], ["inspect"], ["convert"]):
+    for args in ([], ["generate"], ["imatrix"], ["inspect"], ["convert"]):
         code, out, _ = run(*args, "--help")
         assert code == 0
         assert "Example" in out

@@ -116,9 +116,8 @@ class _Output(NamedTuple):
 
     def describe(self, total: Importance) -> None:
         """Say what was written, and name the experts that no token went to."""
-        click.echo(
-            f"{self.path}: {len(total.entries)} tensors, {total.chunks} chunks of {total.chunk_size} tokens", err=True
-        )
+        chunks = f"{total.chunks} chunk{'s' * (total.chunks != 1)} of {total.chunk_size} tokens"
+        click.echo(f"{self.path}: {len(total.entries)} tensors, {chunks}", err=True)
         for layer, experts in total.never_chosen().items():
             named = ", ".join(map(str, experts[:_NAMED]))
             more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
