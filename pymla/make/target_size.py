@@ -21,10 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT
 
 from pymla import ggml
 from pymla.cpu.quantise import quantise
 from pymla.errors import PymlaError
+from pymla.files import gguf_writer
 from pymla.files.gguf_reader import TensorInfo
 from pymla.host.memory import size_text
 from pymla.make.fallbacks import fitting_type
@@ -57,7 +59,7 @@ class Found(NamedTuple):
     """The types that were found."""
 
     choices: dict[str, Choice]
-    nbytes: int  # of the tensors that were chosen for
+    nbytes: int  # of the tensors that were chosen for, as they lie in a file
     cost: float  # sum of relative errors
     least_cost: float  # no choice within the size has less
 
@@ -99,11 +101,11 @@ def measure(
         sample = _Sample(tensor, columns[done], _uses(importance, tensor))
         weight = max(1, layers) if tensor.name == output else 1
         options = {
-            qtype: Option(ggml.tensor_bytes(qtype, tensor.shape), weight * sample.relative_error(qtype))
+            qtype: Option(_bytes_in_file(qtype, tensor.shape), weight * sample.relative_error(qtype))
             for qtype in types[done]
         }
         if tensor.qtype in ggml.FLOATS:
-            options[tensor.qtype] = Option(tensor.data.nbytes, 0.0)
+            options[tensor.qtype] = Option(_bytes_in_file(tensor.qtype, tensor.shape), 0.0)
         found.append(Measured(tensor.name, options))
     if progress is not None:
         progress(len(tensors), len(tensors))
@@ -115,7 +117,7 @@ def choose(measured: Sequence[Measured], limit: int) -> Found:
 
     Parameters
     ----------
-    limit : bytes of all these tensors together
+    limit : bytes of all these tensors as they lie in a file
 
     Raises
     ------
@@ -158,6 +160,11 @@ def _types(tensor: TensorInfo, has_importance: bool, candidates: Sequence[int]) 
     if not has_importance and tensor.name not in OUTER:
         fitting -= set(NEED_IMPORTANCE)
     return sorted(fitting, key=bits)
+
+
+def _bytes_in_file(qtype: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor, up to where the next one begins."""
+    return gguf_writer.padded(ggml.tensor_bytes(qtype, shape), GGUF_DEFAULT_ALIGNMENT)
 
 
 def _uses(importance: Importance | None, tensor: TensorInfo) -> np.ndarray:

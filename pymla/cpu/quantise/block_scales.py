@@ -26,8 +26,11 @@ from pymla.cpu.runtime.compiling import helper
 
 #: Sizes of a range of candidates.
 RANGE = 32
-#: float32 that `choose` works in, of small blocks that are no more than sixteen.
-SCRATCH = RANGE + 16
+#: Where the scratch of a block has, of each small block, the scale that it would choose, what that explains, and its
+#: number; the numbers of a candidate; and what small blocks lose with the sizes of a range. What comes behind is the
+#: family's own.
+WANTED, GAINS, NUMBERS, _TRIED, _LOST = 0, 16, 32, 48, 64
+SCRATCH = _LOST + RANGE
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 
 
@@ -60,20 +63,34 @@ def vertex(curve, at, count, positions):
     return positions[at] - offset * (positions[at - 1] - positions[at])
 
 
-def nearest_number_for(multiples):
-    """Make ``nearest_number(scale, d)``: the real number whose multiple of `d` is a scale, from 0 to the top."""
-    times, plus, top = (np.float32(each) for each in multiples)
+@helper
+def nearest_number(scale, d, times, plus, top):
+    """The real number whose multiple of `d` is a scale, from 0 to the top."""
+    number = (scale / d - plus) / times
+    return min(number, top) if number > _ZERO else _ZERO
 
-    @helper
-    def nearest_number(scale, d):
-        number = (scale / d - plus) / times
-        return min(number, top) if number > _ZERO else _ZERO
 
-    return nearest_number
+@helper
+def write_losses(scratch, small_blocks, first, base, times, plus, top):
+    """What small blocks lose with `RANGE` candidates ``base * size``, the sizes at the address `first`: the square of
+    their scale's relative error, times what it explains."""
+    d, tops = mul(load_f32x32(first), splat_f32x32(base)), splat_f32x32(top)
+    inverse, zero = div(splat_f32x32(_ONE), d), splat_f32x32(_ZERO)
+    lost = zero
+    for small in range(small_blocks):
+        wanted = scratch[WANTED + small]
+        if wanted > _ZERO:
+            number = fma(splat_f32x32(wanted / times), inverse, splat_f32x32(-plus / times))
+            number = larger(round_even(number), zero)
+            number = sub(tops, larger(sub(tops, number), zero))
+            scale = mul(fma(number, splat_f32x32(times), splat_f32x32(plus)), d)
+            off = fma(scale, splat_f32x32(_ONE / wanted), splat_f32x32(-_ONE))
+            lost = fma(mul(off, splat_f32x32(scratch[GAINS + small])), off, lost)
+    store_f32x32(address(scratch) + 4 * _LOST, lost)
 
 
 def choice_for(multiples, small_blocks, sizes, best_number):
-    """Make ``choose(block, scratch, wanted, gains, unit, numbers, work)``.
+    """Make ``choose(block, scratch, unit)``.
 
     Parameters
     ----------
@@ -86,70 +103,50 @@ def choice_for(multiples, small_blocks, sizes, best_number):
         ``best_number(scratch, small, wanted, d)``: the best number of a small block, and what it explains.
     """
     times, plus, top = (np.float32(each) for each in multiples)
-    inverse_times, start = np.float32(1 / multiples.times), np.float32(-multiples.plus / multiples.times)
     highest = np.float32(multiples.times * multiples.top + multiples.plus)
-    tried = len(sizes)
 
     @helper
-    def best_of_range(row, base, wanted, gains, costs):
-        """The candidate with which small blocks lose least, where each loses the square of its scale's relative
-        error."""
-        d = mul(load_f32x32(address(sizes) + 4 * RANGE * row), splat_f32x32(base))
-        inverse, zero, tops = div(splat_f32x32(_ONE), d), splat_f32x32(_ZERO), splat_f32x32(top)
-        cost = zero
-        for small in range(small_blocks):
-            if wanted[small] > _ZERO:
-                number = fma(splat_f32x32(wanted[small] * inverse_times), inverse, splat_f32x32(start))
-                number = larger(round_even(number), zero)
-                number = sub(tops, larger(sub(tops, number), zero))
-                scale = mul(fma(number, splat_f32x32(times), splat_f32x32(plus)), d)
-                off = fma(scale, splat_f32x32(_ONE / wanted[small]), splat_f32x32(-_ONE))
-                cost = fma(mul(off, splat_f32x32(gains[small])), off, cost)
-        store_f32x32(address(costs), cost)
+    def candidate(scratch, row, most):
+        """The best number of a range; `most` is the largest scale that a small block would choose."""
+        base = most / highest
+        write_losses(scratch, small_blocks, address(sizes) + 4 * RANGE * row, base, times, plus, top)
         best = 0
         for i in range(1, RANGE):
-            if costs[i] < costs[best]:
+            if scratch[_LOST + i] < scratch[_LOST + best]:
                 best = i
         return sizes[row, best] * base
 
     @helper
-    def choose(block, scratch, wanted, gains, unit, numbers, work):
+    def choose(block, scratch, unit):
         """The number that a block stores as a half, in its first two bytes for now, and the numbers of its small
-        blocks.
+        blocks, which are in the scratch then.
 
         Parameters
         ----------
         block : uint8 array (bytes,)
         scratch : float32 array
-            For `best_number`.
-        wanted, gains : float32 arrays (small blocks,)
-            The scale that each small block would choose, and what it explains.
+            Has what small blocks want, and what that explains.
         unit : float32
             What scales are multiples of: of all weights the largest one.
-        numbers : float32 array (small blocks,)
-            Written to.
-        work : float32 array (`SCRATCH`,)
 
         Returns
         -------
         float32, as a multiple of the unit; 0 where nothing explains more than a block of zeros does.
         """
-        costs, trial = work[:RANGE], work[RANGE:]
         most = _ZERO
         for small in range(small_blocks):
-            most = max(most, wanted[small])
+            most = max(most, scratch[WANTED + small])
         best, chosen, at = _ZERO, _ZERO, address(block)
-        for row in range(tried):
-            d = half_scale(best_of_range(row, most / highest, wanted, gains, costs) * unit, at) / unit
+        for row in range(len(sizes)):
+            d = half_scale(candidate(scratch, row, most) * unit, at) / unit
             total = _ZERO
-            if d > _ZERO:
-                for small in range(small_blocks):
-                    trial[small], gain = best_number(scratch, small, wanted[small], d)
-                    total += gain
+            for small in range(small_blocks):
+                scratch[_TRIED + small], gain = best_number(scratch, small, scratch[WANTED + small], d)
+                total += gain
             if total > best:
                 best, chosen = total, d
                 for small in range(small_blocks):
-                    numbers[small] = trial[small]
+                    scratch[NUMBERS + small] = scratch[_TRIED + small]
         half_scale(chosen * unit, at)
         return chosen
 

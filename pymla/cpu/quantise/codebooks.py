@@ -5,8 +5,8 @@ The error of a group of weights x with the scale s, an entry g and its best sign
     Σ w (|x| - s g)²  =  Σ w x²  -  s (Σ 2 w |x| g  -  s Σ w g²)
 
 so that each entry is a straight line over s: the two sums of all entries are taken once for a block, and a scale then
-costs a product and a comparison for sixteen entries. No entry is left out, as it may be where only those near the
-rounded weights are looked at, and importance and magnitudes decide together.
+costs a product and a comparison for each register of entries. No entry is left out, as it may be where only those near
+the rounded weights are looked at, and importance and magnitudes decide together.
 
 Some types store seven signs for eight weights, the last one so that the number of negative weights is even. Where it is
 odd, one weight gets the wrong sign, which costs ``4 w |x| g`` of the sum above: the cheapest weight is another one for
@@ -35,8 +35,8 @@ from pymla.cpu.machine.simd import (
 )
 from pymla.cpu.machine.simd_search import lanes_at_least, largest_four, lowest_bit
 from pymla.cpu.quantise import block_scales
-from pymla.cpu.quantise.block_scales import Multiples, choice_for, nearest_number_for, vertex
-from pymla.cpu.quantise.fields import writer_for
+from pymla.cpu.quantise.block_scales import GAINS, NUMBERS, WANTED, Multiples, choice_for, nearest_number, vertex
+from pymla.cpu.quantise.fields import places_of, write
 from pymla.cpu.quantise.quantiser import Quantiser
 from pymla.cpu.quantise.search import SMALLEST
 from pymla.cpu.runtime.compiling import helper, inlined
@@ -47,20 +47,22 @@ from pymla.vectors import VECTORS
 #: becomes a number near it.
 LEAST_IMPORTANCE = np.float32(1e-7)
 #: Scales at which a small block's curve is computed, four at a time until four in a row explain less than those before
-#: them: as parts of the scale that just reaches the largest weight.
+#: them: as parts of the scale that just reaches the largest weight. Where all weights are about equally large, four
+#: larger ones may be better, with which weights are the smaller levels.
 _CURVE = (1.15 * 0.9 ** np.arange(40)).astype(np.float32)
+_LARGER_SCALES = 4
 #: Candidates for the number of a block.
-_SIZES = block_scales.ranges(0.93, 1.45, 3)
+_SIZES = block_scales.ranges(0.9, 1.4, 3)
 
 _ZERO, _TWO = np.float32(0), np.float32(2)
 _LOWEST = np.float32(-np.inf)
 
-# Where the numbers of a block are in its scratch: of each weight ``2 w |x|`` and `w`; of each run of eight weights
-# whether one sign is wrong; of each small block its own scale, what that explains and its number; a curve; what
-# `block_scales` works in; and the sums of entries, which begin where a cache line does.
-_SLOPES, _WEIGHTS, _ODD, _WANTED, _GAINS, _NUMBERS, _VALUES = 0, 256, 512, 544, 560, 576, 592
-_WORK = _VALUES + len(_CURVE)
-_SUMS = _WORK + block_scales.SCRATCH
+# Where the numbers of a block are in its scratch, behind those of `block_scales`: of each weight ``2 w |x|`` and w; of
+# each run of eight weights whether one sign is wrong; a curve; and the sums of entries, which begin where a cache line
+# does.
+_SLOPES = block_scales.SCRATCH
+_WEIGHTS, _ODD, _VALUES = _SLOPES + 256, _SLOPES + 512, _SLOPES + 544
+_SUMS = _VALUES + _LARGER_SCALES + len(_CURVE)
 #: Bytes of a cache line.
 CACHE_LINE = 64
 
@@ -143,21 +145,21 @@ def best_entry(linear, square, entries, scale):
 
 
 @helper
-def cheapest(slopes, first, table, entry):
+def cheapest(scratch, first, table, entry):
     """Which weight of an entry it costs least to give the wrong sign; its numbers ``2 w |x|`` begin at `first`."""
     best = 0
     for j in range(1, len(table)):
-        if slopes[first + j] * table[j, entry] < slopes[first + best] * table[best, entry]:
+        if scratch[first + j] * table[j, entry] < scratch[first + best] * table[best, entry]:
             best = j
     return best
 
 
 @helper
-def largest_magnitude(x):
-    """Of float32; 0 where none is a number above 0."""
+def largest_magnitude(x, first, last):
+    """Of float32 from `first` on and before `last`."""
     found = _ZERO
-    for value in x:
-        found = max(found, abs(value))
+    for i in range(first, last):
+        found = max(found, abs(x[i]))
     return found
 
 
@@ -258,13 +260,14 @@ def _explained_for(search):
 def _own_scale_for(search, explained):
     """Make ``own_scale(scratch, small, reach)``: the scale that a small block would choose, and what it explains;
     `reach` is the scale that just reaches its largest weight."""
-    curve = _CURVE
+    larger_scales = np.geomspace(search.table.max() / search.table.min(), 1.4, _LARGER_SCALES)
+    curve = np.concatenate([larger_scales, _CURVE]).astype(np.float32)
 
     @helper
     def own_scale(scratch, small, reach):
         values = scratch[_VALUES : _VALUES + len(curve)]
         at = count = 0
-        while count < len(curve) and at >= count - 4:
+        while count < len(curve) and (at >= count - 4 or count < 12):
             first = count
             values[first], values[first + 1], values[first + 2], values[first + 3] = explained(
                 scratch,
@@ -286,14 +289,13 @@ def _own_scale_for(search, explained):
 def _best_number_for(search, explained):
     """Make ``best_number(scratch, small, wanted, d)``: the number of a small block with which it explains most, of four
     around its own scale, and what it explains."""
-    times, plus = np.float32(search.multiples.times), np.float32(search.multiples.plus)
-    nearest_number = nearest_number_for(search.multiples)
+    times, plus, top = (np.float32(each) for each in search.multiples)
     last = np.float32(search.multiples.top - 3)
     one, three = np.float32(1), np.float32(3)
 
     @helper
     def best_number(scratch, small, wanted, d):
-        below = np.float32(int(nearest_number(wanted, d))) - one
+        below = np.float32(int(nearest_number(wanted, d, times, plus, top))) - one
         first = min(max(below, _ZERO), last)
         s0, s1 = d * (times * first + plus), d * (times * (first + one) + plus)
         s2, s3 = d * (times * (first + _TWO) + plus), d * (times * (first + three) + plus)
@@ -314,13 +316,13 @@ def _run_writer_for(search):
     """Make ``write_run(x, scratch, run, scale, block)``: the best entries of eight weights, and their signs."""
     table, size, entries, has_parity = search.table, search.size, search.entries, search.has_parity
     row, group_bytes, run_bytes = 4 * entries, search.group_bytes, search.run_bytes
-    write_index = writer_for(search.vectors.indices, 256 // size)
-    write_signs = writer_for((search.vectors.signs,), 32)
+    indices = places_of(search.vectors.indices, 256 // size)
+    sign_places = places_of((search.vectors.signs,), 32)
 
     @helper
     def write_run(x, scratch, run, scale, block):
         at = aligned(scratch, _SUMS) + run * run_bytes
-        slopes, first = scratch[_SLOPES : _SLOPES + 256], 8 * run
+        first = 8 * run
         is_wrong = has_parity and scratch[_ODD + run] > _ZERO
         signs = 0
         for i in range(8):
@@ -328,9 +330,9 @@ def _run_writer_for(search):
                 signs |= 1 << i
         entry, value = best_entry(at, at + row, entries, scale)
         if size == 8:
-            write_index(block, run, entry)
+            write(block, indices, run, entry)
             if is_wrong:
-                signs ^= 1 << cheapest(slopes, first, table, entry)
+                signs ^= 1 << cheapest(scratch, _SLOPES + first, table, entry)
         else:
             second = at + group_bytes
             other, other_value = best_entry(second, second + row, entries, scale)
@@ -339,13 +341,13 @@ def _run_writer_for(search):
                 other_wrong, other_wrong_value = best_entry(second + 2 * row, second + row, entries, scale)
                 if wrong_value + other_value > value + other_wrong_value:
                     entry = wrong
-                    signs ^= 1 << cheapest(slopes, first, table, wrong)
+                    signs ^= 1 << cheapest(scratch, _SLOPES + first, table, wrong)
                 else:
                     other = other_wrong
-                    signs ^= 16 << cheapest(slopes, first + 4, table, other_wrong)
-            write_index(block, 2 * run, entry)
-            write_index(block, 2 * run + 1, other)
-        write_signs(block, run, signs)
+                    signs ^= 16 << cheapest(scratch, _SLOPES + first + 4, table, other_wrong)
+            write(block, indices, 2 * run, entry)
+            write(block, indices, 2 * run + 1, other)
+        write(block, sign_places, run, signs)
 
     return write_run
 
@@ -359,28 +361,26 @@ def _quantiser(qtype):
     fill, explained = _sums_for(search), _explained_for(search)
     own_scale, write_run = _own_scale_for(search, explained), _run_writer_for(search)
     choose = choice_for(search.multiples, small_blocks, _SIZES, _best_number_for(search, explained))
-    write_number = writer_for(layout.scales.planes, small_blocks)
+    numbers = places_of(layout.scales.planes, small_blocks)
 
     @helper
     def quantise_block(x, w, block, scratch):
         block[:] = 0
-        largest_x = largest_magnitude(x)
+        largest_x = largest_magnitude(x, 0, len(x))
         if not largest_x > SMALLEST:
             return
         prepare(x, w, largest_x, scratch)
         fill(scratch)
-        wanted, gains = scratch[_WANTED : _WANTED + small_blocks], scratch[_GAINS : _GAINS + small_blocks]
         for small in range(small_blocks):
-            farthest = largest_magnitude(x[small * per_block : (small + 1) * per_block])
-            wanted[small], gains[small] = own_scale(scratch, small, farthest / largest_x / highest_level)
-        numbers, work = scratch[_NUMBERS : _NUMBERS + small_blocks], scratch[_WORK : _WORK + block_scales.SCRATCH]
-        d = choose(block, scratch, wanted, gains, largest_x, numbers, work)
+            reach = largest_magnitude(x, small * per_block, (small + 1) * per_block) / largest_x / highest_level
+            scratch[WANTED + small], scratch[GAINS + small] = own_scale(scratch, small, reach)
+        d = choose(block, scratch, largest_x)
         if d > _ZERO:
             for small in range(small_blocks):
-                write_number(block, small, int(numbers[small]))
-                scale = d * (times * numbers[small] + plus)
+                number = scratch[NUMBERS + small]
+                write(block, numbers, small, int(number))
                 for run in range(small * runs, (small + 1) * runs):
-                    write_run(x, scratch, run, scale, block)
+                    write_run(x, scratch, run, d * (times * number + plus), block)
 
     return Quantiser(quantise_block, search.scratch)
 

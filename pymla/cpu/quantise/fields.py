@@ -5,20 +5,21 @@ import numpy as np
 from pymla.cpu.runtime.compiling import helper
 
 
-def writer_for(fields, count):
-    """Make ``write(block, number, value)``: the bits of one of `count` numbers, int64 from 0 on, to a block, uint8,
-    whose bits are 0 there. Bits that the fields do not hold are left out."""
-    places = np.array([[each.place(number) for number in range(count)] for each in fields], np.int64)
-    shifts = np.array([each.shift for each in fields], np.int64)
-    masks = np.array([(1 << each.bits) - 1 for each in fields], np.int64)
+def places_of(fields, count):
+    """Where `count` numbers have their bits, for `write`: of each field and number the byte, the lowest bit in it, the
+    place of these bits in the number, and a mask of as many bits: int64 (fields, count, 4)."""
+    return np.array(
+        [[(*each.place(i), each.shift, (1 << each.bits) - 1) for i in range(count)] for each in fields], np.int64
+    )
 
-    @helper
-    def write(block, number, value):
-        for field in range(len(shifts)):
-            at, bit = places[field, number, 0], places[field, number, 1]
-            bits = (value >> shifts[field] & masks[field]) << bit
-            block[at] |= np.uint8(bits & 255)
-            if bits > 255:
-                block[at + 1] |= np.uint8(bits >> 8)
 
-    return write
+@helper
+def write(block, places, number, value):
+    """Write a value, int64 from 0 on, as one of the numbers with places, to a block, uint8, whose bits are 0 there.
+    Bits that the fields do not hold are left out."""
+    for field in range(len(places)):
+        at = places[field, number, 0]
+        bits = (value >> places[field, number, 2] & places[field, number, 3]) << places[field, number, 1]
+        block[at] |= np.uint8(bits & 255)
+        if bits > 255:
+            block[at + 1] |= np.uint8(bits >> 8)

@@ -5,7 +5,7 @@
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.machine.simd import address, mul
+from pymla.cpu.machine.simd import address, fma, mul, sub, total
 from pymla.cpu.machine.simd_levels import nearest_of
 from pymla.cpu.machine.simd_memory import load_f32, store_f16, store_f32
 from pymla.cpu.machine.simd_quantise import (
@@ -97,7 +97,7 @@ _ascending = sorted(range(16), key=lambda code: _E2M1[code])
 _float_level, _float_store_codes = nearest_of(
     [_E2M1[code] for code in _ascending], [code if _E2M1[code] else 0 for code in _ascending]
 )
-_mxfp4_sums, _nvfp4_sums = sums_for(_float_level, 0, 32), sums_for(_float_level, 0, 16)
+_nvfp4_sums = sums_for(_float_level, 0, 16)
 _mxfp4_pack = code_packer(LAYOUTS[ggml.MXFP4].codes.planes, 32)
 _nvfp4_pack = code_packer(LAYOUTS[ggml.NVFP4].codes.planes, 64)
 #: A scale of MXFP4, for levels that are twice those of E2M1, is 2 ** (byte - 128).
@@ -110,19 +110,33 @@ _E4M3 = np.array(
 )[:-1]
 
 
+@inlined
+def error_with(work, inverse, scale):
+    """The weighted squared error of 32 weights under a scale of MXFP4."""
+    errors, inverses_, scales = splat_f32x16(_ZERO), splat_f32x16(inverse), splat_f32x16(scale)
+    for at in range(work, work + 128, 64):
+        x = load_f32x16(at)
+        off = sub(x, mul(_float_level(mul(x, inverses_)), scales))
+        errors = fma(mul(load_f32x16(at + 128), off), off, errors)
+    return total(errors)
+
+
 @helper
 def mxfp4(x, w, block, scratch):
-    """32 weights with a scale that is a power of two: the best of sixteen, of which the first makes the farthest weight
-    a multiple from 1 to 2. The last level is 12."""
+    """32 weights with a scale that is a power of two, the best of those that make the farthest weight a multiple from 4
+    to 8, 8 to 16, 16 to 32, and further on for as long as the error falls. The last level is 12: a larger scale than
+    these has only levels that the first of them has, too."""
     weights = scaled(x, w, scratch, 1)
     take(weights, 0, 32)
+    best, least = 2, np.float32(np.inf)
+    for power in range(2, 16):
+        error = error_with(weights.work, np.float32(1 << power), _ONE / np.float32(1 << power))
+        if error < least:
+            best, least = power, error
+        elif power > 3:
+            break
     codes = weights.work + 4 * _CODES_AT
-    most = min(15, weights.exponent + _BIAS)
-    for i in range(16):
-        store_f32(codes + 4 * i, np.float32(1 << min(i, most)))
-    inverse = load_f32x16(codes)
-    cost = costs(inverses(inverse), *_mxfp4_sums(weights.work, inverse, splat_f32x16(_ZERO)))
-    best = min(first_lane(cost, smallest(cost)), most)
+    best = min(best, weights.exponent + _BIAS)
     store_codes_of(weights, _float_store_codes, 32, np.float32(1 << best), codes)
     _mxfp4_pack(scratch[_CODES_AT : _CODES_AT + 8].view(np.uint8), block)
     block[0] = weights.exponent + _BIAS - best

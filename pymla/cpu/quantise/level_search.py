@@ -8,7 +8,7 @@ over the weights costs.
 1. *Fit.* For each small block, for either sign and with the levels moved or not (its *options*): sixteen float scales.
    The best one, s, is kept with Q = Σ w·level² and the gain (Σ w·x·level)² / Q. With the same codes, a scale t leaves
    an error of ``Q * (t - s)**2 - gain``, less Σ w·x².
-2. *Choose.* By these parabolas alone, without another look at the weights: the best `d` of 32, twice.
+2. *Choose.* By these parabolas alone, without another look at the weights: the best `d` of 64, twice.
 3. *Attempt.* With that `d`, each small block tries eight numbers about each option, with the nearest codes under each
    of them, and keeps the best. The best `d` for these codes is the next attempt, for as long as the error falls.
 
@@ -56,9 +56,6 @@ from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.planes import LAYOUTS, ROW_FLOAT, ROW_HALF
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-#: The least importance of a weight, beside 1 for the most important one of a block: small blocks without any importance
-#: keep their weights.
-_LEAST_IMPORTANCE = np.float32(2.0**-30)
 #: A small block whose weights are all below this, where the largest of the block is 1 or more, is zero.
 _SMALLEST = np.float32(2.0**-40)
 #: Floats of the work memory: weights and importance of a small block, codes of a block; records of small blocks.
@@ -108,19 +105,19 @@ def scaled(x, w, scratch, small_blocks):
     reach."""
     low, high = extremes(address(x), len(x))
     _, exponent = math.frexp(max(high, -low))
-    exponent = np.int32(min(max(exponent - 1, -120), 126))
-    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, np.int32(-exponent)))
+    exponent = min(max(exponent - 1, -120), 126)
+    unit, per_unit = np.float32(math.ldexp(1.0, exponent)), np.float32(math.ldexp(1.0, -exponent))
     return Scaled(address(x), address(w), address(scratch), small_blocks, exponent, unit, per_unit)
 
 
 @inlined
 def take(block, i, each):
     """Weights and importance of a small block of `each` weights to the work memory."""
-    per_unit, least = splat_f32x16(block.per_unit), splat_f32x16(_LEAST_IMPORTANCE)
+    per_unit = splat_f32x16(block.per_unit)
     x, w, work = block.x + 4 * each * i, block.w + 4 * each * i, block.work
     for at in range(0, 4 * each, 64):
         store_f32x16(work + at, mul(load_f32x16(x + at), per_unit))
-        store_f32x16(work + 4 * _WEIGHTS_AT + at, larger(load_f32x16(w + at), least))
+        store_f32x16(work + 4 * _WEIGHTS_AT + at, load_f32x16(w + at))
 
 
 @inlined
@@ -202,14 +199,15 @@ def fit_for(sums, levels, moved, each, spread):
 
 
 def choice_for(numbers, options, is_half):
-    """Make ``choose(block, start)``, the second step, with two starts: the best of 32 `d`, 0 where all weights are 0.
+    """Make ``choose(block, start)``, the second step, with two starts: the best of 64 `d`, 0 where all weights are 0.
 
-    They give the scale that is farthest from zero a number near the lowest one, or near the highest one; where numbers
-    are symmetric, a number near the lowest one, or nearer to zero.
+    They give the scale that is farthest from zero a number from 1.4 to 0.6 times the lowest one, or the highest one.
+    Where numbers are symmetric, either is as good: the starts are then 1.4 to 1 and 1 to 0.6 times the lowest one.
     """
-    width, is_symmetric = np.float32(1 / 64), numbers.lowest == -numbers.highest
+    parts, is_symmetric = 4, numbers.lowest == -numbers.highest
     ends = np.array([numbers.lowest, numbers.lowest if is_symmetric else numbers.highest], np.float32)
-    first_ratios = np.array([1.12, 0.62 if is_symmetric else 1.12], np.float32)
+    first_ratios = np.array([1.4, 1.0 if is_symmetric else 1.4], np.float32)
+    width = np.float32((0.4 if is_symmetric else 0.8) / (16 * parts))
     lowest, step, last = (np.float32(value) for value in (numbers.lowest, numbers.step, numbers.count - 1))
     first_k = np.float32(-numbers.lowest / numbers.step)
 
@@ -243,7 +241,7 @@ def choice_for(numbers, options, is_half):
     @helper
     def choose(block, start):
         at_end, best_cost, best = splat_f32x16(farthest_scale(block) / ends[start]), _ZERO, _ZERO
-        for part in range(2):
+        for part in range(parts):
             d = div(at_end, ramp(first_ratios[start] - np.float32(16 * part) * width, -width))
             if is_half:
                 d = halves(d, block)

@@ -1,14 +1,14 @@
 """Types of three levels, -1, 0 and 1, with a scale for 256 weights: TQ1_0 packs five codes into a byte, TQ2_0 four.
 
 With a scale d the nearest codes are not 0 for the weights that are farther from zero than d / 2. So the best scale is
-the weighted mean of the sizes of the weights beyond some bound. Candidates are bounds: sixteen that divide the whole
-range, then sixteen that divide the part about the best.
+the weighted mean of the sizes of the weights beyond some bound. Candidates are sixteen bounds that divide the whole
+range; from the best of them, half of a scale is the next bound, for as long as the error falls.
 """
 
 import numpy as np
 
 from pymla import ggml
-from pymla.cpu.machine.simd import absolute, add, address, div, larger, largest, mul, sub, where_positive
+from pymla.cpu.machine.simd import absolute, add, address, div, fma, larger, largest, mul, sub, total, where_positive
 from pymla.cpu.machine.simd_quantise import (
     broadcast_f32x16,
     first_lane,
@@ -16,20 +16,19 @@ from pymla.cpu.machine.simd_quantise import (
     load_f32x16,
     ramp,
     splat_f32x16,
+    store_as_bytes,
     store_f32x16,
 )
-from pymla.cpu.quantise.packing import code_packer
 from pymla.cpu.quantise.quantiser import Quantiser
 from pymla.cpu.quantise.search import half_scale
 from pymla.cpu.runtime.compiling import helper, inlined
-from pymla.planes import LAYOUTS
 
 _SIZE = 256
-_ZERO, _HALF = np.float32(0), np.float32(0.5)
-#: Floats of the work memory: sizes of weights, products with their importance, codes.
-_PRODUCTS_AT, _CODES_AT, _SCRATCH = _SIZE, 2 * _SIZE, 2 * _SIZE + _SIZE // 4
-_LARGEST_HALF = np.float32(65504)
-_tq2_0_pack = code_packer(LAYOUTS[ggml.TQ2_0].codes.planes, _SIZE)
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+#: Floats of the work memory: sizes of weights, and their products with the importance.
+_PRODUCTS_AT, _SCRATCH = _SIZE, 2 * _SIZE
+#: Scales that follow the one of the best candidate.
+_ROUNDS = 6
 
 
 @inlined
@@ -46,8 +45,8 @@ def take_sizes(x, w, work):
 
 
 @inlined
-def best_bound(work, w, bounds):
-    """The best of sixteen bounds, and the scale of the weights beyond it."""
+def best_of_bounds(work, w, bounds):
+    """The scale of the weights beyond the best of sixteen bounds, and what it lowers the error by."""
     products = weights = splat_f32x16(_ZERO)
     for at in range(0, 4 * _SIZE, 4):
         beyond = sub(broadcast_f32x16(work + at), bounds)
@@ -55,60 +54,90 @@ def best_bound(work, w, bounds):
         weights = add(weights, where_positive(beyond, broadcast_f32x16(w + at)))
     scales = where_positive(weights, div(products, weights))
     gains = mul(scales, products)
-    lane = first_lane(gains, largest(gains))
-    return lane_value(bounds, lane), lane_value(scales, lane)
+    gain = largest(gains)
+    return lane_value(scales, first_lane(gains, gain)), gain
 
 
 @inlined
-def best_scale(work, w, most):
-    """The scale of weights whose largest size is `most`."""
-    step = most / np.float32(16)
-    bound, _ = best_bound(work, w, ramp(_ZERO, step))
-    first = max(bound - step, _ZERO)
-    _, scale = best_bound(work, w, ramp(first, (bound + step - first) / np.float32(16)))
-    return min(scale, _LARGEST_HALF)
+def next_scale(work, w, scale):
+    """The scale of the weights beyond half of another scale, and what it lowers the error by."""
+    products = weights = splat_f32x16(_ZERO)
+    bound = splat_f32x16(scale * _HALF)
+    for at in range(0, 4 * _SIZE, 64):
+        beyond = sub(load_f32x16(work + at), bound)
+        products = add(products, where_positive(beyond, load_f32x16(work + 4 * _PRODUCTS_AT + at)))
+        weights = add(weights, where_positive(beyond, load_f32x16(w + at)))
+    product, weight = total(products), total(weights)
+    found = product / weight if weight > _ZERO else _ZERO
+    return found, found * product
 
 
 @inlined
-def take_codes(x, w, scratch, codes, scale_at):
-    """Codes 0, 1 and 2 of 256 weights, and their scale to an address."""
-    work, sizes = address(scratch), scratch[:_SIZE]
-    most = take_sizes(address(x), address(w), work)
-    bound = half_scale(best_scale(work, address(w), most), scale_at) * _HALF
-    for i in range(_SIZE):
-        code = np.uint8(1) if sizes[i] <= bound else np.uint8(2)
-        codes[i] = 2 - code if x[i] < _ZERO else code
+def write_scale(x, w, scratch, at):
+    """The scale of 256 weights as a half to an address; returns the bound beyond which codes are not 0."""
+    work = address(scratch)
+    most = take_sizes(x, w, work)
+    scale, gain = best_of_bounds(work, w, ramp(_ZERO, most / np.float32(16)))
+    for _ in range(_ROUNDS):
+        following, its_gain = next_scale(work, w, scale)
+        if its_gain <= gain:
+            break
+        scale, gain = following, its_gain
+    return half_scale(scale, at) * _HALF
+
+
+@inlined
+def codes_of(x, bound):
+    """Codes 0, 1 and 2 of sixteen weights at an address."""
+    values, bounds, one = load_f32x16(x), splat_f32x16(bound), splat_f32x16(_ONE)
+    below = where_positive(sub(sub(splat_f32x16(_ZERO), values), bounds), one)
+    return sub(add(one, where_positive(sub(values, bounds), one)), below)
+
+
+@inlined
+def digits_of(x, count, run, bound, base):
+    """Sixteen numbers of `count` digits: code i, i + run, i + 2 run, … of the weights at an address are those of number
+    i, the highest first."""
+    number, factor = codes_of(x, bound), splat_f32x16(np.float32(base))
+    for digit in range(1, count):
+        number = fma(number, factor, codes_of(x + 4 * run * digit, bound))
+    return number
 
 
 @helper
 def tq2_0(x, w, block, scratch):
-    """Four codes in a byte."""
-    codes = scratch[_CODES_AT:].view(np.uint8)
-    take_codes(x, w, scratch, codes, address(block) + 64)
-    _tq2_0_pack(codes, block)
+    """Byte i of 32 has codes i, i + 32, i + 64 and i + 96 of 128, from the lowest bits on."""
+    codes = address(x)
+    bound = write_scale(codes, address(w), scratch, address(block) + 64)
+    for group in range(0, _SIZE, 128):
+        for i in range(0, 32, 16):
+            # The last run comes first: it has the highest bits.
+            packed = digits_of(codes + 4 * (group + 96 + i), 4, -32, bound, 4)
+            store_as_bytes(address(block) + group // 4 + i, packed)
 
 
 @inlined
-def pack_trits(codes, first, count, run, block, at):
-    """Runs of `run` codes, `count` of them one behind the other, to as many bytes: byte i has code i of each run as the
-    digits, highest first, of a number of five digits to the base 3, times 256 / 243 and rounded up."""
-    for i in range(run):
-        number = 0
-        for digit in range(5):
-            number *= 3
-            if digit < count:
-                number += np.int64(codes[first + digit * run + i])
-        block[at + i] = (number * 256 + 242) // 243
+def as_fraction(number):
+    """Numbers of five digits to the base 3 as bytes: times 256 / 243, rounded up."""
+    numerator = fma(number, splat_f32x16(np.float32(256)), splat_f32x16(np.float32(242)))
+    return div(numerator, splat_f32x16(np.float32(243)))
 
 
 @helper
 def tq1_0(x, w, block, scratch):
-    """Five codes in a byte, and four in the last four bytes."""
-    codes = scratch[_CODES_AT:].view(np.uint8)
-    take_codes(x, w, scratch, codes, address(block) + 52)
-    pack_trits(codes, 0, 5, 32, block, 0)
-    pack_trits(codes, 160, 5, 16, block, 32)
-    pack_trits(codes, 240, 4, 4, block, 48)
+    """Bytes of five codes: 32 with those that are 32 apart, 16 with those that are 16 apart; then four bytes of four
+    codes that are 4 apart, as the first four of five digits."""
+    codes, target = address(x), address(block)
+    bound = write_scale(codes, address(w), scratch, target + 52)
+    for i in range(0, 32, 16):
+        store_as_bytes(target + i, as_fraction(digits_of(codes + 4 * i, 5, 32, bound, 3)))
+    store_as_bytes(target + 32, as_fraction(digits_of(codes + 4 * 160, 5, 16, bound, 3)))
+    store_f32x16(address(scratch), codes_of(codes + 4 * 240, bound))
+    for i in range(4):
+        number = 0
+        for digit in range(4):
+            number = 3 * number + np.int64(scratch[4 * digit + i])
+        block[48 + i] = (3 * number * 256 + 242) // 243
 
 
 QUANTISERS = {ggml.TQ1_0: Quantiser(tq1_0, _SCRATCH), ggml.TQ2_0: Quantiser(tq2_0, _SCRATCH)}
