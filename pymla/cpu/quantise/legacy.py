@@ -34,7 +34,7 @@ from pymla.cpu.quantise.search import (
     weighted_sums,
     write_scaled,
 )
-from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.compiling import inlined
 
 _SIZE = 32
 _ZERO, _ONE = np.float32(0), np.float32(1)
