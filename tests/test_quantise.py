@@ -1,7 +1,11 @@
 """`pymla.cpu.quantise`: what holds for every type, and types of floats. Families of types have tests of their own."""
 
+import json
+
 import numpy as np
 import pytest
+import quantise as benchmark
+from click.testing import CliRunner
 from compare import assert_close
 
 from pymla import cpu, ggml
@@ -105,3 +109,19 @@ def test_any_number_of_threads_finds_the_same():
     finally:
         cpu.set_threads(before)
     assert all(np.array_equal(found[0], each) for each in found)
+
+
+def test_the_benchmark_makes_a_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.01)
+    path = tmp_path / "quantise.json"
+    done = CliRunner().invoke(benchmark.main, ["--rows", "3", "--types", "q8_0", "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "Q8_0" in done.output
+    plain, weighted = json.loads(path.read_text())["types"]
+    assert (plain["type"], plain["importance"], weighted["importance"]) == ("Q8_0", False, True)
+    assert 0 < plain["pymla"]["error"] < 1e-4
+    assert plain["pymla"]["weights_per_s"] > 0
+    assert plain["peer"] is None
+    refused = CliRunner().invoke(benchmark.main, ["--types", "q8_0,q4_9"])
+    assert refused.exit_code == 2
+    assert "Q4_9: no type that can be written" in refused.output

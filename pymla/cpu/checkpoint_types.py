@@ -14,6 +14,8 @@ from pymla.cpu.runtime.array_types import F2, WEIGHTS_BYTES, WEIGHTS_F1
 from pymla.cpu.runtime.jit import kernel
 from pymla.small_floats import E2M1, E4M3, E8M0, MX_GROUP
 
+# Inner loops go over slices, from 0 on: LLVM then sees that no index counts from the end, and takes registers.
+
 #: Floats of an item of `largest_magnitude`.
 _CHUNK = 1 << 14
 
@@ -97,20 +99,22 @@ def largest_magnitude(words: np.ndarray, alone: bool = False) -> int:
 
 @kernel(_U16, _U32_OUT)
 def _from_bf16(first, last, codes, bits):
-    for i in range(first, last):
-        bits[i] = np.int64(codes[i]) << 16
+    source, target = codes[first:last], bits[first:last]
+    for i in range(len(source)):
+        target[i] = np.uint32(source[i]) << 16
 
 
 @kernel(WEIGHTS_BYTES, _SCALES, types.UniTuple(types.int64, 2), types.int64, WEIGHTS_F1, F2)
 def _from_e4m3(first, last, codes, scales, block, start, numbers, out):
     """Items are rows."""
-    columns, width = codes.shape[1], block[1]
+    width = block[1]
     for r in range(first, last):
         group = (start + r) // block[0]
         for b in range(scales.shape[1]):
             scale = scales[group, b]
-            for c in range(b * width, min((b + 1) * width, columns)):
-                out[r, c] = numbers[codes[r, c]] * scale
+            source, target = codes[r, b * width : (b + 1) * width], out[r, b * width : (b + 1) * width]
+            for c in range(len(source)):
+                target[c] = numbers[source[c]] * scale
 
 
 @kernel(_INT4_WORDS, _SCALES, F2)
@@ -121,10 +125,10 @@ def _from_int4(first, last, codes, scales, out):
         width = codes.shape[1] // max(1, groups)
         for g in range(groups):
             scale = scales[r, g]
-            for w in range(g * width, (g + 1) * width):
-                word = codes[r, w]
+            source, target = codes[r, g * width : (g + 1) * width], out[r, 8 * g * width : 8 * (g + 1) * width]
+            for w in range(width):
                 for i in range(8):
-                    out[r, 8 * w + i] = np.float32((word >> 4 * i & 15) - 8) * scale
+                    target[8 * w + i] = np.float32((source[w] >> 4 * i & 15) - 8) * scale
 
 
 @kernel(WEIGHTS_BYTES, WEIGHTS_BYTES, WEIGHTS_F1, WEIGHTS_F1, F2)
@@ -133,20 +137,20 @@ def _from_mxfp4(first, last, codes, scales, numbers, powers, out):
     for r in range(first, last):
         for b in range(scales.shape[1]):
             scale = powers[scales[r, b]]
-            for i in range(MX_GROUP // 2 * b, MX_GROUP // 2 * (b + 1)):
-                byte = codes[r, i]
-                out[r, 2 * i] = numbers[byte & 15] * scale
-                out[r, 2 * i + 1] = numbers[byte >> 4] * scale
+            source = codes[r, MX_GROUP // 2 * b : MX_GROUP // 2 * (b + 1)]
+            target = out[r, MX_GROUP * b : MX_GROUP * (b + 1)]
+            for i in range(MX_GROUP // 2):
+                target[2 * i] = numbers[source[i] & 15] * scale
+                target[2 * i + 1] = numbers[source[i] >> 4] * scale
 
 
 @kernel(_U16, _U16_OUT)
 def _largest_16(first, last, words, out):
     """Items are `_CHUNK` words."""
     for chunk in range(first, last):
-        largest = np.uint16(0)
-        for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, words.size)):
-            magnitude = np.uint16(words[i] & 0x7FFF)
-            largest = max(largest, magnitude)
+        part, largest = words[chunk * _CHUNK : (chunk + 1) * _CHUNK], np.uint16(0)
+        for i in range(len(part)):
+            largest = max(largest, np.uint16(part[i] & 0x7FFF))
         out[chunk] = largest
 
 
@@ -154,8 +158,7 @@ def _largest_16(first, last, words, out):
 def _largest_32(first, last, words, out):
     """Items are `_CHUNK` words."""
     for chunk in range(first, last):
-        largest = np.uint32(0)
-        for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, words.size)):
-            magnitude = np.uint32(words[i] & 0x7FFFFFFF)
-            largest = max(largest, magnitude)
+        part, largest = words[chunk * _CHUNK : (chunk + 1) * _CHUNK], np.uint32(0)
+        for i in range(len(part)):
+            largest = max(largest, np.uint32(part[i] & 0x7FFFFFFF))
         out[chunk] = largest

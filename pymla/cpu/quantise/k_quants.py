@@ -1,9 +1,9 @@
 """K-quants: super-blocks of 256 weights, whose layouts are those of `pymla.reference.formats.k_quants`.
 
 `pymla.cpu.quantise.super_blocks` chooses halves, integers and codes; here they are put into bytes. A round of the
-search and a pass over a super-block cost four cycles for a weight each, with registers of 512 bits: three of them for
-Q3_K, five for Q6_K, six for types with minima. As much again goes into what follows a round of a small block, because
-each step of it waits for the one before.
+search and a pass over a super-block cost four cycles for a weight each, with registers of 512 bits: four of them for
+Q3_K, seven for Q6_K, eight for types with minima. As much again goes into what follows a round of a small block,
+because each step of it waits for the one before.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ from pymla.cpu.runtime.compiling import helper, inlined
 
 #: Rounds of the search for scale and minimum of a small block.
 _ROUNDS = 1
-#: Halves that a super-block starts from. More would lower errors by 0.1 to 0.3 %; of Q3_K, a second by 0.1.
+#: Halves that a super-block starts from. Two more would lower errors by 0.3 %; of Q3_K, a second one by 0.1 %.
 _STARTS = 2
 #: The integers of six bits with a sign.
 _SIX_BITS = -32, 31

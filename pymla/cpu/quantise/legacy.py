@@ -34,7 +34,7 @@ from pymla.cpu.quantise.search import (
     weighted_sums,
     write_scaled,
 )
-from pymla.cpu.runtime.compiling import helper, inlined
+from pymla.cpu.runtime.compiling import inlined
 
 _SIZE = 32
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -76,7 +76,7 @@ def _with_scale(low, high, write, is_fine=False):
     search = scale_search_for(_SIZE, low, high, is_fine)
     top, zero, lowest = np.float32(high - low), np.float32(-low), np.float32(low)
 
-    @helper
+    @inlined
     def quantise_block(x, w, block, scratch):
         source, at = address(x), address(block)
         farthest, d = farthest_of(source, _SIZE), _ZERO
@@ -97,7 +97,7 @@ def _with_minimum(top, write):
     search = line_search_for(_SIZE, top, False, _ROUNDS)
     largest_code = np.float32(top)
 
-    @helper
+    @inlined
     def quantise_block(x, w, block, scratch):
         source, at, scaled = address(x), address(block), address(scratch)
         m, largest = extremes(source, _SIZE)

@@ -169,7 +169,7 @@ def scale_search_for(size, low, high, is_fine=False):
         lane = first_lane(gains, gain)
         return gain, lane, lane_value(scales, lane)
 
-    @helper
+    @inlined
     def search(x, w, farthest):
         per_code = splat_f32x16(_ONE / farthest)
         best_gain, best_scale, best_code = np.float32(-1), _ZERO, _ZERO

@@ -57,7 +57,7 @@ _SPARE = CODES + SIZE // 4
 SCRATCH = _SPARE + 1
 
 #: Passes from every start.
-_PASSES = 2
+_PASSES = 3
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
