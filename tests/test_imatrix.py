@@ -193,13 +193,13 @@ def test_perplexity_of_second_halves(tokens):
             shares = np.exp(logits[t].astype(np.float64))
             losses.append(-math.log(shares[ids[t + 1]] / shares.sum()))
     if losses:
-        assert perplexity.value == pytest.approx(math.exp(np.mean(losses)))
-        assert perplexity.error == pytest.approx(
+        assert perplexity.estimate.value == pytest.approx(math.exp(np.mean(losses)))
+        assert perplexity.estimate.error == pytest.approx(
             math.exp(np.mean(losses)) * np.std(losses) / math.sqrt(len(losses) - 1)
         )
     else:
-        assert math.isnan(perplexity.value)
-        assert math.isnan(perplexity.error)
+        assert math.isnan(perplexity.estimate.value)
+        assert math.isnan(perplexity.estimate.error)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_progress_of_collecting(defined):
             lambda *each: told.append(each),
         )
     assert told == [(1, 2), (2, 2)]
-    assert perplexity.value > 1
+    assert perplexity.estimate.value > 1
 
 
 # The figures of llama.cpp ---------------------------------------------------------------------------------------------

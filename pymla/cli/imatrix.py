@@ -19,6 +19,7 @@ from pymla.files.imatrix_entries import LONGEST_CHUNK
 from pymla.make.imatrix import CTX, Collector, Perplexity, chunks_of, collect
 from pymla.make.imatrix_statistics import layer_statistics, tensor_statistics
 from pymla.make.importance import FORMATS, Importance
+from pymla.make.perplexity import compile_kernels
 from pymla.printable import printable
 
 #: Experts that a note names.
@@ -148,6 +149,8 @@ def _collect(
         collector = Collector(language_model.model, language_model.file, output.ctx, process_output=process_output)
         Importance.merged([*output.before, collector.importance()], output.ctx)  # refuses files of another model
         perplexity = None if no_ppl else Perplexity()
+        if perplexity is not None:
+            compile_kernels(terminal.compiling, terminal.warn)
 
         def save() -> Importance:
             return output.write(collector.importance([_name(text_path)], output.ctx))
@@ -162,7 +165,8 @@ def _collect(
         if total is not None:
             output.describe(total)
         if perplexity is not None and collector.chunks:
-            click.echo(f"perplexity {perplexity.value:.4f} ± {perplexity.error:.4f}")
+            estimate = perplexity.estimate
+            click.echo(f"perplexity {estimate.value:.4f} ± {estimate.error:.4f}")
         if code:
             after = from_chunk + collector.chunks
             click.echo(
@@ -204,7 +208,7 @@ class _Terminal(Terminal):
 
     def collecting(self, done: int, total: int, perplexity: Perplexity | None) -> None:
         """Chunks that were read."""
-        figure = "" if perplexity is None else f", perplexity {perplexity.value:.4f}"
+        figure = "" if perplexity is None else f", perplexity {perplexity.estimate.value:.4f}"
         self.show("reading the text, chunks", done, total, figure=figure)
 
 

@@ -26,8 +26,10 @@ from pymla.engine.slices import slices
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.files.imatrix_entries import Entry
+from pymla.files.kl_base import first_record
 from pymla.make.importance import Importance
 from pymla.make.observed_backend import address, observed
+from pymla.make.perplexity import Mean, log_sums_of, perplexity
 from pymla.models.placement import Placement
 from pymla.models.tensors import TensorSpec, layer_tensors
 from pymla.models.weights import Layer
@@ -38,8 +40,6 @@ CTX = 512
 
 #: Rows that are squared at a time, so that they stay in a cache.
 _ROWS = 64
-#: Rows of logits whose softmax is taken at a time.
-_LOGIT_ROWS = 32
 
 
 class _Total(NamedTuple):
@@ -179,36 +179,23 @@ class Collector:
 
 
 class Perplexity:
-    """Perplexity of the second halves of chunks, which have some text before them, as llama.cpp estimates it."""
+    """Perplexity of the second halves of chunks (`pymla.make.perplexity`)."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, 0.0, 0.0
+        self._losses: list[np.ndarray] = []
 
     def add(self, logits: np.ndarray, tokens: np.ndarray) -> None:
-        """Logits (T, V) after every token of a chunk (T,)."""
-        for rows in slices(len(tokens) // 2, len(tokens) - 1, _LOGIT_ROWS):
-            wide = logits[rows].astype(np.float64)
-            wide -= wide.max(axis=1, keepdims=True)
-            following = tokens[rows.start + 1 : rows.stop + 1]
-            losses = np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(len(wide)), following]
-            self._count += len(losses)
-            self._sum += float(losses.sum())
-            self._squares += float(losses @ losses)
+        """Logits float32 (T, V) after every token of a chunk (T,)."""
+        first = first_record(len(tokens))
+        counted, following = logits[first : len(tokens) - 1], tokens[first + 1 :]
+        if len(counted):
+            log_sums = log_sums_of(counted, "a chunk")
+            self._losses.append(log_sums - counted[np.arange(len(counted)), following])
 
     @property
-    def value(self) -> float:
-        """The estimate; NaN where no token was predicted."""
-        with np.errstate(over="ignore"):
-            return float(np.exp(self._sum / self._count)) if self._count else math.nan
-
-    @property
-    def error(self) -> float:
-        """Its standard error, taking tokens as independent; NaN of fewer than two."""
-        if self._count < 2:
-            return math.nan
-        mean = self._sum / self._count
-        variance = max(0.0, self._squares / self._count - mean * mean)
-        return self.value * math.sqrt(variance / (self._count - 1))
+    def estimate(self) -> Mean:
+        """The perplexity and its standard error so far; NaN where no token was predicted."""
+        return perplexity(self._losses) if self._losses else Mean(math.nan, math.nan)
 
 
 def chunks_of(
