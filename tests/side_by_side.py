@@ -22,8 +22,21 @@ import pytest
 
 from pymla.host.cores import usable_cores
 
-#: Files of tests that take long: where all tests run, each has a process of its own (`test_files_beside.py`).
-FILES = ("test_transformers.py", "test_golden.py", "test_sparse_models.py", "test_families.py", "test_compositions.py")
+#: Files of tests that take long: where all tests run, each has a process of its own (`test_files_beside.py`). On a core
+#: of its own it takes a third to a sixth of the time that it takes beside other processes with threads on all cores.
+FILES = (
+    "test_transformers.py",
+    "test_golden.py",
+    "test_sparse_models.py",
+    "test_quantised_models.py",
+    "test_needed.py",
+    "test_contract.py",
+    "test_filecheck.py",
+    "test_families.py",
+    "test_compositions.py",
+    "test_imatrix.py",
+    "test_choices.py",
+)
 
 #: Of `run`: what ``nice`` adds by default.
 NICENESS = 10
