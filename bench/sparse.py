@@ -6,7 +6,6 @@ what they hold changes no time. The indexer's choice is measured on its own as w
 """
 
 import dataclasses
-import io
 import json
 import statistics
 import sys
@@ -26,7 +25,7 @@ import pymla  # noqa: E402
 from pymla.engine.devices import find_device  # noqa: E402
 from pymla.errors import PymlaError  # noqa: E402
 from pymla.files import outputs  # noqa: E402
-from pymla.measure import facts  # noqa: E402
+from pymla.measure import facts, plot  # noqa: E402
 from pymla.pages import CACHE_TYPES  # noqa: E402
 
 #: 6,144 is where dense generation is to cost what sparse does at 65,536 without the indexer.
@@ -150,30 +149,24 @@ def small(shape: str, layers: int):
 
 def draw(points: list[Point], path: Path, title: str) -> None:
     """Both times against the depth, on logarithmic axes, a line for each kind of attention and one for the indexer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    panels = {"step_seconds": "a generated token", "prompt_seconds": "a prompt"}
-    for axes, (field, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for label, marker in (("dense", "o"), ("sparse", "s")):
-            rows = [each for each in points if each.attention == label]
-            axes.plot([p.n_kv for p in rows], [1000 * getattr(p, field) for p in rows], marker=marker, label=label)
-        index = [each for each in points if each.index_seconds and field == "step_seconds"]
-        if index:
-            times = [1000 * each.index_seconds for each in index]
-            axes.plot([p.n_kv for p in index], times, marker="^", linestyle=":", label="of it the indexer's choice")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
-        axes.set_title(name)
-        axes.set_xlabel("tokens in the cache (N_KV)")
-        axes.set_ylabel("milliseconds")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.suptitle(title, fontsize=11)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
-    outputs.write(path, picture.getvalue())
+    with plot.picture(path, title, (11, 5.2)) as figure:
+        panels = {"step_seconds": "a generated token", "prompt_seconds": "a prompt"}
+        for axes, (field, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for label, marker in (("dense", "o"), ("sparse", "s")):
+                rows = [each for each in points if each.attention == label]
+                axes.plot([p.n_kv for p in rows], [1000 * getattr(p, field) for p in rows], marker=marker, label=label)
+            index = [each for each in points if each.index_seconds and field == "step_seconds"]
+            if index:
+                times = [1000 * each.index_seconds for each in index]
+                axes.plot([p.n_kv for p in index], times, marker="^", linestyle=":", label="of it the indexer's choice")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
+            axes.set_title(name)
+            axes.set_xlabel("tokens in the cache (N_KV)")
+            axes.set_ylabel("milliseconds")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
 
 
 def line(point: Point) -> str:
@@ -206,6 +199,7 @@ def _numbers(_context, _option, text: str) -> tuple[int, ...]:
 def main(shape, layers, qtype, depths, pp, tg, repeat, cache_type, device, threads, json_path, plot_path):
     """Measure sparse and dense attention at each depth; write a JSON file and a picture."""
     try:
+        plot.check(plot_path)
         device, _ = find_device(device)
         about = facts.gather(facts.measure_limits(device, threads), device)
         model = small(shape, layers)

@@ -6,7 +6,6 @@ file (``pymla perplexity --kl-base``), which may be kept for further files.
 """
 
 import contextlib
-import io
 import json
 import math
 import platform
@@ -108,11 +107,7 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
     PymlaError
         matplotlib is missing, or the file cannot be written.
     """
-    plot.check(path)
-    import matplotlib.figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10}):
-        figure = matplotlib.figure.Figure(figsize=(8, 5.5), layout="constrained")
+    with plot.picture(path, title, (8, 5.5)) as figure:
         axes = figure.subplots()
         for i, series in enumerate(dict.fromkeys(point.series for point in points)):
             own = sorted((point for point in points if point.series == series), key=lambda point: point.nbytes)
@@ -130,10 +125,6 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        figure.suptitle(title, fontsize=11)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=150, format=path.suffix[1:].lower())
-    outputs.write(path, picture.getvalue())
 
 
 def files_option(*names: str, help_: str):

@@ -9,6 +9,7 @@ import click
 from pymla.cli import interrupt
 from pymla.cli.options import as_options
 from pymla.cli.sizes import SIZE
+from pymla.cli.type_options import imatrix_option, recipe_option, tensor_type_option
 from pymla.printable import one_line
 
 if TYPE_CHECKING:
@@ -35,17 +36,9 @@ Examples:
     help="Type of the matrices, or mix of types, such as BF16, Q8_0 or Q4_K_M, as for pymla quantize. auto: BF16 or "
     "F16, as the checkpoint has it; BF16 for float8. Vectors and routers are F32.",
 )
-@click.option(
-    "--tensor-type",
-    "tensor_types",
-    metavar="REGEX=TYPE",
-    multiple=True,
-    help="Type of tensors in whose name the expression is found. The first that is found counts.",
-)
-@click.option("--recipe", type=click.Path(path_type=Path), help="File of such rules, one on a line.")
-@click.option(
-    "--imatrix", type=click.Path(path_type=Path), help="Importance matrix, of pymla imatrix or llama-imatrix."
-)
+@tensor_type_option
+@recipe_option
+@imatrix_option
 @click.option(
     "--layout",
     type=click.Choice(("split", "kv_b", "all")),

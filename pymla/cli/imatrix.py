@@ -19,7 +19,7 @@ from pymla.files.imatrix_entries import LONGEST_CHUNK
 from pymla.make.imatrix import CTX, Collector, Perplexity, chunks_of, collect
 from pymla.make.imatrix_statistics import layer_statistics, tensor_statistics
 from pymla.make.importance import FORMATS, Importance
-from pymla.make.perplexity import compile_kernels
+from pymla.make.perplexity import bos_of, compile_kernels
 from pymla.printable import printable
 
 #: Experts that a note names.
@@ -194,8 +194,7 @@ def _run(
 
 def _tokens(language_model: LanguageModel, text: str, parse_special: bool) -> tuple[list[int], int | None]:
     """Token ids of a text, and BOS where the model expects it."""
-    tokenizer = language_model.tokenizer
-    return language_model.tokenize(text, parse_special=parse_special), tokenizer.bos_id if tokenizer.add_bos else None
+    return language_model.tokenize(text, parse_special=parse_special), bos_of(language_model.tokenizer)
 
 
 def _name(path: Path) -> str:

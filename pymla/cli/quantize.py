@@ -10,6 +10,7 @@ from pymla.cli.options import as_options
 from pymla.cli.output import write_json
 from pymla.cli.sizes import SIZE
 from pymla.cli.terminal import Terminal
+from pymla.cli.type_options import imatrix_option, recipe_option, tensor_type_option
 from pymla.errors import PymlaError
 from pymla.files import outputs
 from pymla.files.gguf_reader import ModelFile
@@ -36,15 +37,9 @@ one of docs/making-files.md, in any case.
 @click.argument("model", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("qtype", metavar="[TYPE]", required=False)
-@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of pymla imatrix or llama-imatrix.")
-@click.option(
-    "--tensor-type",
-    "tensor_types",
-    metavar="REGEX=TYPE",
-    multiple=True,
-    help="Type of tensors in whose name the expression is found. The first that is found counts.",
-)
-@click.option("--recipe", type=click.Path(path_type=Path), help="File of such rules, one on a line.")
+@imatrix_option
+@tensor_type_option
+@recipe_option
 @click.option("--output-type", "--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output matrix.")
 @click.option("--token-embedding-type", metavar="TYPE", help="Type of the embeddings.")
 @click.option("--pure", is_flag=True, help="One type for all matrices, without the choices of a mix.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from gguf import TokenType
 
 from pymla.errors import PymlaError
-from pymla.make.hub_vocabulary import Entry, HubVocabulary, added_by_id, decoded_base64, padded, written
+from pymla.make.hub_vocabulary import Entry, HubVocabulary, added_by_id, decoded_base64, padded, read_bytes, written
 from pymla.make.json_values import Values
 
 NAME = "tiktoken.model"
@@ -19,7 +19,6 @@ NAME = "tiktoken.model"
 #: Ids behind the byte pairs that Kimi's tokenization_kimi.py reserves for special tokens.
 RESERVED = 256
 _PRE = "kimi-k2"
-_MAX_BYTES = 1 << 28
 
 
 def read_tiktoken(path: Path, settings: Values, vocab_size: int, pre: str | None) -> HubVocabulary:
@@ -55,12 +54,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     PymlaError
         The file cannot be read or is damaged.
     """
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise PymlaError(f"{path}: larger than any vocabulary; download it again")
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = read_bytes(path).splitlines()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from pymla.text.byte_alphabet import CHARACTERS
 
 #: The longest token of a vocabulary in base64; real ones end at 128 blanks.
 _MAX_TOKEN_BYTES = 256
+
+#: Bytes of a vocabulary's file, at most.
+_MAX_BYTES = 1 << 28
 
 #: A token's text and its type.
 Entry = tuple[str, TokenType]
@@ -111,3 +115,19 @@ def decoded_base64(text: Any, where: str) -> bytes:
 def _looks_special(token: str) -> bool:
     """Whether it is a control token by its looks: DeepSeek's files do not flag all of theirs."""
     return token.startswith(("<|", "<｜")) and token.endswith(("|>", "｜>"))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a vocabulary's file.
+
+    Raises
+    ------
+    PymlaError
+        It cannot be read, or is larger than any vocabulary.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise PymlaError(f"{path}: larger than any vocabulary; download it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise PymlaError(f"{path}: cannot be read ({error.strerror})") from error

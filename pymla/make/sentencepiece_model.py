@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pymla.errors import PymlaError
+from pymla.make.hub_vocabulary import read_bytes
 from pymla.printable import shown
 from pymla.text.vocabulary import BYTE, NORMAL
 
 NAME = "tokenizer.model"
 
-_MAX_BYTES = 1 << 28
 
 # Numbers of fields.
 _PIECES, _NORMALISER = 1, 3  # of the model
@@ -56,13 +56,7 @@ def read_model(path: Path) -> Model:
         The file cannot be read or is damaged.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise PymlaError(f"{path}: larger than any vocabulary; download it again")
-        data = path.read_bytes()
-    except OSError as error:
-        raise PymlaError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return _model(memoryview(data))
+        return _model(memoryview(read_bytes(path)))
     except _Damaged as error:
         raise PymlaError(f"{path}: no vocabulary of sentencepiece, or damaged: {error}; download it again") from None
 

@@ -1,14 +1,15 @@
 """Pictures of measurements. Only they need matplotlib."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymla.errors import PymlaError
 from pymla.files import outputs
 
-#: File types that `sweep` writes.
+#: File types of pictures.
 SUFFIXES = (".png", ".svg")
 
 _MARKERS = "osD^vP*X"
@@ -27,7 +28,7 @@ class Series(NamedTuple):
 
 
 def check(path: str | Path) -> None:
-    """Fail early where `sweep` could not write a picture.
+    """Fail early where a picture could not be written.
 
     Raises
     ------
@@ -37,6 +38,27 @@ def check(path: str | Path) -> None:
     if Path(path).suffix.lower() not in SUFFIXES:
         raise PymlaError(f"{path}: a plot's name ends in {' or '.join(SUFFIXES)}")
     _matplotlib()
+
+
+@contextlib.contextmanager
+def picture(path: str | Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
+    """Draw a picture: yields a matplotlib Figure of some size in inches, which is written when the block ends.
+
+    Raises
+    ------
+    PymlaError
+        As `check`, or the file cannot be written.
+    """
+    check(path)
+    matplotlib = _matplotlib()
+    # Text of an .svg stays text, which can be searched and is sharp at any size.
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10}):
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.suptitle(title, fontsize=11)
+        data = io.BytesIO()
+        figure.savefig(data, dpi=150, format=Path(path).suffix[1:].lower())
+    outputs.write(Path(path), data.getvalue())
 
 
 def sweep(series: Sequence[Series], path: str | Path, title: str) -> None:
@@ -55,11 +77,7 @@ def sweep(series: Sequence[Series], path: str | Path, title: str) -> None:
     PymlaError
         matplotlib is missing, or the file cannot be written.
     """
-    check(path)
-    matplotlib = _matplotlib()
-    # Text of an .svg stays text, which can be searched and is sharp at any size.
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10}):
-        figure = matplotlib.figure.Figure(figsize=(11, 5.2), layout="constrained")
+    with picture(path, title, (11, 5.2)) as figure:
         for axes, name, kind in zip(
             figure.subplots(1, 2), ("Prompt (PP)", "Generation (TG)"), ("pp", "tg"), strict=True
         ):
@@ -75,10 +93,6 @@ def sweep(series: Sequence[Series], path: str | Path, title: str) -> None:
         if not handles:
             handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
-        figure.suptitle(title, fontsize=11)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=150, format=Path(path).suffix[1:].lower())
-    outputs.write(Path(path), picture.getvalue())
 
 
 def _draw(axes: Any, series: Series, kind: str, color: str, marker: str) -> None:

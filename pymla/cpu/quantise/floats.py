@@ -8,38 +8,22 @@ from pymla.cpu.quantise.quantiser import Quantiser
 from pymla.cpu.runtime.compiling import helper
 
 
-@helper
-def f32(x, w, row, scratch):
-    """The same bits."""
-    source, target, whole = address(x), address(row), len(x) // 8 * 8
-    for i in range(0, whole, 8):
-        store_f32x8(target + 4 * i, load_f32x8(source + 4 * i))
-    for i in range(whole, len(x)):
-        store_f32(target + 4 * i, load_f32(source + 4 * i))
+def _rounded(store_eight, store, nbytes):
+    """The quantiser of a type of `nbytes` bytes: `store_eight` and `store` round eight weights and one."""
 
+    @helper
+    def quantise_row(x, w, row, scratch):
+        source, target, whole = address(x), address(row), len(x) // 8 * 8
+        for i in range(0, whole, 8):
+            store_eight(target + nbytes * i, load_f32x8(source + 4 * i))
+        for i in range(whole, len(x)):
+            store(target + nbytes * i, load_f32(source + 4 * i))
 
-@helper
-def f16(x, w, row, scratch):
-    """IEEE halves. Weights above 65,504 are infinite: whoever writes a file refuses them."""
-    source, target, whole = address(x), address(row), len(x) // 8 * 8
-    for i in range(0, whole, 8):
-        store_f16x8(target + 2 * i, load_f32x8(source + 4 * i))
-    for i in range(whole, len(x)):
-        store_f16(target + 2 * i, load_f32(source + 4 * i))
-
-
-@helper
-def bf16(x, w, row, scratch):
-    """The upper halves of floats."""
-    source, target, whole = address(x), address(row), len(x) // 8 * 8
-    for i in range(0, whole, 8):
-        store_bf16x8(target + 2 * i, load_f32x8(source + 4 * i))
-    for i in range(whole, len(x)):
-        store_bf16(target + 2 * i, load_f32(source + 4 * i))
+    return Quantiser(quantise_row, whole_rows=True)
 
 
 QUANTISERS = {
-    ggml.F32: Quantiser(f32, whole_rows=True),
-    ggml.F16: Quantiser(f16, whole_rows=True),
-    ggml.BF16: Quantiser(bf16, whole_rows=True),
+    ggml.F32: _rounded(store_f32x8, store_f32, 4),  # the same bits
+    ggml.F16: _rounded(store_f16x8, store_f16, 2),  # infinite above 65,504: whoever writes a file refuses such weights
+    ggml.BF16: _rounded(store_bf16x8, store_bf16, 2),  # the upper halves of floats
 }
