@@ -17,7 +17,7 @@ from pymla.cpu.formats.rows import dequantise_row_for, write_row_for
 from pymla.cpu.machine.simd import address, load_f32x32, store_f32x32
 from pymla.cpu.machine.simd_panels import panel_codes8, panel_rows
 from pymla.cpu.matmul.activations import INPUT, Activation, parts
-from pymla.cpu.matmul.gemv import dot_rows_for
+from pymla.cpu.matmul.gemv import dot_rows_for, dot_rows_of_tokens_for
 from pymla.cpu.memory import allocate
 from pymla.cpu.runtime.array_types import F2, INT8_2, WEIGHTS_BYTES
 from pymla.cpu.runtime.isa import LANES
@@ -33,6 +33,7 @@ class Results(NamedTuple):
     numbers (N, K)."""
 
     products: np.ndarray  # float32 (1, N), by `dot_four` or `dot_row`
+    of_tokens: np.ndarray  # float32 (4, N), by `dot_tokens` where a type has it, with the activation for each token
     sums: np.ndarray  # float32 (N, K), to which `add_block` adds blocks of 32 weights
     codes: np.ndarray  # int8 (K // 4, 4 * LANES), by `unpack`
     scales: np.ndarray  # float32 (K // 16 + SPARE, LANES), by `unpack`
@@ -50,6 +51,7 @@ class Results(NamedTuple):
 
         return cls(
             nan(1, rows),
+            nan(4, rows),
             sums.copy(),
             np.full((k // 4, 4 * LANES), 85, np.int8),
             nan(k // 16 + SPARE, LANES),
@@ -59,7 +61,7 @@ class Results(NamedTuple):
         )
 
 
-RESULTS = types.NamedTuple((F2, F2, INT8_2, F2, F2, F2, types.Array(types.uint8, 2, "C")), Results)
+RESULTS = types.NamedTuple((F2, F2, F2, INT8_2, F2, F2, F2, types.Array(types.uint8, 2, "C")), Results)
 
 
 @variants
@@ -68,6 +70,7 @@ def functions(qtype):
     form = FORMATS[qtype]
     add_block, unpack, load_one, writes = form.add_block, form.unpack, form.load_one, writes_rows(qtype)
     dot_rows, dequantise_row, write_row = dot_rows_for(qtype), dequantise_row_for(qtype), write_row_for(qtype)
+    dot_rows_of_tokens = dot_rows_of_tokens_for(qtype)
 
     @kernel(WEIGHTS_BYTES, INPUT, types.float64, types.int64, RESULTS)
     def functions(first, last, w, x, weight, start, out):
@@ -75,6 +78,8 @@ def functions(qtype):
         rows, columns = out.sums.shape
         row, stride = address(w), w.shape[1]
         dot_rows(row, stride, rows, parts(x, 0), columns, address(out.products))
+        four = parts(x, 0), parts(x, 0), parts(x, 0), parts(x, 0)
+        dot_rows_of_tokens(row, stride, rows, four, 4, columns, address(out.of_tokens), 4 * rows)
         for i in range(rows):
             for block in range(columns // 32):
                 at = address(out.sums[i]) + 128 * block

@@ -48,6 +48,7 @@ def check(w, x, start=0):
 
     results = cpu_functions.call(w, x, 1, start, np.zeros((rows, k), np.float32))
     assert_close(results.products, expected, **INT8)
+    assert_close(results.of_tokens, expected.repeat(4, axis=0), **INT8)
     whole = k // 32 * 32
     assert_blocks_close(results.sums[:, :whole], weights[:, :whole])
     if form.unpack is not None:
@@ -87,15 +88,16 @@ def test_extreme_codes(qtype, byte):
     w = QTensor(qtype, bytes_alike(qtype, 3, k, byte))
     for x in (np.ones(k), -np.ones(k), np.resize([1, -1], k)):
         x = x.astype(np.float32)[None]
-        products = cpu_functions.call(w, x, 1, 0, np.zeros((3, k), np.float32)).products
+        results = cpu_functions.call(w, x, 1, 0, np.zeros((3, k), np.float32))
         expected = x.astype(np.float64) @ dequantise(w.data, qtype).astype(np.float64).T
-        np.testing.assert_allclose(products, expected, rtol=1e-6, atol=1e-3)
+        for products in (results.products, results.of_tokens):
+            np.testing.assert_allclose(products, expected.repeat(len(products), axis=0), rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.skipif(isa.ISA not in assembly.DOTS, reason="the portable level leaves the choice of instructions to LLVM")
 @QUANTISED
 def test_dot_instructions_without_spills(qtype):
-    """The loops of `dot_four`."""
+    """The loops of `dot_four` and `dot_tokens`."""
     assembly.check_dot_loops(cpu_functions.assembly(qtype), assembly.share_moved((qtype,)))
 
 

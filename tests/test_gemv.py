@@ -8,7 +8,7 @@ from compare import assert_close
 from pymla import ggml
 from pymla.cpu.formats import FORMATS
 from pymla.cpu.matmul import kernels
-from pymla.cpu.matmul.activations import Activation
+from pymla.cpu.matmul.activations import Activation, counting
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.reference.quant import dequantise
 from pymla.tensor import QTensor
@@ -40,7 +40,7 @@ def run(w, x, items=None):
     matrices = Matrices.of(w)
     out = np.full((len(x), matrices.number * matrices.rows), np.nan, np.float32)
     launch = kernels.matmul_rows(w.qtype)[(out.shape[1], items) if items else out.shape[1]]
-    launch(matrices, Activation(x).rows(w.qtype), out)
+    launch(matrices, Activation(x).rows(w.qtype), counting(len(x)), out)
     return out
 
 
@@ -59,6 +59,14 @@ def test_numbers_of_rows(qtype):
         for items in (None, 1, 3):
             tolerance = INT8 | ({"rtol_max": 1e-5} if rows == 1 else {})
             assert_close(run(w, x, items), multiplied(w, x), **tolerance)
+
+
+@TYPES
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_numbers_of_tokens(qtype, tokens):
+    """Three or four tokens are multiplied together, where a type can; those past the end repeat the last one."""
+    w, x = random_qtensor(qtype, 5, row_lengths(qtype)[-1]), normal(tokens, row_lengths(qtype)[-1])
+    assert_close(run(w, x), multiplied(w, x), **INT8)
 
 
 @TYPES

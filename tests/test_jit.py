@@ -13,6 +13,7 @@ from pymla.cpu.attention import absorbed_form_int8
 from pymla.cpu.cache_types import Q8_PAGES
 from pymla.cpu.machine.simd import add, address, load_f32x8, splat_f32, store_f32x8
 from pymla.cpu.matmul import kernels as products
+from pymla.cpu.matmul.activations import counting
 from pymla.cpu.matmul.matrices import Matrices
 from pymla.cpu.moe import grouped
 from pymla.cpu.runtime import compiling
@@ -82,9 +83,9 @@ def test_a_kernel_of_a_factory_is_called():
     w, x = rng.standard_normal((5, 64), dtype=np.float32), rng.standard_normal((2, 64), dtype=np.float32)
     matrices, out = Matrices.of(QTensor(ggml.F32, w.view(np.uint8))), np.zeros((3, 2, 5), np.float32)
     inputs, multiply = quant.Activation(x).rows(ggml.F32), products.matmul_rows(ggml.F32)
-    multiply(0, 5, matrices, inputs, out[0])
-    multiply.py_func(0, 5, matrices, inputs, out[1])
-    multiply[5](matrices, inputs, out[2])
+    multiply(0, 5, matrices, inputs, counting(2), out[0])
+    multiply.py_func(0, 5, matrices, inputs, counting(2), out[1])
+    multiply[5](matrices, inputs, counting(2), out[2])
     assert out[0].tobytes() == out[1].tobytes() == out[2].tobytes()
     np.testing.assert_allclose(out[0], x @ w.T, rtol=1e-4)
 

@@ -55,7 +55,8 @@ def matmul(w: QTensor, activation: Activation, out: np.ndarray) -> np.ndarray:
     check.matmul(w, activation, out)
     matrices = Matrices.of(w)
     if len(out) <= GEMV_TOKENS:
-        kernels.matmul_rows(w.qtype)[matrices.number * matrices.rows](matrices, activation.rows(w.qtype), out)
+        items, x = matrices.number * matrices.rows, activation.rows(w.qtype)
+        kernels.matmul_rows(w.qtype)[items](matrices, x, counting(len(out)), out)
     elif w.qtype in ggml.QUANTISED:
         items, x = matrices.number * -(-matrices.rows // PAIR_ROWS), activation.panels(w.qtype)
         kernels.matmul_panels(w.qtype)[items](matrices, x, counting(len(out)), out)

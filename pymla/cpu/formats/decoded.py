@@ -6,7 +6,7 @@ registers, transposed (`decoded_panels`).
 """
 
 from pymla.cpu.formats.decoded_panels import unpack_for
-from pymla.cpu.formats.decoded_rows import dot_four_for
+from pymla.cpu.formats.decoded_rows import dot_four_for, dot_tokens_for
 from pymla.cpu.formats.format import Format
 from pymla.cpu.machine.orders import COLUMNS, EIGHTS
 from pymla.cpu.machine.simd import (
@@ -23,6 +23,7 @@ def format_of(decoder):
     return Format(
         _add_block_for(decoder),
         dot_four=dot_four_for(decoder),
+        dot_tokens=dot_tokens_for(decoder),
         order=COLUMNS if decoder.load_eights is None else EIGHTS,
         unpack=unpack_for(decoder),
         code_bits=decoder.code_bits,

@@ -109,6 +109,44 @@ def dot_four_for(decoder):
     return dot_four
 
 
+def dot_tokens_for(decoder):
+    """Make `dot_tokens`; None where registers have 32 bytes, or where rows are decoded together."""
+    if LANES != 16 or decoder.together is not None:
+        return None
+    header, nbytes = decoder.header, decoder.nbytes
+    _, add, _ = _add_256_of_two_for(decoder)
+    inputs, begin, finish, rest = _inputs_for(decoder), _begin_for(decoder), _finish_for(decoder), _rest_for(decoder)
+    has_rest = decoder.has_rest
+
+    @inlined
+    def add_of_token(row, at, token, i, acc):
+        """Add the products of 256 weights with the i-th 256 activations of a token."""
+        _, codes, scale, sums, _, sum16 = token
+        return add(row, at, 0, codes + 256 * i, inputs(scale + 32 * i, sums + 32 * i, sum16 + 32 * i), acc)
+
+    @inlined
+    def dot_tokens(row, tokens, columns):
+        """What is said of the row for each token is done once: the compiler sees that it is the same."""
+        a, b, c, d = tokens
+        acc_a, acc_b, acc_c, acc_d = begin(), begin(), begin(), begin()
+        at = row + header
+        for i in range(columns // 256):
+            acc_a = add_of_token(row, at, a, i, acc_a)
+            acc_b = add_of_token(row, at, b, i, acc_b)
+            acc_c = add_of_token(row, at, c, i, acc_c)
+            acc_d = add_of_token(row, at, d, i, acc_d)
+            at += nbytes
+        first, second, third, fourth = totals(finish(acc_a), finish(acc_b), finish(acc_c), finish(acc_d))
+        if has_rest and columns % 256:
+            first += rest(row, a, columns)
+            second += rest(row, b, columns)
+            third += rest(row, c, columns)
+            fourth += rest(row, d, columns)
+        return first, second, third, fourth
+
+    return dot_tokens
+
+
 def _needs_sums(decoder):
     """Whether products take the sums of activations: for minima, or for what codes in registers are too large."""
     return decoder.load_minima is not None or decoder.moved_scales is not None or decoder.offset != 0

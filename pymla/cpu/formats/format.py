@@ -21,7 +21,10 @@ class Format(NamedTuple):
     #: ``dot_four(rows, activations, columns)`` of quantised types: four rows of weights times the activations of one
     #: token (`pymla.cpu.matmul.activations.parts`), whose codes lie in the type's `order`.
     dot_four: Callable | None = None
-    #: The order of codes of activations that `dot_four` reads.
+    #: ``dot_tokens(row, tokens, columns)``: a row of weights times the activations of four tokens; its codes are taken
+    #: out of the row once for all of them.
+    dot_tokens: Callable | None = None
+    #: The order of codes of activations that `dot_four` and `dot_tokens` read.
     order: int = FOURS
     #: ``unpack(rows, first, count, codes, scales, minima, scratch)`` of quantised types: see `legacy.unpack_q4_0`.
     unpack: Callable | None = None

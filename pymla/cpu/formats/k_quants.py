@@ -115,4 +115,12 @@ def dot_q6_k(rows, activations, columns):
     return _dot_q6_k_of_fours(rows, codes, scale, sum16, columns)
 
 
-Q6_K = Format(_add_q6_k, dot_four=dot_q6_k, unpack=unpack_q6_k, code_bits=8, scale_each=16, bytes_256=Q6_K_BYTES)
+Q6_K = Format(
+    _add_q6_k,
+    dot_four=dot_q6_k,
+    dot_tokens=getattr(wide, "dot_q6_k_of_tokens", None),
+    unpack=unpack_q6_k,
+    code_bits=8,
+    scale_each=16,
+    bytes_256=Q6_K_BYTES,
+)

@@ -293,22 +293,55 @@ def dot_q8_0(rows, activations, columns):
     if columns % 128:
         done = columns // 128 * 4
         at, codes, scale = Q8_0_BYTES * done, codes + 32 * done, scale + 4 * done
-        a += _rest_q8_0(rows[0] + at, codes, scale, columns % 128 // 32)
-        b += _rest_q8_0(rows[1] + at, codes, scale, columns % 128 // 32)
-        c += _rest_q8_0(rows[2] + at, codes, scale, columns % 128 // 32)
-        d += _rest_q8_0(rows[3] + at, codes, scale, columns % 128 // 32)
+        a += _rest_q8_0(Q8_0_BYTES, 2, rows[0] + at, codes, scale, scale, columns % 128 // 32)
+        b += _rest_q8_0(Q8_0_BYTES, 2, rows[1] + at, codes, scale, scale, columns % 128 // 32)
+        c += _rest_q8_0(Q8_0_BYTES, 2, rows[2] + at, codes, scale, scale, columns % 128 // 32)
+        d += _rest_q8_0(Q8_0_BYTES, 2, rows[3] + at, codes, scale, scale, columns % 128 // 32)
     return a, b, c, d
 
 
 @helper
-def _rest_q8_0(row, codes, scale, blocks):
-    """`_rest_4_bits` for Q8_0."""
+def _rest_q8_0(size, header, row, codes, scale, sums, blocks):
+    """`_rest_4_bits` for Q8_0, which needs no sums."""
     result = np.float32(0)
     for _ in range(blocks):
-        products = dot_i8(zero_i32x8(), load_i8x32(row + 2), load_i8x32(codes))
+        products = dot_i8(zero_i32x8(), load_i8x32(row + header), load_i8x32(codes))
         result += total(to_f32(products)) * (load_f16(row) * load_f32(scale))
-        row, codes, scale = row + Q8_0_BYTES, codes + 32, scale + 4
+        row, codes, scale = row + size, codes + 32, scale + 4
     return result
+
+
+# Rows of weights times the activations of four tokens, where registers have 64 bytes.
+
+_dot_4_bits_of_tokens = getattr(wide, "dot_4_bits_of_tokens", None)
+_dot_5_bits_of_tokens = getattr(wide, "dot_5_bits_of_tokens", None)
+_dot_q8_0_of_tokens = getattr(wide, "dot_q8_0_of_tokens", None)
+
+
+def _dot_tokens_for(whole, rest, size, header):
+    """Make `dot_tokens` of a type, whose blocks have `size` bytes and a header: of a function for whole fours of
+    blocks, and of one for those behind them."""
+    if LANES != 16:
+        return None
+
+    @inlined
+    def rest_of_token(row, token, columns):
+        _, codes, scale, sums, _, _ = token
+        done = columns // 128 * 4
+        at, blocks = row + size * done, columns % 128 // 32
+        return rest(size, header, at, codes + 32 * done, scale + 4 * done, sums + 4 * done, blocks)
+
+    @inlined
+    def dot_tokens(row, tokens, columns):
+        a, b, c, d = whole(size, header, row, tokens, columns)
+        if columns % 128:
+            a += rest_of_token(row, tokens[0], columns)
+            b += rest_of_token(row, tokens[1], columns)
+            c += rest_of_token(row, tokens[2], columns)
+            d += rest_of_token(row, tokens[3], columns)
+        return a, b, c, d
+
+    return dot_tokens
 
 
 # Writing
@@ -344,18 +377,44 @@ def _write_block_q8_0(x, block):
 Q4_0 = Format(
     _add_q4_0,
     dot_four=dot_q4_0,
+    dot_tokens=_dot_tokens_for(_dot_4_bits_of_tokens, _rest_4_bits, Q4_0_BYTES, 2),
     order=EIGHTS if LANES == 16 else FOURS,
     unpack=unpack_q4_0,
     code_bits=4,
     zero_point=8,
     bytes_256=8 * Q4_0_BYTES,
 )
-Q4_1 = Format(_add_q4_1, dot_four=dot_q4_1, unpack=unpack_q4_1, code_bits=4, minimum_each=32, bytes_256=8 * Q4_1_BYTES)
-Q5_0 = Format(_add_q5_0, dot_four=dot_q5_0, unpack=unpack_q5_0, code_bits=5, zero_point=16, bytes_256=8 * Q5_0_BYTES)
-Q5_1 = Format(_add_q5_1, dot_four=dot_q5_1, unpack=unpack_q5_1, code_bits=5, minimum_each=32, bytes_256=8 * Q5_1_BYTES)
+Q4_1 = Format(
+    _add_q4_1,
+    dot_four=dot_q4_1,
+    dot_tokens=_dot_tokens_for(_dot_4_bits_of_tokens, _rest_4_bits, Q4_1_BYTES, 4),
+    unpack=unpack_q4_1,
+    code_bits=4,
+    minimum_each=32,
+    bytes_256=8 * Q4_1_BYTES,
+)
+Q5_0 = Format(
+    _add_q5_0,
+    dot_four=dot_q5_0,
+    dot_tokens=_dot_tokens_for(_dot_5_bits_of_tokens, _rest_5_bits, Q5_0_BYTES, 6),
+    unpack=unpack_q5_0,
+    code_bits=5,
+    zero_point=16,
+    bytes_256=8 * Q5_0_BYTES,
+)
+Q5_1 = Format(
+    _add_q5_1,
+    dot_four=dot_q5_1,
+    dot_tokens=_dot_tokens_for(_dot_5_bits_of_tokens, _rest_5_bits, Q5_1_BYTES, 8),
+    unpack=unpack_q5_1,
+    code_bits=5,
+    minimum_each=32,
+    bytes_256=8 * Q5_1_BYTES,
+)
 Q8_0 = Format(
     _add_q8_0,
     dot_four=dot_q8_0,
+    dot_tokens=_dot_tokens_for(_dot_q8_0_of_tokens, _rest_q8_0, Q8_0_BYTES, 2),
     unpack=unpack_q8_0,
     code_bits=8,
     scale_each=SCALE_EACH,

@@ -93,6 +93,52 @@ def dot_4_bits(size, header, rows, codes, scale, sums, starts, columns):
 
 
 @inlined
+def dot_4_bits_of_tokens(size, header, row, tokens, columns):
+    """The same for a row and four tokens. What is said of the row for each token is done once: the compiler sees that
+    it is the same."""
+    a, b, c, d = tokens
+    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    min_a, min_b, min_c, min_d = none, none, none, none
+    for i in range(columns // 256):
+        acc_a, min_a = _add_eight_of_token(size, row, a, i, acc_a, min_a)
+        acc_b, min_b = _add_eight_of_token(size, row, b, i, acc_b, min_b)
+        acc_c, min_c = _add_eight_of_token(size, row, c, i, acc_c, min_c)
+        acc_d, min_d = _add_eight_of_token(size, row, d, i, acc_d, min_d)
+        row += 8 * size
+    if columns % 256 >= 128:
+        i = columns // 256
+        acc_a, min_a = _add_four_of_token(size, header, row, a, i, acc_a, min_a)
+        acc_b, min_b = _add_four_of_token(size, header, row, b, i, acc_b, min_b)
+        acc_c, min_c = _add_four_of_token(size, header, row, c, i, acc_c, min_c)
+        acc_d, min_d = _add_four_of_token(size, header, row, d, i, acc_d, min_d)
+    w = splat_f32(np.float32(-8 if size == 18 else 1))
+    return totals(
+        fma(min_a, w, halve(acc_a)),
+        fma(min_b, w, halve(acc_b)),
+        fma(min_c, w, halve(acc_c)),
+        fma(min_d, w, halve(acc_d)),
+    )
+
+
+@inlined
+def _add_eight_of_token(size, row, token, i, acc, minima):
+    """`_add_eight` with the i-th 256 activations of a token."""
+    _, codes, scale, sums, starts, _ = token
+    codes, scale, sums, starts = codes + 256 * i, scale + 32 * i, sums + 32 * i, starts + 32 * i
+    x = load_i8x64(codes), load_i8x64(codes + 64), load_i8x64(codes + 128), load_i8x64(codes + 192)
+    return _add_eight(size, row, x, load_f32x8(scale), load_f32x8(sums), load_starts(starts), acc, minima)
+
+
+@inlined
+def _add_four_of_token(size, header, row, token, i, acc, minima):
+    """`_add_four` with the activations of a token behind its first i times 256."""
+    _, codes, scale, sums, _, _ = token
+    s, m = load_f32x4_twice(scale + 32 * i), load_f32x4(sums + 32 * i)
+    return _add_four(size, header, row, codes + 256 * i, s, m, acc, minima)
+
+
+@inlined
 def _add_eight(size, row, x, s, m, z, acc, minima):
     """Add products of eight blocks and of their minima."""
     fetch_ahead(row, 8 * size)
@@ -160,6 +206,34 @@ def dot_5_bits(size, header, rows, codes, scale, sums, starts, columns):
 
 
 @inlined
+def dot_5_bits_of_tokens(size, header, row, tokens, columns):
+    """The same for a row and four tokens."""
+    a, b, c, d = tokens
+    zero = zero_f32x16()
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    min_a, min_b, min_c, min_d = zero, zero, zero, zero
+    for i in range(columns // 128):
+        acc_a, min_a = _add_four_5_bits_of_token(size, header, row, a, i, acc_a, min_a)
+        acc_b, min_b = _add_four_5_bits_of_token(size, header, row, b, i, acc_b, min_b)
+        acc_c, min_c = _add_four_5_bits_of_token(size, header, row, c, i, acc_c, min_c)
+        acc_d, min_d = _add_four_5_bits_of_token(size, header, row, d, i, acc_d, min_d)
+        row += 4 * size
+    return totals(
+        halve(add(acc_a, min_a)), halve(add(acc_b, min_b)), halve(add(acc_c, min_c)), halve(add(acc_d, min_d))
+    )
+
+
+@inlined
+def _add_four_5_bits_of_token(size, header, row, token, i, acc, minima):
+    """`_add_four_5_bits` with the i-th 128 activations of a token."""
+    _, codes, scale, sums, starts, _ = token
+    codes, scale, sums, starts = codes + 128 * i, scale + 16 * i, sums + 16 * i, starts + 16 * i
+    x, s, m = (load_i8x64(codes), load_i8x64(codes + 64)), load_f32x4_twice(scale), load_seconds(sums)
+    z = load_firsts(starts, 2) if size == 22 else zero_i32x16()
+    return _add_four_5_bits(size, header, row, x, s, m, z, acc, minima)
+
+
+@inlined
 def _add_four_5_bits(size, header, row, x, s, m, z, acc, minima):
     """Add products of four blocks and of their minima. Two loads have all of their bytes."""
     fetch_ahead(row, 4 * size)
@@ -217,3 +291,28 @@ def _bytes_times(row, codes, offset):
     """Products of four blocks of Q8_0 with their activations."""
     low, high = flip_sign_bits(load_quarters(row, 34, 2)), flip_sign_bits(load_quarters(row, 34, 18))
     return dot_u8x64(dot_u8x64(offset, low, load_i8x64(codes)), high, load_i8x64(codes + 64))
+
+
+@inlined
+def dot_q8_0_of_tokens(size, header, row, tokens, columns):
+    """The same for a row and four tokens."""
+    a, b, c, d = tokens
+    zero = zero_f32x16()
+    acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
+    for i in range(columns // 128):
+        acc_a = _add_four_q8_0_of_token(row, a, i, acc_a)
+        acc_b = _add_four_q8_0_of_token(row, b, i, acc_b)
+        acc_c = _add_four_q8_0_of_token(row, c, i, acc_c)
+        acc_d = _add_four_q8_0_of_token(row, d, i, acc_d)
+        row += 136
+    return totals(halve(acc_a), halve(acc_b), halve(acc_c), halve(acc_d))
+
+
+@inlined
+def _add_four_q8_0_of_token(row, token, i, acc):
+    """Add the products of four blocks with the i-th 128 activations of a token."""
+    _, codes, scale, _, starts, _ = token
+    fetch_ahead(row, 136)
+    products = _bytes_times(row, codes + 128 * i, load_firsts(starts + 16 * i, 16))
+    s = mul(load_scales_4(row, 34), load_f32x4_twice(scale + 16 * i))
+    return fma(to_f32x16(products), spread(s, 0), acc)

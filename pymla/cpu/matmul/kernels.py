@@ -11,7 +11,7 @@ from pymla.cpu.matmul.activations import INPUT, parts
 from pymla.cpu.matmul.gemm import Buffers, multiply_rows_for
 from pymla.cpu.matmul.gemm_amx import SPARE_COLUMNS
 from pymla.cpu.matmul.gemm_f32 import F32_ROWS, F32_SCRATCH, multiply_rows_f32_for
-from pymla.cpu.matmul.gemv import dot_rows_for
+from pymla.cpu.matmul.gemv import dot_rows_for, dot_rows_of_tokens_for, four_tokens
 from pymla.cpu.matmul.matrices import MATRICES, row_at
 from pymla.cpu.matmul.unpacked import PAIR_ROWS, SCRATCH
 from pymla.cpu.memory import allocate, allocate_f32, fetch_ahead
@@ -32,19 +32,21 @@ def rows_at_once(tokens, stride, rows):
 @variants
 def matmul_rows(qtype):
     """`matmul` for few tokens: blocks are read straight from the file."""
-    dot_rows = dot_rows_for(qtype)
+    dot_rows = dot_rows_of_tokens_for(qtype)
 
-    @kernel(MATRICES, INPUT, F2)
-    def matmul_rows(first, last, w, x, out):
-        """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file."""
+    @kernel(MATRICES, INPUT, I1, F2)
+    def matmul_rows(first, last, w, x, index, out):
+        """`matmul` for few tokens, over the rows of all matrices: blocks are read straight from the file. `index`
+        counts the tokens."""
         columns, size = x.x.shape[1], rows_at_once(len(out), w.row_stride, last - first)
         r = first
         while r < last:
             matrix, i = r // w.rows, r % w.rows
             count = min(size, last - r, w.rows - i)
             row = row_at(w, matrix, i)
-            for t in range(len(out)):
-                dot_rows(row, w.row_stride, count, parts(x, t), columns, address(out[t, r:]))
+            for t in range(0, len(out), 4):
+                four, number = four_tokens(x, index, t, len(out)), min(4, len(out) - t)
+                dot_rows(row, w.row_stride, count, four, number, columns, address(out[t, r:]), 4 * out.shape[1])
             r += count
 
     return matmul_rows

@@ -41,7 +41,7 @@ __all__ = ["experts", "experts_kernels", "ffn", "ffn_kernels", "relu_squared", "
 _NO_BIAS = np.empty(0, np.float32)
 
 #: Pairs for each expert on average, from which panels are faster than rows.
-GEMV_PAIRS = 2
+GEMV_PAIRS = 3
 #: Groups of rows that a thread takes at a time in a product by panels: it prefetches the next group's rows, which only
 #: then come to its own cache.
 GROUPS_AT_ONCE = 8
@@ -107,7 +107,7 @@ def experts(
         launch(routed[2], others[2], pairs, index, starts, weights, x, add, out)
     else:
         launch = by_rows.down_rows(down.qtype)[routed[2].rows]
-        launch(routed[2], pairs, starts, weights, y.rows(down.qtype), add, out)
+        launch(routed[2], pairs, counting(len(pairs)), starts, weights, y.rows(down.qtype), add, out)
     return out
 
 
@@ -165,7 +165,7 @@ def ffn(
         arguments = Matrices.of(gate), Matrices.of(up), tokens, starts
         _gate_up_rows(activation, gate.qtype, up.qtype, len(gate.data), arguments, hidden)
         y = Activation(hidden).rows(down.qtype)
-        by_rows.down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, starts, ones, y, add, out)
+        by_rows.down_rows(down.qtype)[len(down.data)](Matrices.of(down), tokens, tokens, starts, ones, y, add, out)
         return out
     other = np.empty_like(hidden)
     matmul(gate, activation, hidden)
