@@ -1,8 +1,8 @@
 """How close engines are to what a file says: files of every type, made here and by other programs, in several engines.
 
-Each file is run by the reference in float32, whose log-probabilities are the base; then pymla's kernels, llama.cpp and
-ik_llama.cpp run the same file on the same tokens, which they take from the base. The ratio of perplexities has the error
-of paired tokens, so that differences far below a perplexity's own error show.
+The reference runs each file in float32, and its log-probabilities are the base; then pymla's kernels, llama.cpp and
+ik_llama.cpp run the same file on the same tokens, which they take from the base. The error of a ratio of perplexities
+is that of paired tokens, so that differences far below a perplexity's own error show.
 
 Work goes on where it stopped: results are kept in FOLDER, with the model (`tools/widen_demo.py`) and the text's base.
 """
