@@ -420,7 +420,7 @@ def test_relative_errors_are_those_of_the_definition(source, imatrix):
 
 
 def test_an_expert_that_was_never_chosen_counts_like_one_chosen_once(source):
-    """With inputs as those of the others: inputs of 1 would count more than all that small inputs of the others gave."""
+    """With inputs as those of the others: inputs of 1 would count more than all small inputs of the others."""
     (tensor,) = [each for name, each in ModelFile.open(source).tensors.items() if name == "blk.1.ffn_up_exps.weight"]
     experts, _, columns = tensor.shape
     sums = np.random.default_rng(0).uniform(1e-6, 9e-6, (experts, columns))
