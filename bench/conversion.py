@@ -1,9 +1,9 @@
 """How fast a checkpoint becomes a GGUF file, beside copying its bytes, and how much memory that takes.
 
 A checkpoint of random weights is made, in BF16 and shards of a gibibyte, with tensors of V2-Lite's size or of V3's.
-Then ``cp`` copies it, and ``pymla convert`` converts it, each in a process of its own and several times in turn. A rate
-is bytes of the checkpoint by seconds, until all of the result is on the disk. Weights repeat every 32 MiB, which no file
-system here notices.
+Then ``cp`` copies it, and ``pymla convert`` converts it, each in a process of its own and several times in turn. A
+rate is bytes of the checkpoint by seconds, until all of the result is on the disk. Weights repeat every 32 MiB, which
+no file system here notices.
 """
 
 import json
@@ -59,6 +59,7 @@ _V3 = _LITE | {
     "q_lora_rank": 1536,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
+    "n_group": 4,
 }
 CONFIGS = {"lite": _LITE, "v3": _V3}
 _SHARD = 1 << 30

@@ -132,7 +132,7 @@ class _Output(NamedTuple):
             named = ", ".join(map(str, experts[:_NAMED]))
             more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
             were = "experts {} were" if len(experts) > 1 else "expert {} was"
-            note = f"{were.format(named + more)} never chosen, and all columns count alike there"
+            note = f"{were.format(named + more)} never chosen; inputs of the others stand for theirs"
             click.echo(f"note: {printable(layer)}: {note}", err=True)
 
 
