@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import click
 import widen_demo
 
+from pymla import ggml
 from pymla.engine.loading import demo_path
 from pymla.files import outputs
+from pymla.make.recipe import NEED_IMPORTANCE
 
 EXAMPLES = """\b
 Example:
@@ -35,6 +37,8 @@ TYPES = (
     *("IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0"),
 )
 IK_TYPES = ("IQ6_K", "IQ5_K", "IQ5_KS", "IQ4_K", "IQ4_KS", "IQ3_K", "IQ3_KS", "IQ2_K", "IQ2_KS")
+
+_NEED_IMPORTANCE = {ggml.NAME[qtype] for qtype in NEED_IMPORTANCE}
 
 HERE, LLAMA, IK = "pymla", "llama.cpp", "ik_llama.cpp"
 CTX = 512
@@ -92,13 +96,16 @@ def prepare(folder: Path, text: Path, calibration: Path, threads: int) -> Inputs
 
 
 def make(maker: str, qtype: str, inputs: Inputs, path: Path, engines: Engines) -> None:
-    """Write a file whose matrices, but for routers, all have one type."""
+    """Write a file whose matrices, but for routers, all have one type. llama-quantize has no importance matrix for
+    embeddings and output: where the type needs one, they have Q8_0."""
+    outer = "--output-tensor-type", "Q8_0", "--token-embedding-type", "Q8_0"
+    options = ["--pure", *(outer if qtype in _NEED_IMPORTANCE else ())]
     if maker == HERE:
-        pymla("quantize", inputs.model, path, qtype, "--pure", "--imatrix", inputs.imatrix)
+        pymla("quantize", inputs.model, path, qtype, *options, "--imatrix", inputs.imatrix)
         return
-    matrix = inputs.imatrix if maker == LLAMA else inputs.dat
+    options += ["--imatrix", str(inputs.imatrix if maker == LLAMA else inputs.dat)]
     program = engines.folders()[maker] / "llama-quantize"
-    _run([str(program), "--pure", "--imatrix", str(matrix), str(inputs.model), str(path), qtype, str(engines.threads)])
+    _run([str(program), *options, str(inputs.model), str(path), qtype, str(engines.threads)])
 
 
 def compare(engine: str, path: Path, base: Path, engines: Engines) -> dict[str, Any]:
