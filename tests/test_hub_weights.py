@@ -307,6 +307,14 @@ def test_groups_out_of_order_are_refused(tmp_path):
         checkpoint(tmp_path, tensors).read("m.weight")
 
 
+def test_a_file_that_becomes_shorter(tmp_path):
+    found = checkpoint(tmp_path, by_columns("awq")[0])
+    path = found.encoding("m.weight").codes.path
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PymlaError, match="has become shorter while it was read"):
+        found.read("m.weight")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
