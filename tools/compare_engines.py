@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import click
 import widen_demo
 
-from pymla import ggml
 from pymla.engine.loading import demo_path
 from pymla.files import outputs
+from pymla.make.mixes import mix_named
 from pymla.make.recipe import NEED_IMPORTANCE
 
 EXAMPLES = """\b
@@ -31,14 +31,12 @@ Example:
       --ik ~/ik_llama.cpp/build/bin --types Q4_K,IQ4_XS
 """
 
-#: Types of llama.cpp, and those of ik_llama.cpp alone, by the names of its llama-quantize.
+#: Types of llama.cpp, and those of ik_llama.cpp alone, by the names of llama-quantize, where IQ2_M is that of IQ2_S.
 TYPES = (
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "MXFP4_MOE", "Q3_K", "IQ3_S"),
-    *("IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0"),
+    *("IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0"),
 )
 IK_TYPES = ("IQ6_K", "IQ5_K", "IQ5_KS", "IQ4_K", "IQ4_KS", "IQ3_K", "IQ3_KS", "IQ2_K", "IQ2_KS")
-
-_NEED_IMPORTANCE = {ggml.NAME[qtype] for qtype in NEED_IMPORTANCE}
 
 HERE, LLAMA, IK = "pymla", "llama.cpp", "ik_llama.cpp"
 CTX = 512
@@ -99,7 +97,7 @@ def make(maker: str, qtype: str, inputs: Inputs, path: Path, engines: Engines) -
     """Write a file whose matrices, but for routers, all have one type. llama-quantize has no importance matrix for
     embeddings and output: where the type needs one, they have Q8_0."""
     outer = "--output-tensor-type", "Q8_0", "--token-embedding-type", "Q8_0"
-    options = ["--pure", *(outer if qtype in _NEED_IMPORTANCE else ())]
+    options = ["--pure", *(outer if mix_named(qtype).qtype in NEED_IMPORTANCE else ())]
     if maker == HERE:
         pymla("quantize", inputs.model, path, qtype, *options, "--imatrix", inputs.imatrix)
         return
