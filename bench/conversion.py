@@ -1,8 +1,9 @@
 """How fast a checkpoint becomes a GGUF file, beside copying its bytes, and how much memory that takes.
 
-A checkpoint of random weights is made, in BF16 and shards of a gibibyte. Then ``cp`` copies it, and ``pymla convert``
-converts it, each in a process of its own and several times in turn. A rate is bytes of the checkpoint by seconds, until
-all of the result is on the disk. Weights repeat every 32 MiB, which no file system here notices.
+A checkpoint of random weights is made, in BF16 and shards of a gibibyte, with tensors of V2-Lite's size or of V3's.
+Then ``cp`` copies it, and ``pymla convert`` converts it, each in a process of its own and several times in turn. A
+rate is bytes of the checkpoint by seconds, until all of the result is on the disk. Weights repeat every 32 MiB, which
+no file system here notices.
 """
 
 import json
@@ -23,13 +24,15 @@ from pymla.measure import facts
 EXAMPLES = """\b
 Examples:
   python bench/conversion.py /disk/scratch --gib 20
-  python bench/conversion.py /disk/scratch --gib 2 --type auto --type Q8_0 --rounds 3 --cold"""
+  python bench/conversion.py /disk/scratch --gib 2 --type auto --type Q8_0 --rounds 3 --cold
+  python bench/conversion.py /disk/scratch --shapes v3 --gib 1 --type Q4_K_M --rounds 1"""
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from hub import CODER, TOKENIZER_CONFIG, V3, shapes, tokenizer_json, write_json  # noqa: E402
+from hub import CODER, TOKENIZER_CONFIG, V3, tokenizer_json, write_json  # noqa: E402
+from hub import shapes as tensor_shapes  # noqa: E402
 
 #: Layers of this model have half a billion weights, most of them in 64 experts of the size of V2-Lite's.
-CONFIG = V3 | {
+_LITE = V3 | {
     "vocab_size": 4096,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -45,6 +48,20 @@ CONFIG = V3 | {
     "n_group": 8,
     "topk_group": 4,
 }
+#: The largest tensors of DeepSeek-V3, and few of its experts: a dense layer, and one with experts.
+_V3 = _LITE | {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+}
+CONFIGS = {"lite": _LITE, "v3": _V3}
 _SHARD = 1 << 30
 _NOISE = 1 << 24  # weights
 
@@ -52,16 +69,17 @@ _NOISE = 1 << 24  # weights
 @click.command(epilog=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--gib", type=float, default=20.0, show_default=True, help="Size of the checkpoint, at least.")
+@click.option("--shapes", type=click.Choice(list(CONFIGS)), default="lite", show_default=True, help="Of tensors.")
 @click.option("--type", "types", multiple=True, default=("auto", "Q8_0"), show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--cold", is_flag=True, help="Take the checkpoint out of the page cache before every run.")
 @click.option("--keep", is_flag=True, help="Keep the checkpoint.")
-def main(folder: Path, gib: float, types: tuple[str, ...], rounds: int, cold: bool, keep: bool) -> None:
+def main(folder: Path, gib: float, shapes: str, types: tuple[str, ...], rounds: int, cold: bool, keep: bool) -> None:
     """Measure in FOLDER, which needs room for the checkpoint twice. Prints JSON."""
     source, target = folder / "checkpoint", folder / "result"
     folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():
-        make_checkpoint(source, gib)
+        make_checkpoint(source, gib, CONFIGS[shapes])
     files = sorted(source.glob("*.safetensors"))
     nbytes = sum(path.stat().st_size for path in files)
     program = [sys.executable, "-m", "pymla", "convert", str(source), str(target / "m.gguf"), "--type"]
@@ -88,28 +106,25 @@ class Run(NamedTuple):
     peak: int  # bytes of memory
 
 
-def make_checkpoint(folder: Path, gib: float) -> None:
-    """Write a checkpoint of at least so many gibibytes, in BF16."""
-    per_layer = sum(map(_weights, _layer_shapes(1))) * 2
-    config = CONFIG | {"num_hidden_layers": max(1, -(-int(gib * 2**30) // per_layer))}
+def make_checkpoint(folder: Path, gib: float, config: dict[str, Any]) -> None:
+    """Write a checkpoint of at least so many gibibytes, in BF16, with at least one layer of each kind."""
+    first = config["first_k_dense_replace"]  # layer with experts
+    last = tensor_shapes(config | {"num_hidden_layers": first + 1})
+    per_layer = 2 * sum(_weights(shape) for name, shape in last.items() if f".layers.{first}." in name)
+    config = config | {"num_hidden_layers": first + max(1, -(-int(gib * 2**30) // per_layer))}
     folder.mkdir()
     write_json(folder / "config.json", config)
     write_json(folder / "tokenizer.json", tokenizer_json(CODER))
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     noise = np.random.default_rng(0).normal(0, 0.02, _NOISE).astype(np.float32).view(np.uint32) >> 16
     groups: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         if sum(map(_weights, groups[-1].values())) * 2 > _SHARD:
             groups.append({})
         groups[-1][name] = shape
     for number, group in enumerate(groups, 1):
         path = folder / f"model-{number:05}-of-{len(groups):05}.safetensors"
         _write_shard(path, group, noise.astype(np.uint16).tobytes())
-
-
-def _layer_shapes(layers: int) -> list[tuple[int, ...]]:
-    found = shapes(CONFIG | {"num_hidden_layers": layers})
-    return [shape for name, shape in found.items() if ".layers." in name]
 
 
 def _weights(shape: tuple[int, ...]) -> int:

@@ -1,9 +1,12 @@
-"""The numbers of floats with eight bits and fewer, which checkpoints and types of tensors are made of."""
+"""The numbers with eight bits and fewer, which checkpoints and types of tensors are made of."""
 
 import numpy as np
 
-#: Columns that share a scale in MXFP4.
-MX_GROUP = 32
+#: Columns that share a scale in MXFP4, and in NVFP4.
+MX_GROUP, NV_GROUP = 32, 16
+
+#: What is taken off the four bits of an integer from -8 to 7.
+INT4_ZERO = 8
 
 #: E2M1: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, section 5.3.3).
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub import GLM, V2, V3, hub_folder, random_weights, safetensors
+from test_hub_weights import by_columns
 
 from pymla import ggml
 from pymla.cli.convert import convert as command
@@ -121,7 +122,39 @@ def mxfp4(weights):
     return stored, values, {"quant_method": "quark"}
 
 
-@pytest.mark.parametrize("kind", [int4, float8, mxfp4])
+def nvfp4(weights):
+    """The same as NVIDIA's Model Optimizer stores NVFP4."""
+    rng = np.random.default_rng(0)
+    stored, values = dict(weights), dict(weights)
+    for expert in range(4):
+        name, codes = GATE.format(expert), rng.integers(0, 256, (32, 32), np.uint8)
+        scales, factor = rng.integers(40, 64, (32, 4), np.uint8), np.float32(0.01 * (expert + 1))
+        stored |= {name: ("U8", codes), name + "_scale": ("F8_E4M3", scales), name + "_scale_2": factor}
+        stored[name.replace("weight", "input_scale")] = np.float32(1)
+        values[name] = checkpoint_types.from_e2m1(codes, E4M3[scales] * factor)
+    return stored, values, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def columns_first(weights, kind):
+    """The same as GPTQ and AWQ store them."""
+    stored, values = dict(weights), dict(weights)
+    for expert in range(4):
+        name = GATE.format(expert)
+        tensors, values[name] = by_columns(kind, rows=32, columns=64, groups=2, seed=expert)
+        del stored[name]
+        stored |= {name.replace("weight", key.removeprefix("m.")): value for key, value in tensors.items()}
+    return stored, values, {"quant_method": kind, "bits": 4, "group_size": 32}
+
+
+def gptq(weights):
+    return columns_first(weights, "gptq")
+
+
+def awq(weights):
+    return columns_first(weights, "awq")
+
+
+@pytest.mark.parametrize("kind", [int4, float8, mxfp4, nvfp4, gptq, awq])
 def test_quantised_checkpoints(tmp_path, kind):
     stored, values, found = kind(random_weights(V3))
     config = V3 | {"quantization_config": found}

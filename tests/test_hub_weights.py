@@ -90,6 +90,10 @@ def test_int4(backend, rows, columns, group):
     scales = random_scales(rows, columns // group)
     found = backend.from_int4(np.ascontiguousarray(words), scales)
     np.testing.assert_array_equal(found, numbers.astype(np.float32) * np.repeat(scales, group, axis=1))
+    zeros = np.random.default_rng(1).integers(0, 17, scales.shape, np.uint8)
+    found = backend.from_int4(np.ascontiguousarray(words), scales, zeros)
+    shifted = (numbers + 8 - np.repeat(zeros, group, axis=1)).astype(np.float32)
+    np.testing.assert_array_equal(found, shifted * np.repeat(scales, group, axis=1))
 
 
 @BOTH
@@ -106,6 +110,17 @@ def test_mxfp4(backend):
     np.testing.assert_array_equal(found, expected.astype(np.float32))
     blocks = reference.mxfp4_blocks(codes, scales)
     np.testing.assert_array_equal(dequantise(blocks, ggml.MXFP4), found)
+
+
+@BOTH
+@pytest.mark.parametrize(("rows", "groups"), [(3, 4), (1, 1), (0, 2)])
+def test_e2m1(backend, rows, groups):
+    codes, scales = random_codes(rows, 8 * groups), random_scales(rows, groups)
+    found = backend.from_e2m1(codes, scales)
+    assert found.shape == (rows, 16 * groups)
+    for r in range(rows):
+        for c in range(16 * groups):
+            assert found[r, c] == E2M1[codes[r, c // 2] >> 4 * (c % 2) & 15] * scales[r, c // 16]
 
 
 @BOTH
@@ -127,8 +142,12 @@ def test_kernels_refuse_arrays_that_do_not_fit():
         cpu.from_e4m3(random_codes(5, 8), random_scales(1, 1), (4, 8), 0)
     with pytest.raises(ValueError, match="scales"):
         cpu.from_int4(np.zeros((2, 3), np.int32), random_scales(2, 2))
+    with pytest.raises(ValueError, match="zero points"):
+        cpu.from_int4(np.zeros((2, 4), np.int32), random_scales(2, 2), np.zeros((2, 1), np.uint8))
     with pytest.raises(ValueError, match="scales"):
         cpu.from_mxfp4(random_codes(2, 16), random_codes(2, 2))
+    with pytest.raises(ValueError, match="scales"):
+        cpu.from_e2m1(random_codes(2, 16), random_scales(2, 3))
 
 
 def checkpoint(folder, tensors, **quantisation):
@@ -222,6 +241,102 @@ def test_mxfp4_keeps_its_bits(tmp_path, name, kind, scale_kind):
     np.testing.assert_array_equal(dequantise(blocks, ggml.MXFP4), found.rows("x", 1, 6))
 
 
+def test_nvfp4_of_model_optimizer(tmp_path):
+    """Two numbers in a byte, a scale in float8 for 16 columns, and one for all; scales of activations do not count."""
+    codes, scales = random_codes(6, 32), random_codes(6, 4, seed=2) & 63
+    tensors = {
+        "a.weight": ("U8", codes),
+        "a.weight_scale": ("F8_E4M3", scales),
+        "a.weight_scale_2": np.float32(0.37),
+        "a.input_scale": np.float32(3),
+    }
+    found = checkpoint(tmp_path, tensors)
+    assert found.names == {"a.weight"}
+    found.expect("a.weight", (6, 64))
+    assert found.qtype("a.weight") is None
+    numbers = E2M1[np.stack([codes & 15, codes >> 4], -1).reshape(6, 64)]
+    expected = numbers * np.repeat(E4M3[scales] * np.float32(0.37), 16, axis=1)
+    np.testing.assert_array_equal(found.rows("a.weight", 1, 6), expected[1:])
+
+
+def words_of(numbers, order=range(8)):
+    """Numbers of four bits, eight in a word of the last dimension, in an order of which the first is lowest."""
+    return sum(numbers[..., each::8].astype(np.uint32) << np.uint32(4 * i) for i, each in enumerate(order)).view(
+        np.int32
+    )
+
+
+def by_columns(kind, rows=24, columns=64, groups=4, seed=0):
+    """A weight as GPTQ or AWQ stores it, and what it is."""
+    rng = np.random.default_rng(seed)
+    codes, zeros = rng.integers(0, 16, (rows, columns)), rng.integers(1, 16, (rows, groups))
+    scales = rng.uniform(0.1, 1, (rows, groups)).astype(np.float16)
+    weights = (codes - np.repeat(zeros, columns // groups, axis=1)) * np.repeat(
+        scales.astype(np.float32), columns // groups, axis=1
+    )
+    if kind == "awq":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        qweight, qzeros = words_of(codes.T, order), words_of(zeros.T, order)
+    else:
+        qweight, qzeros = words_of(codes).T, words_of(zeros.T - (kind == "gptq"))
+    tensors = {
+        "m.qweight": ("I32", np.ascontiguousarray(qweight)),
+        "m.qzeros": ("I32", np.ascontiguousarray(qzeros)),
+        "m.scales": ("F16", np.ascontiguousarray(scales.T)),
+    }
+    if kind != "awq":
+        tensors["m.g_idx"] = ("I32", np.repeat(np.arange(groups, dtype=np.int32), columns // groups))
+    return tensors, weights.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "awq"])
+def test_integers_with_columns_first(tmp_path, kind):
+    tensors, expected = by_columns(kind)
+    found = checkpoint(tmp_path, tensors, zeros_from=int(kind == "gptq"))
+    assert found.names == {"m.weight"}
+    found.expect("m.weight", (24, 64))
+    assert found.qtype("m.weight") is None
+    for start, stop in ((0, 24), (3, 4), (5, 19), (16, 24)):
+        np.testing.assert_array_equal(found.rows("m.weight", start, stop), expected[start:stop])
+
+
+def test_groups_out_of_order_are_refused(tmp_path):
+    tensors, _ = by_columns("gptq")
+    tensors["m.g_idx"][1][[3, 40]] = tensors["m.g_idx"][1][[40, 3]]
+    with pytest.raises(PymlaError, match="groups of columns are not in order"):
+        checkpoint(tmp_path, tensors).read("m.weight")
+
+
+def test_a_file_that_becomes_shorter(tmp_path):
+    found = checkpoint(tmp_path, by_columns("awq")[0])
+    path = found.encoding("m.weight").codes.path
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PymlaError, match="has become shorter while it was read"):
+        found.read("m.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("m.qweight", ("I64", np.ones((8, 24), np.int64)), "m.qweight is of type I64"),
+        ("m.scales", ("F16", np.ones(3, np.float16)), "m.qweight is of type I32"),
+        ("m.scales", ("F16", np.ones((5, 24), np.float16)), r"m.scales has shape \(5, 24\)"),
+        ("m.scales", ("F16", np.ones((4, 64), np.float16)), r"m.scales has shape \(4, 64\)"),
+        ("m.qweight", ("I32", np.ones((64, 2), np.int32)), r"ask for \(4, 16\)"),
+        ("m.scales", ("I32", np.ones((4, 24), np.int32)), "m.scales is of type I32"),
+        ("m.scales", None, "m.scales is missing"),
+        ("m.qzeros", None, "m.qzeros is missing"),
+        ("m.qzeros", ("I32", np.ones((4, 4), np.int32)), "m.qzeros is missing or of another shape"),
+        ("m.g_idx", ("I32", np.ones(63, np.int32)), "m.g_idx is of type I32 and shape"),
+    ],
+)
+def test_integers_with_columns_first_that_are_refused(tmp_path, name, value, message):
+    tensors, _ = by_columns("gptq")
+    tensors = {key: each for key, each in (tensors | {name: value}).items() if each is not None}
+    with pytest.raises(PymlaError, match=message):
+        checkpoint(tmp_path, tensors).encoding("m.weight")
+
+
 FLOAT8, INT4 = ("F8_E4M3", np.ones((4, 8), np.uint8)), ("I32", np.ones((2, 8), np.int32))
 
 
@@ -237,6 +352,11 @@ FLOAT8, INT4 = ("F8_E4M3", np.ones((4, 8), np.uint8)), ("I32", np.ones((2, 8), n
         ({"x_packed": ("I64", np.ones((2, 8), np.int64))}, "x", "tensor x_packed is of type I64"),
         ({"x_packed": ("U8", np.ones((2, 8), np.uint8)), "x_scale": FLOAT8}, "x", "x_scale is of type F8_E4M3"),
         ({"x": ("U8", np.ones((2, 8), np.uint8))}, "x", "tensor x is of type U8"),
+        (
+            {"x": ("U8", np.ones((2, 8), np.uint8)), "x_scale": FLOAT8, "x_scale_2": np.ones(2, np.float32)},
+            "x",
+            "tensor x_scale_2 is of type F32, shape",
+        ),
     ],
 )
 def test_quantised_weights_that_are_refused(tmp_path, tensors, name, message):
@@ -273,6 +393,10 @@ def groups(**weights):
         (groups(group_size=64), Quantisation(group=64)),
         (groups(block_structure=[8, 4]) | {"format": "float-quantized"}, Quantisation(block=(8, 4))),
         ({"quant_method": "quark"}, Quantisation()),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, Quantisation()),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, Quantisation()),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, Quantisation(zeros_from=0)),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMM", "zero_point": True}, Quantisation()),
     ],
 )
 def test_what_config_json_says(tmp_path, found, expected):
@@ -284,7 +408,12 @@ def test_what_config_json_says(tmp_path, found, expected):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"quant_method": "awq"}, 'quant_method is "awq"'),
+        ({"quant_method": "bitsandbytes"}, 'quant_method is "bitsandbytes"'),
+        ({"quant_method": "awq"}, "bits is null"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, 'version is "gemv"'),
+        ({"quant_method": "gptq", "bits": 2}, "bits is 2"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, 'checkpoint_format is "marlin"'),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, 'quant_algo is "W4A8"'),
         ({"quant_method": ["fp8"]}, "quant_method is"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128, True]}, "weight_block_size"),
@@ -314,6 +443,10 @@ EVERY_KIND = {
     "d_packed": ("U8", random_codes(2, 32)),
     "d_scale": ("F8_E8M0", np.full((2, 2), 127, np.uint8)),
     "e": ("BF16", np.ones((3, 5), np.uint16)),
+    "g": ("U8", random_codes(2, 32)),
+    "g_scale": ("F8_E4M3", np.full((2, 4), 56, np.uint8)),
+    "g_scale_2": np.float32(1),
+    **by_columns("gptq", rows=8, columns=32, groups=2)[0],
 }
 KINDS = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "U8", "I8", "I32", "I64", "F4", ""])
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 32, 40, 128, 2**40]), max_size=4)
@@ -336,7 +469,9 @@ def test_any_header_gives_weights_or_one_line(data):
             elif change == "shape":
                 header[name]["shape"] = data.draw(SHAPES)
             elif change == "name":
-                other = data.draw(st.sampled_from(["a", "c", "c_zero_point", "d_scale_inv", "e_scale", "f"]))
+                other = data.draw(
+                    st.sampled_from(["a", "c", "c_zero_point", "d_scale_inv", "e_scale", "f", "d_scale_2", "m.scales"])
+                )
                 header[other] = header.pop(name)
             elif len(header) > 2:
                 del header[name]

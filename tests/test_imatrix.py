@@ -252,6 +252,13 @@ def test_resumed_and_merged_runs_equal_one(run, model, text, tmp_path):  # noqa:
     assert Importance.read(part).datasets == (str(text),)
     # Through the older format, which has means only, and no counts of experts.
     assert run("imatrix", "--in-file", whole, "-o", tmp_path / "whole.dat")[0] == 0
+    # One entry for all heads.
+    assert run("imatrix", "--in-file", whole, "-o", tmp_path / "heads.gguf", "--merge-heads")[0] == 0
+    sizes = [
+        Importance.read(each).entries["blk.0.attn_v_b.weight"].sums.shape for each in (whole, tmp_path / "heads.gguf")
+    ]
+    rank = ModelFile.open(model).metadata["deepseek2.attention.kv_lora_rank"]
+    assert sizes == [(1, rank * ModelFile.open(model).metadata["deepseek2.attention.head_count"]), (1, rank)]
     for name, entry in Importance.read(whole).entries.items():
         if entry.counts.all():
             shape = (*([entry.counts.size] if entry.counts.size > 1 else []), 1, entry.sums.shape[1])

@@ -248,7 +248,8 @@ def test_columns_of_matrices_experts_and_heads():
         name = NAME.format(1, stem)
         columns, each = importance.columns(name, shape), importance.entries[name]
         assert columns.dtype == np.float32
-        expected = np.ones(each.sums.shape)
+        # An expert without inputs has those that all others had.
+        expected = np.tile(each.sums.sum(0) / each.counts.sum(), (len(each.counts), 1))
         for expert, count in enumerate(each.counts):
             if count:
                 expected[expert] = each.sums[expert] / count
@@ -281,6 +282,48 @@ def test_tensors_that_read_the_same():
     assert of_up.columns(NAME.format(0, "ffn_gate"), (7, 2)) is None
     fused = Importance({NAME.format(0, "ffn_gate_up_exps"): of_up.entries[up]}, chunk_size=1)
     np.testing.assert_array_equal(fused.columns(up, (2, 7, 2)), [[1, 2], [1, 2]])
+
+
+def of_heads(heads):
+    """Entries of a layer, with two columns of a key's head and three latent ones."""
+    rng = np.random.default_rng(0)
+    sizes = {"attn_k_b": 2 * heads, "attn_v_b": 3 * heads, "attn_kv_b": 3, "attn_output": 4}
+    entries = {
+        NAME.format(0, stem): Entry(rng.random((1, size)), np.array([40], np.int64)) for stem, size in sizes.items()
+    }
+    return Importance(entries, ["wiki.txt"], 8)
+
+
+def test_one_entry_for_all_heads(tmp_path):
+    """Of the sizes that ik_llama.cpp's llama-quantize asks for where tensors of heads have two dimensions."""
+    whole = of_heads(4)
+    merged = whole.with_merged_heads()
+    merged.write(tmp_path / "i.dat", "dat")
+    read = Importance.read(tmp_path / "i.dat")
+    assert {name: each.sums.size for name, each in read.entries.items()} == {
+        NAME.format(0, stem): size
+        for stem, size in {"attn_k_b": 2, "attn_v_b": 3, "attn_kv_b": 3, "attn_output": 4}.items()
+    }
+    assert merged.chunks == whole.chunks == 5
+    for stem, columns in (("attn_k_b", 2), ("attn_v_b", 3)):
+        name = NAME.format(0, stem)
+        expected = whole.columns(name, (4 * 5, columns))
+        np.testing.assert_allclose(read.columns(name, (4 * 5, columns)), expected, rtol=1e-6)
+        np.testing.assert_allclose(read.columns(name, (4, 5, columns)), np.repeat(expected, 4, 0), rtol=1e-6)
+    again = merged.with_merged_heads()
+    assert_same(again, merged)
+    assert_same(Importance({}, ["a"], 8).with_merged_heads(), Importance({}, ["a"], 8))
+
+
+def test_heads_that_are_not_known():
+    """Rows say how many, and so do latent columns of `attn_kv_b`."""
+    rows = Importance({NAME.format(0, "attn_k_b"): entry([1, 2], [3, 8], counts=[2, 2])}, chunk_size=1)
+    np.testing.assert_array_equal(rows.with_merged_heads().columns(NAME.format(0, "attn_k_b"), (9, 2)), [[1, 2.5]])
+    for lacking in ("attn_kv_b", "attn_v_b"):
+        importance = of_heads(4)
+        del importance.entries[NAME.format(0, lacking)]
+        with pytest.raises(PymlaError, match="is not known, as attn_v_b"):
+            importance.with_merged_heads()
 
 
 def test_inputs_of_no_head():

@@ -419,6 +419,24 @@ def test_relative_errors_are_those_of_the_definition(source, imatrix):
         assert measured.options[ggml.IQ4_NL].cost > 20 * option.cost
 
 
+def test_an_expert_that_was_never_chosen_counts_like_one_chosen_once(source):
+    """With inputs as those of the others: inputs of 1 would count more than all small inputs of the others."""
+    (tensor,) = [each for name, each in ModelFile.open(source).tensors.items() if name == "blk.1.ffn_up_exps.weight"]
+    experts, _, columns = tensor.shape
+    sums = np.random.default_rng(0).uniform(1e-6, 9e-6, (experts, columns))
+    counts = np.full(experts, 64, np.int64)
+    sums[2], counts[2] = 0, 0
+    never = Importance({tensor.name: Entry(sums, counts)})
+    sums, counts = sums.copy(), counts.copy()
+    sums[2], counts[2] = sums.sum(0) / counts.sum(), 1
+    once = Importance({tensor.name: Entry(sums, counts)})
+    found, expected = (
+        target_size.measure([tensor], 2, "output.weight", each, candidates=[ggml.Q4_0])[0].options[ggml.Q4_0]
+        for each in (never, once)
+    )
+    assert found.cost == pytest.approx(expected.cost, rel=1e-6)
+
+
 def test_a_recipe_of_choices(tmp_path):
     names = [
         "blk.0.ffn_up.weight",

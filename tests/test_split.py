@@ -1,5 +1,6 @@
 """Models in several files from one, and one from several."""
 
+import json
 import signal
 import textwrap
 
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
 from gguf_files import write
+from golden_split import GOLDEN, digests
 from test_interrupts import started
 
 from pymla import ggml
@@ -88,6 +90,15 @@ def test_there_and_back(tmp_path, model, limit, parts):
     assert ModelFile.open(whole).parts == [whole]
     again = split(whole, tmp_path / "again", **limit)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_tensors": 7}, "max_tensors"), ({"max_size": 10**6}, "max_size")])
+def test_files_are_those_of_gguf_split(tmp_path, limits, name):
+    """Byte for byte, in both directions."""
+    expected = json.loads((GOLDEN / "split.json").read_text(encoding="utf-8"))["made"][name]
+    parts = split(GOLDEN / "v3.gguf", tmp_path / name, **limits)
+    assert digests(parts) == expected["parts"]
+    assert digests([merge(parts[1], tmp_path / "whole.gguf")]) == [expected["merged"]]
 
 
 def test_another_alignment(tmp_path):

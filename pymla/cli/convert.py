@@ -58,8 +58,8 @@ Examples:
 def convert(folder: Path, out: Path, split: int | None, dry_run: bool, **options: Any) -> None:
     """Convert FOLDER, a model as Hugging Face has it, to the GGUF file OUT.
 
-    FOLDER holds config.json, a tokenizer, and safetensors in BF16, F16, F32, float8, int4 or MXFP4. OUT appears when it
-    is complete. A run that was interrupted goes on where it stopped if it is called again.
+    FOLDER holds config.json, a tokenizer, and safetensors in BF16, F16, F32, float8 or a type of 4 bits. OUT appears
+    when it is complete. A run that was interrupted goes on where it stopped if it is called again.
     """
     from pymla.cli.progress import WriteProgress
     from pymla.cli.terminal import Terminal

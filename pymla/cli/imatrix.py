@@ -61,6 +61,11 @@ examples goes on from there."""
 @click.option(
     "--output-format", type=click.Choice(FORMATS), help="[default: dat for a name that ends in .dat, or else gguf]"
 )
+@click.option(
+    "--merge-heads",
+    is_flag=True,
+    help="One entry for all heads of attn_k_b and attn_v_b, for ik_llama.cpp and files where they have two dimensions.",
+)
 @click.option("--process-output", is_flag=True, help="Collect for the output matrix, too.")
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in the text as these tokens.")
 @click.option("--no-ppl", is_flag=True, help="Do not estimate the perplexity meanwhile.")
@@ -74,6 +79,7 @@ def imatrix(
     ctx: int | None,
     in_files: tuple[Path, ...],
     output_format: Literal["gguf", "dat"] | None,
+    merge_heads: bool,
     show_statistics: bool,
     **rest: Any,
 ) -> int:
@@ -90,13 +96,13 @@ def imatrix(
     form: Literal["gguf", "dat"] = output_format or ("dat" if out.suffix == ".dat" else "gguf")
     before = [Importance.read(each) for each in in_files]
     if text_path is not None:
-        return _collect(path or demo_path(), text_path, _Output(out, form, before, ctx or CTX), **rest)
+        return _collect(path or demo_path(), text_path, _Output(out, form, before, ctx or CTX, merge_heads), **rest)
     if path is not None:
         raise PymlaError(f"give the text that {path} shall read with -f")
     if not before:
         raise PymlaError("give a text to read with -f, or files to merge with --in-file")
     outputs.check({"-o": out})
-    output = _Output(out, form, before, ctx or 0)
+    output = _Output(out, form, before, ctx or 0, merge_heads)
     output.describe(output.write())
     return 0
 
@@ -108,10 +114,13 @@ class _Output(NamedTuple):
     form: Literal["gguf", "dat"]
     before: Sequence[Importance]  # of the files that are added
     ctx: int  # tokens of a chunk; 0: as the files say
+    merge_heads: bool
 
     def write(self, collected: Importance | None = None) -> Importance:
         """Write the sum of the files and of what was collected."""
         total = Importance.merged([*self.before, *([] if collected is None else [collected])], self.ctx)
+        if self.merge_heads:
+            total = total.with_merged_heads()
         total.write(self.path, self.form)
         return total
 
@@ -123,7 +132,7 @@ class _Output(NamedTuple):
             named = ", ".join(map(str, experts[:_NAMED]))
             more = f" and {len(experts) - _NAMED} more" if len(experts) > _NAMED else ""
             were = "experts {} were" if len(experts) > 1 else "expert {} was"
-            note = f"{were.format(named + more)} never chosen, and all columns count alike there"
+            note = f"{were.format(named + more)} never chosen; inputs of the others stand for theirs"
             click.echo(f"note: {printable(layer)}: {note}", err=True)
 
 

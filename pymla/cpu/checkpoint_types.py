@@ -12,7 +12,7 @@ from numba import types
 
 from pymla.cpu.runtime.array_types import F2, WEIGHTS_BYTES, WEIGHTS_F1
 from pymla.cpu.runtime.jit import kernel
-from pymla.small_floats import E2M1, E4M3, E8M0, MX_GROUP
+from pymla.small_floats import E2M1, E4M3, E8M0, INT4_ZERO, MX_GROUP
 
 # Inner loops go over slices, from 0 on: LLVM then sees that no index counts from the end, and takes registers.
 
@@ -50,19 +50,39 @@ def from_e4m3(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int], fir
     return out
 
 
-def from_int4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Integers from -8 to 7, eight in a word, with a scale for a group of columns; contiguous arrays.
+def from_int4(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
+    """Integers of four bits, eight in a word, with a scale and a zero point for a group of columns; contiguous arrays.
 
     Raises
     ------
     ValueError
-        Groups are not whole words, or there are not as many rows of scales as of codes.
+        Groups are not whole words, or there are not as many rows of scales as of codes, or not as many zero points as
+        scales.
     """
     rows, words = codes.shape
     if len(scales) != rows or (words and (not scales.shape[1] or words % scales.shape[1])):
         raise ValueError(f"scales {scales.shape} for codes {codes.shape}")
+    zeros = np.full(scales.shape, INT4_ZERO, np.uint8) if zeros is None else zeros
+    if zeros.shape != scales.shape:
+        raise ValueError(f"zero points {zeros.shape} for scales {scales.shape}")
     out = np.empty((rows, 8 * words), np.float32)
-    _from_int4[rows](codes, scales, out)
+    _from_int4[rows](codes, scales, zeros, out)
+    return out
+
+
+def from_e2m1(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Numbers of four bits with a float32 scale for a group of columns; contiguous arrays.
+
+    Raises
+    ------
+    ValueError
+        Groups are not whole bytes, or there are not as many rows of scales as of codes.
+    """
+    rows, pairs = codes.shape
+    if len(scales) != rows or (pairs and (not scales.shape[1] or pairs % scales.shape[1])):
+        raise ValueError(f"scales {scales.shape} for codes {codes.shape}")
+    out = np.empty((rows, 2 * pairs), np.float32)
+    _from_e2m1[rows](codes, scales, E2M1, out)
     return out
 
 
@@ -74,12 +94,9 @@ def from_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     ValueError
         There is not a scale for every 32 columns.
     """
-    rows, pairs = codes.shape
-    if scales.shape != (rows, 2 * pairs // MX_GROUP) or 2 * pairs % MX_GROUP:
+    if scales.shape != (len(codes), 2 * codes.shape[1] // MX_GROUP):
         raise ValueError(f"scales {scales.shape} for codes {codes.shape}")
-    out = np.empty((rows, 2 * pairs), np.float32)
-    _from_mxfp4[rows](codes, scales, E2M1, E8M0, out)
-    return out
+    return from_e2m1(codes, E8M0[scales])
 
 
 def largest_magnitude(words: np.ndarray, alone: bool = False) -> int:
@@ -117,29 +134,30 @@ def _from_e4m3(first, last, codes, scales, block, start, numbers, out):
                 target[c] = numbers[source[c]] * scale
 
 
-@kernel(_INT4_WORDS, _SCALES, F2)
-def _from_int4(first, last, codes, scales, out):
+@kernel(_INT4_WORDS, _SCALES, WEIGHTS_BYTES, F2)
+def _from_int4(first, last, codes, scales, zeros, out):
+    """Items are rows."""
+    groups = scales.shape[1]
+    for r in range(first, last):
+        width = codes.shape[1] // max(1, groups)
+        for g in range(groups):
+            scale, zero = scales[r, g], np.int32(zeros[r, g])
+            source, target = codes[r, g * width : (g + 1) * width], out[r, 8 * g * width : 8 * (g + 1) * width]
+            for w in range(width):
+                for i in range(8):
+                    target[8 * w + i] = np.float32((source[w] >> 4 * i & 15) - zero) * scale
+
+
+@kernel(WEIGHTS_BYTES, _SCALES, WEIGHTS_F1, F2)
+def _from_e2m1(first, last, codes, scales, numbers, out):
     """Items are rows."""
     groups = scales.shape[1]
     for r in range(first, last):
         width = codes.shape[1] // max(1, groups)
         for g in range(groups):
             scale = scales[r, g]
-            source, target = codes[r, g * width : (g + 1) * width], out[r, 8 * g * width : 8 * (g + 1) * width]
-            for w in range(width):
-                for i in range(8):
-                    target[8 * w + i] = np.float32((source[w] >> 4 * i & 15) - 8) * scale
-
-
-@kernel(WEIGHTS_BYTES, WEIGHTS_BYTES, WEIGHTS_F1, WEIGHTS_F1, F2)
-def _from_mxfp4(first, last, codes, scales, numbers, powers, out):
-    """Items are rows."""
-    for r in range(first, last):
-        for b in range(scales.shape[1]):
-            scale = powers[scales[r, b]]
-            source = codes[r, MX_GROUP // 2 * b : MX_GROUP // 2 * (b + 1)]
-            target = out[r, MX_GROUP * b : MX_GROUP * (b + 1)]
-            for i in range(MX_GROUP // 2):
+            source, target = codes[r, g * width : (g + 1) * width], out[r, 2 * g * width : 2 * (g + 1) * width]
+            for i in range(width):
                 target[2 * i] = numbers[source[i] & 15] * scale
                 target[2 * i + 1] = numbers[source[i] >> 4] * scale
 

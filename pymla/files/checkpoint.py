@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pymla.errors import PymlaError
+from pymla.files import int4_columns
 from pymla.files.checkpoint_encodings import DTYPES, Encoding, Entry, Quantisation, encoding, weights
 from pymla.files.textfile import decode
 
@@ -34,6 +35,8 @@ class StoredRows(NamedTuple):
     codes: np.ndarray  # (rows, ...), of the type of `DTYPES`
     scales: np.ndarray | None = None  # those of the blocks that hold the rows: (block rows, block columns)
     first: int = 0  # rows of the first block that lie before them
+    zeros: np.ndarray | None = None  # the codes that stand for 0, uint8 like `scales`; None: 8
+    factor: float = 1.0  # of all scales
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,13 +129,17 @@ class Checkpoint:
             The file cannot be read, or `encoding` raises.
         """
         found = self.encoding(name)
+        if found.zeros is not None:
+            codes, scales, zeros = int4_columns.read_rows(found, start, stop)
+            return StoredRows(found, codes, scales, zeros=zeros)
         codes = _read_rows(found.codes, start, stop)
         if found.scales is None:
             return StoredRows(found, codes)
         block = found.block[0]
         columns = -(-found.shape[-1] // found.block[1])
         scales = _read_rows(found.scales, start // block, -(-stop // block), columns)
-        return StoredRows(found, codes, scales, start % block)
+        factor = 1.0 if found.factor is None else float(_read_rows(found.factor, 0, 1, 1)[0, 0])
+        return StoredRows(found, codes, scales, start % block, factor=factor)
 
     def _add(self, path: Path) -> None:
         """Take in the tensors of a file."""

@@ -6,9 +6,12 @@
 | F8_E4M3 | ``x`` | ``x_scale_inv`` or ``x_scale``: of blocks, rows, experts or all of it | DeepSeek V3, GLM-5 |
 | INT4 | ``x_packed``, I32: eight columns in a word | ``x_scale``: of groups of columns | Kimi-K2-Thinking |
 | MXFP4 | ``x_packed`` or ``x``, U8 or I8: two columns in a byte | ``x_scale``: E8M0, of 32 columns | Quark, K3 |
+| NVFP4 | ``x``, U8: two columns in a byte | ``x_scale``: E4M3, of 16 columns; ``x_scale_2`` | DeepSeek-R1-NVFP4 |
+| GPTQ, AWQ | ``m.qweight``, I32, with columns first | ``m.scales``, ``m.qzeros``: of groups | DeepSeek-R1-AWQ |
 
-INT4 is ``pack-quantized`` of compressed-tensors, symmetric; MXFP4 its ``mxfp4-pack-quantized``, or AMD Quark's. Mistral
-calls the scale of ``m.weight`` ``m.qscale_weight`` in files of its own.
+INT4 is ``pack-quantized`` of compressed-tensors, symmetric; MXFP4 its ``mxfp4-pack-quantized``, or AMD Quark's. NVFP4
+is that of NVIDIA's Model Optimizer; a scale is the product of both. Mistral calls the scale of ``m.weight``
+``m.qscale_weight`` in files of its own. `pymla.files.int4_columns` describes GPTQ and AWQ, which have no ``m.weight``.
 """
 
 import math
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pymla.errors import PymlaError
-from pymla.small_floats import MX_GROUP
+from pymla.small_floats import MX_GROUP, NV_GROUP
 
 #: Types of safetensors files that are read, with those of NumPy that have their bits.
 DTYPES: dict[str, np.dtype] = {
@@ -40,13 +43,19 @@ _SCALE_TYPES = {
     "F8_E4M3": ("F32", "BF16", "F16", "F8_E8M0"),
     "INT4": ("F32", "BF16", "F16"),
     "MXFP4": ("F8_E8M0", "U8", "I8"),
+    "NVFP4": ("F8_E4M3",),
+    "GPTQ": ("F16", "BF16", "F32"),
+    "AWQ": ("F16", "BF16", "F32"),
 }
-#: Columns of a word of INT4 and of a byte of MXFP4.
-_INT4_COLUMNS, _MXFP4_COLUMNS = 8, 2
+#: Columns, or rows, of a word of INT4, GPTQ and AWQ, and of a byte of MXFP4 and NVFP4.
+INT4_COLUMNS, _FP4_COLUMNS = 8, 2
 
+#: What is in place of ``.weight`` in the names of GPTQ's and AWQ's tensors.
+QWEIGHT, QZEROS, SCALES, GROUPS = ".qweight", ".qzeros", ".scales", ".g_idx"
+_WEIGHT, _FACTOR = ".weight", "_scale_2"
 _PACKED, _SCALE_INV, _SCALE, _MISTRAL_SCALE = "_packed", "_scale_inv", "_scale", ".qscale_weight"
 #: Tensors beside the codes of a weight.
-_BESIDE = (_SCALE_INV, _SCALE, "_shape", "_zero_point", "_g_idx")
+_BESIDE = (_SCALE_INV, _SCALE, _FACTOR, "_shape", "_zero_point", "_g_idx")
 #: Tensors that have to do with activations and the cache alone.
 _UNUSED = ("input_scale", "output_scale", "activation_scale", ".qscale_act", ".k_scale", ".v_scale")
 
@@ -66,6 +75,7 @@ class Quantisation(NamedTuple):
 
     block: tuple[int, int] = (128, 128)  # rows and columns of a float8 matrix that share a scale
     group: int = 32  # columns of INT4 that share one
+    zeros_from: int = 1  # what GPTQ's zero points lack
 
 
 class Encoding(NamedTuple):
@@ -76,6 +86,10 @@ class Encoding(NamedTuple):
     codes: Entry
     scales: Entry | None = None
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale, all leading dimensions being rows
+    zeros: Entry | None = None  # zero points of GPTQ and AWQ
+    zeros_from: int = 0  # what they lack
+    groups: Entry | None = None  # the group of each column of GPTQ
+    factor: Entry | None = None  # of all scales of NVFP4
 
 
 def weights(entries: Mapping[str, Entry]) -> set[str]:
@@ -87,7 +101,12 @@ def weights(entries: Mapping[str, Entry]) -> set[str]:
             continue
         if name.endswith(_MISTRAL_SCALE) and f"{name.removesuffix(_MISTRAL_SCALE)}.weight" in entries:
             continue
-        if not name.endswith(_UNUSED):
+        module = next(
+            (name.removesuffix(each) for each in (QWEIGHT, QZEROS, SCALES, GROUPS) if name.endswith(each)), ""
+        )
+        if module + QWEIGHT in entries:
+            found.add(module + _WEIGHT)
+        elif not name.endswith(_UNUSED):
             found.add(name.removesuffix(_PACKED))
     return found
 
@@ -100,6 +119,8 @@ def encoding(entries: Mapping[str, Entry], name: str, folder: Path, quantisation
     PymlaError
         The weight or its scales are missing, of a type or a shape that is not read, or truncated.
     """
+    if name.removesuffix(_WEIGHT) + QWEIGHT in entries:
+        return _by_columns(entries, name.removesuffix(_WEIGHT), folder, quantisation.zeros_from)
     packed = entries.get(name + _PACKED)
     codes = packed or entries.get(name)
     if codes is None:
@@ -107,6 +128,8 @@ def encoding(entries: Mapping[str, Entry], name: str, folder: Path, quantisation
     codes_name = name + _PACKED if packed else name
     if packed and packed.dtype == "I32":
         found = _int4(entries, name, packed, folder, quantisation.group)
+    elif codes.dtype in _BYTES and name + _FACTOR in entries:
+        found = _nvfp4(entries, name, codes, folder)
     elif codes.dtype in _BYTES and (packed or name + _SCALE in entries):
         found = _mxfp4(entries, name, codes, folder)
     elif codes.dtype == "F8_E4M3":
@@ -175,17 +198,55 @@ def _int4(entries: Mapping[str, Entry], name: str, codes: Entry, folder: Path, g
     if len(codes.shape) < 2:
         raise PymlaError(f"{codes.path}: tensor {name + _PACKED} has shape {codes.shape}; only matrices are read")
     scales = _scales(entries, name + _SCALE, "INT4", folder)
-    columns = _INT4_COLUMNS * codes.shape[-1]
-    if scales.shape != (*codes.shape[:-1], columns // group) or columns % group or group % _INT4_COLUMNS:
+    columns = INT4_COLUMNS * codes.shape[-1]
+    if scales.shape != (*codes.shape[:-1], columns // group) or columns % group or group % INT4_COLUMNS:
         raise _refuse_scales(name + _SCALE, scales, (*codes.shape[:-1], columns // group))
     return Encoding("INT4", (*codes.shape[:-1], columns), codes, scales, (1, group))
 
 
 def _mxfp4(entries: Mapping[str, Entry], name: str, codes: Entry, folder: Path) -> Encoding:
+    return _fp4(entries, name, codes, folder, "MXFP4", MX_GROUP)
+
+
+def _nvfp4(entries: Mapping[str, Entry], name: str, codes: Entry, folder: Path) -> Encoding:
+    factor = entries[name + _FACTOR]
+    if factor.dtype != "F32" or math.prod(factor.shape) != 1:
+        raise PymlaError(
+            f"{factor.path}: tensor {name + _FACTOR} is of type {factor.dtype}, shape {factor.shape}; one F32 is read"
+        )
+    _check_bytes(name + _FACTOR, factor)
+    return _fp4(entries, name, codes, folder, "NVFP4", NV_GROUP)._replace(factor=factor)
+
+
+def _fp4(entries: Mapping[str, Entry], name: str, codes: Entry, folder: Path, kind: str, group: int) -> Encoding:
     if len(codes.shape) < 2:
         raise PymlaError(f"{codes.path}: tensor {name} has shape {codes.shape}; only matrices are read")
-    scales = _scales(entries, name + _SCALE, "MXFP4", folder)
-    columns = _MXFP4_COLUMNS * codes.shape[-1]
-    if scales.shape != (*codes.shape[:-1], columns // MX_GROUP) or columns % MX_GROUP:
-        raise _refuse_scales(name + _SCALE, scales, (*codes.shape[:-1], columns // MX_GROUP))
-    return Encoding("MXFP4", (*codes.shape[:-1], columns), codes, scales, (1, MX_GROUP))
+    scales = _scales(entries, name + _SCALE, kind, folder)
+    columns = _FP4_COLUMNS * codes.shape[-1]
+    if scales.shape != (*codes.shape[:-1], columns // group) or columns % group:
+        raise _refuse_scales(name + _SCALE, scales, (*codes.shape[:-1], columns // group))
+    return Encoding(kind, (*codes.shape[:-1], columns), codes, scales, (1, group))
+
+
+def _by_columns(entries: Mapping[str, Entry], module: str, folder: Path, zeros_from: int) -> Encoding:
+    """GPTQ, whose words hold columns, or AWQ, whose words hold rows: the number of scales says which."""
+    codes, scales = entries[module + QWEIGHT], _scales(entries, module + SCALES, "GPTQ", folder)
+    if codes.dtype != "I32" or len(codes.shape) != 2 or len(scales.shape) != 2 or not all(scales.shape):
+        raise PymlaError(f"{codes.path}: tensor {module + QWEIGHT} is of type {codes.dtype} and shape {codes.shape}")
+    rows, is_gptq = scales.shape[1], codes.shape[1] == scales.shape[1]
+    columns = codes.shape[0] * (INT4_COLUMNS if is_gptq else 1)
+    group, rest = divmod(columns, scales.shape[0])
+    if rest or not group or group % INT4_COLUMNS or rows % INT4_COLUMNS:
+        raise _refuse_scales(module + SCALES, scales, (max(1, columns // 128), rows))
+    if not is_gptq and codes.shape[1] * INT4_COLUMNS != rows:
+        raise _refuse_scales(module + SCALES, scales, (scales.shape[0], codes.shape[1] * INT4_COLUMNS))
+    zeros, groups = entries.get(module + QZEROS), entries.get(module + GROUPS)
+    if zeros is None or zeros.dtype != "I32" or zeros.shape != (scales.shape[0], rows // INT4_COLUMNS):
+        raise PymlaError(f"{folder}: tensor {module + QZEROS} is missing or of another shape than its scales ask for")
+    if groups is not None and (groups.dtype != "I32" or groups.shape != (columns,)):
+        raise PymlaError(f"{groups.path}: tensor {module + GROUPS} is of type {groups.dtype} and shape {groups.shape}")
+    for suffix, entry in ((QWEIGHT, codes), (QZEROS, zeros), (GROUPS, groups)):
+        if entry is not None:
+            _check_bytes(module + suffix, entry)
+    kind, start = ("GPTQ", zeros_from) if is_gptq else ("AWQ", 0)
+    return Encoding(kind, (rows, columns), codes, scales, (1, group), zeros, start, groups)

@@ -9,7 +9,7 @@ from pymla.cpu import checkpoint_types
 from pymla.errors import PymlaError
 from pymla.files.checkpoint import Checkpoint, StoredRows
 from pymla.reference.checkpoint_types import mxfp4_blocks
-from pymla.small_floats import E8M0
+from pymla.small_floats import E4M3, E8M0
 
 #: The types of GGUF that hold a kind of weights bit for bit.
 _SAME_TYPE = {"F32": ggml.F32, "F16": ggml.F16, "BF16": ggml.BF16, "MXFP4": ggml.MXFP4}
@@ -66,18 +66,22 @@ def _as_float32(stored: StoredRows) -> np.ndarray:
     if kind == "MXFP4":
         return checkpoint_types.from_mxfp4(codes, scales)
     numbers = _scales(stored)
-    if kind == "INT4":
-        return checkpoint_types.from_int4(codes, numbers)
+    if kind in ("INT4", "GPTQ", "AWQ"):
+        return checkpoint_types.from_int4(codes, numbers, stored.zeros)
+    if kind == "NVFP4":
+        return checkpoint_types.from_e2m1(codes, numbers)
     return checkpoint_types.from_e4m3(codes, numbers, stored.encoding.block, stored.first)
 
 
 def _scales(stored: StoredRows) -> np.ndarray:
-    """Scales of float8 or INT4 as float32."""
+    """Scales of float8, NVFP4 or integers as float32."""
     entry, scales = stored.encoding.scales, stored.scales
     assert entry is not None
     assert scales is not None
     if entry.dtype == "F8_E8M0":
         return E8M0[scales]
+    if entry.dtype == "F8_E4M3":
+        return E4M3[scales] * np.float32(stored.factor)
     if entry.dtype == "BF16":
         return checkpoint_types.from_bf16(scales)
     return scales.astype(np.float32, copy=False)

@@ -103,7 +103,9 @@ class Importance:
     def columns(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         """The mean squares of the inputs of a tensor's columns.
 
-        Columns of an expert without any input are 1, as llama-quantize takes them: its weights count alike.
+        Columns of an expert without any input are the means of all inputs that the tensor's other experts had, since
+        what goes to one of them may go to another. llama-quantize takes 1, so that columns count alike, and as much as
+        if inputs were of that size.
 
         Where there is no entry of the name, that of a tensor with the same inputs counts: gate and up of one network,
         in one tensor or in two; and of `attn_v_b` and `attn_kv_b` each other's, as in ik_llama.cpp. `attn_kv_b`
@@ -121,7 +123,7 @@ class Importance:
         -------
         float32 array (matrices, columns), or None where there is nothing for the tensor
             As many matrices as ``shape[:-2]`` has. Where a tensor has two dimensions and its entry those of heads, the
-            mean of all heads.
+            mean of all heads; and where the entry has one head for all, that for each (`with_merged_heads`).
 
         Raises
         ------
@@ -133,6 +135,8 @@ class Importance:
         if entry is not None:
             if matrices == 1 and stem in _OF_HEADS:
                 return self._of_all_heads(entry, name, columns)
+            if entry.sums.size == columns and stem in _OF_HEADS:
+                return np.repeat(self._of_matrices(entry, name, 1, columns), matrices, axis=0)
             return self._of_matrices(entry, name, matrices, columns)
         for other in _SAME_INPUTS.get(stem, ()):
             entry = self.entries.get(_renamed(name, stem, other))
@@ -146,6 +150,26 @@ class Importance:
             if entry is not None:
                 return np.repeat(self._of_matrices(entry, name, 1, columns), matrices, axis=0)
         return None
+
+    def with_merged_heads(self) -> "Importance":
+        """The same with one entry for the inputs of all heads in `attn_k_b` and `attn_v_b`.
+
+        ik_llama.cpp's llama-quantize asks for that where these tensors have two dimensions, the rows of all heads.
+        Where they have three, it asks for the columns of every head, as llama.cpp's does.
+
+        Raises
+        ------
+        PymlaError
+            How many heads an entry has is not known: neither has it a row for each, nor is there one of `attn_kv_b`,
+            which has the columns of one head of `attn_v_b`.
+        """
+        entries = dict(self.entries)
+        for name, entry in self.entries.items():
+            if _stem(name) in _OF_HEADS:
+                # The mean of the heads keeps the count of inputs, which says how many chunks there were.
+                sums = entry.sums.reshape(self._heads(name, entry), -1).mean(0, keepdims=True, dtype=np.float64)
+                entries[name] = Entry(sums, entry.counts.mean(keepdims=True).astype(np.int64))
+        return Importance(entries, self.datasets, self.chunk_size, self.source)
 
     def never_chosen(self) -> dict[str, list[int]]:
         """The experts of each layer that no token went to, as ``{"blk.3": [5, 17]}``."""
@@ -183,8 +207,9 @@ class Importance:
         """Mean squares (matrices, columns) of an entry of this size."""
         if entry.sums.size != matrices * columns or matrices % entry.counts.size:
             self._refuse(entry, name, matrices, columns)
-        counts = entry.counts[:, None]
-        means = np.where(counts > 0, entry.sums / np.maximum(counts, 1), 1.0)
+        counts, inputs = entry.counts[:, None], int(entry.counts.sum())
+        others = entry.sums.sum(0, dtype=np.float64) / inputs if inputs else 1.0
+        means = np.where(counts > 0, entry.sums / np.maximum(counts, 1), others)
         return means.astype(np.float32).reshape(matrices, columns)
 
     def _of_all_heads(self, entry: Entry, name: str, columns: int) -> np.ndarray:
@@ -195,6 +220,19 @@ class Importance:
         inputs = int(entry.counts.sum()) * (heads // entry.counts.size)
         sums = entry.sums.reshape(heads, columns).sum(0, dtype=np.float64)
         return (sums / inputs if inputs else np.ones(columns)).astype(np.float32)[None]
+
+    def _heads(self, name: str, entry: Entry) -> int:
+        """How many heads an entry of `attn_k_b` or `attn_v_b` has."""
+        if entry.counts.size > 1:
+            return entry.counts.size
+        value, whole = (self.entries.get(_renamed(name, _stem(name), stem)) for stem in ("attn_v_b", "attn_kv_b"))
+        heads, rest = divmod(value.sums.size, whole.sums.size) if value and whole else (0, 0)
+        if not heads or rest or entry.sums.size % heads:
+            raise PymlaError(
+                f"{self.source}: how many heads {shown(name)} has is not known, as attn_v_b and attn_kv_b of its layer "
+                "do not say it; collect the importance matrix with pymla"
+            )
+        return heads
 
     def _refuse(self, entry: Entry, name: str, matrices: int, columns: int) -> NoReturn:
         have = " x ".join(map(str, entry.sums.shape))

@@ -8,7 +8,7 @@ array([[ 2., -4.]], dtype=float32)
 
 import numpy as np
 
-from pymla.small_floats import E2M1, E4M3, E8M0, MX_GROUP
+from pymla.small_floats import E2M1, E4M3, E8M0, INT4_ZERO, MX_GROUP
 
 
 def from_bf16(codes):
@@ -41,17 +41,19 @@ def from_e4m3(codes, scales, block, first):
         return E4M3[codes] * scales[rows[:, None], columns]
 
 
-def from_int4(codes, scales):
-    """Integers from -8 to 7 with a scale for a group of columns, as Kimi-K2-Thinking is published.
+def from_int4(codes, scales, zeros=None):
+    """Integers of four bits with a scale and a zero point for a group of columns.
 
-    They are packed as compressed-tensors does it (``pack_to_int32`` of its ``pack_quantized`` format): eight columns in
-    a word of 32 bits, the first in its lowest bits, each with 8 added.
+    They are packed as compressed-tensors does it (``pack_to_int32`` of its ``pack_quantized`` format), where the zero
+    point is 8: eight columns in a word of 32 bits, the first in its lowest bits. So is Kimi-K2-Thinking published.
 
     Parameters
     ----------
     codes : int32 array (R, K / 8)
     scales : float32 array (R, n)
         K is a multiple of n, and K / n of 8.
+    zeros : uint8 array (R, n), optional
+        The codes that stand for 0, which may be 16; 8 by default.
 
     Returns
     -------
@@ -59,28 +61,37 @@ def from_int4(codes, scales):
     """
     nibbles = codes[..., None] >> np.arange(0, 32, 4, dtype=np.int32) & 15
     rows, columns = len(codes), 8 * codes.shape[1]
-    grouped = (nibbles - 8).astype(np.float32).reshape(*scales.shape, columns // max(1, scales.shape[1]))
+    grouped = nibbles.reshape(*scales.shape, columns // max(1, scales.shape[1]))
+    zeros = INT4_ZERO if zeros is None else zeros[..., None].astype(np.int32)
     with np.errstate(over="ignore"):
-        return (grouped * scales[..., None]).reshape(rows, columns)
+        return ((grouped - zeros).astype(np.float32) * scales[..., None]).reshape(rows, columns)
 
 
-def from_mxfp4(codes, scales):
-    """Numbers of four bits, E2M1, with a power of two for every 32 columns.
+def from_e2m1(codes, scales):
+    """Numbers of four bits, E2M1, with a scale for a group of columns.
 
     Parameters
     ----------
     codes : uint8 array (R, K / 2)
         Two columns in a byte, the first in its low bits.
-    scales : uint8 array (R, K / 32)
-        E8M0; 255 is NaN.
+    scales : float32 array (R, n)
+        K is a multiple of n, and K / n is even.
 
     Returns
     -------
     float32 array (R, K)
     """
-    numbers = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*scales.shape, MX_GROUP)
+    rows, columns = len(codes), 2 * codes.shape[1]
+    numbers = E2M1[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(
+        *scales.shape, columns // max(1, scales.shape[1])
+    )
     with np.errstate(over="ignore"):
-        return (numbers * E8M0[scales][..., None]).reshape(len(codes), 2 * codes.shape[1])
+        return (numbers * scales[..., None]).reshape(rows, columns)
+
+
+def from_mxfp4(codes, scales):
+    """The same with a power of two for every 32 columns: uint8 array (R, K / 32), E8M0, of which 255 is NaN."""
+    return from_e2m1(codes, E8M0[scales])
 
 
 def mxfp4_blocks(codes, scales):
