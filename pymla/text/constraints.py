@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 #: Blanks that a text under a JSON schema may have between two of its parts. Without a bound, a small model at a low
 #: temperature writes blanks for ever.
-_BLANKS = r"[ \t\n\r]{1,40}"
+BLANKS = r"[ \t\n\r]{1,40}"
 
 #: Grammars that are kept for a tokenizer: requests of a server bring the same few again and again.
 _KEPT_GRAMMARS = 32
@@ -365,7 +365,7 @@ def _source(name: str, value: Any, tokenizer: "Tokenizer") -> str:
 
     if name == "json_schema":
         schema = json.dumps(_schema(value))
-        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _BLANKS})
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": BLANKS})
     if not isinstance(value, str):
         checks.refuse(name, value, "a text is expected")
     if name == "regex":
