@@ -4,6 +4,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -115,6 +116,31 @@ class Model:
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's cache back."""
         self.cache.free(sequence)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A copy of a sequence that shares its cache (`PagedCache.fork`)."""
+        with self.turn:
+            return self.cache.fork(sequence)
+
+    def attach(self, sequence: Sequence, tokens: Items[int]) -> int:
+        """Let an empty sequence begin with the longest kept prefix of a text; tokens of it (`PagedCache.attach`)."""
+        with self.turn:
+            return self.cache.attach(sequence, tokens)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Let `attach` find a sequence's full pages (`PagedCache.keep`)."""
+        with self.turn:
+            self.cache.keep(sequence)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget a sequence's tokens from position `length` on (`PagedCache.truncate`)."""
+        with self.turn:
+            self.cache.truncate(sequence, length)
+
+    def swap_out(self, sequence: Sequence) -> None:
+        """Keep a sequence's cache in the host's memory until its next step (`PagedCache.swap_out`)."""
+        with self.turn:
+            self.cache.swap_out(sequence)
 
     def sampler(self, params: SamplingParams, history: Iterable[int] = ()) -> TokenSampler:
         """Chooses tokens for one sequence from rows of `step`'s logits (`pymla.backend.TokenSampler`)."""
