@@ -71,6 +71,7 @@ class Driver:
         for request in requests:
             request.sequence = self.runner.new_sequence()
             request.sampler = self.runner.sampler(request.params, request.prompt)
+            request.is_submitted = True
         first.forks = forks
         for fork in forks:
             fork.parent = first
@@ -95,6 +96,8 @@ class Driver:
         """End a request whose tokens nobody wants. Its pages are free at once, or when the step that runs is done. Any
         thread may call this at any time, and so may the garbage collector."""
         request.cancelled = True
+        if not request.is_submitted:
+            return
         self._cancelled.append(request)
         self._free_cancelled()
         self._tell_readers()

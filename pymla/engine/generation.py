@@ -49,7 +49,7 @@ class Submission:
         with self._lock:
             if not self._submitted:
                 self._submitted = True
-                self._driver.submit(self.requests)
+                self._driver.submit([request for request in self.requests if not request.cancelled])
 
 
 @dataclass

@@ -16,7 +16,7 @@ class Pace:
     """Measures steps, and shares time between generations and prompts.
 
     A step with a slice of a prompt takes longer than one without. The difference is a debt, which later steps pay off
-    that have no slice, by ``SHARE / (1 - SHARE)`` of their time. So a prompt that comes in gets its first slice at once,
+    that have no slice, by ``SHARE / (1 - SHARE)`` of their time. So a prompt that comes in gets its first slice soon,
     and over some steps no more than its share of the time.
     """
 

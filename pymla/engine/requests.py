@@ -53,7 +53,7 @@ class Request:
     ends : frozenset of int
         Tokens that end the text.
     progress : callable(done, total), optional
-        Told of layers of the prompt's steps, on the thread that computes them. An error that it raises ends the request.
+        Told of layers of the prompt's steps, on the thread that takes them. An error that it raises ends the request.
     constraint : Constraint, optional
 
     Attributes
@@ -64,9 +64,11 @@ class Request:
     allowance : int
         Tokens that may be computed before the reader asks again; see `AHEAD`.
     finish_reason : str, optional
-        "stop": a token of `ends` or the constraint; "length": `max_tokens`; "context": no room is left. None: it goes on.
+        "stop": a token of `ends` or the constraint; "length": `max_tokens`; "context": no room is left.
     error : BaseException, optional
         What ended the request instead.
+    is_submitted : bool
+        It has a sequence and a sampler.
     cancelled : bool
         Nobody wants its tokens.
     has_ended : bool
@@ -94,6 +96,7 @@ class Request:
     allowance: int = field(default=AHEAD, init=False)
     finish_reason: str | None = field(default=None, init=False)
     error: BaseException | None = field(default=None, init=False)
+    is_submitted: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)
     has_ended: bool = field(default=False, init=False)
     forks: "list[Request]" = field(default_factory=list, init=False)

@@ -1,4 +1,4 @@
-"""What the engine knows of a model: sequences, their pages, and steps. Nothing above a runner knows where layers are."""
+"""What the engine knows of a model: sequences, their pages, and steps. Nothing above it knows where layers are."""
 
 import threading
 from collections.abc import Sequence as Items
@@ -102,13 +102,8 @@ class LocalRunner:
     def __init__(self, model: Model):
         self._model, self._cache = model, model.cache
         self.new_sequence, self.sampler = model.new_sequence, model.sampler
-        self.free, self.fork, self.attach, self.keep = (
-            model.free,
-            self._cache.fork,
-            self._cache.attach,
-            self._cache.keep,
-        )
-        self.truncate, self.swap_out = self._cache.truncate, self._cache.swap_out
+        self.free, self.fork, self.attach, self.keep = model.free, model.fork, model.attach, model.keep
+        self.truncate, self.swap_out = model.truncate, model.swap_out
         self.pages_needed, self.take = self._cache.pages_needed, model.backend.memory.take
 
     @property

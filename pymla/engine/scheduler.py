@@ -128,7 +128,7 @@ class Scheduler:
         return parts
 
     def _make_room(self, request: Request, pages: int, parts: list[Part]) -> None:
-        """Take pages from others for a request, the youngest first, until there are so many, or nothing can be taken."""
+        """Take pages from others for a request, the youngest first, until there are so many, or nothing is left."""
         while self._runner.room < pages:
             planned = {part.request for part in parts}
             others = [each for each in self._yielding(request) if each.sequence.pages and each not in planned]

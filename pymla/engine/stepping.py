@@ -64,8 +64,10 @@ class Stepper:
         """
         while self._new:
             request = self._new.popleft()
-            if not request.is_over:
+            if not request.cancelled:
                 self._scheduler.add(request)
+            elif not request.has_ended:
+                self.end(request)
         parts = self._scheduler.plan()
         if not parts:
             if any(request.may_run for request in self._scheduler.requests):
@@ -141,7 +143,8 @@ class Stepper:
         for row, parent in enumerate(list(ready)):
             if parent.forks:
                 for fork in parent.forks:
-                    fork.sequence, fork.seconds = self._runner.fork(parent.sequence), parent.seconds
+                    fork.sequence = self._runner.fork(parent.sequence)
+                    fork.seconds, fork.reused_tokens = parent.seconds, parent.reused_tokens
                 ready, rows = ready + parent.forks, rows + [row] * len(parent.forks)
                 self._scheduler.add_forks(parent)
         return ready, rows
