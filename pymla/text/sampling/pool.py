@@ -24,6 +24,12 @@ class Candidates(NamedTuple):
         return float(self.probabilities[at[0]]) if len(at) else 0.0
 
 
+def draw(candidates: Candidates, number: float) -> int:
+    """The token at a number in [0, 1), where each candidate takes as much of it as its probability."""
+    at = int(np.searchsorted(np.cumsum(candidates.probabilities), number, side="right"))
+    return int(candidates.ids[min(at, len(candidates.ids) - 1)])
+
+
 class Pool(NamedTuple):
     """Tokens that may come next, and their logits, none of which is -inf. At least one.
 
@@ -75,7 +81,7 @@ class Pool(NamedTuple):
             size *= _GROWTH
 
     def token_at(self, number: float) -> int:
-        """The token at a number in [0, 1), where each takes as much of it as its probability, the likeliest first."""
+        """The token that `draw` finds at a number among `candidates`, of which as few are made as it takes."""
         return int(self.nucleus(number, "right")._ids()[-1])
 
     def find(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

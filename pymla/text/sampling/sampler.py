@@ -68,6 +68,10 @@ class Sampler:
         """
         pool = self._pool(logits, mask)
         token = pool.token_at(0.0 if self._is_greedy else self.random())
+        return self.choose(token, logits)
+
+    def choose(self, token: int, logits: np.ndarray) -> Sampled:
+        """Accept a token that may be another one than `sample` would have chosen, after logits (V,), and report it."""
         self.accept(token)
         normaliser = _normaliser(logits)
         best = likeliest(logits, self.params.logprobs).tolist() if self.params.logprobs else []
@@ -116,8 +120,8 @@ class Sampler:
 
 def sample_batch(
     samplers: Sequence[Sampler], logits: np.ndarray, masks: Sequence[np.ndarray | None] | None = None
-) -> list[Sampled]:
-    """The next token of every sequence: what `Sampler.sample` gives for each row.
+) -> list[Sampled | PymlaError]:
+    """The next token of every sequence: what `Sampler.sample` gives for each row, or the error that it raises.
 
     Row by row, because a row of 100,000 logits stays in the L2 cache while it is worked on.
 
@@ -130,7 +134,15 @@ def sample_batch(
         B masks as for `Sampler.sample`. None: every token is allowed.
     """
     masks = [None] * len(samplers) if masks is None else masks
-    return [sampler.sample(row, mask) for sampler, row, mask in zip(samplers, logits, masks, strict=True)]
+    return [sampled(*each) for each in zip(samplers, logits, masks, strict=True)]
+
+
+def sampled(sampler: Sampler, logits: np.ndarray, mask: np.ndarray | None) -> Sampled | PymlaError:
+    """What `Sampler.sample` gives, or the error that it raises."""
+    try:
+        return sampler.sample(logits, mask)
+    except PymlaError as error:
+        return error
 
 
 def _masked(pool: Pool, mask: np.ndarray) -> Pool:
