@@ -39,7 +39,7 @@ def chain(params: SamplingParams) -> list[Step]:
             steps.append(step)
     if "adaptive_p" in params.samplers and params.adaptive_target >= 0:
         steps.append(AdaptiveP(params.adaptive_target, params.adaptive_decay))
-    return _shortened([_with_floor(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)])
+    return _shortened([_with_floor(*pair) for pair in zip(steps, [*steps, None][1:], strict=True)])
 
 
 def _with_floor(step: Step, following: Step | None) -> Step:
