@@ -638,6 +638,9 @@ class TokenSampler(Protocol):
     def accept(self, token: int) -> None:
         """Make a token part of the history, where another one than `sample` has chosen it."""
 
+    def choose(self, token: int, logits: Array) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, after logits (V,), and report it."""
+
     def copy(self) -> TokenSampler:
         """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
 

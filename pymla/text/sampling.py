@@ -148,6 +148,10 @@ class Sampler:
         """
         found = self.distribution(logits, mask)
         token = int(found.ids[0]) if self._is_greedy else draw(found, self.random())
+        return self.choose(token, logits)
+
+    def choose(self, token: int, logits: np.ndarray) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, after float32 logits (V,), and report it."""
         self.accept(token)
         raw = logits.astype(np.float64)
         highest = raw.max()

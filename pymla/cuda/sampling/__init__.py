@@ -97,6 +97,10 @@ class Sampler:
         """Make a token part of the history, where another one than `sample` has chosen it."""
         self._on_host.accept(token)
 
+    def choose(self, token: int, logits: DeviceArray) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, and report it."""
+        return self._on_host.choose(token, to_host(logits))
+
     def copy(self) -> "Sampler":
         """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
         other = copy.copy(self)
