@@ -194,14 +194,15 @@ class Model:
     def _step(self, forward: Forward, batch: Batch, logits: Wanted, progress: Progress | None) -> Array:
         step = self.cache.extend(batch)
         runs = runs_of(self.config, self.mla, batch)
-        size = self._recorded.size(step) if self._recorded else None
+        # A recorded step has nothing to tell of its layers.
+        size = self._recorded.size(step, runs) if self._recorded and progress is None else None
         rows = logits if isinstance(logits, np.ndarray) else None
+        if isinstance(logits, str) and logits == "last" and len(batch) < len(step.tokens):
+            rows = np.cumsum([len(new) for _, new in batch]) - 1
         if self._recorded and size:
             result = self._recorded.replay(step, runs, size)
             result = result if rows is None else self.backend.memory.take(result, rows)
         else:
-            if isinstance(logits, str) and logits == "last":
-                rows = np.cumsum([len(new) for _, new in batch]) - 1
             steps = {backend: step.on(backend) for backend in self.placement.backends}
             result = forward.logits(steps, runs, rows, progress)
         self.cache.advance(batch)
