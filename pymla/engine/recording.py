@@ -51,9 +51,7 @@ class RecordedSteps:
         sequences = len(step.block_tables)
         return self._backend.Graph.size(sequences) if sequences == len(step.tokens) else None
 
-    def replay(
-        self, step: Step, runs: list[Run], size: int, beside: np.ndarray | None = None
-    ) -> tuple[Array, ...]:
+    def replay(self, step: Step, runs: list[Run], size: int, beside: np.ndarray | None = None) -> tuple[Array, ...]:
         """The results of a step as part of the recorded one of `size` sequences. The next replay may overwrite them.
 
         The last sequence fills the places of missing ones: its token is computed again, and its cache rows are written
