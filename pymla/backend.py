@@ -36,7 +36,7 @@ from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
     from pymla.models.config import ModelConfig
-    from pymla.text.sampling import Sampled, SamplingParams
+    from pymla.text.sampling import Candidates, Sampled, SamplingParams
 
 #: A NumPy array, or on a GPU a `pymla.cuda.memory.DeviceArray`: both have shape, strides, dtype and views.
 Array = Any
@@ -614,14 +614,35 @@ class TokenSampler(Protocol):
 
     def __init__(self, params: SamplingParams, history: Iterable[int] = ()) -> None: ...
 
-    def sample(self, logits: Array) -> Sampled:
-        """The next token after logits, float32 (V,), in the backend's memory.
+    def sample(self, logits: Array, mask: np.ndarray | None = None) -> Sampled:
+        """The next token after logits, float32 (V,), in the backend's memory. It becomes part of the history.
+
+        Parameters
+        ----------
+        logits : float32 array (V,)
+        mask : uint32 NumPy array (ceil(V / 32),), optional
+            Bit i % 32 of word i // 32 tells whether token i is allowed. None: all are.
 
         Raises
         ------
         PymlaError
-            A logit is not a number, a biased token is outside the vocabulary, or all tokens are banned.
+            A logit is not a number, a biased token is outside the vocabulary, or no token is allowed.
         """
+
+    def distribution(self, logits: Array, mask: np.ndarray | None = None) -> Candidates:
+        """The distribution that `sample` draws from, in the host's memory."""
+
+    def random(self) -> float:
+        """A number in [0, 1) of the sampler's own stream, for draws from what is made of distributions."""
+
+    def accept(self, token: int) -> None:
+        """Make a token part of the history, where another one than `sample` has chosen it."""
+
+    def choose(self, token: int, logits: Array) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, after logits (V,), and report it."""
+
+    def copy(self) -> TokenSampler:
+        """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
 
 
 class Sampling(Protocol):
@@ -630,6 +651,23 @@ class Sampling(Protocol):
     @property
     def Sampler(self) -> type[TokenSampler]:
         """`TokenSampler` of this backend."""
+
+    def sample_batch(
+        self,
+        samplers: Sequence[TokenSampler],
+        logits: Array,
+        masks: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Sampled]:
+        """The next token of every sequence: what `TokenSampler.sample` gives for each row.
+
+        Parameters
+        ----------
+        samplers : sequence of TokenSampler
+            B different ones.
+        logits : float32 array (B, V)
+        masks : sequence of (uint32 NumPy array (ceil(V / 32),) or None), optional
+            B masks as for `TokenSampler.sample`. None: every token is allowed.
+        """
 
 
 class Rates(Protocol):

@@ -250,17 +250,18 @@ class Model:
     ) -> Array | Outputs:
         step = self.cache.extend(batch)
         runs = runs_of(self.config, self.mla, batch)
-        recorded = self._recorded.get(hidden)
-        size = recorded.size(step) if recorded else None
+        # A recorded step has nothing to tell of its layers.
+        recorded = self._recorded.get(hidden) if progress is None else None
+        size = recorded.size(step, runs) if recorded else None
         rows = logits if isinstance(logits, np.ndarray) else None
+        if isinstance(logits, str) and logits == "last" and len(batch) < len(step.tokens):
+            rows = np.cumsum([len(new) for _, new in batch]) - 1
         result: tuple[Array, ...]
         if recorded and size:
             result = recorded.replay(step, runs, size)
             if rows is not None:
                 result = (self.backend.memory.take(result[0], rows), *result[1:])
         else:
-            if isinstance(logits, str) and logits == "last":
-                rows = np.cumsum([len(new) for _, new in batch]) - 1
             steps = {backend: step.on(backend) for backend in self.placement.backends}
             result = _results(forward, hidden, steps, runs, rows, progress)
         self.cache.advance(batch)

@@ -100,10 +100,11 @@ class NextnBlock:
         """
         step, hidden = self._at(spans), np.asarray(hidden, self._dtype)
         runs = runs_at(self._config, self._mla, ((span.start, len(span.tokens)) for span in spans))
-        size = self._recorded.size(step) if self._recorded else None
-        if self._recorded and size:
-            return Outputs(*self._recorded.replay(step, runs, size, hidden))
         rows = np.cumsum([len(span.tokens) for span in spans]) - 1
+        size = self._recorded.size(step, runs) if self._recorded else None
+        if self._recorded and size:
+            logits, own = self._recorded.replay(step, runs, size, hidden)
+            return Outputs(logits if len(rows) == len(own) else self._place.output.memory.take(logits, rows), own)
         previous = self._place.layers[0].memory.to_device(hidden)
         return self._forward.outputs(self._on_backends(step), runs, rows, previous=previous)
 

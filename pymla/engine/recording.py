@@ -1,7 +1,11 @@
-"""Recorded steps: the step of sequences that go on by one token each, repeated without Python.
+"""Recorded steps: the step of a few tokens, repeated without Python.
 
-A step is recorded once for each form of attention and each number of sequences that the backend has graphs for
+A step is recorded once for each form of attention and each number of tokens that the backend has graphs for
 (`pymla.backend.StepGraph.size`), with memory of its own for the input. A replay writes the input and runs the graph.
+
+A recorded step knows tokens, and no sequences: several tokens of one sequence take part as sequences of one token each,
+with the same pages. All tokens write their cache rows before the first one attends, and each attends to the positions
+up to its own, so that the result is the same.
 """
 
 from collections.abc import Callable
@@ -46,16 +50,19 @@ class RecordedSteps:
         self._pages = -(-ctx // PAGE)
         self._steps: dict[tuple[int, Form], _Recorded] = {}
 
-    def size(self, step: Step) -> int | None:
-        """Sequences of the recorded step that serves a step; None: it has to be computed."""
-        sequences = len(step.block_tables)
-        return self._backend.Graph.size(sequences) if sequences == len(step.tokens) else None
+    def size(self, step: Step, runs: list[Run]) -> int | None:
+        """Tokens of the recorded step that serves a step; None: it has to be computed. The expanded form computes keys
+        and values of one sequence, and is not recorded."""
+        if any(run.form == "expanded" for run in runs):
+            return None
+        return self._backend.Graph.size(len(step.tokens))
 
     def replay(self, step: Step, runs: list[Run], size: int, beside: np.ndarray | None = None) -> tuple[Array, ...]:
-        """The results of a step as part of the recorded one of `size` sequences. The next replay may overwrite them.
+        """Results after all tokens of a step, a part of the recorded one of `size` tokens. The next replay may overwrite
+        them.
 
-        The last sequence fills the places of missing ones: its token is computed again, and its cache rows are written
-        again as they are.
+        The last token fills the places of missing ones: it is computed again, and its cache rows are written again as
+        they are.
 
         Where one token attends to chosen positions, all do: the choice of a token that sees few positions is all of
         them, so that its result is the same.
@@ -66,8 +73,8 @@ class RecordedSteps:
             self._steps[size, form] = self._record(size, runs[0]._replace(form=form, stop=size))
         recorded = self._steps[size, form]
         write, sources = self._backend.memory.write, np.minimum(np.arange(size), count - 1)
-        if size > count:
-            step = Step(*(array[sources] for array in step))._replace(seq_of=np.arange(size, dtype=np.int32))
+        step = step._replace(block_tables=step.block_tables[step.seq_of])
+        step = Step(*(array[sources] for array in step))._replace(seq_of=np.arange(size, dtype=np.int32))
         write(recorded.packed, step.packed(self._pages))
         if beside is not None:
             write(recorded.beside, beside[sources])

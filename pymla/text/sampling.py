@@ -3,8 +3,9 @@
 In the order of llama.cpp's default chain: logit bias, penalties, top-k, top-p, min-p, temperature, then a draw.
 """
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -103,6 +104,18 @@ class Sampled(NamedTuple):
     alternatives: list[tuple[int, float]]  # the likeliest tokens and their log probabilities, if asked for
 
 
+class Candidates(NamedTuple):
+    """A distribution over the tokens that may come next, the likeliest one first."""
+
+    ids: np.ndarray  # int64 (n,)
+    probabilities: np.ndarray  # float64 (n,)
+
+    def probability(self, token: int) -> float:
+        """The probability of a token, 0 where it is none of the candidates."""
+        at = np.flatnonzero(self.ids == token)
+        return float(self.probabilities[at[0]]) if len(at) else 0.0
+
+
 class Sampler:
     """Draws tokens for one sequence. Same parameters, seed and logits: same tokens.
 
@@ -117,31 +130,66 @@ class Sampler:
         self.params = params
         self.history = list(history)
         self._generator = np.random.Generator(np.random.PCG64(params.seed))
+        self._is_greedy = params.temperature == 0 or params.top_k == 1
 
-    def sample(self, logits: np.ndarray) -> Sampled:
-        """The next token after float32 logits (V,).
+    def sample(self, logits: np.ndarray, mask: np.ndarray | None = None) -> Sampled:
+        """The next token after float32 logits (V,), which becomes part of the history.
+
+        Parameters
+        ----------
+        logits : float array (V,)
+        mask : uint32 array (ceil(V / 32),), optional
+            Bit i % 32 of word i // 32 tells whether token i is allowed. None: all are.
 
         Raises
         ------
         PymlaError
-            A logit is not a number, a biased token is outside the vocabulary, or all tokens are banned.
+            A logit is not a number, a biased token is outside the vocabulary, or no token is allowed.
         """
-        p = self.params
+        found = self.distribution(logits, mask)
+        token = int(found.ids[0]) if self._is_greedy else draw(found, self.random())
+        return self.choose(token, logits)
+
+    def choose(self, token: int, logits: np.ndarray) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, after float32 logits (V,), and report it."""
+        self.accept(token)
+        raw = logits.astype(np.float64)
+        highest = raw.max()
+        # In float32, which is eight times faster and leaves an error of about 1e-7.
+        normaliser = highest + np.log(np.exp((raw - highest).astype(np.float32)).sum(dtype=np.float64))
+        best = _likeliest(raw, self.params.logprobs).tolist() if self.params.logprobs else []
+        return Sampled(token, float(raw[token] - normaliser), [(i, float(raw[i] - normaliser)) for i in best])
+
+    def distribution(self, logits: np.ndarray, mask: np.ndarray | None = None) -> Candidates:
+        """The distribution that `sample` draws from. Arguments and errors are those of `sample`."""
         logits = logits.astype(np.float64)
         if not np.isfinite(logits).all():
             bad = int(np.flatnonzero(~np.isfinite(logits))[0])
             raise PymlaError(f"the model's logit of token {bad} is {logits[bad]}: its weights are damaged, or overflow")
-        raw = logits
         logits = self._penalised(self._biased(logits))
+        if mask is not None:
+            logits = np.where(_allowed(mask, len(logits)), logits, -np.inf)
         if logits.max() == -np.inf:
-            raise PymlaError("`logit_bias` bans every token of the vocabulary; leave one")
-        token = int(logits.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(logits)
+            by = "`logit_bias` bans" if mask is None else "`logit_bias` and the mask ban"
+            raise PymlaError(f"{by} every token of the vocabulary; leave one")
+        if self._is_greedy:
+            return Candidates(np.array([logits.argmax()]), np.ones(1))
+        return self._filtered(logits)
+
+    def random(self) -> float:
+        """A number in [0, 1) of the sampler's own stream."""
+        return self._generator.random()
+
+    def accept(self, token: int) -> None:
+        """Make a token part of the history, where another one than `sample` has chosen it."""
         self.history.append(token)
-        highest = raw.max()
-        # In float32, which is eight times faster and leaves an error of about 1e-7.
-        normaliser = highest + np.log(np.exp((raw - highest).astype(np.float32)).sum(dtype=np.float64))
-        best = _likeliest(raw, p.logprobs).tolist() if p.logprobs else []
-        return Sampled(token, float(raw[token] - normaliser), [(i, float(raw[i] - normaliser)) for i in best])
+
+    def copy(self) -> "Sampler":
+        """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
+        other = copy.copy(self)
+        other.history = self.history.copy()
+        other._generator = copy.deepcopy(self._generator)
+        return other
 
     def _biased(self, logits: np.ndarray) -> np.ndarray:
         if self.params.logit_bias:
@@ -164,7 +212,7 @@ class Sampler:
         logits[tokens] = seen - counts * p.frequency_penalty - p.presence_penalty
         return logits
 
-    def _draw(self, logits: np.ndarray) -> int:
+    def _filtered(self, logits: np.ndarray) -> Candidates:
         p = self.params
         highest = logits.max()
         if p.top_k:
@@ -183,9 +231,35 @@ class Sampler:
         kept = kept[probabilities >= p.min_p * probabilities[0]]
         with np.errstate(over="ignore"):  # next to temperature 0 all but the likeliest become -inf
             weights = np.exp((logits[kept] - highest) / p.temperature)
-        cumulative = np.cumsum(weights / weights.sum())
-        at = int(np.searchsorted(cumulative, self._generator.random(), side="right"))
-        return int(kept[min(at, len(kept) - 1)])
+        return Candidates(kept, weights / weights.sum())
+
+
+def sample_batch(
+    samplers: Sequence[Sampler], logits: np.ndarray, masks: Sequence[np.ndarray | None] | None = None
+) -> list[Sampled]:
+    """The next token of every sequence: what `Sampler.sample` gives for each row.
+
+    Parameters
+    ----------
+    samplers : sequence of Sampler
+        B different ones.
+    logits : float array (B, V)
+    masks : sequence of (uint32 array (ceil(V / 32),) or None), optional
+        B masks as for `Sampler.sample`. None: every token is allowed.
+    """
+    masks = [None] * len(samplers) if masks is None else masks
+    return [sampler.sample(row, mask) for sampler, row, mask in zip(samplers, logits, masks, strict=True)]
+
+
+def draw(candidates: Candidates, number: float) -> int:
+    """The token at a number in [0, 1), where each candidate takes as much of it as its probability."""
+    at = int(np.searchsorted(np.cumsum(candidates.probabilities), number, side="right"))
+    return int(candidates.ids[min(at, len(candidates.ids) - 1)])
+
+
+def _allowed(mask: np.ndarray, tokens: int) -> np.ndarray:
+    """The bits of a mask, bool (tokens,)."""
+    return np.unpackbits(mask.view(np.uint8), bitorder="little", count=tokens).view(bool)
 
 
 def _likeliest(logits: np.ndarray, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ range of logits, then that of tokens, and adding up the tokens before. Probabili
 top-k a lower bound of the k-th largest logit, from the maxima of segments, leaves a few candidates of the vocabulary.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -24,10 +25,10 @@ from pymla.cuda.sampling import draw, likeliest
 from pymla.cuda.sampling.rows import SEGMENT, SUMMARY_THREADS, SUMMARY_WARPS, THREADS
 from pymla.cuda.sampling.rows import segments as segments_kernel
 from pymla.errors import PymlaError
-from pymla.text.sampling import Sampled, SamplingParams
+from pymla.text.sampling import Candidates, Sampled, SamplingParams
 from pymla.text.sampling import Sampler as OnHost
 
-__all__ = ["SEGMENT", "Sampler", "greedy", "new_state", "on_device", "sample"]
+__all__ = ["SEGMENT", "Sampler", "greedy", "new_state", "on_device", "sample", "sample_batch"]
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -67,21 +68,54 @@ class Sampler:
         if on_device(params):
             self._state, self._out = new_state([params.seed]), empty((1, 2), np.int32)
 
-    def sample(self, logits: DeviceArray) -> Sampled:
-        """The next token after logits, float32 (V,) on the device.
+    def sample(self, logits: DeviceArray, mask: np.ndarray | None = None) -> Sampled:
+        """The next token after logits, float32 (V,) on the device. With a mask, the host chooses it.
 
         Raises
         ------
         PymlaError
             A logit is NaN or infinite; on the device, one of −inf is only never drawn.
         """
-        if not on_device(self.params):
-            return self._on_host.sample(to_host(logits))
+        if mask is not None or not on_device(self.params):
+            return self._on_host.sample(to_host(logits), mask)
         chosen = to_host(sample(logits[None], self.params, self._state, self._out))[0]
         if chosen[0] < 0:
             # The host finds out which one, and says so.
             return self._on_host.sample(to_host(logits))
+        self.accept(int(chosen[0]))
         return Sampled(int(chosen[0]), float(chosen[1:].view(np.float32)[0]), [])
+
+    def distribution(self, logits: DeviceArray, mask: np.ndarray | None = None) -> Candidates:
+        """The distribution that `sample` draws from, computed by the host."""
+        return self._on_host.distribution(to_host(logits), mask)
+
+    def random(self) -> float:
+        """A number in [0, 1) of the host's stream."""
+        return self._on_host.random()
+
+    def accept(self, token: int) -> None:
+        """Make a token part of the history, where another one than `sample` has chosen it."""
+        self._on_host.accept(token)
+
+    def choose(self, token: int, logits: DeviceArray) -> Sampled:
+        """Accept a token that another one than `sample` has chosen, and report it."""
+        return self._on_host.choose(token, to_host(logits))
+
+    def copy(self) -> "Sampler":
+        """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
+        other = copy.copy(self)
+        other._on_host = self._on_host.copy()
+        if on_device(self.params):
+            other._state, other._out = to_device(to_host(self._state)), empty((1, 2), np.int32)
+        return other
+
+
+def sample_batch(
+    samplers: Sequence[Sampler], logits: DeviceArray, masks: Sequence[np.ndarray | None] | None = None
+) -> list[Sampled]:
+    """The next token of every sequence: what `Sampler.sample` gives for each row, logits (B, V) on the device."""
+    masks = [None] * len(samplers) if masks is None else masks
+    return [sampler.sample(logits[i], mask) for i, (sampler, mask) in enumerate(zip(samplers, masks, strict=True))]
 
 
 def greedy(logits: DeviceArray, out: DeviceArray) -> DeviceArray:
