@@ -1,5 +1,5 @@
 """Models with a block that predicts a further token, and what it computes: by the formulas of DeepSeek-V3's report
-(section 2.2), with a layer of transformers, in float64.
+(section 2.2), with a layer of transformers, in float64 but for its norms and angles.
 
 As transformers' `MtpModel`, which shares the embedding and the output matrix with the model in all cases.
 """
@@ -34,6 +34,8 @@ class Oracle:
         self.shape, self.own = shape, own
         one_layer = dataclasses.replace(shape, num_hidden_layers=1, first_k_dense_replace=0, indexer_types=None)
         self.model, self.block = random_model(shape, seed), random_model(one_layer, seed + 1)
+        for each in (self.model, self.block):
+            each.set_experts_implementation("eager")  # others have no float64
         if not own:
             with torch.no_grad():
                 for name in ("model.embed_tokens", "model.norm", "lm_head"):

@@ -24,7 +24,7 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.tensors import layer_of, model_tensors, nextn_tensors
 from pymla.pages import PAGE
-from pymla.scratch import DEVICE, HOST
+from pymla.scratch import DEVICE, HOST, Portions
 
 #: Whether a split and a context fit the memory.
 Fits = Callable[[Split, int], bool]
@@ -127,7 +127,7 @@ class Planner:
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
             cache=self._cache(ctx, range(first, self.config.num_hidden_layers)),
-            scratch=device_scratch_bytes(self.config, self.mla, max(ctx, self._cache_tokens)),
+            scratch=device_scratch_bytes(self.config, self.mla, max(ctx, self._cache_tokens)) + self._joined(DEVICE),
             process=RESERVE,
         )
 
@@ -136,7 +136,7 @@ class Planner:
         first = split.first(self.config)
         # Routed experts get as many tokens at a time as the GPU computes.
         tokens = DEVICE.tokens if split.apart(self.config) else HOST.tokens if first else 0
-        scratch = scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) if tokens else 0
+        scratch = scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) + self._joined(HOST) if tokens else 0
         uploaded = set(self.uploaded(split))
         # Of a tensor for the GPU a plain copy is made on its way there, of one after the other.
         passing = max((self._sizes[name] for name in self.interleaved & uploaded), default=0)
@@ -165,6 +165,10 @@ class Planner:
     def _cache(self, ctx: int, layers: range) -> int:
         tokens = max(ctx, self._cache_tokens)
         return cache_bytes(self.config, self.cache_type, self.mla, tokens, self._with_block(layers))
+
+    def _joined(self, portions: Portions) -> int:
+        """Bytes of the hidden states of a slice, of the block's input that they are a part of, and of its int8 copy."""
+        return portions.tokens * self.config.hidden_size * (4 + 2 * 5) if self.nextn else 0
 
     def _with_block(self, layers: range) -> list[int]:
         """Some layers, and the block's where the last one is among them."""

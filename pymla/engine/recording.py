@@ -58,8 +58,8 @@ class RecordedSteps:
         return self._backend.Graph.size(len(step.tokens))
 
     def replay(self, step: Step, runs: list[Run], size: int, beside: np.ndarray | None = None) -> tuple[Array, ...]:
-        """Results after all tokens of a step, a part of the recorded one of `size` tokens. The next replay may overwrite
-        them.
+        """Results after all tokens of a step, which is a part of the recorded one of `size` tokens. The next replay may
+        overwrite them.
 
         The last token fills the places of missing ones: it is computed again, and its cache rows are written again as
         they are.

@@ -84,7 +84,8 @@ def with_nextn(config: ModelConfig, names: Container[str]) -> ModelConfig:
     """
     if config.indexer is None:
         return config
-    full = (*config.indexer.full, has_indexer(config, config.num_hidden_layers, names))
+    layers = config.num_hidden_layers
+    full = (*config.indexer.full[:layers], has_indexer(config, layers, names))
     return replace(config, indexer=replace(config.indexer, full=full))
 
 
