@@ -29,10 +29,11 @@ from collections.abc import Sequence
 ALLOWANCE = 1 / 64
 #: Plain tokens that a period may lose before it ends. More would end fewer periods by chance.
 LIMIT = 2.0
-#: How much faster than no draft a length has to be.
-MARGIN = 1.02
-#: The acceptance that a period begins with, and as how many tokens this guess counts.
-GUESS, GUESS_WEIGHT = 0.7, 2.0
+#: By what share of its time a draft has to gain, to be worth it.
+MARGIN = 0.02
+#: The acceptance that a period begins with, and as how many tokens this guess counts. A good one, as it is tried only
+#: where it would be worth it; the first drafts correct it.
+GUESS, GUESS_WEIGHT = 0.85, 1.5
 #: What a draft counts in relation to the one after it.
 FADING = 0.9
 #: One step of so many has no draft, so that the time of a plain one is always known. The first of a text is one.
@@ -120,11 +121,11 @@ class DraftLength:
     def _best(self, costs: Sequence[float], texts: int) -> int:
         """The length with the most tokens per time."""
         a = self.acceptance
-        best, best_rate, brings, power = 0, MARGIN, 0.0, 1.0
+        best, best_rate, brings, power = 0, 0.0, 0.0, 1.0
         for n in range(1, self.most + 1):
             power *= a
             brings += power
             rate = (texts + brings) / (texts + costs[n])
-            if rate > best_rate:
+            if rate > best_rate and brings - costs[n] > MARGIN * (1 + costs[n]):
                 best, best_rate = n, rate
         return best
