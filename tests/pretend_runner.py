@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pymla.engine.cache import Sequence
+from pymla.engine.forward import Outputs
 from pymla.errors import CacheFull, PymlaError
 from pymla.pages import PAGE
 from pymla.text.sampling import Sampler
@@ -72,7 +73,7 @@ class PretendRunner:
     def sampler(self, params, history):
         return Sampler(params, history)
 
-    def step(self, batch, rows, progress):
+    def step(self, batch, rows, progress, hidden):
         """Texts grow; logits say which token follows."""
         assert len({id(sequence) for sequence, _ in batch}) == len(batch)
         for sequence, new in batch:
@@ -96,7 +97,7 @@ class PretendRunner:
         for sequence, new in batch:
             sequence.tokens.extend(new.tolist())
         self.steps.append([new.tolist() for _, new in batch])
-        return np.array(wanted)
+        return Outputs(np.array(wanted), None)
 
     def logits(self, tokens):
         """float32 (V,): NaN where the next token is None."""

@@ -221,9 +221,9 @@ def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     model = Script(word(*["lo"] * 5))
 
-    def step(batch, rows, progress):
+    def step(batch, rows, progress, hidden):
         clock[0] += 0.25 if model.inputs else 2.0
-        return Script.step(model, batch, rows, progress)
+        return Script.step(model, batch, rows, progress, hidden)
 
     monkeypatch.setattr(model, "step", step)
     generation = generation_of(model, tokenizer, [1, 2, 3], SamplingParams(temperature=0), max_tokens=5)

@@ -17,6 +17,7 @@ from pymla.engine.driving import MAX_RUNNING, STEP_TOKENS, Driver
 from pymla.engine.generation import Generation, Submission
 from pymla.engine.requests import Constraint
 from pymla.engine.runner import LocalRunner
+from pymla.engine.speculation.step import Speculation
 from pymla.text.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Engine:
         progress: Progress | None = None,
         special: bool = False,
         constraint: Constraint | None = None,
+        speculation: Speculation | None = None,
         **sampling: Any,
     ) -> list[Generation]:
         """`n` texts that continue one prompt, which is computed once. Further arguments and errors are those of
@@ -83,12 +85,10 @@ class Engine:
         model = self._language_model
         params = SamplingParams.of(sampling, model.recommended)
         ids = model.prompt_ids(prompt)
-        submission = Submission(self.driver)
+        shared = special, constraint, speculation, Submission(self.driver)
         return [
-            Generation(
-                self.driver, model.tokenizer, ids, each, max_tokens, stop, progress, special, constraint, submission
-            )
-            for each in _of_texts(params, n)
+            Generation(self.driver, model.tokenizer, ids, each, max_tokens, stop, progress, *shared)
+            for each in _of_texts(params.for_tokenizer(model.tokenizer), n)
         ]
 
     def stream(self, prompt: str | Iterable[int], **options: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pymla import checks
 from pymla.backend import Progress
 from pymla.engine.driving import Driver
 from pymla.engine.requests import Constraint, Output, Request
+from pymla.engine.speculation.step import Speculation
 from pymla.errors import PymlaError
 from pymla.text.sampling import Sampled, SamplingParams
 from pymla.text.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ class Generation:
         Whether control tokens have their names in the text, the one that ends it too.
     constraint : Constraint, optional
         What the text may be.
+    speculation : Speculation, optional
+        Drafts tokens of the text.
     submission : Submission, optional
         Shared by generations with the same prompt, which is then computed once.
 
@@ -104,6 +107,7 @@ class Generation:
     progress: Progress | None = None
     special: bool = False
     constraint: Constraint | None = None
+    speculation: Speculation | None = None
     submission: Submission | None = None
     finish_reason: str = field(default="interrupted", init=False)
     sampled: list[Sampled] = field(default_factory=list, init=False)
@@ -129,7 +133,8 @@ class Generation:
         if self.progress is not None and not callable(self.progress):
             checks.refuse("progress", self.progress, "a function of two numbers is expected")
         ends = frozenset(self.tokenizer.eos_ids)
-        self._request = Request(self.prompt, self.params, self.max_tokens, ends, self.progress, self.constraint)
+        how = self.progress, self.constraint, self.speculation
+        self._request = Request(self.prompt, self.params, self.max_tokens, ends, *how)
         self._submission = Submission(self.driver) if self.submission is None else self.submission
         self._submission.requests.append(self._request)
         self._reading = threading.RLock()

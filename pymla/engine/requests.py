@@ -9,6 +9,7 @@ import numpy as np
 
 from pymla.backend import Progress, TokenSampler
 from pymla.engine.cache import Sequence
+from pymla.engine.speculation.step import SpeculatedText, Speculation
 from pymla.text.sampling import Sampled, SamplingParams
 
 #: Tokens that are computed for a request before its reader asks again. Readers of one step need not be in time for the
@@ -55,6 +56,7 @@ class Request:
     progress : callable(done, total), optional
         Told of layers of the prompt's steps, on the thread that takes them. An error that it raises ends the request.
     constraint : Constraint, optional
+    speculation : Speculation, optional
 
     Attributes
     ----------
@@ -77,6 +79,8 @@ class Request:
         Requests with the same prompt that wait until it is computed.
     parent : Request, optional
         The request whose prompt this one waits for.
+    text : SpeculatedText, optional
+        What `speculation` knows of the text.
     seconds : float
         Of its steps since its last token.
     reused_tokens : int
@@ -89,6 +93,7 @@ class Request:
     ends: frozenset[int] = frozenset()
     progress: Progress | None = None
     constraint: Constraint | None = None
+    speculation: Speculation | None = None
     tokens: list[int] = field(init=False)
     sequence: Sequence = field(init=False)
     sampler: TokenSampler = field(init=False)
@@ -101,6 +106,7 @@ class Request:
     has_ended: bool = field(default=False, init=False)
     forks: "list[Request]" = field(default_factory=list, init=False)
     parent: "Request | None" = field(default=None, init=False)
+    text: SpeculatedText | None = field(default=None, init=False)
     seconds: float = field(default=0.0, init=False)
     reused_tokens: int = field(default=0, init=False)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from pymla.backend import Array, Progress, TokenSampler
 from pymla.engine.cache import Batch, Sequence
-from pymla.engine.model import Model
+from pymla.engine.forward import Outputs
+from pymla.engine.model import Model, Wanted
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
 from pymla.text.sampling import Sampled, SamplingParams
@@ -65,7 +66,7 @@ class Runner(Protocol):
     def sampler(self, params: SamplingParams, history: Items[int]) -> TokenSampler:
         """Chooses tokens for a sequence after a text."""
 
-    def step(self, batch: Batch, rows: np.ndarray | None, progress: Progress | None) -> Array:
+    def step(self, batch: Batch, rows: np.ndarray | None, progress: Progress | None, hidden: bool) -> Outputs:
         """Append tokens to sequences; hold `turn` until the result was read.
 
         Parameters
@@ -75,11 +76,13 @@ class Runner(Protocol):
         rows : int array (n,), optional
             The tokens after which logits are wanted, by their numbers in the step. None: the last of each sequence.
         progress : callable(done, total), optional
+        hidden : bool
+            Whether hidden states are wanted, too.
 
         Returns
         -------
-        Array
-            Logits, float32 (n, V), for `sample`.
+        Outputs
+            Logits, float32 (n, V), for `sample`; and hidden states, or else None in their place.
         """
 
     def take(self, logits: Array, rows: np.ndarray) -> Array:
@@ -131,19 +134,15 @@ class LocalRunner:
         """The model's turn."""
         return self._model.turn
 
-    def step(self, batch: Batch, rows: np.ndarray | None, progress: Progress | None) -> Array:
+    def step(self, batch: Batch, rows: np.ndarray | None, progress: Progress | None, hidden: bool) -> Outputs:
         """`Runner.step`."""
-        return self._model.step(batch, "last" if rows is None else rows, progress)
+        wanted: Wanted = "last" if rows is None else rows
+        if hidden:
+            return self._model.step(batch, wanted, progress, hidden=True)
+        return Outputs(self._model.step(batch, wanted, progress), None)
 
     def sample(
         self, samplers: Items[TokenSampler], logits: Array, masks: Items[np.ndarray | None]
     ) -> list[Sampled | PymlaError]:
         """`Runner.sample`."""
-        return [_sampled(*each) for each in zip(samplers, logits, masks, strict=True)]
-
-
-def _sampled(sampler: TokenSampler, logits: Array, mask: np.ndarray | None) -> Sampled | PymlaError:
-    try:
-        return sampler.sample(logits, mask)
-    except PymlaError as error:
-        return error
+        return self._model.backend.sampling.sample_batch(samplers, logits, masks)

@@ -85,6 +85,10 @@ class Scheduler:
         # Where no generation has found pages, there is none to slow down.
         return parts or self._planned(admitted, self._step_tokens)
 
+    def pages(self, parts: Iterable[Part]) -> int:
+        """Pages that the parts of a step take from the runner's room."""
+        return sum(self._runner.pages_needed(part.request.sequence, part.count) for part in parts)
+
     def saw(self, parts: Iterable[Part], seconds: float) -> None:
         """Count the seconds of a step."""
         counts = [part.count for part in parts]

@@ -2,16 +2,18 @@
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 
-from pymla.backend import Array, Progress
+from pymla.backend import Progress
 from pymla.engine.cache import Batch
+from pymla.engine.choosing import Chooser, Ready
+from pymla.engine.forward import Outputs
 from pymla.engine.requests import Output, Request
 from pymla.engine.runner import Runner
 from pymla.engine.scheduler import Part, Scheduler
+from pymla.engine.speculation.drafting import NO_DRAFT, Draft
+from pymla.engine.speculation.step import Speculation
 from pymla.errors import PymlaError
 from pymla.pages import PAGE
 from pymla.text.sampling import Sampled
@@ -25,14 +27,6 @@ class ProgressError(Exception):
         self.request, self.error = request, error
 
 
-class _Input(NamedTuple):
-    """What a step is given."""
-
-    batch: Batch
-    ready: list[Request]  # those that get a token
-    rows: np.ndarray | None  # tokens of the step after which logits are wanted; None: the last of each sequence
-
-
 class Stepper:
     """Takes steps. Every method but `add` is for the thread that has the runner's turn.
 
@@ -44,13 +38,12 @@ class Stepper:
 
     def __init__(self, runner: Runner, scheduler: Scheduler):
         self._runner, self._scheduler = runner, scheduler
+        self._chooser = Chooser(runner)
         self._new: deque[Request] = deque()
-        self.forget_threads()
 
     def forget_threads(self) -> None:
         """Begin without threads, as a forked process does."""
-        # Computes masks of constraints beside the model. It has no thread before it is used.
-        self._beside = ThreadPoolExecutor(1, "pymla-masks")
+        self._chooser.forget_threads()
 
     def add(self, request: Request) -> None:
         """Let a request take part, from the next step on. Any thread may call this."""
@@ -97,6 +90,8 @@ class Stepper:
                 fork.parent = heir
             heir.forks = forks
             self._scheduler.add(heir)
+        if request.speculation and request.text:
+            request.speculation.end(request.text)
         if error is None:
             self._runner.keep(request.sequence)
         self._runner.free(request.sequence)
@@ -105,72 +100,98 @@ class Stepper:
 
     def _run(self, parts: list[Part], began: float) -> None:
         """Compute a step, and give the requests their tokens."""
-        masks = {part.request: self._mask(part.request) for part in parts if part.request.constraint}
-        step = self._input(parts)
-        logits = self._runner.step(step.batch, step.rows, _progress(parts))
-        ready, rows = self._with_forks(step.ready)
-        results = self._chosen(ready, rows, logits, masks) if ready else []
+        for request, _ in parts:
+            self._begin(request)
+        last = [part.request for part in parts if part.is_last]
+        drafts = self._chooser.drafts(last, self._runner.room - self._scheduler.pages(parts))
+        masks = self._chooser.masks(drafts, last)
+        batch, ready = _input(parts, drafts)
+        wants_hidden = any(part.request.speculation and part.request.speculation.wants_hidden for part in parts)
+        outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)
+        computed = time.perf_counter() - began
+        self._read_prompts(parts, outputs)
+        ready = self._with_forks(ready)
+        results = self._chooser.choose(ready, outputs, masks)
         seconds = time.perf_counter() - began
+        self._tell_speculations(ready, None if any(part.count > 1 for part in parts) else computed)
         for request, _ in parts:
             request.seconds += seconds
             if not request.generated:
                 self._runner.keep(request.sequence)  # others may begin with it
-        for request, result in zip(ready, results, strict=True):
+        for each, result in zip(ready, results, strict=True):
             if isinstance(result, PymlaError):
-                self.end(request, error=result)
+                self.end(each.request, error=result)
             else:
-                self._take(request, result)
+                self._take(each, result, outputs)
 
-    def _input(self, parts: list[Part]) -> _Input:
-        """The tokens of a step."""
-        batch, ready, rows, end = [], [], [], 0
-        for part in parts:
-            request, sequence = part.request, part.request.sequence
-            if sequence.length == len(request.tokens):
-                # An interrupt came between the step and the choice of a token: the last row is computed again.
-                self._runner.truncate(sequence, sequence.length - 1)
-            at, end = sequence.length, end + part.count
-            batch.append((sequence, np.array(request.tokens[at : at + part.count], np.int32)))
-            if part.is_last:
-                ready.append(request)
-                rows.append(end - 1)
-        # A step has a row of logits at least. Where nobody gets a token it is the last one, which nobody reads.
-        return _Input(batch, ready, None if len(ready) == len(parts) else np.array(rows or [end - 1]))
+    def _begin(self, request: Request) -> None:
+        """Make a request ready for a step."""
+        sequence = request.sequence
+        if sequence.length >= len(request.tokens):
+            # An interrupt came between the step and the choice of a token: the last row is computed again.
+            self._runner.truncate(sequence, len(request.tokens) - 1)
+        if request.speculation and request.text is None:
+            request.text = request.speculation.begin(request.prompt, request.params, sequence)
 
-    def _with_forks(self, ready: list[Request]) -> tuple[list[Request], list[int]]:
-        """Requests that get a token, and their rows of logits; with forks, which begin with what their parents have."""
-        rows = list(range(len(ready)))
-        for row, parent in enumerate(list(ready)):
+    def _read_prompts(self, parts: list[Part], outputs: Outputs) -> None:
+        """Let drafters that follow hidden states read those of the prompts."""
+        end = 0
+        for request, count in parts:
+            end += count
+            if not request.generated and request.speculation and request.speculation.wants_hidden:
+                assert request.text is not None
+                start = request.sequence.length - count
+                request.speculation.read(request.text, start, outputs.hidden[end - count : end])
+
+    def _with_forks(self, ready: list[Ready]) -> list[Ready]:
+        """Requests that get a token; with forks, which begin with what their parents have."""
+        found = list(ready)
+        for each in ready:
+            parent = each.request
             if parent.forks:
                 for fork in parent.forks:
+                    self._runner.free(fork.sequence)
                     fork.sequence = self._runner.fork(parent.sequence)
                     fork.seconds, fork.reused_tokens = parent.seconds, parent.reused_tokens
-                ready, rows = ready + parent.forks, rows + [row] * len(parent.forks)
+                    self._begin_fork(fork)
+                found += [each._replace(request=fork) for fork in parent.forks]
                 self._scheduler.add_forks(parent)
-        return ready, rows
+        return found
 
-    def _chosen(
-        self, requests: list[Request], rows: list[int], logits: Array, masks: "dict[Request, Future[np.ndarray]]"
-    ) -> list[Sampled | PymlaError]:
-        """The next token of each request, or why there is none."""
-        if len(rows) != rows[-1] + 1:
-            logits = self._runner.take(logits, np.array(rows))
-        own_masks = [masks[request].result() if request in masks else None for request in requests]
-        return self._runner.sample([request.sampler for request in requests], logits, own_masks)
+    def _begin_fork(self, fork: Request) -> None:
+        if fork.speculation:
+            fork.text = fork.speculation.begin(fork.prompt, fork.params, fork.sequence)
 
-    def _mask(self, request: Request) -> "Future[np.ndarray]":
-        assert request.constraint is not None
-        return self._beside.submit(request.constraint.mask)
+    @staticmethod
+    def _tell_speculations(ready: list[Ready], seconds: float | None) -> None:
+        """Let drafters learn from a step how long it took; None: it had parts of prompts."""
+        groups: dict[Speculation, int] = {}
+        for each in ready:
+            if each.request.speculation and each.request.generated:
+                groups[each.request.speculation] = groups.get(each.request.speculation, 0) + 1
+        for speculation, texts in groups.items():
+            # With drafts of several drafters it is nobody's step.
+            speculation.took(seconds if len(groups) == 1 else None, len(ready) - texts)
 
-    def _take(self, request: Request, sampled: Sampled) -> None:
-        """Give a request its next token."""
-        token = sampled.token
-        request.tokens.append(token)
-        request.allowance -= 1
-        output = Output(sampled, request.seconds, request.sequence.length)
-        request.seconds = 0.0
-        reason = self._reason(request, token)
-        request.unread.append(output)
+    def _take(self, ready: Ready, chosen: list[Sampled], outputs: Outputs) -> None:
+        """Give a request its next tokens."""
+        request, is_first = ready.request, not ready.request.generated
+        reason, taken = None, []
+        for sampled in chosen:
+            request.tokens.append(sampled.token)
+            taken.append(sampled)
+            reason = self._reason(request, sampled.token)
+            if reason:
+                break
+        if request.sequence.length >= len(request.tokens):  # rows of drafted tokens that are not part of the text
+            self._runner.truncate(request.sequence, len(request.tokens) - 1)
+        if is_first and request.speculation and request.text:
+            hidden = outputs.hidden[ready.token : ready.token + 1] if request.speculation.wants_hidden else None
+            request.speculation.commit(request.text, [chosen[0].token], hidden)
+        request.allowance -= len(taken)
+        for sampled in taken:
+            request.unread.append(Output(sampled, request.seconds, request.sequence.length))
+            request.seconds = 0.0
         if reason:
             self.end(request, reason)
 
@@ -187,6 +208,30 @@ class Stepper:
         # The token itself needs a place, before another one can follow.
         fits = len(request.tokens) <= min(self._runner.ctx, self._runner.pages * PAGE)
         return None if fits else "context"
+
+
+def _input(parts: list[Part], drafts: dict[Request, Draft]) -> tuple[Batch, list[Ready]]:
+    """The tokens of a step, and the requests that get a token from it."""
+    batch, ready, end, row = [], [], 0, 0
+    for part in parts:
+        request, at = part.request, part.request.sequence.length
+        draft = drafts.get(request, NO_DRAFT)
+        tokens = request.tokens[at : at + part.count] + draft.tokens
+        if part.is_last:
+            ready.append(Ready(request, end + part.count - 1, row, draft))
+            row += len(draft.tokens) + 1
+        end += len(tokens)
+        batch.append((request.sequence, np.array(tokens, np.int32)))
+    return batch, ready
+
+
+def _rows(batch: Batch, ready: list[Ready]) -> np.ndarray | None:
+    """The tokens of a step after which logits are wanted; None: the last of each sequence."""
+    if len(ready) == len(batch) and not any(each.draft.tokens for each in ready):
+        return None
+    rows = [each.token + i for each in ready for i in range(len(each.draft.tokens) + 1)]
+    # A step has a row at least. Where nobody gets a token it is the first one, which nobody reads.
+    return np.array(rows or [0])
 
 
 def _progress(parts: list[Part]) -> Progress | None:

@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pymla.backend import Array, TokenSampler
 from pymla.engine.cache import Sequence as Cached
-from pymla.engine.language_model import LanguageModel
 from pymla.engine.model import Model
 from pymla.engine.speculation.drafting import NO_DRAFT, Draft
 from pymla.errors import PymlaError
 from pymla.printable import shown
 from pymla.text.sampling import SamplingParams, draw
+
+if TYPE_CHECKING:
+    from pymla.engine.language_model import LanguageModel
 
 
 @dataclass
@@ -95,7 +98,7 @@ class DraftModel:
 
     wants_hidden = False
 
-    def __init__(self, draft: LanguageModel, target: LanguageModel) -> None:
+    def __init__(self, draft: "LanguageModel", target: "LanguageModel") -> None:
         check_vocabularies(draft, target)
         self._model: Model = draft.model
         self._vocab_size = target.config.vocab_size
@@ -148,7 +151,7 @@ class DraftModel:
                 each.add(logits[i][: self._vocab_size], self._vocab_size)
 
 
-def check_vocabularies(draft: LanguageModel, target: LanguageModel) -> None:
+def check_vocabularies(draft: "LanguageModel", target: "LanguageModel") -> None:
     """Refuse a draft model whose tokens are not those of the model that verifies.
 
     Raises
