@@ -103,6 +103,11 @@ class Tokenizer:
         self.chat_templates: dict[str, str] = {}
         self.warnings: list[str] = []
 
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Texts of the tokens in the vocabulary's own alphabet, by their ids."""
+        return self._vocabulary.tokens
+
     @classmethod
     def from_gguf(cls, file: str | Path | ModelFile) -> "Tokenizer":
         """The tokenizer of a model file, or of a file that has nothing but a vocabulary.
