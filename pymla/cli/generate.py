@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from pymla.cli import figures, interrupt
+from pymla.cli.constraint_options import constraint_options, constraints
 from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.inputs import argument, biases, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
@@ -31,6 +32,8 @@ Examples:
   pymla generate -m model.gguf --chat-template chatml.jinja --system "Be brief." "Hi"
   pymla generate -m model.gguf -f prompt.txt -n 100 --temperature 0 --quiet
   echo "Once upon a time" | pymla generate -m model.gguf --seed 7
+  pymla generate -m model.gguf --chat --json-schema person.json "Invent a person."
+  pymla generate --regex "[0-9]{3}-[0-9]{4}" "My number is "
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
   pymla generate -m model.gguf --override-kv deepseek2.expert_used_count=int:4 "def "
 
@@ -77,6 +80,7 @@ def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
 @click.option("--special", is_flag=True, help="Show control tokens by their names, the one that ends the text too.")
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in the prompt as these tokens.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
+@constraint_options
 @click.option(
     "--logprobs", type=click.IntRange(0, 1000), default=0, help="Report so many likely tokens for each, with --json."
 )
@@ -116,6 +120,9 @@ def generate(
     special: bool,
     parse_special: bool,
     stop: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    grammar: Path | None,
     logprobs: int,
     echo: bool | None,
     as_json: bool,
@@ -137,6 +144,7 @@ def generate(
         raise PymlaError("--parse-special is for plain prompts: --chat reads control tokens anyway; leave it out")
     if logprobs and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
+    constrained = constraints(json_schema, regex, grammar)
     conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
     text = prompt_text(prompt, prompt_file)
     terminal = Terminal(quiet)
@@ -149,7 +157,7 @@ def generate(
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
     options |= {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
-    generation = language_model.generation(ids, **options)
+    generation = language_model.generation(ids, **options, **constrained)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:

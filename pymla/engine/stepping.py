@@ -104,7 +104,8 @@ class Stepper:
             self._begin(request)
         last = [part.request for part in parts if part.is_last]
         drafts = self._chooser.drafts(last, self._runner.room - self._scheduler.pages(parts))
-        masks = self._chooser.masks(drafts, last)
+        with_forks = [*last, *(fork for request in last for fork in request.forks)]
+        masks = self._chooser.masks(drafts, with_forks)
         batch, ready = _input(parts, drafts)
         wants_hidden = any(part.request.speculation and part.request.speculation.wants_hidden for part in parts)
         outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)

@@ -112,6 +112,26 @@ class Grammar:
         return Matcher(self, self._prototype.deep_copy())
 
 
+def grammar_of(tokenizer: "Tokenizer", vocab_size: int, given: Mapping[str, Any]) -> Grammar | None:
+    """The grammar that a caller's options `json_schema`, `regex` or `grammar` ask for; None where all are None.
+
+    `grammar` may be compiled already.
+
+    Raises
+    ------
+    PymlaError
+        As for `Grammar.of`, or the grammar was compiled for another tokenizer.
+    """
+    if all(value is None for value in given.values()):
+        return None
+    grammar = given.get("grammar")
+    if not isinstance(grammar, Grammar):
+        return Grammar.of(tokenizer, vocab_size=vocab_size, **given)
+    if grammar.tokenizer is not tokenizer or grammar.words != -(-vocab_size // 32):
+        raise PymlaError("`grammar` was compiled for another model; compile it with this one's tokenizer")
+    return grammar
+
+
 class Matcher:
     """How far a text has come in its `Grammar`, and what may follow. One thread at a time may use it."""
 
