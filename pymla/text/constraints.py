@@ -203,17 +203,16 @@ class Matcher:
     def _keep(self, mask: np.ndarray) -> None:
         """Take a mask that was computed for this state."""
         self._check()
-        if not mask.any() and not self._matcher.is_accepting():
-            raise PymlaError(
-                "the grammar allows no token here, and the text is not complete: no token of the vocabulary fits, or "
-                "a terminal took text that the next one needs"
-            )
         mask.flags.writeable = False
         self._mask = mask
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise PymlaError(f"the grammar cannot be followed: {_first_line(self._matcher.get_error())}")
+        if not self._matcher.is_error():
+            return
+        reason = _first_line(self._matcher.get_error())
+        if reason.startswith("NoExtension"):
+            reason = "no token fits here, and the text is not complete"
+        raise PymlaError(f"the grammar cannot be followed: {reason}")
 
 
 def compute_masks(matchers: Sequence[Matcher]) -> None:
@@ -311,7 +310,12 @@ class _Vocabulary:
         ends = np.cumsum([len(draft) + 1 for _, draft in drafts]).tolist()
         out = self._buffer(ends[-1])
         rows = [(matcher, end - len(draft) - 1, draft) for end, (matcher, draft) in zip(ends, drafts, strict=True)]
-        _executor().unsafe_compute_mask_ptr_with_draft_token(rows, out.ctypes.data, out.strides[0], len(out))
+        where = out.ctypes.data, out.strides[0], len(out)
+        # llguidance refuses a draft without a token, and a list without a matcher.
+        if drafted := [row for row in rows if row[2]]:
+            _executor().unsafe_compute_mask_ptr_with_draft_token(drafted, *where)
+        if plain := [row[:2] for row in rows if not row[2]]:
+            _executor().unsafe_compute_mask_ptr(plain, *where)
         return np.split(self._cut(out), ends[:-1])
 
     def _buffer(self, rows: int) -> np.ndarray:
@@ -384,7 +388,7 @@ def _source(name: str, value: Any, tokenizer: "Tokenizer") -> str:
     from llguidance import LLMatcher
 
     if name == "json_schema":
-        schema = json.dumps(_schema(value))
+        schema = _schema_text(value)
         return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": BLANKS})
     if not isinstance(value, str):
         checks.refuse(name, value, "a text is expected")
@@ -401,20 +405,24 @@ def _token_id(tokenizer: "Tokenizer", text: str) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-def _schema(value: Any) -> Any:
-    """A JSON schema as a dictionary or bool."""
+def _schema_text(value: Any) -> str:
+    """A JSON schema as a text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise PymlaError(
-                f"`json_schema`: line {error.lineno}, column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}"
-            ) from None
+            message = f"{error.msg[:1].lower()}{error.msg[1:]}"
+            raise PymlaError(f"`json_schema`: line {error.lineno}, column {error.colno}: {message}") from None
         except RecursionError:
             raise PymlaError("`json_schema` is nested too deeply") from None
     if not isinstance(value, Mapping | bool):
         checks.refuse("json_schema", value, "a JSON schema is expected: a dictionary, true or false")
-    return dict(value) if isinstance(value, Mapping) else value
+    if value is False:
+        raise PymlaError("`json_schema` is false, which no text fits")
+    try:
+        return json.dumps({} if value is True else dict(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PymlaError(f"`json_schema` cannot be written as JSON: {error}") from None
 
 
 def _reason(name: str, message: str) -> str:

@@ -20,6 +20,7 @@ from pymla.text.lexemes import (
     Series,
     Token,
     to_terminals,
+    with_texts,
 )
 
 #: Most repetitions that a count may ask for, as in llama.cpp.
@@ -53,7 +54,10 @@ def to_lark(text: str, name: str, token_id: Callable[[str], int | None]) -> str:
         The grammar is damaged; with the line and the column.
     """
     try:
-        return to_terminals(_Parser(text, name, token_id).rules(), "root")
+        rules = with_texts(_Parser(text, name, token_id).rules())
+        if "root" not in rules:
+            raise PymlaError(f"`{name}`: rule 'root' has no texts: it refers to itself without an end")
+        return to_terminals(rules, "root")
     except RecursionError:
         raise PymlaError(f"`{name}` is nested too deeply") from None
 

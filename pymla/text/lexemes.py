@@ -107,7 +107,7 @@ def to_terminals(rules: Mapping[str, Node], root: str) -> str:
 
     Parameters
     ----------
-    rules : parts by the names of the rules; each rule that is referred to is there
+    rules : parts by the names of the rules; each rule that is referred to is there, and has texts (`with_texts`)
     root : the rule that a whole text is
     """
     divided: set[Node] = set()
@@ -117,6 +117,29 @@ def to_terminals(rules: Mapping[str, Node], root: str) -> str:
         if not confused:
             return _written(grammar)
         divided |= confused
+
+
+def with_texts(rules: Mapping[str, Node]) -> dict[str, Node]:
+    """The rules that have texts, without the parts that have none: those that refer to themselves without an end."""
+    made: dict[str, Node] = {}
+    while True:
+        further = {rule: part for rule, node in rules.items() if (part := _with_texts(node, made)) is not None}
+        if further == made:
+            return made
+        made = further
+
+
+def _with_texts(node: Node, known: Mapping[str, Node]) -> Node | None:
+    """A part without its parts that have no texts, as far as the rules that have some are known; None: it has none."""
+    if isinstance(node, Reference):
+        return node if node.rule in known else None
+    parts = [_with_texts(part, known) for part in _parts(node)]
+    found = tuple(part for part in parts if part is not None)
+    if isinstance(node, Choice):
+        return Choice(found) if found else None
+    if isinstance(node, Repeat) and node.least == 0 and not found:
+        return Series(())
+    return _with_parts(node, found) if len(found) == len(parts) else None
 
 
 class _Division:
