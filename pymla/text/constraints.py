@@ -291,8 +291,9 @@ class _Vocabulary:
             self.ends[token // 32] |= np.uint32(1 << token % 32)
         # llguidance cannot do without a token that ends a text: where there is none, it is the one behind the last.
         self._llg_size = vocab_size if ends else vocab_size + 1
-        wrapped = _Wrapped(tokenizer, self._llg_size, ends or [vocab_size])
-        self.tokens = LLTokenizer(wrapped, n_vocab=self._llg_size, eos_token=ends or [vocab_size])
+        ends = ends or [vocab_size]
+        wrapped: Any = _Wrapped(tokenizer, self._llg_size, ends)
+        self.tokens = LLTokenizer(wrapped, n_vocab=self._llg_size, eos_token=ends)
         self.compile = lru_cache(_KEPT_GRAMMARS)(self._compile)
 
     def masks(self, matchers: "Sequence[LLMatcher]") -> np.ndarray:

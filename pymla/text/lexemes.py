@@ -320,8 +320,8 @@ class _Followers:
         return self._found() != before
 
     def _found(self) -> int:
-        sets = (*self._first.values(), *self._behind_rules.values(), *self.behind.values(), self._nullable)
-        return sum(map(len, sets))
+        sets = (*self._first.values(), *self._behind_rules.values(), *self.behind.values())
+        return len(self._nullable) + sum(len(each) for each in sets)
 
     def _is_nullable(self, node: Node) -> bool:
         if isinstance(node, Terminal):

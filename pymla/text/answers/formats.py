@@ -101,30 +101,32 @@ class Format:
         yield from (part for part in (*parts, *pairs) if part and "{" not in part)
 
 
-_DEEPSEEK = {
-    "block": "<｜tool▁calls▁begin｜>",
-    "block_end": "<｜tool▁calls▁end｜>",
-    "call": "<｜tool▁call▁begin｜>",
-    "call_end": "<｜tool▁call▁end｜>",
-}
-_SEPARATOR = "<｜tool▁sep｜>"
-
 #: Without calls.
 PLAIN = Format("plain")
 
+_SEPARATOR = "<｜tool▁sep｜>"
+
+#: DeepSeek-V3.1, V3.2-Exp.
+DEEPSEEK_V31 = Format(
+    "deepseek-v3.1",
+    block="<｜tool▁calls▁begin｜>",
+    block_end="<｜tool▁calls▁end｜>",
+    call="<｜tool▁call▁begin｜>",
+    call_end="<｜tool▁call▁end｜>",
+    ends=(_SEPARATOR,),
+    head=("{name}", _SEPARATOR),
+)
+
 #: DeepSeek-V3, V3-0324, R1.
-DEEPSEEK_V3 = Format(
-    "deepseek-v3",
-    **_DEEPSEEK,
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V31,
+    name="deepseek-v3",
     pattern=re.compile(rf"\s*\w+{_SEPARATOR}{_NAME}\s*"),
     ends=("```json",),
     head=("function", _SEPARATOR, "{name}\n```json\n"),
     fence="\n```",
     between="\n",
 )
-
-#: DeepSeek-V3.1, V3.2-Exp.
-DEEPSEEK_V31 = Format("deepseek-v3.1", **_DEEPSEEK, ends=(_SEPARATOR,), head=("{name}", _SEPARATOR))
 
 #: DeepSeek-V3.2 (DSML).
 DEEPSEEK_V32 = Format(

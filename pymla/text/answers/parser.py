@@ -9,7 +9,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymla.text.answers.arguments import Tools, is_json, is_object, value_text
@@ -80,7 +80,7 @@ class AnswerParser:
         self._state: Callable[[bool], bool] = self._begin if thinks or opened else self._speak
         self._has_reasoning = self._has_content = self._is_after_call = False
         self._raw = ""  # of the call that is being read, with all that stands between it and what was given before
-        self._outside = self._speak  # the state that a damaged call's text belongs to
+        self._outside: Callable[[bool], bool] = self._speak  # the state that a damaged call's text belongs to
         self._calls = 0
         self._call: _Call | None = None
 
@@ -364,17 +364,18 @@ class AnswerParser:
         if isinstance(piece, Reasoning | Content):
             if not piece.text:
                 return
-            self._has_reasoning |= isinstance(piece, Reasoning)
             if isinstance(piece, Content):
                 self._has_content, self._is_after_call = True, False
-            if type(last) is type(piece):
-                self._pieces[-1] = type(piece)(last.text + piece.text)  # type: ignore[union-attr]
+            else:
+                self._has_reasoning = True
+            if isinstance(last, Reasoning | Content) and type(last) is type(piece):
+                self._pieces[-1] = replace(last, text=last.text + piece.text)
                 return
         elif isinstance(piece, CallDelta) and piece.name is None:
             if not piece.arguments:
                 return
             if isinstance(last, CallDelta) and last.index == piece.index:
-                self._pieces[-1] = last._replace(arguments=last.arguments + piece.arguments)
+                self._pieces[-1] = replace(last, arguments=last.arguments + piece.arguments)
                 return
         self._pieces.append(piece)
 
