@@ -104,15 +104,20 @@ class Scheduler:
             if len(admitted) == self._max_running:
                 break
             if not request.sequence.pages:
-                # A page for each of the others is kept free, or they would need this one's at once.
-                wanted = self._runner.pages_needed(request.sequence, request.pending) + len(admitted)
-                waits = waits or (bool(admitted) and wanted > self._attainable(request))
+                waits = waits or (bool(admitted) and not self._fits(request, admitted))
                 if waits:
                     continue
                 if request.sequence.length == 0:
                     request.reused_tokens = self._runner.attach(request.sequence, request.tokens)
             admitted.append(request)
         return admitted
+
+    def _fits(self, request: Request, others: list[Request]) -> bool:
+        """Whether a request finds room for its pending tokens beside others for theirs, and for a page of each of them
+        later: they would need this one's at once otherwise."""
+        wanted = sum(self._runner.pages_needed(each.sequence, each.pending) for each in [*others, request])
+        held = sum(len(each.sequence.pages) for each in self._yielding(request))
+        return wanted + len(others) <= self._runner.room + held
 
     def _planned(self, admitted: list[Request], prompt_tokens: int) -> list[Part]:
         """A step with so many tokens of prompts at most."""
@@ -139,10 +144,6 @@ class Scheduler:
             if not others:
                 return
             self._runner.swap_out(others[-1].sequence)
-
-    def _attainable(self, request: Request) -> int:
-        """Pages that a request can have."""
-        return self._runner.room + sum(len(each.sequence.pages) for each in self._yielding(request))
 
     def _yielding(self, request: Request) -> list[Request]:
         """Requests whose pages another one may take: the younger ones, and last those whose readers went away."""
