@@ -8,6 +8,7 @@ too early is found by what it holds.
 import contextlib
 import threading
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ class TableRunner(PretendRunner):
         self.free, self.pages_needed = self.cache.free, self.cache.pages_needed
         self.new_sequence = Sequence
         self.interrupt = None  # "before" the step's tokens count, or "after"
+        self.clock, self.token_seconds = 0.0, 0.0
 
     @property
     def room(self):
@@ -82,6 +84,7 @@ class TableRunner(PretendRunner):
             logits += [self.logits(text[: len(text) - len(new) + i + 1]) for i in wanted]
             at += len(new)
         self.cache.advance(batch)
+        self.clock += 0.001 + self.token_seconds * at
         if interrupt == "after":
             raise KeyboardInterrupt
         return Outputs(np.array(logits), None)
@@ -100,9 +103,17 @@ class Requests(RuleBasedStateMachine):
 
     CTX = 4 * PAGE
 
-    @initialize(pages=st.integers(4, 9), step_tokens=st.sampled_from([16, 100, 1000]), running=st.integers(1, 6))
-    def begin(self, pages, step_tokens, running):
+    @initialize(
+        pages=st.integers(4, 9),
+        step_tokens=st.sampled_from([16, 100, 1000]),
+        running=st.integers(1, 6),
+        token_seconds=st.sampled_from([0, 1e-5, 1e-3]),
+    )
+    def begin(self, pages, step_tokens, running, token_seconds):
         self.runner = TableRunner(pages, self.CTX)
+        self.runner.token_seconds = token_seconds
+        self.clock = patch("time.perf_counter", lambda: self.runner.clock)
+        self.clock.start()
         self.scheduler = Scheduler(self.runner, running, step_tokens)
         self.stepper = Stepper(self.runner, self.scheduler)
         self.wanted, self.running = [], running
@@ -166,6 +177,8 @@ class Requests(RuleBasedStateMachine):
         if not hasattr(self, "runner"):
             return
         for request in self.wanted:
+            if request.error:
+                raise request.error
             assert request.tokens[len(request.prompt) :] == alone(request.prompt, request.generated, self.CTX)
             if request.has_ended:
                 assert not request.sequence.pages
@@ -178,6 +191,12 @@ class Requests(RuleBasedStateMachine):
         """Every request comes to its end, within as many steps as its tokens can take."""
         if not hasattr(self, "runner"):
             return
+        try:
+            self.come_to_an_end()
+        finally:
+            self.clock.stop()
+
+    def come_to_an_end(self):
         for _ in range(4000):
             for request in self.wanted:
                 request.allowance = 16
@@ -185,7 +204,7 @@ class Requests(RuleBasedStateMachine):
                 break
             self.stepper.step()
         for request in self.wanted:
-            assert request.finish_reason in ("length", "context"), "a request starves"
+            assert request.finish_reason in ("length", "context"), f"a request starves: {request.error}"
             expected = alone(request.prompt, request.max_tokens, self.CTX)
             assert request.tokens[len(request.prompt) :] == expected
             assert [output.sampled.token for output in request.unread] == expected
