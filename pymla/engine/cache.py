@@ -97,7 +97,7 @@ class _Plan(NamedTuple):
     """What a sequence of a batch has before a step, and needs in it."""
 
     pages: list[int]  # that it has, or, where its rows are out of the cache, kept ones that hold some of them
-    count: int  # pages that it needs in all
+    wanted: int  # pages that it needs in all
 
 
 def pages_of(tokens: int) -> int:
@@ -135,8 +135,8 @@ class PagedCache:
     ) -> None:
         self.ctx, self.cache_type, self.pages = ctx, cache_type, pages
         self._memories = [backend.memory for backend in backends]
-        # Sequences that have pages, or had some.
-        self._holders: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        # Sequences that have pages, or had some. A `WeakSet` takes ten times as long to go through.
+        self._holders: set[weakref.ref[Sequence]] = set()
         self._kept = KeptPages()
         self._steps = 0
         layout, slots = row_layout(config, cache_type, mla), pages * PAGE
@@ -195,13 +195,17 @@ class PagedCache:
         self._steps += 1
         for (sequence, _), plan in zip(batch, plans, strict=True):
             sequence.last_step = self._steps  # its pages are not taken for this step
-            self._holders.add(sequence)
+            self._register(sequence)
             if sequence.pages != plan.pages:
                 sequence.pages = plan.pages
         self._own_last_pages([sequence for sequence, _ in batch])
+        missing = sum(plan.wanted - len(plan.pages) for plan in plans)
+        new = self._take(missing) if missing else []
         for (sequence, _), plan in zip(batch, plans, strict=True):
-            if plan.count > len(sequence.pages):
-                sequence.append_pages(self._take(plan.count - len(sequence.pages)))
+            count = plan.wanted - len(plan.pages)
+            if count:
+                sequence.append_pages(new[:count])
+                new = new[count:]
             if sequence.saved is not None:
                 self._copy_in(sequence, sequence.saved, len(plan.pages))
         return self._step(batch)
@@ -214,6 +218,8 @@ class PagedCache:
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget a sequence's tokens from position `length` on, and give back the pages that only they used."""
+        if not length:
+            self.free(sequence)
         del sequence.tokens[length:]
         if len(sequence.pages) > pages_of(length):
             sequence.pages = sequence.pages[: pages_of(length)]
@@ -227,7 +233,7 @@ class PagedCache:
     def fork(self, sequence: Sequence) -> Sequence:
         """A copy of a sequence that shares its pages until one of the two writes into them."""
         copy = Sequence()
-        self._holders.add(copy)
+        self._register(copy)
         copy.saved, copy.last_step = sequence.saved, sequence.last_step
         copy.pages = sequence.pages[: pages_of(sequence.length)]
         copy.tokens = list(sequence.tokens)
@@ -261,7 +267,7 @@ class PagedCache:
         if sequence.length:
             raise PymlaError(f"attach: the sequence has {sequence.length} tokens; give an empty one")
         found = self._kept.find(tokens[: max(len(tokens) - 1, 0)])
-        self._holders.add(sequence)
+        self._register(sequence)
         sequence.pages, sequence.last_step = list(found.values()), self._steps
         self._kept.use(found)
         sequence.tokens = [int(token) for token in tokens[: len(found) * PAGE]]
@@ -276,17 +282,28 @@ class PagedCache:
 
     # Who has which pages ----------------------------------------------------------------------------------------------
 
+    def _register(self, sequence: Sequence) -> None:
+        """Count a sequence's pages as its own from now on, for as long as it lives."""
+        self._holders.add(weakref.ref(sequence, self._holders.discard))
+
+    def _sequences(self) -> Iterator[Sequence]:
+        """The sequences that have pages, or had some."""
+        for reference in list(self._holders):
+            sequence = reference()
+            if sequence is not None:
+                yield sequence
+
     def _in_use(self) -> int:
         """The set of pages that sequences have."""
         pages = 0
-        for sequence in self._holders:
+        for sequence in self._sequences():
             pages |= sequence.page_set
         return pages
 
     def _shared(self) -> int:
         """The set of pages that several sequences have."""
         pages = several = 0
-        for sequence in self._holders:
+        for sequence in self._sequences():
             own = sequence.page_set
             several |= pages & own
             pages |= own
@@ -330,7 +347,7 @@ class PagedCache:
         for own in sets:
             several |= pages & own
             pages |= own
-        needed = pages.bit_count() + sum(plan.count - len(plan.pages) for plan in plans)
+        needed = pages.bit_count() + sum(plan.wanted - len(plan.pages) for plan in plans)
         # Each sequence that writes into a page of several gets a copy, but the last one that has it.
         writers = Counter(self._last_page(sequence) for sequence, _ in batch)
         for page, count in writers.items():
@@ -374,7 +391,7 @@ class PagedCache:
 
     def _swap_out_oldest(self) -> None:
         """Let the sequence that was used least recently give up its pages."""
-        others = [each for each in self._holders if each.pages and each.last_step < self._steps]
+        others = [each for each in self._sequences() if each.pages and each.last_step < self._steps]
         self.swap_out(min(others, key=lambda each: each.last_step))
 
     # Rows and slots ---------------------------------------------------------------------------------------------------
