@@ -46,7 +46,7 @@ def give_way_and_come_back(config, backend, cache_type, mla):
     assert cache.free_pages == 3
 
 
-def shift_and_compare(config, backend, cache_type, mla, tolerance):
+def shift_and_compare(config, backend, cache_type, mla, tolerance, positions=(64, 192, 270)):
     """Keys behind a context shift are turned by its length, and nothing else changes: not the first tokens of the
     sequence, and no row of a fork or of kept pages.
 
@@ -54,8 +54,10 @@ def shift_and_compare(config, backend, cache_type, mla, tolerance):
     ----------
     tolerance : float
         Share of the largest number of a key's row by which keys may differ from the definition.
+    positions : tuple
+        Where the shift starts and stops, and where the text ends.
     """
-    start, stop, length = 64, 192, 270
+    start, stop, length = positions
     cache = PagedCache(config, cache_type, mla, 9, 512, [backend] * config.num_hidden_layers)
     sequence, rng = Sequence(), np.random.default_rng(0)
     tokens = list(range(length))

@@ -18,7 +18,7 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.weights import Weights
 
-F32, F16, BF16, I16, Q8 = 2e-6, 2e-3, 1.2e-2, 1e-4, 2e-2  # rounding of keys by type, twice
+F32, F16, BF16, I16, Q8 = 2e-6, 2e-3, 1.2e-2, 5e-4, 2e-2  # rounding of keys by type, twice
 
 
 @functools.cache
