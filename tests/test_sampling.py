@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
 from pymla.text.sampling import Sampler, SamplingParams
-from pymla.text.sampling.pool import likeliest
+from pymla.text.sampling.selection import likeliest
 
 pytestmark = pytest.mark.filterwarnings("error")
 
