@@ -273,7 +273,7 @@ class Model:
         """The forward pass of a model that is open, and not in a step."""
         self._refuse_if_stepping()
         if self._forward is None:
-            raise PymlaError("this model was closed; load it again")
+            raise PymlaError(CLOSED)
         return self._forward
 
     def _refuse_if_stepping(self) -> None:
