@@ -364,7 +364,7 @@ def test_a_step_of_a_few_tokens_is_a_recorded_one(demo):
                 model.cache.truncate(sequence, sequence.length - len(new))
         for sequence in sequences:
             model.free(sequence)
-    assert (8, "absorbed") in model._recorded._steps
+    assert (8, "absorbed") in model._recorded[False]._steps
     for one, other, shape in zip(*results, (3, 8, 3), strict=True):
         assert one.shape == (shape, demo.config.vocab_size)
         np.testing.assert_allclose(one, other, atol=1e-5)
