@@ -19,11 +19,12 @@ Since debts are paid before the next period, at any time::
 
     time with speculation <= time without * (1 + ALLOWANCE) + LIMIT + C
 
-in plain tokens, for any drafter and any text: 1.6 % and a few tokens. Costs are those that were measured; while the
-first ones of a length are still those of the prior, the accounts are wrong by the difference.
+in plain tokens, for any drafter and any text: 1.6 % and a few tokens. Costs are those of the steps that were measured
+last (`pymla.engine.speculation.times`). What is done once is not in them: the first step of a model with so many
+tokens, which is recorded, counts as the prior has it, and a draft model's reading of the prompt does not count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 #: The share of the time without speculation that attempts may lose.
 ALLOWANCE = 1 / 64
@@ -67,13 +68,13 @@ class DraftLength:
         speculation is off."""
         return self._accepted / self._decided if self._decided else GUESS
 
-    def next(self, costs: Sequence[float], texts: int = 1) -> int:
+    def next(self, costs: Callable[[], Sequence[float]], texts: int = 1) -> int:
         """Tokens to draft; 0: none this time.
 
         Parameters
         ----------
-        costs : sequence of float
-            What a draft of 0, 1, …, `most` tokens costs, in plain tokens.
+        costs : callable()
+            What a draft of 0, 1, …, `most` tokens costs, in plain tokens; not asked for while speculation is off.
         texts : int
             Texts that the step brings a token to, this one included: they all wait for a draft.
         """
@@ -83,7 +84,7 @@ class DraftLength:
             if self._debt > 0:
                 return 0
             self._begin()
-        best = self._best(costs, texts)
+        best = self._best(costs(), texts)
         if best == 0:
             self._end()
         return best

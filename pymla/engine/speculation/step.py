@@ -28,6 +28,8 @@ from pymla.text.sampling import Sampled, SamplingParams
 
 #: Tokens of the longest draft. With the text's last token a step of as many as the CPU backend records.
 MOST = 7
+#: Costs of drafts are computed again after so many steps, which takes some 20 µs.
+COSTS_EVERY = 16
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Speculation:
         self._most = checks.integer("most", most, 1)
         self._adapts = checks.flag("adapts", adapts)
         self._drafting: deque[float] = deque(maxlen=MEASUREMENTS)  # seconds per drafted token of the last drafts
+        self._costs: dict[int, list[float]] = {}  # of drafts, by the texts of a step
+        self._steps = 0
         #: Of the step that runs: each text with what was drafted and accepted.
         self._step: list[tuple[SpeculatedText, int, int]] = []
 
@@ -158,14 +162,26 @@ class Speculation:
         drafted = sum(count for _, count, _ in self._step)
         if seconds is not None:
             self._times.saw(plain + drafted, seconds)
+        cost = self._cost(plain, drafted) / drafted if drafted and self._adapts else 0.0
         for text, count, accepted in self._step:
-            text.length.saw(count, accepted, self._cost(plain, drafted) * count / drafted if count else 0.0)
+            text.length.saw(count, accepted, cost * count)
         self._step = []
+        self._steps += 1
+        if self._steps % COSTS_EVERY == 0:
+            self._costs.clear()
 
     def _length(self, text: SpeculatedText, texts: int) -> int:
         if not self._adapts:
             return self._most
-        return text.length.next([self._cost(texts, n) for n in range(self._most + 1)], texts)
+        if not self._times.is_measured:
+            return 0
+        return text.length.next(lambda: self._costs_of(texts), texts)
+
+    def _costs_of(self, texts: int) -> list[float]:
+        """What drafts of 0, 1, … tokens cost in a step of so many texts, in plain tokens."""
+        if texts not in self._costs:
+            self._costs[texts] = [self._cost(texts, n) for n in range(self._most + 1)]
+        return self._costs[texts]
 
     def _cost(self, plain: int, drafted: int) -> float:
         """What `drafted` tokens in a step of `plain` ones cost, in plain tokens: times in relation to what each of
