@@ -2,7 +2,9 @@
 
 With a model file: a drafter that is right with a set probability, so that gain can be measured against acceptance and
 draft length whatever the model's weights are, beside the gain that the bytes of `pymla.engine.costs` predict. Then
-prompt lookup with the demo model, on a text that is edited, one that is summed up, and one that is free.
+prompt lookup with the demo model on three texts: one that is edited, one that is summed up, and one that is free. The
+demo model is too small to edit or sum up, and repeats itself instead. So each text is generated twice: as the model
+writes it, and as an author wrote it, whose tokens are taken instead of the model's.
 
 Every gain is the rate of a loop with speculation over that of the same loop without, measured in turns. Before anything
 is measured, texts with and without speculation are compared.
@@ -92,11 +94,8 @@ class Oracle:
 
 
 class Told:
-    """A sampler that looks for the likeliest token and then chooses that of a text.
-
-    The weights of a model that was made for its shape are random, and so are its texts: at a tie of two logits, of
-    which there are many, a text would go on as the drafter does not know it.
-    """
+    """A sampler that looks for the likeliest token and takes that of a text: for texts that a model cannot write, and
+    for models with random weights, where at a tie of two logits a text would go on as its drafter does not know."""
 
     def __init__(self, sampler, text: list[int]):
         self._sampler, self._text = sampler, iter(text)
@@ -136,11 +135,10 @@ class Bench:
     ----------
     language_model : LanguageModel
     prompt : list of int
-    params : SamplingParams
     """
 
-    def __init__(self, language_model: LanguageModel, prompt: list[int], params: SamplingParams = GREEDY):
-        self.language_model, self.model, self.prompt, self.params = language_model, language_model.model, prompt, params
+    def __init__(self, language_model: LanguageModel, prompt: list[int]):
+        self.language_model, self.model, self.prompt = language_model, language_model.model, prompt
         self._sequence = self.model.new_sequence()
         self.model.forward([(self._sequence, np.array(prompt, np.int32))])
         self._prior = step_bytes(language_model.config, language_model.file.tensors)
@@ -161,14 +159,14 @@ class Bench:
         """Generate `count` tokens; without a drafter by plain steps."""
         model, sequence, tokens, result = self.model, self._sequence, [*self.prompt], Run([], 0.0, [])
         model.cache.truncate(sequence, len(tokens) - 1)
-        sampler = model.sampler(self.params, tokens)
+        sampler = model.sampler(GREEDY, tokens)
         sampler = sampler if told is None else Told(sampler, told)
         speculation = text = None
+        began = time.perf_counter()
         if drafter:
             limits = {} if most is None else {"most": most}
             speculation = Speculation(drafter, StepTimes(self._prior), adapts=adapts, **limits)
-            text = speculation.begin(tokens, self.params)
-        began = time.perf_counter()
+            text = speculation.begin(tokens, GREEDY)
         while (left := len(self.prompt) + count - len(tokens)) > 0:
             draft = speculation.draft([text], [left - 1])[0] if speculation else NO_DRAFT
             new = np.array([tokens[-1], *draft.tokens], np.int32)
@@ -264,7 +262,7 @@ class TextPoint:
     """Prompt lookup on a text."""
 
     text: str
-    temperature: float
+    writer: str  # "model", or "author" of a text that the model is led through
     gain: float
     acceptance: float
     tokens_per_step: float
@@ -276,23 +274,24 @@ def of_texts(count: int, repeat: int, settings: dict) -> list[TextPoint]:
     """Prompt lookup with the demo model."""
     points = []
     with pymla.load(ctx=1024, **settings) as language_model:
-        for name, prompt in TEXTS.items():
-            for params in (GREEDY, SamplingParams(temperature=0.8, seed=1)):
-                bench = Bench(language_model, language_model.tokenize(prompt), params)
-                bench.check(count, NgramDrafter(), 7)
-                plain = spoken = None
-                gains = []
-                for _ in range(repeat + 1):
-                    plain, spoken = bench.run(count), bench.run(count, NgramDrafter())
-                    gains.append(spoken.rate / plain.rate)
-                per_step = len(spoken.tokens) / spoken.steps
-                gain = statistics.median(gains[1:])
-                points.append(
-                    TextPoint(name, params.temperature, gain, spoken.acceptance, per_step, count, spoken.off_at)
-                )
+        for name, (prompt, answer) in TEXTS.items():
+            bench = Bench(language_model, language_model.tokenize(prompt))
+            bench.check(count, NgramDrafter(), 7)
+            for writer, told in (("model", None), ("author", language_model.tokenize(answer, add_bos=False))):
+                points.append(lookup(bench, name, writer, told, count, repeat))
                 print(text_line(points[-1]), flush=True)
-                bench.close()
+            bench.close()
     return points
+
+
+def lookup(bench: Bench, name: str, writer: str, told: list[int] | None, count: int, repeat: int) -> TextPoint:
+    """Prompt lookup on a text. The first runs record steps."""
+    tokens, gains = len(told) if told else count, []
+    for _ in range(repeat + 1):
+        plain, spoken = bench.run(tokens, told=told), bench.run(tokens, NgramDrafter(), told=told)
+        gains.append(spoken.rate / plain.rate)
+    per_step = tokens / spoken.steps
+    return TextPoint(name, writer, statistics.median(gains[1:]), spoken.acceptance, per_step, tokens, spoken.off_at)
 
 
 def line(point: Point) -> str:
@@ -308,7 +307,7 @@ def text_line(point: TextPoint) -> str:
     """A row of the table of texts."""
     off = "-" if point.off_at is None else str(point.off_at)
     return (
-        f"| {point.text:>11} | {point.temperature:>11.1f} | {point.gain:>5.2f} | {point.acceptance:>10.2f} "
+        f"| {point.text:>11} | {point.writer:>10} | {point.gain:>5.2f} | {point.acceptance:>10.2f} "
         f"| {point.tokens_per_step:>11.2f} | {off:>11} |"
     )
 
@@ -372,7 +371,7 @@ def main(model, acceptance, lengths, tokens, depth, repeat, texts, text_tokens, 
         points = measured(model, acceptance, lengths, tokens, depth, repeat, settings) if model else []
         lookups = []
         if texts:
-            print("| text        | temperature |  gain | acceptance | tokens/step | off at token |")
+            print("| text        | written by |  gain | acceptance | tokens/step | off at token |")
             lookups = of_texts(text_tokens, max(3, repeat), settings)
         machine = facts.machine()
         result = {

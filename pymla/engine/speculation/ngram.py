@@ -115,7 +115,10 @@ class NgramIndex:
     def _bytes(self, first: int, count: int) -> bytes:
         """The bytes of `count` tokens from a position on."""
         begin = first % self._window
-        return (self._ring[begin : begin + count] + self._ring[: max(0, begin + count - self._window)]).tobytes()
+        tokens = self._ring[begin : begin + count]
+        if len(tokens) < count:
+            tokens.extend(self._ring[: count - len(tokens)])
+        return tokens.tobytes()
 
 
 class NgramDrafter:
