@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
-from pymla.text.sampling import Sampler, SamplingParams, _likeliest
+from pymla.text.sampling import Sampler, SamplingParams
+from pymla.text.sampling.pool import likeliest
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -47,7 +48,7 @@ def test_the_likeliest_are_those_of_a_whole_sort(count):
     logits = np.random.default_rng(count).integers(0, 300, 1013).astype(np.float64)
     logits[::7] = -np.inf
     for each in (logits, -logits[1:2].repeat(1013), np.sort(logits)):
-        np.testing.assert_array_equal(_likeliest(each, count), np.argsort(-each, kind="stable")[:count])
+        np.testing.assert_array_equal(likeliest(each, count), np.argsort(-each, kind="stable")[:count])
 
 
 @pytest.mark.parametrize("filters", [{"min_p": 0.1}, {"min_p": 0.1, "top_p": 0.5}, {"top_k": 9, "top_p": 0.8}, {}])
@@ -268,7 +269,9 @@ def test_options_by_name():
     assert SamplingParams.of({"top_k": None, "temperature": 0.5}) == SamplingParams(temperature=0.5)
     with pytest.raises(PymlaError, match=r"^there is no option `temprature`; did you mean `temperature`\?$"):
         SamplingParams.of({"temprature": 0})
-    with pytest.raises(PymlaError, match=r"^there is no option `q`; there are temperature, top_k, .*, logprobs$"):
+    with pytest.raises(
+        PymlaError, match=r"^there is no option `q`; there are temperature, dynatemp_range, .*, logprobs$"
+    ):
         SamplingParams.of({"q": None})
 
 
