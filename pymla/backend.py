@@ -143,7 +143,7 @@ class Norm(Protocol):
         x : float array (T, K), with contiguous rows
         weight : float32 array (K,)
         eps : float, at least 0
-        out : float array (T, K), contiguous
+        out : float array (T, K), with contiguous rows
             May be `x` itself.
 
         Notes

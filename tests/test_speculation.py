@@ -27,7 +27,7 @@ class Oracle:
         self.clock, self.text, self.wrong, self.seconds = clock, text, frozenset(wrong), seconds
         self.asked, self.ended = [], []
 
-    def begin(self, prompt, params):
+    def begin(self, prompt, params, sequence=None):
         return list(prompt)
 
     def draft(self, states, most):

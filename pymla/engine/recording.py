@@ -9,7 +9,7 @@ up to its own, so that the result is the same.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,13 @@ from pymla.pages import PAGE, Step
 #: Tokens of one sequence in a recorded step, at most: as many as a draft may have. More are a prompt.
 MOST_OF_SEQUENCE = 16
 
-#: Computes logits from a step in the backend's memory.
-Compute = Callable[[Step, list[Run]], Array]
+#: Computes results, each with a row for every token, from a step in the backend's memory and from what it has beside.
+Compute = Callable[[Step, list[Run], Any], tuple[Array, ...]]
 
 
 class _Recorded(NamedTuple):
     packed: Array  # int32, the input: `Step.packed`
+    beside: Array | None  # float (T, K)
     graph: StepGraph
 
 
@@ -38,12 +39,17 @@ class RecordedSteps:
     backend : Backend
     ctx : int
         Tokens of the longest sequence.
-    compute : callable(step, runs)
+    compute : callable(step, runs, beside)
         The forward pass, which is recorded.
+    width : int
+        Numbers of a token, K, that the forward pass takes beside the step: the hidden state before it, for a nextn
+        block. 0: it takes None.
+    dtype : float32 or float64
+        Of these numbers.
     """
 
-    def __init__(self, backend: Backend, ctx: int, compute: Compute):
-        self._backend, self._compute = backend, compute
+    def __init__(self, backend: Backend, ctx: int, compute: Compute, width: int = 0, dtype: Any = np.float32):
+        self._backend, self._compute, self._width, self._dtype = backend, compute, width, dtype
         self._pages = -(-ctx // PAGE)
         self._steps: dict[tuple[int, Form], _Recorded] = {}
 
@@ -54,9 +60,9 @@ class RecordedSteps:
             return None
         return self._backend.Graph.size(len(step.tokens))
 
-    def replay(self, step: Step, runs: list[Run], size: int) -> Array:
-        """Logits after all tokens of a step, a part of the recorded one of `size` tokens. The next replay may overwrite
-        them.
+    def replay(self, step: Step, runs: list[Run], size: int, beside: np.ndarray | None = None) -> tuple[Array, ...]:
+        """Results after all tokens of a step, which is a part of the recorded one of `size` tokens. The next replay may
+        overwrite them.
 
         The last token fills the places of missing ones: it is computed again, and its cache rows are written again as
         they are.
@@ -69,13 +75,17 @@ class RecordedSteps:
         if (size, form) not in self._steps:
             self._steps[size, form] = self._record(size, runs[0]._replace(form=form, stop=size))
         recorded = self._steps[size, form]
-        sources = np.minimum(np.arange(size), count - 1)
+        write, sources = self._backend.memory.write, np.minimum(np.arange(size), count - 1)
         step = step._replace(block_tables=step.block_tables[step.seq_of])
         step = Step(*(array[sources] for array in step))._replace(seq_of=np.arange(size, dtype=np.int32))
-        self._backend.memory.write(recorded.packed, step.packed(self._pages))
-        return recorded.graph.replay()[:count]
+        write(recorded.packed, step.packed(self._pages))
+        if beside is not None:
+            write(recorded.beside, beside[sources])
+        return tuple(result[:count] for result in recorded.graph.replay())
 
     def _record(self, size: int, run: Run) -> _Recorded:
-        packed = self._backend.memory.empty(((4 + self._pages) * size,), np.int32)
+        empty = self._backend.memory.empty
+        packed = empty(((4 + self._pages) * size,), np.int32)
+        beside = empty((size, self._width), self._dtype) if self._width else None
         step = Step.unpacked(packed, size, size)
-        return _Recorded(packed, self._backend.Graph(lambda: self._compute(step, [run])))
+        return _Recorded(packed, beside, self._backend.Graph(lambda: self._compute(step, [run], beside)))

@@ -100,10 +100,13 @@ class DraftModel:
         self._model: Model = draft.model
         self._vocab_size = target.config.vocab_size
 
-    def begin(self, prompt: Sequence[int], params: SamplingParams) -> Ahead:
+    def begin(self, prompt: Sequence[int], params: SamplingParams, sequence: Cached | None = None) -> Ahead:
         """Take up a text. The draft model reads it with the first draft."""
         certain = params.temperature == 0 or params.seed is not None
         return Ahead(self._model.new_sequence(), self._model.sampler(params, prompt), certain, list(prompt))
+
+    def read(self, state: Ahead, start: int, hidden: Array) -> None:
+        """Nothing: the draft model reads the prompt itself."""
 
     def draft(self, states: Sequence[Ahead], most: Sequence[int]) -> list[Draft]:
         """At most `most` tokens for each text, and no more than the draft model's context has room for."""

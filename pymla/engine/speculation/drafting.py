@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from pymla.backend import Array
+from pymla.engine.cache import Sequence as Cached
 from pymla.text.sampling import SamplingParams
 
 State = TypeVar("State")
@@ -30,12 +31,12 @@ class Drafter(Protocol[State]):
     Attributes
     ----------
     wants_hidden : bool
-        Whether `commit` needs the hidden states of the model that verifies.
+        Whether `read` and `commit` need the hidden states of the model that verifies.
     """
 
     wants_hidden: bool
 
-    def begin(self, prompt: Sequence[int], params: SamplingParams) -> State:
+    def begin(self, prompt: Sequence[int], params: SamplingParams, sequence: Cached | None = None) -> State:
         """Take up a text.
 
         Parameters
@@ -44,6 +45,21 @@ class Drafter(Protocol[State]):
         params : SamplingParams
             How the text's tokens are chosen: a drafter that draws from a distribution does well to draw alike. With a
             seed, and at temperature 0, it should be certain, as then the text does not depend on it (`verify`).
+        sequence : pymla.engine.cache.Sequence, optional
+            Of the text, in the cache of the model that verifies. Where `wants_hidden`.
+        """
+
+    def read(self, state: State, start: int, hidden: Array) -> None:
+        """Learn from a slice of the prompt, once it is computed. Where `wants_hidden`; slices that a kept prefix
+        spares the model are left out.
+
+        Parameters
+        ----------
+        state : State
+        start : int
+            Position of its first token.
+        hidden : array (n, hidden_size)
+            Hidden states of its tokens.
         """
 
     def draft(self, states: Sequence[State], most: Sequence[int]) -> list[Draft]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from pymla import checks
 from pymla.backend import Array
+from pymla.engine.cache import Sequence as Cached
 from pymla.engine.speculation.drafting import Draft
 from pymla.text.sampling import SamplingParams
 
@@ -136,9 +137,14 @@ class NgramDrafter:
         self._limits = {"shortest": shortest, "longest": longest, "window": window}
         NgramIndex(**self._limits)  # refuses limits that are of no use
 
-    def begin(self, prompt: Sequence[int], params: SamplingParams | None = None) -> NgramIndex:
+    def begin(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, sequence: Cached | None = None
+    ) -> NgramIndex:
         """The index of a text."""
         return NgramIndex(prompt, **self._limits)
+
+    def read(self, state: NgramIndex, start: int, hidden: Array) -> None:
+        """Nothing: the index has the whole prompt."""
 
     def draft(self, states: Sequence[NgramIndex], most: Sequence[int]) -> list[Draft]:
         """The continuations of the matches."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from pymla import checks
 from pymla.backend import Array, TokenSampler
+from pymla.engine.cache import Sequence as Cached
 from pymla.engine.speculation.drafting import NO_DRAFT, Draft, Drafter
 from pymla.engine.speculation.length import DraftLength
 from pymla.engine.speculation.times import MEASUREMENTS, StepTimes
@@ -86,9 +87,14 @@ class Speculation:
         """Whether `verify` needs the hidden states of the step."""
         return self._drafter.wants_hidden
 
-    def begin(self, prompt: Sequence[int], params: SamplingParams) -> SpeculatedText:
-        """Take up a text. The token that its prompt's own step gave is to be committed."""
-        return SpeculatedText(self._drafter.begin(prompt, params), DraftLength(self._most))
+    def begin(self, prompt: Sequence[int], params: SamplingParams, sequence: Cached | None = None) -> SpeculatedText:
+        """Take up a text (`Drafter.begin`). Where `wants_hidden`, slices of the prompt are to be read, and in any case
+        the token that its last slice gave is to be committed."""
+        return SpeculatedText(self._drafter.begin(prompt, params, sequence), DraftLength(self._most))
+
+    def read(self, text: SpeculatedText, start: int, hidden: Array) -> None:
+        """Learn from a slice of the prompt (`Drafter.read`)."""
+        self._drafter.read(text.state, start, hidden)
 
     def commit(self, text: SpeculatedText, tokens: Sequence[int], hidden: Array | None = None) -> None:
         """Continue a text by tokens that were not verified here (`Drafter.commit`)."""
