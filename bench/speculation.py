@@ -76,6 +76,10 @@ class Oracle:
         """The position in the text."""
         return [len(prompt)]
 
+    def kind(self, state) -> int:
+        """All drafts are of one."""
+        return 0
+
     def draft(self, states, most) -> list[Draft]:
         """Tokens of the text, some of them wrong."""
         return [Draft(self._following(at, count)) for (at,), count in zip(states, most, strict=True)]
@@ -179,7 +183,7 @@ class Bench:
             if speculation:
                 chosen = speculation.verify(text, sampler, logits, draft)
                 speculation.took(seconds)
-                if text.length.is_on:
+                if text.is_on:
                     result.off_at = None
                 elif result.off_at is None and len(tokens) > len(self.prompt):
                     result.off_at = len(tokens) - len(self.prompt)

@@ -30,6 +30,9 @@ class Oracle:
     def begin(self, prompt, params, sequence=None):
         return list(prompt)
 
+    def kind(self, state):
+        return 0
+
     def draft(self, states, most):
         self.asked.append(list(most))
         drafts = []
@@ -107,7 +110,7 @@ def test_it_is_never_slower_than_the_bound(clock, prior):
         assert seconds <= tokens * (1 + ALLOWANCE) + LIMIT + most + unknown
     assert text.counts.accepted == 0
     assert 1 < text.counts.steps_with_draft < 100
-    assert not text.length.is_on
+    assert not text.is_on
 
 
 def test_texts_share_a_step(clock):
@@ -133,6 +136,19 @@ def generate_two(speculation, target):
             speculation.verify(text, samplers[i], np.eye(VOCABULARY, dtype=np.float32)[following], draft)
         speculation.took(0.4 + 0.3 * tokens)
     return texts
+
+
+def test_kinds_of_drafts_have_accounts_of_their_own(clock):
+    """Drafts of one kind are always right and those of the other one always wrong; each is half of the text."""
+    target = text_of(1200)
+    oracle = Oracle(clock, target, wrong=[i for i in range(1200) if i // 10 % 2])
+    oracle.kind = lambda state: len(state) // 10 % 2
+    speculation = Speculation(oracle, StepTimes(lambda tokens: 1.0))
+    (text,), times = generate(clock, speculation, [target], lambda tokens: 0.5 + 0.5 * tokens)
+    assert text.is_on
+    assert [text.lengths[kind].is_on for kind in (0, 1)] == [True, False]
+    assert text.counts.acceptance > 0.7
+    assert times[1199] < 1000
 
 
 def test_fixed_lengths(clock):
@@ -367,7 +383,7 @@ def test_a_step_of_a_few_tokens_is_a_recorded_one(demo):
                 model.cache.truncate(sequence, sequence.length - len(new))
         for sequence in sequences:
             model.free(sequence)
-    assert (8, "absorbed") in model._recorded._steps
+    assert (8, "absorbed") in model._recorded[False]._steps
     for one, other, shape in zip(*results, (3, 8, 3), strict=True):
         assert one.shape == (shape, demo.config.vocab_size)
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -108,6 +108,10 @@ class DraftModel:
     def read(self, state: Ahead, start: int, hidden: Array) -> None:
         """Nothing: the draft model reads the prompt itself."""
 
+    def kind(self, state: Ahead) -> int:
+        """All drafts are of one."""
+        return 0
+
     def draft(self, states: Sequence[Ahead], most: Sequence[int]) -> list[Draft]:
         """At most `most` tokens for each text, and no more than the draft model's context has room for."""
         writings = [

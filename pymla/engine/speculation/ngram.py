@@ -19,6 +19,8 @@ SHORTEST = 2
 LONGEST = 6
 #: Tokens that are searched; those before them are forgotten. A text of so many takes some 30 MB of memory.
 WINDOW = 1 << 15
+#: Tokens of matches from which on drafts are of another kind.
+KINDS = (4, 8)
 
 
 class NgramIndex:
@@ -145,6 +147,10 @@ class NgramDrafter:
 
     def read(self, state: NgramIndex, start: int, hidden: Array) -> None:
         """Nothing: the index has the whole prompt."""
+
+    def kind(self, state: NgramIndex) -> int:
+        """0, 1 or 2: the longer the match, the more often its continuation is right."""
+        return sum(state.matched >= tokens for tokens in KINDS)
 
     def draft(self, states: Sequence[NgramIndex], most: Sequence[int]) -> list[Draft]:
         """The continuations of the matches."""

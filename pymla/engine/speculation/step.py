@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from pymla.text.sampling import Sampled, SamplingParams
 MOST = 7
 #: Costs of drafts are computed again after so many steps, which takes some 20 µs.
 COSTS_EVERY = 16
+#: One step of so many of a text has no draft, so that the time of a plain one is known. The first one is such a step.
+PLAIN_EVERY = 64
 
 
 @dataclass
@@ -53,8 +55,22 @@ class SpeculatedText:
     """A text that drafts are made for."""
 
     state: Any  # the drafter's
-    length: DraftLength
+    lengths: dict[int, DraftLength] = field(default_factory=dict)  # by the kind of draft
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether drafts of any kind are worth it, or are being tried."""
+        return any(length.is_on for length in self.lengths.values())
+
+
+class _Verified(NamedTuple):
+    """A text's part in the step that runs."""
+
+    text: SpeculatedText
+    kind: int  # of its draft
+    drafted: int
+    accepted: int
 
 
 class Speculation:
@@ -79,8 +95,7 @@ class Speculation:
         self._drafting: deque[float] = deque(maxlen=MEASUREMENTS)  # seconds per drafted token of the last drafts
         self._costs: dict[int, list[float]] = {}  # of drafts, by the texts of a step
         self._steps = 0
-        #: Of the step that runs: each text with what was drafted and accepted.
-        self._step: list[tuple[SpeculatedText, int, int]] = []
+        self._step: list[_Verified] = []
 
     @property
     def wants_hidden(self) -> bool:
@@ -90,7 +105,7 @@ class Speculation:
     def begin(self, prompt: Sequence[int], params: SamplingParams, sequence: Cached | None = None) -> SpeculatedText:
         """Take up a text (`Drafter.begin`). Where `wants_hidden`, slices of the prompt are to be read, and in any case
         the token that its last slice gave is to be committed."""
-        return SpeculatedText(self._drafter.begin(prompt, params, sequence), DraftLength(self._most))
+        return SpeculatedText(self._drafter.begin(prompt, params, sequence))
 
     def read(self, text: SpeculatedText, start: int, hidden: Array) -> None:
         """Learn from a slice of the prompt (`Drafter.read`)."""
@@ -143,7 +158,7 @@ class Speculation:
         hidden : array (n + 1, hidden_size), optional
             Hidden states of the step's tokens of this text, where `wants_hidden`.
         """
-        chosen = verify(sampler, logits, draft, masks)
+        chosen, kind = verify(sampler, logits, draft, masks), self._drafter.kind(text.state)
         tokens = [each.token for each in chosen]
         self._drafter.commit(text.state, tokens, None if hidden is None else hidden[: len(tokens)])
         drafted, accepted, counts = len(draft.tokens), len(chosen) - 1, text.counts
@@ -151,7 +166,7 @@ class Speculation:
         counts.steps_with_draft += drafted > 0
         counts.drafted += drafted
         counts.accepted += accepted
-        self._step.append((text, drafted, accepted))
+        self._step.append(_Verified(text, kind, drafted, accepted))
         return chosen
 
     def took(self, seconds: float | None, others: int = 0) -> None:
@@ -165,12 +180,16 @@ class Speculation:
             Tokens that the step had beside those of the verified texts.
         """
         plain = len(self._step) + others
-        drafted = sum(count for _, count, _ in self._step)
+        drafted = sum(each.drafted for each in self._step)
         if seconds is not None:
             self._times.saw(plain + drafted, seconds)
         cost = self._cost(plain, drafted) / drafted if drafted and self._adapts else 0.0
-        for text, count, accepted in self._step:
-            text.length.saw(count, accepted, cost * count)
+        for text, kind, count, accepted in self._step:
+            if count and kind in text.lengths:
+                text.lengths[kind].saw(count, accepted, cost * count)
+            elif not count:
+                for length in text.lengths.values():
+                    length.saw(0, 0, 0.0)
         self._step = []
         self._steps += 1
         if self._steps % COSTS_EVERY == 0:
@@ -179,9 +198,12 @@ class Speculation:
     def _length(self, text: SpeculatedText, texts: int) -> int:
         if not self._adapts:
             return self._most
-        if not self._times.is_measured:
+        if not self._times.is_measured or text.counts.steps % PLAIN_EVERY == 0:
             return 0
-        return text.length.next(lambda: self._costs_of(texts), texts)
+        kind = self._drafter.kind(text.state)
+        if kind not in text.lengths:
+            text.lengths[kind] = DraftLength(self._most)
+        return text.lengths[kind].next(lambda: self._costs_of(texts), texts)
 
     def _costs_of(self, texts: int) -> list[float]:
         """What drafts of 0, 1, … tokens cost in a step of so many texts, in plain tokens."""
