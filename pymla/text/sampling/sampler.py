@@ -14,7 +14,8 @@ from pymla.text.sampling.filters import Xtc
 from pymla.text.sampling.mirostat import Mirostat, MirostatV2
 from pymla.text.sampling.params import SamplingParams
 from pymla.text.sampling.penalties import biased
-from pymla.text.sampling.pool import Candidates, Pool, likeliest
+from pymla.text.sampling.pool import Candidates, Pool
+from pymla.text.sampling.selection import likeliest
 from pymla.text.sampling.state import History, State
 from pymla.text.sampling.temperature import Greedy
 
