@@ -72,9 +72,12 @@ class Oracle:
         self._text, self._probability, self._vocab_size = text, probability, vocab_size
         self._rng = np.random.default_rng(1)
 
-    def begin(self, prompt, params=None) -> list[int]:
+    def begin(self, prompt, params, sequence=None) -> list[int]:
         """The position in the text."""
         return [len(prompt)]
+
+    def read(self, state, start, hidden) -> None:
+        """Nothing: it does not follow hidden states."""
 
     def kind(self, state) -> int:
         """All drafts are of one."""
@@ -356,7 +359,7 @@ def _numbers(kind):
 @click.option("--lengths", callback=_numbers(int), default="1,2,3,4,5,7", show_default=True, metavar="N,N,…")
 @click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Tokens of each text.")
 @click.option("--depth", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the prompt.")
-@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Texts for each figure.")
 @click.option("--texts/--no-texts", default=True, help="Prompt lookup with the demo model.  [default: texts]")
 @click.option(
     "--text-tokens", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of each text there."
@@ -376,7 +379,7 @@ def main(model, acceptance, lengths, tokens, depth, repeat, texts, text_tokens, 
         lookups = []
         if texts:
             print("| text        | written by |  gain | acceptance | tokens/step | off at token |")
-            lookups = of_texts(text_tokens, max(3, repeat), settings)
+            lookups = of_texts(text_tokens, repeat, settings)
         machine = facts.machine()
         result = {
             "machine": machine,
