@@ -177,10 +177,10 @@ def test_steps_with_prompts_teach_no_times(clock):
 class Scribe:
     """A model whose logits depend on every token in the cache."""
 
-    def __init__(self, ctx=64):
+    def __init__(self, ctx=80):
         self.ctx, self.steps, self.kept = ctx, [], {}
         self.config = SimpleNamespace(vocab_size=VOCABULARY)
-        self.cache = SimpleNamespace(truncate=self.truncate)
+        self.cache = SimpleNamespace(truncate=self.truncate, pages=1000)
         self.turn = threading.RLock()
 
     def new_sequence(self):
@@ -266,6 +266,21 @@ def test_texts_are_drafted_together(scribe):
     drafter.draft([first, second], [1, 1])
     # The last drafted token of the first text was not read, and the token behind it is new.
     assert scribe.steps == [[2, 1]]
+
+
+def test_a_draft_that_nobody_verified(scribe):
+    """Such as before a step that was interrupted: the next one is drafted anew."""
+    drafter = DraftModel(language_model(scribe), language_model())
+    state = drafter.begin([1, 2, 3], GREEDY)
+    assert drafter.draft([state], [3]) == drafter.draft([state], [3]) == [Draft(written([1, 2, 3], 3))]
+
+
+def test_a_cache_without_room_for_all(scribe):
+    scribe.cache.pages = 3
+    drafter = DraftModel(language_model(scribe), language_model())
+    states = [drafter.begin([1] * length, GREEDY) for length in (63, 64, 3)]
+    drafts = drafter.draft(states, [1, 1, 1])
+    assert [len(draft.tokens) for draft in drafts] == [1, 1, 0]
 
 
 def test_drawn_drafts(scribe):

@@ -6,6 +6,7 @@ a text is edited, summarised or quoted.
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from pymla import checks
 from pymla.backend import Array
@@ -136,14 +137,14 @@ class NgramDrafter:
     wants_hidden = False
 
     def __init__(self, *, shortest: int = SHORTEST, longest: int = LONGEST, window: int = WINDOW) -> None:
-        self._limits = {"shortest": shortest, "longest": longest, "window": window}
-        NgramIndex(**self._limits)  # refuses limits that are of no use
+        self._new_index = partial(NgramIndex, shortest=shortest, longest=longest, window=window)
+        self._new_index()  # refuses limits that are of no use
 
     def begin(
         self, prompt: Sequence[int], params: SamplingParams | None = None, sequence: Cached | None = None
     ) -> NgramIndex:
         """The index of a text."""
-        return NgramIndex(prompt, **self._limits)
+        return self._new_index(prompt)
 
     def read(self, state: NgramIndex, start: int, hidden: Array) -> None:
         """Nothing: the index has the whole prompt."""

@@ -119,7 +119,7 @@ class Speculation:
         """Forget a text."""
         self._drafter.end(text.state)
 
-    def draft(self, texts: Sequence[SpeculatedText], most: Sequence[int]) -> list[Draft]:
+    def draft(self, texts: Sequence[SpeculatedText], most: Sequence[int], others: int = 0) -> list[Draft]:
         """A draft for each text of the next step, which may be empty.
 
         Parameters
@@ -128,9 +128,13 @@ class Speculation:
         most : sequence of int
             Tokens that each may have at most: there must be room in the context, and one less than the text still
             needs is enough, as a step brings one token more than its draft.
+        others : int
+            Texts without speculation that the step brings a token to.
         """
         self._step = []
-        lengths = [max(0, min(self._length(text, len(texts)), count)) for text, count in zip(texts, most, strict=True)]
+        lengths = [
+            max(0, min(self._length(text, len(texts) + others), count)) for text, count in zip(texts, most, strict=True)
+        ]
         if not any(lengths):
             return [NO_DRAFT] * len(texts)
         began = time.perf_counter()
