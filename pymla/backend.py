@@ -35,6 +35,7 @@ from pymla.pages import LatentCache, Step
 from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
+    from pymla.errors import PymlaError
     from pymla.models.config import ModelConfig
     from pymla.text.sampling import Candidates, Sampled, SamplingParams
 
@@ -608,6 +609,7 @@ class TokenSampler(Protocol):
     Parameters
     ----------
     params : SamplingParams
+        With DRY, sequence breakers are tokens (`SamplingParams.for_tokenizer`).
     history : iterable of int
         Tokens so far, which the penalties look back on.
     """
@@ -621,7 +623,7 @@ class TokenSampler(Protocol):
         ----------
         logits : float32 array (V,)
         mask : uint32 NumPy array (ceil(V / 32),), optional
-            Bit i % 32 of word i // 32 tells whether token i is allowed. None: all are.
+            Bit i % 32 of word i // 32 tells whether token i is allowed; tokens beyond its end are not. None: all are.
 
         Raises
         ------
@@ -630,19 +632,20 @@ class TokenSampler(Protocol):
         """
 
     def distribution(self, logits: Array, mask: np.ndarray | None = None) -> Candidates:
-        """The distribution that `sample` draws from, in the host's memory."""
+        """The distribution that `sample` draws from, in the host's memory. Asking for it does not change it; `accept`
+        learns from the last one."""
 
     def random(self) -> float:
         """A number in [0, 1) of the sampler's own stream, for draws from what is made of distributions."""
 
     def accept(self, token: int) -> None:
-        """Make a token part of the history, where another one than `sample` has chosen it."""
+        """Go on to the next token after this one, which need not be what `sample` would have chosen."""
 
     def choose(self, token: int, logits: Array) -> Sampled:
-        """Accept a token that another one than `sample` has chosen, after logits (V,), and report it."""
+        """Accept a token that may be another one than `sample` would have chosen, after logits (V,), and report it."""
 
     def copy(self) -> TokenSampler:
-        """A sampler with the same history that draws the same numbers, and leaves this one as it is."""
+        """A sampler in the same state, that draws the same numbers; neither changes the other."""
 
 
 class Sampling(Protocol):
@@ -657,8 +660,8 @@ class Sampling(Protocol):
         samplers: Sequence[TokenSampler],
         logits: Array,
         masks: Sequence[np.ndarray | None] | None = None,
-    ) -> list[Sampled]:
-        """The next token of every sequence: what `TokenSampler.sample` gives for each row.
+    ) -> list[Sampled | PymlaError]:
+        """The next token of every sequence: what `TokenSampler.sample` gives for each row, or the error that it raises.
 
         Parameters
         ----------

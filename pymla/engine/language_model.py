@@ -134,7 +134,7 @@ class LanguageModel:
         ------
         PymlaError
         """
-        params = SamplingParams.of(sampling, self.recommended)
+        params = SamplingParams.of(sampling, self.recommended).for_tokenizer(self.tokenizer)
         ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
         model = self.model
         self.file.check_unchanged()
