@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import click
 
 from pymla.cli import figures, interrupt
+from pymla.cli.constraint_options import constraint_options, constraints
 from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.inputs import argument, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
@@ -33,6 +34,8 @@ Examples:
   pymla generate -m model.gguf --dry-multiplier 0.8 --dry-sequence-breaker "\\n" "def "
   pymla generate -m model.gguf --samplers "top_k;xtc;temperature" --xtc-probability 0.5 "def "
   pymla generate -m model.gguf --mirostat 2 --mirostat-tau 4 "Once upon a time"
+  pymla generate -m model.gguf --chat --json-schema person.json "Invent a person."
+  pymla generate --regex "[0-9]{3}-[0-9]{4}" "My number is "
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
   pymla generate -m model.gguf --override-kv deepseek2.expert_used_count=int:4 "def "
 
@@ -66,6 +69,7 @@ their formulas."""
 @click.option("--special", is_flag=True, help="Show control tokens by their names, the one that ends the text too.")
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in the prompt as these tokens.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
+@constraint_options
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]"
 )
@@ -101,6 +105,9 @@ def generate(
     special: bool,
     parse_special: bool,
     stop: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    grammar: Path | None,
     echo: bool | None,
     as_json: bool,
     quiet: bool,
@@ -119,6 +126,7 @@ def generate(
         raise PymlaError("--parse-special is for plain prompts: --chat reads control tokens anyway; leave it out")
     if sampling["logprobs"] and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
+    constrained = constraints(json_schema, regex, grammar)
     conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
     text = prompt_text(prompt, prompt_file)
     terminal = Terminal(quiet)
@@ -131,7 +139,7 @@ def generate(
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
     options = sampling | {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
-    generation = language_model.generation(ids, **options)
+    generation = language_model.generation(ids, **options, **constrained)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:

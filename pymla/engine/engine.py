@@ -8,7 +8,7 @@
 """
 
 import dataclasses
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pymla import checks
@@ -18,6 +18,7 @@ from pymla.engine.generation import Generation, Submission
 from pymla.engine.requests import Constraint
 from pymla.engine.runner import LocalRunner
 from pymla.engine.speculation.step import Speculation
+from pymla.text.constraints import Grammar, grammar_of
 from pymla.text.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class Engine:
         special: bool = False,
         constraint: Constraint | None = None,
         speculation: Speculation | None = None,
+        json_schema: str | Mapping[str, Any] | bool | None = None,
+        regex: str | None = None,
+        grammar: str | Grammar | None = None,
         **sampling: Any,
     ) -> list[Generation]:
         """`n` texts that continue one prompt, which is computed once. Further arguments and errors are those of
@@ -85,11 +89,16 @@ class Engine:
         model = self._language_model
         params = SamplingParams.of(sampling, model.recommended)
         ids = model.prompt_ids(prompt)
-        shared = special, constraint, speculation, Submission(self.driver)
-        return [
-            Generation(self.driver, model.tokenizer, ids, each, max_tokens, stop, progress, *shared)
-            for each in _of_texts(params.for_tokenizer(model.tokenizer), n)
-        ]
+        given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        compiled = grammar_of(model.tokenizer, model.config.vocab_size, given)
+        submission = Submission(self.driver)
+
+        def generation(params: SamplingParams) -> Generation:
+            own = compiled.matcher() if compiled else constraint
+            rest = max_tokens, stop, progress, special, own, speculation, submission
+            return Generation(self.driver, model.tokenizer, ids, params, *rest)
+
+        return [generation(each) for each in _of_texts(params.for_tokenizer(model.tokenizer), n)]
 
     def stream(self, prompt: str | Iterable[int], **options: Any) -> Iterator[str]:
         """Pieces of a text as they are generated; arguments and errors as for `generation`."""

@@ -123,8 +123,14 @@ class LanguageModel:
             Told of the layers of the prompt's passes.
         special : bool
             Whether control tokens have their names in the text, the one that ends it too.
+        json_schema : dict, bool or str, optional
+            The text is JSON that fits this schema.
+        regex : str, optional
+            The text matches this regular expression, of Rust's regex crate.
+        grammar : str or Grammar, optional
+            The text fits this grammar, in Lark's notation or in GBNF, or compiled already (`pymla.text.constraints`).
         constraint : Constraint, optional
-            What the text may be.
+            What the text may be, said by an object of the caller's.
         **options
             The fields of `SamplingParams`; None stands for the file's default, or else the field's.
 

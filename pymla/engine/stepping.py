@@ -105,7 +105,7 @@ class Stepper:
         last = [part.request for part in parts if part.is_last]
         speculations = {request.speculation for request, _ in parts if request.speculation}
         drafts = self._chooser.drafts(last, self._scheduler.room_beside(parts)) if speculations else {}
-        masks = self._chooser.masks(drafts, last)
+        masks = self._chooser.masks(drafts, [*last, *(fork for request in last for fork in request.forks)])
         batch, ready = _input(parts, drafts)
         wants_hidden = any(speculation.wants_hidden for speculation in speculations)
         outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)
