@@ -31,7 +31,7 @@ class PretendRunner:
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=2000)
         self.turn = threading.RLock()
         self.sequences, self.steps, self.freed = [], [], []
-        self.swaps = 0
+        self.swaps, self.step_layers = 0, 1
 
     @property
     def room(self):
@@ -86,7 +86,7 @@ class PretendRunner:
             assert taken <= self.room, "a step takes pages that others have"
             sequence.pages, sequence.saved = sequence.pages + [0] * taken, None
         if progress:
-            progress(1, 1)
+            progress(self.step_layers, self.step_layers)
         wanted, at = [], 0
         for sequence, new in batch:
             for i in range(len(new)):

@@ -361,6 +361,19 @@ def test_options_reach_the_sampler(demo):
     assert never.tokens != [300]
 
 
+def test_repetitions_end_where_dry_is_on(demo):
+    """A token may follow itself until two of them stand before two of them; with a sequence breaker in it, for ever."""
+    options = {"max_tokens": 6, "temperature": 0, "logit_bias": {300: 100.0}, "dry_multiplier": 100, "dry_base": 1}
+    generation = demo.generation("x = ", **options)
+    list(generation)
+    assert generation.tokens[:3] == [300] * 3
+    assert generation.tokens[3] != 300
+    text = demo.tokenizer.token_bytes(300).decode()
+    breaking = demo.generation("x = ", **options, dry_sequence_breakers=[text[-1]])
+    list(breaking)
+    assert breaking.tokens == [300] * 6
+
+
 def test_a_full_context_of_a_real_model(demo):
     prompt = demo.tokenize("def ")
     eos = dict.fromkeys(demo.tokenizer.eos_ids, -float("inf"))

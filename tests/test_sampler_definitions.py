@@ -12,7 +12,7 @@ from pymla.errors import PymlaError
 from pymla.text.sampling import Sampler, SamplingParams, sample_batch
 from pymla.text.sampling.dry import Breakers
 from pymla.text.sampling.params import DEFAULT_SAMPLERS
-from pymla.text.sampling.pool import descending
+from pymla.text.sampling.selection import descending
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -249,10 +249,19 @@ def test_long_rows_are_sorted_as_far_as_it_takes(logits, options):
     np.testing.assert_array_equal(found.ids, order[kept])
     np.testing.assert_allclose(found.probabilities, weights[kept] / weights[kept].sum(), rtol=1e-9)
     cumulative = np.cumsum(found.probabilities)
-    for number in (0.0, 0.4, 0.999):
+    for number in (0.0, 0.001, 0.4, 0.999, 1 - 2**-53):
         sampler = Sampler(params)
         sampler.random = lambda number=number: number
-        assert sampler.sample(row).token == found.ids[np.searchsorted(cumulative, number, side="right")]
+        at = min(np.searchsorted(cumulative, number, side="right"), len(found.ids) - 1)
+        assert sampler.sample(row).token == found.ids[at]
+
+
+@pytest.mark.parametrize("spread", [1 / 64, 4, 100])
+def test_typical_tokens_of_a_long_row(spread):
+    row = (spread * np.random.default_rng(6).standard_normal(5000)).astype(np.float32)
+    for min_keep in (0, 4000):
+        params = SamplingParams(**OFF | {"typical_p": 0.8, "min_keep": min_keep, "samplers": "typ_p"})
+        assert_is(Sampler(params).distribution(row), definitions.distribution(row.tolist(), params))
 
 
 def test_sorting_many_numbers():

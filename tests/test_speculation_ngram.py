@@ -90,6 +90,7 @@ def test_the_drafter():
     first, second = drafter.begin([1, 2, 3, 1]), drafter.begin([4])
     drafts = drafter.draft([first, second, first], [3, 3, 0])
     assert [draft.tokens for draft in drafts] == [[2, 3, 1], [], []]
+    assert [drafter.kind(state) for state in (first, drafter.begin([*range(9)] * 2))] == [0, 2]
     assert all(draft.probabilities is None for draft in drafts)
     drafter.commit(second, [5, 4])
     assert drafter.draft([second], [1])[0].tokens == [5]

@@ -22,7 +22,7 @@ go on: a sequence never ends early because of another one.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from typing import NamedTuple, TypeAlias
 
@@ -31,6 +31,7 @@ import numpy as np
 from pymla import ggml
 from pymla.backend import Array, Backend, Memory
 from pymla.engine.cache_layout import index_layout, row_layout
+from pymla.engine.context_shift import move_keys
 from pymla.engine.page_sets import lowest_pages, page_set
 from pymla.engine.prefixes import KeptPages
 from pymla.errors import CacheFull, PymlaError
@@ -57,18 +58,26 @@ class Sequence:
         The rows of every layer in the host's memory, while the sequence is out of the cache.
     last_step : int
         Number of the step that used it last.
+    shifted_from : int or None
+        From this position on, rows know tokens that a context shift dropped (`PagedCache.shift`); None: no rows do.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.saved: list[np.ndarray] | None = None
         self.last_step = 0
+        self.shifted_from: int | None = None
         self._held = _Held([], 0)
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
         return len(self.tokens)
+
+    @property
+    def own_text(self) -> list[int]:
+        """Its first tokens, whose rows are those that these tokens alone give: all of them before a context shift."""
+        return self.tokens[: self.shifted_from]
 
     @property
     def pages(self) -> list[int]:
@@ -90,14 +99,14 @@ class Sequence:
 
 
 #: The input of a step: sequences, and at least one new token for each.
-Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray]]"
+Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray | Items[int]]]"
 
 
 class _Plan(NamedTuple):
     """What a sequence of a batch has before a step, and needs in it."""
 
     pages: list[int]  # that it has, or, where its rows are out of the cache, kept ones that hold some of them
-    count: int  # pages that it needs in all
+    wanted: int  # pages that it needs in all
 
 
 def pages_of(tokens: int) -> int:
@@ -134,9 +143,9 @@ class PagedCache:
         self, config: ModelConfig, cache_type: str, mla: str, pages: int, ctx: int, backends: Items[Backend]
     ) -> None:
         self.ctx, self.cache_type, self.pages = ctx, cache_type, pages
-        self._memories = [backend.memory for backend in backends]
-        # Sequences that have pages, or had some.
-        self._holders: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self._config, self._backends = config, backends
+        # Sequences that have pages, or had some. A `WeakSet` takes ten times as long to go through.
+        self._holders: set[weakref.ref[Sequence]] = set()
         self._kept = KeptPages()
         self._steps = 0
         layout, slots = row_layout(config, cache_type, mla), pages * PAGE
@@ -173,7 +182,7 @@ class PagedCache:
         """
         wanted = pages_of(sequence.length + new_tokens)
         if sequence.saved is not None:
-            found = page_set(self._kept.find(sequence.tokens).values())
+            found = page_set(self._kept.find(sequence.own_text).values())
             return wanted - (found & self._in_use()).bit_count()
         copies = new_tokens > 0 and self._last_page(sequence) & self._shared() != 0
         return wanted - pages_of(sequence.length) + copies
@@ -191,19 +200,7 @@ class PagedCache:
             A sequence would outgrow the context, or the sequences of the batch need more pages than there are. Nothing
             has changed then.
         """
-        plans = self._plan(batch)
-        self._steps += 1
-        for (sequence, _), plan in zip(batch, plans, strict=True):
-            sequence.last_step = self._steps  # its pages are not taken for this step
-            self._holders.add(sequence)
-            if sequence.pages != plan.pages:
-                sequence.pages = plan.pages
-        self._own_last_pages([sequence for sequence, _ in batch])
-        for (sequence, _), plan in zip(batch, plans, strict=True):
-            if plan.count > len(sequence.pages):
-                sequence.append_pages(self._take(plan.count - len(sequence.pages)))
-            if sequence.saved is not None:
-                self._copy_in(sequence, sequence.saved, len(plan.pages))
+        self._bring_in(batch)
         return self._step(batch)
 
     @staticmethod
@@ -214,7 +211,11 @@ class PagedCache:
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget a sequence's tokens from position `length` on, and give back the pages that only they used."""
+        if not length:
+            self.free(sequence)
         del sequence.tokens[length:]
+        if sequence.shifted_from is not None and sequence.shifted_from >= length:
+            sequence.shifted_from = None
         if len(sequence.pages) > pages_of(length):
             sequence.pages = sequence.pages[: pages_of(length)]
 
@@ -222,22 +223,23 @@ class PagedCache:
     def free(sequence: Sequence) -> None:
         """Give a sequence's pages back and empty it. Any thread may do it at any time, and so may the garbage
         collector."""
-        sequence.tokens, sequence.pages, sequence.saved = [], [], None
+        sequence.tokens, sequence.pages, sequence.saved, sequence.shifted_from = [], [], None, None
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A copy of a sequence that shares its pages until one of the two writes into them."""
         copy = Sequence()
-        self._holders.add(copy)
+        self._register(copy)
         copy.saved, copy.last_step = sequence.saved, sequence.last_step
-        copy.pages = sequence.pages[: pages_of(sequence.length)]
+        copy.pages, copy.shifted_from = sequence.pages[: pages_of(sequence.length)], sequence.shifted_from
         copy.tokens = list(sequence.tokens)
         return copy
 
     def keep(self, sequence: Sequence) -> None:
         """Keep a sequence's full pages, so that `attach` finds them, also when the sequence has gone on or is freed.
         Those that no sequence has are dropped when their space is needed, the least recently used first. Of a sequence
-        whose rows are out of the cache nothing is kept."""
-        self._kept.add(sequence.tokens, sequence.pages[: sequence.length // PAGE])
+        whose rows are out of the cache nothing is kept, and nothing behind a context shift."""
+        text = sequence.own_text
+        self._kept.add(text, sequence.pages[: len(text) // PAGE])
 
     def attach(self, sequence: Sequence, tokens: Items[int]) -> int:
         """Let an empty sequence begin with the longest kept prefix of a text, in full pages, without the last token.
@@ -261,7 +263,7 @@ class PagedCache:
         if sequence.length:
             raise PymlaError(f"attach: the sequence has {sequence.length} tokens; give an empty one")
         found = self._kept.find(tokens[: max(len(tokens) - 1, 0)])
-        self._holders.add(sequence)
+        self._register(sequence)
         sequence.pages, sequence.last_step = list(found.values()), self._steps
         self._kept.use(found)
         sequence.tokens = [int(token) for token in tokens[: len(found) * PAGE]]
@@ -274,19 +276,71 @@ class PagedCache:
             sequence.saved = [_read(memory, rows, pages) for memory, rows in self._rows()]
         sequence.pages = []
 
+    def shift(self, sequence: Sequence, start: int, stop: int, inv_freq: Mapping[Backend, Array]) -> None:
+        """Context shift: forget the tokens at positions `start` to `stop` - 1. Those behind them move there, and their
+        keys are rotated in place; their rows still know the forgotten tokens.
+
+        Pages that others have, or that are kept, stay as they are: the sequence gets copies. If the shift fails or is
+        interrupted, the sequence is empty.
+
+        Parameters
+        ----------
+        sequence : Sequence
+        start, stop : int
+            Multiples of 64, as rows stay where they are in their pages.
+        inv_freq : mapping of backend to float64 array (R / 2,)
+            Radians per position, in the memory of each backend.
+
+        Raises
+        ------
+        PymlaError
+            The positions are not those of full pages of the sequence.
+        """
+        if start % PAGE or stop % PAGE or not 0 <= start < stop <= sequence.length:
+            raise PymlaError(
+                f"shift: positions {start} to {stop} of {sequence.length} tokens cannot be forgotten; give multiples "
+                f"of {PAGE}, the first from 0 on and the second above it, within the sequence"
+            )
+        try:
+            self._bring_in([(sequence, ())])
+            for number in range(stop // PAGE, len(sequence.pages)):
+                self._own_page(sequence, number)
+            moved = sequence.pages[stop // PAGE :]
+            tokens = sequence.length - stop
+            for backend, layer in zip(self._backends, self.layers, strict=True):
+                move_keys(self._config, backend, layer, moved, tokens, inv_freq[backend], start - stop)
+            sequence.pages = sequence.pages[: start // PAGE] + moved
+            del sequence.tokens[start:stop]
+            if tokens:
+                sequence.shifted_from = min(start, len(sequence.own_text))
+        except BaseException:
+            self.free(sequence)  # some layers may have moved
+            raise
+
     # Who has which pages ----------------------------------------------------------------------------------------------
+
+    def _register(self, sequence: Sequence) -> None:
+        """Count a sequence's pages as its own from now on, for as long as it lives."""
+        self._holders.add(weakref.ref(sequence, self._holders.discard))
+
+    def _sequences(self) -> Iterator[Sequence]:
+        """The sequences that have pages, or had some."""
+        for reference in list(self._holders):
+            sequence = reference()
+            if sequence is not None:
+                yield sequence
 
     def _in_use(self) -> int:
         """The set of pages that sequences have."""
         pages = 0
-        for sequence in self._holders:
+        for sequence in self._sequences():
             pages |= sequence.page_set
         return pages
 
     def _shared(self) -> int:
         """The set of pages that several sequences have."""
         pages = several = 0
-        for sequence in self._holders:
+        for sequence in self._sequences():
             own = sequence.page_set
             several |= pages & own
             pages |= own
@@ -310,7 +364,7 @@ class PagedCache:
             if sequence.saved is None:
                 pages = sequence.pages[: pages_of(sequence.length)]  # an interrupted step may have left more
             else:
-                pages = list(self._kept.find(sequence.tokens).values())
+                pages = list(self._kept.find(sequence.own_text).values())
             plans.append(_Plan(pages, pages_of(length)))
         needed = self._pages_of_plans(batch, plans)
         if needed > self.pages:
@@ -330,7 +384,7 @@ class PagedCache:
         for own in sets:
             several |= pages & own
             pages |= own
-        needed = pages.bit_count() + sum(plan.count - len(plan.pages) for plan in plans)
+        needed = pages.bit_count() + sum(plan.wanted - len(plan.pages) for plan in plans)
         # Each sequence that writes into a page of several gets a copy, but the last one that has it.
         writers = Counter(self._last_page(sequence) for sequence, _ in batch)
         for page, count in writers.items():
@@ -338,22 +392,43 @@ class PagedCache:
                 needed += min(count, sum(own & page != 0 for own in sets) - 1)
         return needed
 
+    def _bring_in(self, batch: Batch) -> None:
+        """Give the sequences of a batch the pages that they need, with their rows. Raises as `extend` does."""
+        plans = self._plan(batch)
+        self._steps += 1
+        for (sequence, _), plan in zip(batch, plans, strict=True):
+            sequence.last_step = self._steps  # its pages are not taken for this step
+            self._register(sequence)
+            if sequence.pages != plan.pages:
+                sequence.pages = plan.pages
+        self._own_last_pages([sequence for sequence, _ in batch])
+        missing = sum(plan.wanted - len(plan.pages) for plan in plans)
+        new = self._take(missing) if missing else []
+        for (sequence, _), plan in zip(batch, plans, strict=True):
+            count = plan.wanted - len(plan.pages)
+            if count:
+                sequence.append_pages(new[:count])
+                new = new[count:]
+            if sequence.saved is not None:
+                self._copy_in(sequence, sequence.saved, len(plan.pages))
+
     def _own_last_pages(self, sequences: Items[Sequence]) -> None:
         """Copy pages that others have and that sequences will write into."""
         others = self._shared() | self._kept.pages
         for sequence in sequences:
             if self._last_page(sequence) & others:
-                self._own_last_page(sequence)
+                self._own_page(sequence, len(sequence.pages) - 1)
                 others = self._shared() | self._kept.pages
 
-    def _own_last_page(self, sequence: Sequence) -> None:
-        page = sequence.pages[-1]
+    def _own_page(self, sequence: Sequence, number: int) -> None:
+        """Let a sequence have one of its pages for itself: a copy, if others have it or it is kept."""
+        page = sequence.pages[number]
         while (is_shared := self._shared() >> page & 1) or self._kept.pages >> page & 1:
             if self.room:
                 (copy,) = self._take(1)
                 for memory, rows in self._rows():
                     memory.copy(_page(rows, page), _page(rows, copy))
-                sequence.pages = [*sequence.pages[:-1], copy]
+                sequence.pages = [*sequence.pages[:number], copy, *sequence.pages[number + 1 :]]
                 return
             if is_shared:
                 self._swap_out_oldest()
@@ -374,7 +449,7 @@ class PagedCache:
 
     def _swap_out_oldest(self) -> None:
         """Let the sequence that was used least recently give up its pages."""
-        others = [each for each in self._holders if each.pages and each.last_step < self._steps]
+        others = [each for each in self._sequences() if each.pages and each.last_step < self._steps]
         self.swap_out(min(others, key=lambda each: each.last_step))
 
     # Rows and slots ---------------------------------------------------------------------------------------------------
@@ -401,9 +476,9 @@ class PagedCache:
 
     def _rows(self) -> Iterator[tuple[Memory, QTensor]]:
         """The rows of every layer, with the memory that they lie in."""
-        for memory, layer in zip(self._memories, self.layers, strict=True):
+        for backend, layer in zip(self._backends, self.layers, strict=True):
             for rows in layer:
-                yield memory, rows
+                yield backend.memory, rows
 
 
 def _page(rows: QTensor, page: int, count: int = 1) -> Array:

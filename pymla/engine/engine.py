@@ -18,6 +18,7 @@ from pymla.engine.generation import Generation, Submission
 from pymla.engine.requests import Constraint
 from pymla.engine.runner import LocalRunner
 from pymla.engine.speculation.step import Speculation
+from pymla.errors import PymlaError
 from pymla.text.constraints import Grammar, grammar_of
 from pymla.text.sampling import SamplingParams
 
@@ -86,6 +87,8 @@ class Engine:
         Where a seed is given, the text number i has the i-th seed from there on.
         """
         n = checks.integer("n", n, 1, MOST_TEXTS)
+        if constraint and n > 1:
+            raise PymlaError(f"`constraint` follows one text, and `n` is {n}; give `json_schema`, `regex` or `grammar`")
         model = self._language_model
         params = SamplingParams.of(sampling, model.recommended)
         ids = model.prompt_ids(prompt)

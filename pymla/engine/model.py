@@ -169,6 +169,12 @@ class Model:
         with self.turn:
             self.cache.swap_out(sequence)
 
+    def shift(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Context shift: forget a sequence's tokens at positions `start` to `stop` - 1, multiples of 64; those behind
+        them move there (`PagedCache.shift`)."""
+        with self.turn:
+            self.cache.shift(sequence, start, stop, self._open_forward().inv_freq)
+
     def sampler(self, params: SamplingParams, history: Iterable[int] = ()) -> TokenSampler:
         """Chooses tokens for one sequence from rows of `step`'s logits (`pymla.backend.TokenSampler`)."""
         return self.backend.sampling.Sampler(params, history)
@@ -256,14 +262,19 @@ class Model:
     def _own_turn(self) -> Iterator[Forward]:
         """Hold the turn during a step, which no callback of it can interrupt with another one."""
         with self.turn:
-            self._refuse_if_stepping()
-            if self._forward is None:
-                raise PymlaError(CLOSED)
+            forward = self._open_forward()
             self._stepping = True
             try:
-                yield self._forward
+                yield forward
             finally:
                 self._stepping = False
+
+    def _open_forward(self) -> Forward:
+        """The forward pass of a model that is open, and not in a step."""
+        self._refuse_if_stepping()
+        if self._forward is None:
+            raise PymlaError(CLOSED)
+        return self._forward
 
     def _refuse_if_stepping(self) -> None:
         # Only the thread that holds the turn gets here, so this is a step's own call of `progress`.

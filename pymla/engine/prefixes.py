@@ -89,7 +89,8 @@ class KeptPages:
         pages = self.pages
         if not pages & ~in_use:
             return False
-        passed, evicted = {}, {}
+        passed: dict[bytes, int] = {}
+        evicted: dict[bytes, int] = {}
         for digest, page in self._entries.items():
             if len(evicted) == count:
                 break

@@ -18,6 +18,9 @@ from pymla.engine.forms import Form
 from pymla.engine.runs import Run
 from pymla.pages import PAGE, Step
 
+#: Tokens of one sequence in a recorded step, at most: as many as a draft may have. More are a prompt.
+MOST_OF_SEQUENCE = 16
+
 #: Computes results, each with a row for every token, from a step in the backend's memory and from what it has beside.
 Compute = Callable[[Step, list[Run], Any], tuple[Array, ...]]
 
@@ -53,7 +56,7 @@ class RecordedSteps:
     def size(self, step: Step, runs: list[Run]) -> int | None:
         """Tokens of the recorded step that serves a step; None: it has to be computed. The expanded form computes keys
         and values of one sequence, and is not recorded."""
-        if any(run.form == "expanded" for run in runs):
+        if any(run.form == "expanded" for run in runs) or np.bincount(step.seq_of).max() > MOST_OF_SEQUENCE:
             return None
         return self._backend.Graph.size(len(step.tokens))
 

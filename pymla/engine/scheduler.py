@@ -85,9 +85,9 @@ class Scheduler:
         # Where no generation has found pages, there is none to slow down.
         return parts or self._planned(admitted, self._step_tokens)
 
-    def pages(self, parts: Iterable[Part]) -> int:
-        """Pages that the parts of a step take from the runner's room."""
-        return sum(self._runner.pages_needed(part.request.sequence, part.count) for part in parts)
+    def room_beside(self, parts: Iterable[Part]) -> int:
+        """Pages that a step leaves of the runner's room; below 0: that it lacks."""
+        return self._runner.room - sum(self._runner.pages_needed(each.request.sequence, each.count) for each in parts)
 
     def saw(self, parts: Iterable[Part], seconds: float) -> None:
         """Count the seconds of a step."""
@@ -104,9 +104,7 @@ class Scheduler:
             if len(admitted) == self._max_running:
                 break
             if not request.sequence.pages:
-                # A page for each of the others is kept free, or they would need this one's at once.
-                wanted = self._runner.pages_needed(request.sequence, request.pending) + len(admitted)
-                waits = waits or (bool(admitted) and wanted > self._attainable(request))
+                waits = waits or (bool(admitted) and not self._fits(request, admitted))
                 if waits:
                     continue
                 if request.sequence.length == 0:
@@ -114,35 +112,39 @@ class Scheduler:
             admitted.append(request)
         return admitted
 
+    def _fits(self, request: Request, others: list[Request]) -> bool:
+        """Whether a request finds room for its pending tokens beside others for theirs, and for a page of each of them
+        later: they would need this one's at once otherwise."""
+        wanted = sum(self._runner.pages_needed(each.sequence, each.pending) for each in [*others, request])
+        held = sum(len(each.sequence.pages) for each in self._yielding(request))
+        return wanted + len(others) <= self._runner.room + held
+
     def _planned(self, admitted: list[Request], prompt_tokens: int) -> list[Part]:
         """A step with so many tokens of prompts at most."""
         slices = _slices([request for request in admitted if request.pending > 1], prompt_tokens)
         parts: list[Part] = []
-        promised = 0
         for request in admitted:
             count = 1 if request.pending == 1 else slices.get(request, 0)
             if count == 0:
                 continue
+            part = Part(request, count)
             pages = self._runner.pages_needed(request.sequence, count)
-            self._make_room(request, promised + pages, parts)
             # The oldest one is always served: what it lacks is held by sequences that are no requests, and gives way.
-            if promised + pages <= self._runner.room or request is admitted[0]:
-                parts.append(Part(request, count))
-                promised += pages
+            if pages == 0 or self._make_room(part, parts) or request is admitted[0]:
+                parts.append(part)
         return parts
 
-    def _make_room(self, request: Request, pages: int, parts: list[Part]) -> None:
-        """Take pages from others for a request, the youngest first, until there are so many, or nothing is left."""
-        while self._runner.room < pages:
-            planned = {part.request for part in parts}
-            others = [each for each in self._yielding(request) if each.sequence.pages and each not in planned]
+    def _make_room(self, part: Part, parts: list[Part]) -> bool:
+        """Take pages from others, the youngest first, until there are enough for another part of a step. False: there
+        are not."""
+        planned = {each.request for each in parts}
+        # Counted anew each time: where rows come back into the cache, pages that another one gave up may be theirs.
+        while self.room_beside([*parts, part]) < 0:
+            others = [each for each in self._yielding(part.request) if each.sequence.pages and each not in planned]
             if not others:
-                return
+                return False
             self._runner.swap_out(others[-1].sequence)
-
-    def _attainable(self, request: Request) -> int:
-        """Pages that a request can have."""
-        return self._runner.room + sum(len(each.sequence.pages) for each in self._yielding(request))
+        return True
 
     def _yielding(self, request: Request) -> list[Request]:
         """Requests whose pages another one may take: the younger ones, and last those whose readers went away."""

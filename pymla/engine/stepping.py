@@ -103,18 +103,20 @@ class Stepper:
         for request, _ in parts:
             self._begin(request)
         last = [part.request for part in parts if part.is_last]
-        drafts = self._chooser.drafts(last, self._runner.room - self._scheduler.pages(parts))
-        with_forks = [*last, *(fork for request in last for fork in request.forks)]
-        masks = self._chooser.masks(drafts, with_forks)
+        speculations = {request.speculation for request, _ in parts if request.speculation}
+        drafts = self._chooser.drafts(last, self._scheduler.room_beside(parts)) if speculations else {}
+        masks = self._chooser.masks(drafts, [*last, *(fork for request in last for fork in request.forks)])
         batch, ready = _input(parts, drafts)
-        wants_hidden = any(part.request.speculation and part.request.speculation.wants_hidden for part in parts)
+        wants_hidden = any(speculation.wants_hidden for speculation in speculations)
         outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)
         computed = time.perf_counter() - began
-        self._read_prompts(parts, outputs)
+        if wants_hidden:
+            self._read_prompts(parts, outputs)
         ready = self._with_forks(ready)
         results = self._chooser.choose(ready, outputs, masks)
         seconds = time.perf_counter() - began
-        self._tell_speculations(ready, None if any(part.count > 1 for part in parts) else computed)
+        if speculations:
+            self._tell_speculations(ready, None if any(part.count > 1 for part in parts) else computed)
         for request, _ in parts:
             request.seconds += seconds
             if not request.generated:

@@ -162,8 +162,8 @@ class Weights:
             output = loader.matrix(specs["token_embd"])
         # Logits that are divided by a number come from a norm that is.
         output_norm = loader.vector(specs["output_norm"], config.logit_scale)
-        factors = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
-        weights = cls(token_embd, output_norm, output, layers, *factors)
+        long, short = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
+        weights = cls(token_embd, output_norm, output, layers, long, short)
         return replace(weights, nextn=_nextn(loader, config, placement, weights)) if nextn else weights
 
 

@@ -11,6 +11,7 @@ from pymla.engine.cache import Sequence as Cached
 from pymla.engine.model import Model
 from pymla.engine.speculation.drafting import NO_DRAFT, Draft
 from pymla.errors import PymlaError
+from pymla.pages import PAGE
 from pymla.printable import shown
 from pymla.text.sampling import SamplingParams, draw
 
@@ -86,7 +87,7 @@ class DraftModel:
     Parameters
     ----------
     draft : LanguageModel
-        Its cache must have room for all texts.
+        Texts that do not fit its cache together take turns.
     target : LanguageModel
         The model that verifies.
 
@@ -111,12 +112,23 @@ class DraftModel:
     def read(self, state: Ahead, start: int, hidden: Array) -> None:
         """Nothing: the draft model reads the prompt itself."""
 
+    def kind(self, state: Ahead) -> int:
+        """All drafts are of one."""
+        return 0
+
     def draft(self, states: Sequence[Ahead], most: Sequence[int]) -> list[Draft]:
-        """At most `most` tokens for each text, and no more than the draft model's context has room for."""
-        writings = [
-            _Writing(state, min(count, self._model.ctx - len(state.tokens)), state.sampler.copy())
-            for state, count in zip(states, most, strict=True)
-        ]
+        """At most `most` tokens for each text, and none where the draft model's context or its cache has no room."""
+        writings, pages = [], self._model.cache.pages
+        for state, count in zip(states, most, strict=True):
+            room = min(count, self._model.ctx - len(state.tokens))
+            wanted = -(-(len(state.tokens) + room) // PAGE)
+            if room > 0 and wanted <= pages:
+                pages -= wanted
+                # A draft that nobody verified is forgotten.
+                self._rewind(state, min(state.agreed, len(state.tokens) - 1))
+            else:
+                room = 0
+            writings.append(_Writing(state, room, state.sampler.copy()))
         while unfinished := [each for each in writings if len(each.tokens) < each.most]:
             self._step(unfinished)
         return [each.draft() if each.tokens else NO_DRAFT for each in writings]
@@ -129,14 +141,19 @@ class DraftModel:
         known = min(len(state.written), len(state.tokens))
         while state.agreed < known and state.written[state.agreed] == state.tokens[state.agreed]:
             state.agreed += 1
-        del state.written[state.agreed :]
-        if state.sequence.length > state.agreed:
-            with self._model.turn:
-                self._model.cache.truncate(state.sequence, state.agreed)
+        self._rewind(state, state.agreed)
 
     def end(self, state: Ahead) -> None:
         """Give the text's cache back."""
         self._model.free(state.sequence)
+
+    def _rewind(self, state: Ahead, length: int) -> None:
+        """Leave so many tokens of a text in the draft model's cache."""
+        state.agreed = length
+        del state.written[length:]
+        if state.sequence.length > length:
+            with self._model.turn:
+                self._model.cache.truncate(state.sequence, length)
 
     def _step(self, writings: list[_Writing]) -> None:
         """Another token for each draft."""

@@ -62,6 +62,10 @@ class Drafter(Protocol[State]):
             Hidden states of its tokens.
         """
 
+    def kind(self, state: State) -> int:
+        """Of the draft that a text would get now: drafts of one kind are right about as often. A few at most, as drafts
+        of each kind have to show that they are worth it."""
+
     def draft(self, states: Sequence[State], most: Sequence[int]) -> list[Draft]:
         """Tokens that may come next in each of several texts, at most `most` of them, which may be 0."""
 

@@ -19,29 +19,29 @@ Since debts are paid before the next period, at any time::
 
     time with speculation <= time without * (1 + ALLOWANCE) + LIMIT + C
 
-in plain tokens, for any drafter and any text: 1.6 % and a few tokens. Costs are those that were measured; while the
-first ones of a length are still those of the prior, the accounts are wrong by the difference.
+in plain tokens, for any drafter and any text. Drafts of different kinds (`Drafter.kind`) have accounts of their own,
+whose losses add up: with three kinds, as of prompt lookup, 3 % and some tokens. Costs are those of the steps that were
+measured last (`pymla.engine.speculation.times`). What is done once is not in them: the first step of a model with so
+many tokens, which is recorded, counts as the prior has it, and a draft model's reading of the prompt does not count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-#: The share of the time without speculation that attempts may lose.
-ALLOWANCE = 1 / 64
+#: The share of the time without speculation that attempts may lose, with drafts of each kind.
+ALLOWANCE = 1 / 96
 #: Plain tokens that a period may lose before it ends. More would end fewer periods by chance.
 LIMIT = 2.0
 #: By what share of its time a draft has to gain, to be worth it.
 MARGIN = 0.02
 #: The acceptance that a period begins with, and as how many tokens this guess counts. A good one, as it is tried only
 #: where it would be worth it; the first drafts correct it.
-GUESS, GUESS_WEIGHT = 0.85, 1.5
+GUESS, GUESS_WEIGHT = 0.85, 2.0
 #: What a draft counts in relation to the one after it.
 FADING = 0.9
-#: One step of so many has no draft, so that the time of a plain one is always known. The first of a text is one.
-PLAIN_EVERY = 64
 
 
 class DraftLength:
-    """The length of the next draft of a text.
+    """The length of the next draft of one kind for a text.
 
     Parameters
     ----------
@@ -54,7 +54,6 @@ class DraftLength:
         self._is_on = False
         self._accepted, self._decided = 0.0, 0.0  # of the last drafts: tokens accepted, and tokens decided upon
         self._running_loss, self._loss, self._debt = 0.0, 0.0, 0.0
-        self._steps = 0
 
     @property
     def is_on(self) -> bool:
@@ -67,29 +66,27 @@ class DraftLength:
         speculation is off."""
         return self._accepted / self._decided if self._decided else GUESS
 
-    def next(self, costs: Sequence[float], texts: int = 1) -> int:
+    def next(self, costs: Callable[[], Sequence[float]], texts: int = 1) -> int:
         """Tokens to draft; 0: none this time.
 
         Parameters
         ----------
-        costs : sequence of float
-            What a draft of 0, 1, …, `most` tokens costs, in plain tokens.
+        costs : callable()
+            What a draft of 0, 1, …, `most` tokens costs, in plain tokens; not asked for while speculation is off.
         texts : int
             Texts that the step brings a token to, this one included: they all wait for a draft.
         """
-        if self._steps % PLAIN_EVERY == 0:
-            return 0
         if not self._is_on:
             if self._debt > 0:
                 return 0
             self._begin()
-        best = self._best(costs, texts)
+        best = self._best(costs(), texts)
         if best == 0:
             self._end()
         return best
 
     def saw(self, drafted: int, accepted: int, cost: float) -> None:
-        """Count a step of the text.
+        """Count a step of the text with a draft of this kind, or without a draft.
 
         Parameters
         ----------
@@ -97,7 +94,6 @@ class DraftLength:
         cost : float
             Of the draft, in plain tokens; 0 for a step without one.
         """
-        self._steps += 1
         if not self._is_on:
             self._debt = max(0.0, self._debt - ALLOWANCE)
             return

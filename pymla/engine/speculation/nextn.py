@@ -92,6 +92,10 @@ class NextnDrafter:
         if len(state.tokens) > PAGE:
             self._catch_up(state)
 
+    def kind(self, state: Followed) -> int:
+        """All drafts are of one."""
+        return 0
+
     def draft(self, states: Sequence[Followed], most: Sequence[int]) -> list[Draft]:
         """At most `most` tokens for each text, and no more than the model's context has room for."""
         drafts: list[list[int]] = [[] for _ in states]

@@ -6,6 +6,7 @@ a text is edited, summarised or quoted.
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from pymla import checks
 from pymla.backend import Array
@@ -19,6 +20,8 @@ SHORTEST = 2
 LONGEST = 6
 #: Tokens that are searched; those before them are forgotten. A text of so many takes some 30 MB of memory.
 WINDOW = 1 << 15
+#: Tokens of matches from which on drafts are of another kind.
+KINDS = (4, 8)
 
 
 class NgramIndex:
@@ -116,7 +119,10 @@ class NgramIndex:
     def _bytes(self, first: int, count: int) -> bytes:
         """The bytes of `count` tokens from a position on."""
         begin = first % self._window
-        return (self._ring[begin : begin + count] + self._ring[: max(0, begin + count - self._window)]).tobytes()
+        tokens = self._ring[begin : begin + count]
+        if len(tokens) < count:
+            tokens.extend(self._ring[: count - len(tokens)])
+        return tokens.tobytes()
 
 
 class NgramDrafter:
@@ -131,17 +137,21 @@ class NgramDrafter:
     wants_hidden = False
 
     def __init__(self, *, shortest: int = SHORTEST, longest: int = LONGEST, window: int = WINDOW) -> None:
-        self._limits = {"shortest": shortest, "longest": longest, "window": window}
-        NgramIndex(**self._limits)  # refuses limits that are of no use
+        self._new_index = partial(NgramIndex, shortest=shortest, longest=longest, window=window)
+        self._new_index()  # refuses limits that are of no use
 
     def begin(
         self, prompt: Sequence[int], params: SamplingParams | None = None, sequence: Cached | None = None
     ) -> NgramIndex:
         """The index of a text."""
-        return NgramIndex(prompt, **self._limits)
+        return self._new_index(prompt)
 
     def read(self, state: NgramIndex, start: int, hidden: Array) -> None:
         """Nothing: the index has the whole prompt."""
+
+    def kind(self, state: NgramIndex) -> int:
+        """0, 1 or 2: the longer the match, the more often its continuation is right."""
+        return sum(state.matched >= tokens for tokens in KINDS)
 
     def draft(self, states: Sequence[NgramIndex], most: Sequence[int]) -> list[Draft]:
         """The continuations of the matches."""

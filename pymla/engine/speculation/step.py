@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from pymla.text.sampling import Sampled, SamplingParams
 
 #: Tokens of the longest draft. With the text's last token a step of as many as the CPU backend records.
 MOST = 7
+#: Costs of drafts are computed again after so many steps, which takes some 20 µs.
+COSTS_EVERY = 16
+#: One step of so many of a text has no draft, so that the time of a plain one is known. The first one is such a step.
+PLAIN_EVERY = 64
 
 
 @dataclass
@@ -51,8 +55,22 @@ class SpeculatedText:
     """A text that drafts are made for."""
 
     state: Any  # the drafter's
-    length: DraftLength
+    lengths: dict[int, DraftLength] = field(default_factory=dict)  # by the kind of draft
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether drafts of any kind are worth it, or are being tried."""
+        return any(length.is_on for length in self.lengths.values())
+
+
+class _Verified(NamedTuple):
+    """A text's part in the step that runs."""
+
+    text: SpeculatedText
+    kind: int  # of its draft
+    drafted: int
+    accepted: int
 
 
 class Speculation:
@@ -75,8 +93,9 @@ class Speculation:
         self._most = checks.integer("most", most, 1)
         self._adapts = checks.flag("adapts", adapts)
         self._drafting: deque[float] = deque(maxlen=MEASUREMENTS)  # seconds per drafted token of the last drafts
-        #: Of the step that runs: each text with what was drafted and accepted.
-        self._step: list[tuple[SpeculatedText, int, int]] = []
+        self._costs: dict[int, list[float]] = {}  # of drafts, by the texts of a step
+        self._steps = 0
+        self._step: list[_Verified] = []
 
     @property
     def wants_hidden(self) -> bool:
@@ -86,7 +105,7 @@ class Speculation:
     def begin(self, prompt: Sequence[int], params: SamplingParams, sequence: Cached | None = None) -> SpeculatedText:
         """Take up a text (`Drafter.begin`). Where `wants_hidden`, slices of the prompt are to be read, and in any case
         the token that its last slice gave is to be committed."""
-        return SpeculatedText(self._drafter.begin(prompt, params, sequence), DraftLength(self._most))
+        return SpeculatedText(self._drafter.begin(prompt, params, sequence))
 
     def read(self, text: SpeculatedText, start: int, hidden: Array) -> None:
         """Learn from a slice of the prompt (`Drafter.read`)."""
@@ -100,7 +119,7 @@ class Speculation:
         """Forget a text."""
         self._drafter.end(text.state)
 
-    def draft(self, texts: Sequence[SpeculatedText], most: Sequence[int]) -> list[Draft]:
+    def draft(self, texts: Sequence[SpeculatedText], most: Sequence[int], others: int = 0) -> list[Draft]:
         """A draft for each text of the next step, which may be empty.
 
         Parameters
@@ -109,9 +128,13 @@ class Speculation:
         most : sequence of int
             Tokens that each may have at most: there must be room in the context, and one less than the text still
             needs is enough, as a step brings one token more than its draft.
+        others : int
+            Texts without speculation that the step brings a token to.
         """
         self._step = []
-        lengths = [max(0, min(self._length(text, len(texts)), count)) for text, count in zip(texts, most, strict=True)]
+        lengths = [
+            max(0, min(self._length(text, len(texts) + others), count)) for text, count in zip(texts, most, strict=True)
+        ]
         if not any(lengths):
             return [NO_DRAFT] * len(texts)
         began = time.perf_counter()
@@ -139,7 +162,7 @@ class Speculation:
         hidden : array (n + 1, hidden_size), optional
             Hidden states of the step's tokens of this text, where `wants_hidden`.
         """
-        chosen = verify(sampler, logits, draft, masks)
+        chosen, kind = verify(sampler, logits, draft, masks), self._drafter.kind(text.state)
         tokens = [each.token for each in chosen]
         self._drafter.commit(text.state, tokens, None if hidden is None else hidden[: len(tokens)])
         drafted, accepted, counts = len(draft.tokens), len(chosen) - 1, text.counts
@@ -147,7 +170,7 @@ class Speculation:
         counts.steps_with_draft += drafted > 0
         counts.drafted += drafted
         counts.accepted += accepted
-        self._step.append((text, drafted, accepted))
+        self._step.append(_Verified(text, kind, drafted, accepted))
         return chosen
 
     def took(self, seconds: float | None, others: int = 0) -> None:
@@ -161,17 +184,36 @@ class Speculation:
             Tokens that the step had beside those of the verified texts.
         """
         plain = len(self._step) + others
-        drafted = sum(count for _, count, _ in self._step)
+        drafted = sum(each.drafted for each in self._step)
         if seconds is not None:
             self._times.saw(plain + drafted, seconds)
-        for text, count, accepted in self._step:
-            text.length.saw(count, accepted, self._cost(plain, drafted) * count / drafted if count else 0.0)
+        cost = self._cost(plain, drafted) / drafted if drafted and self._adapts else 0.0
+        for text, kind, count, accepted in self._step:
+            if count and kind in text.lengths:
+                text.lengths[kind].saw(count, accepted, cost * count)
+            elif not count:
+                for length in text.lengths.values():
+                    length.saw(0, 0, 0.0)
         self._step = []
+        self._steps += 1
+        if self._steps % COSTS_EVERY == 0:
+            self._costs.clear()
 
     def _length(self, text: SpeculatedText, texts: int) -> int:
         if not self._adapts:
             return self._most
-        return text.length.next([self._cost(texts, n) for n in range(self._most + 1)], texts)
+        if not self._times.is_measured or text.counts.steps % PLAIN_EVERY == 0:
+            return 0
+        kind = self._drafter.kind(text.state)
+        if kind not in text.lengths:
+            text.lengths[kind] = DraftLength(self._most)
+        return text.lengths[kind].next(lambda: self._costs_of(texts), texts)
+
+    def _costs_of(self, texts: int) -> list[float]:
+        """What drafts of 0, 1, … tokens cost in a step of so many texts, in plain tokens."""
+        if texts not in self._costs:
+            self._costs[texts] = [self._cost(texts, n) for n in range(self._most + 1)]
+        return self._costs[texts]
 
     def _cost(self, plain: int, drafted: int) -> float:
         """What `drafted` tokens in a step of `plain` ones cost, in plain tokens: times in relation to what each of

@@ -20,21 +20,30 @@ class StepTimes:
     Parameters
     ----------
     prior : callable(tokens)
-        What a step costs by arithmetic, in any unit: the first measurement gives the scale. Between two measured
-        numbers of tokens the prior is corrected by a factor between theirs, and beyond all of them by that of the last.
+        What a step costs by arithmetic, in any unit: measurements give the scale. Between two measured numbers of
+        tokens the prior is corrected by a factor between theirs, and beyond all of them by that of the last.
+
+    Attributes
+    ----------
+    is_measured : bool
+        Whether any step counts. Before that there are no seconds to compare with.
     """
 
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = prior
         self._priors: dict[int, float] = {}
-        self._measured: dict[int, deque[float]] = {}
+        self._measured: dict[int, deque[float]] = {}  # by tokens, seconds in relation to the prior
         #: Of the measured numbers of tokens, ascending: these, and their factors.
         self._tokens: list[int] = []
         self._factors: list[float] = []
 
     def saw(self, tokens: int, seconds: float) -> None:
-        """Count a step of so many tokens."""
-        measured = self._measured.setdefault(tokens, deque(maxlen=MEASUREMENTS))
+        """Count a step of so many tokens. The first one does not count: a step that is recorded, or whose kernels are
+        compiled, takes longer than those that follow."""
+        if tokens not in self._measured:
+            self._measured[tokens] = deque(maxlen=MEASUREMENTS)
+            return
+        measured = self._measured[tokens]
         measured.append(seconds / self._price(tokens))
         at = bisect.bisect_left(self._tokens, tokens)
         if len(measured) == 1:
@@ -42,13 +51,15 @@ class StepTimes:
             self._factors.insert(at, 0.0)
         self._factors[at] = statistics.median_low(measured)
 
+    @property
+    def is_measured(self) -> bool:
+        return bool(self._tokens)
+
     def seconds(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens; in the unit of the prior before any was measured."""
+        """Seconds of a step of so many tokens."""
         return self._price(tokens) * self._factor(tokens)
 
     def _factor(self, tokens: int) -> float:
-        if not self._tokens:
-            return 1.0
         above = bisect.bisect_left(self._tokens, tokens)
         if above == len(self._tokens):
             return self._factors[-1]

@@ -1,7 +1,6 @@
 """The chain of steps that parameters ask for."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 from pymla.errors import PymlaError
@@ -39,14 +38,7 @@ def chain(params: SamplingParams) -> list[Step]:
             steps.append(step)
     if "adaptive_p" in params.samplers and params.adaptive_target >= 0:
         steps.append(AdaptiveP(params.adaptive_target, params.adaptive_decay))
-    return _shortened([_with_floor(*pair) for pair in zip(steps, [*steps, None][1:], strict=True)])
-
-
-def _with_floor(step: Step, following: Step | None) -> Step:
-    """Top-p, if it comes right before min-p, told of what that drops."""
-    if isinstance(step, TopP) and isinstance(following, MinP):
-        return replace(step, floor=following.p)
-    return step
+    return _shortened(steps)
 
 
 def _shortened(steps: list[Step]) -> list[Step]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pymla.text.sampling.pool import Pool, descending
+from pymla.text.sampling.pool import Pool
+from pymla.text.sampling.selection import descending, fewest, likeliest
 from pymla.text.sampling.state import State
 
 
@@ -31,20 +32,17 @@ class TopP:
 
     p: float
     min_keep: int
-    floor: float = 0.0  # min-p, where it comes next: what it drops need not be sorted
     keeps_likeliest = True
 
     def __call__(self, pool: Pool, state: State) -> Pool:
-        if not self.min_keep:
-            return pool.nucleus(self.p, "left", self.floor)
-        nucleus = pool.nucleus(self.p, "left")
-        return nucleus if len(nucleus.logits) >= self.min_keep else pool.exact().likeliest(self.min_keep)
+        nucleus = pool.nucleus(self.p)
+        return nucleus if len(nucleus.logits) >= self.min_keep else pool.likeliest(self.min_keep)
 
 
 @dataclass(frozen=True)
 class MinP:
     """Tokens that are at least `p` times as likely as the likeliest one (Nguyen et al., "Turning up the heat: min-p
-    sampling", 2024, section 3). llama.cpp: ``llama_sampler_min_p_apply``."""
+    sampling", 2024). llama.cpp: ``llama_sampler_min_p_apply``."""
 
     p: float
     min_keep: int
@@ -59,7 +57,7 @@ class MinP:
 @dataclass(frozen=True)
 class Typical:
     """The fewest tokens that have more than the probability `p` together, beginning with those whose surprise is next
-    to the entropy: ``|-log p(x) - H|`` (Meister et al., "Locally typical sampling", 2023, section 4.1).
+    to the entropy: ``|-log p(x) - H|`` (Meister et al., "Locally typical sampling", 2023).
 
     llama.cpp: ``llama_sampler_typical_apply``.
     """
@@ -72,15 +70,17 @@ class Typical:
         log_shares = pool.log_shares()
         shares = np.exp(log_shares)
         entropy = -(shares * log_shares).sum()
-        order = np.argsort(np.abs(-log_shares - entropy), kind="stable")
-        count = int(np.searchsorted(np.cumsum(shares[order]), self.p, side="right")) + 1
-        return pool.at(np.sort(order[: max(count, self.min_keep)]))
+        distances = np.abs(-log_shares - entropy)
+        left = np.concatenate(fewest(distances, shares, self.p, "right"))
+        if len(left) < self.min_keep:
+            left = likeliest(-distances, self.min_keep)
+        return pool.at(np.sort(left))
 
 
 @dataclass(frozen=True)
 class TopNSigma:
     """Tokens whose logit is at most `n` standard deviations of all logits below the largest (Tang et al., "Top-nσ: not
-    all logits are you need", 2024, section 3). llama.cpp: ``llama_sampler_top_n_sigma_apply``."""
+    all logits are you need", 2024). llama.cpp: ``llama_sampler_top_n_sigma_apply``."""
 
     n: float
     keeps_likeliest = True

@@ -1,15 +1,10 @@
 """Tokens that may come next, with their logits: what the steps of a chain take and give."""
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-#: So many of the likeliest tokens are sorted first where the last one is not known yet, and then so many times more.
-_SORTED, _GROWTH = 256, 16
-
-#: So many numbers are sorted by a vectorised algorithm, which leaves equal ones in any order.
-_MANY = 4096
+from pymla.text.sampling.selection import fewest, likeliest
 
 
 class Candidates(NamedTuple):
@@ -60,29 +55,15 @@ class Pool(NamedTuple):
             return self if count >= len(self.logits) else Pool(self.logits[:count], self._ids()[:count], True)
         return self.at(likeliest(self.logits, count))._replace(is_sorted=True)
 
-    def nucleus(self, mass: float, side: Literal["left", "right"], floor: float = 0.0) -> "Pool":
-        """The fewest of the likeliest tokens, sorted, that have a probability of at least `mass` together (side
-        "left"), or of more (side "right"); all where rounding keeps them below it.
-
-        Tokens that are less likely than the likeliest one times `floor`, which the caller drops anyway, may be missing.
-        """
-        pool = self.exact()
-        highest = pool.highest
-        total = np.exp(pool.logits - highest).sum()
-        if floor and not pool.is_sorted:
-            # A bit lower, because the bound is rounded.
-            pool = pool.at(np.flatnonzero(pool.logits >= highest + math.log(floor) - 1e-6))
-        size = len(pool.logits) if pool.is_sorted else _SORTED
-        while True:
-            first = pool.likeliest(size)
-            count = int(np.searchsorted(np.cumsum(np.exp(first.logits - highest) / total), mass, side)) + 1
-            if count <= size or size >= len(pool.logits):
-                return first.likeliest(count)
-            size *= _GROWTH
+    def nucleus(self, mass: float) -> "Pool":
+        """The fewest of the likeliest tokens that have at least a probability together."""
+        first, last = fewest(-self.logits, self.shares(), mass, "left")
+        return self.at(np.sort(np.concatenate([first, last])))
 
     def token_at(self, number: float) -> int:
-        """The token that `draw` finds at a number among `candidates`, of which as few are made as it takes."""
-        return int(self.nucleus(number, "right")._ids()[-1])
+        """The token that `draw` finds at a number among `candidates`, without sorting them all."""
+        _, last = fewest(-self.logits, self.shares(), number, "right")
+        return int(last[-1] if self.ids is None else self.ids[last[-1]])
 
     def find(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where some tokens are, int64 (T,), which ascend: positions in the pool, and the index of each one's token."""
@@ -119,26 +100,3 @@ class Pool(NamedTuple):
 
     def _ids(self) -> np.ndarray:
         return np.arange(len(self.logits)) if self.ids is None else self.ids
-
-
-def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` largest logits, in the order of `descending`; sorting all 100,000 takes a quarter of a
-    decode step."""
-    width = max(1, len(logits) // (8 * count))
-    # So many parts of the vocabulary have a token that is as likely as the count-th of their maxima, or likelier.
-    maxima = logits[: len(logits) // width * width].reshape(-1, width).max(1)
-    bound = np.partition(maxima, -count)[-count] if count < len(maxima) else -np.inf
-    return descending(logits, np.flatnonzero(logits >= bound))[:count]
-
-
-def descending(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Positions, which ascend, from the largest logit on; of equal ones the first comes first."""
-    values = -logits[positions]
-    if len(values) < _MANY:
-        return positions[np.argsort(values, kind="stable")]
-    order = np.argsort(values)
-    is_new = np.diff(values[order], prepend=-np.inf) != 0
-    equal = np.flatnonzero(~(is_new & np.append(is_new[1:], True)))
-    runs = np.cumsum(is_new[equal])
-    order[equal] = np.sort(runs * len(order) + order[equal]) % len(order)
-    return positions[order]
