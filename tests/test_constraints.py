@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from vocabularies import bits, bytewise, sentencepiece
 
 import pymla
+from pymla.engine.speculation.ngram import NgramDrafter
+from pymla.engine.speculation.step import Speculation
+from pymla.engine.speculation.times import StepTimes
 from pymla.errors import PymlaError
 from pymla.text.constraints import Grammar, compute_masks, draft_masks
 from pymla.text.sampling import Sampler, SamplingParams
@@ -335,6 +338,40 @@ def test_texts_of_one_prompt_have_a_matcher_each(demo):
 def test_a_grammar_of_another_model_is_refused(demo):
     with pytest.raises(PymlaError, match="`grammar` was compiled for another model"):
         demo.generation("x", grammar=Grammar.of(BYTES, regex="a"))
+
+
+def test_a_text_has_one_constraint(demo):
+    with pytest.raises(PymlaError, match="a text has one constraint"):
+        demo.generation("x", regex="a", constraint=Grammar.of(demo.tokenizer, regex="b").matcher())
+    with pytest.raises(PymlaError, match="there are `json_schema` and `regex`"):
+        demo.generation("x", regex="a", json_schema={})
+
+
+def test_control_tokens_in_a_text(demo):
+    """Marks of a format have their names in it, and others have not."""
+    control = next(
+        i for i in range(demo.tokenizer.vocab_size) if demo.tokenizer.is_special(i) and i not in demo.tokenizer.eos_ids
+    )
+    name = demo.tokenizer.token_bytes(control).decode()
+    given = {"grammar": f'root ::= "a" <[{control}]> "b"', "seed": 1}
+    assert demo.generate("x", **given) == "ab"
+    assert demo.generate("x", shown_tokens={control}, **given) == f"a{name}b"
+
+
+def test_drafts_of_a_constrained_text(demo):
+    """Drafts are verified against the grammar, too: here they go on as the prompt did, for too long."""
+    drafts = []
+
+    class Recorder(NgramDrafter):
+        def draft(self, states, most):
+            made = super().draft(states, most)
+            drafts.extend(draft.tokens for draft in made)
+            return made
+
+    speculation = Speculation(Recorder(), StepTimes(lambda tokens: 1.0), adapts=False)
+    given = {"regex": "(first, ){4}last", "max_tokens": 60, "speculation": speculation}
+    assert demo.generate("first, " * 12, **given) == "first, first, first, first, last"
+    assert any(len(tokens) > 1 for tokens in drafts)
 
 
 def test_samplers_draw_from_a_mask():
