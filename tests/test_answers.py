@@ -93,7 +93,7 @@ def damaged(draw):
     return form, text[:start] + text[draw(st.integers(start, len(text))) :]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(damaged(), st.data(), st.booleans(), st.booleans())
 def test_every_cut_gives_the_same_answer(made, data, opened, whole_calls):
     form, text = made

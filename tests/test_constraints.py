@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import signal
 import threading
 import weakref
 
@@ -215,6 +217,20 @@ def test_threads_share_a_grammar(demo):
     assert [found[seed] for seed in range(4)] == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_computes_masks():
+    matchers = [Grammar.of(BYTES, regex=pattern).matcher() for pattern in ("[ab]+", "c")]
+    compute_masks(matchers)
+    for matcher in matchers:
+        matcher._mask = None
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # which ends a child that waits for threads of its parent
+        compute_masks(matchers)
+        os._exit(bits(matchers[1].mask(), 257) != {ord("c")})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_nothing_keeps_a_tokenizer_alive():
     tokenizer = bytewise()
     grammar, watch = Grammar.of(tokenizer, regex="a"), weakref.ref(tokenizer)
@@ -345,6 +361,9 @@ def test_a_text_has_one_constraint(demo):
         demo.generation("x", regex="a", constraint=Grammar.of(demo.tokenizer, regex="b").matcher())
     with pytest.raises(PymlaError, match="there are `json_schema` and `regex`"):
         demo.generation("x", regex="a", json_schema={})
+    compiled = Grammar.of(demo.tokenizer, regex="b", vocab_size=demo.config.vocab_size)
+    with pytest.raises(PymlaError, match="there are `regex` and `grammar`"):
+        demo.generation("x", regex="a", grammar=compiled)
 
 
 def test_control_tokens_in_a_text(demo):
