@@ -108,6 +108,42 @@ def test_every_cut_gives_the_same_answer(made, data, opened, whole_calls):
         assert expected.content == text.lstrip("\r\n")  # nothing is lost
 
 
+VALUES = {
+    "text": st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=12),
+    "number": st.one_of(st.integers(-99, 99), st.floats(-9, 9)),
+    "list": st.lists(st.one_of(st.none(), st.booleans(), st.text('a<>"\\\n', max_size=4)), max_size=3),
+}
+TYPES = {"text": "string", "number": "number", "list": "array"}
+
+
+def written(form, tool, arguments):
+    """A call as a model writes it: what the head, the pairs and the marks of its format say."""
+    head = "".join(form.head).replace("{name}", tool).replace("{number}", "0")
+    if not form.pairs:
+        return form.call + head + json.dumps(arguments, ensure_ascii=False) + form.fence + form.call_end
+    body = form.pairs.gap
+    for key, value in arguments.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        middle = "".join(form.pairs.middle).replace("{is_text}", str(isinstance(value, str)).lower())
+        body += form.pairs.key + key + middle + form.pairs.value + text + form.pairs.end + form.pairs.gap
+    return form.call + head + body + form.call_end
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(FORMS), st.lists(st.fixed_dictionaries({}, optional=VALUES), min_size=1, max_size=3), st.data())
+def test_calls_that_are_written_are_read(form, calls, data):
+    parameters = {"properties": {name: {"type": kind} for name, kind in TYPES.items()}}
+    tools = [{"type": "function", "function": {"name": "f-1.x", "parameters": parameters}}]
+    inside = form.between.join(written(form, "f-1.x", arguments) for arguments in calls)
+    text = form.block + form.gap + inside + form.gap + form.block_end
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
+    answer = Answer.of(cut(form, pieces, tools=tools))
+    assert (answer.reasoning, answer.content) == ("", "")
+    assert [each.name for each in answer.tool_calls] == ["f-1.x"] * len(calls)
+    assert [json.loads(each.arguments) for each in answer.tool_calls] == calls
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [
@@ -245,6 +281,14 @@ def test_templates_tell_the_format(form):
     assert format_of(TEMPLATES[form]) == (form, True)
     assert AnswerParser.for_template(TEMPLATES[form], prompt="<｜Assistant｜><think>\n")._opened
     assert not AnswerParser.for_template(TEMPLATES[form], prompt="<｜Assistant｜></think>")._opened
+
+
+def test_a_template_for_tools():
+    tokenizer = bytewise(template="{{ messages }}")
+    tokenizer.chat_templates = {"tool_use": TEMPLATES[KIMI_K2]}
+    assert format_of(tokenizer) == (PLAIN, False)
+    assert format_of(tokenizer, TOOLS) == (KIMI_K2, True)
+    assert AnswerParser.for_template(tokenizer, tools=TOOLS).form is KIMI_K2
 
 
 def test_templates_without_calls_or_reasoning():

@@ -86,7 +86,12 @@ class AnswerParser:
 
     @classmethod
     def for_template(
-        cls, template: str | Tokenizer | None, *, prompt: str | Sequence[int] = "", **options: Any
+        cls,
+        template: str | Tokenizer | None,
+        *,
+        prompt: str | Sequence[int] = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> "AnswerParser":
         """The parser for a chat template's model.
 
@@ -96,14 +101,17 @@ class AnswerParser:
             A template, or a tokenizer that has one.
         prompt : str, or sequence of int
             What the answer follows, as text or, with a tokenizer, as token ids: its end may open the reasoning.
+        tools : list of dict, optional
+            Tools in OpenAI's form.
         **options
-            `tools`, `whole_calls` and `make_id`.
+            `whole_calls` and `make_id`.
         """
-        form, thinks = format_of(template)
+        form, thinks = format_of(template, tools)
         if not isinstance(prompt, str):
             assert isinstance(template, Tokenizer), "token ids need a tokenizer"
             prompt = template.decode(prompt[-_PROMPT_END:], skip_special=False)
-        return cls(form, thinks=thinks, opened=thinks and prompt.rstrip().endswith(THINK), **options)
+        opened = thinks and prompt.rstrip().endswith(THINK)
+        return cls(form, thinks=thinks, opened=opened, tools=tools, **options)
 
     def shown_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Control tokens whose names the parser must see, for `Tokenizer.stream`."""
