@@ -220,10 +220,10 @@ class Bench:
         times = [], [], []
         for _ in range(repeat + 1):
             prompt = self.model.new_sequence()
-            for own, counts in zip(
-                times, (generations, [(prompt, count)], [*generations, (prompt, count)]), strict=True
-            ):
+            part = [(prompt, count)]
+            for own, counts in zip(times, (generations, part, [*generations, *part]), strict=True):
                 own.append(self._step(counts))
+                self.model.truncate(prompt, 0)
             self.model.free(prompt)
         for sequence in sequences:
             self.model.free(sequence)

@@ -248,7 +248,7 @@ def compute(runner, request, count):
 
 def counts(scheduler, requests):
     """Tokens of each request in the next step."""
-    parts = {id(part.request): part.count for part in scheduler.plan()}
+    parts = {id(part.request): part.tokens for part in scheduler.plan()}
     return [parts.get(id(request), 0) for request in requests]
 
 

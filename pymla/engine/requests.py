@@ -20,7 +20,9 @@ AHEAD = 16
 class Constraint(Protocol):
     """What a text may be: tells after each token which ones may come next."""
 
-    is_finished: bool  # nothing may come next
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may come next."""
 
     def mask(self) -> np.ndarray:
         """Tokens that may come next: uint32 (ceil(V / 32),), bit i % 32 of word i // 32 for token i."""

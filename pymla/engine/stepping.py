@@ -116,7 +116,7 @@ class Stepper:
         results = self._chooser.choose(ready, outputs, masks)
         seconds = time.perf_counter() - began
         if speculations:
-            self._tell_speculations(ready, None if any(part.count > 1 for part in parts) else computed)
+            self._tell_speculations(ready, None if any(part.tokens > 1 for part in parts) else computed)
         for request, _ in parts:
             request.seconds += seconds
             if not request.generated:
@@ -219,9 +219,9 @@ def _input(parts: list[Part], drafts: dict[Request, Draft]) -> tuple[Batch, list
     for part in parts:
         request, at = part.request, part.request.sequence.length
         draft = drafts.get(request, NO_DRAFT)
-        tokens = request.tokens[at : at + part.count] + draft.tokens
+        tokens = request.tokens[at : at + part.tokens] + draft.tokens
         if part.is_last:
-            ready.append(Ready(request, end + part.count - 1, row, draft))
+            ready.append(Ready(request, end + part.tokens - 1, row, draft))
             row += len(draft.tokens) + 1
         end += len(tokens)
         batch.append((request.sequence, np.array(tokens, np.int32)))
