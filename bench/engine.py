@@ -24,7 +24,9 @@ from pymla.engine.devices import find_device  # noqa: E402
 from pymla.engine.loading import demo_path  # noqa: E402
 from pymla.errors import PymlaError  # noqa: E402
 from pymla.files import outputs  # noqa: E402
+from pymla.files.gguf_reader import ModelFile  # noqa: E402
 from pymla.measure import facts  # noqa: E402
+from pymla.models.config import ModelConfig  # noqa: E402
 from pymla.pages import CACHE_TYPES  # noqa: E402
 
 #: Where the two best logits are closer than this, different steps may choose different tokens: rows of a cache in
@@ -158,14 +160,15 @@ class Bench:
         return Parallel(texts, texts / bare, tokens / (last - first), first - began)
 
     def _bare(self, texts: int) -> float:
-        """Median seconds of a bare step of so many sequences."""
+        """Mean seconds of a bare step of so many sequences, as the engine's rate is a mean, too."""
         sequences = [self.model.new_sequence() for _ in range(texts)]
         for sequence in sequences:
             self._step([(sequence, self.pp)])
+        self._step([(sequence, 1) for sequence in sequences])  # recorded
         seconds = [self._step([(sequence, 1) for sequence in sequences]) for _ in range(self.tg)]
         for sequence in sequences:
             self.model.free(sequence)
-        return statistics.median(seconds)
+        return statistics.mean(seconds)
 
     def _step(self, counts) -> float:
         """Seconds of a bare step."""
@@ -220,10 +223,10 @@ class Bench:
         times = [], [], []
         for _ in range(repeat + 1):
             prompt = self.model.new_sequence()
-            for own, counts in zip(
-                times, (generations, [(prompt, count)], [*generations, (prompt, count)]), strict=True
-            ):
+            part = [(prompt, count)]
+            for own, counts in zip(times, (generations, part, [*generations, *part]), strict=True):
                 own.append(self._step(counts))
+                self.model.truncate(prompt, 0)
             self.model.free(prompt)
         for sequence in sequences:
             self.model.free(sequence)
@@ -304,10 +307,11 @@ def main(model, parallel, pp, tg, long, prefix, slices, cache_type, device, thre
         device, _ = find_device(device)
         about = facts.gather(facts.measure_limits(device, threads), device)
         click.echo(facts.describe(about))
-        # The long prompt, and texts that go on while it is computed.
-        ctx = long + 2048
-        room = max(parallel[-1] * (pp + tg + 64), 5 * ctx)
         path = demo_path() if model is None else model
+        # The long prompt, and texts that go on while it is computed.
+        ctx = min(long + 2048, ModelConfig.from_gguf(ModelFile.open(path)).context_length)
+        long, prefix = min(long, ctx // 2), min(prefix, ctx // 2)
+        room = max(parallel[-1] * (pp + tg + 64), 5 * ctx)
         settings = {"cache_type": cache_type, "device": device, "threads": threads, "ctx": ctx, "cache_tokens": room}
         with pymla.load(path, **settings) as language_model:
             found = measure(Bench(language_model, pp, tg), parallel, long, prefix, slices)

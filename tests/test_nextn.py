@@ -1,6 +1,7 @@
 """The block that predicts a further token, against its formulas (`nextn_oracle`), and its drafts."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from make_golden import SHAPES, SPARSE_SHAPES
 from make_model import PRESETS, make_model
 
 import pymla
+from pymla.engine.engine import Engine
 from pymla.engine.nextn import Span
 from pymla.engine.speculation import NO_DRAFT, Draft, NextnDrafter, Speculation, StepTimes, step_bytes
 from pymla.errors import PymlaError
@@ -206,6 +208,26 @@ def test_a_text_is_the_one_without_drafts(made, name):
             tokens += [each.token for each in chosen]
             model.cache.truncate(sequence, len(tokens) - 1)
     assert tokens[40:80] == expected.tokens
+
+
+def test_texts_that_the_engine_computes_together(made):
+    """With prompts in slices, one that begins as another one, and forks."""
+    _, path = made("v3")
+    with load(path) as language_model:
+        options = {"max_tokens": 12, "temperature": 0}
+        prompts = [IDS[:40].tolist(), IDS.tolist(), [*IDS[:70].tolist(), 7], IDS[5:9].tolist()]
+        expected = [language_model.generation(prompt, **options) for prompt in prompts]
+        for generation in expected:
+            list(generation)
+    with load(path) as language_model:
+        times = StepTimes(step_bytes(language_model.config, language_model.file.tensors))
+        options["speculation"] = Speculation(NextnDrafter(language_model.model), times, most=3, adapts=False)
+        engine = Engine(language_model, step_tokens=30)
+        generations = [engine.generations(prompt, 2, **options) for prompt in prompts]
+        for pieces in itertools.zip_longest(*itertools.chain(*generations)):
+            assert any(pieces)
+        for texts, alone in zip(generations, expected, strict=True):
+            assert [each.tokens for each in texts] == [alone.tokens] * 2
 
 
 def test_drafts_end_with_the_context(made):

@@ -103,8 +103,8 @@ class Engine:
 
         def generation(params: SamplingParams) -> Generation:
             own = compiled.matcher() if compiled else constraint
-            rest = max_tokens, stop, progress, special, own, speculation, submission, shown_tokens
-            return Generation(self.driver, model.tokenizer, ids, params, *rest)
+            rest = progress, special, own, speculation, submission, shown_tokens
+            return Generation(self.driver, model.tokenizer, ids, params, max_tokens, stop, *rest)
 
         return [generation(each) for each in _of_texts(params.for_tokenizer(model.tokenizer), n)]
 

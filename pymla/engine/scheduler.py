@@ -22,12 +22,12 @@ class Part(NamedTuple):
     """The part of a request in a step."""
 
     request: Request
-    count: int  # of its pending tokens, the first ones
+    tokens: int  # of its pending ones, the first
 
     @property
     def is_last(self) -> bool:
         """Whether all pending tokens are in it, so that the next one can be chosen."""
-        return self.count == self.request.pending
+        return self.tokens == self.request.pending
 
 
 class Scheduler:
@@ -87,11 +87,11 @@ class Scheduler:
 
     def room_beside(self, parts: Iterable[Part]) -> int:
         """Pages that a step leaves of the runner's room; below 0: that it lacks."""
-        return self._runner.room - sum(self._runner.pages_needed(each.request.sequence, each.count) for each in parts)
+        return self._runner.room - sum(self._runner.pages_needed(each.request.sequence, each.tokens) for each in parts)
 
     def saw(self, parts: Iterable[Part], seconds: float) -> None:
         """Count the seconds of a step."""
-        counts = [part.count for part in parts]
+        counts = [part.tokens for part in parts]
         if 1 in counts:
             self.pace.saw(sum(count for count in counts if count > 1), seconds)
 

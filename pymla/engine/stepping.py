@@ -111,12 +111,12 @@ class Stepper:
         outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)
         computed = time.perf_counter() - began
         if wants_hidden:
-            self._read_prompts(parts, outputs)
+            self._read_prompts(parts, batch, outputs)
         ready = self._with_forks(ready)
         results = self._chooser.choose(ready, outputs, masks)
         seconds = time.perf_counter() - began
         if speculations:
-            self._tell_speculations(ready, None if any(part.count > 1 for part in parts) else computed)
+            self._tell_speculations(ready, None if any(part.tokens > 1 for part in parts) else computed)
         for request, _ in parts:
             request.seconds += seconds
             if not request.generated:
@@ -129,22 +129,20 @@ class Stepper:
 
     def _begin(self, request: Request) -> None:
         """Make a request ready for a step."""
-        sequence = request.sequence
-        if sequence.length >= len(request.tokens):
+        if request.sequence.length >= len(request.tokens):
             # An interrupt came between the step and the choice of a token: the last row is computed again.
-            self._runner.truncate(sequence, len(request.tokens) - 1)
-        if request.speculation and request.text is None:
-            request.text = request.speculation.begin(request.prompt, request.params, sequence)
+            self._runner.truncate(request.sequence, len(request.tokens) - 1)
+        _take_up(request)
 
-    def _read_prompts(self, parts: list[Part], outputs: Outputs) -> None:
+    @staticmethod
+    def _read_prompts(parts: list[Part], batch: Batch, outputs: Outputs) -> None:
         """Let drafters that follow hidden states read those of the prompts."""
         end = 0
-        for request, count in parts:
-            end += count
+        for (request, _), (sequence, new) in zip(parts, batch, strict=True):
+            begin, end = end, end + len(new)
             if not request.generated and request.speculation and request.speculation.wants_hidden:
                 assert request.text is not None
-                start = request.sequence.length - count
-                request.speculation.read(request.text, start, outputs.hidden[end - count : end])
+                request.speculation.read(request.text, sequence.length - len(new), outputs.hidden[begin:end])
 
     def _with_forks(self, ready: list[Ready]) -> list[Ready]:
         """Requests that get a token; with forks, which begin with what their parents have."""
@@ -156,14 +154,10 @@ class Stepper:
                     self._runner.free(fork.sequence)
                     fork.sequence = self._runner.fork(parent.sequence)
                     fork.seconds, fork.reused_tokens = parent.seconds, parent.reused_tokens
-                    self._begin_fork(fork)
+                    _take_up(fork)
                 found += [each._replace(request=fork) for fork in parent.forks]
                 self._scheduler.add_forks(parent)
         return found
-
-    def _begin_fork(self, fork: Request) -> None:
-        if fork.speculation:
-            fork.text = fork.speculation.begin(fork.prompt, fork.params, fork.sequence)
 
     @staticmethod
     def _tell_speculations(ready: list[Ready], seconds: float | None) -> None:
@@ -213,15 +207,21 @@ class Stepper:
         return None if fits else "context"
 
 
+def _take_up(request: Request) -> None:
+    """Let the drafter of a request take up its text."""
+    if request.speculation and request.text is None:
+        request.text = request.speculation.begin(request.prompt, request.params, request.sequence)
+
+
 def _input(parts: list[Part], drafts: dict[Request, Draft]) -> tuple[Batch, list[Ready]]:
     """The tokens of a step, and the requests that get a token from it."""
     batch, ready, end, row = [], [], 0, 0
     for part in parts:
         request, at = part.request, part.request.sequence.length
         draft = drafts.get(request, NO_DRAFT)
-        tokens = request.tokens[at : at + part.count] + draft.tokens
+        tokens = request.tokens[at : at + part.tokens] + draft.tokens
         if part.is_last:
-            ready.append(Ready(request, end + part.count - 1, row, draft))
+            ready.append(Ready(request, end + part.tokens - 1, row, draft))
             row += len(draft.tokens) + 1
         end += len(tokens)
         batch.append((request.sequence, np.array(tokens, np.int32)))
