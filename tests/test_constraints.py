@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -465,3 +467,8 @@ def test_a_constraint_behind_reasoning(control, given, answer):
         matcher.accept(token)
     assert matcher.is_complete
     assert ord("q") not in bits(matcher.mask(), tokenizer.vocab_size)
+
+
+def test_llguidance_is_imported_when_it_is_needed():
+    program = "import sys, pymla; pymla.load; assert 'llguidance' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
