@@ -271,10 +271,21 @@ class PagedCache:
 
     def swap_out(self, sequence: Sequence) -> None:
         """Keep a sequence's rows in the host's memory, and give its pages back. `extend` brings them back."""
-        if sequence.saved is None and sequence.length:
-            pages = sequence.pages[: pages_of(sequence.length)]
-            sequence.saved = [_read(memory, rows, pages) for memory, rows in self._rows()]
+        if sequence.length:
+            sequence.saved = self.rows_of(sequence)
         sequence.pages = []
+
+    def rows_of(self, sequence: Sequence) -> list[np.ndarray]:
+        """The rows of a sequence in the host's memory, of every layer and kind: uint8 (pages, 64, bytes of a row), in
+        the form that the backend keeps them in."""
+        count = pages_of(sequence.length)
+        if sequence.saved is not None:
+            return [data[:count] for data in sequence.saved]
+        return [_read(memory, rows, sequence.pages[:count]) for memory, rows in self._rows()]
+
+    def row_types(self) -> list[tuple[int, int]]:
+        """The types of the rows of every layer and kind, ggml's or the backend's own, and the bytes of a row."""
+        return [(rows.qtype, rows.data.shape[1]) for _, rows in self._rows()]
 
     def shift(self, sequence: Sequence, start: int, stop: int, inv_freq: Mapping[Backend, Array]) -> None:
         """Context shift: forget the tokens at positions `start` to `stop` - 1. Those behind them move there, and their

@@ -33,8 +33,8 @@ class Forward:
         The family's stages, with the weights.
     placement : Placement
     cache : PagedCache
-    ctx : int
-        The longest sequence, in tokens.
+    inv_freq : float64 array (R / 2,)
+        Radians per position.
     materialised : bool
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
@@ -43,7 +43,7 @@ class Forward:
     Attributes
     ----------
     inv_freq : dict of Backend and float64 array (R / 2,)
-        Radians per position (`DeepSeek2.inv_freq`), in the memory of each backend.
+        The same, in the memory of each backend.
     """
 
     def __init__(
@@ -51,13 +51,12 @@ class Forward:
         transformer: DeepSeek2,
         placement: Placement,
         cache: PagedCache,
-        ctx: int,
+        inv_freq: np.ndarray,
         materialised: bool,
         dtype: Any,
     ):
         self._transformer, self._placement, self._cache = transformer, placement, cache
         self._materialised, self._dtype = materialised, dtype
-        inv_freq = transformer.inv_freq(ctx)
         self.inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(

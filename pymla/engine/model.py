@@ -54,6 +54,8 @@ class Model:
     backend : Backend
         Of the output.
     cache : PagedCache
+    inv_freq : float64 array (R / 2,)
+        Radians per position (`DeepSeek2.inv_freq`).
     turn : RLock
         Held during a step. Callers hold it as well while they read the result of `step`, or where no other caller's
         step may come between several of theirs.
@@ -85,7 +87,9 @@ class Model:
         pages = -(-(cache_tokens or ctx) // PAGE)
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, place.layers)
         family = FAMILIES[config.architecture]
-        forward = Forward(family(config, weights), place, self.cache, ctx, mla == "2", dtype)
+        transformer = family(config, weights)
+        self.inv_freq = transformer.inv_freq(ctx)
+        forward = Forward(transformer, place, self.cache, self.inv_freq, mla == "2", dtype)
         self._forward: Forward | None = forward
         self._recorded: RecordedSteps | None = None
         # Where all of a model is on one backend. Not with ``--mla 2``: the scores of the longest context would be kept
