@@ -99,7 +99,7 @@ class Sequence:
 
 
 #: The input of a step: sequences, and at least one new token for each.
-Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray | Items[int]]]"
+Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray]]"
 
 
 class _Plan(NamedTuple):
@@ -313,7 +313,7 @@ class PagedCache:
                 f"of {PAGE}, the first from 0 on and the second above it, within the sequence"
             )
         try:
-            self._bring_in([(sequence, ())])
+            self._bring_in([(sequence, np.empty(0, np.int32))])
             for number in range(stop // PAGE, len(sequence.pages)):
                 self._own_page(sequence, number)
             moved = sequence.pages[stop // PAGE :]
@@ -396,6 +396,8 @@ class PagedCache:
             several |= pages & own
             pages |= own
         needed = pages.bit_count() + sum(plan.wanted - len(plan.pages) for plan in plans)
+        if not several:
+            return needed
         # Each sequence that writes into a page of several gets a copy, but the last one that has it.
         writers = Counter(self._last_page(sequence) for sequence, _ in batch)
         for page, count in writers.items():
@@ -426,7 +428,7 @@ class PagedCache:
     def _own_last_pages(self, sequences: Items[Sequence]) -> None:
         """Copy pages that others have and that sequences will write into."""
         others = self._shared() | self._kept.pages
-        for sequence in sequences:
+        for sequence in sequences if others else ():
             if self._last_page(sequence) & others:
                 self._own_page(sequence, len(sequence.pages) - 1)
                 others = self._shared() | self._kept.pages
@@ -471,9 +473,12 @@ class PagedCache:
         tables = np.zeros((len(batch), max(len(s.pages) for s, _ in batch)), np.int32)
         for b, (sequence, _) in enumerate(batch):
             tables[b, : len(sequence.pages)] = sequence.pages
-        tokens = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in batch])
-        positions = np.concatenate([np.arange(s.length, s.length + len(t), dtype=np.int32) for s, t in batch])
-        seq_of = np.repeat(np.arange(len(batch), dtype=np.int32), [len(t) for _, t in batch])
+        tokens = np.concatenate([tokens for _, tokens in batch]).astype(np.int32)
+        counts = [len(tokens) for _, tokens in batch]
+        seq_of = np.repeat(np.arange(len(batch), dtype=np.int32), counts)
+        # A token's number in the step, less that of its sequence's first one, plus this one's position.
+        first = np.array([sequence.length for sequence, _ in batch]) - (np.cumsum(counts) - counts)
+        positions = np.arange(len(tokens), dtype=np.int32) + first[seq_of].astype(np.int32)
         slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
         return Step(tokens, positions, seq_of, slots.astype(np.int32), tables)
 

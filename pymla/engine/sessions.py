@@ -111,7 +111,7 @@ def model_digest(file: ModelFile, model: Model) -> str:
     for name, tensor in sorted(file.tensors.items()):
         digest.update(f"{name} {tensor.qtype} {tensor.shape}\0".encode())
         middle = max(0, len(tensor.data) - SAMPLE) // 2
-        digest.update(tensor.data[middle : middle + SAMPLE])
+        digest.update(tensor.data[middle : middle + SAMPLE].data)
     return digest.hexdigest()
 
 

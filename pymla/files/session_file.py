@@ -18,8 +18,9 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def write(path: Path, facts: Mapping[str, Any], tokens: np.ndarray, arrays: Sequ
         The file cannot be written.
     """
     pieces = [np.ascontiguousarray(tokens, "<i4").view(np.uint8), *(array.reshape(-1) for array in arrays)]
-    digest = _digest(*pieces)
+    digest = _digest(*(piece.data for piece in pieces))
     shapes = [array.shape for array in arrays]
     fields = {"facts": dict(facts), "tokens": len(tokens), "shapes": shapes, "digest": digest.hex()}
     header = json.dumps(fields).encode()
@@ -83,7 +84,7 @@ def read(path: Path) -> Session:
         raise PymlaError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _read(path: Path, file: BinaryIO, nbytes: int) -> Session:
+def _read(path: Path, file: BufferedReader, nbytes: int) -> Session:
     start = file.read(_PREAMBLE.size)
     if start[: len(MAGIC)] != MAGIC:
         raise PymlaError(f"{path}: is no session that pymla has saved; give a file that `sessions.save` has written")
@@ -109,14 +110,14 @@ def _read(path: Path, file: BinaryIO, nbytes: int) -> Session:
     if min(sizes) < 0 or sum(sizes) != nbytes - _PREAMBLE.size - length:
         _damaged(path, f"{sum(sizes)} bytes should follow its header, and {nbytes - _PREAMBLE.size - length} do")
     body = np.empty(sum(sizes), np.uint8)
-    if file.readinto(body.data) != len(body) or _digest(body) != digest:
+    if file.readinto(body.data) != len(body) or _digest(body.data) != digest:
         _damaged(path, "its contents have another digest")
     parts = np.split(body, np.cumsum(sizes)[:-1])
     arrays = [part.reshape(shape) for part, shape in zip(parts[1:], shapes, strict=True)]
     return Session(facts, parts[0].view("<i4"), arrays)
 
 
-def _digest(*pieces: bytes | np.ndarray) -> bytes:
+def _digest(*pieces: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         digest.update(piece)
