@@ -3,6 +3,7 @@
 import functools
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -158,14 +159,14 @@ def test_rows_of_another_device(folder, tmp_path):
 
 def test_what_a_damaged_file_gives(saved, tiny, tmp_path):
     contents, path = saved.read_bytes(), tmp_path / "damaged.session"
-    header = 32 + struct.unpack_from("<I", contents, 12)[0]
+    header = 20 + struct.unpack_from("<I", contents, 12)[0]
     rng = np.random.default_rng(0)
-    places = [*range(32), *rng.integers(32, header, 20), *rng.integers(header, len(contents), 20), len(contents) - 1]
+    places = [*range(20), *rng.integers(20, header, 20), *rng.integers(header, len(contents), 20), len(contents) - 1]
     for place in places:
         changed = bytearray(contents)
         changed[place] ^= 1 << rng.integers(8)
         refused(tiny, path, changed)
-    for length in [0, 7, 8, 31, 32, 40, header - 1, header, header + 4 * LENGTH, len(contents) - 1]:
+    for length in [0, 7, 8, 19, 20, 40, header - 1, header, header + 4 * LENGTH, len(contents) - 1]:
         refused(tiny, path, contents[:length])
     refused(tiny, path, contents + b"\0")
 
@@ -189,20 +190,20 @@ def refused(language_model, path, contents):
         {"shapes": None},
         {"shapes": [[1 << 70, 1]]},
         {"shapes": [[-4, -4]]},
-        {"digest": "xyz"},
+        {"checksum": "xyz"},
         None,
         [],
     ],
 )
 def test_a_header_that_somebody_made_up(saved, tiny, tmp_path, change):
-    """Its digest is right."""
+    """Its checksum is right."""
     contents = saved.read_bytes()
     length = struct.unpack_from("<I", contents, 12)[0]
-    fields = json.loads(contents[32 : 32 + length])
+    fields = json.loads(contents[20 : 20 + length])
     header = json.dumps(fields | change if isinstance(change, dict) else change).encode()
-    start = struct.pack("<8sII", session_file.MAGIC, session_file.VERSION, len(header)) + session_file._digest(header)
+    start = struct.pack("<8sIII", session_file.MAGIC, session_file.VERSION, len(header), zlib.crc32(header))
     path = tmp_path / "a.session"
-    path.write_bytes(start + header + contents[32 + length :])
+    path.write_bytes(start + header + contents[20 + length :])
     with pytest.raises(PymlaError, match=r"damaged: |a session of the model None") as error:
         sessions.load(path, tiny)
     assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ and for types of 8 bits and fewer between devices.
 
 import hashlib
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from pymla.pages import PAGE
 
 #: Bytes of every tensor that count for the digest of a model.
 SAMPLE = 4096
+
+#: Of models that are in use: a digest is computed once.
+_digests: "weakref.WeakKeyDictionary[Model, str]" = weakref.WeakKeyDictionary()
 
 _WANTED = "the path of a session's file is expected"
 
@@ -100,6 +104,8 @@ def model_digest(file: ModelFile, model: Model) -> str:
     models of one architecture and vocabulary are told apart where training or quantising touched all of a tensor, and
     are not where a file was edited by hand elsewhere. How a file is split does not count. Takes some milliseconds.
     """
+    if model in _digests:
+        return _digests[model]
     digest = hashlib.blake2b(digest_size=16)
     for key, value in sorted(file.encoded_metadata().items()):
         if not key.startswith("split."):
@@ -112,7 +118,8 @@ def model_digest(file: ModelFile, model: Model) -> str:
         digest.update(f"{name} {tensor.qtype} {tensor.shape}\0".encode())
         middle = max(0, len(tensor.data) - SAMPLE) // 2
         digest.update(tensor.data[middle : middle + SAMPLE].data)
-    return digest.hexdigest()
+    _digests[model] = digest.hexdigest()
+    return _digests[model]
 
 
 def _facts(model: LanguageModel) -> dict[str, Any]:

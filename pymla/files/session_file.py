@@ -4,19 +4,19 @@
 8 bytes   ``pymlases``
 uint32    version of the format
 uint32    bytes of the header, n
-16 bytes  digest of the header
-n bytes   the header, JSON: facts, tokens, shapes of the arrays, digest of what follows
+uint32    checksum of the header
+n bytes   the header, JSON: facts, tokens, shapes of the arrays, checksum of what follows
 int32     the tokens
 uint8     the arrays, one after the other
 ========  ============================================================================
 
-Everything is little-endian. Digests are BLAKE2b's of 16 bytes.
+Everything is little-endian. Checksums are CRC-32: they tell that a file was damaged, not who wrote it.
 """
 
-import hashlib
 import json
 import os
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -30,7 +30,7 @@ from pymla.files import outputs
 MAGIC = b"pymlases"
 VERSION = 1
 
-_PREAMBLE = struct.Struct("<8sII16s")
+_PREAMBLE = struct.Struct("<8sIII")
 
 
 class Session(NamedTuple):
@@ -58,13 +58,14 @@ def write(path: Path, facts: Mapping[str, Any], tokens: np.ndarray, arrays: Sequ
         The file cannot be written.
     """
     pieces = [np.ascontiguousarray(tokens, "<i4").view(np.uint8), *(array.reshape(-1) for array in arrays)]
-    digest = _digest(*(piece.data for piece in pieces))
-    shapes = [array.shape for array in arrays]
-    fields = {"facts": dict(facts), "tokens": len(tokens), "shapes": shapes, "digest": digest.hex()}
+    shapes, checksum = [array.shape for array in arrays], 0
+    for piece in pieces:
+        checksum = zlib.crc32(piece.data, checksum)
+    fields = {"facts": dict(facts), "tokens": len(tokens), "shapes": shapes, "checksum": checksum}
     header = json.dumps(fields).encode()
     outputs.check_space(path, sum(piece.nbytes for piece in pieces))
     with outputs.replacing(path) as part, part.open("wb") as file:
-        file.write(_PREAMBLE.pack(MAGIC, VERSION, len(header), _digest(header)) + header)
+        file.write(_PREAMBLE.pack(MAGIC, VERSION, len(header), zlib.crc32(header)) + header)
         for piece in pieces:
             file.write(piece.data)
 
@@ -90,7 +91,7 @@ def _read(path: Path, file: BufferedReader, nbytes: int) -> Session:
         raise PymlaError(f"{path}: is no session that pymla has saved; give a file that `sessions.save` has written")
     if len(start) < _PREAMBLE.size:
         _damaged(path, "it ends in its first bytes")
-    _, version, length, header_digest = _PREAMBLE.unpack(start)
+    _, version, length, header_checksum = _PREAMBLE.unpack(start)
     if version != VERSION:
         raise PymlaError(
             f"{path}: a session of version {version}, and this pymla reads version {VERSION}; save it again"
@@ -98,11 +99,11 @@ def _read(path: Path, file: BufferedReader, nbytes: int) -> Session:
     if length > nbytes:
         _damaged(path, f"its header of {length} bytes does not fit the {nbytes} of the file")
     header = file.read(length)
-    if _digest(header) != header_digest:
-        _damaged(path, "its header has another digest")
+    if zlib.crc32(header) != header_checksum:
+        _damaged(path, "its header has another checksum")
     try:
         fields = json.loads(header)
-        facts, tokens, digest = dict(fields["facts"]), int(fields["tokens"]), bytes.fromhex(fields["digest"])
+        facts, tokens, checksum = dict(fields["facts"]), int(fields["tokens"]), int(fields["checksum"])
         shapes = [tuple(map(int, shape)) for shape in fields["shapes"]]
         sizes = [4 * tokens, *(int(np.prod(shape)) for shape in shapes)]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -110,18 +111,11 @@ def _read(path: Path, file: BufferedReader, nbytes: int) -> Session:
     if min(sizes) < 0 or sum(sizes) != nbytes - _PREAMBLE.size - length:
         _damaged(path, f"{sum(sizes)} bytes should follow its header, and {nbytes - _PREAMBLE.size - length} do")
     body = np.empty(sum(sizes), np.uint8)
-    if file.readinto(body.data) != len(body) or _digest(body.data) != digest:
-        _damaged(path, "its contents have another digest")
+    if file.readinto(body.data) != len(body) or zlib.crc32(body.data) != checksum:
+        _damaged(path, "its contents have another checksum")
     parts = np.split(body, np.cumsum(sizes)[:-1])
     arrays = [part.reshape(shape) for part, shape in zip(parts[1:], shapes, strict=True)]
     return Session(facts, parts[0].view("<i4"), arrays)
-
-
-def _digest(*pieces: bytes | memoryview) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:
