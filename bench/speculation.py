@@ -149,6 +149,7 @@ class Bench:
         self._sequence = self.model.new_sequence()
         self.model.forward([(self._sequence, np.array(prompt, np.int32))])
         self._prior = step_bytes(language_model.config, language_model.file.tensors)
+        self._times = StepTimes(self._prior)  # which a program that generates one text after the other keeps
 
     def relative_bytes(self, tokens: int) -> float:
         """Bytes of a step of so many tokens in relation to one of one token."""
@@ -172,7 +173,7 @@ class Bench:
         began = time.perf_counter()
         if drafter:
             limits = {} if most is None else {"most": most}
-            speculation = Speculation(drafter, StepTimes(self._prior), adapts=adapts, **limits)
+            speculation = Speculation(drafter, self._times, adapts=adapts, **limits)
             text = speculation.begin(tokens, GREEDY)
         while (left := len(self.prompt) + count - len(tokens)) > 0:
             draft = speculation.draft([text], [left - 1])[0] if speculation else NO_DRAFT
