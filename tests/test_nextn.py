@@ -10,8 +10,7 @@ from make_model import PRESETS, make_model
 
 import pymla
 from pymla.engine.nextn import Span
-from pymla.engine.speculation.drafting import NO_DRAFT
-from pymla.engine.speculation.nextn import NextnDrafter
+from pymla.engine.speculation import NO_DRAFT, Draft, NextnDrafter, Speculation, StepTimes, step_bytes
 from pymla.errors import PymlaError
 from pymla.pages import PAGE
 from pymla.text.sampling import SamplingParams
@@ -182,6 +181,31 @@ def test_a_text_without_drafts_catches_up(made):
                 hidden = model.step([(state.sequence, np.array(text[-2:-1], np.int32))], hidden=True).hidden
                 drafter.commit(state, text[-1:], hidden)
         assert drafter.draft([state], [2])[0].tokens == oracle.drafted(oracle.hidden(text[:-1]), text[1:], 2)
+
+
+@pytest.mark.parametrize("name", ["v3", "glm-5"])
+def test_a_text_is_the_one_without_drafts(made, name):
+    """Of a model whose block is random, so that drafts are wrong: rows that they left are overwritten."""
+    _, path = made(name)
+    with load(path) as language_model:
+        model, prompt = language_model.model, IDS[:40].tolist()
+        expected = language_model.generation(prompt, max_tokens=40, temperature=0)
+        "".join(expected)
+        times = StepTimes(step_bytes(language_model.config, language_model.file.tensors))
+        speculation = Speculation(NextnDrafter(model), times, most=3, adapts=False)
+        sequence, sampler = model.new_sequence(), model.sampler(GREEDY, prompt)
+        text, tokens = speculation.begin(prompt, GREEDY, sequence), list(prompt)
+        while len(tokens) < 80:
+            drafted = speculation.draft([text], [3])[0].tokens if len(tokens) > 40 else []
+            new = np.array([*tokens[sequence.length :], *drafted], np.int32)
+            outputs = model.step([(sequence, new)], np.arange(len(new) - len(drafted) - 1, len(new)), hidden=True)
+            if len(tokens) == 40:
+                speculation.read(text, 0, outputs.hidden)
+            own = outputs.hidden[len(new) - len(drafted) - 1 :]
+            chosen = speculation.verify(text, sampler, outputs.logits, Draft(drafted), hidden=own)
+            tokens += [each.token for each in chosen]
+            model.cache.truncate(sequence, len(tokens) - 1)
+    assert tokens[40:80] == expected.tokens
 
 
 def test_drafts_end_with_the_context(made):
