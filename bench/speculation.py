@@ -286,7 +286,7 @@ def of_texts(count: int, repeat: int, settings: dict) -> list[TextPoint]:
     with pymla.load(ctx=1024, **settings) as language_model:
         for name, (prompt, answer) in TEXTS.items():
             bench = Bench(language_model, language_model.tokenize(prompt))
-            bench.check(count, NgramDrafter(), 7)
+            bench.check(count, NgramDrafter(), 15)
             for writer, told in (("model", None), ("author", language_model.tokenize(answer, add_bos=False))):
                 points.append(lookup(bench, name, writer, told, count, repeat))
                 print(text_line(points[-1]), flush=True)
@@ -359,7 +359,7 @@ def _numbers(kind):
 @click.command(epilog=EXAMPLES)
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--acceptance", callback=_numbers(float), default="0.5,0.7,0.8,0.9,1", show_default=True, metavar="P,P,…")
-@click.option("--lengths", callback=_numbers(int), default="1,2,3,4,5,7", show_default=True, metavar="N,N,…")
+@click.option("--lengths", callback=_numbers(int), default="1,2,3,4,5,7,10,15", show_default=True, metavar="N,N,…")
 @click.option("--tokens", type=click.IntRange(min=4), default=64, show_default=True, help="Tokens of each text.")
 @click.option("--depth", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the prompt.")
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Texts for each figure.")
