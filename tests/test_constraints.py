@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import signal
 import threading
 import weakref
 
@@ -13,6 +15,9 @@ from hypothesis import strategies as st
 from vocabularies import bits, bytewise, sentencepiece
 
 import pymla
+from pymla.engine.speculation.ngram import NgramDrafter
+from pymla.engine.speculation.step import Speculation
+from pymla.engine.speculation.times import StepTimes
 from pymla.errors import PymlaError
 from pymla.text.constraints import Grammar, compute_masks, draft_masks
 from pymla.text.sampling import Sampler, SamplingParams
@@ -212,6 +217,20 @@ def test_threads_share_a_grammar(demo):
     assert [found[seed] for seed in range(4)] == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_computes_masks():
+    matchers = [Grammar.of(BYTES, regex=pattern).matcher() for pattern in ("[ab]+", "c")]
+    compute_masks(matchers)
+    for matcher in matchers:
+        matcher._mask = None
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # which ends a child that waits for threads of its parent
+        compute_masks(matchers)
+        os._exit(bits(matchers[1].mask(), 257) != {ord("c")})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_nothing_keeps_a_tokenizer_alive():
     tokenizer = bytewise()
     grammar, watch = Grammar.of(tokenizer, regex="a"), weakref.ref(tokenizer)
@@ -335,6 +354,43 @@ def test_texts_of_one_prompt_have_a_matcher_each(demo):
 def test_a_grammar_of_another_model_is_refused(demo):
     with pytest.raises(PymlaError, match="`grammar` was compiled for another model"):
         demo.generation("x", grammar=Grammar.of(BYTES, regex="a"))
+
+
+def test_a_text_has_one_constraint(demo):
+    with pytest.raises(PymlaError, match="a text has one constraint"):
+        demo.generation("x", regex="a", constraint=Grammar.of(demo.tokenizer, regex="b").matcher())
+    with pytest.raises(PymlaError, match="there are `json_schema` and `regex`"):
+        demo.generation("x", regex="a", json_schema={})
+    compiled = Grammar.of(demo.tokenizer, regex="b", vocab_size=demo.config.vocab_size)
+    with pytest.raises(PymlaError, match="there are `regex` and `grammar`"):
+        demo.generation("x", regex="a", grammar=compiled)
+
+
+def test_control_tokens_in_a_text(demo):
+    """Marks of a format have their names in it, and others have not."""
+    control = next(
+        i for i in range(demo.tokenizer.vocab_size) if demo.tokenizer.is_special(i) and i not in demo.tokenizer.eos_ids
+    )
+    name = demo.tokenizer.token_bytes(control).decode()
+    given = {"grammar": f'root ::= "a" <[{control}]> "b"', "seed": 1}
+    assert demo.generate("x", **given) == "ab"
+    assert demo.generate("x", shown_tokens={control}, **given) == f"a{name}b"
+
+
+def test_drafts_of_a_constrained_text(demo):
+    """Drafts are verified against the grammar, too: here they go on as the prompt did, for too long."""
+    drafts = []
+
+    class Recorder(NgramDrafter):
+        def draft(self, states, most):
+            made = super().draft(states, most)
+            drafts.extend(draft.tokens for draft in made)
+            return made
+
+    speculation = Speculation(Recorder(), StepTimes(lambda tokens: 1.0), adapts=False)
+    given = {"regex": "(first, ){4}last", "max_tokens": 60, "speculation": speculation}
+    assert demo.generate("first, " * 12, **given) == "first, first, first, first, last"
+    assert any(len(tokens) > 1 for tokens in drafts)
 
 
 def test_samplers_draw_from_a_mask():

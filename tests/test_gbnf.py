@@ -10,7 +10,8 @@ from vocabularies import bytewise
 from pymla.errors import PymlaError
 from pymla.text.constraints import Grammar
 from pymla.text.gbnf import to_lark
-from pymla.text.lexemes import Characters, Choice, Reference, Repeat, Series, to_terminals, with_texts
+from pymla.text.grammar_nodes import Characters, Choice, Reference, Repeat, Series, with_texts
+from pymla.text.lexemes import to_terminals
 
 TOKENIZER = bytewise()
 
@@ -81,7 +82,7 @@ PARTS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(PARTS, PARTS, PARTS)
 def test_terminals_say_what_the_grammar_says(root, x, y):
     rules = {"root": root, "x": x, "y": y}

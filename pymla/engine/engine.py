@@ -8,7 +8,7 @@
 """
 
 import dataclasses
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pymla import checks
@@ -74,6 +74,7 @@ class Engine:
         stop: str | Iterable[str] | None = (),
         progress: Progress | None = None,
         special: bool = False,
+        shown_tokens: Collection[int] = (),
         constraint: Constraint | None = None,
         speculation: Speculation | None = None,
         json_schema: str | Mapping[str, Any] | bool | None = None,
@@ -94,11 +95,15 @@ class Engine:
         ids = model.prompt_ids(prompt)
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
         compiled = grammar_of(model.tokenizer, model.config.vocab_size, given)
+        if compiled and constraint:
+            raise PymlaError(
+                "a text has one constraint; give `constraint`, or one of `json_schema`, `regex`, `grammar`"
+            )
         submission = Submission(self.driver)
 
         def generation(params: SamplingParams) -> Generation:
             own = compiled.matcher() if compiled else constraint
-            rest = progress, special, own, speculation, submission
+            rest = progress, special, own, speculation, submission, shown_tokens
             return Generation(self.driver, model.tokenizer, ids, params, max_tokens, stop, *rest)
 
         return [generation(each) for each in _of_texts(params.for_tokenizer(model.tokenizer), n)]

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,8 @@ class Generation:
         Drafts tokens of the text.
     submission : Submission, optional
         Shared by generations with the same prompt, which is then computed once.
+    shown_tokens : collection of int
+        Control tokens that have their names in the text even where `special` is False, but for those that end it.
 
     Attributes
     ----------
@@ -109,6 +111,7 @@ class Generation:
     constraint: Constraint | None = None
     speculation: Speculation | None = None
     submission: Submission | None = None
+    shown_tokens: Collection[int] = ()
     finish_reason: str = field(default="interrupted", init=False)
     sampled: list[Sampled] = field(default_factory=list, init=False)
     stats: Stats = field(default_factory=Stats, init=False)
@@ -141,7 +144,7 @@ class Generation:
         self._pieces: list[str] = []
         self._failure: str | None = None
         self._ended = False
-        self._stream = self.tokenizer.stream(skip_special=not self.special)
+        self._stream = self.tokenizer.stream(skip_special=not self.special, shown=self.shown_tokens)
         self._held, self._seconds = _Stop(stop), 0.0
         # A generation that is dropped, or that a traceback drops, needs no end.
         weakref.finalize(self, self.driver.cancel, self._request).atexit = False

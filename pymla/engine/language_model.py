@@ -123,6 +123,8 @@ class LanguageModel:
             Told of the layers of the prompt's passes.
         special : bool
             Whether control tokens have their names in the text, the one that ends it too.
+        shown_tokens : collection of int
+            Control tokens that have their names in the text anyway (`AnswerParser.shown_tokens`).
         json_schema : dict, bool or str, optional
             The text is JSON that fits this schema.
         regex : str, optional

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from pymla.errors import PymlaError
-from pymla.text.lexemes import (
+from pymla.text.grammar_nodes import (
     LARGEST_CHARACTER,
     Characters,
     Choice,
@@ -19,9 +19,9 @@ from pymla.text.lexemes import (
     Repeat,
     Series,
     Token,
-    to_terminals,
     with_texts,
 )
+from pymla.text.lexemes import to_terminals
 
 #: Most repetitions that a count may ask for, as in llama.cpp.
 MOST_REPETITIONS = 2000

@@ -5,9 +5,11 @@ docs/tool-calls.md has an example and the source of each.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from pymla.text.chat import choose_template
 from pymla.text.tokenizer import Tokenizer
 
 #: Around reasoning, in all formats.
@@ -101,30 +103,32 @@ class Format:
         yield from (part for part in (*parts, *pairs) if part and "{" not in part)
 
 
-_DEEPSEEK = {
-    "block": "<｜tool▁calls▁begin｜>",
-    "block_end": "<｜tool▁calls▁end｜>",
-    "call": "<｜tool▁call▁begin｜>",
-    "call_end": "<｜tool▁call▁end｜>",
-}
-_SEPARATOR = "<｜tool▁sep｜>"
-
 #: Without calls.
 PLAIN = Format("plain")
 
+_SEPARATOR = "<｜tool▁sep｜>"
+
+#: DeepSeek-V3.1, V3.2-Exp.
+DEEPSEEK_V31 = Format(
+    "deepseek-v3.1",
+    block="<｜tool▁calls▁begin｜>",
+    block_end="<｜tool▁calls▁end｜>",
+    call="<｜tool▁call▁begin｜>",
+    call_end="<｜tool▁call▁end｜>",
+    ends=(_SEPARATOR,),
+    head=("{name}", _SEPARATOR),
+)
+
 #: DeepSeek-V3, V3-0324, R1.
-DEEPSEEK_V3 = Format(
-    "deepseek-v3",
-    **_DEEPSEEK,
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V31,
+    name="deepseek-v3",
     pattern=re.compile(rf"\s*\w+{_SEPARATOR}{_NAME}\s*"),
     ends=("```json",),
     head=("function", _SEPARATOR, "{name}\n```json\n"),
     fence="\n```",
     between="\n",
 )
-
-#: DeepSeek-V3.1, V3.2-Exp.
-DEEPSEEK_V31 = Format("deepseek-v3.1", **_DEEPSEEK, ends=(_SEPARATOR,), head=("{name}", _SEPARATOR))
 
 #: DeepSeek-V3.2 (DSML).
 DEEPSEEK_V32 = Format(
@@ -148,7 +152,7 @@ DEEPSEEK_V32 = Format(
     between="\n",
 )
 
-#: Kimi-K2, K2-Thinking, K2.5.
+#: Kimi-K2, K2-Thinking.
 KIMI_K2 = Format(
     "kimi-k2",
     block="<|tool_calls_section_begin|>",
@@ -194,15 +198,19 @@ GLM_45 = replace(
 FORMATS = {each.name: each for each in (PLAIN, DEEPSEEK_V3, DEEPSEEK_V31, DEEPSEEK_V32, KIMI_K2, GLM_45, GLM_47)}
 
 
-def format_of(template: str | Tokenizer | None) -> tuple[Format, bool]:
+def format_of(
+    template: str | Tokenizer | None, tools: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[Format, bool]:
     """The format that a chat template is written for, and whether its model thinks.
 
     Parameters
     ----------
     template : str, Tokenizer or None
-        A template, or a tokenizer with one; None for a file without.
+        A template, or a tokenizer that has one; None for a file without.
+    tools : list of dict, optional
+        Of a tokenizer's templates, that for tools counts where there are some.
     """
-    source = template.chat_template if isinstance(template, Tokenizer) else template
+    source = choose_template(template, tools) if isinstance(template, Tokenizer) else template
     source = source or ""
     # A template builds DSML's marks of a variable.
     if "DSML" in source:

@@ -7,7 +7,7 @@ from typing import Any
 from pymla.errors import PymlaError
 from pymla.text.answers.arguments import Tools, schema_types
 from pymla.text.answers.formats import THINK_END, Format, Pairs
-from pymla.text.constraints import BLANKS
+from pymla.text.constraint_source import BLANKS
 from pymla.text.tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymla.text.answers.arguments import Tools, is_json, is_object, value_text
@@ -80,13 +80,18 @@ class AnswerParser:
         self._state: Callable[[bool], bool] = self._begin if thinks or opened else self._speak
         self._has_reasoning = self._has_content = self._is_after_call = False
         self._raw = ""  # of the call that is being read, with all that stands between it and what was given before
-        self._outside = self._speak  # the state that a damaged call's text belongs to
+        self._outside: Callable[[bool], bool] = self._speak  # the state that a damaged call's text belongs to
         self._calls = 0
         self._call: _Call | None = None
 
     @classmethod
     def for_template(
-        cls, template: str | Tokenizer | None, *, prompt: str | Sequence[int] = "", **options: Any
+        cls,
+        template: str | Tokenizer | None,
+        *,
+        prompt: str | Sequence[int] = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> "AnswerParser":
         """The parser for a chat template's model.
 
@@ -96,14 +101,17 @@ class AnswerParser:
             A template, or a tokenizer that has one.
         prompt : str, or sequence of int
             What the answer follows, as text or, with a tokenizer, as token ids: its end may open the reasoning.
+        tools : list of dict, optional
+            Tools in OpenAI's form.
         **options
-            `tools`, `whole_calls` and `make_id`.
+            `whole_calls` and `make_id`.
         """
-        form, thinks = format_of(template)
+        form, thinks = format_of(template, tools)
         if not isinstance(prompt, str):
             assert isinstance(template, Tokenizer), "token ids need a tokenizer"
             prompt = template.decode(prompt[-_PROMPT_END:], skip_special=False)
-        return cls(form, thinks=thinks, opened=thinks and prompt.rstrip().endswith(THINK), **options)
+        opened = thinks and prompt.rstrip().endswith(THINK)
+        return cls(form, thinks=thinks, opened=opened, tools=tools, **options)
 
     def shown_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Control tokens whose names the parser must see, for `Tokenizer.stream`."""
@@ -364,17 +372,18 @@ class AnswerParser:
         if isinstance(piece, Reasoning | Content):
             if not piece.text:
                 return
-            self._has_reasoning |= isinstance(piece, Reasoning)
             if isinstance(piece, Content):
                 self._has_content, self._is_after_call = True, False
-            if type(last) is type(piece):
-                self._pieces[-1] = type(piece)(last.text + piece.text)  # type: ignore[union-attr]
+            else:
+                self._has_reasoning = True
+            if isinstance(last, Reasoning | Content) and type(last) is type(piece):
+                self._pieces[-1] = replace(last, text=last.text + piece.text)
                 return
         elif isinstance(piece, CallDelta) and piece.name is None:
             if not piece.arguments:
                 return
             if isinstance(last, CallDelta) and last.index == piece.index:
-                self._pieces[-1] = last._replace(arguments=last.arguments + piece.arguments)
+                self._pieces[-1] = replace(last, arguments=last.arguments + piece.arguments)
                 return
         self._pieces.append(piece)
 

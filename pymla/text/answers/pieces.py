@@ -2,22 +2,24 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 
-class Reasoning(NamedTuple):
+@dataclass(frozen=True)
+class Reasoning:
     """A piece of what the model thinks before it answers."""
 
     text: str
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True)
+class Content:
     """A piece of what the model says."""
 
     text: str
 
 
-class CallDelta(NamedTuple):
+@dataclass(frozen=True)
+class CallDelta:
     """The beginning of a call, which has its id and its name, or a piece of its arguments."""
 
     index: int
@@ -26,7 +28,8 @@ class CallDelta(NamedTuple):
     name: str | None = None
 
 
-class Withdrawn(NamedTuple):
+@dataclass(frozen=True)
+class Withdrawn:
     """A call turned out to be damaged: what was given of it is void, and its text comes as content."""
 
     index: int
