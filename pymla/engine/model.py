@@ -68,6 +68,8 @@ class Model:
     backend : Backend
         Of the output.
     cache : PagedCache
+    inv_freq : float64 array (R / 2,)
+        Radians per position (`DeepSeek2.inv_freq`).
     turn : RLock
         Held during a step. Callers hold it as well while they read the result of `step`, or where no other caller's
         step may come between several of theirs.
@@ -99,8 +101,10 @@ class Model:
         pages = -(-(cache_tokens or ctx) // PAGE)
         block = [] if weights.nextn is None else place.layers[-1:]
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, [*place.layers, *block])
-        family = FAMILIES[config.architecture](config, weights)
-        forward = Forward(family, place, self.cache.layers[:layers], self.cache.exact, ctx, mla == "2", dtype)
+        transformer = FAMILIES[config.architecture](config, weights)
+        self.inv_freq = transformer.inv_freq(ctx)
+        caches, exact = self.cache.layers[:layers], self.cache.exact
+        forward = Forward(transformer, place, caches, exact, self.inv_freq, mla == "2", dtype)
         self._forward: Forward | None = forward
         # By whether they give hidden states, too. Only where all of a model is on one backend, and not with
         # ``--mla 2``: the scores of the longest context would be kept for every layer.

@@ -72,7 +72,9 @@ class NextnBlock:
         transformer = nextn_of(config, weights)
         self._config, self._mla, self._cache, self._dtype = transformer.config, mla, cache, dtype
         self._place = place = Placement(model.embedding, model.layers[-1:], model.experts[-1:], model.output)
-        self._forward = Forward(transformer, place, cache.layers[-1:], cache.exact, ctx, mla == "2", dtype)
+        self._forward = Forward(
+            transformer, place, cache.layers[-1:], cache.exact, transformer.inv_freq(ctx), mla == "2", dtype
+        )
         self._recorded: RecordedSteps | None = None
         if len(place.backends) == 1 and mla != "2":
             self._recorded = RecordedSteps(place.output, ctx, self._compute, config.hidden_size, dtype)
