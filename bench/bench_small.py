@@ -1,11 +1,10 @@
-"""Norm, residual sum, rope, embedding and choosing a token: what stands between the products."""
+"""Norm, residual sum, rope and embedding: what stands between the products."""
 
 import numpy as np
 import pytest
 from shapes import HEADS, HIDDEN, NOPE, ROPE, matrix, normal
 
 from pymla import cpu, ggml, reference
-from pymla.text.sampling import Sampler, SamplingParams
 
 EXACT = {"rtol_max": 2e-6, "reason": "order of summation"}
 TOKENS = pytest.mark.parametrize("tokens", [1, 512])
@@ -65,18 +64,3 @@ def bench_embedding(measure, tokens):
         yield out, reference.quant.embedding_rows(w, ids, 1.0, np.empty_like(out))
 
     measure(run, checks, nbytes=tokens * w.data.shape[1], **EXACT)
-
-
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def bench_sampling(measure, temperature):
-    logits, chosen = normal(102400), []
-    sampler = Sampler(SamplingParams(temperature=temperature, seed=0))
-
-    def run():
-        chosen[:] = [sampler.sample(logits)]
-
-    def checks():
-        exact = logits.astype(np.float64)
-        yield np.array([chosen[0].logprob]), exact[[chosen[0].token]] - np.log(np.exp(exact).sum())
-
-    measure(run, checks, nbytes=logits.nbytes, **EXACT)

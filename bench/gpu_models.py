@@ -88,7 +88,7 @@ def step_by_step(path, device, ids, generated, **options):
 
 def demo_divergence():
     """The distributions of the demo model on a piece of Python, against the CPU's."""
-    text = (Path(pymla.__file__).parent / "text" / "sampling.py").read_text(encoding="utf-8")
+    text = (Path(pymla.__file__).parent / "text" / "tokenizer.py").read_text(encoding="utf-8")
     found = []
     for device in ("cuda", "cpu"):
         with pymla.load(device=device, cache_type="f16", ctx=512) as model:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["CacheFull", "LanguageModel", "PymlaError", "__version__", "load"]
+__all__ = ["CacheFull", "Engine", "LanguageModel", "PymlaError", "__version__", "load"]
 
 sys.meta_path.append(Finder())
 
@@ -29,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from pymla.engine import loading
 
         return getattr(loading, name)
+    if name == "Engine":
+        from pymla.engine.engine import Engine
+
+        return Engine
     raise AttributeError(f"module 'pymla' has no attribute {name!r}")

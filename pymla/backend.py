@@ -35,8 +35,9 @@ from pymla.pages import LatentCache, Step
 from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
+    from pymla.errors import PymlaError
     from pymla.models.config import ModelConfig
-    from pymla.text.sampling import Sampled, SamplingParams
+    from pymla.text.sampling import Candidates, Sampled, SamplingParams
 
 #: A NumPy array, or on a GPU a `pymla.cuda.memory.DeviceArray`: both have shape, strides, dtype and views.
 Array = Any
@@ -142,7 +143,7 @@ class Norm(Protocol):
         x : float array (T, K), with contiguous rows
         weight : float32 array (K,)
         eps : float, at least 0
-        out : float array (T, K), contiguous
+        out : float array (T, K), with contiguous rows
             May be `x` itself.
 
         Notes
@@ -598,6 +599,9 @@ class Memory(Protocol):
     def write(self, target: Array, array: np.ndarray) -> None:
         """Copy a NumPy array into an array of the backend of its shape and dtype. It may change afterwards."""
 
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy an array into another one of its shape and dtype, both contiguous and in the backend's memory."""
+
     def take(self, array: Array, rows: np.ndarray) -> Array:
         """Some rows of a contiguous array (T, …), copied: an array (n, …). `rows` is a NumPy array of int (n,)."""
 
@@ -608,20 +612,43 @@ class TokenSampler(Protocol):
     Parameters
     ----------
     params : SamplingParams
+        With DRY, sequence breakers are tokens (`SamplingParams.for_tokenizer`).
     history : iterable of int
         Tokens so far, which the penalties look back on.
     """
 
     def __init__(self, params: SamplingParams, history: Iterable[int] = ()) -> None: ...
 
-    def sample(self, logits: Array) -> Sampled:
-        """The next token after logits, float32 (V,), in the backend's memory.
+    def sample(self, logits: Array, mask: np.ndarray | None = None) -> Sampled:
+        """The next token after logits, float32 (V,), in the backend's memory. It becomes part of the history.
+
+        Parameters
+        ----------
+        logits : float32 array (V,)
+        mask : uint32 NumPy array (ceil(V / 32),), optional
+            Bit i % 32 of word i // 32 tells whether token i is allowed; tokens beyond its end are not. None: all are.
 
         Raises
         ------
         PymlaError
-            A logit is not a number, a biased token is outside the vocabulary, or all tokens are banned.
+            A logit is not a number, a biased token is outside the vocabulary, or no token is allowed.
         """
+
+    def distribution(self, logits: Array, mask: np.ndarray | None = None) -> Candidates:
+        """The distribution that `sample` draws from, in the host's memory. Asking for it does not change it; `accept`
+        learns from the last one."""
+
+    def random(self) -> float:
+        """A number in [0, 1) of the sampler's own stream, for draws from what is made of distributions."""
+
+    def accept(self, token: int) -> None:
+        """Go on to the next token after this one, which need not be what `sample` would have chosen."""
+
+    def choose(self, token: int, logits: Array) -> Sampled:
+        """Accept a token that may be another one than `sample` would have chosen, after logits (V,), and report it."""
+
+    def copy(self) -> TokenSampler:
+        """A sampler in the same state, that draws the same numbers; neither changes the other."""
 
 
 class Sampling(Protocol):
@@ -630,6 +657,23 @@ class Sampling(Protocol):
     @property
     def Sampler(self) -> type[TokenSampler]:
         """`TokenSampler` of this backend."""
+
+    def sample_batch(
+        self,
+        samplers: Sequence[TokenSampler],
+        logits: Array,
+        masks: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Sampled | PymlaError]:
+        """The next token of every sequence: what `TokenSampler.sample` gives for each row, or the error that it raises.
+
+        Parameters
+        ----------
+        samplers : sequence of TokenSampler
+            B different ones.
+        logits : float32 array (B, V)
+        masks : sequence of (uint32 NumPy array (ceil(V / 32),) or None), optional
+            B masks as for `TokenSampler.sample`. None: every token is allowed.
+        """
 
 
 class Rates(Protocol):

@@ -101,7 +101,7 @@ class Contract:
 
     def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
         call = self._call("rms_norm")
-        call.float("out", out, (None, None), contiguous=True)
+        call.float("out", out, (None, None), rows=True)
         call.float("x", x, out.shape, rows=True)
         call.array("weight", weight, FLOAT32, (out.shape[1],), contiguous=True)
 

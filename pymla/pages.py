@@ -5,7 +5,7 @@ A row belongs to a slot: position p of a sequence lies in slot ``block_table[p /
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -78,6 +78,23 @@ class Step(NamedTuple):
     seq_of: np.ndarray  # int32 (T,): row of block_tables
     slots: np.ndarray  # int32 (T,): of the token's rows in the cache
     block_tables: np.ndarray  # int32 (B, pages)
+
+    @classmethod
+    def at(cls, starts: Sequence[int], tokens: Sequence[np.ndarray], tables: np.ndarray) -> Step:
+        """The step of neighbouring tokens of each sequence, from given positions on.
+
+        Parameters
+        ----------
+        starts : B of int
+        tokens : B of int array
+        tables : int32 array (B, pages)
+        """
+        counts = [len(each) for each in tokens]
+        of_sequences = (np.arange(start, start + n) for start, n in zip(starts, counts, strict=True))
+        positions = np.concatenate([*of_sequences]).astype(np.int32)
+        seq_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
+        return cls(np.concatenate(tokens).astype(np.int32), positions, seq_of, slots.astype(np.int32), tables)
 
     def part(self, start: int, stop: int) -> Step:
         """The step of some of the tokens."""

@@ -95,6 +95,9 @@ def test_sampling(name, value):
     kept, default = getattr(params, name), getattr(SamplingParams(), name)
     if value is None:
         assert kept == default
+    elif name in ("samplers", "dry_sequence_breakers"):
+        assert type(kept) is tuple
+        assert {type(text) for text in kept} <= {str}
     elif name != "logit_bias":
         assert type(kept) in (int, float)
         assert kept == value
@@ -164,7 +167,7 @@ def test_whole_numbers(value):
 def test_unknown_options_are_named(demo):
     with pytest.raises(PymlaError, match="no option `temprature`; did you mean `temperature`"):
         demo.generate("x", temprature=0)
-    with pytest.raises(PymlaError, match="no option `q`; there are temperature, top_k"):
+    with pytest.raises(PymlaError, match="no option `q`; there are temperature, dynatemp_range"):
         demo.generate("x", q=0)
 
 

@@ -1,13 +1,16 @@
 """Models whose parts are on several backends, and the way of a step's arrays to them."""
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from make_model import PRESETS, make_model
 
 from pymla import reference
 from pymla.engine.model import Model
+from pymla.engine.nextn import Span
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement, moved, moved_input
@@ -93,6 +96,29 @@ def test_a_model_on_two_backends_computes_the_same(placement):
         results.append([model.forward([(a, ids[:20]), (b, ids[20:])]), model.forward([(a, ids[20:21])])])
         assert model.backend is where.output
     for mine, other in zip(results[1], results[0], strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(reference, (reference, OTHER), (reference, reference), OTHER),
+        Placement(OTHER, (reference, reference), (reference, OTHER), reference),
+    ],
+)
+def test_a_nextn_block_on_two_backends_computes_the_same(placement, tmp_path):
+    shape = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=2, num_nextn_predict_layers=1)
+    file = ModelFile.open(make_model(tmp_path / "nextn.gguf", shape))
+    config, ids, results = ModelConfig.from_gguf(file), np.arange(1, 12, dtype=np.int32), []
+    for where in (Placement.on(reference, 2), placement):
+        weights = Weights.from_gguf(file, config, placement=where, nextn=True)
+        model = Model(config, weights, where, cache_type="f32", ctx=64)
+        sequence, to_host = model.new_sequence(), model.backend.memory.to_host
+        outputs = model.step([(sequence, ids[:10])], hidden=True)
+        model.nextn_fill(Span(sequence, 0, ids[1:10]), outputs.hidden[:9])
+        drafted = model.nextn_step([Span(sequence, 9, ids[10:])], to_host(outputs.hidden)[9:])
+        results.append([to_host(each) for each in (*outputs, *drafted)])
+    for mine, other in zip(*results, strict=True):
         np.testing.assert_array_equal(mine, other)
 
 

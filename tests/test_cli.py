@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and what it says to bad input."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pymla.cpu.runtime import threads
 from pymla.engine.model import Model
 from pymla.files.gguf_reader import ModelFile
 from pymla.host import cores
+from pymla.text.sampling import SamplingParams
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +100,37 @@ def test_a_gpu_that_is_not_there(refused, model, options):
     if options[-1] not in ("some", 0):
         refused("generate", "-m", model, "x", "--device", "cpu", *options, parts=["--device is cpu"])
     refused("generate", "-m", model, "x", "--device", "cuda", parts=["--device cuda: "])
+
+
+def test_samplers(run, model):
+    """Those of the command line are those of Python, and llama.cpp's names are understood."""
+    given = ["--samplers", "dry;typ;temp", "--dry-multiplier", 2, "--typical", 0.9, "--seed", 5, "--temperature", 2]
+    given += ["--dry-sequence-breaker", r"\n", "--dry-sequence-breaker", r"a\\b", "--dynatemp-exp", 0.5]
+    options = {"samplers": ["dry", "typ_p", "temperature"], "dry_multiplier": 2, "typical_p": 0.9, "temperature": 2}
+    options |= {"dry_sequence_breakers": ["\n", r"a\b"], "dynatemp_exponent": 0.5, "seed": 5}
+    code, out, _ = run("generate", "-m", model, "abab", "-n", 12, "--quiet", *given)
+    with pymla.load(model) as loaded:
+        assert (code, out) == (0, loaded.generate("abab", max_tokens=12, **options))
+        options |= {"dry_sequence_breakers": ()}
+        none = [*given[:-6], "--dry-sequence-breaker", "none", "--dynatemp-exp", 0.5]
+        assert run("generate", "-m", model, "abab", "-n", 12, "--quiet", *none)[1] == loaded.generate(
+            "abab", max_tokens=12, **options
+        )
+
+
+def test_every_sampling_parameter_is_an_option(run):
+    """Each under its section of the help, with its default."""
+    code, out, _ = run("generate", "--help")
+    sections = re.split(r"^(\S.*):$", out, flags=re.MULTILINE)[1:]
+    texts = {name: " ".join(text.split()) for name, text in zip(sections[::2], sections[1::2], strict=True)}
+    assert code == 0
+    assert list(texts) == ["Options", "Sampling", "Penalties on repetition", "More samplers"]
+    for field in dataclasses.fields(SamplingParams):
+        option = "--" + field.name.replace("_", "-").removesuffix("s" if field.name.endswith("breakers") else "")
+        assert [name for name, text in texts.items() if f"{option} " in text or f"{option}," in text], field.name
+        assert "--quiet" in texts["Options"]
+    assert "[default: the file's, or 0.95]" in texts["Sampling"]
+    assert "[default: 1.75]" in texts["Penalties on repetition"]
 
 
 def test_generate_json(run, model):
@@ -611,6 +644,10 @@ def test_bad_prompts(refused, model, tmp_path):
         (["--temperature", -1], ["--temperature is -1"]),
         (["--temperature", "warm"], ["--temperature", "'warm'", "generate --help"]),
         (["--top-k", -1], ["--top-k is -1"]),
+        (["--typical", 2], ["--typical-p is 2"]),
+        (["--mirostat", 3], ["--mirostat is 3", "from 0 to 2"]),
+        (["--samplers", "top_k;best"], ["--samplers is 'best'", "penalties, dry, top_n_sigma"]),
+        (["--dry-sequence-breaker", ""], ["--dry-sequence-breaker is ''", "1 to 40 bytes"]),
         (["--device", "tpu"], ["tpu"]),
         (["--threads", 10_000], ["--threads is 10000"]),
         (["--threads", 0], ["--threads is 0"]),

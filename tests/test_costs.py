@@ -8,7 +8,7 @@ from make_model import PRESETS, make_model
 
 from pymla import ggml
 from pymla.engine.cache_layout import cache_bytes, row_bytes
-from pymla.engine.costs import step_ops, token_bytes, token_macs
+from pymla.engine.costs import nextn_ops, step_ops, token_bytes, token_macs
 from pymla.engine.forms import cheaper_form
 from pymla.engine.memory_plan import choice_bytes, derived_bytes, scratch_bytes, tensor_bytes
 from pymla.errors import PymlaError
@@ -218,6 +218,25 @@ def test_up_projection_of_new_or_of_all():
 
 
 # Whole files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "cached"), [("tiny", 5), ("tiny-v3.2", 500)])
+def test_a_drafted_token_reads_the_nextn_block(tmp_path, preset, cached):
+    """Where every expert is chosen: its matrices, the model's output matrix, two rows and its layer of the cache."""
+    every = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 8, "num_nextn_predict_layers": 1}
+    shape = dataclasses.replace(PRESETS[preset], **every)
+    file = ModelFile.open(make_model(tmp_path / "tiny.gguf", shape, layout="kv_b", qtype="f16"))
+    config = ModelConfig.from_gguf(file)
+    block = f"blk.{shape.num_hidden_layers}."
+    matrices = {name: each for name, each in file.tensors.items() if name.startswith(block) and len(each.shape) > 1}
+    expected = sum(map(tensor_bytes, matrices.values())) + tensor_bytes(file.tensors["output.weight"])
+    ops = by_name(nextn_ops(config, file.tensors, 1, cached, cache_type="f16"))
+    row = 2 * (shape.kv_lora_rank + shape.qk_rope_head_dim)
+    attended = min(cached, shape.index_topk or cached)
+    keys = cached * 2 * shape.index_head_dim if attended < cached else 0
+    assert ops["attention"].nbytes == attended * row
+    assert sum(op.nbytes for op in ops.values()) == expected + 2 * shape.hidden_size + attended * row + keys
+    assert ops["projection"].macs == 2 * shape.hidden_size**2
 
 
 @pytest.mark.parametrize("layout", ["kv_b", "split", "all"])

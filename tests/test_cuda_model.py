@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cache_checks import give_way_and_come_back
+from cache_checks import give_way_and_come_back, shift_and_compare
 from compare import assert_close
 from make_model import Shape, make_model
 
@@ -18,9 +18,11 @@ from pymla import cpu, ggml, reference
 from pymla.cuda import backend, memory
 from pymla.engine import forward
 from pymla.engine.model import Model
+from pymla.engine.nextn import Span
 from pymla.files.gguf_reader import ModelFile
 from pymla.make.imatrix import Collector
 from pymla.models.config import ModelConfig
+from pymla.models.nextn import with_nextn
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.text.sampling import SamplingParams
@@ -111,10 +113,15 @@ def made(folder, shape, qtype, placement, **options):
     """A model of few tokens on a backend or Placement."""
     file = file_of(folder, shape, qtype)
     config = ModelConfig.from_gguf(file)
+    nextn = bool(shape.num_nextn_predict_layers)
+    config = with_nextn(config, file.tensors) if nextn else config
     if not isinstance(placement, Placement):
         placement = Placement.on(placement, config.num_hidden_layers)
-    weights = Weights.from_gguf(file, config, placement=placement)
+    weights = Weights.from_gguf(file, config, placement=placement, nextn=nextn)
     rows = {name: getattr(weights, name).rows(0, VOCABULARY) for name in ("token_embd", "output")}
+    if weights.nextn is not None:
+        shared = {"embed_tokens": rows["token_embd"], "shared_head_head": rows["output"]}
+        rows["nextn"] = dataclasses.replace(weights.nextn, **shared)
     return Model(
         dataclasses.replace(config, vocab_size=VOCABULARY),
         dataclasses.replace(weights, **rows),
@@ -201,6 +208,35 @@ def test_sparse_attention_over_mixed_rows(folder):
     pair.step({"a": (9, 10)}, {"rtol_max": 0.3, "reason": "one position of ten may be another one"})
 
 
+@pytest.mark.parametrize(
+    ("shape", "placement"),
+    [(V3, backend), (V32, backend), (V3, Placement(cpu, (cpu, backend), (cpu, cpu), backend))],
+    ids=["v3", "v3.2", "v3, a layer and experts on the processor"],
+)
+def test_the_nextn_block(folder, shape, placement):
+    """Rows that are filled, a token behind them, and one from the block's own hidden state; two texts in one step."""
+    shape = dataclasses.replace(shape, name=f"{shape.name}-nextn", num_nextn_predict_layers=1)
+    results = []
+    for where in (placement, reference):
+        model = made(folder, shape, ggml.F32, where, cache_type="f32", cache_tokens=2 * 64)
+        to_host, found = model.backend.memory.to_host, []
+        sequences, lasts = [model.new_sequence(), model.new_sequence()], []
+        for sequence, count in zip(sequences, (9, 2), strict=True):
+            outputs = model.step([(sequence, IDS[:count])], hidden=True)
+            found += [to_host(outputs.logits), to_host(outputs.hidden)]
+            model.nextn_fill(Span(sequence, 0, IDS[1:count]), outputs.hidden[: count - 1])
+            lasts.append(found[-1][-1])
+        hidden = np.stack(lasts)
+        for i in range(2):
+            spans = [Span(each, each.length - 1 + i, IDS[20 + i : 21 + i]) for each in sequences]
+            outputs = model.nextn_step(spans, hidden)
+            hidden = to_host(outputs.hidden).copy()
+            found += [to_host(outputs.logits).copy(), hidden]
+        results.append(found)
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, **HALF)
+
+
 def test_a_choice_that_layers_share_goes_to_the_gpu(folder):
     placement = Placement(cpu, (cpu, backend), (cpu, backend), backend)
     pair = Pair(folder, GLM, ggml.F32, placement, cache_type="f32")
@@ -235,6 +271,12 @@ def test_sizes_of_recorded_steps():
 @pytest.mark.parametrize(("cache_type", "mla"), [("q8_0", "auto"), ("f16", "0")])
 def test_rows_that_left_the_cache_come_back_as_they_were(folder, cache_type, mla):
     give_way_and_come_back(made(folder, LITE, ggml.F32, backend).config, backend, cache_type, mla)
+
+
+@pytest.mark.parametrize(("cache_type", "mla"), [("q8_0", "auto"), ("f16", "0")])
+def test_keys_are_turned_by_a_context_shift(folder, cache_type, mla):
+    config = dataclasses.replace(made(folder, LITE, ggml.F32, backend).config, num_hidden_layers=1)
+    shift_and_compare(config, backend, cache_type, mla, 2e-3, positions=(0, 64, 70))
 
 
 def test_slices(folder, monkeypatch):

@@ -96,7 +96,7 @@ def test_damaged_logits_are_told():
 def test_draws_are_the_hosts_where_the_random_numbers_are(filters, monkeypatch):
     params, logits = SamplingParams(**EVERYTHING | filters), 2 * normal(40)
     host, state = Sampler(params), sampling.new_state([0])
-    monkeypatch.setattr(draw, "philox", lambda seed, draw, row: (2 * draw + 1 << 32) // 8)
+    monkeypatch.setattr(draw, "philox", lambda seed, draw: (2 * draw + 1 << 32) // 8)
     for number in (0.125, 0.375, 0.625, 0.875):
         host._generator = SimpleNamespace(random=lambda number=number: number)
         expected = host.sample(logits)
@@ -133,7 +133,7 @@ def test_log_probability_is_the_models_own():
 
 def test_philox():
     """A known answer of Random123 (tests/kat_vectors)."""
-    assert philox.philox(0, 0, 0) == 0x6627E8D5
+    assert philox.philox(0, 0) == 0x6627E8D5
 
 
 def test_penalties_stay_with_the_host():
@@ -141,3 +141,81 @@ def test_penalties_stay_with_the_host():
         sampling.sample(memory.zeros((1, 5), np.float32), SamplingParams(presence_penalty=1), None, None)
     assert sampling.on_device(SamplingParams())
     assert not sampling.on_device(SamplingParams(logprobs=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"temperature": 0, "top_n_sigma": 1}, True),  # the likeliest token comes through that
+        ({"temperature": 0, "xtc_probability": 1}, False),
+        ({"samplers": "top_p;min_p"}, True),
+        ({"samplers": "temperature;top_p"}, False),
+        ({"samplers": ""}, True),
+        ({"top_k": 1, "mirostat": 2}, False),
+        ({"dynatemp_range": 0.5}, False),
+        ({"typical_p": 0.5}, False),
+        ({"min_keep": 1}, False),
+        ({"presence_penalty": 1}, False),
+        ({"samplers": "top_k", "presence_penalty": 1}, True),  # penalties are left out
+        ({"logit_bias": {1: 1.0}}, False),
+    ],
+    ids=str,
+)
+def test_what_the_device_samples(options, expected):
+    assert sampling.on_device(SamplingParams(**options)) == expected
+
+
+def test_left_out_filters_are_off():
+    logits, state = np.zeros((1, 64), np.float32), sampling.new_state([1])
+    params = SamplingParams(samplers="temperature", top_k=2, top_p=0.1)
+    assert len({int(drawn(logits, params, state)[0][0]) for _ in range(8)}) > 2
+
+
+SEVERAL = [{}, {"temperature": 0}, {}, {"presence_penalty": 1, "temperature": 3}, {"temperature": 3}, {}]
+
+
+def several():
+    return [sampling.Sampler(SamplingParams(seed=i // 2, **options)) for i, options in enumerate(SEVERAL)]
+
+
+def test_a_batch_is_its_rows(monkeypatch):
+    """A text's tokens depend neither on its row nor on the others. Rows with equal filters are one launch."""
+    logits = normal(6, 150)
+    logits[5] = logits[0]
+    rows, launches = memory.to_device(logits), []
+    launch = sampling._launch
+    monkeypatch.setattr(sampling, "_launch", lambda group, *rest: launches.append(len(group)) or launch(group, *rest))
+    masks = [None, None, np.full(5, 1 << 7, np.uint32), None, None, None]
+    alone, together = several(), several()
+    together[5] = together[0].copy()
+    alone[5] = alone[0].copy()
+    for _ in range(3):
+        found = sampling.sample_batch(together, rows, masks)
+        assert launches == [2, 1]
+        expected = [sampler.sample(rows[i], masks[i]) for i, sampler in enumerate(alone)]
+        launches.clear()
+        assert found == expected
+        assert found[5] == found[0]
+        assert found[2].token % 32 == 7
+
+
+def test_rows_that_fail_leave_the_others_alone():
+    logits = np.zeros((3, 130), np.float32)
+    logits[1, 9] = np.nan
+    samplers = several()[:3]
+    found = sampling.sample_batch(samplers, memory.to_device(logits), [None, None, np.zeros(5, np.uint32)])
+    assert [type(each) for each in found[1:]] == [PymlaError, PymlaError]
+    assert "token 9 is nan" in str(found[1])
+    assert found[0] == several()[0].sample(memory.to_device(logits[:1])[0])
+
+
+def test_what_the_host_and_the_device_choose_is_one_history():
+    logits = memory.to_device(normal(1, 40))[0]
+    sampler = sampling.Sampler(SamplingParams(temperature=0), [1])
+    token = sampler.sample(logits).token
+    sampler.accept(3)
+    assert sampler.choose(5, logits).token == 5
+    assert sampler.on_host._state.history.last(0).tolist() == [1, token, 3, 5]
+    assert sampler.distribution(logits).ids.tolist() == [token]
+    assert 0 <= sampler.random() < 1

@@ -1,5 +1,6 @@
 """The examples in docstrings, in the README, in docs/kernels.md and in examples/."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -103,9 +104,19 @@ def test_scripts_in_kernels(scripts, capfd):
 
 def test_examples_are_short():
     paths = sorted((ROOT / "examples").glob("*.py"))
-    assert [path.stem for path in paths] == ["dot_q4_0", "window_attention", "window_attention_gpu"]
+    assert [path.stem for path in paths] == ["dot_q4_0", "many_texts", "window_attention", "window_attention_gpu"]
     for path in paths:
         assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path
+
+
+def test_the_example_of_many_texts(capsys):
+    path = ROOT / "examples" / "many_texts.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 22
+    runpy.run_path(str(path), run_name="__main__")
+    shown = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    with pymla.load(ctx=256) as model:
+        prompts = ["def __init__(self", "import os\n", "class Error(", "for i in range("]
+        assert sorted(shown) == sorted(each + model.generate(each, max_tokens=24, temperature=0) for each in prompts)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="needs numba-cuda")

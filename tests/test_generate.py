@@ -1,18 +1,16 @@
 """The generation loop: with a model that says what it is told, and with the demo model."""
 
-import threading
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from pretend_runner import PretendRunner
 
 import pymla
-from pymla.engine.cache import Sequence
+from pymla.engine.driving import Driver
 from pymla.engine.generation import Generation, Stats
-from pymla.errors import CacheFull, PymlaError
+from pymla.errors import PymlaError
 from pymla.text.byte_alphabet import BYTES
 from pymla.text.byte_level import ByteLevel
-from pymla.text.sampling import Sampler, SamplingParams
+from pymla.text.sampling import SamplingParams
 from pymla.text.tokenizer import Tokenizer
 from pymla.text.vocabulary import CONTROL, NORMAL
 
@@ -21,37 +19,20 @@ BYTE = {byte: i for i, byte in enumerate(BYTES[character] for character in sorte
 EOS = 256 + len(WORDS)
 
 
-class Script:
+class Script(PretendRunner):
     """A model that predicts the tokens of a script one after the other, whatever it reads."""
 
-    def __init__(self, tokens, ctx=1000, vocab_size=EOS + 1):
-        self.tokens, self.ctx = tokens, ctx
-        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=2000)
-        self.steps, self.freed = [], []
-        self.turn = threading.RLock()
+    def __init__(self, tokens, ctx=1000):
+        super().__init__(lambda _: tokens[len(self.inputs)], ctx=ctx, vocab_size=EOS + 1)
 
-    def new_sequence(self):
-        return Sequence()
+    @property
+    def inputs(self):
+        """Tokens of each step, in which there is one text."""
+        return [tokens for (tokens,) in self.steps]
 
-    def free(self, sequence):
-        self.freed.append(sequence)
-        sequence.length = 0
 
-    def sampler(self, params, history):
-        return Sampler(params, history)
-
-    def step(self, batch, progress=None):
-        ((sequence, new),) = batch
-        assert new.dtype == np.int32
-        if sequence.length + len(new) > self.ctx:
-            raise CacheFull("full")
-        sequence.length += len(new)
-        if progress:
-            progress(1, 1)
-        logits = np.zeros((1, self.config.vocab_size), np.float32)
-        logits[0, self.tokens[len(self.steps)]] = 10
-        self.steps.append(list(new))
-        return logits
+def generation_of(runner, *arguments, **options):
+    return Generation(Driver(runner), *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +58,7 @@ def said(tokenizer):
 
     def run(tokens, ctx=1000, **options):
         options.setdefault("max_tokens", len(tokens))
-        generation = Generation(Script(tokens, ctx), tokenizer, [1, 2, 3], SamplingParams(temperature=0), **options)
+        generation = generation_of(Script(tokens, ctx), tokenizer, [1, 2, 3], SamplingParams(temperature=0), **options)
         return generation, list(generation)
 
     return run
@@ -92,12 +73,12 @@ def test_max_tokens(said):
     assert generation.finish_reason == "length"
     assert generation.tokens == word("Hel", "lo", "Ġwor")
     # The last token is not put through the model: nobody asks what follows it.
-    assert generation.model.steps == [[1, 2, 3], *([token] for token in word("Hel", "lo"))]
+    assert generation.driver.runner.inputs == [[1, 2, 3], *([token] for token in word("Hel", "lo"))]
 
 
 def test_no_tokens_at_all(said):
     generation, pieces = said(word("Hel"), max_tokens=0)
-    assert (pieces, generation.finish_reason, generation.model.steps) == ([], "length", [])
+    assert (pieces, generation.finish_reason, generation.driver.runner.inputs) == ([], "length", [])
     with pytest.raises(PymlaError, match="`max_tokens` is -1"):
         said(word("Hel"), max_tokens=-1)
 
@@ -166,7 +147,7 @@ def test_stop_strings(said, words, stop, text):
 def test_nothing_is_computed_after_a_stop_string(said):
     generation, _ = said(word("Hel", "lo", "ld", "ld"), stop=("lo",))
     assert generation.finish_reason == "stop"
-    assert generation.model.steps == [[1, 2, 3], word("Hel")]
+    assert generation.driver.runner.inputs == [[1, 2, 3], word("Hel")]
 
 
 def test_a_stop_string_of_several_in_one_token_is_the_earliest(said):
@@ -198,18 +179,18 @@ def test_half_a_character_at_the_end_becomes_a_replacement(said):
 def test_refusals(tokenizer):
     params = SamplingParams()
     with pytest.raises(PymlaError, match="prompt is empty"):
-        Generation(Script([]), tokenizer, [], params)
+        generation_of(Script([]), tokenizer, [], params)
     with pytest.raises(PymlaError, match=r"prompt has 9 tokens and the context holds 8.*`ctx`.*2000"):
-        Generation(Script([], ctx=8), tokenizer, [1] * 9, params)
+        generation_of(Script([], ctx=8), tokenizer, [1] * 9, params)
     with pytest.raises(PymlaError, match="`stop` has an empty text"):
-        Generation(Script([]), tokenizer, [1], params, stop=("a", ""))
+        generation_of(Script([]), tokenizer, [1], params, stop=("a", ""))
     with pytest.raises(PymlaError, match="`stop` is b'lo'; a text"):
-        Generation(Script([]), tokenizer, [1], params, stop=b"lo")
+        generation_of(Script([]), tokenizer, [1], params, stop=b"lo")
     with pytest.raises(PymlaError, match="`progress` is 3; a function"):
-        Generation(Script([]), tokenizer, [1], params, progress=3)
-    Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={0: 1.0, EOS: 1.0}))
+        generation_of(Script([]), tokenizer, [1], params, progress=3)
+    generation_of(Script([]), tokenizer, [1], SamplingParams(logit_bias={0: 1.0, EOS: 1.0}))
     with pytest.raises(PymlaError, match=f"`logit_bias` for token {EOS + 1}"):
-        Generation(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
+        generation_of(Script([]), tokenizer, [1], SamplingParams(logit_bias={EOS + 1: 1.0}))
 
 
 # What it tells --------------------------------------------------------------------------------------------------------
@@ -225,27 +206,27 @@ def test_figures(said):
 
 
 def test_nothing_is_told_before_the_first_piece(tokenizer):
-    generation = Generation(Script([]), tokenizer, [1], SamplingParams())
+    generation = generation_of(Script([]), tokenizer, [1], SamplingParams())
     assert (generation.finish_reason, generation.tokens) == ("interrupted", [])
-    assert generation.stats == Stats(0, 0.0, 0, 0.0, 0)
+    assert generation.stats == Stats(0, 0.0, 0, 0.0, 0, 0)
     assert (generation.max_tokens, generation.stop, generation.progress) == (None, (), None)
     for told in ("finish_reason", "sampled", "stats"):
         with pytest.raises(TypeError, match=told):
-            Generation(Script([]), tokenizer, [1], SamplingParams(), **{told: None})
+            generation_of(Script([]), tokenizer, [1], SamplingParams(), **{told: None})
 
 
 def test_seconds_are_those_of_the_models_steps(tokenizer, monkeypatch):
     """Two for the prompt and a quarter for each token; what a reader does in between takes no time."""
     clock = [1000.0]
-    monkeypatch.setattr("pymla.engine.generation.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     model = Script(word(*["lo"] * 5))
 
-    def step(batch, progress=None):
-        clock[0] += 0.25 if model.steps else 2.0
-        return Script.step(model, batch, progress)
+    def step(batch, rows, progress, hidden):
+        clock[0] += 0.25 if model.inputs else 2.0
+        return Script.step(model, batch, rows, progress, hidden)
 
     monkeypatch.setattr(model, "step", step)
-    generation = Generation(model, tokenizer, [1, 2, 3], SamplingParams(temperature=0), max_tokens=5)
+    generation = generation_of(model, tokenizer, [1, 2, 3], SamplingParams(temperature=0), max_tokens=5)
     stats = generation.stats
     assert (stats.prompt_rate, stats.generation_rate) == (0, 0)
     for count, _ in enumerate(generation, 1):
@@ -263,7 +244,7 @@ def test_progress_is_that_of_the_prompt(said):
 
 def test_a_generation_is_read_again_and_read_on(tokenizer):
     model = Script(word(*["lo"] * 4, "ld"))
-    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0), max_tokens=5)
+    generation = generation_of(model, tokenizer, [1, 2], SamplingParams(temperature=0), max_tokens=5)
     pieces = iter(generation)
     next(pieces), next(pieces)
     pieces.close()
@@ -272,22 +253,22 @@ def test_a_generation_is_read_again_and_read_on(tokenizer):
     assert generation.tokens == word("lo", "lo")
     assert model.freed == []
     assert list(generation) == list(generation) == ["lo"] * 4 + ["ld"]
-    assert len(model.steps) == 5
+    assert len(model.inputs) == 5
     assert generation.finish_reason == "length"
     assert len(model.freed) == 1
 
 
 def test_two_readers_of_a_generation_get_the_same_pieces(tokenizer):
     model = Script(word(*["lo"] * 3))
-    generation = Generation(model, tokenizer, [1], SamplingParams(temperature=0), max_tokens=3)
+    generation = generation_of(model, tokenizer, [1], SamplingParams(temperature=0), max_tokens=3)
     first, second = iter(generation), iter(generation)
     assert [next(first), next(second), next(second), next(first), next(first), next(second)] == ["lo"] * 6
-    assert (list(first), list(second), len(model.steps)) == ([], [], 3)
+    assert (list(first), list(second), len(model.inputs)) == ([], [], 3)
 
 
 def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch):
     model = Script(word(*["lo"] * 9))
-    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+    generation = generation_of(model, tokenizer, [1, 2], SamplingParams(temperature=0))
     pieces = iter(generation)
     assert next(pieces) == "lo"
 
@@ -308,7 +289,7 @@ def test_an_interrupt_within_a_step_gives_the_cache_back(tokenizer, monkeypatch)
 
 def test_what_ended_a_generation_is_told_to_later_readers(tokenizer, monkeypatch):
     model = Script([])
-    generation = Generation(model, tokenizer, [1, 2], SamplingParams(temperature=0))
+    generation = generation_of(model, tokenizer, [1, 2], SamplingParams(temperature=0))
 
     def broken(*_, **__):
         raise ValueError("no device")
@@ -380,6 +361,19 @@ def test_options_reach_the_sampler(demo):
     assert never.tokens != [300]
 
 
+def test_repetitions_end_where_dry_is_on(demo):
+    """A token may follow itself until two of them stand before two of them; with a sequence breaker in it, for ever."""
+    options = {"max_tokens": 6, "temperature": 0, "logit_bias": {300: 100.0}, "dry_multiplier": 100, "dry_base": 1}
+    generation = demo.generation("x = ", **options)
+    list(generation)
+    assert generation.tokens[:3] == [300] * 3
+    assert generation.tokens[3] != 300
+    text = demo.tokenizer.token_bytes(300).decode()
+    breaking = demo.generation("x = ", **options, dry_sequence_breakers=[text[-1]])
+    list(breaking)
+    assert breaking.tokens == [300] * 6
+
+
 def test_a_full_context_of_a_real_model(demo):
     prompt = demo.tokenize("def ")
     eos = dict.fromkeys(demo.tokenizer.eos_ids, -float("inf"))
@@ -392,17 +386,17 @@ def test_a_full_context_of_a_real_model(demo):
 
 
 def test_the_cache_is_free_after_every_end(demo):
-    free = demo.model.cache.free_pages
+    free = demo.model.cache.room
     list(demo.generation("def ", max_tokens=3))
-    assert demo.model.cache.free_pages == free
+    assert demo.model.cache.room == free
     pieces = demo.stream("def ", max_tokens=100)
     next(pieces)
-    assert demo.model.cache.free_pages == free - 1
+    assert demo.model.cache.room == free - 1
     pieces.close()
-    assert demo.model.cache.free_pages == free
+    assert demo.model.cache.room == free
     with pytest.raises(PymlaError):
         demo.generate("def " * 500)
-    assert demo.model.cache.free_pages == free
+    assert demo.model.cache.room == free
 
 
 def test_two_texts_at_once_do_not_mix(demo):

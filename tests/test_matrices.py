@@ -134,6 +134,13 @@ def test_rms_norm(backend, columns):
     actual = backend.result(backend.norm.rms_norm, backend.put(wide)[:, :columns], weight, eps, shape=x.shape)
     for row, wanted in zip(actual, rms_norm(x, weight, eps), strict=True):
         assert_close(row, wanted, **backend.tolerance(**both(EXACT)))
+    # Into columns of a wider array.
+    out = backend.put(np.full_like(wide, np.nan))
+    backend.norm.rms_norm(backend.put(x), backend.put(weight), eps, out[:, 9 : 9 + columns])
+    out = backend.memory.to_host(out)
+    np.testing.assert_array_equal(out[:, 9 : 9 + columns], actual)
+    assert np.isnan(out[:, :9]).all()
+    assert np.isnan(out[:, 9 + columns :]).all()
 
 
 @pytest.mark.parametrize("columns", [8, 70, 300])

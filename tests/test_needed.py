@@ -12,6 +12,7 @@ from pymla.cpu import needed
 from pymla.cpu.attention.largest import take_largest
 from pymla.cpu.runtime import compiling
 from pymla.cpu.runtime.jit import Kernel
+from pymla.engine.nextn import Span
 
 SHAPE = dataclasses.replace(PRESETS["tiny"], context_length=512, temperature_scale=0.1, temperature_length=64)
 
@@ -75,6 +76,22 @@ def test_no_kernel_of_sparse_attention_is_missing(tmp_path, launched, preset, ca
         assert not launched - wanted, sorted(kernel.__name__ for kernel in launched - wanted)
         assert (take_largest in wanted) == dsa
         launched.clear()
+
+
+def test_no_kernel_of_a_nextn_block_is_missing(tmp_path, launched):
+    path = tmp_path / "model.gguf"
+    make_model(path, dataclasses.replace(PRESETS["tiny"], num_nextn_predict_layers=1), seed=1)
+    with pymla.load(path, device="cpu", ctx=512, nextn=True) as language_model:
+        model, ids = language_model.model, np.arange(300, dtype=np.int32) % 200
+        for tokens in (1, 4, 40, 300):
+            sequence = model.new_sequence()
+            hidden = np.array(model.step([(sequence, ids[:tokens])], hidden=True).hidden)
+            model.nextn_fill(Span(sequence, 0, ids[:tokens]), hidden)
+            model.nextn_step([Span(sequence, 0, ids[:tokens])], hidden)
+            model.nextn_step([Span(sequence, tokens, ids[:1])], hidden[:1])
+            model.free(sequence)
+        missing = launched - set(needed.kernels(model))
+    assert not missing, sorted(kernel.__name__ for kernel in missing)
 
 
 def test_a_type_is_compiled_alone(tmp_path):

@@ -105,6 +105,33 @@ def test_without_experts_layers_stay(tmp_path):
     assert chosen(planner, planner.device(Split(3), 1024).total).split == Split(3, False)
 
 
+@pytest.mark.parametrize("split", [Split(0), Split(2), Split(4), Split(5), Split(5, True)])
+def test_a_nextn_block_is_where_the_last_layer_is(tmp_path, split):
+    shape = dataclasses.replace(PRESETS["tiny"], num_nextn_predict_layers=1)
+    file = ModelFile.open(make_model(tmp_path / "nextn.gguf", shape, layout="split", qtype="q8_0"))
+    config, layers = ModelConfig.from_gguf(file), shape.num_hidden_layers
+    without, planner = (Planner(config, file, "q8_0", "auto", nextn=nextn) for nextn in (False, True))
+    sizes = {name: each.data.nbytes for name, each in file.tensors.items() if name.startswith(f"blk.{layers}.")}
+    assert without.not_run == sizes.keys()
+    assert planner.not_run == set()
+    experts = sum(size for name, size in sizes.items() if "_exps" in name)
+    k_b = sizes[f"blk.{layers}.attn_k_b.weight"]  # transposed at load
+    derived, cache = derived_bytes(config, file.tensors, [layers]), cache_bytes(config, "q8_0", "auto", 64, [layers])
+
+    def more(of):
+        """Bytes of weights, derived weights and cache that the block adds to a plan."""
+        plans = of(planner)(split, 64), of(without)(split, 64)
+        return [getattr(plans[0], part) - getattr(plans[1], part) for part in ("weights", "derived", "cache")]
+
+    on_device, on_host = more(lambda each: each.device), more(lambda each: each.host)
+    everything = sum(sizes.values())
+    if not split.gpu_layers:
+        assert (on_device, on_host) == ([0, 0, 0], [everything, derived, cache])
+    else:
+        there = everything - k_b - (experts if split.cpu_moe else 0)
+        assert (on_device, on_host) == ([there, derived, cache], [everything - there, 0, 0])
+
+
 def test_v3_on_a_card(v3):
     """Attention and shared experts fit a card of 24 GB, everything only 400 GB."""
     found = chosen(v3, 24 * 10**9)

@@ -50,17 +50,20 @@ def test_a_penalty_over_no_token_is_none(read):
     assert read(penalty_last_n=0, penalty_repeat=1.2).values == {}
 
 
-def test_what_is_off_is_not_missed(read):
-    off = {"mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "xtc_probability": 0.0, "xtc_threshold": 0.1}
-    assert read(**off) == Recommended({}, [])
+def test_other_samplers_and_their_order(read):
+    keys = {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.25, "xtc_probability": 0.5, "xtc_threshold": 0.125}
+    assert read(**keys) == Recommended(keys, [])
+    assert read(sequence="Top-K;temp").values == {"samplers": "top_k;temperature"}
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"mirostat": 2}, "general.sampling.mirostat is 2, and is not used: pymla has no mirostat sampling"),
-        ({"xtc_probability": 0.5}, "xtc_probability is 0.5, and is not used: pymla has no xtc sampling"),
-        ({"sequence": "top_k;temperature"}, "sequence is 'top_k;temperature', and is not used: the order is fixed"),
+        (
+            {"mirostat": 3},
+            "general.sampling.mirostat is 3, and is not used: `mirostat` is 3; a whole number from 0 to 2",
+        ),
+        ({"sequence": "top_k;infill"}, "sequence is 'top_k;infill', and is not used: `samplers` is 'infill'; choose"),
         ({"heat": 1.0}, "general.sampling.heat is 1.0, and is not used: pymla does not know this key"),
         ({"top_p": 1.5}, "top_p is 1.5, and is not used: `top_p` is 1.5; a number from 0 to 1 is expected"),
         ({"temp": "warm"}, "temp is 'warm', and is not used"),

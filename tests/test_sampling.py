@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pymla.errors import PymlaError
-from pymla.text.sampling import Sampler, SamplingParams, _likeliest
+from pymla.text.sampling import Sampler, SamplingParams
+from pymla.text.sampling.selection import likeliest
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -47,7 +48,7 @@ def test_the_likeliest_are_those_of_a_whole_sort(count):
     logits = np.random.default_rng(count).integers(0, 300, 1013).astype(np.float64)
     logits[::7] = -np.inf
     for each in (logits, -logits[1:2].repeat(1013), np.sort(logits)):
-        np.testing.assert_array_equal(_likeliest(each, count), np.argsort(-each, kind="stable")[:count])
+        np.testing.assert_array_equal(likeliest(each, count), np.argsort(-each, kind="stable")[:count])
 
 
 @pytest.mark.parametrize("filters", [{"min_p": 0.1}, {"min_p": 0.1, "top_p": 0.5}, {"top_k": 9, "top_p": 0.8}, {}])
@@ -210,23 +211,70 @@ def test_bias_of_a_token_next_to_the_vocabulary():
     ("name", "low", "high"),
     [
         ("temperature", 0, 100),
+        ("dynatemp_range", 0, 100),
+        ("dynatemp_exponent", 0, 100),
         ("top_k", 0, 2**31),
         ("top_p", 0, 1),
         ("min_p", 0, 1),
+        ("typical_p", 0, 1),
+        ("top_n_sigma", -1, 1000),
+        ("xtc_probability", 0, 1),
+        ("xtc_threshold", 0, 1),
+        ("min_keep", 0, 2**31),
         ("repetition_penalty", 0.01, 100),
         ("frequency_penalty", -100, 100),
         ("presence_penalty", -100, 100),
         ("penalty_window", 0, 2**31),
+        ("dry_multiplier", 0, 100),
+        ("dry_base", 1, 100),
+        ("dry_allowed_length", 0, 2**31),
+        ("dry_window", 0, 2**31),
+        ("mirostat", 0, 2),
+        ("mirostat_tau", 0, 100),
+        ("mirostat_eta", 0, 100),
+        ("adaptive_target", -1, 1),
+        ("adaptive_decay", 0, 0.99),
         ("logprobs", 0, 1000),
     ],
 )
 def test_limits(name, low, high):
-    whole = name in ("top_k", "penalty_window", "logprobs")
+    whole = name in (
+        *("top_k", "min_keep", "penalty_window", "dry_allowed_length", "dry_window"),
+        *("mirostat", "logprobs"),
+    )
     for value in (low, high):
         assert getattr(SamplingParams(**{name: value}), name) == value
     for value in (low - 1, high + 1, *(() if whole else (math.nextafter(low, -1e9), math.nextafter(high, 1e9)))):
         with pytest.raises(PymlaError, match=rf"^`{name}` is .* from {low:g} to {high if whole else f'{high:g}'} is"):
             SamplingParams(**{name: value})
+
+
+def test_samplers_by_llama_cpps_names():
+    assert SamplingParams(samplers="Top-K;minp;typ;nucleus;temp").samplers == (
+        *("top_k", "min_p", "typ_p", "top_p", "temperature"),
+    )
+    assert SamplingParams(samplers=["adaptive-p", "topnsigma"]).samplers == ("adaptive_p", "top_n_sigma")
+    assert SamplingParams(samplers="").samplers == SamplingParams(samplers=[]).samplers == ()
+    for refused, named in (("top_k;infill", "'infill'"), ("top_k;", "''"), ([3], "3"), (3, "3"), ({"dry": 1}, "{")):
+        with pytest.raises(PymlaError, match=f"^`samplers` is {named}"):
+            SamplingParams(samplers=refused)
+
+
+def test_sequence_breakers_are_texts():
+    assert SamplingParams(dry_sequence_breakers=["a", "bc"]).dry_sequence_breakers == ("a", "bc")
+    assert SamplingParams(dry_sequence_breakers="a;b").dry_sequence_breakers == ("a;b",)
+    assert SamplingParams(dry_sequence_breakers=()).dry_sequence_breakers == ()
+    for refused in ([""], ["x" * 41], ["é" * 21], [None], 3, b"a"):
+        with pytest.raises(PymlaError, match=r"^`dry_sequence_breakers` is .* expected$"):
+            SamplingParams(dry_sequence_breakers=refused)
+
+
+def test_sequence_breakers_need_a_tokenizer():
+    with pytest.raises(PymlaError, match="`dry_sequence_breakers` are texts"):
+        Sampler(SamplingParams(dry_multiplier=1))
+    for options in ({"dry_sequence_breakers": ()}, {"samplers": "top_k"}, {"mirostat": 1}):
+        Sampler(SamplingParams(dry_multiplier=1, **options)).sample(LOGITS)
+    assert SamplingParams(dry_multiplier=1, mirostat=1).for_tokenizer(None).dry_sequence_breakers[0] == "\n"
 
 
 def test_limits_of_bias_and_seed():
@@ -248,12 +296,30 @@ def test_limits_of_bias_and_seed():
 
 
 def test_defaults_are_those_of_llama_cpp():
-    """Those of its command line, which looks back on 64 tokens and has its penalties off."""
+    """Those of its command line (``common_params_sampling``), which has its penalties off."""
     assert SamplingParams() == SamplingParams(
+        samplers="penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature",
         temperature=0.8,
+        dynatemp_range=0,
+        dynatemp_exponent=1,
         top_k=40,
         top_p=0.95,
         min_p=0.05,
+        typical_p=1,
+        top_n_sigma=-1,
+        xtc_probability=0,
+        xtc_threshold=0.1,
+        min_keep=0,
+        dry_multiplier=0,
+        dry_base=1.75,
+        dry_allowed_length=2,
+        dry_window=64,
+        dry_sequence_breakers=["\n", ":", '"', "*"],
+        mirostat=0,
+        mirostat_tau=5,
+        mirostat_eta=0.1,
+        adaptive_target=-1,
+        adaptive_decay=0.9,
         repetition_penalty=1,
         frequency_penalty=0,
         presence_penalty=0,
@@ -268,7 +334,9 @@ def test_options_by_name():
     assert SamplingParams.of({"top_k": None, "temperature": 0.5}) == SamplingParams(temperature=0.5)
     with pytest.raises(PymlaError, match=r"^there is no option `temprature`; did you mean `temperature`\?$"):
         SamplingParams.of({"temprature": 0})
-    with pytest.raises(PymlaError, match=r"^there is no option `q`; there are temperature, top_k, .*, logprobs$"):
+    with pytest.raises(
+        PymlaError, match=r"^there is no option `q`; there are temperature, dynatemp_range, .*, logprobs$"
+    ):
         SamplingParams.of({"q": None})
 
 

@@ -152,7 +152,7 @@ def test_a_stream_that_a_traceback_keeps_takes_no_room(demo, alone):
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             shell.runcode(compile(cell, "<cell>", "exec"))
-        assert demo.model.cache.free_pages == 1
+        assert demo.model.cache.room == 1
         generation = demo.generation("def ", max_tokens=120, temperature=0, logit_bias=never_ends(demo))
         text = "".join(generation)
         assert (generation.finish_reason, len(generation.tokens)) == ("length", 120)
@@ -186,16 +186,16 @@ def test_streams_that_do_not_fit_together_give_way(device, cache_type, mla):
                     texts[i] += piece
         assert texts == expected
         del streams
-        assert language_model.model.cache.free_pages == 2
+        assert language_model.model.cache.room == 2
 
 
 def test_dropped_sequences_need_not_be_freed(demo):
-    free = demo.model.cache.free_pages
+    free = demo.model.cache.room
     sequence = demo.model.new_sequence()
     demo.model.forward([(sequence, demo.tokenize("def "))])
-    assert demo.model.cache.free_pages == free - 1
+    assert demo.model.cache.room == free - 1
     del sequence
-    assert demo.model.cache.free_pages == free
+    assert demo.model.cache.room == free
 
 
 # Processes ------------------------------------------------------------------------------------------------------------

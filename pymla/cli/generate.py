@@ -1,16 +1,18 @@
 """``pymla generate``: text from a prompt."""
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from pymla.cli import figures, interrupt
+from pymla.cli.constraint_options import after_reasoning, constraint_options, constraints
 from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
-from pymla.cli.inputs import argument, biases, prompt_text, read, variables
+from pymla.cli.inputs import argument, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
+from pymla.cli.sampling_options import sampling_options
+from pymla.cli.sections import SectionCommand
 from pymla.cli.terminal import Terminal
 from pymla.engine.forms import MLA_MODES
 from pymla.engine.generation import Generation
@@ -21,8 +23,6 @@ from pymla.pages import CACHE_TYPES
 from pymla.text.sampling import SamplingParams
 from pymla.text.tokenizer import Tokenizer
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-
 EXAMPLES = """\b
 Examples:
   pymla generate "def "
@@ -31,18 +31,19 @@ Examples:
   pymla generate -m model.gguf --chat-template chatml.jinja --system "Be brief." "Hi"
   pymla generate -m model.gguf -f prompt.txt -n 100 --temperature 0 --quiet
   echo "Once upon a time" | pymla generate -m model.gguf --seed 7
+  pymla generate -m model.gguf --dry-multiplier 0.8 --dry-sequence-breaker "\\n" "def "
+  pymla generate -m model.gguf --samplers "top_k;xtc;temperature" --xtc-probability 0.5 "def "
+  pymla generate -m model.gguf --mirostat 2 --mirostat-tau 4 "Once upon a time"
+  pymla generate -m model.gguf --chat --json-schema person.json "Invent a person."
+  pymla generate --regex "[0-9]{3}-[0-9]{4}" "My number is "
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
   pymla generate -m model.gguf --override-kv deepseek2.expert_used_count=int:4 "def "
 
-Tokens are chosen in llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature."""
+Samplers are llama.cpp's, in its order unless --samplers gives another; the logit bias comes first. docs/sampling.md has
+their formulas."""
 
 
-def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
-    option = "--" + name.replace("_", "-")
-    return click.option(option, name, type=kind, help=f"{help_} [default: the file's, or {DEFAULTS[name]}]")
-
-
-@click.command(epilog=EXAMPLES)
+@click.command(cls=SectionCommand, epilog=EXAMPLES)
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", "path", type=click.Path(path_type=Path), help="GGUF file. [default: the demo model]")
 @click.option("-f", "--file", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt from a file.")
@@ -64,22 +65,11 @@ def _sampling(name: str, kind: type, help_: str) -> Callable[[Any], Any]:
     metavar="NAME=VALUE",
     help="Variable of the chat template, with --chat; repeatable. VALUE is JSON (true, 3, [1, 2]), or else a text.",
 )
-@_sampling("temperature", float, "0: always the likeliest token.")
-@_sampling("top_k", int, "Of the k likeliest tokens; 0: all.")
-@_sampling("top_p", float, "Of the fewest tokens with this probability together.")
-@_sampling("min_p", float, "Of tokens with this share of the likeliest's probability.")
-@_sampling("repetition_penalty", float, "Divides logits of tokens that occurred.")
-@_sampling("frequency_penalty", float, "Taken off a logit each time its token occurred.")
-@_sampling("presence_penalty", float, "Taken off the logits of tokens that occurred.")
-@_sampling("penalty_window", int, "Tokens that the penalties look back on; 0: all.")
-@click.option("--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; repeatable.")
-@click.option("--seed", type=click.IntRange(min=0), help="Same seed, same text.")
+@sampling_options
 @click.option("--special", is_flag=True, help="Show control tokens by their names, the one that ends the text too.")
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in the prompt as these tokens.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
-@click.option(
-    "--logprobs", type=click.IntRange(0, 1000), default=0, help="Report so many likely tokens for each, with --json."
-)
+@constraint_options
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]"
 )
@@ -111,12 +101,13 @@ def generate(
     system: str | None,
     chat_template: Path | None,
     template_vars: tuple[str, ...],
-    logit_bias: tuple[str, ...],
-    seed: int | None,
+    sampling: dict[str, Any],
     special: bool,
     parse_special: bool,
     stop: tuple[str, ...],
-    logprobs: int,
+    json_schema: str | None,
+    regex: str | None,
+    grammar: Path | None,
     echo: bool | None,
     as_json: bool,
     quiet: bool,
@@ -126,17 +117,16 @@ def generate(
 
     Text goes to standard output; figures and progress go to standard error.
     """
-    options = {name: rest.pop(name) for name in list(rest) if name in DEFAULTS}
-    options |= {"logit_bias": biases(logit_bias), "seed": seed, "logprobs": logprobs}
-    SamplingParams.of(options)
+    SamplingParams.of(sampling)
     chat = chat or chat_template is not None
     for option, given in (("--system", system is not None), ("--template-var", template_vars)):
         if given and not chat:
             raise PymlaError(f"{option} is for conversations: give --chat, too")
     if parse_special and chat:
         raise PymlaError("--parse-special is for plain prompts: --chat reads control tokens anyway; leave it out")
-    if logprobs and not as_json:
+    if sampling["logprobs"] and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
+    constrained = constraints(json_schema, regex, grammar)
     conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
     text = prompt_text(prompt, prompt_file)
     terminal = Terminal(quiet)
@@ -146,10 +136,11 @@ def generate(
         ids = _plain_ids(language_model, text, parse_special, terminal)
     else:
         ids = _chat_ids(language_model, text, conversation)
+        constrained = after_reasoning(constrained, language_model, ids)
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
-    options |= {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
-    generation = language_model.generation(ids, **options)
+    options = sampling | {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
+    generation = language_model.generation(ids, **options, **constrained)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:

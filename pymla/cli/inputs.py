@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,20 @@ def biases(pairs: Iterable[str]) -> dict[int, float]:
         except ValueError:
             raise PymlaError(f"--logit-bias {pair!r}: write ID=VALUE, as in 42=-1.5") from None
     return found
+
+
+def sequence_breakers(texts: Iterable[str]) -> list[str] | None:
+    """DRY's sequence breakers: texts in which a backslash begins the same escapes as in llama.cpp, or one ``none``.
+    None where nothing was given."""
+    given = [_unescaped(argument(text)) for text in texts]
+    if not given:
+        return None
+    return [] if given == ["none"] else given
+
+
+def _unescaped(text: str) -> str:
+    escapes = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+    return re.sub(r"\\([nrt'\"\\])", lambda found: escapes[found[1]], text)
 
 
 def variables(pairs: Iterable[str]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def show(found: dict[str, Any], tensors: bool) -> None:
         page.table("Tensors", "name", "type", "shape", "size", rows=rows, numbers=(3,))
 
 
-def _sampling_rows(recommended: dict[str, float], warnings: list[str]) -> list[tuple[Any, ...]]:
-    rows = [(name, f"{value:g}") for name, value in recommended.items()]
+def _sampling_rows(recommended: dict[str, float | str], warnings: list[str]) -> list[tuple[Any, ...]]:
+    rows = [(name, value if isinstance(value, str) else f"{value:g}") for name, value in recommended.items()]
     return rows + [("warning", _plain(warning, 1000)) for warning in warnings]
 
 

@@ -28,10 +28,9 @@ def kernels(model):
 
     place, weights = model.placement, model.weights
     found, inputs = [*polling.FUNCTIONS], set()
-    layers = list(zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True))
     if cpu in place.layers:
         found += norm.kernels() + rope.kernels(model.config)
-    for backend, experts, layer, cache in layers:
+    for backend, experts, layer, cache in model.placed_layers:
         if experts is cpu and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
@@ -52,8 +51,21 @@ def kernels(model):
     if place.output is cpu:
         found += [*norm.kernels(), *quant.matmul_kernels(weights.output.qtype)]
         inputs.add(weights.output.qtype)
+    if weights.nextn is not None:
+        matrices = _nextn_matrices(weights.nextn, place)
+        if place.embedding is cpu:
+            found += quant.embedding_rows_kernels(weights.nextn.embed_tokens.qtype)
+        types = [w.qtype for backend, w in matrices if backend is cpu]
+        for qtype in types:
+            found += quant.matmul_kernels(qtype)
+        inputs |= set(types)
     found += quant.activation_kernels(inputs)
     return sorted(dict.fromkeys(found), key=_is_short)
+
+
+def _nextn_matrices(nextn, place):
+    """The matrices of a nextn block outside its layer, with their backends."""
+    return [(place.layers[-1], nextn.eh_proj), (place.output, nextn.shared_head_head)]
 
 
 def _types(layer, *names):

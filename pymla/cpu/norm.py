@@ -21,7 +21,7 @@ from pymla.cpu.runtime.jit import Kernel, helper, kernel
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> np.ndarray:
     """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis; float32 (T, K), `weight` float32 (K,).
 
-    `x` may be columns of a wider array.
+    `x` and `out` may be columns of wider arrays.
     """
     check.rms_norm(x, weight, eps, out)
     _rms_norm[len(x)](x, weight, eps, out)
@@ -65,7 +65,7 @@ def layer_norm_kernels() -> list[Kernel]:
     return [_layer_norm]
 
 
-@kernel(A2, WEIGHTS_F1, types.float64, F2)
+@kernel(A2, WEIGHTS_F1, types.float64, A2)
 def _rms_norm(first, last, x, weight, eps, out):
     columns = x.shape[1]
     whole = columns // 8 * 8

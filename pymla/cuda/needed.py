@@ -39,10 +39,9 @@ def kernels(model: Any) -> list[Kernel]:
     """The kernels of a model on the GPU, each once."""
     place, weights = model.placement, model.weights
     found, inputs = [], set()
-    layers = zip(place.layers, place.experts, weights.layers, model.cache.layers, strict=True)
     if any(map(_is_gpu, place.layers)):
         found += norm.kernels() + rope.kernels(model.config)
-    for on, experts, layer, cache in layers:
+    for on, experts, layer, cache in model.placed_layers:
         if _is_gpu(experts) and layer.ffn_gate_exps is not None:
             types = _types(layer, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
             found += moe.experts_kernels(*types)
@@ -67,6 +66,14 @@ def kernels(model: Any) -> list[Kernel]:
     if _is_gpu(place.output):
         found += [*norm.kernels(), *sampling.kernels(), *quant.matmul_kernels(weights.output.qtype)]
         inputs.add(weights.output.qtype)
+    if weights.nextn is not None:
+        matrices = _nextn_matrices(weights.nextn, place)
+        if _is_gpu(place.embedding):
+            found += quant.embedding_rows_kernels(weights.nextn.embed_tokens.qtype)
+        types = [w.qtype for backend, w in matrices if _is_gpu(backend)]
+        for qtype in types:
+            found += quant.matmul_kernels(qtype)
+        inputs |= set(types)
     found += quant.activation_kernels(inputs)
     return list(dict.fromkeys(found))
 
@@ -82,6 +89,11 @@ _MATRICES = (
     *("indexer_attn_q_b", "indexer_attn_k", "indexer_proj"),
 )
 _UNGATED = "ffn_up", "ffn_down"
+
+
+def _nextn_matrices(nextn: Any, place: Any) -> list[tuple[Any, Any]]:
+    """The matrices of a nextn block outside its layer, with their backends."""
+    return [(place.layers[-1], nextn.eh_proj), (place.output, nextn.shared_head_head)]
 
 
 def _types(layer: Any, *names: str) -> list[int]:

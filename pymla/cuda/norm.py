@@ -36,7 +36,7 @@ _WARPS = THREADS // WARP
 def rms_norm(x, weight, eps, out):
     """``out = x / sqrt(mean(x²) + eps) * weight`` along the last axis; float32 (T, K), `weight` float32 (K,).
 
-    `x` may be columns of a wider array.
+    `x` and `out` may be columns of wider arrays.
     """
     check.rms_norm(x, weight, eps, out)
     _rms_norm[len(x), THREADS](x, weight, eps, out)
@@ -107,7 +107,7 @@ def _block_sum(x, partial):
     return total
 
 
-@kernel(STRIDED2, F1, types.float32, F2, max_threads=THREADS)
+@kernel(STRIDED2, F1, types.float32, STRIDED2, max_threads=THREADS)
 def _rms_norm(x, weight, eps, out):
     """A block takes a token."""
     partial = cuda.shared.array(_WARPS, np.float32)

@@ -17,7 +17,8 @@ from pymla.engine.memory_plan import tensor_bytes, transposed_bytes
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, layer_tensors
+from pymla.models.nextn import with_nextn
+from pymla.models.tensors import TensorSpec, has_indexer, layer_tensors, nextn_tensors
 
 
 class Op(NamedTuple):
@@ -31,6 +32,7 @@ class Op(NamedTuple):
 #: The operation that a tensor of a layer belongs to, by `TensorSpec.stem`. The tensors of ``W_k_b`` and ``W_v_b``
 #: belong to "attention up"; norms and biases to none.
 _OPS = {
+    "nextn.eh_proj": "projection",
     "attn_q": "query",
     "attn_q_a": "query",
     "attn_q_b": "query",
@@ -81,36 +83,81 @@ def step_ops(
     PymlaError
         A tensor is missing.
     """
-    costs = _Costs(config, tensors, tokens)
-    parts, row = parts_of(config, mla, tokens, cached), attended_bytes(config, cache_type, mla)
-    choosing = sum(part.tokens for part in parts if part.form == "sparse")
+    costs = _Costs(config, tensors, tokens, cached, cache_type, mla)
     costs.embedding()
     for layer in range(config.num_hidden_layers):
-        for spec in layer_tensors(config, layer, costs.names):
-            if spec.stem in ("attn_kv_b", "attn_v_b"):
-                costs.attention_up(layer, parts)
-                costs.attention(parts, row)
-            elif spec.stem == "indexer.proj":
-                costs.choice(choosing, cached, index_bytes(config, cache_type, layer))
-            if _OPS.get(spec.stem) == "index":
-                costs.matrix(spec, choosing)
-            elif spec.stem in _OPS:
-                costs.matrix(spec, tokens)
+        costs.layer(layer, layer_tensors(config, layer, costs.names))
     costs.output(logits)
-    return [Op(name, round(macs), round(nbytes)) for name, (macs, nbytes) in costs.totals.items()]
+    return costs.ops()
+
+
+def nextn_ops(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo] | None,
+    tokens: int,
+    cached: int,
+    *,
+    cache_type: str = "q8_0",
+    mla: str = "auto",
+) -> list[Op]:
+    """Operations by which a model's first nextn block predicts a token after each of `tokens`; arguments as for
+    `step_ops`. Where the file has no embedding or output matrix of the block, it reads the model's.
+
+    Raises
+    ------
+    PymlaError
+        A tensor is missing.
+    """
+    index, names = config.num_hidden_layers, {} if tensors is None else tensors
+    config = with_nextn(config, names) if has_indexer(config, index, names) else config.dense()
+    costs = _Costs(config, tensors, tokens, cached, cache_type, mla)
+    specs = nextn_tensors(config, index, names)
+    own = {spec.field: spec.name for spec in specs}
+    costs.embedding(own.get("embed_tokens", "token_embd.weight"))
+    costs.layer(index, specs)
+    costs.output(tokens, own.get("shared_head_head"))
+    return costs.ops()
 
 
 class _Costs:
     """Adds up the costs of a step; see `step_ops` for the arguments."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, tokens: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo] | None,
+        tokens: int,
+        cached: int,
+        cache_type: str,
+        mla: str,
+    ):
         self._config, self._tensors, self._tokens = config, tensors, tokens
+        self._cached, self._cache_type = cached, cache_type
+        self._parts, self._row = parts_of(config, mla, tokens, cached), attended_bytes(config, cache_type, mla)
         self.names: Mapping[str, TensorInfo] = {} if tensors is None else tensors
         self.totals: dict[str, list[float]] = {}
 
-    def embedding(self) -> None:
-        """The tokens' rows of the embedding matrix."""
-        row = self._bytes("token_embd.weight") / self._config.vocab_size
+    def ops(self) -> list[Op]:
+        """The costs by operation."""
+        return [Op(name, round(macs), round(nbytes)) for name, (macs, nbytes) in self.totals.items()]
+
+    def layer(self, layer: int, specs: Iterable[TensorSpec]) -> None:
+        """A layer with the tensors `specs`."""
+        choosing = sum(part.tokens for part in self._parts if part.form == "sparse")
+        for spec in specs:
+            if spec.stem in ("attn_kv_b", "attn_v_b"):
+                self.attention_up(layer, self._parts)
+                self.attention(self._parts, self._row)
+            elif spec.stem == "indexer.proj":
+                self.choice(choosing, self._cached, index_bytes(self._config, self._cache_type, layer))
+            if _OPS.get(spec.stem) == "index":
+                self.matrix(spec, choosing)
+            elif spec.stem in _OPS:
+                self.matrix(spec, self._tokens)
+
+    def embedding(self, name: str = "token_embd.weight") -> None:
+        """The tokens' rows of an embedding matrix."""
+        row = self._bytes(name) / self._config.vocab_size
         self._add("embedding", 0, self._tokens * row)
 
     def attention_up(self, layer: int, parts: list[Part]) -> None:
@@ -144,9 +191,10 @@ class _Costs:
         read = self._bytes(spec.name) * (1 - (1 - used / of) ** tokens)
         self._add(_OPS[spec.stem], tokens * spec.weights * used // of, read)
 
-    def output(self, logits: int) -> None:
-        """The product with the output matrix, for the tokens whose logits are computed."""
-        name = "output.weight" if "output.weight" in self.names else "token_embd.weight"
+    def output(self, logits: int, name: str | None = None) -> None:
+        """The product with the model's output matrix, or with another one, for the tokens whose logits are computed."""
+        if name is None:
+            name = "output.weight" if "output.weight" in self.names else "token_embd.weight"
         macs = logits * self._config.vocab_size * self._config.hidden_size
         self._add("output", macs, self._bytes(name) if logits else 0)
 

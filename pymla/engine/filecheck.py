@@ -19,7 +19,8 @@ from pymla.errors import PymlaError
 from pymla.files import values
 from pymla.files.gguf_reader import ModelFile, TensorInfo
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import TensorSpec, find, is_run, layer_of, model_tensors
+from pymla.models.nextn import NEXTN
+from pymla.models.tensors import TensorSpec, find, is_run, layer_of, model_tensors, nextn_tensors
 from pymla.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ def examine(
     mla: str = "auto",
     *,
     dsa: bool = True,
+    nextn: bool = False,
     check_tensors: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Examined:
@@ -60,7 +62,7 @@ def examine(
     Parameters
     ----------
     file : ModelFile
-    cache_type, mla, dsa : as for `pymla.load`
+    cache_type, mla, dsa, nextn : as for `pymla.load`
         Not every type of cache holds every model's rows, and not every mode goes with sparse attention.
     check_tensors : whether to look at all values of all tensors, which reads the whole file
     progress : called with (bytes done, bytes in all) while all values are looked at
@@ -89,7 +91,10 @@ def examine(
         )
     elif config:
         problems += _layer_problems(file, config)
-        tensors, found = _find_tensors(file, config)
+        specs = model_tensors(config, file.tensors)
+        if nextn and _collect(problems, lambda: _check_nextn(file, config)):
+            specs += nextn_tensors(config, config.num_hidden_layers, file.tensors)
+        tensors, found = _find_tensors(file, specs)
         problems += found
         problems += _factor_problems(file, tensors)
         problems += _value_problems(file, tensors, check_tensors, progress)
@@ -159,11 +164,30 @@ def _layer_problems(file: ModelFile, config: ModelConfig) -> Iterator[PymlaError
             )
 
 
-def _find_tensors(file: ModelFile, config: ModelConfig) -> tuple[list[Found], list[PymlaError]]:
+def _check_nextn(file: ModelFile, config: ModelConfig) -> bool:
+    """True where a file says that it has a block that predicts further tokens (nextn).
+
+    Raises
+    ------
+    PymlaError
+        It says nothing of the kind, or its architecture has none.
+    """
+    key = f"{config.architecture}.nextn_predict_layers"
+    if config.architecture not in NEXTN:
+        raise PymlaError(f"{file.path}: models of architecture {config.architecture} have no block that `nextn` loads")
+    if not config.num_nextn_predict_layers:
+        raise PymlaError(
+            f"{file.path}: the file has no block that predicts further tokens: metadata {key} is missing or 0; leave "
+            "`nextn` out, or convert the model again with the block (--mtp)"
+        )
+    return True
+
+
+def _find_tensors(file: ModelFile, specs: list[TensorSpec]) -> tuple[list[Found], list[PymlaError]]:
     """The tensors of a model that are as they should be, and a problem for each of the others; tensors of a type that
     does not run are one problem for each type."""
     tensors, problems, types = [], [], set()
-    for spec in model_tensors(config, file.tensors):
+    for spec in specs:
         info = file.tensors.get(spec.name)
         if info and info.qtype in types:
             continue

@@ -77,7 +77,7 @@ def _fit_cpu(planner: Planner, ctx: int | None, report: Report) -> int:
         return planner.host(Split(0), tokens)
 
     if plan(wanted).allocated > available and ctx is None:
-        row = row_bytes(config, planner.cache_type, planner.mla)
+        row = row_bytes(config, planner.cache_type, planner.mla, range(config.num_hidden_layers + planner.nextn))
         spare = available - plan(PAGE).allocated - HOST.most_expanded - choice_bytes(config, wanted)
         wanted = max(PAGE, min(wanted, int(spare * 0.9) // row // PAGE * PAGE))
         if plan(wanted).allocated <= available:

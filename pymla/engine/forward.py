@@ -6,17 +6,17 @@ positions that tokens chose are needed until the last layer that shares the choi
 sparse attention goes through the layers in portions (`pymla.engine.runs.portions_of`).
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from pymla.backend import Array, Backend, Progress
-from pymla.engine.cache import PagedCache
 from pymla.engine.runs import Run, portions_of
 from pymla.engine.slices import even_slices, slices
 from pymla.models.deepseek2 import DeepSeek2
 from pymla.models.deepseek32 import DeepSeek32
+from pymla.models.nextn import Nextn
 from pymla.models.operations import Operations
 from pymla.models.placement import Placement, moved
 from pymla.models.weights import Layer
@@ -24,36 +24,51 @@ from pymla.pages import LayerCache, Step
 from pymla.scratch import most_choosing
 
 
+class Outputs(NamedTuple):
+    """The results of a step, in the memory of the output's backend."""
+
+    logits: Array  # float (n, V), of the tokens whose logits are wanted
+    hidden: Array  # float (T, hidden), hidden states behind the last norm, of all tokens
+
+
 class Forward:
-    """The forward pass of a model.
+    """The forward pass of a model, or of its nextn block.
 
     Parameters
     ----------
     transformer : DeepSeek2
         The family's stages, with the weights.
     placement : Placement
-    cache : PagedCache
-    ctx : int
-        The longest sequence, in tokens.
+    caches : sequence of LayerCache
+        Of every layer.
+    exact : bool
+        `PagedCache.exact`.
+    inv_freq : float64 array (R / 2,)
+        Radians per position.
     materialised : bool
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
         Of intermediate results.
+
+    Attributes
+    ----------
+    inv_freq : dict of Backend and float64 array (R / 2,)
+        The same, in the memory of each backend.
     """
 
     def __init__(
         self,
         transformer: DeepSeek2,
         placement: Placement,
-        cache: PagedCache,
-        ctx: int,
+        caches: Sequence[LayerCache],
+        exact: bool,
+        inv_freq: np.ndarray,
         materialised: bool,
         dtype: Any,
     ):
-        self._transformer, self._placement, self._cache = transformer, placement, cache
+        self._transformer, self._placement, self._caches, self._exact = transformer, placement, caches, exact
         self._materialised, self._dtype = materialised, dtype
-        inv_freq = transformer.inv_freq(ctx)
-        self._inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
+        self.inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(
         self, steps: dict[Backend, Step], runs: list[Run], rows: np.ndarray | None, progress: Progress | None = None
@@ -70,6 +85,54 @@ class Forward:
         progress : callable(done, total), optional
             Told of layers.
         """
+        transformer = self._transformer
+        ops, x = self._behind_layers(steps, runs, rows, progress)
+        return transformer.logits(ops, transformer.hidden_states(ops, x))
+
+    def outputs(
+        self,
+        steps: dict[Backend, Step],
+        runs: list[Run],
+        rows: np.ndarray | None,
+        progress: Progress | None = None,
+        previous: Array | None = None,
+    ) -> Outputs:
+        """`logits`, and the hidden states of all tokens.
+
+        Parameters
+        ----------
+        steps, runs, rows, progress
+            As for `logits`.
+        previous : float array (T, hidden), optional
+            The input of a nextn block beside the tokens, in the memory of its layer's backend: the hidden states after
+            the tokens before them.
+        """
+        transformer = self._transformer
+        ops, x = self._behind_layers(steps, runs, None, progress, previous)
+        h = transformer.hidden_states(ops, x)
+        wanted = h if rows is None else ops.activation(ops.backend.memory.take(h.x, rows))
+        return Outputs(transformer.logits(ops, wanted), h.x)
+
+    def fill(self, steps: dict[Backend, Step], previous: Array) -> None:
+        """Write the cache rows of a nextn block, for which its one layer's attention need not be computed; `previous`
+        as for `outputs`."""
+        transformer, backend = self._transformer, self._placement.layers[0]
+        operations = {each: self._operations(each, step) for each, step in steps.items()}
+        for part in slices(0, len(previous), backend.SLICE):
+            own = {each: ops.part(part.start, part.stop) for each, ops in operations.items()}
+            layer, ops = transformer.weights.layers[0], own[backend]
+            x = self._entering(own, previous[part])
+            transformer.store(ops, layer, self._caches[0], transformer.attention_input(ops, layer, x))
+
+    def _behind_layers(
+        self,
+        steps: dict[Backend, Step],
+        runs: list[Run],
+        rows: np.ndarray | None,
+        progress: Progress | None,
+        previous: Array | None = None,
+    ) -> tuple[Operations, Array]:
+        """The output's operations, and the residual stream behind the last layer: of all tokens, or of some `rows`."""
         place, layers = self._placement, len(self._placement.layers)
         operations = {backend: self._operations(backend, step) for backend, step in steps.items()}
         last = place.layers[-1]
@@ -83,24 +146,30 @@ class Forward:
                 if progress:
                     progress(before + done, len(portions) * layers)
 
-            x = self._through_layers(own, own_runs, report)
+            x = self._entering(own, None if previous is None else previous[start:stop])
+            x = self._through_layers(own, own_runs, x, report)
             if rows is None:
                 results.append(x)
             elif len(wanted := rows[(start <= rows) & (rows < stop)]):
                 results.append(last.memory.take(x, wanted - start))
         if len(results) > 1:
             results = [last.memory.to_device(np.concatenate([last.memory.to_host(x) for x in results]))]
-        return self._transformer.logits(operations[place.output], moved(results[0], last, place.output))
+        return operations[place.output], moved(results[0], last, place.output)
+
+    def _entering(self, operations: dict[Backend, Operations], previous: Array | None) -> Array:
+        """The residual stream as it enters the first layer, (T, hidden), in the memory of that layer's backend."""
+        transformer, embedding, backend = self._transformer, self._placement.embedding, self._placement.layers[0]
+        x = moved(transformer.embed(operations[embedding]), embedding, backend)
+        return x if previous is None else cast(Nextn, transformer).join(operations[backend], x, previous)
 
     def _through_layers(
-        self, operations: dict[Backend, Operations], runs: list[Run], report: Callable[[int], None]
+        self, operations: dict[Backend, Operations], runs: list[Run], x: Array, report: Callable[[int], None]
     ) -> Array:
-        """The residual stream of tokens behind the last layer, (T, hidden), in the memory of that layer's backend."""
+        """The residual stream `x`, (T, hidden), behind the last layer, in the memory of that layer's backend."""
         transformer, place = self._transformer, self._placement
-        backend, chosen = place.embedding, None
-        x = transformer.embed(operations[backend])
+        backend, chosen = place.layers[0], None
         sparse = any(run.sparse_tokens for run in runs)
-        for i, (layer, cache) in enumerate(zip(transformer.weights.layers, self._cache.layers, strict=True)):
+        for i, (layer, cache) in enumerate(zip(transformer.weights.layers, self._caches, strict=True)):
             source, backend = backend, place.layers[i]
             x = moved(x, source, backend)
             ops = operations[backend].with_experts_on(place.experts[i])
@@ -114,7 +183,7 @@ class Forward:
         return x
 
     def _operations(self, backend: Backend, step: Step) -> Operations:
-        config, inv_freq = self._transformer.config, self._inv_freq[backend]
+        config, inv_freq = self._transformer.config, self.inv_freq[backend]
         return Operations.of(backend, config, step, inv_freq, self._dtype, self._materialised)
 
     def _attention(
@@ -173,7 +242,7 @@ class Forward:
             own = ops.part(part.start, part.stop)
             transformer.store(own, layer, cache, transformer.attention_input(own, layer, x[part]))
         c_kv, k_pe = transformer.load(ops, cache, ops.step.block_tables[run.sequence], run.length)
-        exact = self._cache.exact  # keys and values need no more bits than the cache rows that they come from
+        exact = self._exact  # keys and values need no more bits than the cache rows that they come from
         at_once = ops.backend.attention.heads_at_once(config, run.length, exact)
         for heads in even_slices(config.num_attention_heads, at_once):
             keys_values = transformer.expand(ops, layer, c_kv, k_pe, heads, exact=exact)

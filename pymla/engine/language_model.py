@@ -1,27 +1,27 @@
 """A model with its tokenizer: text in, text out."""
 
 import gc
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from pymla import checks
-from pymla.backend import Progress
+from pymla.engine.engine import Engine
 from pymla.engine.generation import Generation
 from pymla.engine.model import Model
 from pymla.errors import PymlaError
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
-from pymla.text.sampling import SamplingParams
 from pymla.text.tokenizer import Tokenizer
 
 
 class LanguageModel:
     """A model with its tokenizer. Use as a context manager, or `close` it, to unmap the file.
 
-    Several threads may use one model. Calls of `generate` and `logits` wait for each other; the steps of streams take
-    turns.
+    Several threads and event loops may use one model. Texts that are generated at the same time are computed together
+    (`engine`); a call of `logits` waits for a step of theirs.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class LanguageModel:
     tokenizer : Tokenizer
     model : Model
     file : ModelFile
-    recommended : dict of str and float
+    recommended : dict of str and (float or str)
         Defaults of sampling parameters that the file gives (`pymla.text.recommended`).
     """
 
@@ -39,11 +39,13 @@ class LanguageModel:
         config: ModelConfig,
         tokenizer: Tokenizer,
         model: Model,
-        recommended: Mapping[str, float] | None = None,
+        recommended: Mapping[str, float | str] | None = None,
     ):
         self.file, self.config, self.tokenizer = file, config, tokenizer
         self.recommended = dict(recommended or {})
         self._model: Model | None = model
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
 
     @property
     def device(self) -> str:
@@ -98,16 +100,15 @@ class LanguageModel:
             )
         return logits
 
-    def generation(
-        self,
-        prompt: str | Iterable[int],
-        *,
-        max_tokens: int | None = None,
-        stop: str | Iterable[str] | None = (),
-        progress: Progress | None = None,
-        special: bool = False,
-        **sampling: Any,
-    ) -> Generation:
+    @property
+    def engine(self) -> Engine:
+        """The engine, which computes all texts of this model, for `asyncio` and for several texts with one prompt."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = Engine(self)
+            return self._engine
+
+    def generation(self, prompt: str | Iterable[int], **options: Any) -> Generation:
         """A text to be generated.
 
         Parameters
@@ -119,10 +120,20 @@ class LanguageModel:
         stop : str, or sequence of str
             Texts that end the generation.
         progress : callable(done, total), optional
-            Told of the layers of the prompt's pass.
+            Told of the layers of the prompt's passes.
         special : bool
             Whether control tokens have their names in the text, the one that ends it too.
-        **sampling
+        shown_tokens : collection of int
+            Control tokens that have their names in the text anyway (`AnswerParser.shown_tokens`).
+        json_schema : dict, bool or str, optional
+            The text is JSON that fits this schema.
+        regex : str, optional
+            The text matches this regular expression, of Rust's regex crate.
+        grammar : str or Grammar, optional
+            The text fits this grammar, in Lark's notation or in GBNF, or compiled already (`pymla.text.constraints`).
+        constraint : Constraint, optional
+            What the text may be, said by an object of the caller's.
+        **options
             The fields of `SamplingParams`; None stands for the file's default, or else the field's.
 
         Returns
@@ -134,11 +145,7 @@ class LanguageModel:
         ------
         PymlaError
         """
-        params = SamplingParams.of(sampling, self.recommended)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
-        model = self.model
-        self.file.check_unchanged()
-        return Generation(model, self.tokenizer, ids, params, max_tokens, stop, progress, special)
+        return self.engine.generation(prompt, **options)
 
     def stream(self, prompt: str | Iterable[int], **options: Any) -> Iterator[str]:
         """Pieces of text as they are generated; options as for `generation`."""
@@ -146,9 +153,20 @@ class LanguageModel:
 
     def generate(self, prompt: str | Iterable[int], **options: Any) -> str:
         """The whole generated text; options as for `generation`."""
-        generation = self.generation(prompt, **options)
-        with generation.model.turn:
-            return "".join(generation)
+        return "".join(self.generation(prompt, **options))
+
+    def prompt_ids(self, prompt: str | Iterable[int]) -> list[int]:
+        """Token ids of a prompt, given as a text or as ids.
+
+        Raises
+        ------
+        PymlaError
+            It is neither, or the model or its file is gone.
+        """
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else self._checked("prompt", prompt).tolist()
+        self.model  # noqa: B018  raises where it was closed
+        self.file.check_unchanged()
+        return ids
 
     def close(self) -> None:
         """Let go of the weights and of the cache. Waits for a step that another thread runs; generations that are not

@@ -19,6 +19,7 @@ from pymla.engine.report import Report, as_report
 from pymla.engine.split import Split
 from pymla.files.gguf_reader import ModelFile
 from pymla.host.memory import available_memory
+from pymla.models.nextn import with_nextn
 from pymla.models.placement import Placement
 from pymla.models.weights import Weights
 from pymla.pages import CACHE_TYPES, PAGE
@@ -42,6 +43,7 @@ def load(
     cache_type: str = "q8_0",
     mla: str | int = "auto",
     dsa: bool = True,
+    nextn: bool = False,
     threads: int | None = None,
     ctx: int | None = None,
     cache_tokens: int | None = None,
@@ -71,6 +73,9 @@ def load(
     dsa : bool
         Whether the attention of models with an indexer is sparse, as they were trained; otherwise they attend to all
         positions, and the indexer is left out.
+    nextn : bool
+        Whether the block that predicts further tokens is loaded, which files of V3, V3.2 and GLM may have
+        (`pymla.models.nextn`); of several the first.
     threads : int, optional
         All usable cores by default.
     ctx : int, optional
@@ -102,16 +107,19 @@ def load(
     ctx = None if ctx is None else checks.integer("ctx", ctx, 1)
     cache_tokens = 1 if cache_tokens is None else checks.integer("cache_tokens", cache_tokens, 1, MOST_SLOTS)
     check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
+    nextn = checks.flag("nextn", nextn)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
-    file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
-    found = examine(file, cache_type, mode, dsa=dsa, check_tensors=check_tensors, progress=report.checking)
-    config, tokenizer = found.check()
+    given = demo_path() if path is None else checks.path("path", path, "the path of a GGUF file is expected")
+    file = ModelFile.open(given, overrides)
+    options = {"dsa": dsa, "nextn": nextn, "check_tensors": check_tensors}
+    config, tokenizer = examine(file, cache_type, mode, progress=report.checking, **options).check()
+    config = with_nextn(config, file.tensors) if nextn else config
     recommended = recommended_sampling(file)
     for warning in (*tokenizer.warnings, *recommended.warnings):
         report.warn(warning)
     if ctx is not None and ctx > config.context_length:
         checks.refuse("ctx", ctx, f"this model's context goes from 1 to {config.context_length} tokens")
-    planner = Planner(config, file, cache_type, mode, cache_tokens)
+    planner = Planner(config, file, cache_type, mode, cache_tokens, nextn)
     split, ctx = fit(device, wish, planner, report)
     place = placement(device, split, config, threads, report)
     weights = _weights(planner, place, split, report)
@@ -120,15 +128,6 @@ def load(
     for backend in place.backends:
         backend.compile_for(model, report.compiling, report.warn)
     return LanguageModel(file, config, tokenizer, model, recommended.values)
-
-
-def _path(path: Any) -> Path:
-    """A path that the system takes."""
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        checks.refuse("path", path, "the path of a GGUF file is expected")
-    if "\0" in os.fspath(path) or not os.fspath(path):
-        checks.refuse("path", path, "no file can have this name")
-    return Path(path)
 
 
 def _layer_count(gpu_layers: Any) -> int | None:
@@ -155,4 +154,6 @@ def _weights(planner: Planner, place: Placement, split: Split, report: Report) -
         interleaved.compile_kernel(report.compiling, report.warn)
     # Two progress bars at a time would take turns.
     arranging = None if total else report.arranging
-    return Weights.from_gguf(file, config, arranging, place, lambda done: report.uploading(done, total))
+    return Weights.from_gguf(
+        file, config, arranging, place, lambda done: report.uploading(done, total), nextn=planner.nextn
+    )

@@ -22,9 +22,9 @@ from pymla.engine.split import Split
 from pymla.errors import NoRoom
 from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
-from pymla.models.tensors import layer_of, model_tensors
+from pymla.models.tensors import layer_of, model_tensors, nextn_tensors
 from pymla.pages import PAGE
-from pymla.scratch import DEVICE, HOST
+from pymla.scratch import DEVICE, HOST, Portions
 
 #: Whether a split and a context fit the memory.
 Fits = Callable[[Split, int], bool]
@@ -75,24 +75,36 @@ class Planner:
         As for `Model`.
     cache_tokens : int
         Tokens that the cache holds at least, and that a step may have, of all sequences together.
+    nextn : bool
+        Whether the first block that predicts further tokens is loaded; its layer is where the last layer is.
     """
 
-    def __init__(self, config: ModelConfig, file: ModelFile, cache_type: str, mla: str, cache_tokens: int = 1):
-        self.config, self.file, self.cache_type, self.mla = config, file, cache_type, mla
+    def __init__(
+        self,
+        config: ModelConfig,
+        file: ModelFile,
+        cache_type: str,
+        mla: str,
+        cache_tokens: int = 1,
+        nextn: bool = False,
+    ):
+        self.config, self.file, self.cache_type, self.mla, self.nextn = config, file, cache_type, mla, nextn
         self._cache_tokens = cache_tokens
         # The part and the layer of every tensor that a backend takes as it is in the file.
         self._parts: dict[str, tuple[str, int]] = {}
         self._sizes: dict[str, int] = {}  # as tensors are loaded
-        for spec in model_tensors(config, file.tensors):
+        layers = config.num_hidden_layers
+        block = nextn_tensors(config, layers, file.tensors) if nextn else []
+        for spec in [*model_tensors(config, file.tensors), *block]:
             # A k_b without kv_b is transposed before it goes anywhere.
             if spec.name in file.tensors and spec.stem != "attn_k_b":
-                self._parts[spec.name] = spec.part, spec.layer
+                self._parts[spec.name] = spec.part, min(spec.layer, layers - 1)
                 self._sizes[spec.name] = tensor_bytes(file.tensors[spec.name])
         #: Names of the tensors that are loaded as copies with plain rows.
         self.interleaved = {name for name in self._parts if file.tensors[name].qtype in ggml.PLAIN}
         #: Names of the tensors of layers that predict further tokens, which are not loaded.
-        self.not_run = {name for name in file.tensors if (layer_of(name) or 0) >= config.num_hidden_layers}
-        self._derived = [derived_bytes(config, file.tensors, [i]) for i in range(config.num_hidden_layers)]
+        self.not_run = {name for name in file.tensors if (layer_of(name) or 0) >= layers + nextn}
+        self._derived = [derived_bytes(config, file.tensors, self._with_block(range(i, i + 1))) for i in range(layers)]
 
     def uploaded(self, split: Split) -> list[str]:
         """The names of the tensors that the GPU takes as they are in the file."""
@@ -115,7 +127,7 @@ class Planner:
             weights=self._uploaded(split),
             derived=sum(self._derived[first:]),
             cache=self._cache(ctx, range(first, self.config.num_hidden_layers)),
-            scratch=device_scratch_bytes(self.config, self.mla, max(ctx, self._cache_tokens)),
+            scratch=device_scratch_bytes(self.config, self.mla, max(ctx, self._cache_tokens)) + self._joined(DEVICE),
             process=RESERVE,
         )
 
@@ -124,7 +136,7 @@ class Planner:
         first = split.first(self.config)
         # Routed experts get as many tokens at a time as the GPU computes.
         tokens = DEVICE.tokens if split.apart(self.config) else HOST.tokens if first else 0
-        scratch = scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) if tokens else 0
+        scratch = scratch_bytes(self.config, self.mla, ctx, min(tokens, ctx)) + self._joined(HOST) if tokens else 0
         uploaded = set(self.uploaded(split))
         # Of a tensor for the GPU a plain copy is made on its way there, of one after the other.
         passing = max((self._sizes[name] for name in self.interleaved & uploaded), default=0)
@@ -151,7 +163,17 @@ class Planner:
         return sum(ggml.tensor_bytes(tensor.qtype, tensor.shape) for tensor in tensors)
 
     def _cache(self, ctx: int, layers: range) -> int:
-        return cache_bytes(self.config, self.cache_type, self.mla, max(ctx, self._cache_tokens), layers)
+        tokens = max(ctx, self._cache_tokens)
+        return cache_bytes(self.config, self.cache_type, self.mla, tokens, self._with_block(layers))
+
+    def _joined(self, portions: Portions) -> int:
+        """Bytes of the hidden states of a slice, of the block's input that they are a part of, and of its int8 copy."""
+        return portions.tokens * self.config.hidden_size * (4 + 2 * 5) if self.nextn else 0
+
+    def _with_block(self, layers: range) -> list[int]:
+        """Some layers, and the block's where the last one is among them."""
+        last = self.config.num_hidden_layers - 1
+        return [*layers, *([last + 1] if self.nextn and last in layers else [])]
 
 
 def choose(planner: Planner, wish: Wish, device: int, host: int) -> Choice:

@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-
-from pymla.engine.cache import Sequence
+from pymla.engine.cache import Batch
 from pymla.engine.forms import Form, parts_of
 from pymla.engine.slices import slices
 from pymla.models.config import ModelConfig
@@ -34,12 +32,25 @@ class Portion(NamedTuple):
     runs: list[Run]  # counted from `start`
 
 
-def runs_of(config: ModelConfig, mla: str, batch: Iterable[tuple[Sequence, np.ndarray]]) -> list[Run]:
-    """The runs of a step that appends tokens to sequences; neighbours of one form are one run."""
+def runs_of(config: ModelConfig, mla: str, batch: Batch) -> list[Run]:
+    """The runs of a step that appends tokens to sequences (`runs_at`)."""
+    return runs_at(config, mla, ((sequence.length, len(new)) for sequence, new in batch))
+
+
+def runs_at(config: ModelConfig, mla: str, spans: Iterable[tuple[int, int]]) -> list[Run]:
+    """The runs of a step; neighbours of one form are one run.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    mla : one of `pymla.engine.forms.MLA_MODES`
+    spans : iterable of (int, int)
+        Of every sequence, the position of the first token and the number of tokens.
+    """
     runs: list[Run] = []
     stop = 0
-    for row, (sequence, new) in enumerate(batch):
-        for form, tokens, length in parts_of(config, mla, len(new), sequence.length + len(new)):
+    for row, (first, count) in enumerate(spans):
+        for form, tokens, length in parts_of(config, mla, count, first + count):
             start, stop = stop, stop + tokens
             if runs and form == runs[-1].form != "expanded":
                 runs[-1] = runs[-1]._replace(stop=stop, length=length)

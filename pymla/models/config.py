@@ -46,7 +46,7 @@ class ModelConfig:
     rope_theta: float
     yarn: Yarn | None
     original_context_length: int  # that the model was trained with, before YaRN or LongRoPE
-    num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens; they are not run
+    num_nextn_predict_layers: int = 0  # layers behind the others that predict further tokens
     rope_interleave: bool = True  # whether rope's pairs are neighbours; otherwise of the two halves
     hidden_act: str = "silu"  # of dense networks: "silu" of a gate, or "relu2", the square of ReLU, without a gate
     attention_factor: float = 1.0  # on cos and sin

@@ -8,7 +8,7 @@ slice, and chooses a form of attention; `ops` are the operations of a layer's ba
 - in every layer `attention_input` and `store`, then attention in one of its forms: `query_input`, `queries` and
   `absorbed`; `load`, `expand`, `query_input`, `queries` and `expanded`; or `query_input`, `queries` and `full`; then
   `feed_forward`
-- `logits`
+- `hidden_states` and `logits`
 
 Shapes: S rows of a sequence's cache, H heads, E experts, k experts of a token, V tokens of the vocabulary, R rotated
 numbers of a head. Queries and keys have nope + R numbers a head, values v, and a latent row has rank + R.
@@ -179,7 +179,10 @@ class DeepSeek2:
         ids, weights = ops.router(scores, layer.exp_probs_b)  # (T, k), (T, k)
         ops.add_experts(h, ids, weights, layer.experts, layer.shared, x)  # (T, hidden)
 
-    def logits(self, ops: Operations, x: Array) -> Array:
-        """Logits of the next token from the residual stream behind the last layer, of T tokens or some of them."""
-        h = ops.normed(x, self.weights.output_norm)  # (T, hidden)
+    def hidden_states(self, ops: Operations, x: Array) -> MatrixInput:
+        """The residual stream behind the last layer, normalised, of T tokens or some of them."""
+        return ops.normed(x, self.weights.output_norm)  # (T, hidden)
+
+    def logits(self, ops: Operations, h: MatrixInput) -> Array:
+        """Logits of the next token from hidden states."""
         return ops.matmul(self.weights.output, h)  # (T, V)

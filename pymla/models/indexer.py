@@ -19,7 +19,9 @@ class Indexer:
     heads: int  # of its queries
     head_dim: int  # numbers of a query's head, and of a key; the first ``qk_rope_head_dim`` are rotated
     top_k: int  # positions that a token attends to, at most
-    full: tuple[bool, ...]  # of each layer: whether it has an indexer; the others share the last choice before them
+    #: Of each layer, and behind them of a loaded nextn block: whether it has an indexer. Other layers share the last
+    #: choice before them, and a block attends to all positions.
+    full: tuple[bool, ...]
     interleave: bool = False  # whether rope's pairs are neighbours; otherwise of the two halves
 
 

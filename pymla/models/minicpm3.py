@@ -63,6 +63,5 @@ class MiniCPM3(DeepSeek2):
         h = ops.normed(x, layer.ffn_norm, add=projected, eps=self._eps)  # (T, hidden)
         ops.add_ffn(h, layer.ffn, x)  # (T, hidden)
 
-    def logits(self, ops: Operations, x: Array) -> Array:
-        h = ops.normed(x, self.weights.output_norm, eps=self._eps)  # (T, hidden)
-        return ops.matmul(self.weights.output, h)  # (T, V)
+    def hidden_states(self, ops: Operations, x: Array) -> MatrixInput:
+        return ops.normed(x, self.weights.output_norm, eps=self._eps)  # (T, hidden)

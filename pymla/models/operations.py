@@ -72,9 +72,10 @@ class Operations(NamedTuple):
         """A matrix for each head: (T, H, K) to `out` (T, H, N)."""
         return self.backend.quant.matmul_heads(w, x, out)
 
-    def rms_norm(self, x: Array, weight: Array) -> Array:
-        """Normalised rows, (T, K)."""
-        return self.backend.norm.rms_norm(x, weight, self.config.rms_norm_eps, self.empty(*x.shape))
+    def rms_norm(self, x: Array, weight: Array, out: Array | None = None) -> Array:
+        """Normalised rows, (T, K); `out` may be columns of a wider array."""
+        out = self.empty(*x.shape) if out is None else out
+        return self.backend.norm.rms_norm(x, weight, self.config.rms_norm_eps, out)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
         """Rows (T, K) with mean 0 and variance 1, times a weight, plus a bias."""

@@ -33,7 +33,7 @@ class TensorSpec(NamedTuple):
 
     name: str  # in the file
     shapes: tuple[tuple[int, ...], ...]  # any of these, NumPy order
-    field: str  # of `Weights` or `Layer`; attn_kv_b and ffn_gate_up_exps hold two of their fields
+    field: str  # of `Weights`, `Layer` or `NextnWeights`; attn_kv_b and ffn_gate_up_exps hold two of their fields
     #: Of the model: "embedding", "output", "layer", "experts", which a router chooses from, or "rope", whose
     #: frequencies are computed on the host.
     part: str = "layer"
@@ -106,7 +106,7 @@ def layer_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -
     """The tensors of a layer, in the order in which it uses them; arguments as for `model_tensors`."""
     blk, hidden = _Block(index), config.hidden_size
     specs = [*_attention(blk, config, names)]
-    if config.indexer and _has_indexer(blk, config.indexer, names):
+    if config.indexer and has_indexer(config, index, names):
         specs += _indexer(blk, config, config.indexer)
     specs.append(blk.weight("ffn_norm", (hidden,)))
     if index < config.first_k_dense_replace or not config.n_routed_experts:
@@ -121,14 +121,28 @@ def nextn_tensors(config: ModelConfig, index: int, names: Container[str] = ()) -
     """The tensors of a layer that predicts further tokens (nextn): those of a layer, behind a projection of the token's
     embedding and the hidden state, and where a file has them an embedding, a norm and an output matrix of its own.
 
-    Such a layer lies behind those that run. It is never loaded; arguments as for `layer_tensors`.
+    Such a layer lies behind those that run, and `pymla.models.nextn` runs the first of them. Arguments as for
+    `layer_tensors`.
     """
     blk, hidden, vocabulary = _Block(index), config.hidden_size, (config.vocab_size, config.hidden_size)
-    optional = {"embed_tokens": vocabulary, "shared_head_head": vocabulary, "shared_head_norm": (hidden,)}
     shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
-    shapes |= {field: shape for field, shape in optional.items() if blk.name(f"nextn.{field}") in names}
     own = [blk.weight(field, shape, stem=f"nextn.{field}") for field, shape in shapes.items()]
+    optional = [
+        blk.weight("embed_tokens", vocabulary, stem="nextn.embed_tokens", part="embedding"),
+        blk.weight("shared_head_head", vocabulary, stem="nextn.shared_head_head", part="output"),
+        blk.weight("shared_head_norm", (hidden,), stem="nextn.shared_head_norm", part="output"),
+    ]
+    own += [spec for spec in optional if spec.name in names]
     return [*own, *layer_tensors(config, index, names)]
+
+
+def has_indexer(config: ModelConfig, index: int, names: Container[str] = ()) -> bool:
+    """Whether a layer has an indexer of its own. One behind those that run (nextn) may attend to all positions, which
+    its tensors tell."""
+    if config.indexer is None:
+        return False
+    full = config.indexer.full
+    return full[index] if index < len(full) else _Block(index).name("indexer.proj") in names
 
 
 def layer_of(name: str) -> int | None:
@@ -168,11 +182,6 @@ def _attention(blk: _Block, config: ModelConfig, names: Container[str]) -> Itera
     else:
         yield blk.weight("attn_kv_b", (heads * (nope + v), rank))
     yield blk.weight("attn_output", (hidden, heads * v))
-
-
-def _has_indexer(blk: _Block, indexer: Indexer, names: Container[str]) -> bool:
-    """Whether a layer has an indexer of its own. One behind those that run (nextn) may attend to all positions."""
-    return indexer.full[blk.layer] if blk.layer < len(indexer.full) else blk.name("indexer.proj") in names
 
 
 def _indexer(blk: _Block, config: ModelConfig, indexer: Indexer) -> Iterator[TensorSpec]:

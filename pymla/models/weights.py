@@ -8,7 +8,7 @@ Where a file has ``attn_k_b`` alone, which is the transpose, it is transposed ba
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from pymla.files.gguf_reader import ModelFile
 from pymla.models.config import ModelConfig
 from pymla.models.placement import Placement
 from pymla.models.tensor_loading import TensorLoader, TotalProgress
-from pymla.models.tensors import ROPE_FACTORS, TensorSpec, layer_tensors, outer_tensors, transposed_type
+from pymla.models.tensors import (
+    ROPE_FACTORS,
+    TensorSpec,
+    layer_tensors,
+    nextn_tensors,
+    outer_tensors,
+    transposed_type,
+)
 from pymla.tensor import QTensor
 
 #: A tensor, or None where the model has no such tensor. `ModelConfig` tells which, and a type checker cannot know.
@@ -80,6 +87,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class NextnWeights:
+    """The tensors of a block that predicts a further token (nextn). Where the file has none of its own, the embedding,
+    the norm and the output matrix are the model's."""
+
+    enorm: Array
+    hnorm: Array
+    eh_proj: QTensor  # of 2 * hidden columns: for the embedding, then for the hidden state
+    embed_tokens: QTensor
+    layer: Layer
+    shared_head_norm: Array
+    shared_head_head: QTensor
+
+
+@dataclass(frozen=True)
 class Weights:
     """All tensors of a model."""
 
@@ -89,6 +110,7 @@ class Weights:
     layers: list[Layer]
     rope_factors_long: Maybe = None  # float32 (R / 2,), in the mapped file, as the next one
     rope_factors_short: Maybe = None
+    nextn: NextnWeights | None = None
 
     @classmethod
     def from_gguf(
@@ -98,6 +120,7 @@ class Weights:
         progress: Progress | None = None,
         placement: Placement | None = None,
         uploading: Callable[[int], object] | None = None,
+        nextn: bool = False,
     ) -> "Weights":
         """Find, check and lay out the tensors.
 
@@ -111,6 +134,9 @@ class Weights:
             In whose memory each tensor shall lie; by default all in the host's.
         uploading : callable(done), optional
             Told of bytes that are on their way to the memory of a GPU.
+        nextn : bool
+            Whether the first block that predicts further tokens is loaded, too. It goes to the backends of the last
+            layer, its own embedding and output matrix to those of the model's.
 
         Raises
         ------
@@ -136,8 +162,28 @@ class Weights:
             output = loader.matrix(specs["token_embd"])
         # Logits that are divided by a number come from a norm that is.
         output_norm = loader.vector(specs["output_norm"], config.logit_scale)
-        factors = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
-        return cls(token_embd, output_norm, output, layers, *factors)
+        long, short = (loader.numbers(specs[field]) if field in specs else None for field in ROPE_FACTORS)
+        weights = cls(token_embd, output_norm, output, layers, long, short)
+        return replace(weights, nextn=_nextn(loader, config, placement, weights)) if nextn else weights
+
+
+def _nextn(loader: TensorLoader, config: ModelConfig, placement: Placement, model: Weights) -> NextnWeights:
+    """The first block behind a model's layers."""
+    index = config.num_hidden_layers
+    specs = {spec.field: spec for spec in nextn_tensors(config, index, loader.file.tensors)}
+    at_input, at_output = loader.to(placement.embedding), loader.to(placement.output)
+    here, experts = loader.to(placement.layers[-1]), loader.to(placement.experts[-1])
+    own = "embed_tokens", "shared_head_norm", "shared_head_head"
+    embedding, norm, head = (specs.get(field) for field in own)
+    return NextnWeights(
+        enorm=here.vector(specs["enorm"]),
+        hnorm=here.vector(specs["hnorm"]),
+        eh_proj=here.matrix(specs["eh_proj"]),
+        embed_tokens=at_input.matrix(embedding) if embedding else model.token_embd,
+        layer=_layer(here, experts, config, index),
+        shared_head_norm=at_output.vector(norm) if norm else model.output_norm,
+        shared_head_head=at_output.matrix(head) if head else model.output,
+    )
 
 
 def _layer(loader: TensorLoader, experts: TensorLoader, config: ModelConfig, index: int) -> Layer:

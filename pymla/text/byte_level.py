@@ -4,6 +4,7 @@ A text is cut by the pre-tokenizer's regular expressions, one after the other. E
 printable characters, and the tokenizers package merges them.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
@@ -65,8 +66,8 @@ class ByteLevel:
         self._bpe = _bpe(self.ids, merges, special.difference(CHARACTERS), pre in IGNORE_MERGES, where)
         self._bpe.pre_tokenizer = PRE_TOKENIZERS[pre]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text in which no special tokens are looked for.
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """Token ids of a text in which no special tokens are looked for; the same ones `inside` another text.
 
         Raises
         ------
@@ -84,8 +85,9 @@ class ByteLevel:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; a control token's are its name."""
         text = self.tokens[token]
-        if self.kinds[token] == NORMAL and all(character in BYTES for character in text):
-            return bytes(BYTES[character] for character in text)
+        if self.kinds[token] == NORMAL:
+            with contextlib.suppress(KeyError):  # a text outside the alphabet stands for itself
+                return bytes(map(BYTES.__getitem__, text))
         return text.encode()
 
 

@@ -20,11 +20,15 @@ _PARAMETERS = {
     "min_p": "min_p",
     "penalty_last_n": "penalty_window",
     "penalty_repeat": "repetition_penalty",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "mirostat": "mirostat",
+    "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+    "sequence": "samplers",
 }
-
-#: Ways to sample that there are not, by the key that turns them on, and the keys that belong to each.
-_MISSING = {"mirostat": ("mirostat_tau", "mirostat_eta"), "xtc_probability": ("xtc_threshold",)}
-
+#: Parameters that a file may recommend.
+FIELDS = frozenset(_PARAMETERS.values())
 
 #: The window of penalties over all tokens, before it is written as 0.
 _ALL = 1 << 31
@@ -33,23 +37,22 @@ _ALL = 1 << 31
 class Recommended(NamedTuple):
     """Recommendations of a file."""
 
-    values: dict[str, float]  # fields of `SamplingParams`
+    values: dict[str, float | str]  # fields of `SamplingParams`
     warnings: list[str]  # recommendations that are not followed, by name
 
 
 def recommended_sampling(file: ModelFile) -> Recommended:
     """The sampling parameters that a file recommends, and a warning for each key that cannot be followed."""
-    values: dict[str, float] = {}
+    values: dict[str, float | str] = {}
     warnings = []
     for key, value in file.metadata.items():
         if not key.startswith(_PREFIX):
             continue
         name = key.removeprefix(_PREFIX)
         try:
-            if name in _PARAMETERS:
-                values |= _parameter(name, value)
-            else:
-                _refuse_unless_off(name, value)
+            if name not in _PARAMETERS:
+                raise PymlaError("pymla does not know this key")
+            values |= _parameter(name, value)
         except PymlaError as error:
             warnings.append(f"{file.path}: metadata {key} is {shown(value)}, and is not used: {error}")
     if values.get("penalty_window") == 0:
@@ -61,22 +64,10 @@ def recommended_sampling(file: ModelFile) -> Recommended:
     return Recommended(values, warnings)
 
 
-def _parameter(name: str, value: Any) -> dict[str, float]:
+def _parameter(name: str, value: Any) -> dict[str, float | str]:
     """A parameter as llama.cpp takes it: negative temperatures and top-k are 0, a negative window is all tokens."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
         value = {"temp": 0, "top_k": 0, "penalty_last_n": _ALL}.get(name, value)
     field = _PARAMETERS[name]
-    checked: float = getattr(SamplingParams(**{field: value}), field)
-    return {field: checked}
-
-
-def _refuse_unless_off(name: str, value: Any) -> None:
-    """Raise the PymlaError for a key that sets no parameter, unless it changes nothing."""
-    if name == "sequence":
-        raise PymlaError("the order is fixed: logit bias, penalties, top-k, top-p, min-p, temperature")
-    if name in _MISSING:
-        if isinstance(value, int | float) and value == 0:
-            return
-        raise PymlaError(f"pymla has no {name.partition('_')[0]} sampling")
-    if not any(name in others for others in _MISSING.values()):
-        raise PymlaError("pymla does not know this key")
+    checked = getattr(SamplingParams(**{field: value}), field)
+    return {field: ";".join(checked) if isinstance(checked, tuple) else checked}

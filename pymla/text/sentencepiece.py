@@ -79,10 +79,11 @@ class SentencePiece:
         self._inside = {token[at : at + 2] for token, _ in made for at in range(len(token) - 1)}
         self._kept = lru_cache(_KEPT_WORDS)(self._word)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text in which no special tokens are looked for, with the prefix in front."""
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """Token ids of a text in which no special tokens are looked for, with the prefix in front, unless the text is
+        `inside` another one."""
         ids: list[int] = []
-        for word in self._words((self.prefix + text).replace(" ", BLANK)):
+        for word in self._words((text if inside else self.prefix + text).replace(" ", BLANK)):
             ids += self._kept(word) if len(word) <= _LONGEST_KEPT else self._word(word)
         return ids
 

@@ -49,8 +49,8 @@ class Vocabulary(Protocol):
     def prefix(self) -> str:
         """What `encode` puts in front of a text."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """Token ids of a text; `inside` another one, without the prefix."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; a control token's are its name."""
@@ -103,6 +103,11 @@ class Tokenizer:
         self.chat_templates: dict[str, str] = {}
         self.warnings: list[str] = []
 
+    @property
+    def tokens(self) -> Sequence[str]:
+        """Texts of the tokens in the vocabulary's own alphabet, by their ids."""
+        return self._vocabulary.tokens
+
     @classmethod
     def from_gguf(cls, file: str | Path | ModelFile) -> "Tokenizer":
         """The tokenizer of a model file, or of a file that has nothing but a vocabulary.
@@ -142,7 +147,9 @@ class Tokenizer:
         tokenizer.chat_template, tokenizer.chat_templates = _chat_templates(file)
         return tokenizer
 
-    def encode(self, text: str, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_bos: bool = True, parse_special: bool = False, *, inside: bool = False
+    ) -> list[int]:
         """Token ids of a text.
 
         Parameters
@@ -153,6 +160,8 @@ class Tokenizer:
             `parse_special`, no other one is added.
         parse_special : bool
             Whether the name of a control token in the text becomes that token. Names of user-defined tokens always do.
+        inside : bool
+            The text continues another one: it has no BOS, nor the blank that SentencePiece puts in front of a text.
 
         Raises
         ------
@@ -171,7 +180,9 @@ class Tokenizer:
             if i % 2:
                 ids.append(self._vocabulary.ids[piece])
             elif piece:
-                ids += self._vocabulary.encode(piece)
+                ids += self._vocabulary.encode(piece, inside)
+        if inside:
+            return ids
         if add_bos and self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         return ids
@@ -208,22 +219,23 @@ class Tokenizer:
             return text.removeprefix(self._vocabulary.prefix)
         return text
 
-    def stream(self, skip_special: bool = True) -> "TextStream":
-        """A `TextStream` that decodes tokens one by one. They continue a text: a blank in front of it stays."""
-        return TextStream(self, skip_special)
+    def stream(self, skip_special: bool = True, shown: Collection[int] = ()) -> "TextStream":
+        """A `TextStream` that decodes tokens one by one. They continue a text: a blank in front of it stays. Of special
+        tokens those in `shown` have their names in the text even if others are skipped."""
+        return TextStream(self, skip_special, shown)
 
 
 class TextStream:
     """Text from tokens as they come, never half a character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()):
+        self._tokenizer, self._skip_special, self._shown = tokenizer, skip_special, frozenset(shown)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """The characters that are complete with this token."""
         known = 0 <= token < self._tokenizer.vocab_size
-        if not known or (self._skip_special and self._tokenizer.is_special(token)):
+        if not known or (self._skip_special and token not in self._shown and self._tokenizer.is_special(token)):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 

@@ -168,7 +168,7 @@ def sample(logits, maxima, sums, top_k, top_p, floor, sharpness, state, out):
         elif stage == 1:
             target = max(1, _share(total, top_p))
         else:
-            target = _share(total, philox(state[t, 0], state[t, 1], t)) + 1
+            target = _share(total, philox(state[t, 0], state[t, 1])) + 1
         kept = _last_up_to(target, row, values, tokens, count, weighing, kept, found, parts)
     if cuda.threadIdx.x == 0:
         x = logits[t, kept[1]]

@@ -5,10 +5,10 @@ from pymla.cuda.sampling.rows import WORD
 
 
 @device
-def philox(seed, draw, row):
+def philox(seed, draw):
     """A random number below 2 ** 32: the first word of Philox4x32-10."""
     key0, key1 = seed & WORD, seed >> 32 & WORD
-    c0, c1, c2, c3 = draw & WORD, draw >> 32 & WORD, row & WORD, 0
+    c0, c1, c2, c3 = draw & WORD, draw >> 32 & WORD, 0, 0
     for _ in range(10):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
