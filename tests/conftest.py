@@ -13,6 +13,8 @@ sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tools", "
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+pytest_plugins = ("lanes",)
+
 
 def pytest_configure(config):
     from side_by_side import SideBySide
