@@ -1,20 +1,21 @@
 """Where all tests run, they run in lanes: as many processes as there are cores, each on a core of its own.
 
-Threads of kernels wait for each other after every operation. Where processes share their cores, a thread that waits for
-one whose core another process holds waits for a time slice, and tests take three to six times as long. So each lane
-stays on its core. Its kernels run on `THREADS` threads nevertheless, which take turns on that core: operations are
-split, and their parts combined, as on several cores.
+Threads of kernels wait for each other after every operation. Where processes share their cores, a thread often waits
+for one whose core another process holds, and tests take three to six times as long. So each lane stays on its core. Its
+kernels run on `THREADS` threads nevertheless, which take turns on that core: operations are split, and their parts
+combined, as on several cores.
 
 pytest-xdist runs the lanes. A unit, mostly a file of tests, runs in one lane, so that what its tests share is made
-once. Lanes take units from a queue, the longest ones first, as `LONGEST` lists them: what is left at the end is short,
-and no lane waits long for another one.
+once. Lanes take units from a queue, the longest ones first (`SECONDS`): what is left at the end is short, and no lane
+waits long for another one.
 
-``python -m pytest`` without a file or folder runs all tests, and ``-n`` says how many lanes there are, 0 for none. With
-files, tests run in one process as usual, on all cores.
+``python -m pytest`` without a file runs all tests in lanes; ``-n`` says how many there are, 0 for none, and
+``--durations=1`` shows how long each unit took. Named files run in one process as usual, on all cores.
 """
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -25,25 +26,20 @@ from pymla.host.cores import usable_cores
 #: Threads of a lane's kernels.
 THREADS = 2
 
-#: Files and tests that take more than some seconds, longest first: the units of their own of which the queue begins.
-#: All else is a unit per file, in the order of names.
-LONGEST = (
-    "test_isa.py::test_other_levels[portable]",
-    "test_isa.py::test_other_levels[avx2]",
-    "test_isa.py::test_other_levels",
-)
+#: Seconds that files, or tests, take on a core where no kernel has been compiled yet, if they are more than ten. Each
+#: of them is a unit, and so is any other file.
+SECONDS = {
+    "test_isa.py::test_other_levels[portable]": 250,
+    "test_isa.py::test_other_levels[avx2]": 250,
+    "test_isa.py::test_other_levels[avxvnni]": 250,
+    "test_isa.py::test_other_levels[avx512vnni]": 250,
+}
 
 
 def unit_of(nodeid: str) -> str:
-    """The unit of a test: an entry of `LONGEST`, of several the one that names it best, or its file."""
-    name = nodeid.rpartition("tests/")[2]
-    return max((entry for entry in LONGEST if name.startswith(entry)), key=len, default=name.partition("::")[0])
-
-
-def place_of(item: pytest.Item) -> int:
-    """The place in the queue of a test's unit."""
-    unit = unit_of(item.nodeid)
-    return LONGEST.index(unit) if unit in LONGEST else len(LONGEST)
+    """The unit of a test: the entry of `SECONDS` that names it best, or its file."""
+    name = nodeid.removeprefix("tests/")
+    return max((entry for entry in SECONDS if name.startswith(entry)), key=len, default=name.partition("::")[0])
 
 
 class Lanes(LoadScopeScheduling):
@@ -60,7 +56,7 @@ def is_lane(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let pytest-xdist start a lane for each core where all tests run, before it looks at its options."""
+    """Where all tests run, let pytest-xdist, which looks at its options next, start a lane for each core."""
     if is_lane(config) or not config.pluginmanager.hasplugin("xdist"):
         return
     options = config.option
@@ -72,6 +68,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> Lanes:
+    config.pluginmanager.register(Durations())
     return Lanes(config, log)
 
 
@@ -90,13 +87,31 @@ def pytest_configure(config: pytest.Config) -> None:
     cpu.set_threads(THREADS)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_lane(config):
+        items.sort(key=lambda item: -SECONDS.get(unit_of(item.nodeid), 0))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A lane that has ended is interrupted by pytest-xdist, and would show where."""
+    """pytest-xdist interrupts a lane that has ended, which would show on the terminal."""
     if is_lane(session.config):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if is_lane(config):
-        items.sort(key=place_of)
+class Durations:
+    """A plugin: shows how long units took, where ``--durations`` asks for it."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[unit_of(report.nodeid)] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        if config.option.durations is None:
+            return
+        terminalreporter.section("units that took more than ten seconds, and `SECONDS` of tests/lanes.py")
+        for unit, seconds in self._seconds.most_common():
+            if seconds > 10 or unit in SECONDS:
+                terminalreporter.write_line(f"{seconds:6.0f} s  {SECONDS.get(unit, 0):6} s  {unit}")
