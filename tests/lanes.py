@@ -16,7 +16,7 @@ waits long for another one.
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -25,6 +25,9 @@ from pymla.host.cores import usable_cores
 
 #: Threads of a lane's kernels.
 THREADS = 2
+
+#: In a lane: the cores of all lanes.
+_CORES: set[int] = set()
 
 #: Seconds that files, or tests, take on a core where no kernel has been compiled yet, if they are more than ten. Each
 #: of them is a unit, and so is any other file.
@@ -79,11 +82,28 @@ def pytest_configure(config: pytest.Config) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if usable_cores() < len(cores):
         return  # a quota in place of cores
+    _CORES.update(cores)
     lane = int(config.workerinput["workerid"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[lane % len(cores)]})
     from pymla import cpu
 
     cpu.usable_cores = lambda: THREADS
+    cpu.set_threads(THREADS)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Lets threads and processes that a test starts run at the same time, in a lane as well."""
+    if not _CORES:
+        yield
+        return
+    core = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _CORES)
+    yield
+    os.sched_setaffinity(0, core)
+    from pymla import cpu
+
+    cpu.set_threads(1)  # ends threads that run on any core
     cpu.set_threads(THREADS)
 
 
