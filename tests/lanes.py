@@ -39,10 +39,15 @@ SECONDS = {
 }
 
 
+#: Files that are of another file's unit: they compile the same functions of tests, which no cache keeps.
+TOGETHER = {"test_python_level.py": "test_cpu_formats.py"}
+
+
 def unit_of(nodeid: str) -> str:
     """The unit of a test: the entry of `SECONDS` that names it best, or its file."""
-    name = nodeid.removeprefix("tests/")
-    return max((entry for entry in SECONDS if name.startswith(entry)), key=len, default=name.partition("::")[0])
+    file, _, test = nodeid.removeprefix("tests/").partition("::")
+    file = TOGETHER.get(file, file)
+    return max((entry for entry in SECONDS if f"{file}::{test}".startswith(entry)), key=len, default=file)
 
 
 class Lanes(LoadScopeScheduling):
