@@ -17,8 +17,6 @@ import pytest
 import pymla
 from pymla.errors import PymlaError
 
-pytestmark = pytest.mark.usefixtures("all_cores")
-
 PROMPTS = ("def ", "class A(", "import ", "for i in ", "return self.", "if __name__")
 GREEDY = {"max_tokens": 40, "temperature": 0}
 
