@@ -1,6 +1,7 @@
 """Tests import the scripts of tools/ and bench/, and the helpers beside them. They see no GPU: what runs on one is
 tested in the simulator, and on the card by bench/gpu.py."""
 
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -13,11 +14,20 @@ sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in ("tools", "
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+pytest_plugins = ("lanes",)
+
 
 def pytest_configure(config):
     from side_by_side import SideBySide
 
     config.pluginmanager.register(SideBySide())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_other_files():
+    """`LanguageModel.close` collects garbage, hundreds of times, and would look at every test and library each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,14 @@
-"""Tests that wait for a process of its own: the process begins with the session, beside the other tests.
-
-Most tests keep one core busy. Processes of tests marked ``side_by_side(run=…)`` take the cores that are left: as many
-run at a time as there are cores, each on one of them, at a low priority, so that tests of time do not notice them. The
-marked tests come last and take their results from the fixture `beside`::
+"""Tests that wait for a process of its own, as one in which kernels are simulated: they are marked
+``side_by_side(run=…)`` and take what it returned from the fixture `beside`::
 
     @pytest.mark.parametrize("name", FILES)
     @pytest.mark.side_by_side(run=lambda name: side_by_side.run([sys.executable, name]))
     def test_runs(beside):
         assert beside.returncode == 0
+
+Where all tests run, the process takes its turn in the lane of the test (`lanes.py`). Elsewhere most tests keep one core
+busy, and the processes take the cores that are left: they begin with the session, as many at a time as there are cores,
+each on one of them, at a low priority, so that tests of time do not notice them; and the marked tests come last.
 """
 
 import os
@@ -15,31 +16,18 @@ import queue
 import subprocess
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+import lanes
 import pytest
 
 from pymla.host.cores import usable_cores
 
-#: Files of tests that take long: where all tests run, each has a process of its own (`test_files_beside.py`). On a core
-#: of its own it takes a third to a sixth of the time that it takes beside other processes with threads on all cores.
-FILES = (
-    "test_transformers.py",
-    "test_golden.py",
-    "test_sparse_models.py",
-    "test_quantised_models.py",
-    "test_needed.py",
-    "test_contract.py",
-    "test_filecheck.py",
-    "test_families.py",
-    "test_compositions.py",
-    "test_imatrix.py",
-    "test_choices.py",
-)
-
 #: Of `run`: what ``nice`` adds by default.
 NICENESS = 10
+
+#: Processes that `run` waits for.
+_RUNNING: set[subprocess.Popen] = set()
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
@@ -48,7 +36,9 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options) as process:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        _RUNNING.add(process)
         out, err = process.communicate()
+        _RUNNING.discard(process)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -75,36 +65,37 @@ class SideBySide:
     def pytest_configure(self, config: pytest.Config) -> None:
         config.addinivalue_line("markers", "side_by_side(run): run(*parameters) begins with the session")
 
-    def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
-        """Where all tests run, `FILES` are not collected, and elsewhere the tests that run them are not."""
-        runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-        ignored = FILES if runs_all else ("test_files_beside.py",)
-        return True if collection_path.name in ignored else None
-
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: item.get_closest_marker("side_by_side") is not None)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if not lanes.is_lane(config):
+            items.sort(key=lambda item: item.get_closest_marker("side_by_side") is not None)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if session.config.option.collectonly:
+        if session.config.option.collectonly or lanes.is_lane(session.config):
             return
         for item in session.items:
             is_skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
             if item.get_closest_marker("side_by_side") and not is_skipped:
-                work = self._work(item)
-                if work not in self._futures:
-                    self._futures[work] = self._pool.submit(work[0], *work[1:])
+                self._begun(item)
 
     def pytest_unconfigure(self) -> None:
+        for process in tuple(_RUNNING):  # where the session was interrupted
+            process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
-    @staticmethod
-    def _work(item: pytest.Item) -> tuple:
-        """A function and its arguments."""
+    def _begun(self, item: pytest.Item) -> Future:
+        """The result of a test's process, which begins now if no other test has it."""
         callspec = getattr(item, "callspec", None)
-        return (item.get_closest_marker("side_by_side").kwargs["run"], *(callspec.params.values() if callspec else ()))
+        run, arguments = (
+            item.get_closest_marker("side_by_side").kwargs["run"],
+            callspec.params.values() if callspec else (),
+        )
+        work = (run, *arguments)
+        if work not in self._futures:
+            self._futures[work] = self._pool.submit(*work)
+        return self._futures[work]
 
     @pytest.fixture
     def beside(self, request: pytest.FixtureRequest) -> Any:
         """What the function of the test's mark ``side_by_side`` returned."""
-        return self._futures[self._work(request.node)].result()
+        return self._begun(request.node).result()

@@ -59,6 +59,13 @@ ODD = [
     object,
     len,
 ]
+
+
+def shown(value):
+    """A value as a part of a test's name, which is the same in every process."""
+    return "object()" if type(value) is object else repr(value)
+
+
 SAMPLING = [field.name for field in fields(SamplingParams)]
 ARRAYS_AND_NUMBERS = st.one_of(
     st.integers(),
@@ -120,7 +127,7 @@ def test_generation(demo, name, value):
         next(iter(generation), None)
 
 
-@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("value", ODD, ids=shown)
 def test_prompts_and_ids(demo, value):
     for call in (demo.logits, demo.detokenize, demo.tokenize, lambda prompt: demo.generate(prompt, max_tokens=1)):
         try:
@@ -130,7 +137,7 @@ def test_prompts_and_ids(demo, value):
 
 
 @pytest.mark.parametrize("name", [name for name in inspect.signature(pymla.load).parameters if name != "path"])
-@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("value", ODD, ids=shown)
 def test_loading(name, value):
     try:
         pymla.load(**{"device": "cpu", "ctx": 64} | {name: value}).close()
@@ -138,7 +145,7 @@ def test_loading(name, value):
         one_line(error, f"`{name}`" if name not in ("gpu_layers", "cpu_moe") else None)
 
 
-@pytest.mark.parametrize("path", [each for each in ODD if each is not None], ids=repr)
+@pytest.mark.parametrize("path", [each for each in ODD if each is not None], ids=shown)
 def test_paths(path):
     with pytest.raises(PymlaError, match=r"`path` is|cannot be opened"):
         pymla.load(path)

@@ -708,6 +708,7 @@ def test_unwritable_cache_folder_is_only_a_warning(run, model, tmp_path, monkeyp
     assert "PYMLA_CACHE_DIR" in line
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_a_process_that_gets_no_more_threads(run, model, monkeypatch):
     options = "generate", "-m", model, "a", "-n", 5, "--temperature", 0, "--device", "cpu"
     expected = run(*options)[1]

@@ -5,7 +5,7 @@ import os
 import pytest
 from test_memory import put
 
-from pymla import cpu
+from pymla.cpu.runtime import compiling_workers
 from pymla.host import memory
 from pymla.host.cores import usable_cores
 
@@ -82,5 +82,5 @@ def test_cores_of_the_affinity(root, monkeypatch):
 
 
 def test_one_number_for_all():
-    assert cpu.usable_cores is usable_cores is memory.usable_cores
+    assert memory.usable_cores is compiling_workers.usable_cores is usable_cores
     assert usable_cores() >= 1

@@ -204,6 +204,7 @@ def test_tokens_in_portions(cache_type, monkeypatch):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_threads_share_a_token(cache_type):
     """By positions, and from four threads on by heads as well."""

@@ -9,7 +9,10 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="other systems have no signals that a process can send")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="other systems have no signals that a process can send"),
+    pytest.mark.usefixtures("all_cores"),
+]
 
 #: Seconds until the process has ended. Half a second, and what a machine with other work needs to run it at all.
 SOON = 1.5

@@ -38,26 +38,31 @@ KERNELS = (
     sparse_form_int8.sparse_pages(Q8_PAGES),
     index_scores_int8.score_pages,
 )
-#: The tests of operations and of kernels, which compare with the reference at extreme codes as well and with Python.
-FILES = (
+#: Tests of operations on registers, of the functions of every type, and of all operations against Python, bit by bit.
+PARTS = (
+    "test_simd.py",
+    "test_simd_levels.py",
+    "test_cpu_formats.py",
+    "test_gemv.py",
+    "test_gemm.py",
+    "test_faults.py",
+    "test_python_level.py::test_python_computes_the_bits_of_machine_code",
+)
+#: Tests of operations, which compare with the reference, at extreme codes as well.
+OPERATIONS = (
     "test_matrices.py",
     "test_experts.py",
     "test_attention.py",
     "test_cpu_attention.py",
     "test_sparse.py",
-    "test_faults.py",
-    "test_cpu_formats.py",
     "test_formats.py",
-    "test_gemv.py",
-    "test_gemm.py",
-    "test_simd.py",
-    "test_simd_levels.py",
-    "test_python_level.py",
 )
 
 
 def run(level):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference]", *FILES]
+    # Portable kernels are those of AVX2 over other operations on registers.
+    tests = PARTS if level == "portable" and "avx2" in isa.levels() else PARTS + OPERATIONS
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not reference]", *tests]
     return side_by_side.run(command, cwd=HERE, env=os.environ | {"PYMLA_ISA": level})
 
 

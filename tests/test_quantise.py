@@ -99,6 +99,7 @@ def test_importance_is_obeyed():
     assert_close(numbers[:, 7], x[:, 7], rtol_max=2.0**-10, reason="the scale is a half")
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_any_number_of_threads_finds_the_same():
     x, importance = normal(37, 96), np.exp(normal(96, seed=1))
     before, found = cpu.thread_count(), []

@@ -135,6 +135,7 @@ def test_python_does_the_same(qtype):
     assert_python_does_the_same(qtype, 256)
 
 
+@pytest.mark.usefixtures("all_cores")
 def test_threads_change_nothing():
     x, importance = weights(9, 512)
     expected, threads = quantise(x, ggml.IQ4_XS, importance), cpu.thread_count()

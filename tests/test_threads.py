@@ -15,6 +15,8 @@ from pymla.cpu.graph import Graph
 from pymla.cpu.runtime import threads
 from pymla.cpu.runtime.jit import kernel
 
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 COUNTS = types.Array(types.int64, 1, "C")
 
 

@@ -124,8 +124,10 @@ class Kernel:
 
     @property
     def assembly(self):
-        """The machine code as text, of a new compilation: machine code from the cache has none."""
-        return self._build(NullCache())._library.get_asm_str()
+        """The machine code as text; of a new compilation where the cache has it, which keeps no text."""
+        is_new = not self.compiled.is_ready
+        compiled = self.compiled.result if is_new else self._build(NullCache())
+        return compiled._library.get_asm_str()
 
     def _build(self, cache):
         # Machine code is named after its function: each kernel has a copy of `_enter`, whose globals are the function
