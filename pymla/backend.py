@@ -599,6 +599,9 @@ class Memory(Protocol):
     def write(self, target: Array, array: np.ndarray) -> None:
         """Copy a NumPy array into an array of the backend of its shape and dtype. It may change afterwards."""
 
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy an array into another one of its shape and dtype, both contiguous and in the backend's memory."""
+
     def take(self, array: Array, rows: np.ndarray) -> Array:
         """Some rows of a contiguous array (T, …), copied: an array (n, …). `rows` is a NumPy array of int (n,)."""
 

@@ -130,6 +130,7 @@ def test_pages_that_were_never_used_stay_so():
         assert (a.length, a.pages, paged.free_pages) == (65, [0, 1], 7)
         paged.extend([(b, tokens(70))])
         assert b.pages == [2, 3]
+        paged.advance([(b, tokens(70))])
         paged.truncate(b, 6)
         assert (b.length, b.pages, paged.free_pages) == (6, [2], 6)
         paged.free(b)

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 import simulated  # noqa: F401
-from cache_checks import give_way_and_come_back
+from cache_checks import give_way_and_come_back, shift_and_compare
 from compare import assert_close
 from make_model import Shape, make_model
 
@@ -271,6 +271,12 @@ def test_sizes_of_recorded_steps():
 @pytest.mark.parametrize(("cache_type", "mla"), [("q8_0", "auto"), ("f16", "0")])
 def test_rows_that_left_the_cache_come_back_as_they_were(folder, cache_type, mla):
     give_way_and_come_back(made(folder, LITE, ggml.F32, backend).config, backend, cache_type, mla)
+
+
+@pytest.mark.parametrize(("cache_type", "mla"), [("q8_0", "auto"), ("f16", "0")])
+def test_keys_are_turned_by_a_context_shift(folder, cache_type, mla):
+    config = dataclasses.replace(made(folder, LITE, ggml.F32, backend).config, num_hidden_layers=1)
+    shift_and_compare(config, backend, cache_type, mla, 2e-3, positions=(0, 64, 70))
 
 
 def test_slices(folder, monkeypatch):

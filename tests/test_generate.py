@@ -35,7 +35,7 @@ class Script:
 
     def free(self, sequence):
         self.freed.append(sequence)
-        sequence.length = 0
+        sequence.tokens.clear()
 
     def sampler(self, params, history):
         return Sampler(params, history)
@@ -45,7 +45,7 @@ class Script:
         assert new.dtype == np.int32
         if sequence.length + len(new) > self.ctx:
             raise CacheFull("full")
-        sequence.length += len(new)
+        sequence.tokens.extend(new)
         if progress:
             progress(1, 1)
         logits = np.zeros((1, self.config.vocab_size), np.float32)

@@ -9,12 +9,13 @@ import numpy as np
 from pymla.cpu.machine.simd import prefetch_l2
 from pymla.cpu.runtime.compiling import helper, inlined
 from pymla.cpu.runtime.isa import ASKS_AHEAD
-from pymla.host.arrays import CACHE_LINE, release, take, to_device, to_host, write
+from pymla.host.arrays import CACHE_LINE, copy, release, take, to_device, to_host, write
 from pymla.host.arrays import empty_aligned as empty
 
 __all__ = [
     "allocate",
     "allocate_f32",
+    "copy",
     "empty",
     "fetch_ahead",
     "release",

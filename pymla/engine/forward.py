@@ -49,6 +49,11 @@ class Forward:
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
         Of intermediate results.
+
+    Attributes
+    ----------
+    inv_freq : dict of Backend and float64 array (R / 2,)
+        Radians per position (`DeepSeek2.inv_freq`), in the memory of each backend.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Forward:
         self._transformer, self._placement, self._caches, self._exact = transformer, placement, caches, exact
         self._materialised, self._dtype = materialised, dtype
         inv_freq = transformer.inv_freq(ctx)
-        self._inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
+        self.inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(
         self, steps: dict[Backend, Step], runs: list[Run], rows: np.ndarray | None, progress: Progress | None = None
@@ -179,7 +184,7 @@ class Forward:
         return x
 
     def _operations(self, backend: Backend, step: Step) -> Operations:
-        config, inv_freq = self._transformer.config, self._inv_freq[backend]
+        config, inv_freq = self._transformer.config, self.inv_freq[backend]
         return Operations.of(backend, config, step, inv_freq, self._dtype, self._materialised)
 
     def _attention(

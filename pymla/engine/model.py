@@ -144,6 +144,37 @@ class Model:
         """Give a sequence's cache back."""
         self.cache.free(sequence)
 
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A copy of a sequence that shares its cache (`PagedCache.fork`)."""
+        with self.turn:
+            return self.cache.fork(sequence)
+
+    def attach(self, sequence: Sequence, tokens: Items[int]) -> int:
+        """Let an empty sequence begin with the longest kept prefix of a text; tokens of it (`PagedCache.attach`)."""
+        with self.turn:
+            return self.cache.attach(sequence, tokens)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Let `attach` find a sequence's full pages (`PagedCache.keep`)."""
+        with self.turn:
+            self.cache.keep(sequence)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget a sequence's tokens from position `length` on (`PagedCache.truncate`)."""
+        with self.turn:
+            self.cache.truncate(sequence, length)
+
+    def swap_out(self, sequence: Sequence) -> None:
+        """Keep a sequence's cache in the host's memory until its next step (`PagedCache.swap_out`)."""
+        with self.turn:
+            self.cache.swap_out(sequence)
+
+    def shift(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Context shift: forget a sequence's tokens at positions `start` to `stop` - 1, multiples of 64; those behind
+        them move there (`PagedCache.shift`)."""
+        with self.turn:
+            self.cache.shift(sequence, start, stop, self._open_forward().inv_freq)
+
     def sampler(self, params: SamplingParams, history: Iterable[int] = ()) -> TokenSampler:
         """Chooses tokens for one sequence from rows of `step`'s logits (`pymla.backend.TokenSampler`)."""
         return self.backend.sampling.Sampler(params, history)
@@ -231,14 +262,19 @@ class Model:
     def _own_turn(self) -> Iterator[Forward]:
         """Hold the turn during a step, which no callback of it can interrupt with another one."""
         with self.turn:
-            self._refuse_if_stepping()
-            if self._forward is None:
-                raise PymlaError(CLOSED)
+            forward = self._open_forward()
             self._stepping = True
             try:
-                yield self._forward
+                yield forward
             finally:
                 self._stepping = False
+
+    def _open_forward(self) -> Forward:
+        """The forward pass of a model that is open, and not in a step."""
+        self._refuse_if_stepping()
+        if self._forward is None:
+            raise PymlaError(CLOSED)
+        return self._forward
 
     def _refuse_if_stepping(self) -> None:
         # Only the thread that holds the turn gets here, so this is a step's own call of `progress`.

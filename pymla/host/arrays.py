@@ -39,6 +39,11 @@ def write(target: np.ndarray, array: np.ndarray) -> None:
     target[...] = array
 
 
+def copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy an array into another one of its shape and type."""
+    target[...] = source
+
+
 def take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Some rows of an array, copied.
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from pymla.host.arrays import release, take, to_device, to_host, write
+from pymla.host.arrays import copy, release, take, to_device, to_host, write
 
-__all__ = ["empty", "release", "take", "to_device", "to_host", "write"]
+__all__ = ["copy", "empty", "release", "take", "to_device", "to_host", "write"]
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
