@@ -80,7 +80,7 @@ class Step(NamedTuple):
     block_tables: np.ndarray  # int32 (B, pages)
 
     @classmethod
-    def at(cls, starts: Sequence[int], tokens: Sequence[np.ndarray], tables: np.ndarray) -> Step:
+    def at(cls, starts: Sequence[int], tokens: Sequence[np.ndarray | Sequence[int]], tables: np.ndarray) -> Step:
         """The step of neighbouring tokens of each sequence, from given positions on.
 
         Parameters

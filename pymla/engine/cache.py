@@ -460,11 +460,7 @@ class PagedCache:
         tables = np.zeros((len(batch), max(len(s.pages) for s, _ in batch)), np.int32)
         for b, (sequence, _) in enumerate(batch):
             tables[b, : len(sequence.pages)] = sequence.pages
-        tokens = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in batch])
-        positions = np.concatenate([np.arange(s.length, s.length + len(t), dtype=np.int32) for s, t in batch])
-        seq_of = np.repeat(np.arange(len(batch), dtype=np.int32), [len(t) for _, t in batch])
-        slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
-        return Step(tokens, positions, seq_of, slots.astype(np.int32), tables)
+        return Step.at([s.length for s, _ in batch], [tokens for _, tokens in batch], tables)
 
     def _copy_in(self, sequence: Sequence, saved: list[np.ndarray], present: int) -> None:
         """Write the rows that `swap_out` kept into the pages that the sequence has now; the first `present` pages have

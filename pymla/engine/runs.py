@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-
-from pymla.engine.cache import Sequence
+from pymla.engine.cache import Batch
 from pymla.engine.forms import Form, parts_of
 from pymla.engine.slices import slices
 from pymla.models.config import ModelConfig
@@ -34,7 +32,7 @@ class Portion(NamedTuple):
     runs: list[Run]  # counted from `start`
 
 
-def runs_of(config: ModelConfig, mla: str, batch: Iterable[tuple[Sequence, np.ndarray]]) -> list[Run]:
+def runs_of(config: ModelConfig, mla: str, batch: Batch) -> list[Run]:
     """The runs of a step that appends tokens to sequences (`runs_at`)."""
     return runs_at(config, mla, ((sequence.length, len(new)) for sequence, new in batch))
 
