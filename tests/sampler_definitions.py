@@ -15,7 +15,8 @@ def ordered(logits):
 def softmax(logits):
     highest = max(logits.values())
     weights = {token: math.exp(x - highest) for token, x in logits.items()}
-    return {token: weight / math.fsum(weights.values()) for token, weight in weights.items()}
+    total = math.fsum(weights.values())
+    return {token: weight / total for token, weight in weights.items()}
 
 
 def surprises(logits):

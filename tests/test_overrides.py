@@ -113,20 +113,20 @@ def test_generate_uses_them(tiny, run):  # noqa: F811
 
 
 def test_inspect_shows_them(tiny):
-    arguments = ["--override-kv", f"{NAME}=str:mine", "--override-kv", "general.sampling.mirostat=int:2"]
-    arguments += ["--override-kv", "general.sampling.top_k=int:7"]
+    arguments = ["--override-kv", f"{NAME}=str:mine", "--override-kv", "general.sampling.mirostat=int:3"]
+    arguments += ["--override-kv", "general.sampling.sequence=str:top_k;temp"]
     result = CliRunner().invoke(inspect, [str(tiny), *arguments])
     found = json.loads(CliRunner().invoke(inspect, [str(tiny), *arguments, "--json"]).output)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert f"{NAME} mine tiny" in text
-    assert "general.sampling.mirostat 2 nothing" in text
-    assert "top_k 7" in text
-    assert "pymla has no mirostat sampling" in text
+    assert "general.sampling.mirostat 3 nothing" in text
+    assert "samplers top_k;temperature" in text
+    assert "`mirostat` is 3" in text
     assert found["overridden"] == {
         NAME: "tiny",
         "general.sampling.mirostat": None,
-        "general.sampling.top_k": None,
+        "general.sampling.sequence": None,
     }
     assert found["name"] == found["metadata"][NAME] == "mine"
-    assert found["sampling"]["recommended"] == {"top_k": 7}
+    assert found["sampling"]["recommended"] == {"samplers": "top_k;temperature"}

@@ -79,6 +79,9 @@ def assert_is(found, expected):
 @example([2.0, 0.0], [], {"top_n_sigma": 2}, DEFAULT_SAMPLERS, {}, [], None, 0)  # at the bound
 @example([1.0, 1.0], [], {"xtc_probability": 1, "xtc_threshold": 0.5}, DEFAULT_SAMPLERS, {}, [], None, 0)
 @example([1.0, 1.0], [], {"xtc_probability": 0.5, "xtc_threshold": 0.5}, DEFAULT_SAMPLERS, {}, [], None, 0.5)
+@example([1.0, 1.0, -3.0], [], {"xtc_probability": 1, "min_keep": 2}, DEFAULT_SAMPLERS, {}, [], None, 0)
+@example([1.0, 1.0, -3.0], [], {"xtc_probability": 1, "min_keep": 3}, DEFAULT_SAMPLERS, {}, [], None, 0)
+@example([3.0, 2.0, 1.0], [1, 1, 0, 1, 1], {"dry_multiplier": 1}, DEFAULT_SAMPLERS, {}, [(0,)], None, 0)
 @example([3.0, 2.0, 1.0], [0] * 9, {"dry_multiplier": 1, "dry_base": 1}, DEFAULT_SAMPLERS, {}, [], None, 0)
 @example([3.0, 2.0, 1.0], [0, 1] * 9, {"dry_multiplier": 1}, ("top_k", "dry"), {}, [(2, 2)], None, 0)
 @example([0.0, -800.0], [], {"typical_p": 0.9}, DEFAULT_SAMPLERS, {}, [], None, 0)  # a probability rounded to 0
@@ -162,6 +165,9 @@ def test_tokens_that_were_no_candidates_teach_nothing(options):
     assert_same(sampler.distribution(logits), fresh.distribution(logits))
     sampler.accept(0)
     slope = -np.arange(40, dtype=np.float32) / 4
+    once = sampler.copy()
+    sampler.accept(0)  # without a distribution
+    assert_same(sampler.distribution(slope), once.distribution(slope))
     one, other = sampler.distribution(slope), fresh.distribution(slope)
     assert len(one.ids) != len(other.ids) or not np.allclose(one.probabilities, other.probabilities)
 

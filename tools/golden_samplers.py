@@ -77,7 +77,7 @@ DRY: list[tuple[str, dict[str, Any]]] = [
     (SUMS, {"dry_multiplier": 0.8, "dry_sequence_breakers": []}),
     (SUMS, {"dry_multiplier": 0.8, "dry_sequence_breakers": ["= a"]}),
     ("def f(self):\n    return self\n\ndef g(self):\n    return", {"dry_sequence_breakers": ["):\n ", "turn self"]}),
-    ("a" + 39 * " a", {"dry_base": 90.0, "dry_sequence_breakers": [], "dry_window": 60}),
+    ("a" + 39 * " a", {"dry_multiplier": 1e-37, "dry_base": 90.0, "dry_sequence_breakers": [], "dry_window": 60}),
     ("say: one two three say: one two", {"dry_multiplier": 1.0, "dry_sequence_breakers": [":", "two three"]}),
 ]
 

@@ -29,7 +29,7 @@ class LanguageModel:
     tokenizer : Tokenizer
     model : Model
     file : ModelFile
-    recommended : dict of str and float
+    recommended : dict of str and (float or str)
         Defaults of sampling parameters that the file gives (`pymla.text.recommended`).
     """
 
@@ -39,7 +39,7 @@ class LanguageModel:
         config: ModelConfig,
         tokenizer: Tokenizer,
         model: Model,
-        recommended: Mapping[str, float] | None = None,
+        recommended: Mapping[str, float | str] | None = None,
     ):
         self.file, self.config, self.tokenizer = file, config, tokenizer
         self.recommended = dict(recommended or {})

@@ -26,7 +26,7 @@ from pymla.cuda.sampling import draw, likeliest
 from pymla.cuda.sampling.rows import SEGMENT, SUMMARY_THREADS, SUMMARY_WARPS, THREADS
 from pymla.cuda.sampling.rows import segments as segments_kernel
 from pymla.errors import PymlaError
-from pymla.text.sampling import Candidates, Sampled, SamplingParams, sampled
+from pymla.text.sampling import Candidates, Sampled, SamplingParams, sample_or_error
 from pymla.text.sampling import Sampler as OnHost
 from pymla.text.sampling.chain import chain
 from pymla.text.sampling.filters import MinP, TopK, TopP
@@ -53,7 +53,7 @@ class _Filters(NamedTuple):
         found: dict[str, float] = {}
         order = [TopK, TopP, MinP, Temperature]
         for step in chain(params):
-            if isinstance(step, Greedy) and not found:
+            if isinstance(step, Greedy):
                 return cls(temperature=0)
             if type(step) not in order:
                 return None
@@ -161,7 +161,7 @@ def sample_batch(
         group = logits if len(rows) == len(samplers) else take(logits, np.array(rows))
         found |= zip(rows, _draw([samplers[i] for i in rows], group, filters), strict=True)
     return [
-        found.get(i) or sampled(sampler.on_host, to_host(logits[i]), mask)
+        found.get(i) or sample_or_error(sampler.on_host, to_host(logits[i]), mask)
         for i, (sampler, mask) in enumerate(zip(samplers, masks, strict=True))
     ]
 

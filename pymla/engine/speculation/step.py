@@ -28,7 +28,7 @@ from pymla.engine.speculation.verify import verify
 from pymla.text.sampling import Sampled, SamplingParams
 
 #: Tokens of the longest draft. With the text's last token a step of as many as the CPU backend records.
-MOST = 7
+MOST = 15
 #: Costs of drafts are computed again after so many steps, which takes some 20 µs.
 COSTS_EVERY = 16
 #: One step of so many of a text has no draft, so that the time of a plain one is known. The first one is such a step.

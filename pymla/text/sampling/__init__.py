@@ -8,6 +8,6 @@ docs/sampling.md has all parameters with their formulas.
 
 from pymla.text.sampling.params import SamplingParams
 from pymla.text.sampling.pool import Candidates, draw
-from pymla.text.sampling.sampler import Sampled, Sampler, sample_batch, sampled
+from pymla.text.sampling.sampler import Sampled, Sampler, sample_batch, sample_or_error
 
-__all__ = ["Candidates", "Sampled", "Sampler", "SamplingParams", "draw", "sample_batch", "sampled"]
+__all__ = ["Candidates", "Sampled", "Sampler", "SamplingParams", "draw", "sample_batch", "sample_or_error"]

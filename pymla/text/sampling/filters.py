@@ -42,7 +42,7 @@ class TopP:
 @dataclass(frozen=True)
 class MinP:
     """Tokens that are at least `p` times as likely as the likeliest one (Nguyen et al., "Turning up the heat: min-p
-    sampling", 2024, section 3). llama.cpp: ``llama_sampler_min_p_apply``."""
+    sampling", 2024). llama.cpp: ``llama_sampler_min_p_apply``."""
 
     p: float
     min_keep: int
@@ -57,7 +57,7 @@ class MinP:
 @dataclass(frozen=True)
 class Typical:
     """The fewest tokens that have more than the probability `p` together, beginning with those whose surprise is next
-    to the entropy: ``|-log p(x) - H|`` (Meister et al., "Locally typical sampling", 2023, section 4.1).
+    to the entropy: ``|-log p(x) - H|`` (Meister et al., "Locally typical sampling", 2023).
 
     llama.cpp: ``llama_sampler_typical_apply``.
     """
@@ -80,7 +80,7 @@ class Typical:
 @dataclass(frozen=True)
 class TopNSigma:
     """Tokens whose logit is at most `n` standard deviations of all logits below the largest (Tang et al., "Top-nσ: not
-    all logits are you need", 2024, section 3). llama.cpp: ``llama_sampler_top_n_sigma_apply``."""
+    all logits are you need", 2024). llama.cpp: ``llama_sampler_top_n_sigma_apply``."""
 
     n: float
     keeps_likeliest = True

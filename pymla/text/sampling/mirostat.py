@@ -45,7 +45,7 @@ class _Mirostat:
 @dataclass(frozen=True)
 class Mirostat(_Mirostat):
     """Version 1: the k likeliest tokens, where a token of rank k has the surprise μ if probabilities follow Zipf's law
-    (algorithm 1; equations 4 and 30). llama.cpp: ``llama_sampler_mirostat_apply``."""
+    (algorithm 1). llama.cpp: ``llama_sampler_mirostat_apply``."""
 
     def _left(self, pool: Pool, mu: float) -> Pool:
         first = pool.exact().likeliest(_ESTIMATED_FROM).logits

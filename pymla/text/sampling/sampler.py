@@ -135,10 +135,10 @@ def sample_batch(
         B masks as for `Sampler.sample`. None: every token is allowed.
     """
     masks = [None] * len(samplers) if masks is None else masks
-    return [sampled(*each) for each in zip(samplers, logits, masks, strict=True)]
+    return [sample_or_error(*each) for each in zip(samplers, logits, masks, strict=True)]
 
 
-def sampled(sampler: Sampler, logits: np.ndarray, mask: np.ndarray | None) -> Sampled | PymlaError:
+def sample_or_error(sampler: Sampler, logits: np.ndarray, mask: np.ndarray | None) -> Sampled | PymlaError:
     """What `Sampler.sample` gives, or the error that it raises."""
     try:
         return sampler.sample(logits, mask)
@@ -159,5 +159,5 @@ def _masked(pool: Pool, mask: np.ndarray) -> Pool:
 def _normaliser(logits: np.ndarray) -> float:
     """The logarithm of the sum of exponentials. In float32, which is faster and leaves an error of about 1e-7."""
     highest = logits.max()
-    weights = np.exp(np.subtract(logits, highest, dtype=np.float32, casting="same_kind"))
+    weights = np.exp((logits - highest).astype(np.float32, copy=False))
     return float(highest) + math.log(weights.sum(dtype=np.float64))

@@ -26,7 +26,9 @@ class History:
         return self._tokens[max(0, self._length - count) if count else 0 : self._length]
 
     def copy(self) -> "History":
-        return History(self.last(0))
+        other = History()
+        other._tokens, other._length = self.last(0).copy(), self._length
+        return other
 
 
 @dataclass
