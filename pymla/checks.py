@@ -7,7 +7,9 @@ Messages name an argument in backticks, as Python's callers know it; the command
 
 import numbers
 import operator
+import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -74,6 +76,20 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         refuse(name, value, f"choose {', '.join(choices)}")
     return str(value)
+
+
+def path(name: str, value: Any, reason: str) -> Path:
+    """A path that the system takes; `reason` says what is expected where the value is none.
+
+    Raises
+    ------
+    PymlaError
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        refuse(name, value, reason)
+    if "\0" in os.fspath(value) or not os.fspath(value):
+        refuse(name, value, "no file can have this name")
+    return Path(value)
 
 
 def refuse(name: str, value: Any, reason: str) -> NoReturn:

@@ -75,6 +75,8 @@ def test_memory_is_the_hosts():
     assert (empty.shape, empty.dtype) == ((3, 2), np.int16)
     memory.write(empty, array)
     np.testing.assert_array_equal(empty, array)
+    memory.copy(array[:1], empty[2:])
+    np.testing.assert_array_equal(empty, [[0, 1], [2, 3], [0, 1]])
     rows = memory.take(array, np.array([2, 0]))
     np.testing.assert_array_equal(rows, [[4, 5], [0, 1]])
     rows[:] = 9

@@ -270,6 +270,27 @@ def test_rows_leave_the_cache_and_come_back():
     assert (second.saved, second.pages) == (None, [])
 
 
+def test_a_copy_into_the_cache_that_is_interrupted(monkeypatch):
+    cache = new_cache()
+    first = new_sequence(cache, text(150))
+    cache.swap_out(first)
+    cache.layers[0].latent.data[:] = 0
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pymla.engine.cache.write_pages", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.extend([(first, [1])])
+    assert first.pages == [0, 1, 2]
+    cache.keep(first)  # its pages have no rows yet
+    assert cache._kept.pages == 0
+    assert cache.fork(first).pages == []
+    append(cache, (first, [4]))
+    check_rows(cache, first, [*text(150), 4])
+
+
 def test_rows_that_are_kept_are_shared_when_a_sequence_comes_back():
     cache = new_cache()
     first = new_sequence(cache, text(150))

@@ -32,6 +32,7 @@ from pymla import ggml
 from pymla.backend import Array, Backend, Memory
 from pymla.engine.cache_layout import index_layout, row_layout
 from pymla.engine.context_shift import move_keys
+from pymla.engine.page_copies import copy_page, read_pages, write_pages
 from pymla.engine.page_sets import lowest_pages, page_set
 from pymla.engine.prefixes import KeptPages
 from pymla.errors import CacheFull, PymlaError
@@ -99,7 +100,7 @@ class Sequence:
 
 
 #: The input of a step: sequences, and at least one new token for each.
-Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray | Items[int]]]"
+Batch: TypeAlias = "Items[tuple[Sequence, np.ndarray]]"
 
 
 class _Plan(NamedTuple):
@@ -230,14 +231,17 @@ class PagedCache:
         copy = Sequence()
         self._register(copy)
         copy.saved, copy.last_step = sequence.saved, sequence.last_step
-        copy.pages, copy.shifted_from = sequence.pages[: pages_of(sequence.length)], sequence.shifted_from
-        copy.tokens = list(sequence.tokens)
+        copy.tokens, copy.shifted_from = list(sequence.tokens), sequence.shifted_from
+        if sequence.saved is None:
+            copy.pages = sequence.pages[: pages_of(sequence.length)]
         return copy
 
     def keep(self, sequence: Sequence) -> None:
         """Keep a sequence's full pages, so that `attach` finds them, also when the sequence has gone on or is freed.
         Those that no sequence has are dropped when their space is needed, the least recently used first. Of a sequence
         whose rows are out of the cache nothing is kept, and nothing behind a context shift."""
+        if sequence.saved is not None:
+            return  # an interrupted step may have left pages without their rows
         text = sequence.own_text
         self._kept.add(text, sequence.pages[: len(text) // PAGE])
 
@@ -271,10 +275,21 @@ class PagedCache:
 
     def swap_out(self, sequence: Sequence) -> None:
         """Keep a sequence's rows in the host's memory, and give its pages back. `extend` brings them back."""
-        if sequence.saved is None and sequence.length:
-            pages = sequence.pages[: pages_of(sequence.length)]
-            sequence.saved = [_read(memory, rows, pages) for memory, rows in self._rows()]
+        if sequence.length:
+            sequence.saved = self.rows_of(sequence)
         sequence.pages = []
+
+    def rows_of(self, sequence: Sequence) -> list[np.ndarray]:
+        """The rows of a sequence in the host's memory, of every layer and kind: uint8 (pages, 64, bytes of a row), in
+        the form that the backend keeps them in."""
+        count = pages_of(sequence.length)
+        if sequence.saved is not None:
+            return [data[:count] for data in sequence.saved]
+        return [read_pages(memory, rows, sequence.pages[:count]) for memory, rows in self._rows()]
+
+    def row_types(self) -> list[tuple[int, int]]:
+        """The types of the rows of every layer and kind, ggml's or the backend's own, and the bytes of a row."""
+        return [(rows.qtype, rows.data.shape[1]) for _, rows in self._rows()]
 
     def shift(self, sequence: Sequence, start: int, stop: int, inv_freq: Mapping[Backend, Array]) -> None:
         """Context shift: forget the tokens at positions `start` to `stop` - 1. Those behind them move there, and their
@@ -302,7 +317,7 @@ class PagedCache:
                 f"of {PAGE}, the first from 0 on and the second above it, within the sequence"
             )
         try:
-            self._bring_in([(sequence, ())])
+            self._bring_in([(sequence, np.empty(0, np.int32))])
             for number in range(stop // PAGE, len(sequence.pages)):
                 self._own_page(sequence, number)
             moved = sequence.pages[stop // PAGE :]
@@ -385,6 +400,8 @@ class PagedCache:
             several |= pages & own
             pages |= own
         needed = pages.bit_count() + sum(plan.wanted - len(plan.pages) for plan in plans)
+        if not several:
+            return needed
         # Each sequence that writes into a page of several gets a copy, but the last one that has it.
         writers = Counter(self._last_page(sequence) for sequence, _ in batch)
         for page, count in writers.items():
@@ -415,7 +432,7 @@ class PagedCache:
     def _own_last_pages(self, sequences: Items[Sequence]) -> None:
         """Copy pages that others have and that sequences will write into."""
         others = self._shared() | self._kept.pages
-        for sequence in sequences:
+        for sequence in sequences if others else ():
             if self._last_page(sequence) & others:
                 self._own_page(sequence, len(sequence.pages) - 1)
                 others = self._shared() | self._kept.pages
@@ -427,7 +444,7 @@ class PagedCache:
             if self.room:
                 (copy,) = self._take(1)
                 for memory, rows in self._rows():
-                    memory.copy(_page(rows, page), _page(rows, copy))
+                    copy_page(memory, rows, page, copy)
                 sequence.pages = [*sequence.pages[:number], copy, *sequence.pages[number + 1 :]]
                 return
             if is_shared:
@@ -467,7 +484,7 @@ class PagedCache:
         theirs."""
         pages = sequence.pages[present : pages_of(sequence.length)]
         for (memory, rows), data in zip(self._rows(), saved, strict=True):
-            _write(memory, rows, pages, data[present : present + len(pages)])
+            write_pages(memory, rows, pages, data[present : present + len(pages)])
         sequence.saved = None
 
     def _rows(self) -> Iterator[tuple[Memory, QTensor]]:
@@ -475,32 +492,3 @@ class PagedCache:
         for backend, layer in zip(self._backends, self.layers, strict=True):
             for rows in layer:
                 yield backend.memory, rows
-
-
-def _page(rows: QTensor, page: int, count: int = 1) -> Array:
-    """The rows of a page, or of several neighbours, as bytes."""
-    return rows.data[page * PAGE : (page + count) * PAGE]
-
-
-def _neighbours(pages: Items[int]) -> Iterator[tuple[int, int]]:
-    """Pages in runs of neighbours, each as the index of its first page and their count: a copy to or from a GPU takes
-    as long for one page as for many."""
-    start = 0
-    for i in range(1, len(pages) + 1):
-        if i == len(pages) or pages[i] != pages[i - 1] + 1:
-            yield start, i - start
-            start = i
-
-
-def _read(memory: Memory, rows: QTensor, pages: Items[int]) -> np.ndarray:
-    """Pages in the host's memory: uint8 (pages, 64, bytes of a row), a copy."""
-    out = np.empty((len(pages), PAGE, rows.data.shape[1]), np.uint8)
-    for i, count in _neighbours(pages):
-        out[i : i + count] = memory.to_host(_page(rows, pages[i], count)).reshape(count, PAGE, -1)
-    return out
-
-
-def _write(memory: Memory, rows: QTensor, pages: Items[int], data: np.ndarray) -> None:
-    """Write what `_read` gave into pages."""
-    for i, count in _neighbours(pages):
-        memory.write(_page(rows, pages[i], count), data[i : i + count].reshape(count * PAGE, -1))

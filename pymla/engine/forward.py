@@ -43,8 +43,8 @@ class Forward:
         Of every layer.
     exact : bool
         `PagedCache.exact`.
-    ctx : int
-        The longest sequence, in tokens.
+    inv_freq : float64 array (R / 2,)
+        Radians per position.
     materialised : bool
         Whether absorbed attention keeps the scores of all positions.
     dtype : float32 or float64
@@ -53,7 +53,7 @@ class Forward:
     Attributes
     ----------
     inv_freq : dict of Backend and float64 array (R / 2,)
-        Radians per position (`DeepSeek2.inv_freq`), in the memory of each backend.
+        The same, in the memory of each backend.
     """
 
     def __init__(
@@ -62,13 +62,12 @@ class Forward:
         placement: Placement,
         caches: Sequence[LayerCache],
         exact: bool,
-        ctx: int,
+        inv_freq: np.ndarray,
         materialised: bool,
         dtype: Any,
     ):
         self._transformer, self._placement, self._caches, self._exact = transformer, placement, caches, exact
         self._materialised, self._dtype = materialised, dtype
-        inv_freq = transformer.inv_freq(ctx)
         self.inv_freq = {backend: backend.memory.to_device(inv_freq) for backend in placement.backends}
 
     def logits(

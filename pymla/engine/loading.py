@@ -109,7 +109,9 @@ def load(
     check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     nextn = checks.flag("nextn", nextn)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
-    file = ModelFile.open(demo_path() if path is None else _path(path), overrides)
+    file = ModelFile.open(
+        demo_path() if path is None else checks.path("path", path, "the path of a GGUF file is expected"), overrides
+    )
     options = {"dsa": dsa, "nextn": nextn, "check_tensors": check_tensors}
     config, tokenizer = examine(file, cache_type, mode, progress=report.checking, **options).check()
     config = with_nextn(config, file.tensors) if nextn else config
@@ -127,15 +129,6 @@ def load(
     for backend in place.backends:
         backend.compile_for(model, report.compiling, report.warn)
     return LanguageModel(file, config, tokenizer, model, recommended.values)
-
-
-def _path(path: Any) -> Path:
-    """A path that the system takes."""
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        checks.refuse("path", path, "the path of a GGUF file is expected")
-    if "\0" in os.fspath(path) or not os.fspath(path):
-        checks.refuse("path", path, "no file can have this name")
-    return Path(path)
 
 
 def _layer_count(gpu_layers: Any) -> int | None:

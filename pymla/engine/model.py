@@ -68,6 +68,8 @@ class Model:
     backend : Backend
         Of the output.
     cache : PagedCache
+    inv_freq : float64 array (R / 2,)
+        Radians per position (`DeepSeek2.inv_freq`).
     turn : RLock
         Held during a step. Callers hold it as well while they read the result of `step`, or where no other caller's
         step may come between several of theirs.
@@ -100,7 +102,9 @@ class Model:
         block = [] if weights.nextn is None else place.layers[-1:]
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, [*place.layers, *block])
         family = FAMILIES[config.architecture](config, weights)
-        forward = Forward(family, place, self.cache.layers[:layers], self.cache.exact, ctx, mla == "2", dtype)
+        self.inv_freq = family.inv_freq(ctx)
+        passes = self.cache.exact, self.inv_freq, mla == "2", dtype
+        forward = Forward(family, place, self.cache.layers[:layers], *passes)
         self._forward: Forward | None = forward
         # By whether they give hidden states, too. Only where all of a model is on one backend, and not with
         # ``--mla 2``: the scores of the longest context would be kept for every layer.
@@ -109,7 +113,7 @@ class Model:
             self._recorded = {hidden: _recorded(forward, self.backend, ctx, hidden) for hidden in (False, True)}
         self._nextn: NextnBlock | None = None
         if weights.nextn is not None:
-            self._nextn = NextnBlock(config, weights.nextn, place, self.cache, mla, ctx, dtype)
+            self._nextn = NextnBlock(config, weights.nextn, place, self.cache, mla, ctx, self.inv_freq, dtype)
         self.turn = threading.RLock()
         self._stepping = False
         _models.add(self)
