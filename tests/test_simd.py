@@ -81,7 +81,8 @@ ELEMENTWISE |= {"add_i8": [i8x32, types.int64]}
 
 #: Literals of operations, of which each set is a call.
 LITERALS = {"load_nibbles_f32": [(0,), (8,)], "load_quarters": [(18, 2), (20, 4), (34, 2), (34, 18)]}
-LITERALS |= {"quarters": [(22, 6), (24, 8)], "fifth_bits_4": [(22, 6), (24, 8)], "halves_4": [(22, 0), (24, 2)]}
+LITERALS |= {"quarters": [(22, 6), (24, 8)], "fifth_bits_4": [(22, 6), (24, 8)], "halves_4": [(22,), (24,)]}
+LITERALS |= {"add_fifth_bits_64": [(0,), (1,)], "load_pairs_4": [(22,), (24,)], "load_firsts": [(2,), (-3,)]}
 LITERALS |= {"spread": [(0,), (1,)], "add_times": [(k,) for k in range(8)], "halves_of_blocks": [(0,), (1,)]}
 LITERALS |= {name: [(0,), (1,), (64 // LANES - 1,)] for name in ("spread_32", "spread_16")}
 LITERALS |= {"times_eighths": [(1,), (12,), (16,)]}

@@ -15,6 +15,7 @@ from pymla.cpu.machine.intrinsics import (
     LITERAL,
     constant,
     f32x8,
+    f32x16,
     i8x32,
     i8x64,
     i8xL,
@@ -29,6 +30,7 @@ from pymla.cpu.machine.intrinsics import (
 from pymla.cpu.machine.lanes import read_lanes, read_number
 from pymla.cpu.machine.simd_bytes import add_pairs, row_sums
 from pymla.cpu.machine.simd_panels import rowsL
+from pymla.cpu.machine.simd_vectors_512 import HAS_VBMI, shifted
 from pymla.cpu.runtime.isa import LANES, VNNI
 
 
@@ -47,12 +49,6 @@ def _added(nibbles, bits):
 def add_fifth_bits_32(nibbles, bits):
     """Codes of thirty-two nibbles and a bit for each."""
     return _added(nibbles, bits)
-
-
-@operation(i8x64, i8x64, types.int64, emit=_add_bits)
-def add_fifth_bits_64(nibbles, value):
-    """Codes of sixty-four nibbles and a bit of `value` for each."""
-    return _added(nibbles, value)
 
 
 def _load_fifth_bits_2(builder, first, second):
@@ -95,29 +91,71 @@ def quarters(x, y, size, header):
 
 
 def _fifth_bits_4(builder, x, y, size, header):
-    words = _words(builder, x, y, size, [header - 4, header - 2], 1)
-    both = builder.bitcast(words, ir.VectorType(I64, 2))
-    return [builder.extract_element(both, ir.Constant(I32, i)) for i in (0, 1)]
+    words = _words(builder, x, y, size, [header - 4], 2)
+    lanes = [word for block in range(4) for word in [2 * block, 2 * block + 1] * 4]
+    return builder.bitcast(shuffle(builder, words, words, lanes), ir_type(i8x64))
 
 
-@operation(types.UniTuple(types.int64, 2), i8x64, i8x64, LITERAL, LITERAL, emit=_fifth_bits_4)
+@operation(i8x64, i8x64, i8x64, LITERAL, LITERAL, emit=_fifth_bits_4)
 def fifth_bits_4(x, y, size, header):
-    """The fifth bits of such blocks, the last four bytes of their headers: those of the first sixteen codes of the four
-    blocks, and those of the last sixteen."""
-    words = np.ascontiguousarray(_blocks(x, y, size)[:, header - 4 : header]).view(np.int16)
-    return tuple(words.T.copy().view(np.int64)[:, 0])
+    """The words of fifth bits of such blocks, the last four bytes of their headers: a word fills a quarter."""
+    words = np.ascontiguousarray(_blocks(x, y, size)[:, header - 4 : header]).view(np.int32)
+    return words.repeat(4).view(np.int8)
 
 
-def _halves_4(builder, x, y, size, offset):
-    words = _words(builder, x, y, size, [offset, offset], 1)
+def _add_fifth_bits_64(builder, nibbles, words, half):
+    bits = [16 * half + i for i in range(16)] * 4  # of each code, in its block's word
+    if HAS_VBMI:
+        moved = shifted(builder, words, [bit - 4 for bit in bits])
+        return builder.or_(nibbles, builder.and_(moved, constant(moved.type, 16)))
+    own = shuffle(builder, words, words, [i // 8 * 8 + bit // 8 for i, bit in enumerate(bits)])
+    own = builder.and_(own, ir.Constant(own.type, [1 << bit % 8 for bit in bits]))
+    mask = builder.icmp_unsigned("!=", own, constant(own.type, 0))
+    return builder.or_(nibbles, builder.select(mask, constant(own.type, 16), constant(own.type, 0)))
+
+
+@operation(i8x64, i8x64, i8x64, LITERAL, emit=_add_fifth_bits_64)
+def add_fifth_bits_64(nibbles, words, half):
+    """Codes of four blocks: of nibbles, a quarter of the register for each block, and of the words of `fifth_bits_4`,
+    whose first sixteen bits are those of `half` 0 (a literal), the others those of `half` 1 (vpmultishiftqb)."""
+    places = (16 * half + np.arange(16, dtype=np.uint64)).reshape(2, 8)
+    bits = words.view(np.uint64).reshape(4, 2, 1) >> places & np.uint64(1)
+    return nibbles | (16 * bits).astype(np.int8).reshape(-1)
+
+
+def _halves_4(builder, x, y, size):
+    words = _words(builder, x, y, size, [0, 0], 1)
     return builder.fpext(builder.bitcast(words, ir.VectorType(F16, 8)), ir_type(f32x8))
 
 
-@operation(f32x8, i8x64, i8x64, LITERAL, LITERAL, emit=_halves_4)
-def halves_4(x, y, size, offset):
-    """The IEEE halves at byte `offset` of such blocks as float32, twice."""
-    halves = np.ascontiguousarray(_blocks(x, y, size)[:, offset : offset + 2]).view(np.float16)
+@operation(f32x8, i8x64, i8x64, LITERAL, emit=_halves_4)
+def halves_4(x, y, size):
+    """The IEEE halves at the beginning of such blocks as float32, twice."""
+    halves = np.ascontiguousarray(_blocks(x, y, size)[:, :2]).view(np.float16)
     return np.tile(halves[:, 0], 2).astype(np.float32)
+
+
+def _load_pairs_4(builder, address, size):
+    pairs = None
+    for block in range(4):
+        own = splat(builder, read(builder, builder.add(address, ir.Constant(I64, size * block)), I32), 8)
+        here = ir.Constant(ir.VectorType(ir.IntType(1), 8), [i // 2 == block for i in range(8)])
+        pairs = own if pairs is None else builder.select(here, own, pairs)
+    return builder.fpext(builder.bitcast(pairs, ir.VectorType(F16, 16)), ir_type(f32x16))
+
+
+@operation(f32x16, types.int64, LITERAL, emit=_load_pairs_4)
+def load_pairs_4(address, size):
+    """The two IEEE halves at the beginning of each of four blocks of `size` bytes, a literal, as float32: twice in a
+    quarter of the lanes. Loads that fill lanes take none of the units that move bytes, which products keep busy."""
+    pairs = [read_lanes(address + size * block, np.float16, 2) for block in range(4)]
+    return np.tile(np.array(pairs, np.float32), 2).reshape(-1)
+
+
+@operation(f32x16, f32x16, emit=lambda builder, x: shuffle(builder, x, x, [i // 2 * 2 for i in range(16)]))
+def even_lanes(x):
+    """Every second of sixteen float32, from the first one on, twice (vmovsldup)."""
+    return x[::2].repeat(2)
 
 
 def _gather_words(builder, rows, offset):

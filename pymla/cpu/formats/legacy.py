@@ -247,21 +247,21 @@ def _rest_4_bits(size, header, row, codes, scale, sums, blocks):
 @inlined
 def dot_q5_0(rows, activations, columns):
     """`dot_q4_0` for Q5_0."""
-    _, codes, scale, sums, _, _ = activations
-    return _dot_5_bits(Q5_0_BYTES, 6, rows, codes, scale, sums, columns)
+    _, codes, scale, sums, starts, _ = activations
+    return _dot_5_bits(Q5_0_BYTES, 6, rows, codes, scale, sums, starts, columns)
 
 
 @inlined
 def dot_q5_1(rows, activations, columns):
     """`dot_q4_0` for Q5_1."""
-    _, codes, scale, sums, _, _ = activations
-    return _dot_5_bits(Q5_1_BYTES, 8, rows, codes, scale, sums, columns)
+    _, codes, scale, sums, starts, _ = activations
+    return _dot_5_bits(Q5_1_BYTES, 8, rows, codes, scale, sums, starts, columns)
 
 
 @inlined
-def _dot_5_bits(size, header, rows, codes, scale, sums, columns):
+def _dot_5_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Rows of blocks of `size` bytes, of which `header` come before the nibbles, with the word of fifth bits last."""
-    a, b, c, d = _dot_5_bits_of_fours(size, header, rows, codes, scale, sums, columns)
+    a, b, c, d = _dot_5_bits_of_fours(size, header, rows, codes, scale, sums, starts, columns)
     if columns % 128:
         done = columns // 128 * 4
         at, codes, scale, sums = size * done, codes + 32 * done, scale + 4 * done, sums + 4 * done

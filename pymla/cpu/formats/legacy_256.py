@@ -79,7 +79,7 @@ def _dot_pair(zero, packed, codes):
 
 
 @inlined
-def dot_5_bits(size, header, rows, codes, scale, sums, columns):
+def dot_5_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q5_0, with blocks of 22 bytes and a header of 6, or Q5_1, with 24 and 8.
     The last four bytes of the header are the fifth bits."""
     a, b, c, d = rows

@@ -9,8 +9,16 @@ scales once.
 
 import numpy as np
 
-from pymla.cpu.formats.fifth_bits import add_fifth_bits_64, fifth_bits_4, halves_4, quarters
+from pymla.cpu.formats.fifth_bits import (
+    add_fifth_bits_64,
+    even_lanes,
+    fifth_bits_4,
+    halves_4,
+    load_pairs_4,
+    quarters,
+)
 from pymla.cpu.machine.simd import (
+    add,
     fma,
     high_nibbles,
     load_f32x4,
@@ -33,8 +41,10 @@ from pymla.cpu.machine.simd_512 import (
     halve,
     halves_18,
     last_quarters_20,
+    load_firsts,
     load_i8x64,
     load_quarters,
+    load_seconds,
     load_starts,
     spread,
     spread_pairs,
@@ -124,44 +134,43 @@ def _nibbles_times(packed, x, y):
 
 
 @inlined
-def dot_5_bits(size, header, rows, codes, scale, sums, columns):
+def dot_5_bits(size, header, rows, codes, scale, sums, starts, columns):
     """Whole fours of blocks of four rows of Q5_0, whose blocks have 22 bytes and a header of 6, or Q5_1, with 24 and 8.
     The last four bytes of the header are the fifth bits.
 
-    Codes stay unsigned; Q5_0's zero point of 16 is subtracted like a minimum.
+    Codes stay unsigned. Q5_0's zero point of 16 is taken off by the sums of the activations, with which the sums of
+    products begin; Q5_1's minima are multiplied by these sums, in lanes of their own.
     """
     a, b, c, d = rows
-    zero, none = zero_f32x16(), splat_f32(np.float32(0))
+    zero = zero_f32x16()
     acc_a, acc_b, acc_c, acc_d = zero, zero, zero, zero
-    min_a, min_b, min_c, min_d = none, none, none, none
+    min_a, min_b, min_c, min_d = zero, zero, zero, zero
     for _ in range(columns // 128):
-        x, s, m = (load_i8x64(codes), load_i8x64(codes + 64)), load_f32x4_twice(scale), load_f32x4(sums)
-        acc_a, min_a = _add_four_5_bits(size, header, a, x, s, m, acc_a, min_a)
-        acc_b, min_b = _add_four_5_bits(size, header, b, x, s, m, acc_b, min_b)
-        acc_c, min_c = _add_four_5_bits(size, header, c, x, s, m, acc_c, min_c)
-        acc_d, min_d = _add_four_5_bits(size, header, d, x, s, m, acc_d, min_d)
+        x, s, m = (load_i8x64(codes), load_i8x64(codes + 64)), load_f32x4_twice(scale), load_seconds(sums)
+        z = load_firsts(starts, 2) if size == 22 else zero_i32x16()
+        acc_a, min_a = _add_four_5_bits(size, header, a, x, s, m, z, acc_a, min_a)
+        acc_b, min_b = _add_four_5_bits(size, header, b, x, s, m, z, acc_b, min_b)
+        acc_c, min_c = _add_four_5_bits(size, header, c, x, s, m, z, acc_c, min_c)
+        acc_d, min_d = _add_four_5_bits(size, header, d, x, s, m, z, acc_d, min_d)
         a, b, c, d = a + 4 * size, b + 4 * size, c + 4 * size, d + 4 * size
-        codes, scale, sums = codes + 128, scale + 16, sums + 16
-    w = splat_f32(np.float32(-16 if size == 22 else 1))
+        codes, scale, sums, starts = codes + 128, scale + 16, sums + 16, starts + 16
     return totals(
-        fma(min_a, w, halve(acc_a)),
-        fma(min_b, w, halve(acc_b)),
-        fma(min_c, w, halve(acc_c)),
-        fma(min_d, w, halve(acc_d)),
+        halve(add(acc_a, min_a)), halve(add(acc_b, min_b)), halve(add(acc_c, min_c)), halve(add(acc_d, min_d))
     )
 
 
 @inlined
-def _add_four_5_bits(size, header, row, x, s, m, acc, minima):
+def _add_four_5_bits(size, header, row, x, s, m, z, acc, minima):
     """Add products of four blocks and of their minima. Two loads have all of their bytes."""
     fetch_ahead(row, 4 * size)
     first, last = load_i8x64(row), load_i8x64(row + 4 * size - 64)
-    packed, (low_bits, high_bits) = quarters(first, last, size, header), fifth_bits_4(first, last, size, header)
-    products = dot_u8x64(zero_i32x16(), add_fifth_bits_64(low_nibbles(packed), low_bits), x[0])
-    products = dot_u8x64(products, add_fifth_bits_64(high_nibbles(packed), high_bits), x[1])
-    d = halves_4(first, last, size, 0)
-    acc = fma(to_f32x16(products), spread(mul(d, s), 0), acc)
-    return acc, fma(d if size == 22 else halves_4(first, last, size, 2), m, minima)
+    packed, fifth = quarters(first, last, size, header), fifth_bits_4(first, last, size, header)
+    products = dot_u8x64(z, add_fifth_bits_64(low_nibbles(packed), fifth, 0), x[0])
+    products = dot_u8x64(products, add_fifth_bits_64(high_nibbles(packed), fifth, 1), x[1])
+    if size == 22:
+        return fma(to_f32x16(products), spread(mul(halves_4(first, last, size), s), 0), acc), minima
+    pairs = load_pairs_4(row, size)
+    return fma(to_f32x16(products), mul(even_lanes(pairs), spread(s, 0)), acc), fma(pairs, m, minima)
 
 
 @inlined

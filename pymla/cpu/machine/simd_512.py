@@ -213,6 +213,33 @@ def load_starts(address):
     return read_lanes(address, np.uint32, 8).astype(np.uint64).view(np.int32)
 
 
+def _load_firsts(builder, address, factor):
+    four = read(builder, address, ir.VectorType(I32, 4))
+    four = builder.mul(four, constant(four.type, factor))
+    return shuffle(builder, four, constant(four.type, 0), [4 if i % 4 else i // 4 for i in range(16)])
+
+
+@operation(i32x16, types.int64, LITERAL, emit=_load_firsts)
+def load_firsts(address, factor):
+    """Four int32 from memory, times a literal, each in the first lane of a quarter; the other lanes are 0."""
+    result = np.zeros((4, 4), np.int32)
+    result[:, 0] = read_lanes(address, np.int32, 4) * factor
+    return result.reshape(-1)
+
+
+def _load_seconds(builder, address):
+    four = read(builder, address, ir.VectorType(ir.FloatType(), 4))
+    return shuffle(builder, four, constant(four.type, 0.0), [i // 4 if i % 4 == 1 else 4 for i in range(16)])
+
+
+@operation(f32x16, types.int64, emit=_load_seconds)
+def load_seconds(address):
+    """Four float32 from memory, each in the second lane of a quarter; the other lanes are 0."""
+    result = np.zeros((4, 4), np.float32)
+    result[:, 1] = read_lanes(address, np.float32, 4)
+    return result.reshape(-1)
+
+
 def halve_lanes(builder, x):
     """Emits the sum of both halves of sixteen float32."""
     low, high = (shuffle(builder, x, x, range(8 * i, 8 * i + 8)) for i in (0, 1))
