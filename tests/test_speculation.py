@@ -193,7 +193,7 @@ class Scribe:
 
     def truncate(self, sequence, length):
         del self.kept[sequence][length:]
-        sequence.length = length
+        del sequence.tokens[length:]
 
     def sampler(self, params, history):
         return Sampler(params, history)
