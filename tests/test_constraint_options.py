@@ -47,3 +47,15 @@ def test_refusals(refused, tmp_path):  # noqa: F811
     refused(
         "generate", "x", "--regex", "a", "--json-schema", "{}", parts=("--json-schema and --regex", "one constraint")
     )
+
+
+def test_a_constraint_is_for_the_answer(run, tmp_path):  # noqa: F811
+    """Where the chat template has opened the reasoning, it may come to its end first."""
+    template = tmp_path / "thinks.jinja"
+    template.write_text("{{ messages[0].content }}<think>\n")
+    given = ("generate", "x", "--regex", "[0-9]{2}", "--json", "--seed", 1, "-n", 4)
+    _, out, _ = run(*given, "--chat-template", template)
+    assert json.loads(out)["finish_reason"] == "length"
+    template.write_text("{{ messages[0].content }}<think></think>")
+    _, out, _ = run(*given, "--chat-template", template)
+    assert regex.fullmatch("[0-9]{2}", json.loads(out)["text"])

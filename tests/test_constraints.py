@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -440,3 +442,33 @@ def test_a_text_that_no_token_continues_is_an_error():
     tokenizer = bytewise(control=("<end>",))
     with pytest.raises(PymlaError, match="cannot be followed: no token fits here, and the text is not complete"):
         Grammar.of(tokenizer, lark="start: AB\nAB: /a/ & /b/").matcher().mask()
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ({"json_schema": {"type": "array", "items": {"type": "null"}}}, "\n\n[null, null]"),
+        ({"regex": "yes|no"}, "no"),
+        ({"lark": 'start: "(" start ")" | "y"'}, "((y))"),
+        ({"gbnf": 'root ::= "(" root ")" | [x-z]+'}, "((y))"),
+    ],
+)
+def test_a_constraint_behind_reasoning(control, given, answer):
+    """The reasoning is any text, and does not end the text; the mark may be a control token or text."""
+    tokenizer = bytewise(control=("<end>", "</think>") if control else ("<end>",))
+    matcher = Grammar.of(tokenizer, after="</think>", **given).matcher()
+    for token in tokenizer.encode('so: <b> [1]\n"x', add_bos=False):
+        matcher.accept(token)
+        assert not matcher.is_complete
+        assert ord("q") in bits(matcher.mask(), tokenizer.vocab_size)
+    for token in tokenizer.encode("</think>" + answer, parse_special=True):
+        assert not matcher.is_finished
+        matcher.accept(token)
+    assert matcher.is_complete
+    assert ord("q") not in bits(matcher.mask(), tokenizer.vocab_size)
+
+
+def test_llguidance_is_imported_when_it_is_needed():
+    program = "import sys, pymla; pymla.load; assert 'llguidance' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

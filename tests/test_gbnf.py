@@ -103,6 +103,13 @@ def test_a_terminal_leaves_the_next_one_its_text():
         assert matcher.is_complete == complete
 
 
+def test_many_words_are_one_terminal():
+    """Or few: a lexer that follows each word on its own would be slow."""
+    words = " | ".join(f'"{number:03d}"' for number in range(300))
+    lark = to_lark(f'root ::= item+ "." | "(" root ")"\nitem ::= ({words})+ ","\n', "grammar", lambda text: None)
+    assert lark.count("\nT") < 5
+
+
 def test_keywords_and_names():
     grammar = of('root ::= stmt+\nstmt ::= "ab" " " name ";" | name "=" stmt\nname ::= [ab]+\n')
     found = texts(grammar, 5, b"ab =;")

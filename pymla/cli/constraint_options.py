@@ -1,13 +1,16 @@
 """Options that constrain the generated text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pymla.cli.inputs import argument, read
+from pymla.engine.language_model import LanguageModel
 from pymla.errors import PymlaError
+from pymla.text.answers.formats import THINK_END, opens_reasoning
+from pymla.text.constraints import Grammar
 
 _OPTIONS = (
     click.option(
@@ -41,6 +44,14 @@ def constraints(json_schema: str | None, regex: str | None, grammar: Path | None
         "regex": None if regex is None else argument(regex),
         "grammar": None if grammar is None else read(grammar),
     }
+
+
+def after_reasoning(given: dict[str, str | None], language_model: LanguageModel, ids: Sequence[int]) -> dict[str, Any]:
+    """The same options for a conversation, where the model may think first: the constraint is for its answer."""
+    if all(value is None for value in given.values()) or not opens_reasoning(ids, language_model.tokenizer):
+        return dict(given)
+    size = language_model.config.vocab_size
+    return {"grammar": Grammar.of(language_model.tokenizer, **given, after=THINK_END, vocab_size=size)}
 
 
 def _schema(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import click
 
 from pymla.cli import figures, interrupt
-from pymla.cli.constraint_options import constraint_options, constraints
+from pymla.cli.constraint_options import after_reasoning, constraint_options, constraints
 from pymla.cli.device import check_tensors_option, device_options, dsa_option, override_option
 from pymla.cli.inputs import argument, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
@@ -136,6 +136,7 @@ def generate(
         ids = _plain_ids(language_model, text, parse_special, terminal)
     else:
         ids = _chat_ids(language_model, text, conversation)
+        constrained = after_reasoning(constrained, language_model, ids)
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
     options = sampling | {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}

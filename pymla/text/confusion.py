@@ -5,7 +5,7 @@ still go on: the lexer then goes on. Whether there is such a text is decided by 
 positions, after Glushkov) side by side.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -28,6 +28,15 @@ def confused(rules: Mapping[str, Node], terminals: Mapping[Node, Node]) -> set[N
     return {second for first, second in pairs if _goes_on(automata[first], automata[second], followers.behind[first])}
 
 
+class _Positions:
+    """Positions of an automaton, by their sets of characters."""
+
+    def __init__(self, positions: Iterable[int], characters: Sequence[Ranges]):
+        self.by_characters: dict[Ranges, list[int]] = {}
+        for position in positions:
+            self.by_characters.setdefault(characters[position], []).append(position)
+
+
 class _Automaton:
     """The automaton of positions of a terminal: its states are its sets of characters, numbered from 0 on.
 
@@ -36,26 +45,28 @@ class _Automaton:
 
     Attributes
     ----------
-    characters : list of Ranges
-        Of each position.
-    behind : list of set of int
-        Positions that may follow each position.
-    first, last : set of int
-        Positions that texts begin and end with.
+    first : _Positions
+        Those that texts begin with.
+    last : set of int
+        Those that texts end with.
+    behind : list of list of _Positions
+        Those that may follow each position. Positions share these, so that a repeated choice of many words is not too
+        much.
     is_nullable : bool
         Whether the empty text is one.
     """
 
     def __init__(self, node: Node):
-        self.characters: list[Ranges] = []
-        self.behind: list[set[int]] = []
-        self.is_nullable, self.first, self.last = self._add(node)
+        self._characters: list[Ranges] = []
+        self.behind: list[list[_Positions]] = []
+        self.is_nullable, first, self.last = self._add(node)
+        self.first = _Positions(first, self._characters)
 
     def _add(self, node: Node) -> tuple[bool, set[int], set[int]]:
         """Add a part. Returns whether it may be empty, and its first and last positions."""
         if isinstance(node, Characters):
-            self.characters.append(node.ranges)
-            self.behind.append(set())
+            self._characters.append(node.ranges)
+            self.behind.append([])
             return False, {len(self.behind) - 1}, {len(self.behind) - 1}
         if isinstance(node, Series):
             return self._add_series(node)
@@ -81,8 +92,9 @@ class _Automaton:
         return nullable, first, last
 
     def _join(self, positions: Iterable[int], behind: set[int]) -> None:
+        shared = _Positions(behind, self._characters)
         for position in positions:
-            self.behind[position] |= behind
+            self.behind[position].append(shared)
 
 
 class _Followers:
@@ -130,8 +142,7 @@ class _Followers:
     def _firsts(self, node: Node) -> set[Ranges]:
         """Characters that a part may begin with. A token is no characters: it ends every terminal."""
         if isinstance(node, Terminal):
-            automaton = self._automata[node.node]
-            return {automaton.characters[position] for position in automaton.first}
+            return set(self._automata[node.node].first.by_characters)
         if isinstance(node, Reference):
             return self._first[node.rule]
         found: set[Ranges] = set()
@@ -163,19 +174,33 @@ def _goes_on(first: _Automaton, second: _Automaton, behind: set[Ranges]) -> bool
     """Whether, after a text of the first terminal, a character that may come `behind` it goes on in the second."""
     if not behind:
         return False
-    waiting = list(product(first.first, second.first))
-    seen = set(waiting)
+    seen: set[tuple[int, int]] = set()
+    met: set[tuple[int, int]] = set()
+    waiting = [(first.first, second.first)]
     while waiting:
-        one, other = waiting.pop()
-        if not _overlap(first.characters[one], second.characters[other]):
+        ones, others = waiting.pop()
+        if (id(ones), id(others)) in met:
             continue
-        further = (second.characters[position] for position in second.behind[other])
-        if one in first.last and any(_overlap(*pair) for pair in product(further, behind)):
-            return True
-        pairs = set(product(first.behind[one], second.behind[other])) - seen
-        seen |= pairs
-        waiting += pairs
+        met.add((id(ones), id(others)))
+        for one, other in _with_common_characters(ones, others):
+            if (one, other) in seen:
+                continue
+            seen.add((one, other))
+            if one in first.last and any(_overlap_any(further, behind) for further in second.behind[other]):
+                return True
+            waiting += product(first.behind[one], second.behind[other])
     return False
+
+
+def _with_common_characters(ones: _Positions, others: _Positions) -> Iterator[tuple[int, int]]:
+    """Pairs of positions at which one text can be in both automata."""
+    for characters, group in product(ones.by_characters.items(), others.by_characters.items()):
+        if _overlap(characters[0], group[0]):
+            yield from product(characters[1], group[1])
+
+
+def _overlap_any(positions: _Positions, behind: set[Ranges]) -> bool:
+    return any(_overlap(*pair) for pair in product(positions.by_characters, behind))
 
 
 @lru_cache(1 << 16)

@@ -23,8 +23,13 @@ _GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z0-9-]+[ \t]*::=", re.MULTILINE)
 _PLACE = re.compile(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<reason>.*)")
 
 
-def source_of(name: str, value: Any, tokenizer: "Tokenizer") -> str:
-    """A constraint as llguidance takes it."""
+def source_of(name: str, value: Any, tokenizer: "Tokenizer", after: str | None = None) -> str:
+    """A constraint as llguidance takes it; `after` a mark, if one is given, up to which there may be any text."""
+    source = _source(name, value, tokenizer)
+    return source if after is None else _after(after, source, name == "json_schema", tokenizer)
+
+
+def _source(name: str, value: Any, tokenizer: "Tokenizer") -> str:
     from llguidance import LLMatcher
 
     if name == "json_schema":
@@ -37,6 +42,19 @@ def source_of(name: str, value: Any, tokenizer: "Tokenizer") -> str:
     if name == "gbnf" or (name == "grammar" and _GBNF_RULE.search(value)):
         value = gbnf.to_lark(value, name, lambda text: _token_id(tokenizer, text))
     return LLMatcher.grammar_from_lark(value)
+
+
+def _after(mark: str, source: str, has_blanks: bool, tokenizer: "Tokenizer") -> str:
+    """A constraint for what comes after a mark. Models put line ends between their reasoning and their answer."""
+    grammars = json.loads(source)["grammars"] if source.startswith('{"grammars"') else [{"lark_grammar": source}]
+    token = _token_id(tokenizer, mark)
+    if token is not None and tokenizer.is_special(token):  # which no text is
+        lark = f"start: /(?s:.)*/ <[{token}]> blanks @answer"
+    else:
+        escaped = "".join(f"\\u{{{ord(character):x}}}" for character in mark)
+        lark = f"start: before blanks @answer\nbefore[lazy]: /(?s:.)*{escaped}/"
+    lark += f"\nblanks: {f'/{BLANKS}/?' if has_blanks else chr(34) * 2}\n"
+    return json.dumps({"grammars": [{"lark_grammar": lark}, grammars[0] | {"name": "answer"}]})
 
 
 def _token_id(tokenizer: "Tokenizer", text: str) -> int | None:

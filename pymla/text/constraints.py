@@ -52,6 +52,7 @@ class Grammar:
         grammar: str | None = None,
         lark: str | None = None,
         gbnf: str | None = None,
+        after: str | None = None,
         vocab_size: int | None = None,
     ) -> "Grammar":
         """Compile a constraint, of which exactly one is given.
@@ -68,6 +69,8 @@ class Grammar:
             A grammar in Lark's notation or in GBNF: one with `::=` is GBNF.
         lark, gbnf : str
             A grammar in the notation that the name says.
+        after : str, optional
+            A mark, such as ``</think>``: up to its end there may be any text, and from there on the constraint holds.
         vocab_size : int, optional
             Logits of a step (V), where the model has more than the tokenizer has tokens.
 
@@ -84,7 +87,7 @@ class Grammar:
                 f"exactly one constraint is expected, and there are {told}; give one of {', '.join(given)}"
             )
         name = names[0]
-        source = source_of(name, given[name], tokenizer)
+        source = source_of(name, given[name], tokenizer, after)
         vocabulary = vocabulary_of(tokenizer, vocab_size or tokenizer.vocab_size)
         return cls(tokenizer, vocabulary, vocabulary.compile(name, source))
 

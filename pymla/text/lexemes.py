@@ -32,7 +32,7 @@ from pymla.text.grammar_nodes import (
 )
 
 #: Sets of characters in a terminal, at most. Larger parts are several terminals.
-LARGEST_TERMINAL = 1000
+LARGEST_TERMINAL = 50_000
 
 
 def to_terminals(rules: Mapping[str, Node], root: str) -> str:

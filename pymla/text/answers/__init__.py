@@ -9,7 +9,7 @@
 docs/tool-calls.md shows the formats and where they are described.
 """
 
-from pymla.text.answers.formats import FORMATS, Format, format_of
+from pymla.text.answers.formats import FORMATS, Format, format_of, opens_reasoning
 from pymla.text.answers.grammars import call_grammar
 from pymla.text.answers.parser import AnswerParser, parse_answer
 from pymla.text.answers.pieces import Answer, CallDelta, Content, Piece, Reasoning, ToolCall, Withdrawn
@@ -27,5 +27,6 @@ __all__ = [
     "Withdrawn",
     "call_grammar",
     "format_of",
+    "opens_reasoning",
     "parse_answer",
 ]

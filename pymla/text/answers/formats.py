@@ -15,6 +15,9 @@ from pymla.text.tokenizer import Tokenizer
 #: Around reasoning, in all formats.
 THINK, THINK_END = "<think>", "</think>"
 
+#: Tokens of a prompt's end that may open the reasoning.
+_PROMPT_END = 16
+
 #: A tool's name: no blanks, no marks of another part, and no more than any API takes.
 _NAME = r"(?P<name>[^\s<>\"'`{}:]{1,128})"
 
@@ -224,3 +227,11 @@ def format_of(
     else:
         found = PLAIN
     return found, THINK in source or THINK_END in source
+
+
+def opens_reasoning(prompt: str | Sequence[int], tokenizer: Tokenizer | None = None) -> bool:
+    """Whether a prompt, given as text or as token ids of a tokenizer, ends with the beginning of reasoning."""
+    if not isinstance(prompt, str):
+        assert tokenizer is not None, "token ids need a tokenizer"
+        prompt = tokenizer.decode(prompt[-_PROMPT_END:], skip_special=False)
+    return prompt.rstrip().endswith(THINK)

@@ -13,15 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pymla.text.answers.arguments import Tools, is_json, is_object, value_text
-from pymla.text.answers.formats import THINK, THINK_END, Format, Pairs, format_of
+from pymla.text.answers.formats import THINK, THINK_END, Format, Pairs, format_of, opens_reasoning
 from pymla.text.answers.pieces import Answer, CallDelta, Content, Piece, Reasoning, Withdrawn
 from pymla.text.tokenizer import Tokenizer
 
 #: Characters of a call's head, or of a key, at most.
 _LONGEST_HEAD = 512
-
-#: Tokens of a prompt's end that may open the reasoning.
-_PROMPT_END = 16
 
 _BLANKS = " \t\r\n"
 _TEXT = frozenset({"string"})
@@ -107,10 +104,8 @@ class AnswerParser:
             `whole_calls` and `make_id`.
         """
         form, thinks = format_of(template, tools)
-        if not isinstance(prompt, str):
-            assert isinstance(template, Tokenizer), "token ids need a tokenizer"
-            prompt = template.decode(prompt[-_PROMPT_END:], skip_special=False)
-        opened = thinks and prompt.rstrip().endswith(THINK)
+        tokenizer = template if isinstance(template, Tokenizer) else None
+        opened = thinks and opens_reasoning(prompt, tokenizer)
         return cls(form, thinks=thinks, opened=opened, tools=tools, **options)
 
     def shown_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
