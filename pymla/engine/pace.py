@@ -2,7 +2,7 @@
 
 #: Share of the time that generations give to prompts: they keep 1 - SHARE of their rate, with a margin over the 70 %
 #: that is promised.
-SHARE = 0.25
+SHARE = 0.22
 #: What a step may take longer because of prompts: so many times the step without them, and limits in seconds. A longer
 #: slice takes less time per token, as each of its experts is read for more tokens.
 TIMES, LEAST_SECONDS, MOST_SECONDS = 6, 0.02, 0.25
