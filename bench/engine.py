@@ -22,12 +22,14 @@ sys.path[:0] = [str(HERE.parent)]
 import pymla  # noqa: E402
 from pymla.engine.devices import find_device  # noqa: E402
 from pymla.engine.loading import demo_path  # noqa: E402
+from pymla.engine.requests import Request  # noqa: E402
 from pymla.errors import PymlaError  # noqa: E402
 from pymla.files import outputs  # noqa: E402
 from pymla.files.gguf_reader import ModelFile  # noqa: E402
 from pymla.measure import facts  # noqa: E402
 from pymla.models.config import ModelConfig  # noqa: E402
 from pymla.pages import CACHE_TYPES  # noqa: E402
+from pymla.text.sampling import SamplingParams  # noqa: E402
 
 #: Where the two best logits are closer than this, different steps may choose different tokens: rows of a cache in
 #: 8 bits, and activations in 8 bits, round differently from batch to batch.
@@ -104,20 +106,27 @@ class Bench:
         self.language_model, self.pp, self.tg = language_model, pp, tg
         self.model, self.engine = language_model.model, language_model.engine
         self.rng = np.random.default_rng(1)
-        self.options = {"temperature": 0, "logit_bias": dict.fromkeys(language_model.tokenizer.eos_ids, -float("inf"))}
+        self.params = SamplingParams(temperature=0)
 
     def ids(self, count: int) -> list[int]:
         """Random tokens."""
         return self.rng.integers(self.language_model.config.vocab_size, size=count).tolist()
 
     async def text(self, ids: list[int], count: int, times: list[float]):
-        """A text on the event loop, with the time of every token."""
-        generation = self.engine.generation(ids, max_tokens=count, **self.options)
-        # Pieces of text may have several tokens, so that tokens are counted instead.
-        async for _ in generation:
-            times += [time.perf_counter()] * (len(generation.tokens) - len(times))
-        times += [time.perf_counter()] * (len(generation.tokens) - len(times))
-        return generation.tokens
+        """A text on the event loop, with the time of every token. Returns its tokens."""
+        driver, stream = self.engine.driver, self.language_model.tokenizer.stream()
+        request = Request(ids, self.params, count)
+        driver.submit([request])
+        try:
+            while True:
+                await driver.wait_async(request)
+                output = driver.take(request)
+                if output is None:
+                    return request.tokens[len(ids) :]
+                stream.push(output.sampled.token)
+                times.append(time.perf_counter())
+        finally:
+            driver.cancel(request)
 
     # The gate ---------------------------------------------------------------------------------------------------------
 
@@ -132,7 +141,6 @@ class Bench:
             sequence, new = self.model.new_sequence(), ids
             for i, token in enumerate(tokens):
                 logits = self.model.forward([(sequence, np.array(new, np.int32))])[0]
-                logits[list(self.options["logit_bias"])] = -np.inf
                 missing = float(logits.max() - logits[token])
                 if missing > TIE:
                     raise PymlaError(f"token {i} of a text of {texts} is {missing:.3f} less likely than the best one")

@@ -80,7 +80,7 @@ class Step(NamedTuple):
     block_tables: np.ndarray  # int32 (B, pages)
 
     @classmethod
-    def at(cls, starts: Sequence[int], tokens: Sequence[np.ndarray], tables: np.ndarray) -> Step:
+    def at(cls, starts: Sequence[int], tokens: Sequence[np.ndarray | Sequence[int]], tables: np.ndarray) -> Step:
         """The step of neighbouring tokens of each sequence, from given positions on.
 
         Parameters
@@ -90,11 +90,13 @@ class Step(NamedTuple):
         tables : int32 array (B, pages)
         """
         counts = [len(each) for each in tokens]
-        of_sequences = (np.arange(start, start + n) for start, n in zip(starts, counts, strict=True))
-        positions = np.concatenate([*of_sequences]).astype(np.int32)
+        of_step = np.concatenate(tokens).astype(np.int32)
         seq_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        # A token's number in the step, less that of its sequence's first one, plus this one's position.
+        first = np.array(starts) - (np.cumsum(counts) - counts)
+        positions = np.arange(len(of_step), dtype=np.int32) + first[seq_of].astype(np.int32)
         slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
-        return cls(np.concatenate(tokens).astype(np.int32), positions, seq_of, slots.astype(np.int32), tables)
+        return cls(of_step, positions, seq_of, slots.astype(np.int32), tables)
 
     def part(self, start: int, stop: int) -> Step:
         """The step of some of the tokens."""

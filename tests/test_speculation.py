@@ -143,7 +143,7 @@ def test_kinds_of_drafts_have_accounts_of_their_own(clock):
     target = text_of(1200)
     oracle = Oracle(clock, target, wrong=[i for i in range(1200) if i // 10 % 2])
     oracle.kind = lambda state: len(state) // 10 % 2
-    speculation = Speculation(oracle, StepTimes(lambda tokens: 1.0))
+    speculation = Speculation(oracle, StepTimes(lambda tokens: 1.0), most=4)
     (text,), times = generate(clock, speculation, [target], lambda tokens: 0.5 + 0.5 * tokens)
     assert text.is_on
     assert [text.lengths[kind].is_on for kind in (0, 1)] == [True, False]
@@ -193,7 +193,7 @@ class Scribe:
 
     def truncate(self, sequence, length):
         del self.kept[sequence][length:]
-        sequence.length = length
+        del sequence.tokens[length:]
 
     def sampler(self, params, history):
         return Sampler(params, history)

@@ -477,14 +477,7 @@ class PagedCache:
         tables = np.zeros((len(batch), max(len(s.pages) for s, _ in batch)), np.int32)
         for b, (sequence, _) in enumerate(batch):
             tables[b, : len(sequence.pages)] = sequence.pages
-        tokens = np.concatenate([tokens for _, tokens in batch]).astype(np.int32)
-        counts = [len(tokens) for _, tokens in batch]
-        seq_of = np.repeat(np.arange(len(batch), dtype=np.int32), counts)
-        # A token's number in the step, less that of its sequence's first one, plus this one's position.
-        first = np.array([sequence.length for sequence, _ in batch]) - (np.cumsum(counts) - counts)
-        positions = np.arange(len(tokens), dtype=np.int32) + first[seq_of].astype(np.int32)
-        slots = tables[seq_of, positions // PAGE] * PAGE + positions % PAGE
-        return Step(tokens, positions, seq_of, slots.astype(np.int32), tables)
+        return Step.at([s.length for s, _ in batch], [tokens for _, tokens in batch], tables)
 
     def _copy_in(self, sequence: Sequence, saved: list[np.ndarray], present: int) -> None:
         """Write the rows that `swap_out` kept into the pages that the sequence has now; the first `present` pages have

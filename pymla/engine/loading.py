@@ -109,8 +109,9 @@ def load(
     check_tensors, dsa = checks.flag("check_tensors", check_tensors), checks.flag("dsa", dsa)
     nextn = checks.flag("nextn", nextn)
     wish = Wish(ctx, _layer_count(gpu_layers), checks.flag("cpu_moe", cpu_moe))
-    given = demo_path() if path is None else checks.path("path", path, "the path of a GGUF file is expected")
-    file = ModelFile.open(given, overrides)
+    file = ModelFile.open(
+        demo_path() if path is None else checks.path("path", path, "the path of a GGUF file is expected"), overrides
+    )
     options = {"dsa": dsa, "nextn": nextn, "check_tensors": check_tensors}
     config, tokenizer = examine(file, cache_type, mode, progress=report.checking, **options).check()
     config = with_nextn(config, file.tensors) if nextn else config

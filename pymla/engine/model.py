@@ -101,10 +101,10 @@ class Model:
         pages = -(-(cache_tokens or ctx) // PAGE)
         block = [] if weights.nextn is None else place.layers[-1:]
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, [*place.layers, *block])
-        transformer = FAMILIES[config.architecture](config, weights)
-        self.inv_freq = transformer.inv_freq(ctx)
-        caches, exact = self.cache.layers[:layers], self.cache.exact
-        forward = Forward(transformer, place, caches, exact, self.inv_freq, mla == "2", dtype)
+        family = FAMILIES[config.architecture](config, weights)
+        self.inv_freq = family.inv_freq(ctx)
+        passes = self.cache.exact, self.inv_freq, mla == "2", dtype
+        forward = Forward(family, place, self.cache.layers[:layers], *passes)
         self._forward: Forward | None = forward
         # By whether they give hidden states, too. Only where all of a model is on one backend, and not with
         # ``--mla 2``: the scores of the longest context would be kept for every layer.
@@ -113,7 +113,7 @@ class Model:
             self._recorded = {hidden: _recorded(forward, self.backend, ctx, hidden) for hidden in (False, True)}
         self._nextn: NextnBlock | None = None
         if weights.nextn is not None:
-            self._nextn = NextnBlock(config, weights.nextn, place, self.cache, mla, ctx, dtype)
+            self._nextn = NextnBlock(config, weights.nextn, place, self.cache, mla, ctx, self.inv_freq, dtype)
         self.turn = threading.RLock()
         self._stepping = False
         _models.add(self)

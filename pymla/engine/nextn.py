@@ -57,6 +57,8 @@ class NextnBlock:
         The model's, whose last layer is the block's.
     mla, ctx, dtype
         As for `pymla.engine.model.Model`.
+    inv_freq : float64 array (R / 2,)
+        Of the model: radians per position.
     """
 
     def __init__(
@@ -67,14 +69,13 @@ class NextnBlock:
         cache: PagedCache,
         mla: str,
         ctx: int,
+        inv_freq: np.ndarray,
         dtype: Any,
     ):
         transformer = nextn_of(config, weights)
         self._config, self._mla, self._cache, self._dtype = transformer.config, mla, cache, dtype
         self._place = place = Placement(model.embedding, model.layers[-1:], model.experts[-1:], model.output)
-        self._forward = Forward(
-            transformer, place, cache.layers[-1:], cache.exact, transformer.inv_freq(ctx), mla == "2", dtype
-        )
+        self._forward = Forward(transformer, place, cache.layers[-1:], cache.exact, inv_freq, mla == "2", dtype)
         self._recorded: RecordedSteps | None = None
         if len(place.backends) == 1 and mla != "2":
             self._recorded = RecordedSteps(place.output, ctx, self._compute, config.hidden_size, dtype)

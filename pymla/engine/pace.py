@@ -2,12 +2,12 @@
 
 #: Share of the time that generations give to prompts: they keep 1 - SHARE of their rate, with a margin over the 70 %
 #: that is promised.
-SHARE = 0.25
-#: What a step may take longer because of prompts: so many times the step without them, and limits in seconds. A longer
-#: slice takes less time per token, as each of its experts is read for more tokens.
+SHARE = 0.22
+#: What a step may take longer because of prompts: so many times the step without them, and limits in seconds.
 TIMES, LEAST_SECONDS, MOST_SECONDS = 6, 0.02, 0.25
-#: Least and most tokens of a slice. Where nothing was measured yet, a slice has the fewest.
-LEAST, MOST = 32, 1024
+#: Least and most tokens of a slice. With fewer, most of its time goes into reading experts that few of them use. Where
+#: nothing was measured yet, a slice has the fewest.
+LEAST, MOST = 64, 1024
 #: Weight of a new measurement in a mean.
 NEW = 0.3
 

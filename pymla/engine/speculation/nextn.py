@@ -24,6 +24,8 @@ class Followed:
     sequence : Sequence
         In the model's cache, of which the block has a layer.
     prompt : int array (T,)
+    drafted_at : int or None
+        Tokens of the text in the cache when it was last drafted for; None if the text went on since then.
     start : int
         Position of the first of the next two.
     hidden : list of float array (hidden,)
@@ -37,7 +39,8 @@ class Followed:
 
     sequence: Cached
     prompt: np.ndarray
-    start: int
+    drafted_at: int | None = None
+    start: int = 0
     hidden: list[np.ndarray] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     written: int = 0
@@ -75,7 +78,7 @@ class NextnDrafter:
         """Take up a text, whose sequence in the model's cache is needed."""
         if sequence is None:
             raise PymlaError("begin: `sequence` is missing, of which the block's rows are a part")
-        return Followed(sequence, np.array(prompt, np.int32), len(prompt) - 1)
+        return Followed(sequence, np.array(prompt, np.int32))
 
     def read(self, state: Followed, start: int, hidden: Array) -> None:
         """Write the rows of a slice of the prompt. The one of the last token waits for the token behind it."""
@@ -84,9 +87,12 @@ class NextnDrafter:
             self._model.nextn_fill(Span(state.sequence, start, tokens), hidden[: len(tokens)])
 
     def commit(self, state: Followed, tokens: Sequence[int], hidden: Array | None = None) -> None:
-        """Continue a text, with the hidden state that each token was predicted from."""
+        """Continue a text, with the hidden state that each token was predicted from. Between two drafts a text goes on
+        by single tokens; its sequence may still have rejected ones when it goes on by a draft."""
         if hidden is None:
             raise PymlaError("commit: `hidden` is missing, the hidden states that the tokens were predicted from")
+        first = state.sequence.length - len(tokens) if state.drafted_at is None else state.drafted_at
+        state.start, state.drafted_at = first - len(state.tokens), None
         state.hidden.extend(self._memory.to_host(hidden).copy())
         state.tokens.extend(tokens)
         if len(state.tokens) > PAGE:
@@ -99,6 +105,9 @@ class NextnDrafter:
     def draft(self, states: Sequence[Followed], most: Sequence[int]) -> list[Draft]:
         """At most `most` tokens for each text, and no more than the model's context has room for."""
         drafts: list[list[int]] = [[] for _ in states]
+        for state in states:
+            state.drafted_at = state.sequence.length
+            state.start = state.drafted_at - len(state.tokens)
         rooms = [self._room(state, count) for state, count in zip(states, most, strict=True)]
         drafting = [i for i, room in enumerate(rooms) if room > 0]
         for i in drafting:
@@ -122,8 +131,7 @@ class NextnDrafter:
 
     def _room(self, state: Followed, most: int) -> int:
         """Tokens that a draft may have: behind the text and its last token, which has no row in the cache yet."""
-        text = state.start + len(state.tokens)
-        return min(most, self._model.ctx - text - 1) if state.tokens else 0
+        return min(most, self._model.ctx - state.sequence.length - 1) if state.tokens else 0
 
     @staticmethod
     def _next_span(state: Followed, drafted: list[int]) -> Span:
