@@ -41,8 +41,8 @@ class Graph:
     @staticmethod
     def size(sequences):
         """For how many sequences the step is recorded in which a step of `sequences` takes part; None: it is not
-        recorded. A step keeps the arrays of all its launches. Without recording Python takes some 2.5 ms a layer, a small
-        part of a larger step."""
+        recorded. A step keeps the arrays of all its launches. Where it is not, Python takes some 2.5 ms a layer, a
+        small part of a larger step."""
         return sequences if sequences <= 16 else None
 
     def add(self, address, items, grain, words, keep):
