@@ -51,12 +51,12 @@ class Chooser:
         # It has no thread before it is used.
         self._beside = ThreadPoolExecutor(1, "pymla-masks")
 
-    def drafts(self, requests: Iterable[Request], room: int) -> dict[Request, Draft]:
+    def drafts(self, requests: Items[Request], room: int) -> dict[Request, Draft]:
         """Drafts for those requests of a step that have a drafter and generate.
 
         Parameters
         ----------
-        requests : iterable of Request
+        requests : sequence of Request
             Whose last token is in the step.
         room : int
             Pages that drafts may take together.
@@ -70,7 +70,7 @@ class Chooser:
         drafts: dict[Request, Draft] = {}
         for speculation, group in groups.items():
             own, texts, most_of = zip(*group, strict=True)
-            drafts |= zip(own, speculation.draft(texts, most_of), strict=True)
+            drafts |= zip(own, speculation.draft(texts, most_of, len(requests) - len(group)), strict=True)
         return drafts
 
     def _most(self, request: Request, has_page: bool) -> int:

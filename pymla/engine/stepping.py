@@ -108,8 +108,9 @@ class Stepper:
         masks = self._chooser.masks(drafts, [*last, *(fork for request in last for fork in request.forks)])
         batch, ready = _input(parts, drafts)
         wants_hidden = any(speculation.wants_hidden for speculation in speculations)
+        asked = time.perf_counter()
         outputs = self._runner.step(batch, _rows(batch, ready), _progress(parts), wants_hidden)
-        computed = time.perf_counter() - began
+        computed = time.perf_counter() - asked
         if wants_hidden:
             self._read_prompts(parts, batch, outputs)
         ready = self._with_forks(ready)
