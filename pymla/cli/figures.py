@@ -24,6 +24,8 @@ def as_json(language_model: LanguageModel, generation: Generation, text: str) ->
         "finish_reason": generation.finish_reason,
         "stats": stats,
     }
+    if generation.draft_counts:
+        report["speculation"] = dataclasses.asdict(generation.draft_counts)
     if generation.params.logprobs:
         report["logprobs"] = [
             {"token": s.token, "logprob": s.logprob, "top": [{"token": t, "logprob": p} for t, p in s.alternatives]}
@@ -35,12 +37,13 @@ def as_json(language_model: LanguageModel, generation: Generation, text: str) ->
 def as_line(language_model: LanguageModel, generation: Generation) -> str:
     """Speed and memory of a generation on one line."""
     stats, cache = generation.stats, language_model.model.cache
-    share = _share(language_model, generation)
+    share, drafts = _share(language_model, generation), generation.draft_counts
     return (
         f"prompt {stats.prompt_tokens} tokens, {stats.prompt_rate:.1f} tokens/s | "
         f"generated {stats.generated_tokens}, {stats.generation_rate:.1f} tokens/s"
         + (f", {share:.0%} of the memory bound" if share else "")
         + f" | cache {stats.cache_tokens} tokens, {stats.cache_tokens * cache.row_bytes / (1 << 20):.1f} MiB"
+        + (f" | drafts: {drafts.accepted} of {drafts.drafted} tokens accepted" if drafts else "")
         + (" | interrupted" if generation.finish_reason == "interrupted" else "")
     )
 

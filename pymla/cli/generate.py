@@ -13,6 +13,7 @@ from pymla.cli.inputs import argument, prompt_text, read, variables
 from pymla.cli.output import write_json, write_text
 from pymla.cli.sampling_options import sampling_options
 from pymla.cli.sections import SectionCommand
+from pymla.cli.speculation_options import check, speculation, speculation_options
 from pymla.cli.terminal import Terminal
 from pymla.engine.forms import MLA_MODES
 from pymla.engine.generation import Generation
@@ -36,6 +37,8 @@ Examples:
   pymla generate -m model.gguf --mirostat 2 --mirostat-tau 4 "Once upon a time"
   pymla generate -m model.gguf --chat --json-schema person.json "Invent a person."
   pymla generate --regex "[0-9]{3}-[0-9]{4}" "My number is "
+  pymla generate -m model.gguf --speculate ngram -f edit.txt --temperature 0
+  pymla generate -m large.gguf --speculate draft --draft-model small.gguf "def "
   pymla generate -m large.gguf --device cuda --cpu-moe "def "
   pymla generate -m model.gguf --override-kv deepseek2.expert_used_count=int:4 "def "
 
@@ -70,6 +73,7 @@ their formulas."""
 @click.option("--parse-special", is_flag=True, help="Read names of control tokens in the prompt as these tokens.")
 @click.option("--stop", multiple=True, help="Text that ends the generation; repeatable.")
 @constraint_options
+@speculation_options
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Tokens of context. [default: the model's, if the memory holds it]"
 )
@@ -108,6 +112,9 @@ def generate(
     json_schema: str | None,
     regex: str | None,
     grammar: Path | None,
+    speculate: str | None,
+    draft_model: Path | None,
+    draft_tokens: int,
     echo: bool | None,
     as_json: bool,
     quiet: bool,
@@ -126,12 +133,14 @@ def generate(
         raise PymlaError("--parse-special is for plain prompts: --chat reads control tokens anyway; leave it out")
     if sampling["logprobs"] and not as_json:
         raise PymlaError("--logprobs are part of the JSON report: give --json, too")
+    check(speculate, draft_model)
     constrained = constraints(json_schema, regex, grammar)
     conversation = _Conversation.read(system, chat_template, template_vars) if chat else None
     text = prompt_text(prompt, prompt_file)
     terminal = Terminal(quiet)
     with terminal:
-        language_model = load(path, report=terminal, **rest)
+        language_model = load(path, report=terminal, nextn=speculate == "mtp", **rest)
+        drafts = speculation(language_model, speculate, draft_model, draft_tokens, rest["threads"], terminal)
     if conversation is None:
         ids = _plain_ids(language_model, text, parse_special, terminal)
     else:
@@ -140,7 +149,7 @@ def generate(
     terminal.begin("prompt, layers", enabled=not as_json)
     stops = tuple(map(argument, stop))
     options = sampling | {"max_tokens": max_tokens, "stop": stops, "special": special, "progress": terminal.prompt}
-    generation = language_model.generation(ids, **options, **constrained)
+    generation = language_model.generation(ids, speculation=drafts, **options, **constrained)
     if echo is None:
         echo = not (chat or as_json or quiet)
     if echo and not as_json:

@@ -17,13 +17,17 @@ from pymla.engine.driving import MAX_RUNNING, STEP_TOKENS, Driver
 from pymla.engine.generation import Generation, Submission
 from pymla.engine.requests import Constraint
 from pymla.engine.runner import LocalRunner
-from pymla.engine.speculation.step import Speculation
+from pymla.engine.speculation import DraftModel, NextnDrafter, NgramDrafter, StepTimes, step_bytes
+from pymla.engine.speculation.step import MOST, Speculation
 from pymla.errors import PymlaError
 from pymla.text.constraints import Grammar, grammar_of
 from pymla.text.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from pymla.engine.language_model import LanguageModel
+
+#: Who drafts: prompt lookup, a draft model, or the block of the model that predicts further tokens (MTP).
+DRAFTERS = ("ngram", "draft", "mtp")
 
 #: Texts of one prompt that can be asked for together.
 MOST_TEXTS = 1024
@@ -59,6 +63,34 @@ class Engine:
             checks.integer("max_running", max_running, 1),
             checks.integer("step_tokens", step_tokens, 1),
         )
+        self._times = StepTimes(step_bytes(language_model.config, language_model.file.tensors))
+        self._speculations: dict[str, Speculation] = {}
+
+    def speculation(self, drafter: str, *, draft_model: "LanguageModel | None" = None, most: int = MOST) -> Speculation:
+        """Speculation for texts of this engine: what `generation` takes as `speculation`.
+
+        Parameters
+        ----------
+        drafter : str
+            "ngram", "draft" or "mtp" (`DRAFTERS`).
+        draft_model : LanguageModel, optional
+            For "draft": a smaller model with the same vocabulary.
+        most : int
+            Tokens of the longest draft.
+
+        Raises
+        ------
+        PymlaError
+            There is no such drafter, the draft model is missing, not asked for or of another vocabulary, or this model
+            was loaded without the block.
+        """
+        checks.choice("drafter", drafter, DRAFTERS)
+        if (drafter == "draft") != (draft_model is not None):
+            raise PymlaError("drafter `draft` needs a `draft_model`, and the others take none")
+        if draft_model is not None:
+            return Speculation(DraftModel(draft_model, self._language_model), self._times, most=most)
+        made = NgramDrafter() if drafter == "ngram" else NextnDrafter(self._language_model.model)
+        return Speculation(made, self._times, most=most)
 
     def generation(self, prompt: str | Iterable[int], **options: Any) -> Generation:
         """A text to be generated, to iterate over with ``for`` or ``async for``. Arguments and errors are those of
@@ -76,7 +108,7 @@ class Engine:
         special: bool = False,
         shown_tokens: Collection[int] = (),
         constraint: Constraint | None = None,
-        speculation: Speculation | None = None,
+        speculation: Speculation | str | None = None,
         json_schema: str | Mapping[str, Any] | bool | None = None,
         regex: str | None = None,
         grammar: str | Grammar | None = None,
@@ -99,6 +131,10 @@ class Engine:
             raise PymlaError(
                 "a text has one constraint; give `constraint`, or one of `json_schema`, `regex`, `grammar`"
             )
+        if isinstance(speculation, str):
+            if speculation not in self._speculations:
+                self._speculations[speculation] = self.speculation(speculation)
+            speculation = self._speculations[speculation]
         submission = Submission(self.driver)
 
         def generation(params: SamplingParams) -> Generation:

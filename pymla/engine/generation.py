@@ -10,7 +10,7 @@ from pymla import checks
 from pymla.backend import Progress
 from pymla.engine.driving import Driver
 from pymla.engine.requests import Constraint, Output, Request
-from pymla.engine.speculation.step import Speculation
+from pymla.engine.speculation.step import Counts, Speculation
 from pymla.errors import PymlaError
 from pymla.text.sampling import Sampled, SamplingParams
 from pymla.text.tokenizer import Tokenizer
@@ -153,6 +153,11 @@ class Generation:
     def tokens(self) -> list[int]:
         """Generated token ids."""
         return [each.token for each in self.sampled]
+
+    @property
+    def draft_counts(self) -> Counts | None:
+        """What speculation did for the text so far; None without it."""
+        return self._request.text.counts if self._request.text else None
 
     def __iter__(self) -> Iterator[str]:
         at = 0

@@ -133,6 +133,9 @@ class LanguageModel:
             The text fits this grammar, in Lark's notation or in GBNF, or compiled already (`pymla.text.constraints`).
         constraint : Constraint, optional
             What the text may be, said by an object of the caller's.
+        speculation : str or Speculation, optional
+            Who drafts tokens of the text: "ngram", "mtp", or what `Engine.speculation` gives. The text stays the same,
+            or has the same distribution (docs/speculation.md).
         **options
             The fields of `SamplingParams`; None stands for the file's default, or else the field's.
 
