@@ -339,7 +339,8 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
         ({"rope_parameters": YARN | {"factor": None}}, "factor of the rope parameters is missing"),
         ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale_all_dim"),
         ({"rope_parameters": YARN | {"attention_factor": 1.5}}, "attention_factor"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quant_method"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.bits"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size"),
     ],
 )

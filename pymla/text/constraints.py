@@ -6,6 +6,7 @@ pymla's vocabularies and turns its errors into one line. It is imported when a c
 
 A `Grammar` is compiled once for a tokenizer. Each text that it constrains has a `Matcher` of its own:
 
+>>> from pymla.text.constraints import Grammar
 >>> grammar = Grammar.of(tokenizer, regex="yes|no")     # doctest: +SKIP
 >>> matcher = grammar.matcher()                         # doctest: +SKIP
 >>> chosen = sampler.sample(logits, matcher.mask())     # doctest: +SKIP

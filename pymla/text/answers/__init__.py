@@ -1,5 +1,6 @@
 """Answers of chat models taken apart: reasoning, content and calls of tools, each in the model's own format.
 
+>>> from pymla.text.answers import AnswerParser
 >>> parser = AnswerParser.for_template(tokenizer, prompt=ids, tools=tools)      # doctest: +SKIP
 >>> for piece in stream:                                                       # doctest: +SKIP
 ...     for part in parser.push(piece):                                        # doctest: +SKIP
