@@ -124,7 +124,7 @@ def test_every_sampling_parameter_is_an_option(run):
     sections = re.split(r"^(\S.*):$", out, flags=re.MULTILINE)[1:]
     texts = {name: " ".join(text.split()) for name, text in zip(sections[::2], sections[1::2], strict=True)}
     assert code == 0
-    assert list(texts) == ["Options", "Sampling", "Penalties on repetition", "More samplers"]
+    assert list(texts) == ["Options", "Sampling", "Penalties on repetition", "More samplers", "Speculation"]
     for field in dataclasses.fields(SamplingParams):
         option = "--" + field.name.replace("_", "-").removesuffix("s" if field.name.endswith("breakers") else "")
         assert [name for name, text in texts.items() if f"{option} " in text or f"{option}," in text], field.name
