@@ -5,6 +5,7 @@ The bits of surprise that a token may have, μ, begin with twice the target τ, 
 that is chosen: ``μ -= η (S - τ)``. A token that is accepted without having been a candidate leaves μ as it is.
 """
 
+import abc
 import math
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ _FLATTEST = 1e-6
 
 
 @dataclass(frozen=True)
-class _Mirostat:
+class _Mirostat(abc.ABC):
     tau: float
     eta: float
     keeps_likeliest = True
@@ -38,8 +39,9 @@ class _Mirostat:
         state.observed = left.candidates()
         return left
 
+    @abc.abstractmethod
     def _left(self, pool: Pool, mu: float) -> Pool:
-        raise NotImplementedError
+        """The tokens that are left where surprise is to be `mu` bits at most."""
 
 
 @dataclass(frozen=True)
