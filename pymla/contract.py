@@ -19,7 +19,7 @@ import numpy as np
 from pymla import ggml
 from pymla.argument_checks import INT32, UINT8, Abilities, Call, Dtypes
 from pymla.backend import Array, KeysValues, MatrixInput
-from pymla.pages import HADAMARD_TYPES, PAGE, Step
+from pymla.pages import HADAMARD_TYPES, PAGE, Step, pages_of
 from pymla.tensor import QTensor
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Contract:
         call.float("out", out, (None, None), contiguous=True)
         slots = call.cache("cache", cache, out.shape[1])
         call.array("block_table", block_table, INT32, (None,), contiguous=True)
-        pages = -(-len(out) // PAGE)
+        pages = pages_of(len(out))
         if pages > len(block_table):
             most = PAGE * len(block_table)
             call.refuse("out", f"of {len(out)} rows", f"at most {most}, what the pages of block_table hold,")

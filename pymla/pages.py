@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 #: Slots of a page.
 PAGE = 64
 
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // PAGE)
+
+
 #: Cache types and the ggml type of their rows.
 CACHE_TYPES = {
     "f32": ggml.F32,

@@ -37,7 +37,7 @@ from pymla.engine.page_sets import lowest_pages, page_set
 from pymla.engine.prefixes import KeptPages
 from pymla.errors import CacheFull, PymlaError
 from pymla.models.config import ModelConfig
-from pymla.pages import CACHE_TYPES, PAGE, FullCache, IndexedCache, LayerCache, Step, block_rows
+from pymla.pages import CACHE_TYPES, PAGE, FullCache, IndexedCache, LayerCache, Step, block_rows, pages_of
 from pymla.tensor import QTensor
 
 
@@ -108,11 +108,6 @@ class _Plan(NamedTuple):
 
     pages: list[int]  # that it has, or, where its rows are out of the cache, kept ones that hold some of them
     wanted: int  # pages that it needs in all
-
-
-def pages_of(tokens: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-tokens // PAGE)
 
 
 class PagedCache:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pymla import ggml
 from pymla.errors import PymlaError
 from pymla.models.config import ModelConfig
-from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, INDEX_TYPES, PAGE
+from pymla.pages import CACHE_TYPES, HADAMARD_TYPES, INDEX_TYPES, PAGE, pages_of
 
 
 def row_layout(config: ModelConfig, cache_type: str, mla: str) -> list[tuple[int, int]]:
@@ -70,4 +70,4 @@ def row_bytes(config: ModelConfig, cache_type: str, mla: str, layers: Iterable[i
 
 def cache_bytes(config: ModelConfig, cache_type: str, mla: str, ctx: int, layers: Iterable[int] | None = None) -> int:
     """Bytes of a cache for `ctx` tokens, which are whole pages of 64; of some layers or of all."""
-    return -(-ctx // PAGE) * PAGE * row_bytes(config, cache_type, mla, layers)
+    return pages_of(ctx) * PAGE * row_bytes(config, cache_type, mla, layers)

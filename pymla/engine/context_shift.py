@@ -16,7 +16,7 @@ import numpy as np
 from pymla.backend import Array, Backend
 from pymla.engine.slices import slices
 from pymla.models.config import ModelConfig
-from pymla.pages import PAGE, FullCache, IndexedCache, LayerCache
+from pymla.pages import PAGE, FullCache, IndexedCache, LayerCache, pages_of
 from pymla.tensor import QTensor
 
 #: Tokens whose keys are numbers at a time, in whole pages.
@@ -59,7 +59,7 @@ def move_keys(
     does.
     """
     for part in slices(0, tokens, _TOKENS_AT_ONCE):
-        table = np.array(pages[part.start // PAGE : -(-part.stop // PAGE)], np.int32)
+        table = np.array(pages[part.start // PAGE : pages_of(part.stop)], np.int32)
         slots = (table[:, None] * PAGE + np.arange(PAGE, dtype=np.int32)).ravel()[: part.stop - part.start]
         positions = backend.memory.to_device(np.full(len(slots), by, np.int32))
         cos_sin = backend.memory.empty((len(slots), len(inv_freq), 2), np.float32)

@@ -18,7 +18,7 @@ from pymla.engine.runner import Runner
 from pymla.engine.scheduler import Scheduler
 from pymla.engine.stepping import Stepper
 from pymla.errors import PymlaError
-from pymla.pages import PAGE
+from pymla.pages import PAGE, pages_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -104,7 +104,7 @@ class Driver:
 
     def _check(self, tokens: int) -> None:
         """Refuse a prompt that can never fit."""
-        pages = -(-tokens // PAGE)
+        pages = pages_of(tokens)
         if pages > self.runner.pages:
             raise PymlaError(
                 f"the prompt has {tokens} tokens, which take {pages} pages of {PAGE}, and the cache has "

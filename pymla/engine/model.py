@@ -22,7 +22,7 @@ from pymla.models.config import ModelConfig
 from pymla.models.families import FAMILIES
 from pymla.models.placement import Placement
 from pymla.models.weights import Layer, Weights
-from pymla.pages import PAGE, LayerCache
+from pymla.pages import LayerCache, pages_of
 from pymla.text.sampling import SamplingParams
 
 #: Tokens of a step after which logits are wanted: `Model.forward`.
@@ -98,7 +98,7 @@ class Model:
         self.placement, self.backend = place, place.output
         self.config, self.mla, self.ctx = config, mla, ctx
         self.weights: Weights | None = weights
-        pages = -(-(cache_tokens or ctx) // PAGE)
+        pages = pages_of(cache_tokens or ctx)
         block = [] if weights.nextn is None else place.layers[-1:]
         self.cache = PagedCache(config, cache_type, mla, pages, ctx, [*place.layers, *block])
         family = FAMILIES[config.architecture](config, weights)

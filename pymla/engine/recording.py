@@ -16,7 +16,7 @@ import numpy as np
 from pymla.backend import Array, Backend, StepGraph
 from pymla.engine.forms import Form
 from pymla.engine.runs import Run
-from pymla.pages import PAGE, Step
+from pymla.pages import Step, pages_of
 
 #: Tokens of one sequence in a recorded step, at most: as many as a draft may have. More are a prompt.
 MOST_OF_SEQUENCE = 16
@@ -50,7 +50,7 @@ class RecordedSteps:
 
     def __init__(self, backend: Backend, ctx: int, compute: Compute, width: int = 0, dtype: Any = np.float32):
         self._backend, self._compute, self._width, self._dtype = backend, compute, width, dtype
-        self._pages = -(-ctx // PAGE)
+        self._pages = pages_of(ctx)
         self._steps: dict[tuple[int, Form], _Recorded] = {}
 
     def size(self, step: Step, runs: list[Run]) -> int | None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from pymla import checks, ggml
-from pymla.engine.cache import Sequence, pages_of
+from pymla.engine.cache import Sequence
 from pymla.engine.language_model import LanguageModel
 from pymla.engine.model import Model
 from pymla.errors import PymlaError
 from pymla.files import session_file
 from pymla.files.gguf_reader import ModelFile
-from pymla.pages import PAGE
+from pymla.pages import PAGE, pages_of
 
 #: Bytes of every tensor that count for the digest of a model.
 SAMPLE = 4096

@@ -26,7 +26,7 @@ from pymla.engine.model import Model
 from pymla.errors import PymlaError
 from pymla.files.textfile import decode
 from pymla.make.perplexity import LOGITS_BYTES, log_sums_of, step_logits
-from pymla.pages import PAGE
+from pymla.pages import pages_of
 from pymla.printable import shown
 from pymla.text.tokenizer import Tokenizer
 
@@ -350,7 +350,7 @@ def _groups(model: Model, tasks: Sequence[Task]) -> Iterator[list[Task]]:
     group: list[Task] = []
     pages = rows = 0
     for task in tasks:
-        own_pages = -(-task.longest // PAGE)
+        own_pages = pages_of(task.longest)
         own_rows = max(answer.stop - answer.start for answer in task.answers)
         if group and (pages + own_pages > model.cache.pages or rows + own_rows > most or len(group) == MOST_TASKS):
             yield group

@@ -24,7 +24,7 @@ from pymla.engine.cache import Batch
 from pymla.engine.model import Model
 from pymla.errors import PymlaError
 from pymla.files import kl_base
-from pymla.pages import PAGE
+from pymla.pages import PAGE, pages_of
 from pymla.text.tokenizer import Tokenizer
 
 #: Tokens of a step, of several windows. More tokens a step read the weights less often.
@@ -143,7 +143,7 @@ def cut(
 
 def cache_tokens(ctx: int) -> int:
     """Tokens of the cache that steps with windows of `ctx` tokens use (`pymla.load`)."""
-    return max(1, STEP_TOKENS // ctx) * -(-ctx // PAGE) * PAGE
+    return max(1, STEP_TOKENS // ctx) * pages_of(ctx) * PAGE
 
 
 class Piece(NamedTuple):
@@ -178,7 +178,7 @@ def counted_logits(model: Model, windows: Windows, progress: Progress | None = N
         A window does not fit the context.
     """
     rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    pages = -(-windows.ctx // PAGE)
+    pages = pages_of(windows.ctx)
     at_once = min(model.cache.pages // pages, rows // windows.counted, STEP_TOKENS // windows.ctx)
     tokens = _Tokens(windows.tokens.size, progress)
     if at_once < 2:

@@ -118,7 +118,7 @@ def dot_q6_k(rows, activations, columns):
 Q6_K = Format(
     _add_q6_k,
     dot_four=dot_q6_k,
-    dot_tokens=getattr(wide, "dot_q6_k_of_tokens", None),
+    dot_tokens=wide.dot_q6_k_of_tokens,
     unpack=unpack_q6_k,
     code_bits=8,
     scale_each=16,

@@ -79,3 +79,7 @@ def _row_q6_k(row, codes, scale, sum16, columns):
 def _dot_q6(nibbles, high, shift, codes):
     """Products of sixteen weights of two blocks, of which `high` has the two upper bits at `shift`."""
     return dot_u6(zero_sums(), bit_or(nibbles, bits_2(high, shift)), load_i8x32(codes))
+
+
+#: There are too few registers for the codes of a row and the sums of four tokens.
+dot_q6_k_of_tokens = None

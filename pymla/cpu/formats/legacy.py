@@ -313,15 +313,14 @@ def _rest_q8_0(size, header, row, codes, scale, sums, blocks):
 
 # Rows of weights times the activations of four tokens, where registers have 64 bytes.
 
-_dot_4_bits_of_tokens = getattr(wide, "dot_4_bits_of_tokens", None)
-_dot_5_bits_of_tokens = getattr(wide, "dot_5_bits_of_tokens", None)
-_dot_q8_0_of_tokens = getattr(wide, "dot_q8_0_of_tokens", None)
+_dot_4_bits_of_tokens, _dot_5_bits_of_tokens = wide.dot_4_bits_of_tokens, wide.dot_5_bits_of_tokens
+_dot_q8_0_of_tokens = wide.dot_q8_0_of_tokens
 
 
 def _dot_tokens_for(whole, rest, size, header):
     """Make `dot_tokens` of a type, whose blocks have `size` bytes and a header: of a function for whole fours of
-    blocks, and of one for those behind them."""
-    if LANES != 16:
+    blocks, None where there is none, and of one for those behind them."""
+    if whole is None:
         return None
 
     @inlined

@@ -170,3 +170,7 @@ def _dot_pair_q8_0(weights, codes):
     """Products of two blocks of Q8_0, four blocks apart, with their 64 activations."""
     low = dot_i8(zero_i32x8(), load_pair(weights, weights + 136), load_i8x32(codes))
     return dot_i8(low, load_pair(weights + 16, weights + 152), load_i8x32(codes + 32))
+
+
+#: There are too few registers for the codes of a row and the sums of four tokens.
+dot_4_bits_of_tokens = dot_5_bits_of_tokens = dot_q8_0_of_tokens = None

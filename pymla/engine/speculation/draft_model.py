@@ -11,7 +11,7 @@ from pymla.engine.cache import Sequence as Cached
 from pymla.engine.model import Model
 from pymla.engine.speculation.drafting import NO_DRAFT, Draft
 from pymla.errors import PymlaError
-from pymla.pages import PAGE
+from pymla.pages import pages_of
 from pymla.printable import shown
 from pymla.text.sampling import SamplingParams, draw
 
@@ -121,7 +121,7 @@ class DraftModel:
         writings, pages = [], self._model.cache.pages
         for state, count in zip(states, most, strict=True):
             room = min(count, self._model.ctx - len(state.tokens))
-            wanted = -(-(len(state.tokens) + room) // PAGE)
+            wanted = pages_of(len(state.tokens) + room)
             if room > 0 and wanted <= pages:
                 pages -= wanted
                 # A draft that nobody verified is forgotten.
